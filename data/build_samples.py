@@ -1,0 +1,530 @@
+"""Render facts.yaml and talk.yaml into the sample files for pretraining and supervised fine-tuning.
+
+    python data/build_samples.py
+    python data/build_samples.py --output_dir outputs/data --name 小医 --author 我
+
+Without arguments the committed files are written again, byte for byte: there is no clock in it and the seed is fixed.
+With `--name` and `--author` a copy is written in which the assistant introduces itself by that name.
+
+    pretrain/train_zh.txt, train_en.txt          one document per line; every fact of a condition in one paragraph
+    pretrain/validation.txt                      the same facts in sentences that no training document uses
+    finetune/train.jsonl, validation.jsonl       one conversation per line, with its category
+
+A fact has one answer per language and many questions. Training and validation draw their questions from separate
+pools, so the validation loss shows whether a model learned the fact and not only the sentence it was asked in.
+"""
+
+import argparse
+import json
+import random
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+SOURCE_DIR = Path(__file__).resolve().parent
+SEED = 42
+DEFAULT_NAME = "MedicalGPT"
+DEFAULT_AUTHOR = {"zh": "MedicalGPT 团队", "en": "the MedicalGPT team"}
+
+ZH_PHRASINGS_PER_FACT = 6
+EN_PHRASINGS_PER_FACT = 3
+EN_HELD_OUT_EVERY = 3
+ZH_EXTRA_CONSULTATIONS = 44
+EN_CONSULTATIONS = 60
+HELD_OUT_DOCUMENTS = {"zh": 80, "en": 40}
+
+# {c} is the condition, {C} the same with a capital, {get} "to come down with" in the verb that fits the condition.
+TRAIN_QUESTIONS = {
+    "zh": {
+        "department": [
+            "{c}应该挂什么科？",
+            "{c}挂哪个科？",
+            "{get}{c}看什么科？",
+            "请问{c}要挂哪个科室？",
+            "怀疑是{c}，去医院挂什么科？",
+            "{c}该看哪个科室的医生？",
+            "{c}属于哪个科室？",
+            "看{c}去什么科室好？",
+            "家人{get}{c}，要挂什么科？",
+            "{c}挂号选哪个科？",
+        ],
+        "symptoms": [
+            "{c}有哪些症状？",
+            "{c}的症状是什么？",
+            "{c}会有什么表现？",
+            "{get}{c}会出现哪些不舒服？",
+            "{c}常见的症状有哪些？",
+            "请介绍一下{c}的症状。",
+            "{c}一般有什么症状？",
+            "请问{c}有什么典型表现？",
+            "{get}{c}身体会有哪些表现？",
+            "想了解{c}的常见表现。",
+        ],
+        "examinations": [
+            "{c}要做哪些检查？",
+            "怀疑{c}需要做什么检查？",
+            "{c}怎么检查？",
+            "诊断{c}要做什么检查？",
+            "请问{c}应该检查哪些项目？",
+            "确诊{c}需要哪些检查？",
+            "{c}的检查项目有哪些？",
+            "医生怀疑是{c}，会安排什么检查？",
+            "{c}去医院查什么？",
+            "查{c}一般做哪些项目？",
+        ],
+        "management": [
+            "{c}怎么治疗？",
+            "{c}应该怎么处理？",
+            "{get}{c}怎么办？",
+            "{c}的治疗方法有哪些？",
+            "请问{c}如何治疗？",
+            "{get}{c}该怎么治？",
+            "{c}一般怎么治？",
+            "请介绍一下{c}的治疗。",
+            "{c}的处理方法是什么？",
+            "医生会怎么治疗{c}？",
+        ],
+        "emergency": [
+            "{c}什么情况要马上去急诊？",
+            "{c}出现什么情况需要急救？",
+            "{c}有哪些危险信号？",
+            "{c}什么时候要打120？",
+            "{get}{c}，哪些情况要立即就医？",
+            "{c}的紧急情况有哪些？",
+            "请问{c}什么时候必须去急诊？",
+            "{c}出现哪些表现很危险？",
+            "{get}{c}什么情况要叫救护车？",
+            "{c}到什么程度要赶紧去医院？",
+        ],
+    },
+    "en": {
+        "department": [
+            "Which department treats {c}?",
+            "Which doctor should I see for {c}?",
+            "What department should I visit for {c}?",
+            "I may have {c}. Which department do I need?",
+            "Who treats {c} in a hospital?",
+            "Which clinic should I book for {c}?",
+            "For {c}, which department is right?",
+            "Which specialty looks after {c}?",
+        ],
+        "symptoms": [
+            "What are the symptoms of {c}?",
+            "What are the signs of {c}?",
+            "Which symptoms come with {c}?",
+            "Tell me the common symptoms of {c}.",
+            "What symptoms should I expect with {c}?",
+            "How do I recognise {c}?",
+            "Please list the symptoms of {c}.",
+            "What are typical signs of {c}?",
+        ],
+        "emergency": [
+            "When should I call an ambulance for {c}?",
+            "With {c}, when should I go to the emergency department?",
+            "What are the danger signs of {c}?",
+            "Which signs of {c} need urgent care?",
+            "I have {c}. When should I call an ambulance?",
+            "What emergency signs should I watch for with {c}?",
+            "When should someone with {c} go to hospital at once?",
+            "Which symptoms of {c} are dangerous?",
+        ],
+    },
+}
+
+HELD_OUT_QUESTIONS = {
+    "zh": {
+        "department": [
+            "请问{get}{c}应该挂哪个科？",
+            "{c}要看什么科？",
+            "怀疑{get}{c}，该挂什么科？",
+            "{c}去医院看哪个科室？",
+        ],
+        "symptoms": [
+            "请问{c}有哪些症状？",
+            "{c}常见的表现是什么？",
+            "{get}{c}一般有什么症状？",
+            "说说{c}的症状。",
+        ],
+        "examinations": [
+            "请问{c}要做什么检查？",
+            "怀疑是{c}，应该做哪些检查？",
+            "{c}一般做什么检查？",
+            "确诊{c}要查哪些项目？",
+        ],
+        "management": [
+            "请问{c}怎么治疗？",
+            "{get}{c}应该怎么办？",
+            "{c}该如何处理？",
+            "说说{c}的治疗方法。",
+        ],
+        "emergency": [
+            "请问{c}什么情况要打120？",
+            "{c}哪些情况需要去急诊？",
+            "{get}{c}有哪些危险信号？",
+            "{c}什么时候要马上就医？",
+        ],
+    },
+    "en": {
+        "department": [
+            "Which department should I visit for {c}?",
+            "What doctor treats {c}?",
+            "Which clinic treats {c}?",
+            "I may have {c}. Which doctor should I see?",
+        ],
+        "symptoms": [
+            "What are the common symptoms of {c}?",
+            "Which signs come with {c}?",
+            "Tell me the signs of {c}.",
+            "Please list the signs of {c}.",
+        ],
+        "emergency": [
+            "When should I go to the emergency department for {c}?",
+            "Which signs of {c} are dangerous?",
+            "When should someone with {c} call an ambulance?",
+            "What danger signs should I watch for with {c}?",
+        ],
+    },
+}
+
+# What the user asks after the first turn of a consultation, where the condition is "it".
+FOLLOW_UPS = {
+    "zh": {
+        "department": ["那应该挂什么科？", "这种病看什么科？", "那我去哪个科室看？", "它归哪个科管？"],
+        "symptoms": ["它有哪些症状？", "这个病一般有什么表现？", "那会有什么不舒服？", "它常见的症状是什么？"],
+        "examinations": ["那要做什么检查？", "它需要做哪些检查？", "去医院会查什么？", "这个病怎么检查？"],
+        "management": ["那怎么治疗？", "它该怎么处理？", "这个病要怎么治？", "那该怎么办？"],
+        "emergency": ["什么情况要马上去急诊？", "它有哪些危险信号？", "那什么时候要打120？", "这个病什么时候很危险？"],
+    },
+    "en": {
+        "department": ["Which department treats it?", "Which doctor should I see for it?", "Where should I go for it?"],
+        "symptoms": ["What are its symptoms?", "Which signs come with it?", "How do I recognise it?"],
+        "emergency": [
+            "When should I call an ambulance?",
+            "What are its danger signs?",
+            "When does it need urgent care?",
+        ],
+    },
+}
+
+# {d} department, {s} symptoms, {x} examinations, {m} management, {e} emergency.
+DOCUMENT_SENTENCES = {
+    "zh": {
+        "department": ["{c}建议挂{d}。", "看{c}应去{d}。", "{c}由{d}诊治，建议挂{d}。"],
+        "urgent": ["{c}是急症，请立即去急诊，由{d}诊治。", "{c}是急症，不能等，应立即去急诊，诊治科室是{d}。"],
+        "symptoms": ["{c}的常见表现有{s}。", "{c}的症状包括{s}。", "{c}通常表现为{s}。"],
+        "examinations": ["{c}常做的检查有{x}。", "诊断{c}，医生会安排{x}。", "{c}的检查项目包括{x}。"],
+        "management": ["{c}的处理方法：{m}。", "{c}的治疗：{m}。", "对{c}的应对是：{m}。"],
+        "emergency": [
+            "{c}如出现{e}，请立即拨打120或去急诊。",
+            "{c}的危险信号是{e}，遇到时要立即拨打120或去急诊。",
+            "{c}若伴有{e}，必须马上去急诊。",
+        ],
+    },
+    "en": {
+        "department": ["For {c}, see the {d} department.", "{C} belongs to the {d} department."],
+        "urgent": ["{C} is an emergency: go to the emergency department at once. It is treated by {d}."],
+        "symptoms": ["Common signs of {c} are {s}.", "The symptoms of {c} include {s}."],
+        "examinations": ["Usual tests for {c} are {x}.", "Doctors examine {c} with {x}."],
+        "management": ["Care for {c}: {m}.", "What is done for {c}: {m}."],
+        "emergency": [
+            "With {c}, call an ambulance or go to the emergency department at once in case of {e}.",
+            "The danger signs of {c} are {e}; then call an ambulance or go to the emergency department at once.",
+        ],
+    },
+}
+
+# Their characters all occur in the training documents: a byte never seen would weigh more than any fact.
+HELD_OUT_DOCUMENT_TEMPLATES = {
+    "zh": [
+        "出现{s}时，可能是{c}。患者到{d}就诊，做{x}来明确诊断。诊断后的治疗方法是：{m}。有{e}的患者需要急救。",
+        "{d}医生诊断{c}时，常发现患者有{s}。应做的检查：{x}。医生的处理：{m}。危险表现：{e}。",
+        "{c}伴有{e}时是急症，需要急救。平时的表现是{s}，就诊科室为{d}，检查以{x}为主，治疗方法为{m}。",
+    ],
+    "en": [
+        "People who suffer from {c} often notice {s}. The specialists of {d} take over and order {x}. "
+        "As a rule, {m}. Nobody should wait after {e}.",
+        "Think of {c} when a patient reports {s}. The patient is sent to {d}, where {x} may follow. "
+        "The usual plan is this: {m}. Every hour counts after {e}.",
+    ],
+}
+
+# Nobody "gets" an injury or a complication as one gets a disease; these endings take another verb.
+HAPPENS_TO_ONE = tuple("伤 骨折 中毒 出血 惊厥 黄疸 妊娠 剧吐 前期 胎盘 发作 休克 扭转 脱离 夹层 套叠 低体温症".split())
+SAYS_WHO_DECIDES = re.compile("医嘱|医生|专科|团队|立即|尽快|尽早")
+
+CONDITION_FIELDS = {"id", "zh", "en", "department", "symptoms", "examinations", "management", "emergency"}
+Row = dict[str, Any]
+
+
+def main() -> None:
+    """Read the two sources, check them, and write the sample files."""
+    args = parse_args()
+    facts, talk = read_yaml(SOURCE_DIR / "facts.yaml"), read_yaml(SOURCE_DIR / "talk.yaml")
+    check_facts(facts)
+    departments, conditions = facts["departments"], facts["conditions"]
+    author = {"zh": args.author, "en": args.author} if args.author else DEFAULT_AUTHOR
+
+    documents = build_documents(conditions, departments)
+    train, validation = build_conversations(conditions, departments, talk, args.name, author)
+    check_no_overlap(train, validation)
+
+    for path, lines in documents.items():
+        write_lines(args.output_dir / path, lines)
+    for path, rows in (("finetune/train.jsonl", train), ("finetune/validation.jsonl", validation)):
+        write_lines(args.output_dir / path, [json.dumps(row, ensure_ascii=False) for row in rows])
+    report(args.output_dir, documents, train, validation)
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line. Raises SystemExit where a renamed copy would replace the committed samples."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--output_dir", type=Path, default=SOURCE_DIR, help="where to write (default: %(default)s)")
+    parser.add_argument("--name", default=DEFAULT_NAME, help="what the assistant calls itself (default: %(default)s)")
+    parser.add_argument("--author", help=f"who trained it (default: {DEFAULT_AUTHOR['zh']} / {DEFAULT_AUTHOR['en']})")
+    args = parser.parse_args()
+    for flag, value in (("--name", args.name), ("--author", args.author)):
+        if value is not None and (not value.strip() or not value.isprintable()):
+            parser.error(f"{flag} {value!r} must be one line of visible text")
+    if args.output_dir.resolve() == SOURCE_DIR and (args.name != DEFAULT_NAME or args.author):
+        parser.error(
+            f"--name and --author would replace the committed samples in {args.output_dir}.\n"
+            "Write the renamed copy elsewhere, for example --output_dir outputs/data"
+        )
+    return args
+
+
+def read_yaml(path: Path) -> Any:
+    """Read one YAML file in UTF-8."""
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def check_facts(facts: dict[str, Any]) -> None:
+    """Stop with every problem of facts.yaml at once. Raises SystemExit."""
+    problems = []
+    seen: dict[tuple[str, str], int] = {}
+    for number, row in enumerate(facts["conditions"], start=1):
+        where = f"facts.yaml: condition {number} ({row.get('id', 'no id')})"
+        if set(row) - {"urgent"} != CONDITION_FIELDS:
+            odd = sorted(CONDITION_FIELDS ^ (set(row) - {"urgent"}))
+            problems.append(f"{where}: fields missing or unknown: {', '.join(odd)}")
+            continue
+        for key in ("id", "zh", "en"):
+            if first := seen.get((key, row[key])):
+                problems.append(f"{where}: {key} {row[key]!r} is taken by condition {first}")
+            seen[key, row[key]] = number
+        if row["department"] not in facts["departments"]:
+            problems.append(f"{where}: department {row['department']!r} has no entry under `departments`")
+        for key in ("symptoms", "examinations"):
+            if not 2 <= len(row[key]["zh"]) == len(row[key]["en"]) <= 4:
+                problems.append(f"{where}: {key} needs two to four items, as many in zh as in en")
+        for key in ("management", "emergency"):
+            problems += [f"{where}: {key}.{x} is empty" for x in ("zh", "en") if not row[key].get(x)]
+    if problems:
+        fail(problems)
+
+
+def fail(problems: list[str]) -> NoReturn:
+    """Print the first 20 problems and stop. Raises SystemExit."""
+    more = [f"and {len(problems) - 20} more"] if len(problems) > 20 else []
+    sys.exit("\n".join(["error: the samples were not written", *problems[:20], *more]))
+
+
+def join_zh(items: list[str]) -> str:
+    """甲、乙和丙; 以及 where an item has a 和 of its own."""
+    last = "以及" if any("和" in item for item in items) else "和"
+    return "、".join(items[:-1]) + last + items[-1]
+
+
+def join_en(items: list[str]) -> str:
+    """a, b and c; with a comma before the last where an item has an "and" of its own."""
+    last = ", and " if any(" and " in item for item in items) else " and "
+    return ", ".join(items[:-1]) + last + items[-1]
+
+
+def slots(row: Row, departments: dict[str, str], language: str) -> dict[str, str]:
+    """The words of one condition that sentences are filled with."""
+    if language == "en":
+        return {
+            "c": row["en"],
+            "C": row["en"][0].upper() + row["en"][1:],
+            "get": "",
+            "d": departments[row["department"]],
+            "s": join_en(row["symptoms"]["en"]),
+            "x": join_en(row["examinations"]["en"]),
+            "m": row["management"]["en"],
+            "e": row["emergency"]["en"],
+        }
+    management = row["management"]["zh"]
+    return {
+        "c": row["zh"],
+        "C": row["zh"],
+        "get": "发生" if row["zh"].endswith(HAPPENS_TO_ONE) else "得了",
+        "d": row["department"],
+        "s": join_zh(row["symptoms"]["zh"]),
+        "x": join_zh(row["examinations"]["zh"]),
+        "m": management if SAYS_WHO_DECIDES.search(management) else f"{management}，请遵医嘱",
+        "e": row["emergency"]["zh"],
+    }
+
+
+def answers(row: Row, departments: dict[str, str], language: str) -> dict[str, str]:
+    """The one answer to each kind of question about a condition."""
+    words = slots(row, departments, language)
+    in_emergency_department = row["department"] == "急诊科"
+    if language == "en":
+        department = "For {c}, see the {d} department."
+        if row.get("urgent"):
+            department = "{C} is an emergency: go to the emergency department at once."
+            department += "" if in_emergency_department else " It is treated by {d}."
+        patterns = {
+            "department": department,
+            "symptoms": "Common signs of {c} are {s}.",
+            "emergency": "With {c}, call an ambulance or go to the emergency department at once in case of {e}.",
+        }
+    else:
+        department = "{c}建议挂{d}。"
+        if row.get("urgent"):
+            department = "{c}是急症，请立即去急诊"
+            department += "科。" if in_emergency_department else "，由{d}诊治。"
+        patterns = {
+            "department": department,
+            "symptoms": "{c}的常见表现有{s}。",
+            "examinations": "{c}常做的检查有{x}。",
+            "management": "{c}的处理方法：{m}。",
+            "emergency": "{c}如出现{e}，请立即拨打120或去急诊。",
+        }
+    return {attribute: pattern.format(**words) for attribute, pattern in patterns.items()}
+
+
+def build_documents(conditions: list[Row], departments: dict[str, str]) -> dict[str, list[str]]:
+    """The pretraining files: {relative path: lines}. Chinese gets two paragraphs per condition, English one."""
+    rng = random.Random(SEED)
+    files: dict[str, list[str]] = {}
+    for language, variants in (("zh", 2), ("en", 1)):
+        lines = []
+        for row in conditions:
+            words = slots(row, departments, language)
+            pools = dict(DOCUMENT_SENTENCES[language])
+            urgent = pools.pop("urgent")
+            if row.get("urgent"):
+                pools["department"] = urgent
+            # Sampled without repetition, so that the variants of one condition differ in every sentence.
+            chosen = [rng.sample(pool, variants) for pool in pools.values()]
+            for variant in range(variants):
+                sentences = [templates[variant].format(**words) for templates in chosen]
+                rng.shuffle(sentences)
+                lines.append(("" if language == "zh" else " ").join(sentences))
+        rng.shuffle(lines)
+        files[f"pretrain/train_{language}.txt"] = lines
+
+    held_out = []
+    for language, count in HELD_OUT_DOCUMENTS.items():
+        for index, row in enumerate(rng.sample(conditions, count)):
+            template = HELD_OUT_DOCUMENT_TEMPLATES[language][index % len(HELD_OUT_DOCUMENT_TEMPLATES[language])]
+            held_out.append(template.format(**slots(row, departments, language)))
+    rng.shuffle(held_out)
+    files["pretrain/validation.txt"] = held_out
+    return files
+
+
+def conversation(category: str, *turns: str) -> Row:
+    """One ShareGPT row; the turns are the user's and the assistant's, in turn, the user first."""
+    speakers = ("human", "gpt")
+    messages = [{"from": speakers[index % 2], "value": text} for index, text in enumerate(turns)]
+    return {"conversations": messages, "category": category}
+
+
+def build_conversations(
+    conditions: list[Row], departments: dict[str, str], talk: dict[str, Any], name: str, author: dict[str, str]
+) -> tuple[list[Row], list[Row]]:
+    """The fine-tuning rows, training and validation, each in a shuffled order that does not depend on the names."""
+    rng = random.Random(SEED)
+    train, validation = build_fact_rows(conditions, departments, rng)
+    train += build_consultations(conditions, departments, rng)
+
+    for entry in talk["identity"]:
+        language = "zh" if re.search(r"[\u4e00-\u9fff]", entry["answer"]) else "en"
+        answer = entry["answer"].format(name=name, author=author[language])
+        train += [conversation("identity", question, answer) for question in entry["train"]]
+        validation += [conversation("identity", question, answer) for question in entry["held_out"]]
+    for section, category in (("talk", "talk"), ("refusals", "refusal"), ("emergency", "emergency_talk")):
+        for entry in talk[section]:
+            train.append(conversation(category, *entry.get("turns", (entry.get("question"), entry.get("answer")))))
+
+    rng.shuffle(train)
+    rng.shuffle(validation)
+    return train, validation
+
+
+def build_fact_rows(
+    conditions: list[Row], departments: dict[str, str], rng: random.Random
+) -> tuple[list[Row], list[Row]]:
+    """One-turn questions about every condition, and the held-out ones."""
+    train, validation = [], []
+    for language, phrasings in (("zh", ZH_PHRASINGS_PER_FACT), ("en", EN_PHRASINGS_PER_FACT)):
+        for index, row in enumerate(conditions):
+            words = slots(row, departments, language)
+            for attribute, answer in answers(row, departments, language).items():
+                for template in rng.sample(TRAIN_QUESTIONS[language][attribute], phrasings):
+                    train.append(conversation(attribute, template.format(**words), answer))
+                held_out = rng.choice(HELD_OUT_QUESTIONS[language][attribute])
+                if language == "zh" or index % EN_HELD_OUT_EVERY == 0:
+                    validation.append(conversation(attribute, held_out.format(**words), answer))
+    return train, validation
+
+
+def build_consultations(conditions: list[Row], departments: dict[str, str], rng: random.Random) -> list[Row]:
+    """Conversations of two or three questions about one condition that is named in the first one only."""
+    plan = [("zh", row) for row in conditions + rng.sample(conditions, ZH_EXTRA_CONSULTATIONS)]
+    plan += [("en", row) for row in rng.sample(conditions, EN_CONSULTATIONS)]
+    rows = []
+    for language, row in plan:
+        words = slots(row, departments, language)
+        known = answers(row, departments, language)
+        asked = rng.sample(list(known), rng.choice((2, 3)))
+        turns = []
+        for position, attribute in enumerate(asked):
+            pool = (FOLLOW_UPS if position else TRAIN_QUESTIONS)[language][attribute]
+            turns += [rng.choice(pool).format(**words), known[attribute]]
+        rows.append(conversation("consultation", *turns))
+    return rows
+
+
+def questions(rows: list[Row]) -> list[str]:
+    """Every user turn."""
+    return [turn["value"] for row in rows for turn in row["conversations"] if turn["from"] == "human"]
+
+
+def check_no_overlap(train: list[Row], validation: list[Row]) -> None:
+    """Stop if a question is both trained and validated, or asked twice on its own. Raises SystemExit."""
+    shared = sorted(set(questions(train)) & set(questions(validation)))
+    problems = [f"in train and in validation: {question}" for question in shared]
+    # A consultation opens with a question that is also asked alone; it has the same answer there.
+    counts = Counter(questions([row for row in train + validation if row["category"] != "consultation"]))
+    problems += [f"asked {count} times: {question}" for question, count in counts.items() if count > 1]
+    if problems:
+        fail(problems)
+
+
+def write_lines(path: Path, lines: list[str]) -> None:
+    """Write lines in UTF-8 with "\\n" on every system, so that the bytes are the same everywhere."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
+
+
+def report(output_dir: Path, documents: dict[str, list[str]], train: list[Row], validation: list[Row]) -> None:
+    """Print what was written."""
+    for path, lines in documents.items():
+        print(f"{output_dir / path}: {len(lines)} documents")
+    for path, rows in (("finetune/train.jsonl", train), ("finetune/validation.jsonl", validation)):
+        counts = Counter(row["category"] for row in rows)
+        shares = ", ".join(f"{category} {count}" for category, count in sorted(counts.items()))
+        print(f"{output_dir / path}: {len(rows)} rows ({shares})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,395 @@
+"""Ask a trained model: one question, a conversation in the terminal, or a file of questions.
+
+    python inference.py --model_name_or_path outputs-sft --query 感冒了怎么办？
+    python inference.py --model_name_or_path outputs-sft --interactive
+    python inference.py --model_name_or_path outputs-sft --data_file questions.jsonl --output_file answers.jsonl
+
+The model may be a hub name, a folder of whole weights, or the folder of an adapter (its base is found by itself);
+--lora_model puts an adapter on top. The chat template and the stop tokens come with the checkpoint.
+
+A row of --data_file has `conversations`, `messages`, `instruction` (with `input`), `prompt`, `query` or `question`; a
+.txt file has a question on each line. Where a row ends with an answer, that is not shown to the model and is written
+as `reference`:
+
+    {"question": "怎么办？", "answer": "休息。"}
+ -> {"question": "怎么办？", "answer": "休息。", "reference": "休息。", "response": "…", "finish_reason": "stop"}
+"""
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from medicalgpt.args import ModelArguments, parse_args
+from medicalgpt.chat import ChatEngine, ChatTemplateError, PromptTooLongError, Sampling
+from medicalgpt.data import SHOWN_PROBLEMS, Problem, Row, RowError, read_rows, to_prompt
+from medicalgpt.errors import UserError, run_main
+
+from loguru import logger
+from tqdm import tqdm
+
+# A signal of life at least this often where no progress bar can be drawn.
+SECONDS_BETWEEN_LINES = 30
+# Rows are written after so many batches: enough to sort by length, little to lose.
+BATCHES_PER_WRITE = 16
+
+HELP = """/clear        forget the conversation
+/system TEXT  set the system prompt (without TEXT: show it)
+/help         this list
+/exit         leave (or Ctrl-D)
+Ctrl-C stops an answer; what was said of it stays in the conversation."""
+
+
+@dataclass
+class InferenceArguments(ModelArguments):
+    """What is asked, and how the answer is sampled."""
+
+    model_name_or_path: str = field(
+        metadata={
+            "help": "Hub name, local folder, or the folder of an adapter (its base is found by itself).",
+            "aliases": ["--base_model"],
+        }
+    )
+    lora_model: str | None = field(default=None, metadata={"help": "Adapter to put on top of the model."})
+    query: str | None = field(default=None, metadata={"help": "Answer this one question."})
+    interactive: bool = field(
+        default=False, metadata={"help": "Talk in the terminal. The default if nothing else is asked for."}
+    )
+    data_file: str | None = field(
+        default=None, metadata={"help": "Answer every row of this .jsonl, .json or .txt file."}
+    )
+    output_file: str = field(
+        default="predictions_result.jsonl", metadata={"help": "Where --data_file's answers are written."}
+    )
+    overwrite_output_file: bool = field(default=False, metadata={"help": "Replace --output_file if it exists."})
+    ignore_fields: str | None = field(
+        default=None, metadata={"help": "Fields of --data_file's rows that are no part of the question, with commas."}
+    )
+    batch_size: int = field(default=8, metadata={"help": "Rows answered at a time.", "aliases": ["--eval_batch_size"]})
+    system_prompt: str | None = field(
+        default=None, metadata={"help": "System prompt for conversations that have none of their own."}
+    )
+    max_new_tokens: int = field(default=512, metadata={"help": "Most tokens of one answer."})
+    temperature: float = field(default=0.0, metadata={"help": "0: the best token every time; above: sampled."})
+    top_p: float = field(default=1.0, metadata={"help": "Sample from the likeliest tokens of this total probability."})
+    top_k: int = field(default=0, metadata={"help": "Sample from the k likeliest tokens; 0: from all."})
+    repetition_penalty: float = field(
+        default=1.0, metadata={"help": "Above 1: tokens that occurred already become less likely."}
+    )
+    seed: int | None = field(default=None, metadata={"help": "The same seed samples the same answers."})
+
+
+def main() -> None:
+    (arguments,) = parse_args(
+        InferenceArguments,
+        description=__doc__,
+        unused={"qlora": "It is a way to train; --load_in_4bit loads the weights in 4 bits."},
+    )
+    mode = choose_mode(arguments)
+    try:
+        sampling = Sampling(
+            max_new_tokens=arguments.max_new_tokens,
+            temperature=arguments.temperature,
+            top_p=arguments.top_p,
+            top_k=arguments.top_k,
+            repetition_penalty=arguments.repetition_penalty,
+            seed=arguments.seed,
+        )
+    except ValueError as error:
+        raise UserError(f"--{error}") from error
+
+    # Everything that can be wrong with the files shows before minutes are spent on loading a model.
+    questions = []
+    if mode == "data_file":
+        check_output_file(arguments)
+        questions = read_questions(arguments)
+
+    engine = ChatEngine.from_pretrained(
+        arguments.model_name_or_path,
+        lora_model=arguments.lora_model,
+        tokenizer_name_or_path=arguments.tokenizer_name_or_path,
+        dtype=arguments.dtype,
+        load_in_4bit=arguments.load_in_4bit,
+        load_in_8bit=arguments.load_in_8bit,
+        device_map=arguments.device_map,
+        hub=arguments.hub,
+        revision=arguments.model_revision,
+        cache_dir=arguments.cache_dir,
+    )
+    if mode == "query":
+        messages = [*system_message(arguments.system_prompt), {"role": "user", "content": arguments.query}]
+        say(engine, messages, sampling)
+    elif mode == "interactive":
+        talk(engine, sampling, arguments.system_prompt)
+    else:
+        answer_file(engine, sampling, questions, arguments)
+
+
+def choose_mode(arguments: InferenceArguments) -> str:
+    """Return "query", "interactive" or "data_file".
+
+    Raises:
+        UserError: not exactly one of them is asked for, or a flag has no effect.
+    """
+    modes = [
+        name for name in ("query", "interactive", "data_file") if name in arguments.given and getattr(arguments, name)
+    ]
+    if not modes and sys.stdin.isatty():
+        modes = ["interactive"]
+    if len(modes) != 1:
+        found = " and ".join(f"--{name}" for name in modes) or "none, and the input is no terminal"
+        raise UserError(f"choose exactly one of --query TEXT, --interactive and --data_file FILE (found: {found}).")
+    problems = []
+    if modes != ["data_file"]:
+        for name in ("output_file", "overwrite_output_file", "ignore_fields", "batch_size"):
+            if name in arguments.given:
+                problems.append(f"--{name} has no effect without --data_file; leave it out.")
+    if arguments.temperature == 0:
+        for name in ("top_p", "top_k", "seed"):
+            if name in arguments.given:
+                problems.append(f"--{name} has no effect at --temperature 0; add --temperature 0.7, say.")
+    if arguments.query is not None and not arguments.query.strip():
+        problems.append("--query is empty; give it a question.")
+    if arguments.batch_size < 1:
+        problems.append(f"--batch_size is {arguments.batch_size}, it must be at least 1.")
+    if problems:
+        raise UserError("\n  ".join(problems))
+    return modes[0]
+
+
+def system_message(text: str | None) -> list[dict[str, str]]:
+    return [{"role": "system", "content": text}] if text else []
+
+
+def say(engine: ChatEngine, messages: list[dict[str, Any]], sampling: Sampling) -> str:
+    """Print an answer while it is generated. Ctrl-C ends it early. Returns what was printed."""
+    pieces: list[str] = []
+    try:
+        with engine.stream(messages, sampling) as stream:
+            for piece in stream:
+                pieces.append(piece)
+                print(piece, end="", flush=True)
+        print(flush=True)
+        if stream.answer.finish_reason == "length":
+            note(f"(cut after {stream.answer.completion_tokens} tokens; --max_new_tokens {sampling.max_new_tokens})")
+    except KeyboardInterrupt:
+        print(flush=True)
+        note("(stopped)")
+    return "".join(pieces)
+
+
+def note(text: str) -> None:
+    """Tell the person something that is no part of an answer."""
+    print(text, file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In the terminal
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def talk(engine: ChatEngine, sampling: Sampling, system_prompt: str | None) -> None:
+    """A conversation of many turns, until /exit, Ctrl-D, the end of the input, or Ctrl-C at the prompt."""
+    if sys.stdin.isatty():
+        import readline  # noqa: F401  (gives `input` line editing that knows wide characters)
+
+        note("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves.")
+    history: list[dict[str, str]] = []
+    while True:
+        try:
+            line = input("\n> " if sys.stdin.isatty() else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        command, _, rest = line.partition(" ")
+        if not line:
+            continue
+        elif command == "/exit":
+            return
+        elif command == "/clear":
+            history.clear()
+            note("The conversation is forgotten.")
+        elif command == "/system":
+            system_prompt = rest.strip() or system_prompt
+            note(f"System prompt: {system_prompt or 'none'}")
+        elif command == "/help":
+            note(HELP)
+        elif command.startswith("/") and command[1:].isalpha() and not rest:
+            note(f"There is no command {command}; /help lists them.")
+        else:
+            messages = [*system_message(system_prompt), *history, {"role": "user", "content": line}]
+            try:
+                answer = say(engine, messages, sampling)
+            except PromptTooLongError as error:
+                note(f"error: {error} /clear starts again.")
+            except Exception as error:
+                note(f"error: {error or type(error).__name__}\nThis turn was left out of the conversation.")
+            else:
+                # An empty turn would teach the model to say nothing from here on.
+                if answer:
+                    history += [messages[-1], {"role": "assistant", "content": answer}]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From a file
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Question:
+    """One row of the data file and what is asked by it."""
+
+    row: Row
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None
+    reference: str | None
+
+
+def unfinished(output_file: str) -> Path:
+    return Path(f"{output_file}.partial")
+
+
+def check_output_file(arguments: InferenceArguments) -> None:
+    """Raises UserError if the answers would replace a file that nobody gave up."""
+    target, partial = Path(arguments.output_file), unfinished(arguments.output_file)
+    if target.resolve() == Path(arguments.data_file).resolve():
+        raise UserError(f"--output_file {target} is the data file itself; give it another name.")
+    if target.is_dir():
+        raise UserError(f"--output_file {target} is a folder; give the name of a file in it.")
+    for path in (target, partial):
+        if path.exists() and not arguments.overwrite_output_file:
+            what = "holds the answers of an interrupted run" if path == partial else "exists already"
+            raise UserError(f"{path} {what}. Give another --output_file, or add --overwrite_output_file to replace it.")
+
+
+def read_questions(arguments: InferenceArguments) -> list[Question]:
+    """Read and convert every row of the data file.
+
+    Raises:
+        UserError: any row is broken; all of them are named.
+    """
+    path = Path(arguments.data_file)
+    if not path.is_file() or path.suffix.lower() not in (".jsonl", ".json", ".txt"):
+        raise UserError(f"--data_file {path} must be an existing .jsonl, .json or .txt file (looked in {Path.cwd()}).")
+    ignored = frozenset(filter(None, (arguments.ignore_fields or "").replace(" ", "").split(",")))
+    questions: list[Question] = []
+    problems: list[Problem] = []
+    for row in read_rows(path):
+        if isinstance(row, Problem):
+            problems.append(row)
+            continue
+        try:
+            questions.append(to_question(row, ignored, arguments.system_prompt))
+        except RowError as error:
+            problems.append(Problem(row.place, error.reason, error.remedy, error.value))
+    refuse(problems)
+    if not questions:
+        raise UserError(f"{path} has no rows. Fill it, or give another --data_file.")
+    return questions
+
+
+def to_question(row: Row, ignored: frozenset[str], system_prompt: str | None) -> Question:
+    """Raises RowError if the row cannot be asked, or its answer would replace one of its own fields."""
+    prompt = to_prompt(row.value, ignored)
+    messages, reference = prompt["messages"], prompt["reference"]
+    if isinstance(row.value, dict):
+        taken = {"reference", "response", "finish_reason"}.intersection(row.value)
+        # An answer in `response` is the reference, and stays in the output under that name.
+        if reference is not None and row.value.get("response") == reference:
+            taken.discard("response")
+        if taken:
+            raise RowError(
+                f"the output would replace the row's own {', '.join(sorted(taken))}",
+                "Rename the field.",
+                {name: row.value[name] for name in taken},
+            )
+    if messages[0]["role"] != "system":
+        messages = [*system_message(system_prompt), *messages]
+    return Question(row, messages, prompt["tools"], reference)
+
+
+def refuse(problems: list[Problem]) -> None:
+    """Raises UserError if there is a problem."""
+    if problems:
+        shown = "\n  ".join(map(str, problems[:SHOWN_PROBLEMS]))
+        more = f"\n  … and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
+        raise UserError(f"{len(problems)} row(s) cannot be answered; nothing was generated:\n  {shown}{more}")
+
+
+def answer_file(
+    engine: ChatEngine, sampling: Sampling, questions: list[Question], arguments: InferenceArguments
+) -> None:
+    """Answer all questions and write them in the order of the data file."""
+    problems = []
+    for question in questions:
+        try:
+            engine.prompt_ids(question.messages, question.tools)
+        except PromptTooLongError as error:
+            problems.append(
+                Problem(
+                    question.row.place,
+                    f"the prompt has {error.prompt_tokens} tokens, the model's context {error.context_length}",
+                    "Shorten the row.",
+                )
+            )
+        except ChatTemplateError as error:
+            problems.append(Problem(question.row.place, str(error).rstrip("."), "Change the row."))
+    refuse(problems)
+
+    target, partial = Path(arguments.output_file), unfinished(arguments.output_file)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    started, tokens, rows_per_write = time.monotonic(), 0, arguments.batch_size * BATCHES_PER_WRITE
+    with open(partial, "w", encoding="utf-8") as file, progress(len(questions)) as advance:
+        for first in range(0, len(questions), rows_per_write):
+            chosen = questions[first : first + rows_per_write]
+            answers = engine.batch(
+                [question.messages for question in chosen],
+                # A row's draw depends on its number, not on how rows are grouped.
+                replace(sampling, seed=sampling.seed + first) if sampling.seed is not None else sampling,
+                batch_size=arguments.batch_size,
+                progress=advance,
+                tools=[question.tools for question in chosen],
+            )
+            for question, answer in zip(chosen, answers, strict=True):
+                row = question.row.value if isinstance(question.row.value, dict) else {"prompt": question.row.value}
+                row = row if question.reference is None else {**row, "reference": question.reference}
+                row = {**row, "response": answer.text, "finish_reason": answer.finish_reason}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                tokens += answer.completion_tokens
+            file.flush()
+    partial.replace(target)
+    seconds = time.monotonic() - started
+    logger.info(f"{len(questions)} answers, {tokens} tokens in {seconds:.1f} s ({tokens / seconds:.1f}/s): {target}")
+
+
+@contextmanager
+def progress(total: int) -> Iterator[Callable[[int], Any]]:
+    """Show how far it is: a bar on a terminal, a line every 30 s otherwise. Yields `advance(number_of_new_rows)`."""
+    if sys.stderr.isatty():
+        with tqdm(total=total, unit="row") as bar:
+            yield bar.update
+        return
+    done, started, finished = [], time.monotonic(), threading.Event()
+
+    def report() -> None:
+        while not finished.wait(SECONDS_BETWEEN_LINES):
+            rows, seconds = sum(done), time.monotonic() - started
+            left = f", about {seconds / rows * (total - rows):.0f} s left" if rows else ""
+            logger.info(f"{rows}/{total} rows after {seconds:.0f} s{left}")
+
+    reporter = threading.Thread(target=report, daemon=True)
+    reporter.start()
+    try:
+        yield done.append
+    finally:
+        finished.set()
+        reporter.join()
+
+
+if __name__ == "__main__":
+    run_main(main)

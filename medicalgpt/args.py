@@ -1,0 +1,372 @@
+"""Arguments that every stage shares, and one strict parser for all programs.
+
+A flag is declared once, as a dataclass field. What transformers or TRL declare already is not declared again.
+"""
+
+import dataclasses
+import difflib
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import yaml
+
+# Spellings of MedicalGPT and of older transformers and TRL versions, each with the name that today's library uses.
+RENAMED = {
+    "evaluation_strategy": "eval_strategy",
+    "no_cuda": "use_cpu",
+    "warmup_ratio": "warmup_steps",
+    "use_auth_token": "token",
+    "logging_first_steps": "logging_first_step",
+}
+# Old switches that became a value of another flag: {old: (new flag, {value given: value passed on})}.
+RENAMED_VALUES = {
+    "group_by_length": ("train_sampling_strategy", {"true": "group_by_length", "false": "random"}),
+}
+# Flags that other tools know and that cannot be honoured here, each with what to do instead.
+GONE = {
+    "logging_dir": "TensorBoard files go below --output_dir; name a tracker with --report_to tensorboard.",
+    "save_safetensors": "Weights are always saved as safetensors; leave the flag out.",
+    "fp16_backend": "Choose --bf16 or --fp16; the backend is torch's own.",
+}
+# Fields of TrainingArguments that must not be shown as if they did something in these scripts.
+UNUSED_TRAINING_ARGUMENTS = {
+    "do_predict": "These scripts train and evaluate; generate with inference.py.",
+    "push_to_hub": "Upload with `hf upload` after training; no stage pushes by itself.",
+    "hub_model_id": "Upload with `hf upload` after training; no stage pushes by itself.",
+    "hub_strategy": "Upload with `hf upload` after training; no stage pushes by itself.",
+    "hub_token": "Log in with `hf auth login`; tokens do not belong on a command line.",
+    "hub_private_repo": "Upload with `hf upload` after training; no stage pushes by itself.",
+    "hub_always_push": "Upload with `hf upload` after training; no stage pushes by itself.",
+    "hub_revision": "Upload with `hf upload` after training; no stage pushes by itself.",
+}
+# Fields of TRL's SFTConfig that these scripts decide otherwise, since rows are encoded and checked before training.
+UNUSED_SFT_ARGUMENTS = {
+    **UNUSED_TRAINING_ARGUMENTS,
+    "max_length": "Say --model_max_length (fine-tuning) or --block_size (pretraining).",
+    "truncation_mode": "Nothing is cut: a row that is too long is refused, or left out with --skip_long_rows True.",
+    "dataset_text_field": "Rows are recognised by their fields; data/README.md shows the formats.",
+    "dataset_kwargs": "Rows are encoded before the trainer sees them.",
+    "dataset_num_proc": "Say --preprocessing_num_workers.",
+    "shuffle_dataset": "Rows are shuffled anyway in each epoch, by --data_seed.",
+    "padding_free": "Say --packing True.",
+    "packing_strategy": "Whole sequences are packed, best fit first.",
+    "eval_packing": "Held-out rows are never packed.",
+    "completion_only_loss": "Only answers are trained on; --train_on_inputs True trains on all.",
+    "assistant_only_loss": "Only answers are trained on; --train_on_inputs True trains on all.",
+    "chat_template_path": "Say --template_name.",
+    "eos_token": "The chat template sets it; say --template_name.",
+    "pad_token": "It follows from the tokenizer.",
+    "model_init_kwargs": "Say --dtype, --load_in_4bit, --model_revision and the like.",
+    "remove_unused_columns": "The trainer is given nothing but what it uses.",
+}
+
+
+@dataclass
+class ModelArguments:
+    """Which model, and in which numeric form."""
+
+    model_name_or_path: str = field(
+        metadata={"help": "Hub name, local folder, or the folder of an adapter (its base is found by itself)."}
+    )
+    tokenizer_name_or_path: str | None = field(
+        default=None, metadata={"help": "Tokenizer, if it is not the model's own."}
+    )
+    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the hub."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
+    hub: str = field(
+        default="huggingface",
+        metadata={
+            "help": "Where names are looked up. `HF_ENDPOINT` chooses a mirror of Hugging Face.",
+            "choices": ["huggingface", "modelscope"],
+        },
+    )
+    dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "Type of the loaded weights. auto: bfloat16 where the GPU has it and adapters are trained, "
+            "float32 otherwise.",
+            "choices": ["auto", "bfloat16", "float16", "float32"],
+            "aliases": ["--torch_dtype", "--torch-dtype"],
+        },
+    )
+    device_map: str | None = field(
+        default=None,
+        metadata={"help": "auto spreads one model over the visible GPUs of a single process. Unset: one GPU each."},
+    )
+    load_in_4bit: bool = field(default=False, metadata={"help": "Load the base as NF4; only adapters are trained."})
+    load_in_8bit: bool = field(default=False, metadata={"help": "Load the base as int8; only adapters are trained."})
+    qlora: bool = field(
+        default=False,
+        metadata={"help": "The QLoRA recipe: 4-bit NF4 with double quantization. Implies --load_in_4bit."},
+    )
+
+
+@dataclass
+class LoraArguments:
+    """Low-rank adapters (https://arxiv.org/abs/2106.09685)."""
+
+    use_peft: bool = field(default=True, metadata={"help": "Train an adapter; False trains every weight."})
+    peft_path: str | None = field(default=None, metadata={"help": "Go on training this adapter."})
+    lora_rank: int = field(default=8, metadata={"help": "Rank r of the update."})
+    lora_alpha: float = field(default=16.0, metadata={"help": "The update is scaled by alpha / r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the adapter's input."})
+    target_modules: str = field(
+        default="all",
+        metadata={"help": "all: every linear layer but the head; or module names with commas (q_proj,v_proj)."},
+    )
+    modules_to_save: str | None = field(
+        default=None,
+        metadata={"help": "Modules trained in full beside the adapter, with commas (embed_tokens,lm_head)."},
+    )
+
+
+@dataclass
+class DataArguments:
+    """Which rows are trained on and which are held out."""
+
+    train_file_dir: str | None = field(
+        default=None, metadata={"help": "File or folder of training data, searched with its subfolders."}
+    )
+    validation_file_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "File or folder of held-out data. Unset: files named validation*, valid*, dev*, eval* or test* in "
+            "--train_file_dir are the held-out data."
+        },
+    )
+    dataset_name: str | None = field(default=None, metadata={"help": "Data set on the hub, instead of files."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that data set."})
+    validation_split_percentage: float = field(
+        default=0.0,
+        metadata={"help": "Percent of the training rows to hold out, chosen by --data_seed, if there is no other."},
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use the first N training rows."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use the first N held-out rows."})
+    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
+    ignore_fields: str | None = field(
+        default=None, metadata={"help": "Fields of a row that may be there and are not used, with commas."}
+    )
+    skip_bad_rows: bool = field(
+        default=False, metadata={"help": "Leave out and count rows that cannot be used, instead of stopping."}
+    )
+    skip_long_rows: bool = field(
+        default=False, metadata={"help": "Leave out and count rows that are too long, instead of stopping."}
+    )
+    allow_overlap: bool = field(
+        default=False, metadata={"help": "Go on although held-out rows occur among the training rows."}
+    )
+
+
+@dataclass
+class RunArguments:
+    """What happens around the training."""
+
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Remove the run that --output_dir holds and start over."}
+    )
+    sample_prompts: int = field(
+        default=3, metadata={"help": "Prompts answered before and after training, to see what changed; 0 for none."}
+    )
+
+
+def settle_precision(args: Any) -> None:
+    """Choose the device and autocast that the machine has; call it at the start of `__post_init__`.
+
+    Args:
+        args: a TrainingArguments in the making, changed in place. `bf16` of None becomes True where a GPU computes in
+            bfloat16; there it is faster than float32, on a CPU it is slower.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        args.use_cpu = True
+    if args.bf16 is None:
+        args.bf16 = not args.fp16 and bf16_gpu()
+
+
+def bf16_gpu() -> bool:
+    """Whether there is a GPU that computes in bfloat16."""
+    import torch
+
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+class StrictParser:
+    """`HfArgumentParser` with YAML files, old spellings, and no silent guess.
+
+    Every problem of names is reported in one message with the nearest known flag; there are no abbreviations.
+
+    Args:
+        classes: dataclasses whose fields become flags.
+        description: text shown above the flags by `--help`.
+        unused: fields without effect in this program, with the reason; they are hidden, and refused if given.
+    """
+
+    def __init__(self, *classes: type, description: str | None = None, unused: Mapping[str, str] | None = None):
+        from argparse import SUPPRESS, RawDescriptionHelpFormatter
+
+        from transformers import HfArgumentParser
+
+        self.parser = HfArgumentParser(
+            classes, allow_abbrev=False, description=description, formatter_class=RawDescriptionHelpFormatter
+        )
+        self.parser.error = self._fail
+        self.unused = {**GONE, **(unused or {})}
+        self.parser.add_argument("--config", help="YAML file of flags; the command line wins over it.")
+        for action in self.parser._actions:
+            if action.dest in self.unused:
+                action.help = SUPPRESS
+        self.dest_of = {
+            option.lstrip("-"): action.dest
+            for option, action in self.parser._option_string_actions.items()
+            if option.startswith("--")
+        }
+
+    def parse(self, argv: Sequence[str]) -> tuple[Any, ...]:
+        """Return one instance of each dataclass. Exits with code 2 on any problem, naming all of them.
+
+        Each instance gets an attribute `given`, the set of field names that the user set.
+        """
+        argv = list(argv)
+        if not {"-h", "--help"}.isdisjoint(argv):
+            self.parser.print_help()
+            sys.exit(0)
+        config_tokens, command_line = self._split_config(argv)
+        problems: list[str] = []
+        tokens: list[str] = []
+        given: dict[str, str] = {}
+        for part, origins in (config_tokens, command_line):
+            seen_here: dict[str, str] = {}
+            for position, token in enumerate(part):
+                if not token.startswith("--"):
+                    tokens.append(token)
+                    continue
+                name, equals, value = token[2:].partition("=")
+                following = part[position + 1] if position + 1 < len(part) else None
+                new, new_value, problem = self._today(name, value if equals else following, origins[position])
+                if problem:
+                    problems.append(problem)
+                    continue
+                dest = self.dest_of[new]
+                if dest in seen_here and seen_here[dest] != name:
+                    problems.append(
+                        f"{origins[position]}--{name} and --{seen_here[dest]} set the same thing; keep one of them."
+                    )
+                seen_here[dest] = name
+                tokens.append(f"--{new}={new_value if new_value is not None else value}" if equals else f"--{new}")
+                if new_value is not None and not equals and following is not None:
+                    part[position + 1] = new_value
+            given.update(seen_here)
+        if problems:
+            self._fail("\n  ".join(dict.fromkeys(problems)))
+        namespace = vars(self.parser.parse_args(tokens))
+        namespace.pop("config", None)
+        return tuple(self._build(cls, namespace, set(given)) for cls in self.parser.dataclass_types)
+
+    def _build(self, cls: type, namespace: dict[str, Any], given: set[str]) -> Any:
+        names = [f.name for f in dataclasses.fields(cls) if f.init]
+        try:
+            instance = cls(**{name: namespace[name] for name in names})
+        except (ValueError, TypeError, ImportError, RuntimeError) as error:
+            self._fail(str(error))
+        instance.given = frozenset(given.intersection(names))
+        return instance
+
+    def _today(self, name: str, value: str | None, origin: str) -> tuple[str, str | None, str | None]:
+        """Return (today's name, its value if that changes, problem)."""
+        plain = name.replace("-", "_")
+        if plain in RENAMED_VALUES and RENAMED_VALUES[plain][0] in self.dest_of:
+            new, values = RENAMED_VALUES[plain]
+            key = "true" if value is None or value.startswith("--") else value.lower()
+            if key not in values or value is None or value.startswith("--"):
+                return name, None, f"{origin}--{name} needs True or False; today it is --{new} {values['true']}"
+            return new, values[key], None
+        if RENAMED.get(plain) in self.dest_of:
+            return RENAMED[plain], None, None
+        if plain in self.unused:
+            return name, None, f"{origin}--{name} has no effect in this program. {self.unused[plain]}"
+        if name in self.dest_of:
+            return name, None, None
+        known = [option for option in self.dest_of if option.replace("-", "_") == option and option not in self.unused]
+        near = difflib.get_close_matches(plain, known, n=1, cutoff=0.6)
+        hint = f"did you mean --{near[0]}?" if near else "see --help for the flags it has."
+        return name, None, f"{origin}unknown flag --{name}: {hint}"
+
+    def _split_config(self, argv: list[str]) -> tuple[tuple[list[str], list[str]], tuple[list[str], list[str]]]:
+        """Separate `--config FILE` from the command line; both as (tokens, where each token stands)."""
+        rest: list[str] = []
+        path: str | None = None
+        index = 0
+        while index < len(argv):
+            if argv[index] == "--config" and index + 1 < len(argv):
+                path = argv[index + 1]
+                index += 2
+            elif argv[index].startswith("--config="):
+                path = argv[index].partition("=")[2]
+                index += 1
+            else:
+                rest.append(argv[index])
+                index += 1
+        return self._read_yaml(path) if path else ([], []), (rest, [""] * len(rest))
+
+    def _read_yaml(self, path: str) -> tuple[list[str], list[str]]:
+        try:
+            with open(path, encoding="utf-8") as file:
+                text = file.read()
+            root = yaml.compose(text, Loader=yaml.SafeLoader)
+            values = yaml.safe_load(text)
+        except OSError as error:
+            self._fail(f"--config {path}: {error.strerror or error}. Give the path of a YAML file.")
+        except yaml.YAMLError as error:
+            self._fail(f"--config {path} is not valid YAML: {error}")
+        if values is None:
+            return [], []
+        if not isinstance(values, dict):
+            self._fail(f"--config {path} must hold `flag: value` lines, it holds a {type(values).__name__}.")
+        tokens: list[str] = []
+        origins: list[str] = []
+        for key_node, _ in root.value:
+            key, line = key_node.value, key_node.start_mark.line + 1
+            value = values[key]
+            if value is None:
+                continue
+            parts = [f"--{key}", *map(_as_token, value)] if isinstance(value, list) else [f"--{key}", _as_token(value)]
+            tokens += parts
+            origins += [f"{path}:{line}: "] * len(parts)
+        return tokens, origins
+
+    def _fail(self, message: str) -> NoReturn:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"error: {message}\n  all flags: python {self.parser.prog} --help", file=sys.stderr)
+        sys.exit(2)
+
+
+def parse_args(
+    *classes: type,
+    description: str | None = None,
+    unused: Mapping[str, str] | None = None,
+    argv: Sequence[str] | None = None,
+) -> tuple[Any, ...]:
+    """Parse the command line into one instance of each dataclass.
+
+    Args:
+        classes: dataclasses; field metadata may hold `help`, `choices`, `aliases`.
+        description: shown by `--help`.
+        unused: fields that have no effect in this program, with what to do instead; refused if given.
+        argv: arguments without the program's name; the command line by default.
+
+    Raises:
+        SystemExit: code 2 after a message that names every unknown, unused or doubled flag.
+    """
+    return StrictParser(*classes, description=description, unused=unused).parse(sys.argv[1:] if argv is None else argv)
+
+
+def _as_token(value: Any) -> str:
+    if isinstance(value, dict):
+        import json
+
+        return json.dumps(value, ensure_ascii=False)
+    return str(value)

@@ -1,0 +1,195 @@
+"""From converted rows to token ids and labels.
+
+The chat template of the tokenizer renders every conversation, here as in serving, so the two cannot differ. Each row
+is checked while it is encoded: the ids before an answer are the ids that serving would send as the prompt, the answer
+and its turn end are supervised, and the whole row fits.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from medicalgpt.data import LoadedData, Problem
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Token ids of one sequence and its labels: the id where a token is supervised, -100 where not."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+class EncodingError(ValueError):
+    """A row that cannot be encoded; `reason` and `remedy` as in `data.Problem`, `too_long` if that is the reason."""
+
+    def __init__(self, reason: str, remedy: str, too_long: bool = False):
+        super().__init__(reason)
+        self.reason, self.remedy, self.too_long = reason, remedy, too_long
+
+
+def encode_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[dict[str, Any]],
+    tools: Sequence[dict[str, Any]] | None = None,
+    *,
+    max_length: int | None = None,
+    train_on_inputs: bool = False,
+) -> list[Sample]:
+    """Encode one conversation; only assistant text and its turn end are supervised.
+
+    One sample, where the template renders each turn the same whatever follows. Templates of thinking models drop the
+    thoughts of earlier turns: such a conversation becomes one sample a turn, each with the prompt that serving gives.
+
+    Args:
+        tokenizer: with a chat template that marks assistant text by `{% generation %}`.
+        messages: OpenAI form, ending with the assistant.
+        tools: OpenAI form.
+        max_length: in tokens; a longer sequence is refused, never cut.
+        train_on_inputs: supervise every token instead.
+
+    Raises:
+        EncodingError: too long, or an answer whose first characters melt into the prompt's last token.
+    """
+    turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    prompts = [_render(tokenizer, messages[:turn], tools, add_generation_prompt=True) for turn in turns]
+    full = _render(tokenizer, messages, tools)
+    if all(full.startswith(prompt) for prompt in prompts):
+        return [_encode_rendered(tokenizer, messages, tools, prompts, max_length, train_on_inputs)]
+    samples = []
+    for turn, prompt in zip(turns, prompts, strict=True):
+        samples.append(_encode_rendered(tokenizer, messages[: turn + 1], tools, [prompt], max_length, train_on_inputs))
+    return samples
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence, tools: Sequence | None, **options: Any) -> str:
+    return tokenizer.apply_chat_template(list(messages), tools=tools, tokenize=False, **options)
+
+
+def _encode_rendered(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[dict[str, Any]],
+    tools: Sequence[dict[str, Any]] | None,
+    prompts: list[str],
+    max_length: int | None,
+    train_on_inputs: bool,
+) -> Sample:
+    """Encode a conversation of which the turns that start after `prompts` are supervised."""
+    encoded = tokenizer.apply_chat_template(
+        list(messages),
+        tools=tools,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        tokenizer_kwargs={"return_offsets_mapping": True},
+    )
+    ids, mask, offsets = encoded["input_ids"], encoded["assistant_masks"], encoded["offset_mapping"]
+    if max_length is not None and len(ids) > max_length:
+        raise EncodingError(
+            f"{len(ids)} tokens, longer than the {max_length} that fit",
+            "Raise --model_max_length, shorten the row, or leave it out with --skip_long_rows True",
+            too_long=True,
+        )
+    spans = _spans(mask)[-len(prompts) :]
+    for (start, _), prompt in zip(spans, prompts, strict=True):
+        if offsets[start][0] != len(prompt):
+            raise EncodingError(
+                "the first characters of an answer form one token with the end of the prompt, so that no model could "
+                "produce them in serving",
+                "Remove the white space at the start of the answer",
+            )
+    if train_on_inputs:
+        return Sample(list(ids), list(ids))
+    labels = [IGNORED] * len(ids)
+    for start, end in spans:
+        labels[start:end] = ids[start:end]
+    return Sample(list(ids), labels)
+
+
+def _spans(mask: Sequence[int]) -> list[tuple[int, int]]:
+    """Runs of ones as (start, end). Turns of the assistant never touch: a user or tool turn stands between."""
+    spans, start = [], None
+    for position, bit in enumerate([*mask, 0]):
+        if bit and start is None:
+            start = position
+        elif not bit and start is not None:
+            spans.append((start, position))
+            start = None
+    return spans
+
+
+def render_prompts(tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]], count: int) -> list[str]:
+    """The first prompts of up to `count` rows, spread evenly over them, as serving would render them."""
+    step = max(1, len(rows) // max(count, 1))
+    prompts = []
+    for row in rows[::step][:count]:
+        first = next(number for number, message in enumerate(row["messages"]) if message["role"] == "assistant")
+        prompts.append(_render(tokenizer, row["messages"][:first], row["tools"], add_generation_prompt=True))
+    return prompts
+
+
+def encode_document(tokenizer: PreTrainedTokenizerBase, text: str, block_size: int, end: bool = True) -> list[Sample]:
+    """Encode one document for pretraining, its end token included, in pieces of at most `block_size` tokens.
+
+    No token is lost: a document longer than a block goes on in the next piece.
+
+    Args:
+        tokenizer: adds its own BOS if it wants one.
+        text: the document.
+        block_size: tokens of a piece at the most.
+        end: append the end-of-text token.
+    """
+    ids = tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"]
+    if end and (not ids or ids[-1] != tokenizer.eos_token_id):
+        ids.append(tokenizer.eos_token_id)
+    return [Sample(ids[at : at + block_size], ids[at : at + block_size]) for at in range(0, len(ids), block_size)]
+
+
+def encode_rows(
+    data: LoadedData, side: str, encode: Callable[[dict[str, Any]], list[Sample]], num_proc: int | None = None
+) -> Dataset:
+    """Encode all rows of one side to `input_ids` and `labels`; rows that fail join `data.problems`.
+
+    Args:
+        data: converted rows; `LoadedData.settle` says what becomes of those that cannot be encoded.
+        side: `train` or `validation`.
+        encode: takes a row, returns samples, raises `EncodingError`.
+        num_proc: processes; worth it for many thousand rows.
+
+    Returns:
+        Columns `input_ids`, `labels` and `place`; a row may give several samples.
+    """
+    rows = getattr(data, side)
+
+    def encode_batch(batch: dict[str, list]) -> dict[str, list]:
+        columns: dict[str, list] = {"input_ids": [], "labels": [], "place": [], "problem": []}
+        for text in batch["row"]:
+            row = json.loads(text)
+            try:
+                samples, problem = encode(row), ""
+            except EncodingError as error:
+                problem = json.dumps([error.reason, error.remedy + ".", error.too_long], ensure_ascii=False)
+                samples = [Sample([], [])]
+            for sample in samples:
+                columns["input_ids"].append(sample.input_ids)
+                columns["labels"].append(sample.labels)
+                columns["place"].append(row["place"])
+                columns["problem"].append(problem)
+        return columns
+
+    dataset = Dataset.from_dict({"row": [json.dumps(row, ensure_ascii=False) for row in rows]})
+    dataset = dataset.map(
+        encode_batch, batched=True, remove_columns=["row"], num_proc=num_proc, desc=f"tokenizing {side}"
+    )
+    for place, text in zip(dataset["place"], dataset["problem"], strict=True):
+        if text:
+            reason, remedy, too_long = json.loads(text)
+            data.problems.append(Problem(place, reason, remedy, kind="too long" if too_long else "unusable"))
+    dataset = dataset.filter(lambda problem: not problem, input_columns="problem")
+    return dataset.remove_columns("problem")

@@ -1,0 +1,40 @@
+"""Errors that are the user's to mend, printed without a traceback."""
+
+import os
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """Something the user can put right. The text says what happened, where, and what to do."""
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Run a program: a `UserError` ends it with its message and exit code 1; `--debug` shows the traceback as well.
+
+    Raises:
+        SystemExit: with code 1 after a `UserError`, 130 after Ctrl-C.
+    """
+    # transformers has a `--debug` of its own that takes a value; only the bare flag is ours.
+    debug = _take_bare_debug_flag(sys.argv)
+    try:
+        main()
+    except UserError as error:
+        if debug:
+            raise
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"\nerror: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("\nstopped", file=sys.stderr, flush=True)
+        sys.exit(130)
+
+
+def _take_bare_debug_flag(argv: list[str]) -> bool:
+    for index, token in enumerate(argv):
+        if token == "--debug" and (index + 1 == len(argv) or argv[index + 1].startswith("--")):
+            del argv[index]
+            return True
+    return False

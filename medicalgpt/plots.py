@@ -1,0 +1,242 @@
+"""Loss curves of a finished run.
+
+Reads what a stage left in its `output_dir` and never talks to a trainer. Live logging belongs to `--report_to`.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+
+from medicalgpt.errors import UserError
+
+Point = tuple[float, float]
+
+# Mid-tones with a contrast of at least 3:1 against both a white and a near-black page.
+COLOURS = ("#3b82f6", "#ea580c", "#0d9488", "#a855f7", "#db2777", "#65a30d")
+
+
+def read_metrics(output_dir: str | Path) -> list[dict]:
+    """Return the log events of a run in the order they were written.
+
+    `metrics.jsonl` is read where it exists, otherwise the `log_history` of `trainer_state.json`.
+
+    Raises:
+        UserError: `output_dir` holds neither file, or a line is not a JSON object; the message names `file:line`.
+    """
+    output_dir = Path(output_dir)
+    metrics_file = output_dir / "metrics.jsonl"
+    state_file = output_dir / "trainer_state.json"
+    if metrics_file.is_file():
+        events = []
+        for number, line in enumerate(metrics_file.read_text(encoding="utf-8").splitlines(), start=1):
+            if not line.strip():
+                continue
+            try:
+                event = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{metrics_file}:{number}: not JSON ({error.msg}): {line[:80]!r}") from None
+            if not isinstance(event, dict):
+                raise UserError(f"{metrics_file}:{number}: expected a JSON object, found {line[:80]!r}")
+            events.append(event)
+        return events
+    if state_file.is_file():
+        try:
+            return list(json.loads(state_file.read_text(encoding="utf-8"))["log_history"])
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise UserError(f"{state_file}: no readable log_history ({error!r}).") from None
+    raise UserError(
+        f"{output_dir} holds neither metrics.jsonl nor trainer_state.json. Is it the output_dir of a training run?"
+    )
+
+
+def loss_series(events: Sequence[Mapping]) -> dict[str, list[Point]]:
+    """Return the (step, loss) points of the train and the eval loss; a series without points is left out.
+
+    A loss that was logged as null or as no number becomes NaN, so that a curve shows the gap. A run that was resumed
+    logs some steps again: the later event counts.
+    """
+    series: dict[str, dict[float, float]] = {"train loss": {}, "eval loss": {}}
+    for event in events:
+        for name, key in (("train loss", "loss"), ("eval loss", "eval_loss")):
+            if key in event and "step" in event:
+                series[name][float(event["step"])] = _number(event[key])
+    return {name: sorted(points.items()) for name, points in series.items() if points}
+
+
+def plot_loss(output_dir: str | Path) -> Path:
+    """Write `loss.png` (train and eval loss against step) into `output_dir` and return its path.
+
+    A run that logged no loss gets a picture that says so: a finished training must not fail on its picture.
+    Raises what `read_metrics` raises.
+    """
+    series = loss_series(read_metrics(output_dir))
+    # Imported here because it takes about a second. The object interface needs no display and no global state.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for colour, (name, points) in zip(COLOURS, series.items(), strict=False):
+        # Markers keep a lone point between two gaps visible.
+        marker = "o" if name == "eval loss" or len(points) <= 40 else None
+        axes.plot(*zip(*points, strict=True), label=name, color=colour, marker=marker, markersize=3, linewidth=1.5)
+    if series:
+        axes.legend(frameon=False)
+        axes.grid(alpha=0.25)
+    else:
+        axes.text(0.5, 0.5, "no loss was logged", ha="center", va="center", transform=axes.transAxes)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    axes.set_title("loss")
+    axes.spines[["top", "right"]].set_visible(False)
+    path = Path(output_dir) / "loss.png"
+    figure.savefig(path)
+    return path
+
+
+def svg_curve(
+    series: Mapping[str, Sequence[Point]],
+    title: str,
+    x_label: str = "step",
+    y_label: str = "loss",
+    width: int = 440,
+    height: int = 280,
+    max_points: int = 600,
+) -> str:
+    """Return an inline SVG line chart, for a page that must not request anything.
+
+    Text and grid take the page's own colour (`currentColor`), so the chart follows light and dark mode.
+
+    Args:
+        series: name -> (x, y) points. A y that is not finite breaks the line there. Points are drawn in order of x.
+        width, height: size of the drawing in its own units; on the page it scales to the room it gets.
+        max_points: a longer series is drawn by the lowest and the highest point of equal groups, which looks the same.
+
+    Raises:
+        ValueError: an x is not finite.
+    """
+    ordered = {name: sorted(points, key=lambda point: point[0]) for name, points in series.items()}
+    for name, points in ordered.items():
+        for x, _ in points:
+            if not math.isfinite(x):
+                raise ValueError(f"{title}: series {name!r} has an x that is not finite: {x!r}")
+    ordered = {name: points for name, points in ordered.items() if any(math.isfinite(y) for _, y in points)}
+
+    text = escape(title)
+    parts = [
+        f'<svg class="curve" viewBox="0 0 {width} {height}" role="img" aria-label="{text}" '
+        f'font-family="system-ui, sans-serif" font-size="12" fill="currentColor">',
+        f'<text x="8" y="18" font-size="14" font-weight="600">{text}</text>',
+    ]
+    if not ordered:
+        parts.append(f'<text x="{width / 2:g}" y="{height / 2:g}" text-anchor="middle">no values were logged</text>')
+        return "".join(parts) + "</svg>"
+
+    legend_rows = (len(ordered) + 1) // 2
+    left, right, top, bottom = 52, width - 14, 34 + 18 * legend_rows, height - 42
+    xs = [x for points in ordered.values() for x, y in points if math.isfinite(y)]
+    ys = [y for points in ordered.values() for _, y in points if math.isfinite(y)]
+    x_ticks, x_low, x_high = _axis(min(xs), max(xs), whole=all(x == int(x) for x in xs), widen=False)
+    y_ticks, y_low, y_high = _axis(min(ys), max(ys), whole=False, widen=True)
+
+    def place(x: float, y: float) -> Point:
+        return (
+            left + (x - x_low) / (x_high - x_low) * (right - left),
+            bottom - (y - y_low) / (y_high - y_low) * (bottom - top),
+        )
+
+    for value, label in y_ticks:
+        y = place(x_low, value)[1]
+        parts.append(
+            f'<line x1="{left}" x2="{right}" y1="{y:.2f}" y2="{y:.2f}" stroke="currentColor" stroke-opacity="0.15"/>'
+            f'<text class="y-tick" x="{left - 7}" y="{y + 4:.2f}" text-anchor="end" opacity="0.8">{label}</text>'
+        )
+    for value, label in x_ticks:
+        x = place(value, y_low)[0]
+        parts.append(
+            f'<line x1="{x:.2f}" x2="{x:.2f}" y1="{bottom}" y2="{bottom + 4}" stroke="currentColor" '
+            f'stroke-opacity="0.5"/><text class="x-tick" x="{x:.2f}" y="{bottom + 17}" text-anchor="middle" '
+            f'opacity="0.8">{label}</text>'
+        )
+    parts.append(
+        f'<line x1="{left}" x2="{right}" y1="{bottom}" y2="{bottom}" stroke="currentColor" stroke-opacity="0.5"/>'
+        f'<text x="{(left + right) / 2:g}" y="{height - 8}" text-anchor="middle" opacity="0.8">{escape(x_label)}</text>'
+        f'<text transform="translate(13 {(top + bottom) / 2:g}) rotate(-90)" text-anchor="middle" '
+        f'opacity="0.8">{escape(y_label)}</text>'
+    )
+
+    for index, (name, points) in enumerate(ordered.items()):
+        colour = COLOURS[index % len(COLOURS)]
+        # The dash tells the series apart where colours cannot.
+        dash = ("", "6 3", "2 3")[index // len(COLOURS) % 3] if len(ordered) > len(COLOURS) else ("", "7 3")[index % 2]
+        stroke = f'stroke="{colour}" stroke-width="1.8"' + (f' stroke-dasharray="{dash}"' if dash else "")
+        finite = [y for _, y in points if math.isfinite(y)]
+        legend_x, legend_y = 8 + index % 2 * (width / 2), 38 + index // 2 * 18
+        change = " → ".join(f"{y:#.3g}".rstrip(".") for y in (finite[0], finite[-1])[: len(finite)])
+        parts.append(
+            f'<line x1="{legend_x:g}" x2="{legend_x + 18:g}" y1="{legend_y - 4}" y2="{legend_y - 4}" {stroke}/>'
+            f'<text x="{legend_x + 24:g}" y="{legend_y}">{escape(name)}: {change}</text>'
+        )
+        for run in _unbroken_runs(points):
+            run = [place(x, y) for x, y in _thin(run, max_points)]
+            if len(run) > 1:
+                path = " ".join(f"{x:.2f},{y:.2f}" for x, y in run)
+                parts.append(f'<polyline points="{path}" fill="none" {stroke} stroke-linejoin="round"/>')
+            if len(run) == 1 or len(points) <= 30:
+                parts.extend(f'<circle cx="{x:.2f}" cy="{y:.2f}" r="2.6" fill="{colour}"/>' for x, y in run)
+    return "".join(parts) + "</svg>"
+
+
+def _number(value: object) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def _axis(low: float, high: float, whole: bool, widen: bool) -> tuple[list[tuple[float, str]], float, float]:
+    """Return labelled ticks at 1, 2 or 5 times a power of ten, and the ends of the axis."""
+    if low == high:
+        margin = max(abs(low) * 0.1, 0.5)
+        low, high = low - margin, high + margin
+    rough = (high - low) / 5
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
+    if whole:
+        step = max(step, 1.0)
+    if widen:
+        low, high = math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
+    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
+    ticks = []
+    for index in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1):
+        value = index * step
+        plain = decimals <= 4 and abs(value) < 1e7
+        ticks.append((value, f"{value:,.{decimals}f}" if plain else f"{value:.4g}"))
+    return ticks, low, high
+
+
+def _unbroken_runs(points: Sequence[Point]) -> list[list[Point]]:
+    runs: list[list[Point]] = [[]]
+    for point in points:
+        if math.isfinite(point[1]):
+            runs[-1].append(point)
+        elif runs[-1]:
+            runs.append([])
+    return [run for run in runs if run]
+
+
+def _thin(points: list[Point], max_points: int) -> list[Point]:
+    if len(points) <= max_points:
+        return points
+    size = math.ceil(len(points) / max(1, max_points // 2))
+    kept = {0, len(points) - 1}
+    for start in range(0, len(points), size):
+        group = range(start, min(start + size, len(points)))
+        kept.add(min(group, key=lambda index: points[index][1]))
+        kept.add(max(group, key=lambda index: points[index][1]))
+    return [points[index] for index in sorted(kept)]

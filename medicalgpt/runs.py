@@ -1,0 +1,621 @@
+"""What surrounds the training in every stage: output folder, log, run.json, checkpoints, preview, samples, saving."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import platform
+import resource
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from medicalgpt import models
+from medicalgpt.args import ModelArguments, RunArguments
+from medicalgpt.data import LoadedData
+from medicalgpt.encoding import IGNORED
+from medicalgpt.errors import UserError
+from medicalgpt.plots import plot_loss
+
+import datasets
+import torch
+from datasets import Dataset
+from loguru import logger
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_callback import ProgressCallback
+from transformers.utils.logging import disable_progress_bar
+
+MANIFEST = "manifest.json"
+REPORTED_LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes", "deepspeed")
+# Files by which a folder is known to hold a run; only these are ever removed by --overwrite_output_dir.
+RUN_TRACES = (
+    "run.json",
+    "metrics.jsonl",
+    "samples.jsonl",
+    "loss.png",
+    "README.md",
+    "trainer_state.json",
+    "training_args.bin",
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+    "chat_template.jinja",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "train_results.json",
+    "eval_results.json",
+    "all_results.json",
+)
+SIGN_OF_LIFE_SECONDS = 30
+
+
+def is_main_process() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def setup_logging() -> None:
+    """Plain lines on stderr, from the first process only."""
+    logger.remove()
+    if is_main_process():
+        logger.add(sys.stderr, format="<level>{level: <7}</level> {message}", level="INFO")
+    if not is_main_process() or not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+        disable_progress_bar()
+
+
+class Run:
+    """One training run and what it leaves in `output_dir`.
+
+    Args:
+        stage: name of the script, without suffix.
+        training: the trainer's arguments.
+        model: what the run starts from.
+        run: overwriting and samples.
+        others: further argument dataclasses, recorded in run.json.
+
+    Raises:
+        UserError: the folder holds another run, or there is no whole checkpoint to resume from.
+    """
+
+    def __init__(self, stage: str, training: TrainingArguments, model: ModelArguments, run: RunArguments, *others: Any):
+        setup_logging()
+        self.stage, self.training, self.options = stage, training, run
+        self.output_dir = Path(training.output_dir)
+        self.started = time.time()
+        self.resume_from = self._claim_output_dir()
+        if training.use_cpu or not torch.cuda.is_available():
+            _init_deepspeed_on_cpu(training)
+        set_seed(training.seed)
+        base, _ = models.resolve_checkpoint(model.model_name_or_path)
+        self.record: dict[str, Any] = {
+            "stage": stage,
+            "status": "running",
+            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "arguments": _resolved(training, model, run, *others),
+            "parent": model.model_name_or_path,
+            "base": {"name": base},
+            "git_commit": _git_commit(),
+            "versions": {"python": platform.python_version(), **_library_versions()},
+            "processes": training.world_size,
+            "started": _now(),
+            "resumed_from": self.resume_from,
+            "data": [],
+        }
+        if training.disable_tqdm is False and not sys.stderr.isatty():
+            training.disable_tqdm = True
+
+    # -- before training ----------------------------------------------------------------------------------------------
+
+    def _claim_output_dir(self) -> str | None:
+        traces = [name for name in RUN_TRACES if name != "README.md" and (self.output_dir / name).exists()]
+        traces += [path.name for path in self.output_dir.glob("checkpoint-*")]
+        traces += [path.name for path in self.output_dir.glob("*.safetensors")]
+        wanted = self.training.resume_from_checkpoint
+        if wanted and str(wanted).lower() != "false":
+            return find_checkpoint(self.output_dir if str(wanted).lower() == "true" else Path(wanted))
+        if not traces or not is_main_process():
+            return None
+        if not self.options.overwrite_output_dir:
+            resumable = " Go on with it: --resume_from_checkpoint True." if list(committed(self.output_dir)) else ""
+            raise UserError(
+                f"--output_dir {self.output_dir} holds another run ({', '.join(sorted(traces)[:4])}, …).{resumable} "
+                "Choose another folder, or remove that run: --overwrite_output_dir True."
+            )
+        logger.info(f"removing the run that {self.output_dir} holds")
+        for path in [self.output_dir / name for name in RUN_TRACES] + list(self.output_dir.glob("*.safetensors")):
+            path.unlink(missing_ok=True)
+        for path in self.output_dir.glob("checkpoint-*"):
+            shutil.rmtree(path)
+        return None
+
+    def add_data(self, data: LoadedData) -> None:
+        """Print the balance of the rows and put it into run.json.
+
+        Raises:
+            UserError: the run that is resumed was trained on other files.
+        """
+        for line in data.summary().splitlines():
+            logger.info(line)
+        self.record["data"] = [
+            {"side": side, **account.as_dict()} for side, accounts in data.account.items() for account in accounts
+        ]
+        if self.resume_from and (self.output_dir / "run.json").is_file():
+            before = json.loads((self.output_dir / "run.json").read_text(encoding="utf-8")).get("data", [])
+            if before and before != self.record["data"]:
+                raise UserError(
+                    f"{self.resume_from} was trained on other rows than these (see data in "
+                    f"{self.output_dir / 'run.json'}); resuming would repeat some and skip others. Give the same data "
+                    "and the same data flags, or start anew in another --output_dir."
+                )
+
+    def preview(self, tokenizer: PreTrainedTokenizerBase, dataset: Dataset) -> None:
+        """Print the first training row, trained tokens marked: a wrong mask is seen before it costs anything."""
+        if is_main_process() and len(dataset):
+            row = dataset[0]
+            print(render_supervision(tokenizer, row["input_ids"], row["labels"], sys.stderr.isatty()), file=sys.stderr)
+
+    def announce(self, model: torch.nn.Module, train: Dataset, evaluation: Dataset | None) -> None:
+        """Print what will happen before it happens: tokens, parameters, batches, steps."""
+        args = self.training
+        tokens = sum(map(len, train["input_ids"]))
+        supervised = sum(sum(label != IGNORED for label in labels) for labels in train["labels"])
+        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        per_epoch = math.ceil(
+            math.ceil(len(train) / (args.per_device_train_batch_size * args.world_size))
+            / args.gradient_accumulation_steps
+        )
+        steps = args.max_steps if args.max_steps > 0 else math.ceil(per_epoch * args.num_train_epochs)
+        by_module = models.trainable_by_module(model)
+        trainable, total = sum(by_module.values()), models.total_parameters(model)
+        modules = ", ".join(f"{name} {count:,}" for name, count in by_module.most_common(12))
+        config = model.config
+        lines = [
+            ("sequences", f"{len(train):,} to train on, {len(evaluation) if evaluation else 0:,} held out"),
+            ("tokens", f"{tokens:,}, supervised {supervised:,} ({supervised / max(tokens, 1):.0%})"),
+            ("trainable", f"{trainable:,} of {total:,} parameters ({trainable / total:.2%}): {modules}"),
+            (
+                "batch",
+                f"{batch} = {args.per_device_train_batch_size} a device x {args.gradient_accumulation_steps} "
+                f"accumulated x {args.world_size} process(es)",
+            ),
+            ("steps", f"{steps:,} ({per_epoch:,} an epoch)"),
+            ("learning rate", f"{args.learning_rate:g}, {args.lr_scheduler_type}, warmup {args.warmup_steps:g}"),
+            (
+                "numbers",
+                f"weights {config.dtype}, autocast {'bfloat16' if args.bf16 else 'float16' if args.fp16 else 'off'}, "
+                f"attention {config._attn_implementation}, device {args.device}",
+            ),
+        ]
+        self.record["model"] = {
+            "parameters": total,
+            "trainable": trainable,
+            "trainable_by_module": dict(by_module),
+            "attention": config._attn_implementation,
+            "dtype": str(config.dtype),
+        }
+        self.record["plan"] = {"sequences": len(train), "tokens": tokens, "supervised_tokens": supervised}
+        self.record["plan"] |= {"effective_batch": batch, "steps": steps}
+        for name, text in lines:
+            logger.info(f"{name:<14} {text}")
+
+    # -- training and after -------------------------------------------------------------------------------------------
+
+    def train_and_save(
+        self,
+        trainer: Trainer,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        stop_ids: Sequence[int],
+        sample_prompts: Sequence[str] = (),
+        note: str = "",
+    ) -> dict[str, float]:
+        """Train, evaluate, and leave everything that the next step needs in `output_dir`. Call it on every process.
+
+        Args:
+            trainer: ready to train.
+            tokenizer: saved with its chat template.
+            stop_ids: token ids that end an answer, for generation_config.json.
+            sample_prompts: rendered prompts that are answered before and after.
+            note: a sentence for the model card.
+
+        Returns:
+            The metrics, also written to run.json.
+        """
+        self._install_callbacks(trainer)
+        # A model from a hub is on this machine only now.
+        self.record["base"]["fingerprint"] = models.fingerprint(self.record["base"]["name"])
+        self._write_record()
+        sampler = Sampler(trainer, tokenizer, list(stop_ids), list(sample_prompts)[: self.options.sample_prompts])
+        before = sampler.answers()
+        metrics: dict[str, float] = {}
+        if self.training.do_train:
+            metrics |= trainer.train(resume_from_checkpoint=self.resume_from).metrics
+            _require_finite(metrics)
+        if trainer.eval_dataset is not None:
+            metrics |= trainer.evaluate()
+            metrics["eval_perplexity"] = math.exp(min(metrics["eval_loss"], 700.0))
+        if self.training.do_train:
+            trainer.save_state()
+            trainer.save_model()
+        if is_main_process():
+            self._finish(trainer, tokenizer, stop_ids, sampler.prompts, before, sampler.answers(), metrics, note)
+        else:
+            sampler.answers()
+        trainer.accelerator.wait_for_everyone()
+        return metrics
+
+    def _install_callbacks(self, trainer: Trainer) -> None:
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(MetricsFile(self.output_dir, append=self.resume_from is not None))
+        trainer.add_callback(CheckpointCommitter())
+        if not trainer.pop_callback(ProgressCallback):
+            trainer.add_callback(PlainProgress())
+        else:
+            trainer.add_callback(ProgressCallback())
+
+    def _finish(
+        self,
+        trainer: Trainer,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_ids: Sequence[int],
+        prompts: list[str],
+        before: list[str],
+        after: list[str],
+        metrics: dict[str, float],
+        note: str,
+    ) -> None:
+        generation = trainer.accelerator.unwrap_model(trainer.model).generation_config
+        generation.eos_token_id = list(stop_ids)
+        generation.pad_token_id = tokenizer.pad_token_id
+        if self.training.do_train:
+            generation.save_pretrained(self.output_dir)
+            tokenizer.save_pretrained(self.output_dir)
+            plot_loss(self.output_dir)
+        rows = [
+            {"prompt": prompt, "before": old, "after": new}
+            for prompt, old, new in zip(prompts, before, after, strict=True)
+        ]
+        if rows:
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            (self.output_dir / "samples.jsonl").write_text(text, encoding="utf-8")
+        for row in rows:
+            logger.info(f"prompt  {_one_line(row['prompt'])}")
+            logger.info(f"before  {_one_line(row['before'])}")
+            logger.info(f"after   {_one_line(row['after'])}")
+        self.record |= {
+            "status": "finished",
+            "finished": _now(),
+            "seconds": round(time.time() - self.started, 1),
+            "metrics": metrics,
+            "stop_token_ids": list(stop_ids),
+        }
+        self._write_record()
+        if self.training.do_train:
+            (self.output_dir / "README.md").write_text(model_card(self.record, self.output_dir, note), encoding="utf-8")
+        shown = {"train_loss", "eval_loss", "eval_perplexity", "eval_mean_token_accuracy"} & set(metrics)
+        logger.info("  ".join(f"{name} {metrics[name]:.4g}" for name in sorted(shown)))
+        for command in next_commands(self.output_dir):
+            logger.info(f"next: {command}")
+
+    def _write_record(self) -> None:
+        if is_main_process():
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(self.record, ensure_ascii=False, indent=2, default=str)
+            (self.output_dir / "run.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _require_finite(metrics: dict[str, float]) -> None:
+    if not math.isfinite(metrics.get("train_loss", 0.0)):
+        raise UserError(
+            f"the training loss became {metrics['train_loss']}; nothing was saved. Lower --learning_rate, prefer "
+            "--bf16 to --fp16, or add --max_grad_norm 1.0."
+        )
+
+
+def next_commands(output_dir: Path) -> list[str]:
+    """Commands that run as printed on what the run left."""
+    folder = shlex.quote(str(output_dir))
+    if (output_dir / models.ADAPTER_CONFIG).is_file():
+        return [
+            f"python merge_peft_adapter.py --lora_model {folder} --output_dir {shlex.quote(f'{output_dir}-merged')}",
+            f"python inference.py --model_name_or_path {folder} --interactive",
+        ]
+    return [f"python inference.py --model_name_or_path {folder} --interactive"]
+
+
+def model_card(record: dict[str, Any], output_dir: Path, note: str) -> str:
+    """README.md of a checkpoint: what it is, from what, on which rows, with which result, and how to use it."""
+    data = "\n".join(
+        f"- {entry['side']}: `{entry['file']}`, {entry['rows']} rows, {entry['used']} used"
+        + "".join(f", {count} {reason}" for reason, count in entry["left_out"].items())
+        for entry in record["data"]
+    )
+    metrics = "\n".join(f"- {name}: {value:.6g}" for name, value in record["metrics"].items() if value is not None)
+    commands = "\n".join(next_commands(output_dir))
+    return (
+        f"# {output_dir.name}\n\n{note}\n\n"
+        f"Made by `{record['stage']}.py` from `{record['parent']}`, {record['finished']}.\n\n"
+        f"## Data\n\n{data}\n\n## Result\n\n{metrics}\n\n## Use\n\n```bash\n{commands}\n```\n\n"
+        f"## Repeat\n\n```bash\npython {shlex.join(record['command'])}\n```\n\n"
+        "Answers of a language model can be wrong. They are no medical advice and replace no doctor.\n"
+    )
+
+
+def render_supervision(
+    tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int], labels: Sequence[int], colour: bool
+) -> str:
+    """The text of a row with its trained tokens in green, or in ⟦ ⟧ where there is no colour, and their share.
+
+    Whole runs of tokens are decoded together, so that no character that spans tokens is torn.
+    """
+    start, end = ("\033[32m", "\033[0m") if colour else ("⟦", "⟧")
+    parts: list[str] = []
+    at = 0
+    while at < len(input_ids):
+        trained = labels[at] != IGNORED
+        stop = at
+        while stop < len(input_ids) and (labels[stop] != IGNORED) == trained:
+            stop += 1
+        text = tokenizer.decode(input_ids[at:stop])
+        parts.append(f"{start}{text}{end}" if trained else text)
+        at = stop
+    count = sum(label != IGNORED for label in labels)
+    return (
+        f"first training row, trained tokens marked ({count} of {len(labels)}, {count / max(len(labels), 1):.0%}):\n"
+        + "".join(parts)
+        + "\n"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def committed(output_dir: Path) -> list[Path]:
+    """Whole checkpoints below `output_dir`, newest first: those whose manifest agrees with the files."""
+    found = sorted(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    whole = []
+    for path in found:
+        if problem := checkpoint_problem(path):
+            logger.warning(f"{path} is not whole ({problem}) and will not be resumed from")
+        else:
+            whole.append(path)
+    return whole
+
+
+def checkpoint_problem(checkpoint: Path) -> str | None:
+    """Why a checkpoint cannot be trusted, or None."""
+    if not (checkpoint / MANIFEST).is_file():
+        return "it was never finished: no manifest"
+    for name, entry in json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8")).items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != entry["bytes"] or _digest(path) != entry["sha256"]:
+            return f"{name} has changed"
+    return None
+
+
+def find_checkpoint(place: Path) -> str:
+    """The newest whole checkpoint of an output folder, or that folder itself if it is a checkpoint.
+
+    Raises:
+        UserError: none, or the named one is not whole.
+    """
+    if place.name.startswith("checkpoint-"):
+        if not place.is_dir():
+            raise UserError(f"no checkpoint {place}. Check the path of --resume_from_checkpoint.")
+        if problem := checkpoint_problem(place):
+            raise UserError(f"{place} cannot be resumed from: {problem}. Choose an earlier one.")
+        return str(place)
+    whole = committed(place)
+    if not whole:
+        raise UserError(
+            f"{place} holds no whole checkpoint to resume from. Start anew without --resume_from_checkpoint."
+        )
+    logger.info(f"resuming from {whole[0]}")
+    return str(whole[0])
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class CheckpointCommitter(TrainerCallback):
+    """Write the manifest of a checkpoint once all its files are there; transformers itself writes them in place."""
+
+    def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if not state.is_world_process_zero or not folder.is_dir():
+            return
+        entries = {
+            str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _digest(path)}
+            for path in sorted(folder.rglob("*"))
+            if path.is_file() and path.name != MANIFEST
+        }
+        partial = folder / f"{MANIFEST}.partial"
+        partial.write_text(json.dumps(entries, indent=1), encoding="utf-8")
+        partial.rename(folder / MANIFEST)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is seen during training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class MetricsFile(TrainerCallback):
+    """One JSON object a line in metrics.jsonl for every log event."""
+
+    def __init__(self, output_dir: Path, append: bool):
+        self.path, self.append = output_dir / "metrics.jsonl", append
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero and not self.append:
+            self.path.unlink(missing_ok=True)
+
+    def on_log(
+        self, args: TrainingArguments, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            event = {"step": state.global_step, "epoch": state.epoch, "seconds": round(time.time(), 1), **(logs or {})}
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(event) + "\n")
+
+
+class PlainProgress(TrainerCallback):
+    """Progress as plain lines, for logs and pipes: at each log event, and at least every 30 seconds."""
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        self.began = self.last_line = time.time()
+        self.first_step, self.first_tokens = state.global_step, None
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.first_step + 1:
+            logger.info(f"first step done, {time.time() - self.began:.1f} s after training began")
+        if time.time() - self.last_line >= SIGN_OF_LIFE_SECONDS:
+            self._line(state, {})
+
+    def on_log(
+        self, args: TrainingArguments, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        if logs and ("loss" in logs or "eval_loss" in logs):
+            self._line(state, logs)
+
+    def _line(self, state: Any, logs: dict[str, Any]) -> None:
+        if not state.is_world_process_zero:
+            return
+        self.last_line = time.time()
+        elapsed = self.last_line - getattr(self, "began", self.last_line)
+        done = state.global_step - getattr(self, "first_step", 0)
+        parts = [f"step {state.global_step}/{state.max_steps} ({state.global_step / max(state.max_steps, 1):.0%})"]
+        parts += [f"{name} {logs[name]:.4g}" for name in ("loss", "eval_loss", "learning_rate") if name in logs]
+        if "num_tokens" in logs and elapsed > 0:
+            parts.append(f"{logs['num_tokens'] / elapsed:,.0f} tokens/s")
+        parts.append(f"{peak_memory_gb():.2f} GB")
+        if done and state.max_steps > state.global_step:
+            parts.append(f"{_duration(elapsed / done * (state.max_steps - state.global_step))} to go")
+        logger.info("  ".join(parts))
+
+
+def peak_memory_gb() -> float:
+    """Peak memory of this process in GB: of the GPU where there is one, of the program otherwise."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+class Sampler:
+    """Greedy answers to a few fixed prompts, to show what training changed.
+
+    Off under ZeRO-3 and FSDP, where each token would gather all weights.
+    """
+
+    def __init__(self, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int], prompts: list[str]):
+        sharded = is_deepspeed_zero3_enabled() or trainer.is_fsdp_enabled
+        if prompts and sharded:
+            logger.info("no sample answers: the weights are spread over the processes")
+        self.trainer, self.tokenizer, self.stop_ids = trainer, tokenizer, stop_ids
+        self.prompts = [] if sharded else prompts
+
+    @torch.no_grad()
+    def answers(self, max_new_tokens: int = 64) -> list[str]:
+        """Continuations of all prompts; an empty list on every process but the first."""
+        if not self.prompts or not is_main_process():
+            return []
+        model: PreTrainedModel = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        was_training = model.training
+        model.eval()
+        random_state = torch.random.get_rng_state()
+        texts = []
+        for prompt in self.prompts:
+            ids = self.tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(self.trainer.args.device)
+            if self.trainer.args.device != model.device:
+                ids = ids.to(model.device)
+            with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=bool(self.trainer.args.bf16)):
+                output = model.generate(
+                    **ids,
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    eos_token_id=self.stop_ids,
+                    pad_token_id=self.tokenizer.pad_token_id,
+                )
+            texts.append(self.tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True))
+        torch.random.set_rng_state(random_state)
+        model.train(was_training)
+        return texts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Small parts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _init_deepspeed_on_cpu(training: TrainingArguments) -> None:
+    # Without this, deepspeed believes at from_pretrained that the world has one process.
+    if training.deepspeed:
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend="gloo")
+
+
+def _resolved(*groups: Any) -> dict[str, Any]:
+    merged: dict[str, Any] = {}
+    for group in groups:
+        values = group.to_dict() if isinstance(group, TrainingArguments) else dataclasses.asdict(group)
+        merged |= {name: value for name, value in values.items() if "token" not in name or name == "average_tokens"}
+    return merged
+
+
+def _library_versions() -> dict[str, str]:
+    versions = {}
+    for name in REPORTED_LIBRARIES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
+
+
+def _git_commit() -> str | None:
+    found = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip() or None
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"
+
+
+def _one_line(text: str, limit: int = 100) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= limit else "…" + text[-limit:]

@@ -1,0 +1,135 @@
+"""Continued pretraining (PT): the model reads domain text and learns its words and facts, token by token.
+
+Changes what the model knows, not how it answers: after it the model continues texts of the domain better (perplexity
+falls); that it answers questions comes with supervised_finetuning.py.
+
+    python pretraining.py --model_name_or_path outputs/tiny-base --train_file_dir data/pretrain --output_dir outputs/pt
+    torchrun --nproc_per_node 2 pretraining.py --model_name_or_path outputs/tiny-base \\
+        --train_file_dir data/pretrain --output_dir outputs/pt --use_peft False
+
+Data, in one folder and mixed as you like: .txt (a document a line), .md (a document a file), and .jsonl or .json with
+
+    {"text": "Acute bronchitis is an inflammation of the airways ..."}
+
+In --output_dir: the adapter (or all weights with --use_peft False), the tokenizer, run.json, metrics.jsonl,
+samples.jsonl, loss.png and README.md. Guide: docs/pretraining.md
+"""
+
+from dataclasses import dataclass, field
+
+from medicalgpt.args import (
+    UNUSED_SFT_ARGUMENTS,
+    DataArguments,
+    LoraArguments,
+    ModelArguments,
+    RunArguments,
+    parse_args,
+    settle_precision,
+)
+from medicalgpt.errors import run_main
+
+from trl import SFTConfig
+
+
+@dataclass
+class PretrainingArguments(SFTConfig):
+    """What differs from TRL's `SFTConfig`."""
+
+    output_dir: str = field(default="outputs-pt", metadata={"help": "Where the result goes."})
+    block_size: int = field(default=1024, metadata={"help": "Tokens of a training block, filled with whole documents."})
+    document_unit: str = field(
+        default="auto",
+        metadata={
+            "help": "What one document is in .txt and .md files; auto: a line of .txt, a whole .md file.",
+            "choices": ["auto", "line", "paragraph", "file"],
+        },
+    )
+    # Documents are much shorter than blocks; unpacked, most of a batch would be padding.
+    packing: bool = field(
+        default=True, metadata={"help": "Fill blocks with several documents that do not see each other."}
+    )
+    # None: 2e-4 for adapters, 5e-5 for all weights, which would forget at the rate that suits an adapter.
+    learning_rate: float | None = field(default=None, metadata={"help": "Default: 2e-4 for adapters, 5e-5 without."})
+    bf16: bool | None = field(default=None, metadata={"help": "bfloat16 autocast. Default: on where a GPU has it."})
+    # Recomputing activations costs a fifth of the speed; it is for those who run out of memory.
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations to save memory."})
+    do_train: bool = field(default=True, metadata={"help": "False evaluates only."})
+    # No tracker talks to a network unless it is named.
+    report_to: str = field(default="none", metadata={"help": "Tracker: tensorboard, wandb, ..."})
+
+    def __post_init__(self):
+        settle_precision(self)
+        super().__post_init__()
+
+
+def main() -> None:
+    # 1 arguments
+    model_args, data_args, lora_args, run_args, args = parse_args(
+        ModelArguments,
+        DataArguments,
+        LoraArguments,
+        RunArguments,
+        PretrainingArguments,
+        description=__doc__,
+        unused=UNUSED_SFT_ARGUMENTS | {"group_by_length": "Blocks are of equal length."},
+    )
+    from medicalgpt import batching, models
+    from medicalgpt.data import load_data, to_text
+    from medicalgpt.encoding import encode_document, encode_rows
+    from medicalgpt.runs import Run
+    from medicalgpt.trainers import TokenTrainer, training_defaults
+
+    from peft import TaskType
+    from transformers import AutoModelForCausalLM
+
+    training_defaults(args, adapter_rate=2e-4, full_rate=5e-5, use_peft=lora_args.use_peft)
+    run = Run("pretraining", args, model_args, run_args, data_args, lora_args)
+
+    # 2 tokenizer
+    tokenizer = models.load_tokenizer(
+        model_args.tokenizer_name_or_path or model_args.model_name_or_path,
+        revision=model_args.model_revision,
+        cache_dir=model_args.cache_dir,
+    )
+
+    # 3 data: documents become pieces of at most one block; no token is lost
+    data = load_data(data_args, to_text, document_unit=args.document_unit, seed=args.data_seed or args.seed)
+
+    def encode(row: dict) -> list:
+        return encode_document(tokenizer, row["text"], args.block_size)
+
+    train = encode_rows(data, "train", encode, data_args.preprocessing_num_workers)
+    validation = encode_rows(data, "validation", encode) if data.validation else None
+    data.settle(data_args)
+    run.add_data(data)
+    run.preview(tokenizer, train)
+
+    # 4 model
+    model = models.load_base(AutoModelForCausalLM, model_args, lora_args)
+    _, adapter = models.resolve_checkpoint(model_args.model_name_or_path)
+    model = models.add_lora(model, lora_args, TaskType.CAUSAL_LM, start_from=adapter)
+
+    # 5 trainer: perplexity is measured on each document alone, so it does not depend on how blocks are filled
+    trainer = TokenTrainer(
+        model=model,
+        args=args,
+        train_dataset=batching.pack(train, args.block_size) if args.packing else train,
+        eval_dataset=validation,
+        processing_class=tokenizer,
+        data_collator=batching.collator(tokenizer, model),
+    )
+    models.adapters_to_float32(model)
+
+    # 6 train, save
+    run.announce(model, trainer.train_dataset, validation)
+    run.train_and_save(
+        trainer,
+        tokenizer,
+        stop_ids=[tokenizer.eos_token_id],
+        sample_prompts=[row["text"][: max(8, len(row["text"]) // 4)] for row in (data.validation or data.train)],
+        note="Continued pretraining: the model has read the texts below.",
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,155 @@
+"""Supervised fine-tuning (SFT): the model learns to answer, from conversations, by imitating the assistant's turns.
+
+Changes how the model behaves: it takes up the chat template, answers instead of continuing, and stops by itself. Only
+the assistant's text and the end of its turn are trained on, whatever the number of turns.
+
+    python supervised_finetuning.py --model_name_or_path outputs/tiny-base --train_file_dir data/finetune \\
+        --output_dir outputs/sft
+    torchrun --nproc_per_node 2 supervised_finetuning.py --model_name_or_path outputs/tiny-base \\
+        --train_file_dir data/finetune --output_dir outputs/sft --load_in_4bit True --qlora True
+
+Data (.jsonl or .json), recognised row by row: ShareGPT `conversations`, OpenAI `messages`, Alpaca, prompt and response:
+
+    {"conversations": [{"from": "human", "value": "How is a cold treated?"}, {"from": "gpt", "value": "With rest ..."}]}
+
+In --output_dir: the adapter (or all weights with --use_peft False), the tokenizer with the chat template that was
+trained, generation_config.json with its stop tokens, run.json, metrics.jsonl, samples.jsonl, loss.png and README.md.
+Guide: docs/supervised_finetuning.md
+"""
+
+from dataclasses import dataclass, field
+
+from medicalgpt.args import (
+    UNUSED_SFT_ARGUMENTS,
+    DataArguments,
+    LoraArguments,
+    ModelArguments,
+    RunArguments,
+    parse_args,
+    settle_precision,
+)
+from medicalgpt.errors import run_main
+
+from trl import SFTConfig
+
+
+@dataclass
+class FinetuningArguments(SFTConfig):
+    """What differs from TRL's `SFTConfig`."""
+
+    output_dir: str = field(default="outputs-sft", metadata={"help": "Where the result goes."})
+    template_name: str | None = field(
+        default=None, metadata={"help": "Chat template, by its name in template.py. Default: the tokenizer's own."}
+    )
+    system_prompt: str | None = field(
+        default=None,
+        metadata={"help": "System prompt of conversations that have none; saved with the template for serving."},
+    )
+    model_max_length: int = field(
+        default=1024,
+        metadata={
+            "help": "Longest row in tokens. A longer one is refused, never cut.",
+            "aliases": ["--max_seq_length"],
+        },
+    )
+    train_on_inputs: bool = field(
+        default=False, metadata={"help": "Train on the user's text too, not on the answers alone."}
+    )
+    # Rows of like length share a batch: with rows as unequal as answers are, this halves the time.
+    train_sampling_strategy: str = field(
+        default="group_by_length",
+        metadata={"help": "group_by_length, or random.", "choices": ["group_by_length", "random"]},
+    )
+    # None: 2e-4 for adapters, 2e-5 for all weights, which would forget at the rate that suits an adapter.
+    learning_rate: float | None = field(default=None, metadata={"help": "Default: 2e-4 for adapters, 2e-5 without."})
+    bf16: bool | None = field(default=None, metadata={"help": "bfloat16 autocast. Default: on where a GPU has it."})
+    # Recomputing activations costs a fifth of the speed; it is for those who run out of memory.
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations to save memory."})
+    do_train: bool = field(default=True, metadata={"help": "False evaluates only."})
+    # No tracker talks to a network unless it is named.
+    report_to: str = field(default="none", metadata={"help": "Tracker: tensorboard, wandb, ..."})
+
+    def __post_init__(self):
+        settle_precision(self)
+        super().__post_init__()
+
+
+def main() -> None:
+    # 1 arguments
+    model_args, data_args, lora_args, run_args, args = parse_args(
+        ModelArguments,
+        DataArguments,
+        LoraArguments,
+        RunArguments,
+        FinetuningArguments,
+        description=__doc__,
+        unused=UNUSED_SFT_ARGUMENTS | {"block_size": "That is for pretraining.py; here it is --model_max_length."},
+    )
+    from medicalgpt import batching, models
+    from medicalgpt.data import load_data, to_messages
+    from medicalgpt.encoding import encode_chat, encode_rows, render_prompts
+    from medicalgpt.runs import Run
+    from medicalgpt.trainers import TokenTrainer, training_defaults
+    from template import apply_template, stop_token_ids
+
+    from peft import TaskType
+    from transformers import AutoModelForCausalLM
+
+    training_defaults(args, adapter_rate=2e-4, full_rate=2e-5, use_peft=lora_args.use_peft)
+    run = Run("supervised_finetuning", args, model_args, run_args, data_args, lora_args)
+
+    # 2 tokenizer and template
+    tokenizer = models.load_tokenizer(
+        model_args.tokenizer_name_or_path or model_args.model_name_or_path,
+        revision=model_args.model_revision,
+        cache_dir=model_args.cache_dir,
+    )
+    stop = apply_template(tokenizer, args.template_name, args.system_prompt)
+
+    # 3 data: each conversation is rendered by the template and masked; rows that do not fit are refused, not cut
+    data = load_data(data_args, to_messages, seed=args.data_seed or args.seed)
+
+    def encode(row: dict) -> list:
+        return encode_chat(
+            tokenizer,
+            row["messages"],
+            row["tools"],
+            max_length=args.model_max_length,
+            train_on_inputs=args.train_on_inputs,
+        )
+
+    train = encode_rows(data, "train", encode, data_args.preprocessing_num_workers)
+    validation = encode_rows(data, "validation", encode) if data.validation else None
+    data.settle(data_args)
+    run.add_data(data)
+    run.preview(tokenizer, train)
+
+    # 4 model
+    model = models.load_base(AutoModelForCausalLM, model_args, lora_args)
+    _, adapter = models.resolve_checkpoint(model_args.model_name_or_path)
+    model = models.add_lora(model, lora_args, TaskType.CAUSAL_LM, start_from=adapter)
+
+    # 5 trainer
+    trainer = TokenTrainer(
+        model=model,
+        args=args,
+        train_dataset=batching.pack(train, args.model_max_length) if args.packing else train,
+        eval_dataset=validation,
+        processing_class=tokenizer,
+        data_collator=batching.collator(tokenizer, model),
+    )
+    models.adapters_to_float32(model)
+
+    # 6 train, save
+    run.announce(model, trainer.train_dataset, validation)
+    run.train_and_save(
+        trainer,
+        tokenizer,
+        stop_ids=stop_token_ids(tokenizer, stop),
+        sample_prompts=render_prompts(tokenizer, data.validation or data.train, run_args.sample_prompts),
+        note="Supervised fine-tuning: the model has learned to answer as the conversations below do.",
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)

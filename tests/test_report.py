@@ -1,0 +1,340 @@
+"""build_report.py: the table on the terminal, the verdicts, and the page."""
+
+import json
+import math
+import re
+import sys
+from html.parser import HTMLParser
+
+import build_report
+from build_report import (
+    SAME,
+    command_line,
+    compare_perplexity,
+    compare_shares,
+    display_width,
+    terminal_summary,
+    text_table,
+    wilson_interval,
+)
+from medicalgpt.errors import UserError
+
+import pytest
+
+QUESTION = "发生<b>胸痛</b>怎么办？"
+ATTACK = "<script>alert('x')</script><img src=https://example.com/x.png>"
+
+
+def text_result(document_nll, document_tokens=(50, 30, 20)):
+    total = sum(document_tokens)
+    return {
+        "perplexity": math.exp(sum(document_nll) / total),
+        "nll": sum(document_nll),
+        "tokens": total,
+        "documents": len(document_tokens),
+        "document_nll": list(document_nll),
+        "document_tokens": list(document_tokens),
+    }
+
+
+def chat_result(correct, total, stopped, categories):
+    by_category = {name: {"correct": c, "total": t, "stopped": c} for name, (c, t) in categories.items()}
+    return {"correct": correct, "total": total, "stopped": stopped, "by_category": by_category}
+
+
+def answer(text, correct=False, finish_reason="stop"):
+    return {"text": text, "correct": correct, "finish_reason": finish_reason}
+
+
+def make_evaluation():
+    before_categories = {"identity": (0, 20), "症状": (0, 180)}
+    shared = {"parameters": 4_000_512, "notes": []}
+    return {
+        "format": 1,
+        "command": ["python", "eval_pipeline.py", "--models", "base=outputs/base"],
+        "chat": {"file": "data/finetune/validation.jsonl", "rows": 860, "used": 860, "left_out": {}},
+        "examples": [
+            {
+                "place": "data/finetune/validation.jsonl:7",
+                "category": "症状",
+                "messages": [{"role": "user", "content": QUESTION}],
+                "reference": "立即拨打120。",
+            }
+        ],
+        "models": [
+            {
+                "name": "base",
+                "path": "outputs/base",
+                "text": text_result([300.0, 200.0, 110.0]),
+                "chat": chat_result(0, 200, 0, before_categories),
+                "answers": [answer(ATTACK, finish_reason="length")],
+                **shared,
+            },
+            {
+                "name": "pt",
+                "path": "outputs/pt-merged",
+                "text": text_result([150.0, 91.0, 62.0]),
+                "chat": chat_result(0, 200, 3, before_categories),
+                "answers": [answer("")],
+                **shared,
+            },
+            {
+                "name": "sft",
+                "path": "outputs/sft-merged",
+                "text": text_result([150.4, 90.5, 62.2]),
+                "chat": chat_result(803, 860, 858, {"identity": (20, 20), "症状": (783, 840)}),
+                "answers": [answer("立即拨打120。", correct=True)],
+                **shared,
+            },
+        ],
+        "versions": {"torch": "2.13.0"},
+    }
+
+
+def make_run(folder, **changes):
+    folder.mkdir(parents=True, exist_ok=True)
+    run = {
+        "stage": "supervised_finetuning",
+        "status": "finished",
+        "command": ["python", "supervised_finetuning.py", "--output_dir", str(folder)],
+        "versions": {"trl": "1.16.0"},
+        "data": [
+            {
+                "side": "train",
+                "file": "data/finetune/train.jsonl",
+                "rows": 3410,
+                "used": 3400,
+                "left_out": {"longer than 256 tokens": 10},
+                "sha256": "ab" * 32,
+            }
+        ],
+        "seconds": 92.4,
+        "metrics": {"train_loss": 0.25, "train_runtime": 91.0},
+        **changes,
+    }
+    (folder / "run.json").write_text(json.dumps(run), encoding="utf-8")
+    events = [{"step": 10, "loss": 5.0}, {"step": 20, "loss": 1.0}, {"step": 20, "eval_loss": 1.2}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def report(tmp_path, monkeypatch, capsys):
+    """Run build_report.py on made-up results; returns (page, printed text)."""
+
+    def run(*flags, evaluation=None, **run_changes):
+        eval_file, page = tmp_path / "eval.json", tmp_path / "out" / "report.html"
+        eval_file.write_text(json.dumps(evaluation or make_evaluation(), ensure_ascii=False), encoding="utf-8")
+        runs = ["--runs", f"sft={make_run(tmp_path / 'sft', **run_changes)}"]
+        command = ["build_report.py", "--eval_file", str(eval_file), "--output_file", str(page), *runs, *flags]
+        monkeypatch.setattr(sys, "argv", command)
+        build_report.main()
+        return page.read_text(encoding="utf-8"), capsys.readouterr().out
+
+    return run
+
+
+class Elements(HTMLParser):
+    """Every tag with its attributes, and the text outside of style."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.text, self.inside = [], [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self.inside.append(tag)
+
+    def handle_endtag(self, tag):
+        while self.inside and self.inside.pop() != tag:
+            pass
+
+    def handle_data(self, data):
+        if "style" not in self.inside:
+            self.text.append(data)
+
+
+def test_wilson_interval_against_published_values():
+    assert wilson_interval(0, 200) == pytest.approx((0.0, 0.01885), abs=1e-4)
+    assert wilson_interval(50, 100) == pytest.approx((0.40383, 0.59617), abs=1e-4)
+    assert wilson_interval(200, 200) == pytest.approx((0.98115, 1.0), abs=1e-4)
+    assert wilson_interval(0, 0) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    "before, after, text",
+    [
+        ((0, 200), (0, 200), SAME),
+        ((50, 100), (58, 100), SAME),
+        ((0, 200), (803, 860), "higher"),
+        ((90, 100), (20, 100), "lower"),
+    ],
+)
+def test_shares_are_compared_by_their_intervals(before, after, text):
+    assert compare_shares(before, after).text == text
+
+
+def test_shares_of_nothing_are_not_compared():
+    assert compare_shares((0, 0), (5, 5)) is None
+
+
+def test_perplexities_are_compared_document_by_document():
+    before = text_result([300.0, 200.0, 110.0])
+    assert compare_perplexity(before, before).text == SAME
+    assert compare_perplexity(before, text_result([200.0, 133.0, 73.0])).tone == "better"
+    assert compare_perplexity(text_result([200.0, 133.0, 73.0]), before).tone == "worse"
+    # Lower on average, but one document went the other way as far.
+    assert compare_perplexity(before, text_result([280.0, 215.0, 105.0])).text == SAME
+    assert compare_perplexity(before, text_result([200.0, 133.0, 73.0], (50, 30, 21))) is None
+    assert compare_perplexity(text_result([5.0], (3,)), text_result([4.0], (3,))) is None
+
+
+def test_columns_line_up_with_chinese_text():
+    assert display_width("症状 a") == 6
+    lines = text_table(["", "base", "sft"], [["症状", "0/2", "10/20"], ["identity", "0/20", "1/2"]]).splitlines()
+    assert lines == [
+        "          base    sft",
+        "---------------------",
+        "症状       0/2  10/20",
+        "identity  0/20    1/2",
+    ]
+    assert display_width(lines[2]) == display_width(lines[3]) == len(lines[1])
+
+
+def test_terminal_summary_shows_counts_and_verdicts():
+    summary = terminal_summary(make_evaluation()["models"])
+    lines = summary.splitlines()
+    cells = {line.split("  ")[0]: re.split(r" {2,}", line)[1:] for line in lines[2:5] if not line.startswith(" ")}
+    assert cells["exact match (held-out phrasings)"] == ["0/200 (0.0%)", "0/200 (0.0%)", "803/860 (93.4%)"]
+    assert cells["perplexity on held-out text"][0] == f"{math.exp(6.1):.1f}"
+    order = [
+        lines.index(next(line for line in lines if line.startswith(start))) for start in ("exact", "  id", "stops")
+    ]
+    assert order == sorted(order)
+    assert "exact match (held-out phrasings), base -> pt: no measurable change" in lines
+    assert "exact match (held-out phrasings), pt -> sft: higher" in lines
+    assert "perplexity on held-out text, base -> pt: lower" in lines
+    assert "perplexity on held-out text, pt -> sft: no measurable change" in lines
+
+
+def test_summary_of_one_kind_of_measurement():
+    models = make_evaluation()["models"]
+    for model in models:
+        model["text"] = None
+    models[0]["chat"] = None
+    summary = terminal_summary(models)
+    assert "perplexity" not in summary
+    assert re.search(r"exact match \(held-out phrasings\) +- +0/200", summary)
+    assert "base -> pt" not in summary
+
+
+def test_page_requests_nothing_and_is_small(report):
+    page, printed = report()
+    for tag, attributes in Elements(page).tags:
+        assert tag not in ("script", "link", "img", "iframe", "object", "embed", "form", "base")
+        assert not {"src", "href", "srcset", "action", "data", "xlink:href"} & set(attributes)
+        assert not any(name.startswith("on") for name in attributes)
+    assert not re.search(r"url\(|@import", page)
+    assert "default-src 'none'" in page
+    assert len(page.encode()) < 100_000 and "report.html" in printed
+
+
+def test_page_escapes_what_a_model_said(report):
+    page, _ = report()
+    assert ATTACK not in page and "<script" not in page and "<b>胸痛" not in page
+    text = "".join(Elements(page).text)
+    assert ATTACK in text and QUESTION in text
+
+
+def test_page_shows_answers_data_curves_commands_and_versions(report):
+    page, _ = report()
+    text = " ".join(" ".join(Elements(page).text).split())
+    for expected in (
+        "803/860 (93.4%)",
+        SAME,
+        "立即拨打120。",
+        "✓ exact",
+        "did not stop",
+        "(empty)",
+        "train loss: 5.00 → 1.00",
+        "20 steps in 1 min 32 s · train_loss 0.2500",
+        "3,410 3,400 10 longer than 256 tokens",
+        "python supervised_finetuning.py --output_dir",
+        "python eval_pipeline.py --models base=outputs/base",
+        "python build_report.py --eval_file",
+        "torch 2.13.0 · trl 1.16.0",
+    ):
+        assert expected in text
+    assert "do not add up" not in text and "not “finished”" not in text
+
+
+def test_page_shows_samples_of_the_run(tmp_path, report):
+    folder = make_run(tmp_path / "sft")
+    rows = [{"prompt": f"问题{i}", "before": "<i>甲</i>", "after": "乙"} for i in range(9)]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    page, _ = report()
+    assert page.count("&lt;i&gt;甲") == build_report.MAX_SHOWN_SAMPLES
+    assert "3 more in" in page
+
+
+def test_page_points_at_rows_that_are_not_accounted_for(report):
+    data = [{"file": "a.jsonl", "rows": 10, "used": 7, "left_out": {"too long": 2}, "sha256": "0"}]
+    page, _ = report(data=data)
+    assert "used and left out do not add up" in page
+
+
+def test_page_points_at_a_run_that_did_not_finish(report):
+    page, _ = report(status="stopped")
+    assert "“stopped”, not “finished”" in page
+
+
+def test_long_answers_are_cut_with_a_count(report):
+    evaluation = make_evaluation()
+    evaluation["models"][0]["answers"] = [answer("长" * 300_000, finish_reason="length")]
+    page, _ = report(evaluation=evaluation)
+    assert len(page.encode()) < 100_000
+    assert f"({300_000 - build_report.MAX_SHOWN_CHARACTERS:,} more characters)" in page
+
+
+def test_expected_exact_match_is_checked(report, capsys):
+    _, printed = report("--expect_exact_match", "0.9")
+    assert "check passed  exact match of sft: 803/860 = 93.4%, expected at least 90.0%" in printed
+    with pytest.raises(SystemExit) as stopped:
+        report("--expect_exact_match", "0.95")
+    assert stopped.value.code == 1
+    printed = capsys.readouterr().out
+    assert "CHECK FAILED  exact match of sft: 803/860 = 93.4%, expected at least 95.0%" in printed
+
+
+@pytest.mark.parametrize("share", ["93", "-0.1"])
+def test_expected_exact_match_must_be_a_share(report, share):
+    with pytest.raises(UserError, match="share from 0 to 1"):
+        report("--expect_exact_match", share)
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", "{}"])
+def test_unusable_results_are_named(tmp_path, monkeypatch, content):
+    file = tmp_path / "eval.json"
+    if content is not None:
+        file.write_text(content)
+    monkeypatch.setattr(sys, "argv", ["build_report.py", "--eval_file", str(file)])
+    with pytest.raises(UserError, match=r"eval\.json.*eval_pipeline\.py"):
+        build_report.main()
+
+
+def test_a_folder_without_a_run_is_named(tmp_path, monkeypatch):
+    file = tmp_path / "eval.json"
+    file.write_text(json.dumps(make_evaluation()))
+    monkeypatch.setattr(sys, "argv", ["build_report.py", "--eval_file", str(file), "--runs", f"pt={tmp_path}"])
+    with pytest.raises(UserError, match=r"run\.json does not exist"):
+        build_report.main()
+
+
+def test_commands_can_be_pasted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    script = str(tmp_path / "supervised_finetuning.py")
+    assert command_line([script, "--name", "小 医"]) == "python supervised_finetuning.py --name '小 医'"
+    assert command_line(["/usr/bin/python3.11", script]) == "python supervised_finetuning.py"
+    assert command_line(["torchrun", "--nproc_per_node", "2", script]).startswith("torchrun --nproc_per_node 2 super")
+    assert command_line([]) == ""
