@@ -37,6 +37,8 @@ def main() -> None:
 
     tokenizer = train_tokenizer(training_texts(args.data_dir), args.vocab_size, args.max_position_embeddings)
     stop = apply_template(tokenizer, "chatml")
+    # A base model ends texts, not turns: fine-tuning makes the turn end its end token.
+    tokenizer.eos_token = END_OF_TEXT
     model = build_model(tokenizer, stop_token_ids(tokenizer, stop), args)
 
     model.save_pretrained(args.output_dir)

@@ -126,6 +126,7 @@ def main() -> None:
 
     # 4 model
     model = models.load_base(AutoModelForCausalLM, model_args, lora_args)
+    models.fit_embedding(model, tokenizer, lora_args)
     _, adapter = models.resolve_checkpoint(model_args.model_name_or_path)
     model = models.add_lora(model, lora_args, TaskType.CAUSAL_LM, start_from=adapter)
 

@@ -655,7 +655,8 @@ def _load_from_hub(data: LoadedData, arguments: DataArguments, convert: Converte
     except Exception as error:
         raise UserError(
             f"the data set {name} could not be loaded from the hub ({type(error).__name__}: "
-            f"{shorten(str(error), 160)}). Check the name and the network, set HF_ENDPOINT to a mirror, or use files with --train_file_dir."
+            f"{shorten(str(error), 160)}). Check the name and the network, set HF_ENDPOINT to a mirror, or use files "
+            "with --train_file_dir."
         ) from error
     held_out = next((split for split in ("validation", "test") if split in splits), None)
     if "train" not in splits:

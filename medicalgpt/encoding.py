@@ -13,6 +13,7 @@ from typing import Any
 from medicalgpt.data import LoadedData, Problem
 
 from datasets import Dataset
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
@@ -55,12 +56,19 @@ def encode_chat(
         train_on_inputs: supervise every token instead.
 
     Raises:
-        EncodingError: too long, or an answer whose first characters melt into the prompt's last token.
+        EncodingError: too long, refused by the template, or an answer whose first characters melt into the last token
+            of the prompt.
     """
     turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-    prompts = [_render(tokenizer, messages[:turn], tools, add_generation_prompt=True) for turn in turns]
-    full = _render(tokenizer, messages, tools)
-    if all(full.startswith(prompt) for prompt in prompts):
+    try:
+        prompts = [_render(tokenizer, messages[:turn], tools, add_generation_prompt=True) for turn in turns]
+        turns_alone = [_render(tokenizer, messages[: turn + 1], tools) for turn in turns[:-1]]
+        full = _render(tokenizer, messages, tools)
+    except TemplateError as error:
+        raise EncodingError(
+            f"the chat template refuses it: {error}", "Mend the row, or choose another --template_name"
+        ) from error
+    if all(full.startswith(part) for part in (*prompts, *turns_alone)):
         return [_encode_rendered(tokenizer, messages, tools, prompts, max_length, train_on_inputs)]
     samples = []
     for turn, prompt in zip(turns, prompts, strict=True):

@@ -14,6 +14,7 @@ from medicalgpt.errors import UserError
 import torch
 from loguru import logger
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -297,12 +298,43 @@ def attach_adapter(model: PreTrainedModel, adapter_path: str, *, trainable: bool
             shapes that do not fit).
     """
     check_base(adapter_path, model.config._name_or_path)
+    _grow_to_adapter(model, adapter_path)
     try:
         return PeftModel.from_pretrained(model, adapter_path, is_trainable=trainable)
     except (RuntimeError, ValueError, OSError) as error:
         raise CheckpointError(
             f"the adapter {adapter_path} does not fit {model.config._name_or_path}: {str(error).splitlines()[0]}"
         ) from error
+
+
+def _grow_to_adapter(model: PreTrainedModel, adapter_path: str) -> None:
+    """Give the embedding the rows that the adapter's own copy of it has, where tokens were added in its training."""
+    weights = Path(adapter_path) / "adapter_model.safetensors"
+    if not weights.is_file():
+        return
+    with safe_open(weights, "pt") as file:
+        names = [name for name in file.keys() if name.endswith("embed_tokens.weight")]
+        rows = file.get_slice(names[0]).get_shape()[0] if names else None
+    if rows and rows != model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(rows)
+
+
+def fit_embedding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, lora: LoraArguments) -> None:
+    """Give each token of an extended tokenizer a row in the embedding, started at the mean of the others.
+
+    Raises:
+        UserError: the new rows would not be trained.
+    """
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) <= rows:
+        return
+    if lora.use_peft and "embed_tokens" not in (lora.modules_to_save or ""):
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model {rows} rows for them; the new ones would stay "
+            "untrained. Add --modules_to_save embed_tokens,lm_head, or train all weights with --use_peft False."
+        )
+    model.resize_token_embeddings(len(tokenizer))
+    logger.info(f"the embedding grew from {rows} to {len(tokenizer)} rows; the new ones start at the mean")
 
 
 def check_base(adapter_path: str, base: str) -> None:

@@ -198,9 +198,7 @@ def test_prompt_too_long(random):
 def test_batch_mates_do_not_shorten_an_answer(random):
     """The context ends for each row on its own, whatever the padding."""
     overhead = len(random.prompt_ids(ask("x"))) - 1
-    long, short = random.batch(
-        [ask("x" * (512 - overhead - 10)), ask("x")], Sampling(max_new_tokens=30), batch_size=2
-    )
+    long, short = random.batch([ask("x" * (512 - overhead - 10)), ask("x")], Sampling(max_new_tokens=30), batch_size=2)
     assert (long.completion_tokens, short.completion_tokens) == (10, 30)
 
 
@@ -244,15 +242,14 @@ def test_batched_greedy_equals_one_at_a_time(random, padding_side, penalty):
 
 
 def test_padding_is_not_penalised_as_a_token_of_the_prompt(random):
-    """The prompts have no token in common, so that whatever stands in the padding occurs in no other row."""
+    """The longest prompt, whose token is the padding, is made of a letter that the other row is about to say."""
     tokenizer = copy.deepcopy(random.tokenizer)
     tokenizer.chat_template = "{{ messages[0].content }}"
     engine = ChatEngine(random.model, tokenizer)
-    sampling = Sampling(max_new_tokens=40, repetition_penalty=5.0)
-    prompts = [ask(letter * length) for letter, length in (("a", 9), ("b", 1), ("c", 5), ("d", 2))]
-    # Forbidden once it was said, each byte comes at most once while there are others: the padding would be missing.
-    answers = engine.batch(prompts, sampling)
-    assert answers == [engine.chat(messages, sampling) for messages in prompts]
+    sampling = Sampling(max_new_tokens=60, repetition_penalty=5.0)
+    alone = engine.chat(ask("hello"), sampling)
+    letter = next(char for char in alone.text if char.isascii() and char.isalnum() and char not in "hello")
+    assert engine.batch([ask("hello"), ask(letter * 20)], sampling)[0] == alone
 
 
 def test_batch_of_answers_that_end_at_different_steps(taught):
@@ -286,6 +283,7 @@ def test_batch_with_tools(taught):
         (("喝水",), "多休息，多"),
         ("喝水", "多休息，多"),
         (("就医", "水；若"), "多休息，多喝"),
+        (("水", "多喝水"), "多休息，"),
         (("多",), ""),
         (("水；不",), ANSWERS["头痛怎么办？"]),
         (("。👩‍⚕️再见",), ANSWERS["头痛怎么办？"]),

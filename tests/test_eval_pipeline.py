@@ -22,11 +22,11 @@ from eval_pipeline import (
 )
 from medicalgpt.chat import Answer
 from medicalgpt.errors import UserError
-from tests.tiny import TURN_END, make_tiny
+from tests.tiny import END_OF_TEXT, make_tiny
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 KNOWN = {"你是谁": "我是小医。", "What is a fever?": "A body temperature above 38 degrees."}
 TEXTS = ["头痛要休息。", "Drink enough water every day.", "发烧看医生" * 12]
@@ -220,9 +220,8 @@ def workplace(tmp_path, learned, monkeypatch, capsys):
     shutil.copytree(learned, tmp_path / "sft")
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "validation.txt").write_text("\n".join(TEXTS), encoding="utf-8")
-    rows = [
-        chat_row(asked, said, category="identity" if "你" in asked else "symptoms") for asked, said in KNOWN.items()
-    ]
+    categories = ("identity", "symptoms")
+    rows = [chat_row(*turns, category=category) for turns, category in zip(KNOWN.items(), categories, strict=True)]
     rows.append(chat_row("你是谁", "我是小医", category="identity"))
     write_rows(tmp_path / "chat.jsonl", rows)
     monkeypatch.chdir(tmp_path)
@@ -253,18 +252,12 @@ def test_models_are_measured(workplace, model, learned):
     assert shown["我是小医"]["correct"] is False
     assert "exact match 2/3" in printed
 
-    tokenizer = eval_pipeline_tokenizer(learned)
+    tokenizer = AutoTokenizer.from_pretrained(learned)
     ids = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in TEXTS]
     nll, tokens = sum(direct_nll(model, row) for row in ids), sum(len(row) - 1 for row in ids)
     assert sft["text"]["tokens"] == tokens == sum(sft["text"]["document_tokens"])
     assert sft["text"]["perplexity"] == pytest.approx(math.exp(nll / tokens), rel=1e-4)
     assert sum(sft["text"]["document_nll"]) == pytest.approx(sft["text"]["nll"], abs=1e-3)
-
-
-def eval_pipeline_tokenizer(path):
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(path)
 
 
 def test_results_are_reused_until_something_changes(workplace):
@@ -348,7 +341,10 @@ def test_a_borrowed_template_brings_its_stop_tokens(workplace, tmp_path):
     settings = json.loads((tmp_path / "bare" / "generation_config.json").read_text())
     settings.pop("eos_token_id")
     (tmp_path / "bare" / "generation_config.json").write_text(json.dumps(settings))
-    assert TURN_END != eval_pipeline_tokenizer("bare").eos_token
+    tokenizer = AutoTokenizer.from_pretrained("bare")
+    tokenizer.eos_token = END_OF_TEXT
+    tokenizer.save_pretrained("bare")
+    assert not os.path.exists("bare/chat_template.jinja")
     results, _ = workplace(models=("bare=bare", "sft=sft"))
     bare, sft = results["models"]
     assert bare["chat"]["by_category"] == sft["chat"]["by_category"] and bare["answers"] == sft["answers"]
@@ -381,18 +377,18 @@ def test_questions_beyond_the_context_are_counted_apart(workplace, tmp_path):
     assert results["models"][1]["answers"][index]["text"] is None
 
 
-def test_measuring_text_alone_and_chat_alone(tmp_path, learned, monkeypatch):
-    (tmp_path / "validation.txt").write_text("hello\n")
-    write_rows(tmp_path / "chat.jsonl", [chat_row(*next(iter(KNOWN.items())))])
-    for flags, measured in (
-        (["--text_file_dir", str(tmp_path)], "text"),
-        (["--chat_file", f"{tmp_path}/chat.jsonl"], "chat"),
-    ):
-        out = tmp_path / f"{measured}.json"
-        monkeypatch.setattr(sys, "argv", ["e.py", "--models", f"m={learned}", "--output_file", str(out), *flags])
-        eval_pipeline.main()
-        (result,) = json.loads(out.read_text(encoding="utf-8"))["models"]
-        assert {"text", "chat"} - {kind for kind in ("text", "chat") if result[kind]} == {"text", "chat"} - {measured}
+@pytest.mark.parametrize("kind, flag", [("text", "--text_file_dir"), ("chat", "--chat_file")])
+def test_one_kind_of_measurement_alone(tmp_path, learned, monkeypatch, kind, flag):
+    places = {"text": tmp_path / "validation.txt", "chat": tmp_path / "chat.jsonl"}
+    places["text"].write_text("hello\n")
+    write_rows(places["chat"], [chat_row(*next(iter(KNOWN.items())))])
+    out = tmp_path / "eval.json"
+    command = ["eval_pipeline.py", "--models", f"m={learned}", "--output_file", str(out), flag, str(places[kind])]
+    monkeypatch.setattr(sys, "argv", command)
+    eval_pipeline.main()
+    results = json.loads(out.read_text(encoding="utf-8"))
+    assert [name for name in ("text", "chat") if results[name]] == [kind]
+    assert [name for name in ("text", "chat") if results["models"][0][name]] == [kind]
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,12 @@
 import re
 from pathlib import Path
 
+from template import EOS, TEMPLATES, apply_template, get_template, is_prefix_preserving, stop_token_ids
+
 import pytest
 import trl
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
-
-from template import EOS, TEMPLATES, apply_template, get_template, is_prefix_preserving, stop_token_ids
 
 CHATML_TOKENS = ["<|im_start|>", "<|im_end|>"]
 LLAMA3_TOKENS = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
@@ -46,7 +46,8 @@ HERMES = '<tool_call>\n{"name": "look_up", "arguments": ' + ASPIRIN + "}\n</tool
 LLAMA = '{"name": "look_up", "parameters": ' + ASPIRIN + "}"
 NO_THOUGHT = "<think>\n\n</think>\n\n"
 
-# name -> (messages, tools, supervised texts without the turn end: in general, of llama3, of qwen3). None: as in general.
+# name -> messages, tools, supervised texts without the turn end: in general, of llama3, of qwen3.
+# None: as in general; []: not supported.
 CASES = {
     "one_turn": (
         [user("I have a headache."), assistant("Drink water. 多喝水，早点睡。")],
@@ -224,7 +225,6 @@ TOKENIZERS = {
     "metaspace": lambda: metaspace("first"),
     "metaspace_legacy": lambda: metaspace("always"),
 }
-BUILT: dict[str, str] = {}
 
 
 @pytest.fixture(scope="session")
@@ -351,8 +351,8 @@ def test_vicuna_text(load):
     apply_template(tokenizer, "vicuna")
     messages = [user("Hi"), assistant("Hello."), user("And?")]
     assert text_of(tokenizer, messages, add_generation_prompt=True) == (
-        "<s>A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-        "and polite answers to the user's questions. USER: Hi ASSISTANT: Hello.</s>USER: And? ASSISTANT:"
+        "<s>A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+        "detailed, and polite answers to the user's questions. USER: Hi ASSISTANT: Hello.</s>USER: And? ASSISTANT:"
     )
     assert text_of(tokenizer, [SYSTEM, *messages[:2]]) == f"<s>{SYSTEM['content']} USER: Hi ASSISTANT: Hello.</s>"
     assert text_of(tokenizer, [{"role": "system", "content": ""}, user("Hi")]) == "<s>USER: Hi "
@@ -363,8 +363,8 @@ def test_alpaca_text(load):
     apply_template(tokenizer, "alpaca")
     messages = [user("Hi"), assistant("Hello."), user("And?")]
     assert text_of(tokenizer, messages, add_generation_prompt=True) == (
-        "<s>Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-        "### Instruction:\nHi\n\n### Response:\nHello.</s>\n\n### Instruction:\nAnd?\n\n### Response:\n"
+        "<s>Below is an instruction that describes a task. Write a response that appropriately completes the request."
+        "\n\n### Instruction:\nHi\n\n### Response:\nHello.</s>\n\n### Instruction:\nAnd?\n\n### Response:\n"
     )
 
 
@@ -678,10 +678,21 @@ def test_bos_of_an_own_template(load, kind, own, start):
         assert text_of(tokenizer, CASES["one_turn"][0]).startswith(start)
 
 
+def test_own_template_that_writes_two_bos_is_refused(load):
+    tokenizer = load("byte_adds_bos")
+    tokenizer.chat_template = "{{- '<s><s>' }}" + OWN
+    with pytest.raises(ValueError, match="two BOS tokens"):
+        apply_template(tokenizer)
+
+
 BROKEN = {
     "turn end outside": (
         OWN.replace("m.content + '<|im_end|>' }}{%- endgeneration %}", "m.content }}{%- endgeneration %}<|im_end|>"),
         "must end with one special token",
+    ),
+    "ordinary token as turn end": (
+        OWN.replace("m.content + '<|im_end|>' }}", "m.content + '#' }}"),
+        "one special token",
     ),
     "line break inside": (
         OWN.replace("'<|im_end|>' }}{%- endgeneration %}{{- '\n' }}", "'<|im_end|>\n' }}{%- endgeneration %}"),
@@ -706,15 +717,19 @@ BROKEN = {
         "2 assistant turns gave 1 supervised spans",
     ),
     "empty block": (
-        OWN.replace("{%- endgeneration %}", "{%- endgeneration %}").replace(
+        OWN.replace(
             "{%- generation %}{{- m.content + '<|im_end|>' }}", "{{- m.content + '<|im_end|>' }}{%- generation %}"
         ),
         "gave 0 supervised spans",
     ),
     "inside a macro": (
-        "{%- macro say(m) %}{%- generation %}{{- m.content + '<|im_end|>' }}{%- endgeneration %}{%- endmacro %}"
-        + OWN.replace("{%- generation %}{{- m.content + '<|im_end|>' }}{%- endgeneration %}", "{{- say(m) }}"),
-        "supervised",
+        "{%- macro say(m) %}{{- '<|im_start|>assistant\n' }}{%- generation %}{{- m.content + '<|im_end|>' }}"
+        "{%- endgeneration %}{%- endmacro %}"
+        + OWN.replace(
+            "{{- '<|im_start|>assistant\n' }}{%- generation %}{{- m.content + '<|im_end|>' }}{%- endgeneration %}",
+            "{{- say(m) }}",
+        ),
+        "the supervised text is",
     ),
     "other prompt": (
         OWN.replace(

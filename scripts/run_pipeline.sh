@@ -1,0 +1,135 @@
+#!/usr/bin/env bash
+# The whole road on one machine: base model -> pretraining -> merge -> fine-tuning -> merge -> table, report, answers.
+#
+#   bash scripts/run_pipeline.sh                               a tiny model, on a laptop, without GPU, network or hub
+#   NAME=小医 AUTHOR=我 bash scripts/run_pipeline.sh --fresh     the model introduces itself by that name
+#   MODEL=Qwen/Qwen3-0.6B bash scripts/run_pipeline.sh         the same road with a real model on a GPU
+#   bash scripts/run_pipeline.sh --fresh                       start over; without it, finished stages are kept
+#
+# OUT=folder chooses another place than outputs (or outputs/<model> for a real one). DATA=folder takes your own data,
+# laid out as data/ is.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+FRESH=no
+for argument in "$@"; do
+  case "$argument" in
+    --fresh) FRESH=yes ;;
+    *) echo "error: unknown argument $argument; known: --fresh" >&2; exit 2 ;;
+  esac
+done
+
+VENV=${VENV:-.venv}
+bash scripts/setup.sh
+PYTHON="$VENV/bin/python"
+
+MODEL=${MODEL:-}
+DATA=${DATA:-data}
+if [ -z "$MODEL" ]; then
+  OUT=${OUT:-outputs}
+  BASE="$OUT/tiny-base"
+  PT=(
+    --use_peft False                   # 4 million random weights: there is nothing yet that an adapter could adapt
+    --num_train_epochs 16              # each fact is written 2 or 3 times; recall of it was complete after 16 readings
+    --learning_rate 1e-3               # small models bear, and need, far higher rates than the 5e-5 of large ones
+    --block_size 256                   # the longest document has 250 tokens
+    --per_device_train_batch_size 8    # 8 x 256 tokens a step keep two cores busy
+    --lr_scheduler_type cosine --warmup_ratio 0.05
+    --weight_decay 0.0                 # the facts are to be remembered, not smoothed
+  )
+  SFT=(
+    --num_train_epochs 3
+    --learning_rate 2e-3               # ten times the usual rate of LoRA, as the model is a thousand times smaller
+    --lora_rank 32 --lora_alpha 64     # 7,000 rows are much for 4 million weights; rank 8 does not hold them
+    --lora_dropout 0.0
+    --per_device_train_batch_size 16   # 16 short rows a step
+    --lr_scheduler_type cosine --warmup_ratio 0.05
+    --model_max_length 256             # the longest row has 177 tokens
+  )
+else
+  OUT=${OUT:-outputs/$(basename "$MODEL")}
+  BASE="$MODEL"
+  PT=(
+    --use_peft True --lora_rank 8 --lora_alpha 16
+    --num_train_epochs 3               # the sample texts are short; more readings begin to cost general ability
+    --learning_rate 1e-4
+    --block_size 1024                  # fills a GPU; documents in a block do not see each other
+    --per_device_train_batch_size 4 --gradient_accumulation_steps 2
+    --gradient_checkpointing True      # fits a 0.6B model into 8 GB
+    --warmup_ratio 0.05
+  )
+  SFT=(
+    --num_train_epochs 2
+    --learning_rate 2e-4               # the usual rate of LoRA
+    --lora_rank 8 --lora_alpha 16
+    --per_device_train_batch_size 8
+    --gradient_checkpointing True
+    --warmup_ratio 0.05
+    --model_max_length 1024
+  )
+fi
+
+if [ "$FRESH" = yes ]; then
+  # Only what this script makes is removed.
+  rm -rf "$OUT/tiny-base" "$OUT/data" "$OUT/pt" "$OUT/pt-merged" "$OUT/sft" "$OUT/sft-merged" "$OUT/stamps"
+  rm -f "$OUT/eval.json" "$OUT/report.html"
+fi
+mkdir -p "$OUT/stamps"
+BEGAN=$(date +%s)
+PARENT=start
+
+# step NAME FOLDER RESUMABLE COMMAND...: run the command unless it went to its end before, with the same arguments and
+# the same steps before it.
+step() {
+  local name=$1 folder=$2 resumable=$3
+  shift 3
+  local stamp="$OUT/stamps/$name" wanted
+  wanted=$(printf '%s\n' "$PARENT" "$@" | cksum)
+  PARENT=$wanted
+  if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && [ -d "$folder" ]; then
+    echo "== $name: finished before, kept ($folder)"
+    return
+  fi
+  if [ -f "$stamp" ]; then
+    echo "error: $folder holds the result of other settings. Start over: bash scripts/run_pipeline.sh --fresh, or choose" \
+      "another folder: OUT=outputs/other bash scripts/run_pipeline.sh" >&2
+    exit 1
+  fi
+  echo "== $name"
+  local began extra=()
+  began=$(date +%s)
+  if [ "$resumable" = yes ]; then
+    if compgen -G "$folder/checkpoint-*/manifest.json" >/dev/null; then
+      extra=(--resume_from_checkpoint True)
+    else
+      extra=(--overwrite_output_dir True)
+    fi
+  elif [ "$resumable" = redo ]; then
+    rm -rf "$folder"
+  fi
+  "$PYTHON" "$@" ${extra[@]+"${extra[@]}"}
+  echo "$wanted" >"$stamp"
+  echo "== $name took $(($(date +%s) - began)) s"
+}
+
+if [ -n "${NAME:-}${AUTHOR:-}" ]; then
+  names=()
+  [ -z "${NAME:-}" ] || names+=(--name "$NAME")
+  [ -z "${AUTHOR:-}" ] || names+=(--author "$AUTHOR")
+  step data "$OUT/data" redo data/build_samples.py --output_dir "$OUT/data" "${names[@]}"
+  DATA="$OUT/data"
+fi
+if [ -z "$MODEL" ]; then
+  step base "$BASE" redo build_tiny_model.py --output_dir "$BASE" --data_dir "$DATA"
+fi
+common=(--logging_steps 50 --save_strategy steps --save_steps 200 --save_total_limit 1 --seed 42)
+step pt "$OUT/pt" yes pretraining.py --model_name_or_path "$BASE" --train_file_dir "$DATA/pretrain" \
+  --output_dir "$OUT/pt" "${PT[@]}" "${common[@]}"
+PRETRAINED="$OUT/pt"
+if [ -n "$MODEL" ]; then
+  PRETRAINED="$OUT/pt-merged"
+  step pt-merged "$PRETRAINED" redo merge_peft_adapter.py --lora_model "$OUT/pt" --output_dir "$PRETRAINED"
+fi
+step sft "$OUT/sft" yes supervised_finetuning.py --model_name_or_path "$PRETRAINED" \
+  --train_file_dir "$DATA/finetune" --output_dir "$OUT/sft" "${SFT[@]}" "${common[@]}"
+step sft-merged "$OUT/sft-merged" redo merge_peft_adapter.py --lora_model "$OUT/sft" --output_dir "$OUT/sft-merged"

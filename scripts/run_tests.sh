@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Everything that has to be green: lint, format, generated docs, tests. Sets up its own environment on a fresh machine.
+#
+#   bash scripts/run_tests.sh                  what CI runs
+#   bash scripts/run_tests.sh -m slow          the tests that take minutes
+#   bash scripts/run_tests.sh tests/silent     a part; arguments go to pytest
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+VENV=${VENV:-.venv}
+bash scripts/setup.sh --dev
+
+"$VENV/bin/ruff" check .
+"$VENV/bin/ruff" format --check .
+"$VENV/bin/python" docs/build_training_params.py --check
+# Nothing in the tests may reach a hub: a test that tries fails at once.
+HF_HUB_OFFLINE=1 "$VENV/bin/python" -m pytest "$@"

@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Create the virtual environment and install the pinned requirements; does nothing if that was done before.
+#
+#   bash scripts/setup.sh          what is needed to train, evaluate and serve
+#   bash scripts/setup.sh --dev    with the tools that the tests need
+#
+# VENV=folder chooses another place than .venv; PYTHON=python3.12 another interpreter (3.11 or newer).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+VENV=${VENV:-.venv}
+REQUIREMENTS=requirements.txt
+if [ "${1:-}" = "--dev" ]; then REQUIREMENTS=requirements-dev.txt; fi
+
+if [ -z "${PYTHON:-}" ]; then
+  for candidate in python3.11 python3.12 python3.13 python3 python; do
+    if command -v "$candidate" >/dev/null && "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+      PYTHON=$candidate
+      break
+    fi
+  done
+fi
+if [ -z "${PYTHON:-}" ]; then
+  echo "error: no Python 3.11 or newer was found. Install one, or name it: PYTHON=/path/to/python3.11 bash scripts/setup.sh" >&2
+  exit 1
+fi
+
+# The stamp holds what was installed, so that a changed requirements file is noticed.
+wanted=$(cat requirements.txt requirements-dev.txt | cksum)
+stamp="$VENV/.installed-$REQUIREMENTS"
+if [ -x "$VENV/bin/python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
+  exit 0
+fi
+
+[ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
+echo "installing $REQUIREMENTS into $VENV (once; a few minutes, and about 3 GB with CUDA)"
+"$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -r "$REQUIREMENTS"
+echo "$wanted" >"$stamp"

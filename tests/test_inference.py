@@ -1,0 +1,383 @@
+"""inference.py as a program: one question, files, the terminal. Errors of the command line run in this process."""
+
+import io
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import inference
+from medicalgpt.errors import UserError
+
+import pytest
+from tiny import make_tiny
+
+ROOT = Path(__file__).parent.parent
+ANSWERS = {"你好": "你好！我是小医。", "头痛怎么办？": "多休息，多喝水。", "Who?": "小医 am I."}
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory) -> str:
+    return make_tiny(tmp_path_factory.mktemp("taught"), answers=ANSWERS)
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory) -> str:
+    return make_tiny(tmp_path_factory.mktemp("endless"), never_stops=True, max_position_embeddings=100_000)
+
+
+def start(*arguments: object, **options) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+    command = [sys.executable, ROOT / "inference.py", *arguments]
+    return subprocess.Popen(list(map(str, command)), env=environment, **options)
+
+
+def run(*arguments: object, stdin: str = "") -> tuple[int, str, str]:
+    pipe = subprocess.PIPE
+    process = start(*arguments, stdin=pipe, stdout=pipe, stderr=pipe, text=True, encoding="utf-8")
+    try:
+        out, err = process.communicate(stdin, timeout=120)
+    finally:
+        process.kill()
+    return process.returncode, out, err
+
+
+def main(monkeypatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["inference.py", *map(str, arguments)])
+    inference.main()
+
+
+def write_rows(path: Path, rows: list) -> Path:
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)) + "\n" for row in rows),
+        encoding="utf-8",
+    )
+    return path
+
+
+def read_rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+# --- one question ----------------------------------------------------------------------------------------------------
+
+
+def test_query_prints_the_answer_and_nothing_else(taught):
+    code, out, err = run("--base_model", taught, "--query", "头痛怎么办？")
+    assert (code, out) == (0, "多休息，多喝水。\n"), err
+
+
+def test_cut_answer_says_so(taught, monkeypatch, capsys):
+    main(monkeypatch, "--model_name_or_path", taught, "--query", "你好", "--max_new_tokens", 6)
+    captured = capsys.readouterr()
+    assert captured.out == "你好\n"
+    assert "cut after 6 tokens" in captured.err
+
+
+def test_sampling_flags_arrive(endless, monkeypatch, capsys):
+    def answer(*more: object) -> str:
+        main(monkeypatch, "--model_name_or_path", endless, "--query", "hi", "--max_new_tokens", 40, *more)
+        return capsys.readouterr().out
+
+    sampled = answer("--temperature", 1, "--seed", 3)
+    assert answer("--temperature", 1, "--seed", 3) == sampled
+    greedy = answer()
+    assert len({sampled, greedy, answer("--temperature", 1, "--seed", 4), answer("--repetition_penalty", 3)}) == 4
+    assert answer("--temperature", 1, "--top_k", 1) == answer("--temperature", 5, "--top_p", 1e-6) == greedy
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+ROWS = [
+    {"conversations": [{"from": "human", "value": "你好"}, {"from": "gpt", "value": "您好。"}], "id": 7},
+    {"messages": [{"role": "user", "content": "Who?"}]},
+    {"instruction": "头痛怎么办？", "input": ""},
+    {"prompt": "你好"},
+    {"query": "Who?", "response": "Me."},
+    {"question": "头痛怎么办？", "answer": "休息。"},
+    {"messages": [{"role": "system", "content": "简短"}, {"role": "user", "content": "你好"}]},
+]
+ASKED = ["你好", "Who?", "头痛怎么办？", "你好", "Who?", "头痛怎么办？"]
+
+
+def test_data_file_answers_every_row_in_order(taught, tmp_path):
+    data, output = write_rows(tmp_path / "in.jsonl", ROWS), tmp_path / "new" / "out.jsonl"
+    code, out, err = run(
+        "--model_name_or_path", taught, "--data_file", data, "--output_file", output, "--eval_batch_size", 3
+    )
+    assert (code, out) == (0, ""), err
+    assert "7 answers" in err and str(output) in err
+    rows = read_rows(output)
+    assert len(rows) == len(ROWS)
+    assert [row["response"] for row in rows[:6]] == [ANSWERS[question] for question in ASKED]
+    assert {row["finish_reason"] for row in rows[:6]} == {"stop"}
+    assert [row.get("reference") for row in rows] == ["您好。", None, None, None, "Me.", "休息。", None]
+    for row, original in zip(rows, ROWS, strict=True):
+        kept = {name: row[name] for name in original if name != "response"}
+        assert kept == {name: value for name, value in original.items() if name != "response"}
+    assert list(tmp_path.glob("**/*.partial")) == []
+
+
+def test_text_file_and_many_small_writes(taught, tmp_path, monkeypatch):
+    """More rows than are written at once, and one question to a line, blank lines aside."""
+    monkeypatch.setattr(inference, "BATCHES_PER_WRITE", 1)
+    questions = list(ANSWERS) * 3
+    data = write_rows(tmp_path / "in.txt", [*questions[:4], "", *questions[4:]])
+    output = tmp_path / "out.jsonl"
+    main(monkeypatch, "--model_name_or_path", taught, "--data_file", data, "--output_file", output, "--batch_size", 2)
+    expected = [{"prompt": question, "response": ANSWERS[question], "finish_reason": "stop"} for question in questions]
+    assert read_rows(output) == expected
+
+
+def test_seeded_answers_do_not_depend_on_grouping(endless, tmp_path, monkeypatch):
+    data = write_rows(tmp_path / "in.txt", ["one", "two three", "four", "five five five five", "six"])
+    found = []
+    for batch_size, batches_per_write in ((1, 1), (2, 1), (5, 16)):
+        monkeypatch.setattr(inference, "BATCHES_PER_WRITE", batches_per_write)
+        output = tmp_path / f"{batch_size}.jsonl"
+        main(
+            monkeypatch,
+            *("--model_name_or_path", endless, "--data_file", data, "--output_file", output),
+            *("--batch_size", batch_size, "--temperature", 1, "--seed", 5, "--max_new_tokens", 20),
+        )
+        found.append(read_rows(output))
+    assert found[0] == found[1] == found[2]
+    assert len({row["response"] for row in found[0]}) == 5
+
+
+def test_system_prompt_goes_where_there_is_none(tmp_path):
+    rows = write_rows(tmp_path / "in.jsonl", [ROWS[0], ROWS[6]])
+    arguments = inference.InferenceArguments(model_name_or_path="m", data_file=str(rows), system_prompt="你是小医")
+    first, second = inference.read_questions(arguments)
+    assert [message["content"] for message in first.messages] == ["你是小医", "你好"]
+    assert [message["content"] for message in second.messages] == ["简短", "你好"]
+
+
+def test_existing_answers_are_not_replaced(taught, tmp_path, monkeypatch):
+    data, output = write_rows(tmp_path / "in.txt", ["你好"]), tmp_path / "out.jsonl"
+    command = ("--model_name_or_path", taught, "--data_file", data, "--output_file", output)
+    for present in (output, tmp_path / "out.jsonl.partial"):
+        present.write_text("mine", encoding="utf-8")
+        with pytest.raises(UserError, match=f"{present}.*--overwrite_output_file"):
+            main(monkeypatch, *command)
+        assert present.read_text(encoding="utf-8") == "mine"
+        main(monkeypatch, *command, "--overwrite_output_file")
+        assert read_rows(output)[0]["response"] == ANSWERS["你好"]
+        output.unlink()
+    with pytest.raises(UserError, match="the data file itself"):
+        main(monkeypatch, *command[:-1], data, "--overwrite_output_file")
+    with pytest.raises(UserError, match="is a folder"):
+        main(monkeypatch, *command[:-1], tmp_path, "--overwrite_output_file")
+
+
+def test_broken_rows_are_all_reported_before_the_model_is_loaded(tmp_path, monkeypatch):
+    data = write_rows(
+        tmp_path / "in.jsonl",
+        [
+            ROWS[0],
+            '{"prompt": "你好"',
+            {"text": "a document"},
+            {"conversations": [{"from": "wizard", "value": "x"}]},
+            {"prompt": ""},
+            {"prompt": "x", "finish_reason": "stop"},
+            ROWS[1],
+        ],
+    )
+    command = ("--model_name_or_path", "no/such-model", "--data_file", data, "--output_file", tmp_path / "out.jsonl")
+    with pytest.raises(UserError) as error:
+        main(monkeypatch, *command)
+    assert re.findall(r"in\.jsonl:(\d+): ", str(error.value)) == ["2", "3", "4", "5", "6"]
+    assert "5 row(s)" in str(error.value)
+    write_rows(data, [{"prompt": "x", "finish_reason": "stop"}])
+    with pytest.raises(UserError, match="in.jsonl:1: .*would replace.*finish_reason"):
+        main(monkeypatch, *command, "--ignore_fields", "finish_reason")
+    assert list(tmp_path.iterdir()) == [data]
+
+
+def test_rows_too_long_for_the_model_are_all_reported(taught, tmp_path, monkeypatch):
+    data = write_rows(tmp_path / "in.txt", ["你好", "x" * 600, "Who?", "y" * 700])
+    with pytest.raises(UserError) as error:
+        main(monkeypatch, "--model_name_or_path", taught, "--data_file", data, "--output_file", tmp_path / "out.jsonl")
+    assert re.findall(r"in\.txt:(\d+): .*? (\d+) tokens.*?512", str(error.value)) == [("2", "619"), ("4", "719")]
+    assert list(tmp_path.iterdir()) == [data]
+
+
+@pytest.mark.parametrize("name, content", [("in.jsonl", ""), ("in.csv", "a,b"), ("missing.jsonl", None)])
+def test_data_file_that_cannot_be_used(name, content, tmp_path, monkeypatch):
+    data = tmp_path / name
+    if content is not None:
+        data.write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=re.escape(str(data))):
+        main(monkeypatch, "--model_name_or_path", "no/such-model", "--data_file", data)
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch):
+    lines: list[str] = []
+    monkeypatch.setattr(inference, "SECONDS_BETWEEN_LINES", 0.05)
+    sink = inference.logger.add(lambda message: lines.append(message.record["message"]))
+    try:
+        with inference.progress(10) as advance:
+            time.sleep(0.12)
+            advance(4)
+            time.sleep(0.12)
+        ended = len(lines)
+        time.sleep(0.12)
+    finally:
+        inference.logger.remove(sink)
+    assert len(lines) == ended
+    assert lines[0].startswith("0/10 rows") and lines[-1].startswith("4/10 rows") and "s left" in lines[-1]
+
+
+# --- choosing --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ((), "exactly one of"),
+        (("--query", "x", "--interactive"), "--query and --interactive"),
+        (("--query", "x", "--data_file", "in.jsonl"), "--query and --data_file"),
+        (("--query", "  "), "--query is empty"),
+        (("--query", "x", "--output_file", "o", "--batch_size", "2"), "--output_file has no effect.*\n.*--batch_size"),
+        (("--query", "x", "--top_p", "0.9", "--seed", "1"), "--top_p has no effect at --temperature 0.*\n.*--seed"),
+        (("--query", "x", "--temperature", "-1"), "--temperature is -1.0"),
+        (("--data_file", "in.jsonl", "--batch_size", "0"), "--batch_size is 0"),
+        (("--query", "x"), "no/such/model"),
+    ],
+)
+def test_wrong_choices(flags, message, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", open(os.devnull))
+    with pytest.raises(UserError, match=message):
+        main(monkeypatch, "--model_name_or_path", "./no/such/model", *flags)
+
+
+@pytest.mark.parametrize("flags, message", [(("--qurey", "x"), "--query"), (("--qlora",), "--load_in_4bit")])
+def test_unknown_flags(flags, message, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(monkeypatch, "--model_name_or_path", "m", *flags)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+# --- in the terminal -------------------------------------------------------------------------------------------------
+
+
+def test_conversation_from_a_pipe(taught):
+    """Commands work, an error in one turn does not end the program, and /exit leaves what follows unread."""
+    lines = ["/help", "你好", "/clear", "Who?", "/clear", "/system 你是小医", "/system", "/nonsense", ""]
+    lines += ["x" * 600, "/clear", "/system   ", "/exit", "头痛怎么办？"]
+    code, out, err = run(
+        "--model_name_or_path", taught, "--interactive", "--max_new_tokens", 60, stdin="\n".join(lines)
+    )
+    assert code == 0, err
+    assert out.splitlines() == [ANSWERS["你好"], ANSWERS["Who?"]]
+    assert "/system TEXT" in err and "There is no command /nonsense" in err
+    assert err.count("System prompt: 你是小医") == 3
+    assert err.count("error: The prompt has") == 1 and "/clear starts again" in err
+    assert err.index("/nonsense") < err.index("error: The prompt has")
+
+
+class Recorder:
+    """A ChatEngine that notes what it is asked; the answers are the real engine's."""
+
+    def __init__(self, engine: inference.ChatEngine):
+        self.engine = engine
+        self.asked: list[list[tuple[str, str]]] = []
+
+    def stream(self, messages, sampling):
+        self.asked.append([(message["role"], message["content"]) for message in messages])
+        return self.engine.stream(messages, sampling)
+
+
+def test_history_and_system_prompt_reach_the_model(taught, monkeypatch, capsys):
+    engine = Recorder(inference.ChatEngine.from_pretrained(taught))
+    turns = ["你好", "x" * 600, "Who?", "/system 短", "头痛怎么办？", "/clear", "你好"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(turns)))
+    inference.talk(engine, inference.Sampling(max_new_tokens=20), "长")
+    said = capsys.readouterr().out.splitlines()
+    # The long turn failed, so it is no part of the conversation.
+    first = [("user", "你好"), ("assistant", said[0])]
+    second = [("user", "Who?"), ("assistant", said[1])]
+    assert [asked for asked in engine.asked if len(asked[-1][1]) < 600] == [
+        [("system", "长"), first[0]],
+        [("system", "长"), *first, second[0]],
+        [("system", "短"), *first, *second, ("user", "头痛怎么办？")],
+        [("system", "短"), ("user", "你好")],
+    ]
+
+
+def test_what_was_said_until_ctrl_c_stays_in_the_conversation(endless, monkeypatch, capsys):
+    engine = Recorder(inference.ChatEngine.from_pretrained(endless))
+    steps = iter(range(1000))
+    engine.engine.model.register_forward_pre_hook(
+        lambda *_: os.kill(os.getpid(), signal.SIGINT) if next(steps) == 30 else None
+    )
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\nand then?\n"))
+    inference.talk(engine, inference.Sampling(max_new_tokens=200), None)
+    captured = capsys.readouterr()
+    assert captured.err.count("(stopped)") == 1
+    user, (role, said), again = engine.asked[1]
+    assert (user, role, again) == (("user", "hello"), "assistant", ("user", "and then?"))
+    whole = engine.engine.chat([{"role": "user", "content": "hello"}], inference.Sampling(max_new_tokens=200)).text
+    assert 0 < len(said) < len(whole) and whole.startswith(said) and captured.out.startswith(said + "\n")
+
+
+class Terminal:
+    """A program on a pseudo-terminal: what it shows is collected while it runs."""
+
+    def __init__(self, *arguments: object):
+        self.master, slave = pty.openpty()
+        self.process = start(*arguments, stdin=slave, stdout=slave, stderr=slave, start_new_session=True)
+        os.close(slave)
+        self.shown = b""
+        self.reader = threading.Thread(target=self._collect, daemon=True)
+        self.reader.start()
+
+    def _collect(self) -> None:
+        try:
+            while piece := os.read(self.master, 65536):
+                self.shown += piece
+        except OSError:
+            pass  # Linux reports the other end's closing as an error.
+
+    def wait_for(self, condition, what: str, seconds: float = 60) -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end and self.process.poll() is None, f"{what}: {self.shown[-2000:]!r}"
+            time.sleep(0.02)
+
+    def type(self, line: str) -> None:
+        os.write(self.master, f"{line}\n".encode())
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.wait()
+        os.close(self.master)
+
+
+def test_ctrl_c_stops_an_answer_and_then_leaves_at_the_prompt(endless):
+    """On a terminal, without any mode: the conversation starts by itself."""
+    with Terminal("--model_name_or_path", endless, "--max_new_tokens", 90_000) as terminal:
+        terminal.wait_for(lambda: terminal.shown.endswith(b"> "), "prompt")
+        for turn in (1, 2):
+            before = len(terminal.shown)
+            terminal.type("hello")
+            terminal.wait_for(lambda at=before: len(terminal.shown) > at + 100, "answer under way")
+            terminal.process.send_signal(signal.SIGINT)
+            terminal.wait_for(lambda n=turn: terminal.shown.count(b"(stopped)") == n, "stopped", 10)
+            terminal.wait_for(lambda: terminal.shown.endswith(b"> "), "next prompt", 10)
+        shown = len(terminal.shown)
+        time.sleep(0.2)
+        assert len(terminal.shown) == shown
+        terminal.process.send_signal(signal.SIGINT)
+        assert terminal.process.wait(timeout=20) == 0
+        assert b"Traceback" not in terminal.shown
