@@ -465,9 +465,9 @@ td small { font-size: .8rem; margin: 1px 0 4px; }
 .nowrap { white-space: nowrap; }
 .bar { height: 4px; border-radius: 2px; background: var(--same-back); margin-top: 6px; overflow: hidden; }
 .bar i { display: block; height: 100%; background: var(--accent); }
-.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); gap: 12px; }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 400px), 1fr)); gap: 12px; }
 figure { margin: 0; }
-.curve { display: block; width: 100%; height: auto; }
+.curve { display: block; width: 100%; max-width: 620px; height: auto; }
 figcaption { margin-top: 8px; }
 .example { margin-bottom: 12px; }
 .turn { margin: 0 0 6px; white-space: pre-wrap; overflow-wrap: anywhere; }
@@ -539,7 +539,7 @@ footer { margin-top: 40px; }
 </tbody></table></div>
 <p class="soft" style="margin-top:10px">“no measurable change” means that the two values lie within the noise of the
 measurement: 95% intervals that overlap, or a paired difference per document that its error can explain. An exact match
-is an answer equal to the reference, character by character.
+is an answer equal to the reference, character by character, but for white space at its ends.
 {% for name, note in notes %}<br>{{ name }}: {{ note }}{% endfor %}</p>
 
 {% if runs %}

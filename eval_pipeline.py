@@ -499,6 +499,9 @@ def _parse_models(values: Sequence[str]) -> dict[str, str]:
             raise UserError(f"--models {value}: expected NAME=FOLDER, for example --models sft=outputs/sft-merged")
         if name in models:
             raise UserError(f"--models: the name {name!r} is given twice.")
+        # A missing folder such as outputs/pt has the form of a hub name, and looking that up takes a minute offline.
+        if not Path(path).is_dir() and Path(path).parent != Path() and Path(path).parent.is_dir():
+            raise UserError(f"--models {value}: no folder {path} (looked in {Path.cwd()}). Has that stage been run?")
         models[name] = path
     return models
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from medicalgpt.args import ModelArguments, parse_args
-from medicalgpt.chat import ChatEngine, ChatTemplateError, PromptTooLongError, Sampling
+from medicalgpt.chat import Answer, ChatEngine, ChatTemplateError, PromptTooLongError, Sampling
 from medicalgpt.data import SHOWN_PROBLEMS, Problem, Row, RowError, read_rows, to_prompt
 from medicalgpt.errors import UserError, run_main
 
@@ -343,28 +343,37 @@ def answer_file(
 
     target, partial = Path(arguments.output_file), unfinished(arguments.output_file)
     target.parent.mkdir(parents=True, exist_ok=True)
-    started, tokens, rows_per_write = time.monotonic(), 0, arguments.batch_size * BATCHES_PER_WRITE
-    with open(partial, "w", encoding="utf-8") as file, progress(len(questions)) as advance:
-        for first in range(0, len(questions), rows_per_write):
-            chosen = questions[first : first + rows_per_write]
-            answers = engine.batch(
-                [question.messages for question in chosen],
-                # A row's draw depends on its number, not on how rows are grouped.
-                replace(sampling, seed=sampling.seed + first) if sampling.seed is not None else sampling,
-                batch_size=arguments.batch_size,
-                progress=advance,
-                tools=[question.tools for question in chosen],
-            )
-            for question, answer in zip(chosen, answers, strict=True):
-                row = question.row.value if isinstance(question.row.value, dict) else {"prompt": question.row.value}
-                row = row if question.reference is None else {**row, "reference": question.reference}
-                row = {**row, "response": answer.text, "finish_reason": answer.finish_reason}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                tokens += answer.completion_tokens
-            file.flush()
+    started, tokens, written = time.monotonic(), 0, 0
+    rows_per_write = arguments.batch_size * BATCHES_PER_WRITE
+    try:
+        with open(partial, "w", encoding="utf-8") as file, progress(len(questions)) as advance:
+            for first in range(0, len(questions), rows_per_write):
+                chosen = questions[first : first + rows_per_write]
+                answers = engine.batch(
+                    [question.messages for question in chosen],
+                    # A row's draw depends on its number, not on how rows are grouped.
+                    replace(sampling, seed=sampling.seed + first) if sampling.seed is not None else sampling,
+                    batch_size=arguments.batch_size,
+                    progress=advance,
+                    tools=[question.tools for question in chosen],
+                )
+                file.writelines(map(output_line, chosen, answers))
+                file.flush()
+                written += len(chosen)
+                tokens += sum(answer.completion_tokens for answer in answers)
+    finally:
+        if written < len(questions):
+            logger.warning(f"unfinished: the first {written} of {len(questions)} answers are in {partial}")
     partial.replace(target)
     seconds = time.monotonic() - started
     logger.info(f"{len(questions)} answers, {tokens} tokens in {seconds:.1f} s ({tokens / seconds:.1f}/s): {target}")
+
+
+def output_line(question: Question, answer: Answer) -> str:
+    row = question.row.value if isinstance(question.row.value, dict) else {"prompt": question.row.value}
+    reference = {} if question.reference is None else {"reference": question.reference}
+    row = {**row, **reference, "response": answer.text, "finish_reason": answer.finish_reason}
+    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 @contextmanager

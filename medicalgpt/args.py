@@ -209,6 +209,7 @@ class StrictParser:
         from argparse import SUPPRESS, RawDescriptionHelpFormatter
 
         from transformers import HfArgumentParser
+        from transformers.hf_argparser import string_to_bool
 
         self.parser = HfArgumentParser(
             classes, allow_abbrev=False, description=description, formatter_class=RawDescriptionHelpFormatter
@@ -219,6 +220,9 @@ class StrictParser:
         for action in self.parser._actions:
             if action.dest in self.unused:
                 action.help = SUPPRESS
+            if action.type is string_to_bool and action.nargs is None:
+                # Switches whose default is None (--bf16) are on when named alone, as the other ones are.
+                action.nargs, action.const = "?", True
         self.dest_of = {
             option.lstrip("-"): action.dest
             for option, action in self.parser._option_string_actions.items()
@@ -251,7 +255,8 @@ class StrictParser:
                     problems.append(problem)
                     continue
                 dest = self.dest_of[new]
-                if dest in seen_here and seen_here[dest] != name:
+                # A command line may repeat a flag, the last one wins; in a file a second one is an oversight.
+                if dest in seen_here and (seen_here[dest] != name or origins[position]):
                     problems.append(
                         f"{origins[position]}--{name} and --{seen_here[dest]} set the same thing; keep one of them."
                     )
@@ -286,8 +291,9 @@ class StrictParser:
             return new, values[key], None
         if RENAMED.get(plain) in self.dest_of:
             return RENAMED[plain], None, None
-        if plain in self.unused:
-            return name, None, f"{origin}--{name} has no effect in this program. {self.unused[plain]}"
+        target = plain if plain in self.unused else self.dest_of.get(name)
+        if target in self.unused:
+            return name, None, f"{origin}--{name} has no effect in this program. {self.unused[target]}"
         if name in self.dest_of:
             return name, None, None
         known = [option for option in self.dest_of if option.replace("-", "_") == option and option not in self.unused]
@@ -302,40 +308,49 @@ class StrictParser:
         index = 0
         while index < len(argv):
             if argv[index] == "--config" and index + 1 < len(argv):
-                path = argv[index + 1]
-                index += 2
+                found, index = argv[index + 1], index + 2
             elif argv[index].startswith("--config="):
-                path = argv[index].partition("=")[2]
-                index += 1
+                found, index = argv[index].partition("=")[2], index + 1
             else:
                 rest.append(argv[index])
                 index += 1
+                continue
+            if path:
+                self._fail(f"--config is given twice ({path} and {found}); put all flags into one file.")
+            path = found
         return self._read_yaml(path) if path else ([], []), (rest, [""] * len(rest))
 
     def _read_yaml(self, path: str) -> tuple[list[str], list[str]]:
         try:
             with open(path, encoding="utf-8") as file:
                 text = file.read()
-            root = yaml.compose(text, Loader=yaml.SafeLoader)
-            values = yaml.safe_load(text)
+            loader = yaml.SafeLoader(text)
+            root = loader.get_single_node()
+            # A mapping is taken key by key, since a dict would hide keys that stand there twice.
+            entries = root.value if isinstance(root, yaml.MappingNode) else []
+            values = [loader.construct_object(value, deep=True) for _, value in entries]
         except OSError as error:
             self._fail(f"--config {path}: {error.strerror or error}. Give the path of a YAML file.")
         except yaml.YAMLError as error:
             self._fail(f"--config {path} is not valid YAML: {error}")
-        if values is None:
-            return [], []
-        if not isinstance(values, dict):
-            self._fail(f"--config {path} must hold `flag: value` lines, it holds a {type(values).__name__}.")
+        if root is not None and not isinstance(root, yaml.MappingNode):
+            self._fail(f"--config {path} must hold `flag: value` lines, it holds a {root.id}.")
         tokens: list[str] = []
         origins: list[str] = []
-        for key_node, _ in root.value:
-            key, line = key_node.value, key_node.start_mark.line + 1
-            value = values[key]
+        for (key_node, _), value in zip(entries, values, strict=True):
+            key, origin = key_node.value, f"{path}:{key_node.start_mark.line + 1}: "
+            if key == "config":
+                self._fail(f"{origin}a --config file cannot name another one; put all flags into one file.")
             if value is None:
                 continue
-            parts = [f"--{key}", *map(_as_token, value)] if isinstance(value, list) else [f"--{key}", _as_token(value)]
+            action = self.parser._option_string_actions.get(f"--{key}")
+            if isinstance(value, list) and action is not None and action.nargs == "+":
+                parts = [f"--{key}", *map(_as_token, value)]
+            else:
+                # With "=", for a value may begin with a dash.
+                parts = [f"--{key}={_as_token(value)}"]
             tokens += parts
-            origins += [f"{path}:{line}: "] * len(parts)
+            origins += [origin] * len(parts)
         return tokens, origins
 
     def _fail(self, message: str) -> NoReturn:
@@ -369,4 +384,6 @@ def _as_token(value: Any) -> str:
         import json
 
         return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, list):
+        return ",".join(map(str, value))
     return str(value)

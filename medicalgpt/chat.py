@@ -32,6 +32,9 @@ from transformers import (
 Messages = Sequence[Mapping[str, Any]]
 Tools = Sequence[Any]
 
+# torch takes seeds below 2**63; half of that leaves room to add a row number.
+MAX_SEED = 2**62
+
 # What a decoder writes for bytes that are no character, or not yet one.
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -71,6 +74,7 @@ class Sampling:
             ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
             ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "above 0"),
             ("stop", all(self.stop), "without empty strings"),
+            ("seed", self.seed is None or 0 <= self.seed < MAX_SEED, "at least 0 and below 2**62"),
         ):
             if not right:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, it must be {wanted}.")
@@ -105,8 +109,12 @@ class PromptTooLongError(UserError, ValueError):
         self.context_length = context_length
 
 
+class NoChatTemplateError(UserError, ValueError):
+    """The tokenizer cannot render any conversation."""
+
+
 class ChatTemplateError(UserError, ValueError):
-    """The tokenizer cannot render a conversation."""
+    """The tokenizer's chat template refuses a conversation."""
 
 
 class ChatEngine:
@@ -198,10 +206,11 @@ class ChatEngine:
 
         Raises:
             PromptTooLongError: no room is left for an answer.
-            ChatTemplateError: there is no template, or it refuses these messages.
+            NoChatTemplateError: the tokenizer has no chat template.
+            ChatTemplateError: the template refuses these messages.
         """
         if not self.tokenizer.chat_template:
-            raise ChatTemplateError(
+            raise NoChatTemplateError(
                 "The tokenizer has no chat template, so a conversation cannot be put into tokens. Train one in: "
                 "supervised_finetuning.py installs a template and saves it with the model; --template_name chooses it."
             )
@@ -224,7 +233,7 @@ class ChatEngine:
             tools: what the template may offer to the model: JSON schemas or Python functions.
 
         Raises:
-            PromptTooLongError, ChatTemplateError: see `prompt_ids`.
+            PromptTooLongError, NoChatTemplateError, ChatTemplateError: see `prompt_ids`.
         """
         return self._generate([self.prompt_ids(messages, tools)], [sampling or Sampling()])[0].answer()
 
@@ -257,7 +266,8 @@ class ChatEngine:
             Answers in the order of `conversations`.
 
         Raises:
-            PromptTooLongError, ChatTemplateError: for any conversation, before the first is answered.
+            PromptTooLongError, NoChatTemplateError, ChatTemplateError: for any conversation, before the first is
+                answered.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, it must be at least 1.")
@@ -543,8 +553,10 @@ def _draw(scores: torch.Tensor, sampling: Sampling, generator: torch.Generator) 
 
 
 def _seed_of(sampling: Sampling) -> int:
-    # Below 2**62, so that a row number can be added; torch takes seeds below 2**63.
-    return sampling.seed if sampling.seed is not None else int(torch.randint(2**62, ()))
+    if sampling.seed is not None:
+        return sampling.seed
+    # Greedy answers draw nothing: a look at a model in training must not change the training's random numbers.
+    return int(torch.randint(MAX_SEED, ())) if sampling.temperature > 0 else 0
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,26 +35,39 @@ ALL_ROLES = ("system", *USER_ROLES, *ASSISTANT_ROLES, *CALL_ROLES, *RESULT_ROLES
 
 @dataclass(frozen=True)
 class Row:
-    """One row as it stands in a file. `value` is text for .txt and .md, whatever JSON holds otherwise."""
+    """One row as it stands in a file.
+
+    Attributes:
+        value: text for .txt and .md, whatever JSON holds otherwise.
+        item: its number in the list of a .json file, where a line may hold many rows; 0 elsewhere.
+    """
 
     path: str
     line: int
     value: Any
+    item: int = 0
 
     @property
     def place(self) -> str:
-        return f"{self.path}:{self.line}"
+        return f"{self.path}:{self.line}" + (f" (row {self.item})" if self.item else "")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Why one row cannot be used, and what to do about it. `kind` is what it is counted under if it is left out."""
+    """Why one row cannot be used, and what to do about it.
+
+    Attributes:
+        kind: what it is counted under if it is left out; `unreadable` hides rows that nobody can count, and is never
+            left out.
+        side: `train` or `validation` where it never became a row, empty where one of `LoadedData` is meant.
+    """
 
     place: str
     reason: str
     remedy: str
     value: str = ""
     kind: str = "unusable"
+    side: str = ""
 
     def __str__(self) -> str:
         shown = f" [{self.value}]" if self.value else ""
@@ -175,38 +188,58 @@ def _read_jsonl(path: str, text: str) -> Iterator[Row | Problem]:
 
 def _parse_json(path: str, number: int, line: str) -> Row | Problem:
     try:
-        return Row(path, number, json.loads(line))
+        return _whole_characters(Row(path, number, json.loads(line)), line)
     except json.JSONDecodeError as error:
         column = error.colno
         snippet = line[max(0, column - 20) : column + 20]
         return Problem(f"{path}:{number}", f"broken JSON at column {column}: {error.msg}", "Mend the line.", snippet)
 
 
+def _whole_characters(row: Row, raw: str) -> Row | Problem:
+    """The row, unless it holds a lone surrogate, half a character: JSON can spell it, no tokenizer can read it."""
+    if "\\ud" not in raw.lower():
+        return row
+    try:
+        json.dumps(row.value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):x}"
+        return Problem(row.place, f"half a character, {half}, without its other half", "Mend the text.")
+    return row
+
+
 def _read_json(path: str, text: str) -> Iterator[Row | Problem]:
     decoder = json.JSONDecoder()
     position = _skip_space(text, 0)
+    line, counted = 1, 0
     try:
         if not text[position : position + 1] == "[":
             value, end = decoder.raw_decode(text, position)
             if _skip_space(text, end) != len(text):
                 raise json.JSONDecodeError("more text after the value; a row a line is .jsonl", text, end)
-            yield Row(path, text.count("\n", 0, position) + 1, value)
+            yield _whole_characters(Row(path, text.count("\n", 0, position) + 1, value), text)
             return
         position = _skip_space(text, position + 1)
+        item = 0
         while text[position : position + 1] != "]":
             value, end = decoder.raw_decode(text, position)
-            yield Row(path, text.count("\n", 0, position) + 1, value)
+            line, counted, item = line + text.count("\n", counted, position), position, item + 1
+            yield _whole_characters(Row(path, line, value, item), text[position:end])
             position = _skip_space(text, end)
             if text[position : position + 1] == ",":
                 position = _skip_space(text, position + 1)
+                if text[position : position + 1] == "]":
+                    raise json.JSONDecodeError("expected another row after ','", text, position)
             elif text[position : position + 1] != "]":
                 raise json.JSONDecodeError("expected ',' or ']'", text, position)
+        if _skip_space(text, position + 1) != len(text):
+            raise json.JSONDecodeError("more text after the list", text, _skip_space(text, position + 1))
     except json.JSONDecodeError as error:
         yield Problem(
             f"{path}:{error.lineno}",
             f"broken JSON at column {error.colno}: {error.msg}",
             "Mend the file; rows after this place were not read.",
             text[max(0, error.pos - 20) : error.pos + 20],
+            kind="unreadable",
         )
 
 
@@ -216,17 +249,17 @@ def _skip_space(text: str, position: int) -> int:
 
 
 def _read_text(path: str, text: str, unit: str) -> Iterator[Row]:
+    text = text.replace("\r\n", "\n")
     if unit == "file":
         if text.strip():
             yield Row(path, 1, text.strip("\n"))
         return
-    pattern = r"[^\n]+" if unit == "line" else r"[^\n]+(?:\n[^\n]+)*"
+    filled = r"[^\n]*\S[^\n]*"
     line, position = 1, 0
-    for match in re.finditer(pattern, text):
+    for match in re.finditer(filled if unit == "line" else rf"{filled}(?:\n{filled})*", text):
         line += text.count("\n", position, match.start())
         position = match.start()
-        if match.group().strip():
-            yield Row(path, line, match.group().rstrip("\r"))
+        yield Row(path, line, match.group())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -241,7 +274,7 @@ def to_text(value: Any, ignore: frozenset[str] = frozenset()) -> dict[str, Any]:
         RowError: no text, empty text, unknown fields.
     """
     if isinstance(value, str):
-        return {"text": value}
+        value = {"text": value}
     _require_object(value)
     if "text" not in value:
         raise RowError(
@@ -317,14 +350,13 @@ def _from_turns(value: dict, column: str, ignore: frozenset[str]) -> dict[str, A
     if not isinstance(turns, list) or not turns:
         raise RowError(f"`{column}` must be a list of turns and holds none", "Give it at least two turns.", turns)
     messages = _system_message(value.get("system") or value.get("system_prompt"))
-    for number, turn in enumerate(turns, start=1):
-        if not isinstance(turn, dict):
-            raise RowError(f"turn {number} is no object", 'A turn is {"from": "human", "value": "..."}.', turn)
-        messages.append(_to_message(turn, number))
+    messages += [_to_message(turn, number) for number, turn in enumerate(turns, start=1)]
     return {"messages": messages, "tools": _to_tools(value.get("tools"))}
 
 
-def _to_message(turn: dict, number: int) -> dict[str, Any]:
+def _to_message(turn: Any, number: int) -> dict[str, Any]:
+    if not isinstance(turn, dict):
+        raise RowError(f"turn {number} is no object", 'A turn is {"from": "human", "value": "..."}.', turn)
     role_field = "from" if "from" in turn else "role"
     text_field = "value" if "value" in turn else "content"
     known = {role_field, text_field, "tool_calls", "tool_call_id", "name", "reasoning_content", "weight"}
@@ -333,9 +365,19 @@ def _to_message(turn: dict, number: int) -> dict[str, Any]:
     role, text = turn.get(role_field), turn.get(text_field)
     if role not in ALL_ROLES:
         raise RowError(f"turn {number} has the unknown role {role!r}", f"Roles are {', '.join(ALL_ROLES)}.", turn)
+    if turn.get("weight") not in (None, 1):
+        raise RowError(
+            f"turn {number} has the weight {turn['weight']!r}; every answer is trained on",
+            "Remove the turn or its weight.",
+            turn,
+        )
     calls = turn.get("tool_calls")
-    if not calls and (not isinstance(text, str) or not text.strip()):
-        raise RowError(f"turn {number} ({role}) is empty or no text", "Remove the row or write the turn.", turn)
+    if calls and role not in ASSISTANT_ROLES:
+        raise RowError(f"turn {number} ({role}) has tool calls", "Only the assistant calls tools.", turn)
+    if text is not None and not isinstance(text, str):
+        raise RowError(f"turn {number} ({role}) is no text", "Write the turn as one string.", text)
+    if not calls and not (text or "").strip():
+        raise RowError(f"turn {number} ({role}) is empty", "Remove the row or write the turn.", turn)
     if role in CALL_ROLES:
         return {"role": "assistant", "content": "", "tool_calls": _to_tool_calls(text, number)}
     if role in RESULT_ROLES:
@@ -352,16 +394,20 @@ def _to_message(turn: dict, number: int) -> dict[str, Any]:
 
 def _to_tool_calls(value: Any, number: int) -> list[dict[str, Any]]:
     calls = _parse_inner_json(value, f"turn {number}: the function call")
+    calls = calls if isinstance(calls, list) else [calls]
+    remedy = 'Write {"name": "...", "arguments": {...}}.'
+    if not calls:
+        raise RowError(f"turn {number}: no function is called", remedy, value)
     result = []
-    for call in calls if isinstance(calls, list) else [calls]:
-        function = call.get("function", call) if isinstance(call, dict) else {}
+    for call in calls:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise RowError(f"turn {number}: a function call needs a name and an object of arguments", remedy, value)
+        if unknown := sorted(set(function) - {"name", "arguments", "type", "id", "index"}):
+            raise RowError(f"turn {number}: the function call has unknown fields {unknown}", remedy, value)
         arguments = _parse_inner_json(function.get("arguments", {}), f"turn {number}: the call's arguments")
-        if not isinstance(function.get("name"), str) or not isinstance(arguments, dict):
-            raise RowError(
-                f"turn {number}: a function call needs a name and an object of arguments",
-                'Write {"name": "...", "arguments": {...}}.',
-                value,
-            )
+        if not isinstance(arguments, dict):
+            raise RowError(f"turn {number}: the call's arguments are no object", remedy, value)
         result.append({"type": "function", "function": {"name": function["name"], "arguments": arguments}})
     return result
 
@@ -400,10 +446,12 @@ def _from_alpaca(value: dict, ignore: frozenset[str], answer_needed: bool) -> di
         if not isinstance(pair, list) or len(pair) != 2:
             raise RowError("`history` holds something other than pairs", "Write [[question, answer], ...].", pair)
         messages += [_text_message("user", pair[0], "history"), _text_message("assistant", pair[1], "history")]
-    question = value["instruction"]
-    if isinstance(value.get("input"), str) and value["input"].strip():
-        question = f"{question}\n{value['input']}"
-    messages.append(_text_message("user", question, "instruction"))
+    question = _text_message("user", value["instruction"], "instruction")
+    if value.get("input") is not None and not isinstance(value["input"], str):
+        raise RowError("`input` is no text", "Write it as one string.", value["input"])
+    if (value.get("input") or "").strip():
+        question["content"] += f"\n{value['input']}"
+    messages.append(question)
     if value.get("output") is not None:
         messages.append(_text_message("assistant", value["output"], "output"))
     return {"messages": messages, "tools": _to_tools(value.get("tools"))}
@@ -412,10 +460,11 @@ def _from_alpaca(value: dict, ignore: frozenset[str], answer_needed: bool) -> di
 def _from_pair(value: dict, question: str, answer: str, ignore: frozenset[str]) -> dict[str, Any]:
     _refuse_unknown(value, {question, answer, "system", "tools"}, ignore)
     asked = value[question]
+    messages = _system_message(value.get("system"))
     if isinstance(asked, list):
-        messages = [_to_message(turn, number) for number, turn in enumerate(asked, start=1)]
+        messages += [_to_message(turn, number) for number, turn in enumerate(asked, start=1)]
     else:
-        messages = [*_system_message(value.get("system")), _text_message("user", asked, question)]
+        messages.append(_text_message("user", asked, question))
     given = value.get(answer)
     if isinstance(given, list):
         messages += [_to_message(turn, number) for number, turn in enumerate(given, start=len(messages) + 1)]
@@ -522,18 +571,24 @@ class LoadedData:
             DataError: any problem that no flag allows to leave out, all at once.
             UserError: no training row is left.
         """
-        allowed = {"unusable": arguments.skip_bad_rows, "too long": arguments.skip_long_rows}
+        allowed = {
+            "unusable": arguments.skip_bad_rows,
+            "too long": arguments.skip_long_rows,
+            "unreadable": False,
+        }
         if refused := [problem for problem in self.problems if not allowed[problem.kind]]:
             raise DataError(refused)
         for problem in self.problems[:SHOWN_PROBLEMS]:
             logger.warning(f"left out: {problem}")
-        gone = {problem.place: problem.kind for problem in self.problems}
+        gone = {(problem.place, problem.side): problem.kind for problem in self.problems}
         for side, accounts in self.account.items():
+            rows = getattr(self, side)
+            present = {row["place"] for row in rows}
             by_file = {account.file: account for account in accounts}
-            for place, kind in gone.items():
-                if account := by_file.get(place.rpartition(":")[0]):
-                    account.left_out[kind] += 1
-            setattr(self, side, [row for row in getattr(self, side) if row["place"] not in gone])
+            for (place, read_for), kind in gone.items():
+                if read_for == side or (not read_for and place in present):
+                    by_file[place.rpartition(":")[0]].left_out[kind] += 1
+            setattr(self, side, [row for row in rows if (row["place"], "") not in gone])
         self.problems = []
         if not self.train:
             raise UserError("every training row was left out; see the warnings above.\n" + self.summary())
@@ -613,8 +668,11 @@ def _choose_files(arguments: DataArguments) -> tuple[list[Path], list[Path]]:
     if not arguments.validation_file_dir:
         return train, beside
     validation = find_files(arguments.validation_file_dir)
+    trained = {path.resolve() for path in train}
     by_name = [path for path in validation if HELD_OUT_NAME.match(path.name)]
-    return train, by_name or validation
+    # One folder for both: the names tell the sides apart.
+    shared = any(path.resolve() in trained for path in validation)
+    return train, by_name if shared and by_name else validation
 
 
 def _load_file(
@@ -636,12 +694,12 @@ def _load_file(
             account.left_out[f"beyond --max_{'train' if side == 'train' else 'eval'}_samples"] += 1
             continue
         if isinstance(row, Problem):
-            data.problems.append(row)
+            data.problems.append(replace(row, side=side))
             continue
         try:
             converted.append({**convert(row.value, ignore), "place": row.place})
         except RowError as error:
-            data.problems.append(Problem(row.place, error.reason, error.remedy, error.value))
+            data.problems.append(Problem(row.place, error.reason, error.remedy, error.value, side=side))
     if account.rows == 0:
         raise UserError(f"{name} is empty. Remove it or fill it.")
 

@@ -585,7 +585,7 @@ def _resolved(*groups: Any) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for group in groups:
         values = group.to_dict() if isinstance(group, TrainingArguments) else dataclasses.asdict(group)
-        merged |= {name: value for name, value in values.items() if "token" not in name or name == "average_tokens"}
+        merged |= {name: value for name, value in values.items() if not name.endswith("_token")}
     return merged
 
 

@@ -12,6 +12,6 @@ bash scripts/setup.sh --dev
 
 "$VENV/bin/ruff" check .
 "$VENV/bin/ruff" format --check .
-"$VENV/bin/python" docs/build_training_params.py --check
+"$VENV/bin/python" build_training_params.py --check
 # Nothing in the tests may reach a hub: a test that tries fails at once.
 HF_HUB_OFFLINE=1 "$VENV/bin/python" -m pytest "$@"

@@ -411,11 +411,15 @@ def test_without_a_seed_torchs_global_seed_decides(random):
     assert random.chat(ask("hello"), free) == first
 
 
-def test_a_seed_leaves_torchs_global_generator_alone(random):
+@pytest.mark.parametrize("sampling", [WARM, Sampling(max_new_tokens=30)])
+def test_seeded_and_greedy_answers_leave_torchs_global_generator_alone(random, sampling):
+    """A look at a model in training does not change the batches that follow."""
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
-    random.chat(ask("hello"), WARM)
+    random.chat(ask("hello"), sampling)
+    random.batch(VARIED, sampling)
+    list(random.stream(ask("hello"), sampling))
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -459,6 +463,8 @@ def test_top_k_and_top_p_cut():
         {"top_k": -1},
         {"repetition_penalty": 0},
         {"stop": ("",)},
+        {"seed": -1},
+        {"seed": 2**62},
     ],
 )
 def test_settings_out_of_range(wrong):

@@ -393,7 +393,12 @@ def test_one_kind_of_measurement_alone(tmp_path, learned, monkeypatch, kind, fla
 
 @pytest.mark.parametrize(
     "models, message",
-    [(("base",), "expected NAME=FOLDER"), (("a=x", "a=y"), "given twice"), (("a=no/such/folder",), "no checkpoint")],
+    [
+        (("base",), "expected NAME=FOLDER"),
+        (("a=x", "a=y"), "given twice"),
+        (("a=no/such/folder",), "no checkpoint"),
+        (("a=text/pt",), "no folder text/pt"),
+    ],
 )
 def test_unusable_models_are_named(workplace, models, message):
     with pytest.raises(UserError, match=message):

@@ -151,6 +151,39 @@ def test_seeded_answers_do_not_depend_on_grouping(endless, tmp_path, monkeypatch
     assert len({row["response"] for row in found[0]}) == 5
 
 
+def test_interrupted_file_keeps_what_was_written(endless, tmp_path, monkeypatch):
+    """Ctrl-C during the second write: the first rows are there, under a name that says that they are not all."""
+    monkeypatch.setattr(inference, "BATCHES_PER_WRITE", 1)
+    load, steps = inference.ChatEngine.from_pretrained, iter(range(1000))
+
+    def load_and_interrupt(*arguments, **options):
+        engine = load(*arguments, **options)
+        engine.model.register_forward_pre_hook(
+            lambda *_: signal.raise_signal(signal.SIGINT) if next(steps) == 30 else None
+        )
+        return engine
+
+    monkeypatch.setattr(inference.ChatEngine, "from_pretrained", load_and_interrupt)
+    data, output = write_rows(tmp_path / "in.txt", ["one", "two", "three", "four"]), tmp_path / "out.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        main(
+            monkeypatch,
+            *("--model_name_or_path", endless, "--data_file", data, "--output_file", output),
+            *("--batch_size", 2, "--max_new_tokens", 20),
+        )
+    assert not output.exists()
+    assert [row["prompt"] for row in read_rows(tmp_path / "out.jsonl.partial")] == ["one", "two"]
+
+
+def test_model_without_template_is_told_once(tmp_path, monkeypatch):
+    model = make_tiny(tmp_path / "base")
+    (tmp_path / "base" / "chat_template.jinja").unlink()
+    data = write_rows(tmp_path / "in.txt", ["one", "two"])
+    with pytest.raises(UserError, match="supervised_finetuning.py") as error:
+        main(monkeypatch, "--model_name_or_path", model, "--data_file", data, "--output_file", tmp_path / "out.jsonl")
+    assert str(error.value).count("no chat template") == 1
+
+
 def test_system_prompt_goes_where_there_is_none(tmp_path):
     rows = write_rows(tmp_path / "in.jsonl", [ROWS[0], ROWS[6]])
     arguments = inference.InferenceArguments(model_name_or_path="m", data_file=str(rows), system_prompt="你是小医")
@@ -326,6 +359,21 @@ def test_what_was_said_until_ctrl_c_stays_in_the_conversation(endless, monkeypat
     assert (user, role, again) == (("user", "hello"), "assistant", ("user", "and then?"))
     whole = engine.engine.chat([{"role": "user", "content": "hello"}], inference.Sampling(max_new_tokens=200)).text
     assert 0 < len(said) < len(whole) and whole.startswith(said) and captured.out.startswith(said + "\n")
+
+
+def test_an_error_in_a_turn_is_told_and_the_turn_left_out(endless, monkeypatch, capsys):
+    engine = Recorder(inference.ChatEngine.from_pretrained(endless))
+    steps = iter(range(1000))
+
+    def fail_once(*_):
+        if next(steps) == 30:
+            raise RuntimeError("out of memory")
+
+    engine.engine.model.register_forward_pre_hook(fail_once)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\nand then?\n"))
+    inference.talk(engine, inference.Sampling(max_new_tokens=50), None)
+    assert "error: out of memory" in capsys.readouterr().err
+    assert engine.asked[1] == [("user", "and then?")]
 
 
 class Terminal:

@@ -1,0 +1,100 @@
+"""What tests of whole programs share: run one as a user would, write its data, read what it leaves."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_program(
+    script: str,
+    *args: Any,
+    env: Mapping[str, str] | None = None,
+    timeout: float = 240,
+    check: bool = True,
+    processes: int = 1,
+) -> subprocess.CompletedProcess:
+    """Run a program of the repository root, offline and on one thread, and return it with its output as text.
+
+    Args:
+        script: its file name, relative to the root, or an absolute path.
+        args: flags; anything that is no string is turned into one.
+        env: variables on top of the present ones.
+        timeout: seconds.
+        check: fail, with all that was printed, if the exit code is not 0.
+        processes: more than one runs it under torchrun, over gloo where there is no GPU.
+    """
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    done = subprocess.run(
+        [*launcher, str(ROOT / script), *map(str, args)],
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    if check and done.returncode != 0:
+        raise AssertionError(f"{script} ended with {done.returncode}\n{done.stdout}\n{done.stderr}")
+    return done
+
+
+def run_here(script: str, *args: Any) -> None:
+    """Run a program's `main` in this process, which saves the seconds that its imports take.
+
+    A `UserError` comes out as it is raised, not as an exit code.
+    """
+    module = importlib.import_module(Path(script).stem)
+    with patch.object(sys, "argv", [script, *map(str, args)]):
+        module.main()
+
+
+@dataclass
+class Opened:
+    """A training program stopped where it would begin to train: everything is loaded, encoded and built."""
+
+    run: Any
+    trainer: Any
+    tokenizer: Any
+    options: dict[str, Any]
+
+    def finish(self) -> dict[str, float]:
+        """Train and save, as the program would have gone on; returns its metrics."""
+        return self.run.train_and_save(self.trainer, self.tokenizer, **self.options)
+
+
+def open_stage(script: str, *args: Any) -> Opened:
+    """Run a training program in this process up to its last step, so that a test can look at its trainer."""
+    from medicalgpt.runs import Run
+
+    caught: list[Opened] = []
+
+    def stop(run: Any, trainer: Any, tokenizer: Any, **options: Any) -> None:
+        caught.append(Opened(run, trainer, tokenizer, options))
+
+    with patch.object(Run, "train_and_save", stop):
+        run_here(script, *args)
+    return caught[0]
+
+
+def write_jsonl(path: str | Path, rows: Iterable[Any]) -> str:
+    """Write a row a line, with the folders that it needs; text goes as it is. Returns the path as a string."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
+    Path(path).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return str(path)
+
+
+def read_json(path: str | Path) -> Any:
+    """What a JSON file holds; of a .jsonl file, the list of its rows."""
+    text = Path(path).read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()] if Path(path).suffix == ".jsonl" else json.loads(text)
