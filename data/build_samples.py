@@ -30,8 +30,8 @@ SEED = 42
 DEFAULT_NAME = "MedicalGPT"
 DEFAULT_AUTHOR = {"zh": "MedicalGPT 团队", "en": "the MedicalGPT team"}
 
-ZH_PHRASINGS_PER_FACT = 6
-EN_PHRASINGS_PER_FACT = 3
+ZH_PHRASINGS_PER_FACT = 5
+EN_PHRASINGS_PER_FACT = 4
 EN_HELD_OUT_EVERY = 3
 ZH_EXTRA_CONSULTATIONS = 44
 EN_CONSULTATIONS = 60
@@ -252,6 +252,17 @@ HELD_OUT_DOCUMENT_TEMPLATES = {
     ],
 }
 
+# A small model needs a question several times before it answers it; these make a question of one turn several ones.
+OPENINGS = {
+    "identity": {
+        "zh": ["{q}", "你好，{q}", "您好，{q}", "嗨，{q}", "{q}，谢谢"],
+        "en": ["{q}", "Hello. {q}", "Hi! {q}", "Excuse me. {q}", "By the way: {q}"],
+    },
+    "talk": {"zh": ["{q}", "{q}。", "{q}！"], "en": ["{q}"]},
+    "refusal": {"zh": ["{q}", "您好，{q}", "医生，{q}"], "en": ["{q}", "Hello. {q}", "Doctor: {q}"]},
+    "emergency_talk": {"zh": ["{q}", "快帮帮我，{q}", "医生，{q}"], "en": ["{q}", "Help! {q}", "Doctor: {q}"]},
+}
+
 # Nobody "gets" an injury or a complication as one gets a disease; these endings take another verb.
 HAPPENS_TO_ONE = tuple("伤 骨折 中毒 出血 惊厥 黄疸 妊娠 剧吐 前期 胎盘 发作 休克 扭转 脱离 夹层 套叠 低体温症".split())
 SAYS_WHO_DECIDES = re.compile("医嘱|医生|专科|团队|立即|尽快|尽早")
@@ -447,17 +458,32 @@ def build_conversations(
     train += build_consultations(conditions, departments, rng)
 
     for entry in talk["identity"]:
-        language = "zh" if re.search(r"[\u4e00-\u9fff]", entry["answer"]) else "en"
-        answer = entry["answer"].format(name=name, author=author[language])
-        train += [conversation("identity", question, answer) for question in entry["train"]]
+        answer = entry["answer"].format(name=name, author=author[language_of(entry["answer"])])
+        for question in entry["train"]:
+            train += [conversation("identity", asked, answer) for asked in openings("identity", question)]
         validation += [conversation("identity", question, answer) for question in entry["held_out"]]
     for section, category in (("talk", "talk"), ("refusals", "refusal"), ("emergency", "emergency_talk")):
         for entry in talk[section]:
-            train.append(conversation(category, *entry.get("turns", (entry.get("question"), entry.get("answer")))))
+            if "turns" in entry:
+                train.append(conversation(category, *entry["turns"]))
+            else:
+                for asked in openings(category, entry["question"]):
+                    train.append(conversation(category, asked, entry["answer"]))
 
     rng.shuffle(train)
     rng.shuffle(validation)
     return train, validation
+
+
+def language_of(text: str) -> str:
+    """`zh` if there is a Chinese character in the text, `en` otherwise."""
+    return "zh" if re.search(r"[\u4e00-\u9fff]", text) else "en"
+
+
+def openings(category: str, question: str) -> list[str]:
+    """The question as it is, and with the openings of its category; none where it would end in two marks."""
+    asked = [template.format(q=question) for template in OPENINGS[category][language_of(question)]]
+    return [text for text in asked if not re.search(r"[。！？，][。！？，]$|[。！？]，谢谢$", text)]
 
 
 def build_fact_rows(

@@ -133,3 +133,22 @@ fi
 step sft "$OUT/sft" yes supervised_finetuning.py --model_name_or_path "$PRETRAINED" \
   --train_file_dir "$DATA/finetune" --output_dir "$OUT/sft" "${SFT[@]}" "${common[@]}"
 step sft-merged "$OUT/sft-merged" redo merge_peft_adapter.py --lora_model "$OUT/sft" --output_dir "$OUT/sft-merged"
+
+# Before and after, on rows that no stage was trained on. Models before the last answer 200 of the questions: one that
+# was never taught to stop writes to the limit each time.
+models=(base="$BASE" pt="$PRETRAINED" sft="$OUT/sft-merged")
+echo "== evaluation"
+"$PYTHON" eval_pipeline.py --models "${models[@]}" --text_file_dir "$DATA/pretrain" \
+  --chat_file "$DATA/finetune/validation.jsonl" --output_file "$OUT/eval.json" \
+  --max_chat_samples_before 200 --batch_size 64 --max_new_tokens 96
+"$PYTHON" build_report.py --eval_file "$OUT/eval.json" --runs pt="$OUT/pt" sft="$OUT/sft" --output_file "$OUT/report.html"
+
+echo
+for question in "你是谁？" "得了偏头痛应该挂什么科？" "家里老人突然嘴歪、一侧手脚没力气，怎么办？"; do
+  echo "> $question"
+  "$PYTHON" inference.py --model_name_or_path "$OUT/sft-merged" --query "$question" --max_new_tokens 96
+done
+echo
+echo "report: $OUT/report.html"
+echo "chat:   $PYTHON inference.py --model_name_or_path $OUT/sft-merged --interactive"
+echo "all of it took $(($(date +%s) - BEGAN)) s"

@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Continued pretraining on one or several GPUs (or on a CPU).
+#
+#   MODEL=Qwen/Qwen3-0.6B bash scripts/run_pt.sh
+#   CUDA_VISIBLE_DEVICES=0,1 NPROC=2 MODEL=Qwen/Qwen3-0.6B bash scripts/run_pt.sh --use_peft False --deepspeed zero2.json
+#
+# Further flags of pretraining.py may follow; they win over those below. All flags: docs/training_params.md
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
+MODEL=${MODEL:-outputs/tiny-base}           # hub name, or folder; the tiny model comes from build_tiny_model.py
+NPROC=${NPROC:-1}                           # processes, one a GPU
+LAUNCH=("$PYTHON")
+[ "$NPROC" = 1 ] || LAUNCH=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$NPROC")
+
+FLAGS=(
+  --model_name_or_path "$MODEL"
+  --train_file_dir data/pretrain            # .txt, .md, .jsonl, .json; files named validation* are held out
+  --output_dir "${OUT:-outputs-pt}"
+  --use_peft True                           # an adapter; False trains every weight
+  --target_modules all                      # every linear layer but the head
+  --lora_rank 8 --lora_alpha 16 --lora_dropout 0.05
+  --block_size 1024                         # tokens of a block, filled with whole documents
+  --num_train_epochs 1
+  --per_device_train_batch_size 4           # blocks a GPU; halve it if memory does not suffice ...
+  --gradient_accumulation_steps 4           # ... and double this, then nothing changes but the time
+  --learning_rate 2e-4                      # for adapters; for all weights 1e-5 to 5e-5
+  --warmup_ratio 0.05                       # share of the steps in which the rate rises
+  --weight_decay 0.01
+  --gradient_checkpointing True             # a fifth slower, far less memory
+  --logging_steps 10
+  --eval_strategy steps --eval_steps 100    # perplexity on the held-out documents
+  --save_strategy steps --save_steps 100 --save_total_limit 3
+  --seed 42
+)
+exec "${LAUNCH[@]}" pretraining.py "${FLAGS[@]}" "$@"
