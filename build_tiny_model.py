@@ -19,6 +19,7 @@ from pathlib import Path
 from medicalgpt.args import DataArguments
 from medicalgpt.data import load_data, to_messages, to_text
 from medicalgpt.errors import UserError, run_main
+from medicalgpt.logs import setup_logging
 from template import apply_template, stop_token_ids
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -32,6 +33,7 @@ BYTES = 256
 def main() -> None:
     """Train the tokenizer, draw the weights, save both."""
     args = parse_args()
+    setup_logging()
     check_output_dir(args.output_dir, args.overwrite_output_dir)
     started = time.perf_counter()
 

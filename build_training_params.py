@@ -162,6 +162,8 @@ def type_name(field: dataclasses.Field) -> str:
     choices = field.metadata.get("choices") or [value.value for enum in enums for value in enum]
     if 0 < len(choices) <= SHOWN_CHOICES:
         return ", ".join(f"`{choice}`" for choice in choices)
+    if enums:
+        return "text"
     names = {bool: "True, False", int: "whole number", float: "number", str: "text", dict: "JSON"}
     return " or ".join(names[member] for member in members if member in names)
 

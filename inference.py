@@ -29,6 +29,7 @@ from medicalgpt.args import ModelArguments, parse_args
 from medicalgpt.chat import Answer, ChatEngine, ChatTemplateError, PromptTooLongError, Sampling
 from medicalgpt.data import SHOWN_PROBLEMS, Problem, Row, RowError, read_rows, to_prompt
 from medicalgpt.errors import UserError, run_main
+from medicalgpt.logs import setup_logging
 
 from loguru import logger
 from tqdm import tqdm
@@ -90,6 +91,7 @@ def main() -> None:
         description=__doc__,
         unused={"qlora": "It is a way to train; --load_in_4bit loads the weights in 4 bits."},
     )
+    setup_logging()
     mode = choose_mode(arguments)
     try:
         sampling = Sampling(

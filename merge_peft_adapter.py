@@ -17,6 +17,7 @@ from typing import Any
 
 from medicalgpt.args import parse_args
 from medicalgpt.errors import UserError, run_main
+from medicalgpt.logs import setup_logging
 
 # Difference of logits, relative to the largest, that rounding explains: sums are done in another order after merging.
 ROUNDING = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
@@ -58,7 +59,7 @@ def main() -> None:
     import torch
     from loguru import logger
 
-    runs.setup_logging()
+    setup_logging()
     adapter = Path(args.lora_model)
     if not (adapter / models.ADAPTER_CONFIG).is_file():
         raise UserError(f"{adapter} is no adapter: it has no {models.ADAPTER_CONFIG}. Check --lora_model.")

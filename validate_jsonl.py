@@ -14,6 +14,7 @@ from statistics import median
 
 from medicalgpt.args import DataArguments, parse_args
 from medicalgpt.errors import UserError, run_main
+from medicalgpt.logs import setup_logging
 
 
 @dataclass
@@ -36,10 +37,9 @@ class ValidationArguments:
 
 def main() -> None:
     (args,) = parse_args(ValidationArguments, description=__doc__)
-    from medicalgpt import runs
     from medicalgpt.data import DataError, find_files, load_data, read_rows, to_messages, to_text
 
-    runs.setup_logging()
+    setup_logging()
     problems = []
     for path in find_files(args.file_path):
         first = next(iter(read_rows(path)), None)

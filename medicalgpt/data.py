@@ -238,7 +238,7 @@ def _read_json(path: str, text: str) -> Iterator[Row | Problem]:
             f"{path}:{error.lineno}",
             f"broken JSON at column {error.colno}: {error.msg}",
             "Mend the file; rows after this place were not read.",
-            text[max(0, error.pos - 20) : error.pos + 20],
+            shorten(text[max(0, error.pos - 20) : error.pos + 20]),
             kind="unreadable",
         )
 

@@ -13,7 +13,7 @@ def run_main(main: Callable[[], None]) -> None:
     """Run a program: a `UserError` ends it with its message and exit code 1; `--debug` shows the traceback as well.
 
     Raises:
-        SystemExit: with code 1 after a `UserError`, 130 after Ctrl-C.
+        SystemExit: with code 1 after a `UserError`, 130 after Ctrl-C, 141 if nobody reads the output any more.
     """
     # transformers has a `--debug` of its own that takes a value; only the bare flag is ours.
     debug = _take_bare_debug_flag(sys.argv)
@@ -25,6 +25,10 @@ def run_main(main: Callable[[], None]) -> None:
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"\nerror: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
+    except BrokenPipeError:
+        # The reader of our output (head, less) has left. Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except KeyboardInterrupt:
         if debug:
             raise

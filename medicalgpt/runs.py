@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import platform
 import resource
 import shlex
@@ -23,9 +22,9 @@ from medicalgpt.args import ModelArguments, RunArguments
 from medicalgpt.data import LoadedData
 from medicalgpt.encoding import IGNORED
 from medicalgpt.errors import UserError
+from medicalgpt.logs import is_main_process, setup_logging
 from medicalgpt.plots import plot_loss
 
-import datasets
 import torch
 from datasets import Dataset
 from loguru import logger
@@ -40,7 +39,6 @@ from transformers import (
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import ProgressCallback
-from transformers.utils.logging import disable_progress_bar
 
 MANIFEST = "manifest.json"
 REPORTED_LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes", "deepspeed")
@@ -65,20 +63,6 @@ RUN_TRACES = (
     "all_results.json",
 )
 SIGN_OF_LIFE_SECONDS = 30
-
-
-def is_main_process() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def setup_logging() -> None:
-    """Plain lines on stderr, from the first process only."""
-    logger.remove()
-    if is_main_process():
-        logger.add(sys.stderr, format="<level>{level: <7}</level> {message}", level="INFO")
-    if not is_main_process() or not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-        disable_progress_bar()
 
 
 class Run:

@@ -86,6 +86,31 @@ def open_stage(script: str, *args: Any) -> Opened:
     return caught[0]
 
 
+def save_model(path: str | Path, tokenizer: Any, *, tied: bool = False, context: int = 4096, seed: int = 0) -> str:
+    """Save a Qwen3 of two layers with random weights beside its tokenizer; returns the folder as a string."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=context,
+        initializer_range=0.1,
+        tie_word_embeddings=tied,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
 def write_jsonl(path: str | Path, rows: Iterable[Any]) -> str:
     """Write a row a line, with the folders that it needs; text goes as it is. Returns the path as a string."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -4,16 +4,15 @@ Each step is compared with a plain computation: the sum of the token losses of e
 step of SGD at rate 1 writes the gradient into the weights.
 """
 
+from medicalgpt.encoding import encode_chat, encode_document
+from tests.helpers import open_stage, read_json, run_program, write_jsonl
+from tests.tiny import make_tiny
+
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from tests.helpers import open_stage, read_json, run_program, write_jsonl
-from tests.tiny import make_tiny
-
-from medicalgpt.encoding import encode_chat, encode_document
 
 BLOCK = 120
 ANSWER_LENGTHS = (1, 150, 12, 60)

@@ -1,0 +1,200 @@
+"""What the pages say is true: links lead somewhere, commands parse, flags exist, shown output is what comes out."""
+
+import argparse
+import os
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from unittest.mock import patch
+
+import build_training_params
+from medicalgpt.args import GONE, RENAMED, RENAMED_VALUES, UNUSED_SFT_ARGUMENTS
+from medicalgpt.errors import UserError
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("data/*.md")])
+TWINS = sorted(page for page in PAGES if page.stem.endswith("_zh"))
+GUIDES = [page for page in PAGES if page.parent.name != "data"]
+PROGRAMS = sorted(ROOT.glob("*.py"))
+# Flags of programs that are not ours.
+FOREIGN_FLAGS = {"--nproc_per_node", "--fix"}
+LIBRARY_VARIABLES = {"HF_ENDPOINT", "CUDA_VISIBLE_DEVICES"}
+BROKEN_ROWS = """\
+{"conversations": [{"from": "human", "value": "感冒了怎么办？"}, {"from": "gpt", "value": "多休息，多喝水。"}]}
+{"conversations": [{"from": "human", "value": "发烧要去医院吗？"}, {"from": "gpt", "value": ""}]}
+{"conversations": [{"from": "gpt", "value": "你好！"}, {"from": "human", "value": "你好"}]}
+{"instruction": "高血压怎么办？", "outptu": "低盐饮食。"}
+{"prompt": "头痛怎么办？", "response": "先休息。"
+"""
+
+
+class Parsed(BaseException):
+    """Ends a program once its command line has been read; no program can catch it by accident."""
+
+
+def start(program: Path, arguments: list[str], parse_args) -> None:
+    """Run a program as `__main__` up to its first call of argparse, which `parse_args(parser, args)` answers."""
+
+    def replaced(parser, args=None, namespace=None):
+        parse_args(parser, args)
+        raise Parsed
+
+    with (
+        patch.object(argparse.ArgumentParser, "parse_args", replaced),
+        patch.object(sys, "argv", [program.name, *arguments]),
+    ):
+        runpy.run_path(str(program), run_name="__main__")
+
+
+@cache
+def flags_of(program: Path) -> frozenset[str]:
+    """All flags of a program, today's and older spellings."""
+    found = []
+    try:
+        start(program, [], lambda parser, args: found.extend(parser._option_string_actions))
+    except Parsed:
+        pass
+    older = {*RENAMED, *RENAMED_VALUES} if "--config" in found else set()
+    return frozenset(found) | {f"--{name}" for name in older}
+
+
+def code_blocks(page: Path) -> list[tuple[str, str]]:
+    """(language, text) of each fenced block."""
+    return re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The commands in the bash blocks of a page, and those in its text that are one of our programs, as words."""
+    lines = [line for language, text in code_blocks(page) if language == "bash" for line in _joined(text)]
+    spans = re.findall(r"`((?:python|bash|torchrun) [^`]+)`", _without_code(page))
+    return [words for line in [*lines, *spans] if (words := shlex.split(line, comments=True))]
+
+
+def _joined(text: str) -> list[str]:
+    return text.replace("\\\n", " ").splitlines()
+
+
+def all_commands(suffix: str) -> list:
+    """Each command that runs one of our files with this suffix (.py or .sh), once."""
+    found = {
+        tuple(words): pytest.param(words, id=f"{page.name}: {' '.join(words)[:60]}")
+        for page in PAGES
+        for words in commands(page)
+        if any(word.endswith((".py", ".sh")) for word in words) and words[program_at(words)].endswith(suffix)
+    }
+    return list(found.values())
+
+
+def program_at(words: list[str]) -> int:
+    """Where in a command the file stands that it runs."""
+    return next(index for index, word in enumerate(words) if word.endswith((".py", ".sh")))
+
+
+@pytest.mark.parametrize("words", all_commands(".py"))
+def test_commands_parse(words, capsys):
+    """The program is there and takes every flag and value; what needs files that only a user has is not run."""
+    at = program_at(words)
+    program = ROOT / words[at]
+    assert program.is_file(), f"there is no {words[at]}"
+    original = argparse.ArgumentParser.parse_args
+    try:
+        start(program, words[at + 1 :], original)
+    except Parsed:
+        return
+    except SystemExit as end:
+        assert end.code == 0, capsys.readouterr().err
+    else:
+        pytest.fail(f"{words[at]} never read its command line")
+
+
+@pytest.mark.parametrize("words", all_commands(".sh"))
+def test_scripts_exist_and_know_what_they_are_given(words):
+    at = program_at(words)
+    script = ROOT / words[at]
+    assert script.is_file(), f"there is no {words[at]}"
+    text = script.read_text(encoding="utf-8")
+    passed_on = {flag for program in PROGRAMS if program.name in text for flag in flags_of(program)}
+    unknown = [word for word in words[at + 1 :] if word.startswith("--") and word not in text and word not in passed_on]
+    assert not unknown, f"{words[at]} does not know {unknown}"
+    variables = {word.partition("=")[0] for word in words[:at] if "=" in word} - LIBRARY_VARIABLES
+    unread = [name for name in variables if f"${{{name}" not in text]
+    assert not unread, f"{words[at]} does not read {unread}"
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.name)
+def test_flags_that_are_named_exist(page):
+    known = {flag for program in PROGRAMS for flag in flags_of(program)} | FOREIGN_FLAGS | {"--debug"}
+    known |= {f"--{name}" for name in (*GONE, *UNUSED_SFT_ARGUMENTS)}
+    for script in ROOT.glob("scripts/*.sh"):
+        known |= set(re.findall(r"--\w+", script.read_text(encoding="utf-8")))
+    spans = "\n".join(re.findall(r"`([^`\n]+)`", _without_code(page)))
+    assert not set(re.findall(r"(?<![\w-])--[A-Za-z]\w*", spans)) - known
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match(r"\w+:", link)]
+    for link in links:
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), f"{page.name} links to {link}"
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in slugs, f"{page.name} links to {link}; headings: {slugs}"
+
+
+@pytest.mark.parametrize("chinese", [page for page in TWINS if page in GUIDES], ids=lambda page: page.name)
+def test_twins_are_parallel(chinese):
+    english = chinese.with_name(chinese.name.replace("_zh", ""))
+    assert code_blocks(english) == code_blocks(chinese)
+    levels = [
+        [len(marks) for marks in re.findall(r"^(#+) ", _without_code(page), flags=re.MULTILINE)]
+        for page in (english, chinese)
+    ]
+    assert levels[0] == levels[1]
+    tables = [len(re.findall(r"^\|", _without_code(page), flags=re.MULTILINE)) for page in (english, chinese)]
+    assert tables[0] == tables[1]
+
+
+def _without_code(page: Path) -> str:
+    return re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def test_the_error_that_the_readme_shows_is_the_one_that_comes(tmp_path):
+    (tmp_path / "my_data").mkdir()
+    (tmp_path / "my_data" / "train.jsonl").write_text(BROKEN_ROWS, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, ROOT / "validate_jsonl.py", "--file_path", "my_data/train.jsonl"],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stdout + done.stderr in [text for _, text in code_blocks(ROOT / "README.md")]
+
+
+def test_the_page_of_flags_is_current():
+    page = build_training_params.PAGE.read_text(encoding="utf-8")
+    assert page == build_training_params.render(), "run: python build_training_params.py"
+
+
+def test_a_stale_page_of_flags_is_noticed(tmp_path, monkeypatch):
+    stale = tmp_path / "training_params.md"
+    stale.write_text(build_training_params.render().replace("`--lora_rank`", "`--lora_r`"), encoding="utf-8")
+    monkeypatch.setattr(build_training_params, "PAGE", stale)
+    monkeypatch.setattr(sys, "argv", ["build_training_params.py", "--check"])
+    with pytest.raises(UserError, match="Run: python build_training_params.py"):
+        build_training_params.main()
+    monkeypatch.setattr(sys, "argv", ["build_training_params.py"])
+    build_training_params.main()
+    assert "`--lora_rank`" in stale.read_text(encoding="utf-8")

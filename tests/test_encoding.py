@@ -1,0 +1,266 @@
+"""From rows to token ids, blocks and batches: no token lost, none added, none seen by the wrong neighbour."""
+
+from medicalgpt.args import DataArguments
+from medicalgpt.batching import Collator, collator, pack
+from medicalgpt.data import FileAccount, LoadedData
+from medicalgpt.encoding import (
+    IGNORED,
+    EncodingError,
+    Sample,
+    encode_chat,
+    encode_document,
+    encode_rows,
+    render_prompts,
+)
+
+import pytest
+import torch
+from tiny import tiny_tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+TEXT = "感冒 is a cold.\n"
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def loaded(rows) -> LoadedData:
+    """Rows of one file that has no other."""
+    rows = [{**row, "place": f"f:{number}"} for number, row in enumerate(rows, start=1)]
+    return LoadedData(rows, [], {"train": [FileAccount("f", "", rows=len(rows))], "validation": []})
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@pytest.fixture
+def own_specials():
+    """A tokenizer that adds special tokens by itself, as Llama's (start) and T5's (end) do."""
+
+    def make(start: bool, end: bool):
+        tokenizer = tiny_tokenizer()
+        tokenizer.bos_token = "<|im_start|>"
+        ends = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<|im_start|>", tokenizer.eos_token)]
+        template = f"{'<|im_start|> ' if start else ''}$A{' ' + tokenizer.eos_token if end else ''}"
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=ends)
+        return tokenizer
+
+    return make
+
+
+# --- documents -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("start", [False, True])
+@pytest.mark.parametrize("end", [False, True])
+def test_a_document_has_one_start_and_one_end(own_specials, start, end):
+    tokenizer = own_specials(start, end)
+    (sample,) = encode_document(tokenizer, TEXT, 1000)
+    body = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    expected = [tokenizer.bos_token_id] * start + body + [tokenizer.eos_token_id]
+    assert sample == Sample(expected, expected)
+
+
+def test_a_document_without_end_token(tokenizer):
+    (sample,) = encode_document(tokenizer, TEXT, 1000, end=False)
+    assert tokenizer.decode(sample.input_ids) == TEXT
+
+
+@pytest.mark.parametrize("block_size", [1, 7, 20, 21, 1000])
+def test_pieces_of_a_document_lose_nothing(tokenizer, block_size):
+    (whole,) = encode_document(tokenizer, TEXT, 10_000)
+    pieces = encode_document(tokenizer, TEXT, block_size)
+    assert [token for piece in pieces for token in piece.input_ids] == whole.input_ids
+    assert all(piece.labels == piece.input_ids for piece in pieces)
+    assert {len(piece.input_ids) for piece in pieces[:-1]} <= {block_size}
+    assert 0 < len(pieces[-1].input_ids) <= block_size
+
+
+# --- conversations ---------------------------------------------------------------------------------------------------
+
+
+def test_only_answers_and_turn_ends_are_supervised(tokenizer):
+    (sample,) = encode_chat(tokenizer, [user("问"), assistant("答"), user("Q"), assistant("A")])
+    trained = [token for token in sample.labels if token != IGNORED]
+    assert tokenizer.decode(trained) == "答<|im_end|>A<|im_end|>"
+    assert [i for i, label in zip(sample.input_ids, sample.labels, strict=True) if label != IGNORED] == trained
+    (everything,) = encode_chat(tokenizer, [user("问"), assistant("答")], train_on_inputs=True)
+    assert everything.labels == everything.input_ids
+
+
+def test_too_long_is_refused_and_never_cut(tokenizer):
+    messages = [user("Q"), assistant("A" * 50)]
+    (sample,) = encode_chat(tokenizer, messages)
+    length = len(sample.input_ids)
+    assert encode_chat(tokenizer, messages, max_length=length) == [sample]
+    with pytest.raises(EncodingError, match=f"^{length} tokens, longer than the {length - 1} that fit") as refused:
+        encode_chat(tokenizer, messages, max_length=length - 1)
+    assert refused.value.too_long and "--skip_long_rows True" in refused.value.remedy
+
+
+def test_what_the_template_refuses_is_a_problem_of_the_row(tokenizer):
+    other = tiny_tokenizer()
+    other.chat_template = "{{ raise_exception('no system here') }}"
+    with pytest.raises(EncodingError, match="the chat template refuses it: no system here") as refused:
+        encode_chat(other, [user("Q"), assistant("A")])
+    assert "--template_name" in refused.value.remedy and not refused.value.too_long
+
+
+def test_prompts_are_spread_over_the_rows_and_end_where_answers_begin(tokenizer):
+    rows = [{"messages": [user(f"Q{n}"), assistant("A"), user("x"), assistant("y")], "tools": None} for n in range(9)]
+    prompts = render_prompts(tokenizer, rows, 3)
+    assert [prompt.split("\n")[1] for prompt in prompts] == [f"Q{n}<|im_end|>" for n in (0, 3, 6)]
+    for prompt in prompts:
+        assert prompt.endswith("<|im_start|>assistant\n")
+    assert len(render_prompts(tokenizer, rows[:2], 5)) == 2
+    assert render_prompts(tokenizer, rows, 0) == []
+
+
+# --- all rows of a side ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("processes", [None, 2])
+def test_rows_keep_their_order_and_may_give_several_samples(tokenizer, processes):
+    data = loaded([{"text": "a" * length} for length in (3, 25, 1, 12)])
+    encoded = encode_rows(data, "train", lambda row: encode_document(tokenizer, row["text"], 10), processes)
+    assert encoded.column_names == ["input_ids", "labels", "place"]
+    assert encoded["place"][:] == ["f:1", "f:2", "f:2", "f:2", "f:3", "f:4", "f:4"]
+    assert [len(ids) for ids in encoded["input_ids"]] == [4, 10, 10, 6, 2, 10, 3]
+    assert encoded["labels"][:] == encoded["input_ids"][:]
+    assert data.problems == []
+
+
+def fit(row):
+    if len(row["text"]) > 2:
+        raise EncodingError("3 tokens", "Shorten it", too_long=True)
+    if row["text"] == "?":
+        raise EncodingError("a question", "Answer it")
+    return [Sample([1], [1])]
+
+
+def test_rows_that_cannot_be_encoded_join_the_problems(tokenizer):
+    data = loaded([{"text": text} for text in ("a", "bbb", "?", "c")])
+    encoded = encode_rows(data, "train", fit)
+    assert encoded["place"][:] == ["f:1", "f:4"]
+    assert [(str(problem), problem.kind) for problem in data.problems] == [
+        ("f:2: 3 tokens. Shorten it.", "too long"),
+        ("f:3: a question. Answer it.", "unusable"),
+    ]
+    data.settle(DataArguments(skip_bad_rows=True, skip_long_rows=True))
+    assert [row["place"] for row in data.train] == encoded["place"][:]
+    assert data.account["train"][0].used == 2
+
+
+@pytest.mark.parametrize("texts", [[], ["bbb", "?"]])
+def test_no_row_at_all_is_no_crash(texts):
+    """Where every row is a problem, the report of the problems is what the user has to see."""
+    data = loaded([{"text": text} for text in texts])
+    assert len(encode_rows(data, "train", fit)) == 0
+    assert len(data.problems) == len(texts)
+
+
+# --- blocks and batches ----------------------------------------------------------------------------------------------
+
+
+def sample(*labels, first=1):
+    ids = list(range(first, first + len(labels)))
+    return {"input_ids": ids, "labels": [i if keep else IGNORED for i, keep in zip(ids, labels, strict=True)]}
+
+
+def test_packing_moves_whole_sequences_and_loses_nothing(tokenizer):
+    data = loaded([{"text": "ab" * length} for length in (1, 9, 4, 2, 7, 3, 5)])
+    encoded = encode_rows(data, "train", lambda row: encode_document(tokenizer, row["text"], 20))
+    packed = pack(encoded, 20)
+    assert packed.column_names == ["input_ids", "labels", "seq_lengths"] and len(packed) < len(encoded)
+    pieces = []
+    for block in packed:
+        assert len(block["input_ids"]) == len(block["labels"]) == sum(block["seq_lengths"]) <= 20
+        at = 0
+        for length in block["seq_lengths"]:
+            pieces.append(block["input_ids"][at : at + length])
+            at += length
+    assert sorted(pieces) == sorted(encoded["input_ids"])
+
+
+def test_padding_is_neither_seen_nor_supervised():
+    batch = Collator(pad_token_id=99)([sample(0, 1, 1), sample(1), {**sample(0, 1), "place": "f:3"}])
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [1, 99, 99], [1, 2, 99]]
+    assert batch["labels"].tolist() == [[-100, 2, 3], [1, -100, -100], [-100, 2, -100]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0]]
+    assert set(batch) == {"input_ids", "labels", "attention_mask"}
+
+
+def test_a_padding_token_in_the_text_stays_text():
+    """Where the end token pads, a true end must still be seen and supervised."""
+    batch = Collator(pad_token_id=2)([sample(1, 1), sample(1)])
+    assert batch["labels"].tolist() == [[1, 2], [1, -100]]
+    assert batch["attention_mask"].tolist() == [[1, 1], [1, 0]]
+
+
+PACKED = [
+    {"input_ids": [1, 2, 3, 4, 5], "labels": [1, 2, 3, 4, 5], "seq_lengths": [2, 3]},
+    {"input_ids": [6, 7, 8], "labels": [-100, 7, 8], "seq_lengths": [3]},
+]
+
+
+def test_packed_blocks_restart_positions_and_have_no_mask():
+    batch = Collator(pad_token_id=99)(PACKED)
+    assert set(batch) == {"input_ids", "labels", "position_ids"}
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5], [6, 7, 8, 99, 99]]
+    assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 2], [0, 1, 2, 0, 1]]
+    assert batch["labels"].tolist() == [[-100, 2, -100, 4, 5], [-100, 7, 8, -100, -100]]
+
+
+def test_flattened_blocks_are_one_row_without_padding():
+    batch = Collator(pad_token_id=99, flatten=True)(PACKED)
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6, 7, 8]]
+    assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 2, 0, 1, 2]]
+    assert batch["labels"].tolist() == [[-100, 2, -100, 4, 5, -100, 7, 8]]
+
+
+def test_the_rows_of_the_data_set_stay_as_they_are():
+    before = [{name: list(value) for name, value in row.items()} for row in PACKED]
+    Collator(pad_token_id=99)(PACKED)
+    assert before == PACKED
+
+
+@pytest.mark.parametrize(("attention", "flatten"), [("eager", False), ("sdpa", False), ("flash_attention_2", True)])
+def test_flash_attention_gets_one_row(tokenizer, attention, flatten):
+    config = Qwen3Config(
+        vocab_size=300, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, head_dim=8
+    )
+    model = Qwen3ForCausalLM(config)
+    model.config._attn_implementation = attention
+    made = collator(tokenizer, model)
+    assert (made.flatten, made.pad_token_id) == (flatten, tokenizer.pad_token_id)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_packed_batch_gives_each_sequence_its_own_logits(attention):
+    """The blocks of both rows, padding included, against each sequence alone."""
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=100,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        initializer_range=0.2,
+    )
+    model = Qwen3ForCausalLM._from_config(config, attn_implementation=attention).eval()
+    batch = Collator(pad_token_id=99)(PACKED)
+    with torch.no_grad():
+        logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+        for row, start, end in ((0, 0, 2), (0, 2, 5), (1, 0, 3)):
+            alone = model(input_ids=batch["input_ids"][row : row + 1, start:end]).logits[0]
+            torch.testing.assert_close(logits[row, start:end], alone, atol=1e-5, rtol=0)
