@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from enum import Enum
 from pathlib import Path
 from types import NoneType, UnionType
+from typing import Any
 
 import inference
 import merge_peft_adapter
@@ -95,8 +96,6 @@ def main() -> None:
 
 def render() -> str:
     """The whole page, the same on every machine."""
-    finetuning = {field.name: field for field in dataclasses.fields(supervised_finetuning.FinetuningArguments)}
-    trainer = {field.name: field for field in dataclasses.fields(SFTConfig)}
     parts = [
         "# Flags of the programs",
         "Written by `python build_training_params.py` from the argument classes; edit those, not this page.",
@@ -106,30 +105,30 @@ def render() -> str:
         "the program, which names the nearest known flag.",
         "## pretraining.py and supervised_finetuning.py",
         "### Model",
-        table(own_fields(ModelArguments)),
+        table(ModelArguments),
         "### Data",
-        table(own_fields(DataArguments)),
+        table(DataArguments),
         "### Adapter",
-        table(own_fields(LoraArguments)),
+        table(LoraArguments),
         "### Run",
-        table(own_fields(RunArguments)),
+        table(RunArguments),
         "### pretraining.py only",
-        table(own_fields(pretraining.PretrainingArguments)),
+        table(pretraining.PretrainingArguments),
         "### supervised_finetuning.py only",
-        table([*own_fields(supervised_finetuning.FinetuningArguments), finetuning["packing"]], MEANINGS),
+        table(supervised_finetuning.FinetuningArguments, also=("packing",)),
         "### From the trainer",
         "The ones used most; `--help` lists the others.",
-        table([trainer[name] for name in INHERITED], MEANINGS),
+        table(SFTConfig, also=INHERITED, own=False),
         "## merge_peft_adapter.py",
-        table(own_fields(merge_peft_adapter.MergeArguments)),
+        table(merge_peft_adapter.MergeArguments),
         "## inference.py",
         "Also the flags of *Model* above, except `--qlora`.",
-        table(own_fields(inference.InferenceArguments)),
+        table(inference.InferenceArguments),
         "## validate_jsonl.py",
-        table(own_fields(validate_jsonl.ValidationArguments)),
+        table(validate_jsonl.ValidationArguments),
         "## Spellings of MedicalGPT and of older libraries",
         "Taken as what they mean today. Further spellings of a flag stand below its name in the tables above.",
-        _rows(("given", "means"), spellings(set(trainer))),
+        _rows(("given", "means"), spellings({field.name for field in dataclasses.fields(SFTConfig)})),
         "## Refused here, and why",
         "A flag that would have no effect stops the program.",
         _rows(("flag", "instead"), refusals({**GONE, **UNUSED_SFT_ARGUMENTS})),
@@ -137,33 +136,36 @@ def render() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def own_fields(cls: type) -> list[dataclasses.Field]:
-    """The fields that a dataclass declares itself, without those of its parents."""
-    return [field for field in dataclasses.fields(cls) if field.name in cls.__annotations__]
+def table(cls: type, *, own: bool = True, also: Iterable[str] = ()) -> str:
+    """A Markdown table of flags.
 
-
-def table(fields: Iterable[dataclasses.Field], meanings: Mapping[str, str] | None = None) -> str:
-    """A Markdown table of flags, explained by `meanings` where it knows them and by the field's help otherwise."""
+    Args:
+        cls: a dataclass.
+        own: show the fields that it declares itself, without those of its parents.
+        also: further fields, explained by `MEANINGS` where it knows them and by their help otherwise.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    # Parsers overwrite `Field.type`; the annotations stay.
+    types = typing.get_type_hints(cls)
     rows = []
-    for field in fields:
-        older = [f"--{old}" for old, new in RENAMED.items() if new == field.name]
-        aliases = [alias for alias in field.metadata.get("aliases", []) if "-" not in alias.lstrip("-")]
-        names = "<br>".join(f"`{name}`" for name in (f"--{field.name}", *aliases, *older))
-        meaning = (meanings or {}).get(field.name) or field.metadata["help"].replace("%%", "%")
-        rows.append((names, type_name(field), default(field), meaning))
+    for name in [*(name for name in fields if own and name in cls.__annotations__), *also]:
+        metadata = fields[name].metadata
+        older = [f"--{old}" for old, new in RENAMED.items() if new == name]
+        aliases = [alias for alias in metadata.get("aliases", []) if "-" not in alias.lstrip("-")]
+        names = "<br>".join(f"`{spelling}`" for spelling in (f"--{name}", *aliases, *older))
+        meaning = (name in also and MEANINGS.get(name)) or metadata["help"].replace("%%", "%")
+        rows.append((names, type_name(types[name], metadata.get("choices")), default(fields[name]), meaning))
     return _rows(("flag", "value", "default", "meaning"), rows)
 
 
-def type_name(field: dataclasses.Field) -> str:
+def type_name(annotation: Any, choices: Iterable[str] | None = None) -> str:
     """What may be given: the choices if they are few, the type otherwise."""
-    is_union = typing.get_origin(field.type) in (typing.Union, UnionType)
-    members = [member for member in (typing.get_args(field.type) if is_union else [field.type]) if member != NoneType]
+    is_union = typing.get_origin(annotation) in (typing.Union, UnionType)
+    members = [member for member in (typing.get_args(annotation) if is_union else [annotation]) if member != NoneType]
     enums = [member for member in members if isinstance(member, type) and issubclass(member, Enum)]
-    choices = field.metadata.get("choices") or [value.value for enum in enums for value in enum]
+    choices = list(choices or [value.value for enum in enums for value in enum])
     if 0 < len(choices) <= SHOWN_CHOICES:
         return ", ".join(f"`{choice}`" for choice in choices)
-    if enums:
-        return "text"
     names = {bool: "True, False", int: "whole number", float: "number", str: "text", dict: "JSON"}
     return " or ".join(names[member] for member in members if member in names)
 

@@ -86,11 +86,7 @@ def main() -> None:
     run = Run("pretraining", args, model_args, run_args, data_args, lora_args)
 
     # 2 tokenizer
-    tokenizer = models.load_tokenizer(
-        model_args.tokenizer_name_or_path or model_args.model_name_or_path,
-        revision=model_args.model_revision,
-        cache_dir=model_args.cache_dir,
-    )
+    tokenizer = models.stage_tokenizer(model_args)
 
     # 3 data: documents become pieces of at most one block; no token is lost
     data = load_data(data_args, to_text, document_unit=args.document_unit, seed=args.data_seed or args.seed)

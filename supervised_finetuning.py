@@ -99,11 +99,7 @@ def main() -> None:
     run = Run("supervised_finetuning", args, model_args, run_args, data_args, lora_args)
 
     # 2 tokenizer and template
-    tokenizer = models.load_tokenizer(
-        model_args.tokenizer_name_or_path or model_args.model_name_or_path,
-        revision=model_args.model_revision,
-        cache_dir=model_args.cache_dir,
-    )
+    tokenizer = models.stage_tokenizer(model_args)
     stop = apply_template(tokenizer, args.template_name, args.system_prompt)
 
     # 3 data: each conversation is rendered by the template and masked; rows that do not fit are refused, not cut

@@ -26,11 +26,17 @@ import string
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from medicalgpt.errors import UserError
+
 import jinja2
 from loguru import logger
 from transformers import PreTrainedTokenizerBase
 
 EOS = "{eos_token}"  # as Template.stop[0]: the turn ends with whatever token the tokenizer calls eos_token
+
+
+class TemplateError(UserError, ValueError):
+    """A chat template that is unknown, does not suit the tokenizer, or could not be trained on."""
 
 
 @dataclass(frozen=True)
@@ -385,12 +391,12 @@ TEMPLATES: dict[str, Template] = {
 
 
 def get_template(name: str) -> Template:
-    """The template called `name`. Raises ValueError that names the nearest ones when there is none."""
+    """The template called `name`. Raises TemplateError that names the nearest ones when there is none."""
     if name in TEMPLATES:
         return TEMPLATES[name]
     near = difflib.get_close_matches(name.lower(), TEMPLATES, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known are: {', '.join(TEMPLATES)}"
-    raise ValueError(f"there is no chat template called {name!r}: {hint}")
+    raise TemplateError(f"there is no chat template called {name!r}: {hint}")
 
 
 # Conversations that tell templates apart. Each has the strings that show that a template renders it at all.
@@ -544,34 +550,34 @@ def _check(tokenizer: PreTrainedTokenizerBase, turn_end: str | None) -> str:
     """Proves on probe conversations that the installed template can be trained on, and returns its turn end.
 
     turn_end: what every supervised run must end with; None to read it off the first run.
-    Raises ValueError that names the defect.
+    Raises TemplateError that names the defect.
     """
     for conversation in _CONVERSATIONS:
         if conversation is not _CONVERSATIONS[0] and _render(tokenizer, conversation) is None:
             continue
         ids, spans = _spans(tokenizer, conversation)
         if tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2:
-            raise ValueError(f"the text begins with two BOS tokens ({tokenizer.bos_token})")
+            raise TemplateError(f"the text begins with two BOS tokens ({tokenizer.bos_token})")
         answers = [message["content"] for message in conversation if message["role"] == "assistant"]
         if len(spans) != len(answers):
-            raise ValueError(
+            raise TemplateError(
                 f"{len(answers)} assistant turns gave {len(spans)} supervised spans: the {{% generation %}} block must "
                 "enclose each turn's answer, outside macros, and the tokenizer's post-processor must not trim offsets"
             )
         for answer, (_, after, text) in zip(answers, spans, strict=True):
             before, found, end = text.partition(answer)
             if not found or re.sub(r"<think>\s*</think>", "", before).strip():
-                raise ValueError(f"the supervised text is {text!r}, where it should be {answer!r} and the turn end")
+                raise TemplateError(f"the supervised text is {text!r}, where it should be {answer!r} and the turn end")
             last = tokenizer.convert_ids_to_tokens(ids[after - 1])
             turn_end = turn_end or last
             if last != turn_end or end != turn_end or ids[after - 1] not in tokenizer.added_tokens_decoder:
-                raise ValueError(
+                raise TemplateError(
                     f"the supervised text is {text!r}: it must end with one special token that ends the turn"
                     f"{f' ({turn_end})' if turn_end in tokenizer.get_added_vocab() else ''}, and nothing after it"
                 )
         prompt = tokenizer.apply_chat_template(conversation[:-1], add_generation_prompt=True, return_dict=False)
         if ids[: spans[-1][0]] != prompt:
-            raise ValueError(
+            raise TemplateError(
                 "training and inference disagree: the text before the answer is "
                 f"{tokenizer.decode(ids[: spans[-1][0]])!r} in training, {tokenizer.decode(prompt)!r} in inference"
             )
@@ -593,11 +599,11 @@ def apply_template(
     tokenizer puts before plain text, once, or with none where it puts none. Only a tokenizer's own template may write
     one where the tokenizer does not: some chat models were published so. Applying again changes nothing.
 
-    Raises ValueError, and leaves the tokenizer as it was, if the name is unknown, the vocabulary lacks tokens, no
+    Raises TemplateError, and leaves the tokenizer as it was, if the name is unknown, the vocabulary lacks tokens, no
     template is there or recognised, or training on the template would go wrong.
     """
     if not tokenizer.is_fast:
-        raise ValueError(
+        raise TemplateError(
             f"{type(tokenizer).__name__} gives no token offsets, which the loss mask needs: use a fast tokenizer"
         )
     previous = tokenizer.chat_template, tokenizer.eos_token
@@ -609,7 +615,7 @@ def apply_template(
             error = (
                 f"the tokenizer's own chat template cannot be used: {error}\nUse --template_name: {_usable(tokenizer)}"
             )
-        raise ValueError(str(error)) from None
+        raise TemplateError(str(error)) from None
 
 
 def _install(tokenizer: PreTrainedTokenizerBase, name: str | None, system_prompt: str | None) -> tuple[str, ...]:
@@ -619,12 +625,12 @@ def _install(tokenizer: PreTrainedTokenizerBase, name: str | None, system_prompt
     if name is not None:
         template = get_template(name)
         if missing := _missing(tokenizer, template):
-            raise ValueError(
+            raise TemplateError(
                 f"the template {name} needs {', '.join(missing)}, which this tokenizer does not have as single tokens: "
                 f"add them, or use --template_name with one of: {_usable(tokenizer)}"
             )
     elif not own:
-        raise ValueError(f"the tokenizer has no chat template: give --template_name one of: {_usable(tokenizer)}")
+        raise TemplateError(f"the tokenizer has no chat template: give --template_name one of: {_usable(tokenizer)}")
     else:
         writes_bos = _render(tokenizer, [_USER]) != _render(tokenizer, [_USER], bos_token="")
         if not re.search(r"\{%-?\s*generation\s*-?%\}", body):
@@ -634,7 +640,7 @@ def _install(tokenizer: PreTrainedTokenizerBase, name: str | None, system_prompt
                     defect = f"it is a set of templates ({', '.join(own)}), where training needs one"
                 else:
                     defect = "it has no {% generation %} markers, which tell answers from prompts"
-                raise ValueError(f"{defect}, and none of the shipped templates writes the same text")
+                raise TemplateError(f"{defect}, and none of the shipped templates writes the same text")
             logger.info("the tokenizer's own chat template is {}: installed with markers for training", template.name)
 
     system = system_prompt or facts.get("system", "")
@@ -662,11 +668,11 @@ def _install(tokenizer: PreTrainedTokenizerBase, name: str | None, system_prompt
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, stop: Iterable[str]) -> list[int]:
     """Ids for `generation_config.eos_token_id`: those of `stop` in order (turn end first), then the tokenizer's EOS.
 
-    Raises ValueError if a stop string is not one token of the vocabulary, as generation could not stop at it.
+    Raises TemplateError if a stop string is not one token of the vocabulary, as generation could not stop at it.
     """
     stop = list(stop)
     if broken := [text for text in stop if not _is_token(tokenizer, text)]:
-        raise ValueError(
+        raise TemplateError(
             f"{', '.join(map(repr, broken))}: not one token of this tokenizer, so generation cannot stop there"
         )
     ids = tokenizer.convert_tokens_to_ids(stop)

@@ -18,7 +18,6 @@ RENAMED = {
     "evaluation_strategy": "eval_strategy",
     "no_cuda": "use_cpu",
     "warmup_ratio": "warmup_steps",
-    "use_auth_token": "token",
     "logging_first_steps": "logging_first_step",
 }
 # Old switches that became a value of another flag: {old: (new flag, {value given: value passed on})}.
@@ -283,6 +282,8 @@ class StrictParser:
     def _today(self, name: str, value: str | None, origin: str) -> tuple[str, str | None, str | None]:
         """Return (today's name, its value if that changes, problem)."""
         plain = name.replace("-", "_")
+        if plain in self.unused:
+            return name, None, f"{origin}--{name} has no effect in this program. {self.unused[plain]}"
         if plain in RENAMED_VALUES and RENAMED_VALUES[plain][0] in self.dest_of:
             new, values = RENAMED_VALUES[plain]
             key = "true" if value is None or value.startswith("--") else value.lower()

@@ -14,7 +14,7 @@ from medicalgpt.errors import UserError
 import torch
 from loguru import logger
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -64,7 +64,7 @@ def resolve_checkpoint(name_or_path: str) -> tuple[str, str | None]:
 
 
 def _looks_local(name_or_path: str) -> bool:
-    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name_or_path) is None
+    return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name_or_path) is None
 
 
 def fetch(name_or_path: str, hub: str, revision: str | None = None, cache_dir: str | None = None) -> str:
@@ -89,7 +89,7 @@ def fetch(name_or_path: str, hub: str, revision: str | None = None, cache_dir: s
 def _from_pretrained(loader: Any, name_or_path: str, **options: Any) -> Any:
     try:
         return loader.from_pretrained(name_or_path, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         if Path(name_or_path).is_dir():
             raise CheckpointError(f"{name_or_path} could not be loaded: {error}") from error
         endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
@@ -127,6 +127,18 @@ def load_tokenizer(
             raise CheckpointError(f"the tokenizer of {name_or_path} has neither a padding nor an end token.")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def stage_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
+    """The tokenizer that a stage's flags name."""
+    name = arguments.tokenizer_name_or_path or arguments.model_name_or_path
+    return load_tokenizer(
+        name
+        if resolve_checkpoint(name)[1]
+        else fetch(name, arguments.hub, arguments.model_revision, arguments.cache_dir),
+        revision=arguments.model_revision,
+        cache_dir=arguments.cache_dir,
+    )
 
 
 def quantization_config(load_in_4bit: bool, load_in_8bit: bool, qlora: bool) -> BitsAndBytesConfig | None:
@@ -247,8 +259,12 @@ def add_lora(
         UserError: contradicting flags, or modules that the model does not have.
     """
     if not lora.use_peft:
-        if lora.peft_path:
-            raise UserError("--peft_path needs --use_peft True.")
+        adapter_flags = {"peft_path", "lora_rank", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save"}
+        if idle := sorted(adapter_flags & getattr(lora, "given", frozenset())):
+            raise UserError(
+                f"--use_peft False trains every weight, so --{', --'.join(idle)} would have no effect. Leave them out, "
+                "or say --use_peft True."
+            )
         return model
     if lora.peft_path and start_from:
         raise UserError("--model_name_or_path is an adapter already; give its base there, or leave --peft_path out.")
@@ -298,10 +314,10 @@ def attach_adapter(model: PreTrainedModel, adapter_path: str, *, trainable: bool
             shapes that do not fit).
     """
     check_base(adapter_path, model.config._name_or_path)
-    _grow_to_adapter(model, adapter_path)
     try:
+        _grow_to_adapter(model, adapter_path)
         return PeftModel.from_pretrained(model, adapter_path, is_trainable=trainable)
-    except (RuntimeError, ValueError, OSError) as error:
+    except (RuntimeError, ValueError, OSError, SafetensorError) as error:
         raise CheckpointError(
             f"the adapter {adapter_path} does not fit {model.config._name_or_path}: {str(error).splitlines()[0]}"
         ) from error
@@ -364,6 +380,9 @@ def fingerprint(name_or_path: str) -> str | None:
 
     It covers each tensor's name, type, shape and 3 x 64 bytes of it, whatever the sharding. None if the weights are
     not in safetensors files on this machine.
+
+    Raises:
+        CheckpointError: a file that is no safetensors file, or is cut before the end of its header.
     """
     folder = Path(name_or_path)
     if not folder.is_dir():
@@ -379,7 +398,10 @@ def fingerprint(name_or_path: str) -> str | None:
             continue
         with open(path, "rb") as file:
             header_length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(header_length))
+            try:
+                header = json.loads(file.read(header_length) if header_length <= path.stat().st_size else b"")
+            except ValueError as error:
+                raise CheckpointError(f"{path} is damaged or incomplete; get the file again.") from error
             for name, entry in header.items():
                 if name == "__metadata__":
                     continue

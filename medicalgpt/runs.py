@@ -181,7 +181,7 @@ class Run:
                 f"accumulated x {args.world_size} process(es)",
             ),
             ("steps", f"{steps:,} ({per_epoch:,} an epoch)"),
-            ("learning rate", f"{args.learning_rate:g}, {args.lr_scheduler_type}, warmup {args.warmup_steps:g}"),
+            ("learning rate", f"{args.learning_rate:g}, {args.lr_scheduler_type.value}, warmup {args.warmup_steps:g}"),
             (
                 "numbers",
                 f"weights {config.dtype}, autocast {'bfloat16' if args.bf16 else 'float16' if args.fp16 else 'off'}, "
@@ -232,7 +232,6 @@ class Run:
         metrics: dict[str, float] = {}
         if self.training.do_train:
             metrics |= trainer.train(resume_from_checkpoint=self.resume_from).metrics
-            _require_finite(metrics)
         if trainer.eval_dataset is not None:
             metrics |= trainer.evaluate()
             metrics["eval_perplexity"] = math.exp(min(metrics["eval_loss"], 700.0))
@@ -250,6 +249,7 @@ class Run:
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(MetricsFile(self.output_dir, append=self.resume_from is not None))
         trainer.add_callback(CheckpointCommitter())
+        trainer.add_callback(FiniteLoss())
         if not trainer.pop_callback(ProgressCallback):
             trainer.add_callback(PlainProgress())
         else:
@@ -296,7 +296,7 @@ class Run:
             (self.output_dir / "README.md").write_text(model_card(self.record, self.output_dir, note), encoding="utf-8")
         shown = {"train_loss", "eval_loss", "eval_perplexity", "eval_mean_token_accuracy"} & set(metrics)
         logger.info("  ".join(f"{name} {metrics[name]:.4g}" for name in sorted(shown)))
-        for command in next_commands(self.output_dir):
+        for command in next_commands(self.output_dir) if self.training.do_train else ():
             logger.info(f"next: {command}")
 
     def _write_record(self) -> None:
@@ -304,14 +304,6 @@ class Run:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             text = json.dumps(self.record, ensure_ascii=False, indent=2, default=str)
             (self.output_dir / "run.json").write_text(text + "\n", encoding="utf-8")
-
-
-def _require_finite(metrics: dict[str, float]) -> None:
-    if not math.isfinite(metrics.get("train_loss", 0.0)):
-        raise UserError(
-            f"the training loss became {metrics['train_loss']}; nothing was saved. Lower --learning_rate, prefer "
-            "--bf16 to --fp16, or add --max_grad_norm 1.0."
-        )
 
 
 def next_commands(output_dir: Path) -> list[str]:
@@ -467,6 +459,20 @@ class MetricsFile(TrainerCallback):
             event = {"step": state.global_step, "epoch": state.epoch, "seconds": round(time.time(), 1), **(logs or {})}
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(event) + "\n")
+
+
+class FiniteLoss(TrainerCallback):
+    """End a run whose loss is no number any more: from then on every weight is lost, and nothing is worth saving."""
+
+    def on_log(
+        self, args: TrainingArguments, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        loss = (logs or {}).get("loss", 0.0)
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the training loss became {loss} at or before step {state.global_step}; the run was ended and nothing "
+                "was saved. Lower --learning_rate, prefer --bf16 to --fp16, or add --max_grad_norm 1.0."
+            )
 
 
 class PlainProgress(TrainerCallback):

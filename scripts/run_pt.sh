@@ -2,7 +2,7 @@
 # Continued pretraining on one or several GPUs (or on a CPU).
 #
 #   MODEL=Qwen/Qwen3-0.6B bash scripts/run_pt.sh
-#   CUDA_VISIBLE_DEVICES=0,1 NPROC=2 MODEL=Qwen/Qwen3-0.6B bash scripts/run_pt.sh --use_peft False --deepspeed zero2.json
+#   CUDA_VISIBLE_DEVICES=0,1 NPROC=2 MODEL=Qwen/Qwen3-0.6B bash scripts/run_pt.sh --deepspeed zero2.json
 #
 # Further flags of pretraining.py may follow; they win over those below. All flags: docs/training_params.md
 set -euo pipefail

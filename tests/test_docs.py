@@ -76,6 +76,10 @@ def commands(page: Path) -> list[list[str]]:
     return [words for line in [*lines, *spans] if (words := shlex.split(line, comments=True))]
 
 
+def _without_code(page: Path) -> str:
+    return re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
 def _joined(text: str) -> list[str]:
     return text.replace("\\\n", " ").splitlines()
 
@@ -162,10 +166,6 @@ def test_twins_are_parallel(chinese):
     assert levels[0] == levels[1]
     tables = [len(re.findall(r"^\|", _without_code(page), flags=re.MULTILINE)) for page in (english, chinese)]
     assert tables[0] == tables[1]
-
-
-def _without_code(page: Path) -> str:
-    return re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
 
 
 def test_the_error_that_the_readme_shows_is_the_one_that_comes(tmp_path):

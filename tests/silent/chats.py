@@ -1,0 +1,123 @@
+"""Rows as users write them, in each shape that a conversation can have, for the tests of masks and prompts."""
+
+import json
+
+from medicalgpt.data import to_messages
+from template import TEMPLATES, apply_template
+from tests.test_template import TOKENIZERS
+
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+TOOL = {
+    "name": "look_up",
+    "description": "the dose of a drug, 查剂量",
+    "parameters": {"type": "object", "properties": {"drug": {"type": "string"}}, "required": ["drug"]},
+}
+CALL = '<tool_call>\n{"name": "look_up", "arguments": {"drug": "阿司匹林"}}\n</tool_call>'
+LLAMA_CALL = '{"name": "look_up", "parameters": {"drug": "阿司匹林"}}'
+NO_THOUGHT = "<think>\n\n</think>\n\n"
+
+
+def sharegpt(*turns: str, **columns) -> dict:
+    """A row whose turns alternate between the user and the assistant."""
+    names = ("human", "gpt")
+    return {"conversations": [{"from": names[n % 2], "value": text} for n, text in enumerate(turns)], **columns}
+
+
+TOOL_TURNS = [
+    {"from": "human", "value": "Dose?"},
+    {"from": "function_call", "value": json.dumps({"name": "look_up", "arguments": {"drug": "阿司匹林"}})},
+    {"from": "observation", "value": '{"mg": 100}'},
+    {"from": "gpt", "value": "100 mg 一天。"},
+]
+
+# shape -> row, the assistant's texts as most templates render them.
+ROWS = {
+    "one turn": ({"instruction": "I have a headache.", "output": "Drink water. 多喝水。"}, ["Drink water. 多喝水。"]),
+    "many turns": (sharegpt("你好", "你好！", "3 drugs?", "1. a\n\n2. b", "Why?", "(so)"), ["你好！", "1. a\n\n2. b", "(so)"]),
+    "history": (
+        {"instruction": "Why?", "input": "In short.", "output": "So.", "history": [["Hi", "Hello."]]},
+        ["Hello.", "So."],
+    ),
+    "system": (sharegpt("Hi", "What hurts?", system="你是医生。"), ["What hurts?"]),
+    "tools": ({"conversations": TOOL_TURNS, "tools": json.dumps([TOOL])}, [CALL, "100 mg 一天。"]),
+    "tools, system, many turns": (
+        {
+            "conversations": [
+                {"from": "system", "value": "Be brief."},
+                *TOOL_TURNS,
+                {"from": "human", "value": "谢谢"},
+                {"from": "gpt", "value": "Welcome."},
+            ],
+            "tools": json.dumps([TOOL]),
+        },
+        [CALL, "100 mg 一天。", "Welcome."],
+    ),
+    "thinking": (
+        {
+            "messages": [
+                {"role": "user", "content": "Hi"},
+                {"role": "assistant", "content": "Hello.", "reasoning_content": "a greeting"},
+                {"role": "user", "content": "And?"},
+                {"role": "assistant", "content": "Sleep.", "reasoning_content": "想一想"},
+            ]
+        },
+        ["<think>\na greeting\n</think>\n\nHello.", "<think>\n想一想\n</think>\n\nSleep."],
+    ),
+    "thinking in the text": (
+        sharegpt("Hi", "<think>\na greeting\n</think>\n\nHello.", "And?", "<think>\n想一想\n</think>\n\nSleep."),
+        ["<think>\na greeting\n</think>\n\nHello.", "<think>\n想一想\n</think>\n\nSleep."],
+    ),
+}
+# Only qwen3 has a place for reasoning beside the text.
+PAIRS = [(name, shape) for name in TEMPLATES for shape in ROWS if name == "qwen3" or shape != "thinking"]
+KINDS = ["byte_without_bos", "byte_like_qwen", "byte_adds_bos", "metaspace"]
+in_every_shape = pytest.mark.parametrize(("name", "shape"), PAIRS)
+
+
+def expected_answers(name: str, shape: str) -> list[str]:
+    """The assistant's texts, each as the template `name` writes it in the turn that it is trained in."""
+    texts = ROWS[shape][1]
+    if name == "llama3":
+        texts = [LLAMA_CALL if text == CALL else text for text in texts]
+    if name == "qwen3" and not shape.startswith("thinking"):
+        # Each turn is trained as the last one, which always has a block for thoughts.
+        texts = [NO_THOUGHT + text for text in texts]
+    return texts
+
+
+def conversation(shape: str) -> tuple[list[dict], list[dict] | None]:
+    """Messages and tools of a row."""
+    row = to_messages(ROWS[shape][0])
+    return row["messages"], row["tools"]
+
+
+def turns_of(messages: list[dict]) -> list[int]:
+    """Positions of the assistant's turns."""
+    return [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+
+
+def saved_tokenizers(root) -> dict[str, str]:
+    """Folders of the tokenizers in `KINDS`, so that each test can load its own copy."""
+    for kind in KINDS:
+        TOKENIZERS[kind]().save_pretrained(root / kind)
+    return {kind: str(root / kind) for kind in KINDS}
+
+
+def load(folder: str, name: str, system_prompt: str | None = None) -> tuple[PreTrainedTokenizerBase, str]:
+    """A tokenizer with the template `name`, and its turn end."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return tokenizer, apply_template(tokenizer, name, system_prompt)[0]
+
+
+def supervised_runs(labels: list[int]) -> list[tuple[int, list[int]]]:
+    """(first position, ids) of each run of supervised labels."""
+    runs: list[tuple[int, list[int]]] = []
+    for position, label in enumerate(labels):
+        if label == -100:
+            continue
+        if position == 0 or labels[position - 1] == -100:
+            runs.append((position, []))
+        runs[-1][1].append(label)
+    return runs

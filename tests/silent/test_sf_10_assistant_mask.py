@@ -1,0 +1,70 @@
+"""The supervised tokens of a row are the assistant's texts and turn ends: all of them, and nothing else."""
+
+from medicalgpt.encoding import encode_chat
+from template import TEMPLATES
+from tests.helpers import open_stage, save_model, write_jsonl
+from tests.silent.chats import (
+    KINDS,
+    ROWS,
+    conversation,
+    expected_answers,
+    in_every_shape,
+    load,
+    saved_tokenizers,
+    supervised_runs,
+)
+from tests.test_template import TOKENIZERS
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return saved_tokenizers(tmp_path_factory.mktemp("sf10"))
+
+
+def supervised_texts(tokenizer, samples):
+    for labels in samples:
+        for _, ids in supervised_runs(labels):
+            text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+            # Vicuna's space after "ASSISTANT:" is part of the first token of the answer.
+            yield text.removeprefix(" ") if "ASSISTANT:" in tokenizer.chat_template else text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@in_every_shape
+def test_answers_and_turn_ends(folders, kind, name, shape):
+    tokenizer, end = load(folders[kind], name)
+    samples = encode_chat(tokenizer, *conversation(shape))
+    texts = list(supervised_texts(tokenizer, [sample.labels for sample in samples]))
+    assert texts == [text + end for text in expected_answers(name, shape)]
+    for sample in samples:
+        assert all(label in (-100, token) for token, label in zip(sample.input_ids, sample.labels, strict=True))
+        assert supervised_runs(sample.labels)
+
+
+@pytest.mark.parametrize("name", ["chatml", "qwen3", "llama3"])
+def test_everything_on_request(folders, name):
+    tokenizer, _ = load(folders["byte_like_qwen"], name)
+    answers = encode_chat(tokenizer, *conversation("many turns"))
+    everything = encode_chat(tokenizer, *conversation("many turns"), train_on_inputs=True)
+    assert [sample.input_ids for sample in everything] == [sample.input_ids for sample in answers]
+    assert all(sample.labels == sample.input_ids for sample in everything)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_in_the_batches_of_the_program(tmp_path, name, packing):
+    save_model(tmp_path / "model", TOKENIZERS["byte_like_qwen"]())
+    shapes = [shape for shape in ROWS if name == "qwen3" or shape != "thinking"]
+    write_jsonl(tmp_path / "data" / "rows.jsonl", [ROWS[shape][0] for shape in shapes])
+    opened = open_stage(
+        "supervised_finetuning.py",
+        *("--model_name_or_path", tmp_path / "model", "--train_file_dir", tmp_path / "data", "--packing", packing),
+        *("--output_dir", tmp_path / "out", "--template_name", name, "--per_device_train_batch_size", 3),
+        *("--model_max_length", 2000),
+    )
+    batches = [batch["labels"].tolist() for batch in opened.trainer.get_train_dataloader()]
+    found = [text for labels in batches for text in supervised_texts(opened.tokenizer, labels)]
+    end = opened.tokenizer.eos_token
+    assert sorted(found) == sorted(text + end for shape in shapes for text in expected_answers(name, shape))

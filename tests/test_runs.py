@@ -1,0 +1,373 @@
+"""What surrounds a training: the output folder, checkpoints that can be trusted, what is shown and recorded."""
+
+import json
+import math
+import sys
+
+from medicalgpt.args import DataArguments, ModelArguments, RunArguments
+from medicalgpt.data import load_data, to_messages
+from medicalgpt.encoding import IGNORED, encode_chat
+from medicalgpt.errors import UserError
+from medicalgpt.runs import (
+    MANIFEST,
+    CheckpointCommitter,
+    MetricsFile,
+    PlainProgress,
+    Run,
+    checkpoint_problem,
+    committed,
+    find_checkpoint,
+    model_card,
+    next_commands,
+    render_supervision,
+)
+
+import pytest
+from helpers import read_json, write_jsonl
+from loguru import logger
+from tiny import make_tiny, tiny_tokenizer
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> str:
+    return make_tiny(tmp_path_factory.mktemp("runs") / "base")
+
+
+@pytest.fixture
+def log(monkeypatch):
+    """Lines that are logged; a run may not take the sink away."""
+    lines: list[str] = []
+    monkeypatch.setattr("medicalgpt.runs.setup_logging", lambda: None)
+    sink = logger.add(lambda message: lines.append(message.record["message"]), level="INFO")
+    yield lines
+    logger.remove(sink)
+
+
+@pytest.fixture
+def start(base, tmp_path, log):
+    def make(resume=None, overwrite=False, **others) -> Run:
+        training = TrainingArguments(
+            output_dir=str(tmp_path / "run"), resume_from_checkpoint=resume, use_cpu=True, report_to="none", **others
+        )
+        return Run(
+            "stage",
+            training,
+            ModelArguments(model_name_or_path=base),
+            RunArguments(overwrite_output_dir=overwrite),
+            DataArguments(),
+        )
+
+    return make
+
+
+def save_checkpoint(output_dir, step: int, commit: bool = True):
+    """A checkpoint as the trainer saves it, its manifest written by the callback as in a training."""
+    folder = output_dir / f"checkpoint-{step}"
+    (folder / "global_step").mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(bytes(range(100)))
+    (folder / "global_step" / "optimizer.pt").write_bytes(b"state")
+    if commit:
+        args = TrainingArguments(output_dir=str(output_dir), use_cpu=True, report_to="none")
+        state = TrainerState(global_step=step, is_world_process_zero=True)
+        CheckpointCommitter().on_save(args, state, TrainerControl())
+    return folder
+
+
+# --- the coloured view -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("colour", [False, True])
+def test_trained_tokens_are_marked_in_whole_characters(colour):
+    """With this tokenizer a Chinese character is three tokens: decoded one by one they would be torn."""
+    tokenizer = tiny_tokenizer()
+    messages = [{"role": "user", "content": "感冒？"}, {"role": "assistant", "content": "多休息，多喝水。"}]
+    (sample,) = encode_chat(tokenizer, messages)
+    shown = render_supervision(tokenizer, sample.input_ids, sample.labels, colour)
+    start, end = ("\033[32m", "\033[0m") if colour else ("⟦", "⟧")
+    assert shown.endswith(
+        f"<|im_start|>user\n感冒？<|im_end|>\n<|im_start|>assistant\n{start}多休息，多喝水。<|im_end|>{end}\n\n"
+    )
+    assert "\ufffd" not in shown
+    trained = sum(label != IGNORED for label in sample.labels)
+    assert trained == 8 * 3 + 1
+    assert f"({trained} of {len(sample.labels)}, {trained / len(sample.labels):.0%})" in shown
+
+
+def test_nothing_trained_is_seen_as_such():
+    tokenizer = tiny_tokenizer()
+    shown = render_supervision(tokenizer, [1, 2], [IGNORED, IGNORED], False)
+    assert "(0 of 2, 0%)" in shown and "⟦" not in shown
+    assert "(0 of 0, 0%)" in render_supervision(tokenizer, [], [], False)
+
+
+# --- the output folder -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trace", ["run.json", "model-00001-of-00002.safetensors", "adapter_config.json"])
+def test_a_folder_with_another_run_is_refused_and_left_alone(start, tmp_path, trace):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / trace).write_text("{}")
+    with pytest.raises(UserError, match=f"(?s)run holds another run .{trace}.*--overwrite_output_dir True"):
+        start()
+    assert (tmp_path / "run" / trace).exists()
+
+
+def test_a_checkpoint_is_a_trace_and_can_be_gone_on_with(start, tmp_path):
+    save_checkpoint(tmp_path / "run", 3)
+    with pytest.raises(UserError, match="Go on with it: --resume_from_checkpoint True"):
+        start()
+
+
+def test_files_that_are_no_run_are_no_reason_to_refuse(start, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "README.md").write_text("mine")
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    assert start().resume_from is None
+
+
+def test_overwriting_removes_the_run_and_nothing_else(start, tmp_path, log):
+    save_checkpoint(tmp_path / "run", 3)
+    for name in ("run.json", "metrics.jsonl", "adapter_model.safetensors", "notes.txt", "train.py"):
+        (tmp_path / "run" / name).write_text("x")
+    start(overwrite=True)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"notes.txt", "train.py"}
+    assert log == [f"removing the run that {tmp_path / 'run'} holds"]
+
+
+def test_other_processes_leave_the_folder_to_the_first(start, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    save_checkpoint(tmp_path / "run", 3)
+    assert start(overwrite=True).resume_from is None
+    assert (tmp_path / "run" / "checkpoint-3").is_dir()
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def test_a_whole_checkpoint_names_every_file(tmp_path):
+    folder = save_checkpoint(tmp_path, 3)
+    manifest = read_json(folder / MANIFEST)
+    assert set(manifest) == {"model.safetensors", "global_step/optimizer.pt"}
+    assert manifest["model.safetensors"]["bytes"] == 100
+    assert checkpoint_problem(folder) is None
+    assert not list(folder.glob("*.partial"))
+
+
+def damage_never_finished(folder):
+    (folder / MANIFEST).unlink()
+
+
+def damage_file_missing(folder):
+    (folder / "global_step" / "optimizer.pt").unlink()
+
+
+def damage_truncated(folder):
+    (folder / "model.safetensors").write_bytes(bytes(range(99)))
+
+
+def damage_same_size(folder):
+    (folder / "model.safetensors").write_bytes(bytes(100))
+
+
+def damage_manifest(folder):
+    (folder / MANIFEST).write_text('{"model')
+
+
+DAMAGES = {
+    damage_never_finished: "never finished",
+    damage_file_missing: "optimizer.pt is missing",
+    damage_truncated: "model.safetensors has changed",
+    damage_same_size: "model.safetensors has changed",
+    damage_manifest: "manifest",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_a_damaged_checkpoint_is_passed_over_with_the_reason(tmp_path, log, damage):
+    whole, newest = save_checkpoint(tmp_path, 9), save_checkpoint(tmp_path, 10)
+    damage(newest)
+    assert find_checkpoint(tmp_path) == str(whole)
+    assert any(str(newest) in line and DAMAGES[damage] in line for line in log)
+    with pytest.raises(UserError, match=DAMAGES[damage]):
+        find_checkpoint(newest)
+    damage(whole)
+    with pytest.raises(UserError, match="no whole checkpoint to resume from"):
+        find_checkpoint(tmp_path)
+
+
+def test_the_newest_is_the_one_with_most_steps(tmp_path):
+    for step in (2, 10, 9):
+        save_checkpoint(tmp_path, step)
+    (tmp_path / "checkpoint-best").mkdir()
+    assert [path.name for path in committed(tmp_path)] == ["checkpoint-10", "checkpoint-9", "checkpoint-2"]
+
+
+def test_resuming_by_flag(start, tmp_path, log):
+    with pytest.raises(UserError, match="no whole checkpoint"):
+        start(resume="True")
+    first, second = save_checkpoint(tmp_path / "run", 1), save_checkpoint(tmp_path / "run", 2)
+    assert start(resume="True").resume_from == str(second)
+    assert log[-1] == f"resuming from {second}"
+    assert start(resume=str(first)).resume_from == str(first)
+    with pytest.raises(UserError, match="holds another run"):
+        start(resume="False")
+    with pytest.raises(UserError, match="no checkpoint .*checkpoint-7"):
+        start(resume=str(tmp_path / "run" / "checkpoint-7"))
+
+
+def test_resuming_on_other_data_is_refused(start, tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "Q", "response": "A"}] * 3)
+    save_checkpoint(tmp_path / "run", 1)
+    run = start(resume="True")
+    run.add_data(load_data(DataArguments(train_file_dir=path), to_messages))
+    run._write_record()
+    start(resume="True").add_data(load_data(DataArguments(train_file_dir=path), to_messages))
+    with pytest.raises(UserError, match="was trained on other rows"):
+        start(resume="True").add_data(load_data(DataArguments(train_file_dir=path, max_train_samples=2), to_messages))
+
+
+# --- records ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_record_of_a_run(start, base, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/stage.py", "--seed", "3"])
+    record = start(seed=3, warmup_steps=0.1).record
+    assert record["stage"] == "stage" and record["status"] == "running"
+    assert record["command"] == ["stage.py", "--seed", "3"]
+    assert record["parent"] == record["base"]["name"] == base
+    assert record["arguments"]["seed"] == 3 and record["arguments"]["warmup_steps"] == 0.1
+    assert record["arguments"]["tokenizer_name_or_path"] is None
+    assert not [name for name in record["arguments"] if name.endswith("_token")]
+    assert record["versions"]["torch"] and record["versions"]["python"]
+    assert json.loads(json.dumps(record)) == record
+
+
+def test_a_model_card_says_what_is_known_and_commands_that_run(tmp_path):
+    output_dir = tmp_path / "my run"
+    output_dir.mkdir()
+    (output_dir / "adapter_config.json").write_text("{}")
+    record = {
+        "stage": "supervised_finetuning",
+        "parent": "outputs/pt",
+        "finished": "2026-01-02T03:04:05+00:00",
+        "command": ["supervised_finetuning.py", "--system_prompt", "Be brief."],
+        "metrics": {"train_loss": 0.123456789, "eval_loss": None},
+        "data": [{"side": "train", "file": "a.jsonl", "rows": 5, "used": 3, "left_out": {"too long": 2}}],
+    }
+    card = model_card(record, output_dir, "A sentence.")
+    for part in (
+        "# my run\n\nA sentence.",
+        "`supervised_finetuning.py` from `outputs/pt`, 2026-01-02",
+        "- train: `a.jsonl`, 5 rows, 3 used, 2 too long",
+        "- train_loss: 0.123457",
+        f"merge_peft_adapter.py --lora_model '{output_dir}' --output_dir '{output_dir}-merged'",
+        "python supervised_finetuning.py --system_prompt 'Be brief.'",
+        "no medical advice",
+    ):
+        assert part in card
+    assert "eval_loss" not in card
+    (output_dir / "adapter_config.json").unlink()
+    assert next_commands(output_dir) == [f"python inference.py --model_name_or_path '{output_dir}' --interactive"]
+
+
+def test_metrics_are_a_row_an_event_and_go_on_when_resumed(tmp_path):
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+
+    def run(append: bool, *steps: int) -> list[dict]:
+        metrics = MetricsFile(tmp_path, append)
+        state = TrainerState(is_world_process_zero=True, epoch=0.5)
+        metrics.on_train_begin(args, state, TrainerControl())
+        for step in steps:
+            state.global_step = step
+            metrics.on_log(args, state, TrainerControl(), logs={"loss": 1 / step})
+        return read_json(tmp_path / "metrics.jsonl")
+
+    assert [(row["step"], row["loss"], row["epoch"]) for row in run(False, 1, 2)] == [(1, 1.0, 0.5), (2, 0.5, 0.5)]
+    assert [row["step"] for row in run(True, 3, 4)] == [1, 2, 3, 4]
+    assert [row["step"] for row in run(False, 1)] == [1]
+
+
+def test_only_the_first_process_writes_metrics(tmp_path):
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    MetricsFile(tmp_path, False).on_log(args, TrainerState(is_world_process_zero=False), TrainerControl(), {"loss": 1})
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+# --- progress where there is no terminal -----------------------------------------------------------------------------
+
+
+def test_plain_progress_has_loss_speed_memory_and_time_left(tmp_path, log, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr("medicalgpt.runs.time.time", lambda: now[0])
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    state = TrainerState(is_world_process_zero=True, max_steps=100)
+    progress, control = PlainProgress(), TrainerControl()
+    progress.on_train_begin(args, state, control)
+    now[0] += 10
+    state.global_step = 1
+    progress.on_step_end(args, state, control)
+    assert log == ["first step done, 10.0 s after training began"]
+    state.global_step = 10
+    progress.on_log(args, state, control, {"loss": 2.5, "learning_rate": 1e-4, "num_tokens": 5000})
+    assert log[-1].startswith("step 10/100 (10%)  loss 2.5  learning_rate 0.0001  500 tokens/s  ")
+    assert log[-1].endswith(" GB  1m30s to go")
+    now[0] += 29
+    progress.on_step_end(args, state, control)
+    assert len(log) == 2
+    now[0] += 2
+    progress.on_step_end(args, state, control)
+    assert len(log) == 3 and "step 10/100" in log[-1]
+    progress.on_log(args, state, control, {"train_runtime": 1.0})
+    assert len(log) == 3
+
+
+# --- announcements ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "steps", "per_epoch"),
+    [
+        ({"per_device_train_batch_size": 4, "num_train_epochs": 3}, 9, 3),
+        ({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_train_epochs": 3}, 9, 3),
+        ({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "num_train_epochs": 1}, 2, 2),
+        ({"per_device_train_batch_size": 4, "num_train_epochs": 0.5}, 2, 3),
+        ({"per_device_train_batch_size": 4, "max_steps": 5}, 5, 3),
+    ],
+)
+def test_the_announced_steps_are_the_trainers(start, base, log, flags, steps, per_epoch):
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, Trainer
+
+    run = start(save_strategy="no", logging_strategy="no", disable_tqdm=True, **flags)
+    rows = [{"input_ids": [1, 2, 3], "labels": [IGNORED, 2, 3]}] * 10
+    dataset, model = Dataset.from_list(rows), AutoModelForCausalLM.from_pretrained(base)
+    run.announce(model, dataset, None)
+    plan = run.record["plan"]
+    batch = flags["per_device_train_batch_size"] * flags.get("gradient_accumulation_steps", 1)
+    expected = {"sequences": 10, "tokens": 30, "supervised_tokens": 20, "effective_batch": batch, "steps": steps}
+    assert plan == expected
+    text = "\n".join(log)
+    assert f"{steps} ({per_epoch} an epoch)" in text and "30, supervised 20 (67%)" in text
+    assert "10 to train on, 0 held out" in text
+    trainer = Trainer(model=model, args=run.training, train_dataset=dataset)
+    trainer.train()
+    assert trainer.state.global_step == steps
+
+
+def test_training_that_diverged_is_not_saved(start, base, tmp_path, log):
+    """A loss that is no number ends the run before anything is written over."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, Trainer
+
+    run = start(
+        max_steps=2, learning_rate=1e30, max_grad_norm=0.0, save_strategy="no", logging_nan_inf_filter=False
+    )
+    model = AutoModelForCausalLM.from_pretrained(base)
+    dataset = Dataset.from_list([{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 8)
+    trainer = Trainer(model=model, args=run.training, train_dataset=dataset)
+    with pytest.raises(UserError, match="the training loss became .*Lower --learning_rate"):
+        run.train_and_save(trainer, tiny_tokenizer(), stop_ids=[256])
+    assert not list((tmp_path / "run").glob("*.safetensors"))
+    assert read_json(tmp_path / "run" / "run.json")["status"] == "running"
+    assert not math.isfinite(1e39 * 1e300)
