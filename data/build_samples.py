@@ -31,7 +31,7 @@ DEFAULT_NAME = "MedicalGPT"
 DEFAULT_AUTHOR = {"zh": "MedicalGPT 团队", "en": "the MedicalGPT team"}
 
 ZH_PHRASINGS_PER_FACT = 5
-EN_PHRASINGS_PER_FACT = 4
+EN_PHRASINGS_PER_FACT = 5
 EN_HELD_OUT_EVERY = 3
 ZH_EXTRA_CONSULTATIONS = 44
 EN_CONSULTATIONS = 60
@@ -75,6 +75,8 @@ TRAIN_QUESTIONS = {
             "医生怀疑是{c}，会安排什么检查？",
             "{c}去医院查什么？",
             "查{c}一般做哪些项目？",
+            "{c}要查哪些项目？",
+            "确诊{c}要查什么？",
         ],
         "management": [
             "{c}怎么治疗？",
@@ -121,16 +123,6 @@ TRAIN_QUESTIONS = {
             "How do I recognise {c}?",
             "Please list the symptoms of {c}.",
             "What are typical signs of {c}?",
-        ],
-        "emergency": [
-            "When should I call an ambulance for {c}?",
-            "With {c}, when should I go to the emergency department?",
-            "What are the danger signs of {c}?",
-            "Which signs of {c} need urgent care?",
-            "I have {c}. When should I call an ambulance?",
-            "What emergency signs should I watch for with {c}?",
-            "When should someone with {c} go to hospital at once?",
-            "Which symptoms of {c} are dangerous?",
         ],
     },
 }
@@ -181,12 +173,6 @@ HELD_OUT_QUESTIONS = {
             "Tell me the signs of {c}.",
             "Please list the signs of {c}.",
         ],
-        "emergency": [
-            "When should I go to the emergency department for {c}?",
-            "Which signs of {c} are dangerous?",
-            "When should someone with {c} call an ambulance?",
-            "What danger signs should I watch for with {c}?",
-        ],
     },
 }
 
@@ -202,11 +188,6 @@ FOLLOW_UPS = {
     "en": {
         "department": ["Which department treats it?", "Which doctor should I see for it?", "Where should I go for it?"],
         "symptoms": ["What are its symptoms?", "Which signs come with it?", "How do I recognise it?"],
-        "emergency": [
-            "When should I call an ambulance?",
-            "What are its danger signs?",
-            "When does it need urgent care?",
-        ],
     },
 }
 
@@ -226,7 +207,10 @@ DOCUMENT_SENTENCES = {
     },
     "en": {
         "department": ["For {c}, see the {d} department.", "{C} belongs to the {d} department."],
-        "urgent": ["{C} is an emergency: go to the emergency department at once. It is treated by {d}."],
+        "urgent": [
+            "{C} is an emergency: go to the emergency department at once. It is treated by {d}.",
+            "{C} cannot wait: go to the emergency department at once. The specialty is {d}.",
+        ],
         "symptoms": ["Common signs of {c} are {s}.", "The symptoms of {c} include {s}."],
         "examinations": ["Usual tests for {c} are {x}.", "Doctors examine {c} with {x}."],
         "management": ["Care for {c}: {m}.", "What is done for {c}: {m}."],
@@ -255,8 +239,8 @@ HELD_OUT_DOCUMENT_TEMPLATES = {
 # A small model needs a question several times before it answers it; these make a question of one turn several ones.
 OPENINGS = {
     "identity": {
-        "zh": ["{q}", "你好，{q}", "您好，{q}", "嗨，{q}", "{q}，谢谢"],
-        "en": ["{q}", "Hello. {q}", "Hi! {q}", "Excuse me. {q}", "By the way: {q}"],
+        "zh": ["{q}", "你好，{q}", "您好，{q}", "嗨，{q}", "请问一下，{q}", "那么，{q}", "{q}，谢谢"],
+        "en": ["{q}", "Hello. {q}", "Hi! {q}", "Excuse me. {q}", "By the way: {q}", "So: {q}", "Hey there. {q}"],
     },
     "talk": {"zh": ["{q}", "{q}。", "{q}！"], "en": ["{q}"]},
     "refusal": {"zh": ["{q}", "您好，{q}", "医生，{q}"], "en": ["{q}", "Hello. {q}", "Doctor: {q}"]},
@@ -394,7 +378,6 @@ def answers(row: Row, departments: dict[str, str], language: str) -> dict[str, s
         patterns = {
             "department": department,
             "symptoms": "Common signs of {c} are {s}.",
-            "emergency": "With {c}, call an ambulance or go to the emergency department at once in case of {e}.",
         }
     else:
         department = "{c}建议挂{d}。"
@@ -412,10 +395,10 @@ def answers(row: Row, departments: dict[str, str], language: str) -> dict[str, s
 
 
 def build_documents(conditions: list[Row], departments: dict[str, str]) -> dict[str, list[str]]:
-    """The pretraining files: {relative path: lines}. Chinese gets two paragraphs per condition, English one."""
+    """The pretraining files: {relative path: lines}. two paragraphs per condition in each language."""
     rng = random.Random(SEED)
     files: dict[str, list[str]] = {}
-    for language, variants in (("zh", 2), ("en", 1)):
+    for language, variants in (("zh", 2), ("en", 2)):
         lines = []
         for row in conditions:
             words = slots(row, departments, language)
@@ -511,7 +494,7 @@ def build_consultations(conditions: list[Row], departments: dict[str, str], rng:
     for language, row in plan:
         words = slots(row, departments, language)
         known = answers(row, departments, language)
-        asked = rng.sample(list(known), rng.choice((2, 3)))
+        asked = rng.sample(list(known), min(len(known), rng.choice((2, 3))))
         turns = []
         for position, attribute in enumerate(asked):
             pool = (FOLLOW_UPS if position else TRAIN_QUESTIONS)[language][attribute]

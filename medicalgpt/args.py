@@ -33,6 +33,7 @@ GONE = {
 # Fields of TrainingArguments that must not be shown as if they did something in these scripts.
 UNUSED_TRAINING_ARGUMENTS = {
     "do_predict": "These scripts train and evaluate; generate with inference.py.",
+    "logging_nan_inf_filter": "A loss that is no number is always shown, and nothing is saved after it.",
     "push_to_hub": "Upload with `hf upload` after training; no stage pushes by itself.",
     "hub_model_id": "Upload with `hf upload` after training; no stage pushes by itself.",
     "hub_strategy": "Upload with `hf upload` after training; no stage pushes by itself.",
@@ -282,8 +283,9 @@ class StrictParser:
     def _today(self, name: str, value: str | None, origin: str) -> tuple[str, str | None, str | None]:
         """Return (today's name, its value if that changes, problem)."""
         plain = name.replace("-", "_")
-        if plain in self.unused:
-            return name, None, f"{origin}--{name} has no effect in this program. {self.unused[plain]}"
+        target = plain if plain in self.unused else self.dest_of.get(name)
+        if target in self.unused:
+            return name, None, f"{origin}--{name} has no effect in this program. {self.unused[target]}"
         if plain in RENAMED_VALUES and RENAMED_VALUES[plain][0] in self.dest_of:
             new, values = RENAMED_VALUES[plain]
             key = "true" if value is None or value.startswith("--") else value.lower()
@@ -292,9 +294,6 @@ class StrictParser:
             return new, values[key], None
         if RENAMED.get(plain) in self.dest_of:
             return RENAMED[plain], None, None
-        target = plain if plain in self.unused else self.dest_of.get(name)
-        if target in self.unused:
-            return name, None, f"{origin}--{name} has no effect in this program. {self.unused[target]}"
         if name in self.dest_of:
             return name, None, None
         known = [option for option in self.dest_of if option.replace("-", "_") == option and option not in self.unused]

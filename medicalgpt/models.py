@@ -132,13 +132,8 @@ def load_tokenizer(
 def stage_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
     """The tokenizer that a stage's flags name."""
     name = arguments.tokenizer_name_or_path or arguments.model_name_or_path
-    return load_tokenizer(
-        name
-        if resolve_checkpoint(name)[1]
-        else fetch(name, arguments.hub, arguments.model_revision, arguments.cache_dir),
-        revision=arguments.model_revision,
-        cache_dir=arguments.cache_dir,
-    )
+    name = fetch(name, arguments.hub, arguments.model_revision, arguments.cache_dir)
+    return load_tokenizer(name, revision=arguments.model_revision, cache_dir=arguments.cache_dir)
 
 
 def quantization_config(load_in_4bit: bool, load_in_8bit: bool, qlora: bool) -> BitsAndBytesConfig | None:
@@ -233,11 +228,23 @@ def load_base(auto_class: Any, arguments: ModelArguments, lora: LoraArguments, *
         full_training=not lora.use_peft,
         **options,
     )
+    _keep_4bit_trainable(model)
     if adapter:
         logger.info(f"{arguments.model_name_or_path} is an adapter: base {base} plus that adapter")
         if not lora.use_peft:
             model = attach_adapter(model, adapter).merge_and_unload()
     return model
+
+
+def _keep_4bit_trainable(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights for inference on a CPU with AVX-512.
+
+    It does so at the first evaluation or generated answer and never undoes it; the repacked product has no gradient,
+    so that training would go on with wrong updates.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -87,6 +87,8 @@ class Run:
         self.resume_from = self._claim_output_dir()
         if training.use_cpu or not torch.cuda.is_available():
             _init_deepspeed_on_cpu(training)
+        # The filter writes the mean of earlier losses where one is no number, which hides that training has failed.
+        training.logging_nan_inf_filter = False
         set_seed(training.seed)
         base, _ = models.resolve_checkpoint(model.model_name_or_path)
         self.record: dict[str, Any] = {
@@ -368,7 +370,8 @@ def render_supervision(
 
 def committed(output_dir: Path) -> list[Path]:
     """Whole checkpoints below `output_dir`, newest first: those whose manifest agrees with the files."""
-    found = sorted(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    numbered = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+    found = sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
     whole = []
     for path in found:
         if problem := checkpoint_problem(path):
@@ -382,7 +385,11 @@ def checkpoint_problem(checkpoint: Path) -> str | None:
     """Why a checkpoint cannot be trusted, or None."""
     if not (checkpoint / MANIFEST).is_file():
         return "it was never finished: no manifest"
-    for name, entry in json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8")).items():
+    try:
+        entries = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+    except ValueError:
+        return f"its {MANIFEST} is damaged"
+    for name, entry in entries.items():
         path = checkpoint / name
         if not path.is_file():
             return f"{name} is missing"
@@ -448,8 +455,12 @@ class MetricsFile(TrainerCallback):
         self.path, self.append = output_dir / "metrics.jsonl", append
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero and not self.append:
-            self.path.unlink(missing_ok=True)
+        if not state.is_world_process_zero or not self.path.is_file():
+            return
+        # What the stopped run logged beyond the checkpoint will be logged once more.
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.append else []
+        kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+        self.path.write_text("".join(kept), encoding="utf-8")
 
     def on_log(
         self, args: TrainingArguments, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any

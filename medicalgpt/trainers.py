@@ -21,8 +21,6 @@ def training_defaults(args: SFTConfig, *, adapter_rate: float, full_rate: float,
         args.learning_rate = adapter_rate if use_peft else full_rate
     if "eval_on_start" not in args.given and args.eval_strategy != "no":
         args.eval_on_start = True
-    # transformers would log the mean of the other steps for a step whose loss is NaN.
-    args.logging_nan_inf_filter = False
     # Rows are encoded and measured already; the trainer neither cuts nor drops any.
     args.max_length = None
     args.dataset_kwargs = {"skip_prepare_dataset": True}

@@ -394,6 +394,31 @@ def test_a_quantized_base_counts_the_numbers_that_it_stands_for(base, flags):
     assert torch.isfinite(logits(model)).all()
 
 
+@pytest.mark.parametrize("flags", [{"load_in_4bit": True}, {"qlora": True}, {"load_in_8bit": True}])
+def test_answers_before_training_leave_the_gradients_alone(base, flags):
+    """bitsandbytes repacks 4-bit weights when a CPU with AVX-512 generates, and their product then has no gradient."""
+
+    def gradients(answer_first: bool) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        lora = LoraArguments(lora_dropout=0.0)
+        model = load_base(AutoModelForCausalLM, ModelArguments(model_name_or_path=base, **flags), lora)
+        model = add_lora(model, lora, TaskType.CAUSAL_LM)
+        for name, parameter in sorted(model.named_parameters()):
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.05)
+        ids = torch.arange(40).reshape(2, 20)
+        if answer_first:
+            model.eval()
+            model.generate(input_ids=ids, max_new_tokens=3, do_sample=False)
+        model.train()
+        model(ids, labels=ids).loss.backward()
+        return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    before, after = gradients(False), gradients(True)
+    assert len(before) == 28 and all(gradient.abs().sum() > 0 for gradient in before.values())
+    torch.testing.assert_close(after, before)
+
+
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float16", "float32"])
 def test_the_dtype_flag_is_the_type_of_the_weights(base, dtype):
     expected = torch.float32 if dtype == "auto" and not torch.cuda.is_available() else None

@@ -179,7 +179,7 @@ DAMAGES = {
     damage_file_missing: "optimizer.pt is missing",
     damage_truncated: "model.safetensors has changed",
     damage_same_size: "model.safetensors has changed",
-    damage_manifest: "manifest",
+    damage_manifest: "manifest.json is damaged",
 }
 
 
@@ -274,18 +274,20 @@ def test_a_model_card_says_what_is_known_and_commands_that_run(tmp_path):
 def test_metrics_are_a_row_an_event_and_go_on_when_resumed(tmp_path):
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
 
-    def run(append: bool, *steps: int) -> list[dict]:
-        metrics = MetricsFile(tmp_path, append)
-        state = TrainerState(is_world_process_zero=True, epoch=0.5)
+    def run(resumed_from: int, *steps: int) -> list[dict]:
+        metrics = MetricsFile(tmp_path, append=resumed_from > 0)
+        state = TrainerState(is_world_process_zero=True, epoch=0.5, global_step=resumed_from)
         metrics.on_train_begin(args, state, TrainerControl())
         for step in steps:
             state.global_step = step
             metrics.on_log(args, state, TrainerControl(), logs={"loss": 1 / step})
         return read_json(tmp_path / "metrics.jsonl")
 
-    assert [(row["step"], row["loss"], row["epoch"]) for row in run(False, 1, 2)] == [(1, 1.0, 0.5), (2, 0.5, 0.5)]
-    assert [row["step"] for row in run(True, 3, 4)] == [1, 2, 3, 4]
-    assert [row["step"] for row in run(False, 1)] == [1]
+    assert [(row["step"], row["loss"], row["epoch"]) for row in run(0, 1, 2)] == [(1, 1.0, 0.5), (2, 0.5, 0.5)]
+    assert [row["step"] for row in run(2, 3, 4)] == [1, 2, 3, 4]
+    # Killed at step 4, resumed from the checkpoint of step 3.
+    assert [row["step"] for row in run(3, 4, 5)] == [1, 2, 3, 4, 5]
+    assert [row["step"] for row in run(0, 1)] == [1]
 
 
 def test_only_the_first_process_writes_metrics(tmp_path):
@@ -355,19 +357,19 @@ def test_the_announced_steps_are_the_trainers(start, base, log, flags, steps, pe
     assert trainer.state.global_step == steps
 
 
-def test_training_that_diverged_is_not_saved(start, base, tmp_path, log):
-    """A loss that is no number ends the run before anything is written over."""
+def test_training_that_diverged_is_not_saved(start, base, tmp_path):
+    """The trainer's own default would log the mean of earlier losses, and the weights would be saved."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, Trainer
 
     run = start(
-        max_steps=2, learning_rate=1e30, max_grad_norm=0.0, save_strategy="no", logging_nan_inf_filter=False
+        do_train=True, max_steps=3, learning_rate=math.inf, max_grad_norm=0.0, save_strategy="no", logging_steps=1
     )
     model = AutoModelForCausalLM.from_pretrained(base)
     dataset = Dataset.from_list([{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 8)
     trainer = Trainer(model=model, args=run.training, train_dataset=dataset)
-    with pytest.raises(UserError, match="the training loss became .*Lower --learning_rate"):
+    with pytest.raises(UserError, match="the training loss became nan.*Lower --learning_rate"):
         run.train_and_save(trainer, tiny_tokenizer(), stop_ids=[256])
     assert not list((tmp_path / "run").glob("*.safetensors"))
     assert read_json(tmp_path / "run" / "run.json")["status"] == "running"
-    assert not math.isfinite(1e39 * 1e300)
+    assert math.isnan(read_json(tmp_path / "run" / "metrics.jsonl")[1]["loss"])

@@ -93,7 +93,7 @@ def test_answer_put_into_the_history_reads_as_it_was_trained(folders, model, kin
     """The text that serving gives for the trained ids renders to these ids again when the conversation goes on."""
     tokenizer, _ = load(folders[kind], name)
     engine = ChatEngine(model, tokenizer)
-    messages = to_messages(sharegpt("I have a headache.", "Drink water. 多喝水。", "And then?", "Sleep."))["messages"]
+    messages = to_messages(sharegpt("I have a headache.", "Drink water. ", "And then?", "Sleep."))["messages"]
     (sample,) = encode_chat(tokenizer, messages)
     (start, ids), (second, _) = supervised_runs(sample.labels)
     reply = engine._reply_to(sample.input_ids[:start], Sampling())

@@ -1,0 +1,99 @@
+"""What is said to be trained gets a gradient and moves; nothing else does."""
+
+import re
+
+import pytest
+from torch import nn
+
+from tests.helpers import open_stage, read_json, save_model, write_jsonl
+from tests.tiny import tiny_tokenizer
+
+LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+# flags -> modules with an adapter, modules that are trained in full.
+CASES = {
+    "all linear": ([], LINEAR, set()),
+    "some linear": (["--target_modules", "q_proj,v_proj"], {"q_proj", "v_proj"}, set()),
+    "embedding too": (["--modules_to_save", "embed_tokens"], LINEAR, {"embed_tokens"}),
+    "embedding and head too": (["--modules_to_save", "embed_tokens,lm_head"], LINEAR, {"embed_tokens", "lm_head"}),
+    "gradient checkpointing": (["--gradient_checkpointing", "True"], LINEAR, set()),
+    "full": (["--use_peft", "False"], None, None),
+    "full with checkpointing": (["--use_peft", "False", "--gradient_checkpointing", "True"], None, None),
+}
+STAGES = {
+    "pretraining.py": [{"text": "".join(map(chr, range(32, 32 + 9 * n)))} for n in (3, 6, 9)],
+    "supervised_finetuning.py": [{"prompt": f"Why {n}?", "response": "A cold. " * n} for n in (1, 2, 3)],
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("sf23")
+    return {tied: save_model(root / f"tied-{tied}", tiny_tokenizer(), tied=tied) for tied in (False, True)}
+
+
+def declared(name, adapters, full):
+    """Whether the flags ask for this parameter to be trained."""
+    if adapters is None:
+        return True
+    module = re.sub(r"\.(lora_[AB]|modules_to_save)\.default|\.weight|\.original_module|\.base_layer", "", name)
+    module = module.rpartition(".")[2]
+    return module in adapters if ".lora_" in name else module in full and ".modules_to_save.default." in name
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_moves_is_what_was_asked_for(folders, tmp_path, stage, case, tied):
+    more, adapters, full = CASES[case]
+    if tied and full:
+        # One matrix serves both ends, and it hangs on the embedding.
+        full = {"embed_tokens"}
+    write_jsonl(tmp_path / "data" / "rows.jsonl", STAGES[stage])
+    opened = open_stage(
+        stage,
+        *("--model_name_or_path", folders[tied], "--train_file_dir", tmp_path / "data", "--output_dir", tmp_path / "out"),
+        *("--learning_rate", 1e-2, "--max_steps", 3, "--save_strategy", "no"),
+        *("--sample_prompts", 0, "--max_grad_norm", 0, *more),
+    )
+    model = opened.trainer.model
+    parameters = dict(model.named_parameters())
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    largest = dict.fromkeys(parameters, 0.0)
+    for name, parameter in parameters.items():
+        if parameter.requires_grad:
+
+            def note(found, name=name):
+                largest[name] = max(largest[name], found.grad.abs().max().item())
+
+            parameter.register_post_accumulate_grad_hook(note)
+    opened.finish()
+
+    asked = {name for name in parameters if declared(name, adapters, full)}
+    if adapters is not None:
+        layers = model.config.num_hidden_layers
+        assert len(asked) == 2 * layers * len(adapters) + len(full)
+    assert {name for name, parameter in parameters.items() if parameter.requires_grad} == asked
+    assert {name for name, gradient in largest.items() if gradient > 0} == asked
+    assert {name for name in parameters if not before[name].equal(parameters[name].detach())} == asked
+    announced = read_json(tmp_path / "out" / "run.json")["model"]
+    assert sum(announced["trainable_by_module"].values()) == announced["trainable"]
+    assert announced["trainable"] == sum(parameters[name].numel() for name in asked)
+    if adapters is not None:
+        assert set(announced["trainable_by_module"]) == adapters | full
+
+
+def test_all_means_each_linear_layer_but_the_head(folders, tmp_path):
+    write_jsonl(tmp_path / "data" / "rows.jsonl", STAGES["pretraining.py"])
+    opened = open_stage(
+        "pretraining.py",
+        *("--model_name_or_path", folders[False], "--train_file_dir", tmp_path / "data"),
+        *("--output_dir", tmp_path / "out"),
+    )
+    base = opened.trainer.model.get_base_model()
+    adapted = {name.removesuffix(".base_layer") for name, module in base.named_modules() if hasattr(module, "lora_A")}
+    linear = {
+        name.removesuffix(".base_layer")
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Linear) and ".lora_" not in name
+    }
+    assert adapted == linear - {"lm_head"}

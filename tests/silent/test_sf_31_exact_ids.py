@@ -1,0 +1,103 @@
+"""Trained ids are the template's own, none added, changed or cut; an end stands only where a turn or document ends."""
+
+import pytest
+
+from tests.helpers import open_stage, save_model, write_jsonl
+from tests.silent.chats import (
+    KINDS,
+    ROWS,
+    conversation,
+    in_every_shape,
+    load,
+    saved_tokenizers,
+    turns_of,
+)
+from tests.test_template import TOKENIZERS
+
+from medicalgpt.data import DataError
+from medicalgpt.encoding import encode_chat, encode_document
+from template import TEMPLATES
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return saved_tokenizers(tmp_path_factory.mktemp("sf31"))
+
+
+def template_ids(tokenizer, shape, name):
+    """What the template renders: the whole conversation, or up to each turn where it changes earlier turns."""
+    messages, tools = conversation(shape)
+    ends = [turn + 1 for turn in turns_of(messages)] if name == "qwen3" else [len(messages)]
+    texts = [tokenizer.apply_chat_template(messages[:end], tools=tools, tokenize=False) for end in ends]
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    for end, direct in zip(ends, ids, strict=True):
+        assert tokenizer.apply_chat_template(messages[:end], tools=tools, return_dict=False) == direct
+    return ids
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@in_every_shape
+def test_ids_are_those_of_the_template(folders, kind, name, shape):
+    tokenizer, end = load(folders[kind], name)
+    samples = encode_chat(tokenizer, *conversation(shape))
+    assert [sample.input_ids for sample in samples] == template_ids(tokenizer, shape, name)
+    for sample in samples:
+        # Everything is supervised as it stands, and a turn end is supervised once for each answer.
+        assert all(label in (-100, token) for token, label in zip(sample.input_ids, sample.labels, strict=True))
+    ends = [sample.labels.count(tokenizer.convert_tokens_to_ids(end)) for sample in samples]
+    assert sum(ends) == len(turns_of(conversation(shape)[0]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@in_every_shape
+def test_limit_refuses_and_never_cuts(folders, kind, name, shape):
+    tokenizer, _ = load(folders[kind], name)
+    messages, tools = conversation(shape)
+    samples = encode_chat(tokenizer, messages, tools)
+    longest = max(len(sample.input_ids) for sample in samples)
+    assert encode_chat(tokenizer, messages, tools, max_length=longest) == samples
+    for limit in (longest - 1, longest // 2, 1):
+        with pytest.raises(ValueError, match=f"longer than the {limit} that fit") as error:
+            encode_chat(tokenizer, messages, tools, max_length=limit)
+        assert error.value.too_long
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_batches_of_the_program(tmp_path, name, packing):
+    save_model(tmp_path / "model", TOKENIZERS["byte_adds_bos"]())
+    shapes = [shape for shape in ROWS if name == "qwen3" or shape != "thinking"]
+    write_jsonl(tmp_path / "data" / "rows.jsonl", [ROWS[shape][0] for shape in shapes])
+    flags = [
+        *("--model_name_or_path", tmp_path / "model", "--train_file_dir", tmp_path / "data", "--packing", packing),
+        *("--output_dir", tmp_path / "out", "--template_name", name, "--per_device_train_batch_size", 3),
+    ]
+    opened = open_stage("supervised_finetuning.py", *flags, "--model_max_length", 2000)
+    found = []
+    for batch in opened.trainer.get_train_dataloader():
+        for row, ids in enumerate(batch["input_ids"]):
+            if packing:
+                starts = (batch["position_ids"][row] == 0).nonzero().flatten().tolist()
+                parts = [part.tolist() for part in ids.tensor_split(starts[1:])]
+                # What fills up the batch is a sequence of padding alone.
+                found += [part for part in parts if set(part) != {opened.tokenizer.pad_token_id}]
+            else:
+                found.append(ids[batch["attention_mask"][row] == 1].tolist())
+    wanted = [ids for shape in shapes for ids in template_ids(opened.tokenizer, shape, name)]
+    assert sorted(found) == sorted(wanted)
+    with pytest.raises(DataError, match="longer than the 60 that fit"):
+        open_stage("supervised_finetuning.py", *flags, "--model_max_length", 60)
+
+
+@pytest.mark.parametrize("block_size", [1, 7, 10, 11, 12, 1000])
+@pytest.mark.parametrize("kind", KINDS)
+def test_document_is_its_tokens_and_one_end(folders, kind, block_size):
+    tokenizer, _ = load(folders[kind], "vicuna")
+    for text in ("Drink water.", " I have  a headache.\n", "多喝水。早点睡。", "x"):
+        pieces = encode_document(tokenizer, text, block_size)
+        ids = [token for piece in pieces for token in piece.input_ids]
+        assert ids == [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+        assert ids.count(tokenizer.eos_token_id) == 1
+        assert [piece.labels for piece in pieces] == [piece.input_ids for piece in pieces]
+        assert all(len(piece.input_ids) == block_size for piece in pieces[:-1])
+        assert 1 <= len(pieces[-1].input_ids) <= block_size
