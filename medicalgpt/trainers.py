@@ -1,12 +1,16 @@
 """The trainer that pretraining and supervised fine-tuning share: TRL's, with an evaluation that counts tokens."""
 
+import functools
+import types
 from typing import Any
 
 from medicalgpt.encoding import IGNORED
 
 import torch
-from transformers import EvalPrediction
+from peft import PeftModel
+from transformers import EvalPrediction, PreTrainedModel
 from trl import SFTConfig, SFTTrainer
+from trl.trainer.utils import FusedCausalLMOutput
 
 
 def training_defaults(args: SFTConfig, *, adapter_rate: float, full_rate: float, use_peft: bool) -> None:
@@ -26,18 +30,78 @@ def training_defaults(args: SFTConfig, *, adapter_rate: float, full_rate: float,
     args.dataset_kwargs = {"skip_prepare_dataset": True}
 
 
+# Settings by which some families change their logits after the head; TRL's own code knows each of them.
+LOGIT_SETTINGS = (
+    "final_logit_softcapping",
+    "logit_scale",
+    "output_multiplier",
+    "lm_head_multiplier",
+    "logits_scaling",
+    "output_router_logits",
+)
+
+
+def add_cpu_head(model: PreTrainedModel) -> None:
+    """Send only supervised positions through the LM head, on a CPU too.
+
+    TRL's fused head does so on GPUs; on a CPU it scores every position and computes the logits once more in the
+    backward pass, which costs a third of a step of a small model. Models that change their logits after the head keep
+    TRL's way.
+
+    Args:
+        model: the causal model itself, without wrappers, with TRL's `fused_lm_head` forward.
+    """
+    config = model.config.get_text_config()
+    if any(getattr(config, name, None) not in (None, False, 1.0) for name in LOGIT_SETTINGS):
+        return
+    fused_forward = model.forward
+
+    # The signature is kept, since `generate` checks its arguments against it.
+    @functools.wraps(type(model).forward)
+    def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        on_cpu = self.get_output_embeddings().weight.device.type == "cpu"
+        if not kwargs.get("fused_lm_head") or not on_cpu or kwargs.get("shift_labels") is not None:
+            return fused_forward(*args, **kwargs)
+        for name in ("fused_lm_head", "shift_labels", "num_items_in_batch"):
+            kwargs.pop(name, None)
+        labels = kwargs.pop("labels")[:, 1:]
+        hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state[:, :-1]
+        mask = labels != IGNORED
+        scores = self.get_output_embeddings()(hidden[mask]).float().log_softmax(dim=-1)
+        targets = labels[mask]
+        with torch.no_grad():
+            entropy = -(scores.exp() * scores).sum(dim=-1)
+            is_top1 = (scores.argmax(dim=-1) == targets).float()
+        log_probs = scores.gather(1, targets[:, None])[:, 0]
+
+        def spread(values: torch.Tensor) -> torch.Tensor:
+            return values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+        return FusedCausalLMOutput(
+            loss=-log_probs.sum() / mask.sum().clamp(min=1),
+            log_probs=spread(log_probs),
+            entropy=spread(entropy),
+            is_top1=spread(is_top1),
+            label_mask=mask,
+        )
+
+    model.forward = types.MethodType(forward, model)
+
+
 class TokenTrainer(SFTTrainer):
-    """`trl.SFTTrainer` on encoded rows, with two differences.
+    """`trl.SFTTrainer` on encoded rows, with three differences.
 
     - The evaluation loss is the sum over all supervised tokens divided by their number, so it does not depend on the
       batch size, as a mean of batch means does.
     - `num_tokens` counts the tokens of packed batches too.
+    - On a CPU only supervised positions go through the LM head (see `add_cpu_head`).
     """
 
     def __init__(self, **kwargs: Any):
         # Blocks come packed (see batching.py); TRL's own packing would not let a collator in.
         kwargs["args"].packing = False
         super().__init__(compute_metrics=token_means, **kwargs)
+        add_cpu_head(self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         before = self._total_train_tokens

@@ -299,7 +299,7 @@ def test_a_tied_head_is_trained_once(base, tmp_path):
     [
         ({"target_modules": "q_proj,W_pack"}, "no module W_pack; its linear layers are .*k_proj, lm_head"),
         ({"modules_to_save": "embeddings"}, "no module embeddings"),
-        ({"use_peft": False, "peft_path": "somewhere"}, "--peft_path needs --use_peft True"),
+        ({"use_peft": False, "peft_path": "x", "lora_rank": 8}, "--lora_rank, --peft_path would have no effect"),
     ],
 )
 def test_adapter_flags_that_cannot_be(base, values, message):

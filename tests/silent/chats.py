@@ -35,7 +35,10 @@ TOOL_TURNS = [
 # shape -> row, the assistant's texts as most templates render them.
 ROWS = {
     "one turn": ({"instruction": "I have a headache.", "output": "Drink water. 多喝水。"}, ["Drink water. 多喝水。"]),
-    "many turns": (sharegpt("你好", "你好！", "3 drugs?", "1. a\n\n2. b", "Why?", "(so)"), ["你好！", "1. a\n\n2. b", "(so)"]),
+    "many turns": (
+        sharegpt("你好", "你好！", "3 drugs?", "1. a\n\n2. b", "Why?", "(so)"),
+        ["你好！", "1. a\n\n2. b", "(so)"],
+    ),
     "history": (
         {"instruction": "Why?", "input": "In short.", "output": "So.", "history": [["Hi", "Hello."]]},
         ["Hello.", "So."],

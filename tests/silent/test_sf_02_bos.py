@@ -1,4 +1,4 @@
-"""Each text begins with exactly the BOS that its tokenizer puts before plain text: once, or never where it puts none."""
+"""Each text begins with the BOS that its tokenizer puts before plain text: once, or never where it puts none."""
 
 from unittest.mock import patch
 

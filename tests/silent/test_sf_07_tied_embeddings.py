@@ -1,4 +1,4 @@
-"""Embedding and head after training, merging and loading: tied exactly where the config says so, and computing the same."""
+"""Embedding and head after training, merging, loading: tied exactly where the config says so, logits unchanged."""
 
 from medicalgpt.chat import ChatEngine
 from medicalgpt.models import attach_adapter

@@ -1,4 +1,4 @@
-"""A row that does not fit is refused or left out and counted, never cut: no label and no turn end is lost or made up."""
+"""A row that does not fit is refused, or left out and counted, never cut: no label or turn end is lost or made up."""
 
 import math
 
@@ -102,9 +102,7 @@ def test_longest_row_that_fits_keeps_its_end(folder, tmp_path):
 
 def test_nothing_left_is_an_error(folder, tmp_path):
     write_jsonl(tmp_path / "data" / "rows.jsonl", [LONG_ANSWER, LONG_PROMPT])
-    done = run_program(
-        "supervised_finetuning.py", *flags(folder, tmp_path, "--skip_long_rows", "True"), check=False
-    )
+    done = run_program("supervised_finetuning.py", *flags(folder, tmp_path, "--skip_long_rows", "True"), check=False)
     assert done.returncode == 1
     assert "every training row was left out" in done.stderr and "2 too long" in done.stderr
     assert not (tmp_path / "out").exists()

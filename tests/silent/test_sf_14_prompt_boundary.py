@@ -2,9 +2,9 @@
 
 import random
 
-import pytest
-from transformers import AutoTokenizer
-
+from medicalgpt.data import DataError
+from medicalgpt.encoding import EncodingError, encode_chat
+from template import TEMPLATES
 from tests.helpers import open_stage, read_json, save_model, write_jsonl
 from tests.silent.chats import (
     KINDS,
@@ -17,12 +17,10 @@ from tests.silent.chats import (
 )
 from tests.test_template import TOKENIZERS
 
-from medicalgpt.data import DataError
-from medicalgpt.encoding import EncodingError, encode_chat
-from template import TEMPLATES
+import pytest
 
 # Beginnings that tokenizers like to join with what stands before them.
-STARTS = ["", " ", "  ", "\n", "\n\n", "\n \n", "\t", "\r\n", ":", ".\n", "5", "你", "<", "assistant", ">\n", "\u3000", "'s"]
+STARTS = ["", *" \t:<5你\u3000", "  ", "\n", "\n\n", "\n \n", "\r\n", ".\n", ">\n", "'s"]
 MELTED = "the first characters of an answer form one token with the end of the prompt"
 
 

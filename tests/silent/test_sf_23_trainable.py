@@ -2,11 +2,11 @@
 
 import re
 
-import pytest
-from torch import nn
-
 from tests.helpers import open_stage, read_json, save_model, write_jsonl
 from tests.tiny import tiny_tokenizer
+
+import pytest
+from torch import nn
 
 LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 # flags -> modules with an adapter, modules that are trained in full.
@@ -51,7 +51,14 @@ def test_what_moves_is_what_was_asked_for(folders, tmp_path, stage, case, tied):
     write_jsonl(tmp_path / "data" / "rows.jsonl", STAGES[stage])
     opened = open_stage(
         stage,
-        *("--model_name_or_path", folders[tied], "--train_file_dir", tmp_path / "data", "--output_dir", tmp_path / "out"),
+        *(
+            "--model_name_or_path",
+            folders[tied],
+            "--train_file_dir",
+            tmp_path / "data",
+            "--output_dir",
+            tmp_path / "out",
+        ),
         *("--learning_rate", 1e-2, "--max_steps", 3, "--save_strategy", "no"),
         *("--sample_prompts", 0, "--max_grad_norm", 0, *more),
     )

@@ -4,10 +4,10 @@ import json
 import re
 from collections import Counter
 
-import pytest
-
 from tests.helpers import open_stage, read_json, run_program, save_model, write_jsonl
 from tests.tiny import tiny_tokenizer
+
+import pytest
 
 GOOD = [{"prompt": f"Question {n}?", "response": f"Answer {n}."} for n in range(12)]
 LONG = [{"prompt": f"Long {n}?", "response": "y" * 300} for n in range(3)]

@@ -1,17 +1,18 @@
 """Held-out rows are not trained on, and the loss on them is a property of model and rows, not of the batches."""
 
+import json
 import math
+import re
+
+from medicalgpt.encoding import encode_chat, encode_document
+from medicalgpt.errors import UserError
+from tests.helpers import open_stage, read_json, run_program, save_model, write_jsonl
+from tests.tiny import tiny_tokenizer
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
-
-from tests.helpers import open_stage, read_json, run_program, save_model, write_jsonl
-from tests.tiny import tiny_tokenizer
-
-from medicalgpt.encoding import encode_chat, encode_document
-from medicalgpt.errors import UserError
 
 LENGTHS = (1, 150, 12, 60, 3, 90, 7)
 SFT, PT = "supervised_finetuning.py", "pretraining.py"
@@ -97,15 +98,17 @@ def test_held_out_by_name(folder, tmp_path, stage, name):
     write_jsonl(tmp_path / "data" / "train.jsonl", rows(stage, 100, 3))
     write_jsonl(tmp_path / "data" / "testimony.jsonl", rows(stage, 200, 2))
     if name.endswith(".json"):
-        (tmp_path / "data" / name).write_text(str(rows(stage, 0, 2)).replace("'", '"'), encoding="utf-8")
+        (tmp_path / "data" / name).write_text(json.dumps(rows(stage, 0, 2)), encoding="utf-8")
     else:
         write_jsonl(tmp_path / "data" / name, rows(stage, 0, 2))
     opened = open_stage(stage, *flags(folder, tmp_path, "--packing", "False"))
-    trained = "".join(opened.tokenizer.decode(row["input_ids"]) for row in opened.trainer.train_dataset)
-    held_out = "".join(opened.tokenizer.decode(row["input_ids"]) for row in opened.trainer.eval_dataset)
-    word = "Document" if stage == PT else "Question"
-    assert trained.count(word) == 5 and held_out.count(word) == 2
-    assert all(f"{word} {n}" in held_out and f"{word} {n}" not in trained.replace(f"{n}0", "") for n in (0, 1))
+
+    def numbers(dataset):
+        texts = [opened.tokenizer.decode(row["input_ids"]) for row in dataset]
+        return sorted(int(re.search(r"(?:Document|Question) (\d+)", text).group(1)) for text in texts)
+
+    assert numbers(opened.trainer.train_dataset) == [100, 101, 102, 200, 201]
+    assert numbers(opened.trainer.eval_dataset) == [0, 1]
 
 
 @pytest.mark.parametrize("stage", [SFT, PT])
@@ -120,7 +123,10 @@ SAME = {
     "the same row": {"prompt": "Why?", "response": "So it is."},
     "another format": {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So it is."}]},
     "other white space": {"instruction": "Why? ", "output": "So  it is.\n"},
-    "with an id": {"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So it is."}], "id": 7},
+    "with an id": {
+        "messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So it is."}],
+        "id": 7,
+    },
 }
 
 

@@ -1,7 +1,8 @@
 """Trained ids are the template's own, none added, changed or cut; an end stands only where a turn or document ends."""
 
-import pytest
-
+from medicalgpt.data import DataError
+from medicalgpt.encoding import encode_chat, encode_document
+from template import TEMPLATES
 from tests.helpers import open_stage, save_model, write_jsonl
 from tests.silent.chats import (
     KINDS,
@@ -14,9 +15,7 @@ from tests.silent.chats import (
 )
 from tests.test_template import TOKENIZERS
 
-from medicalgpt.data import DataError
-from medicalgpt.encoding import encode_chat, encode_document
-from template import TEMPLATES
+import pytest
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,98 @@
+"""The CPU head: the same loss, gradients and measures as the model's own forward, from supervised positions only."""
+
+from medicalgpt.trainers import add_cpu_head
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import make_tiny
+from transformers import AutoModelForCausalLM
+from trl.trainer.utils import add_fused_lm_head
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return make_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+def batch(supervised: bool = True):
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, 256, (3, 12), generator=generator)
+    labels = ids.clone()
+    labels[:, :5] = -100
+    labels[1] = -100
+    if not supervised:
+        labels[:] = -100
+    return {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
+
+
+def gradients(model):
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_loss_and_gradients_are_those_of_the_models_own_forward(path, adapter):
+    model = AutoModelForCausalLM.from_pretrained(path)
+    if adapter:
+        model = get_peft_model(model, LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    inputs = batch()
+    model(**inputs).loss.backward()
+    expected = gradients(model)
+    own = model(**inputs).loss.item()
+
+    base = model.get_base_model() if adapter else model
+    add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
+    with torch.no_grad():
+        fused = model(**inputs, fused_lm_head=True)
+    add_cpu_head(base)
+    ours = model(**inputs, fused_lm_head=True)
+    (-ours.log_probs.sum() / ours.label_mask.sum()).backward()
+    found = gradients(model)
+
+    assert ours.loss.item() == pytest.approx(own, rel=1e-6)
+    for name in ("log_probs", "entropy", "is_top1", "label_mask"):
+        torch.testing.assert_close(getattr(ours, name).float(), getattr(fused, name).float(), rtol=1e-5, atol=1e-5)
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_only_supervised_positions_go_through_the_head(path):
+    model = AutoModelForCausalLM.from_pretrained(path)
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    add_cpu_head(model)
+    seen = []
+    model.lm_head.register_forward_hook(lambda module, args, output: seen.append(args[0].shape[0]))
+    inputs = batch()
+    model(**inputs, fused_lm_head=True)
+    assert seen == [(inputs["labels"][:, 1:] != -100).sum().item()]
+
+
+def test_a_batch_without_supervised_tokens_gives_zero_and_no_nan(path):
+    model = AutoModelForCausalLM.from_pretrained(path)
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    add_cpu_head(model)
+    output = model(**batch(supervised=False), fused_lm_head=True)
+    output.loss.backward()
+    assert output.loss.item() == 0
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_generation_is_unchanged(path):
+    model = AutoModelForCausalLM.from_pretrained(path)
+    ids = batch()["input_ids"][:1]
+    before = model.generate(ids, max_new_tokens=5, do_sample=False)
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    add_cpu_head(model)
+    assert torch.equal(before, model.generate(ids, max_new_tokens=5, do_sample=False))
+
+
+def test_a_family_that_changes_its_logits_keeps_trls_way(path):
+    model = AutoModelForCausalLM.from_pretrained(path)
+    model.config.final_logit_softcapping = 30.0
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    before = model.forward
+    add_cpu_head(model)
+    assert model.forward == before
