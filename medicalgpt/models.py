@@ -233,6 +233,8 @@ def load_base(auto_class: Any, arguments: ModelArguments, lora: LoraArguments, *
         logger.info(f"{arguments.model_name_or_path} is an adapter: base {base} plus that adapter")
         if not lora.use_peft:
             model = attach_adapter(model, adapter).merge_and_unload()
+            # peft froze the base when it put the adapter on.
+            model.requires_grad_(True)
     return model
 
 

@@ -65,7 +65,8 @@ def add_cpu_head(model: PreTrainedModel) -> None:
         for name in ("fused_lm_head", "shift_labels", "num_items_in_batch"):
             kwargs.pop(name, None)
         labels = kwargs.pop("labels")[:, 1:]
-        hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state[:, :-1]
+        kwargs["use_cache"] = False
+        hidden = self.base_model(*args, **kwargs).last_hidden_state[:, :-1]
         mask = labels != IGNORED
         scores = self.get_output_embeddings()(hidden[mask]).float().log_softmax(dim=-1)
         targets = labels[mask]

@@ -334,6 +334,7 @@ def test_the_shape_of_a_continued_adapter_is_its_own(base, adapter):
 def test_full_training_of_an_adapter_folder_starts_from_the_merged_weights(base, adapter):
     merged = load_base(AutoModelForCausalLM, ModelArguments(model_name_or_path=adapter), LoraArguments(use_peft=False))
     assert not isinstance(merged, PeftModel)
+    assert sum(trainable_by_module(merged).values()) == total_parameters(merged)
     torch.testing.assert_close(logits(merged), logits(attach_adapter(load(base), adapter)), atol=1e-4, rtol=0)
 
 

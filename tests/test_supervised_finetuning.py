@@ -107,7 +107,7 @@ def test_every_file_is_there(work, adapter):
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     stop = tiny_tokenizer().convert_tokens_to_ids(TURN_END)
     assert stop in read_json(folder / "generation_config.json")["eos_token_id"]
-    assert "{% generation %}" in (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    assert re.search(r"{%-? generation", (folder / "chat_template.jinja").read_text(encoding="utf-8"))
     weights = load_file(folder / "adapter_model.safetensors")
     assert len(weights) == 2 * 7 * 2
     assert all(weight.dtype == torch.float32 and weight.abs().sum() > 0 for weight in weights.values())
@@ -260,7 +260,7 @@ def evaluation(work, output, *more):
 
 
 def test_peft_path_and_evaluation_alone(work, adapter):
-    """The same adapter, named by --peft_path, has the loss that its training ended with; nothing is trained or saved."""
+    """The adapter, named by --peft_path, has the loss that its training ended with; nothing is trained or saved."""
     done = train(work, "evaluated", "--peft_path", work / "adapter", "--do_train", "False", "--sample_prompts", 0)
     trained, evaluated = (read_json(work / name / "run.json") for name in ("adapter", "evaluated"))
     assert evaluated["metrics"]["eval_loss"] == pytest.approx(trained["metrics"]["eval_loss"], abs=1e-6)

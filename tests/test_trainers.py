@@ -47,7 +47,7 @@ def test_loss_and_gradients_are_those_of_the_models_own_forward(path, adapter):
     with torch.no_grad():
         fused = model(**inputs, fused_lm_head=True)
     add_cpu_head(base)
-    ours = model(**inputs, fused_lm_head=True)
+    ours = model(**inputs, fused_lm_head=True, use_cache=True, num_items_in_batch=7)
     (-ours.log_probs.sum() / ours.label_mask.sum()).backward()
     found = gradients(model)
 

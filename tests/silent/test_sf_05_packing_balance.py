@@ -10,7 +10,7 @@ from tests.tiny import make_tiny, tiny_tokenizer
 import pytest
 from datasets import Dataset
 
-LENGTHS = (3, 200, 17, 64, 31, 30, 1, 90, 48, 63, 32, 5, 128)
+LENGTHS = (3, 200, 17, 64, 31, 30, 1, 90, 48, 63, 32, 128, 9)
 
 
 @pytest.fixture(scope="module")
