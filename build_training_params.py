@@ -29,6 +29,7 @@ from medicalgpt.args import (
     LoraArguments,
     ModelArguments,
     RunArguments,
+    StageDefaults,
 )
 from medicalgpt.errors import UserError, run_main
 
@@ -112,6 +113,8 @@ def render() -> str:
         table(LoraArguments),
         "### Run",
         table(RunArguments),
+        "### Precision, memory, tracking",
+        table(StageDefaults),
         "### pretraining.py only",
         table(pretraining.PretrainingArguments),
         "### supervised_finetuning.py only",

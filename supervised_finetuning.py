@@ -25,8 +25,8 @@ from medicalgpt.args import (
     LoraArguments,
     ModelArguments,
     RunArguments,
+    StageDefaults,
     parse_args,
-    settle_precision,
 )
 from medicalgpt.errors import run_main
 
@@ -34,7 +34,7 @@ from trl import SFTConfig
 
 
 @dataclass
-class FinetuningArguments(SFTConfig):
+class FinetuningArguments(StageDefaults, SFTConfig):
     """What differs from TRL's `SFTConfig`."""
 
     output_dir: str = field(default="outputs-sft", metadata={"help": "Where the result goes."})
@@ -62,16 +62,6 @@ class FinetuningArguments(SFTConfig):
     )
     # None: 2e-4 for adapters, 2e-5 for all weights, which would forget at the rate that suits an adapter.
     learning_rate: float | None = field(default=None, metadata={"help": "Default: 2e-4 for adapters, 2e-5 without."})
-    bf16: bool | None = field(default=None, metadata={"help": "bfloat16 autocast. Default: on where a GPU has it."})
-    # Recomputing activations costs a fifth of the speed; it is for those who run out of memory.
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations to save memory."})
-    do_train: bool = field(default=True, metadata={"help": "False evaluates only."})
-    # No tracker talks to a network unless it is named.
-    report_to: str = field(default="none", metadata={"help": "Tracker: tensorboard, wandb, ..."})
-
-    def __post_init__(self):
-        settle_precision(self)
-        super().__post_init__()
 
 
 def main() -> None:

@@ -172,26 +172,33 @@ class RunArguments:
     )
 
 
-def settle_precision(args: Any) -> None:
-    """Choose the device and autocast that the machine has; call it at the start of `__post_init__`.
-
-    Args:
-        args: a TrainingArguments in the making, changed in place. `bf16` of None becomes True where a GPU computes in
-            bfloat16; there it is faster than float32, on a CPU it is slower.
-    """
-    import torch
-
-    if not torch.cuda.is_available():
-        args.use_cpu = True
-    if args.bf16 is None:
-        args.bf16 = not args.fp16 and bf16_gpu()
-
-
 def bf16_gpu() -> bool:
     """Whether there is a GPU that computes in bfloat16."""
     import torch
 
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+@dataclass
+class StageDefaults:
+    """What every stage sets otherwise than TRL. Put it before the TRL config among the bases of a stage's arguments."""
+
+    bf16: bool | None = field(default=None, metadata={"help": "bfloat16 autocast. Default: on where a GPU has it."})
+    # Recomputing activations costs a fifth of the speed; it is for those who run out of memory.
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations to save memory."})
+    do_train: bool = field(default=True, metadata={"help": "False evaluates only."})
+    # No tracker talks to a network unless it is named.
+    report_to: str = field(default="none", metadata={"help": "Tracker: tensorboard, wandb, ..."})
+
+    def __post_init__(self):
+        import torch
+
+        # On a CPU bfloat16 is slower than float32, and transformers would refuse it without `use_cpu`.
+        if not torch.cuda.is_available():
+            self.use_cpu = True
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and bf16_gpu()
+        super().__post_init__()
 
 
 class StrictParser:

@@ -1,0 +1,133 @@
+"""validate_jsonl.py finds what the stages would refuse, in the same words."""
+
+import json
+import re
+from pathlib import Path
+
+from medicalgpt.data import DataError
+from medicalgpt.errors import UserError
+
+import pytest
+from helpers import ROOT, run_here, run_program, write_jsonl
+from tiny import make_tiny
+
+SCRIPT = "validate_jsonl.py"
+GOOD = [
+    {"prompt": "Q", "response": "A"},
+    {"instruction": "Q2", "output": "A2", "history": [["Q1", "A1"]]},
+    {"conversations": [{"from": "human", "value": "问"}, {"from": "gpt", "value": "答"}]},
+]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> str:
+    return make_tiny(tmp_path_factory.mktemp("validate") / "base")
+
+
+@pytest.fixture
+def broken(tmp_path) -> Path:
+    """A folder with every kind of problem, in the order in which a stage reads it."""
+    write_jsonl(
+        tmp_path / "a.jsonl",
+        [
+            *GOOD,
+            "{broken",
+            {"prompt": "", "response": "A"},
+            {"prompt": "Q", "response": "A", "score": 1},
+            {"messages": [{"role": "bot", "content": "x"}]},
+            {"messages": [{"role": "user", "content": "Q"}]},
+            {"prompt": "Q", "response": "A" * 3000},
+        ],
+    )
+    rows = [GOOD[0], {"conversations": [{"from": "gpt", "value": "A"}]}]
+    (tmp_path / "b.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    write_jsonl(tmp_path / "validation.jsonl", [{"prompt": "Held out", "response": "A"}, "[]"])
+    return tmp_path
+
+
+def report(stderr: str) -> str:
+    """The message that ends a program, without what differs by program."""
+    return stderr[stderr.index("error: ") :]
+
+
+def test_the_report_is_that_of_the_stage(base, broken, tmp_path_factory):
+    never = tmp_path_factory.mktemp("never") / "run"
+    checked = run_program(SCRIPT, "--file_path", broken, "--model_name_or_path", base, check=False)
+    flags = ("--model_name_or_path", base, "--train_file_dir", broken, "--output_dir", never)
+    trained = run_program("supervised_finetuning.py", *flags, check=False)
+    assert checked.returncode == trained.returncode == 1
+    lines = report(checked.stderr).splitlines()
+    assert sorted(lines) == sorted(report(trained.stderr).splitlines())
+    assert lines[0] == "error: 8 problem(s) in the data:"
+    assert sum(re.match(rf"  {broken}\S+:\d+", line) is not None for line in lines) == 8
+    assert "Traceback" not in checked.stderr
+
+
+def test_good_data_is_summed_up(base, tmp_path, capsys):
+    write_jsonl(tmp_path / "chat.jsonl", GOOD)
+    write_jsonl(tmp_path / "text.jsonl", [{"text": "t"}] * 2)
+    (tmp_path / "lines.txt").write_text("one\n\ntwo\n", encoding="utf-8")
+    run_here(SCRIPT, "--file_path", tmp_path, "--model_name_or_path", base, "--model_max_length", 500)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{tmp_path / 'chat.jsonl'}: 3 rows, 3 usable, chat"
+    assert lines[1] == "  turns: 2 rows of 2, 1 rows of 4"
+    assert re.fullmatch(r"  tokens: median \d+, longest \d+, limit 500", lines[2])
+    assert lines[3:] == [
+        f"{tmp_path / 'lines.txt'}: 2 rows, 2 usable, text",
+        f"{tmp_path / 'text.jsonl'}: 2 rows, 2 usable, text",
+        "every row can be used",
+    ]
+
+
+@pytest.mark.parametrize("folder", ["pretrain", "finetune"])
+def test_the_sample_data_is_good(folder, capsys):
+    run_here(SCRIPT, "--file_path", ROOT / "data" / folder)
+    assert capsys.readouterr().out.endswith("every row can be used\n")
+
+
+def test_usable_rows_are_counted_beside_the_problems(broken, capsys):
+    with pytest.raises(DataError, match="7 problem"):
+        run_here(SCRIPT, "--file_path", broken)
+    lines = capsys.readouterr().out.splitlines()
+    assert f"{broken / 'a.jsonl'}: 9 rows, 4 usable, chat" in lines
+    assert f"{broken / 'b.json'}: 2 rows, 1 usable, chat" in lines
+
+
+def test_long_rows_need_a_model_to_be_found(base, tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [GOOD[0], {"prompt": "Q", "response": "A" * 3000}])
+    run_here(SCRIPT, "--file_path", path)
+    with pytest.raises(DataError, match=r"a.jsonl:2: 30\d\d tokens, longer than the 64 that fit"):
+        run_here(SCRIPT, "--file_path", path, "--model_name_or_path", base, "--model_max_length", 64)
+    with pytest.raises(DataError, match="2 problem.*"):
+        run_here(SCRIPT, "--file_path", path, "--model_name_or_path", base, "--model_max_length", 8)
+
+
+def test_the_format_may_be_said(tmp_path):
+    chat = write_jsonl(tmp_path / "a.jsonl", GOOD)
+    with pytest.raises(DataError, match="no field `text`"):
+        run_here(SCRIPT, "--file_path", chat, "--format", "text")
+    text = write_jsonl(tmp_path / "b.jsonl", [{"text": "t"}])
+    with pytest.raises(DataError, match="no known chat format"):
+        run_here(SCRIPT, "--file_path", text, "--format", "chat")
+
+
+def test_fields_may_be_ignored(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{**GOOD[0], "score": 1}, {"text": "t"}])
+    with pytest.raises(DataError, match="unknown field"):
+        run_here(SCRIPT, "--file_path", path)
+    path = write_jsonl(tmp_path / "b.jsonl", [{"text": "t", "url": "u"}])
+    run_here(SCRIPT, "--file_path", path, "--format", "text", "--ignore_fields", "url")
+
+
+@pytest.mark.parametrize("first", ["{broken", {"prompt": ""}])
+def test_nothing_but_problems_is_a_report(base, tmp_path, first):
+    path = write_jsonl(tmp_path / "a.jsonl", [first])
+    with pytest.raises(DataError, match="1 problem"):
+        run_here(SCRIPT, "--file_path", path, "--model_name_or_path", base)
+
+
+def test_missing_places_and_flags(tmp_path):
+    with pytest.raises(UserError, match="no such file or folder"):
+        run_here(SCRIPT, "--file_path", tmp_path / "nowhere")
+    done = run_program(SCRIPT, "--file_pth", "x", check=False)
+    assert done.returncode == 2 and "did you mean --file_path?" in done.stderr
