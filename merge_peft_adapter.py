@@ -11,6 +11,7 @@ compared with those of the adapter on its base.
 
 import gc
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from medicalgpt.logs import setup_logging
 
 # Difference of logits, relative to the largest, that rounding explains: sums are done in another order after merging.
 ROUNDING = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
+# What is left of a model that was there before; a run.json would call an unfinished merge finished.
+MODEL_FILES = ("*.safetensors", "*.index.json", "config.json", "adapter_config.json", "run.json")
 PROBES = (
     "The patient has had a fever for three days.",
     "高血压患者应该注意什么？",
@@ -66,7 +69,7 @@ def main() -> None:
     base = args.model_name_or_path or models.resolve_checkpoint(str(adapter))[0]
     config = models.config_of(base, cache_dir=args.cache_dir)
     refuse_quantized(base, config)
-    refuse_occupied(Path(args.output_dir), args.overwrite_output_dir)
+    replaced = refuse_occupied(Path(args.output_dir), args.overwrite_output_dir, sources=(base, adapter))
     models.check_base(str(adapter), base)
 
     auto_class, options = model_class(adapter)
@@ -82,6 +85,8 @@ def main() -> None:
         from transformers import GenerationConfig
 
         model.generation_config = GenerationConfig.from_pretrained(adapter)
+    for path in replaced:
+        path.unlink()
     model.save_pretrained(args.output_dir, max_shard_size=args.max_shard_size)
     tokenizer.save_pretrained(args.output_dir)
     del model
@@ -116,16 +121,21 @@ def refuse_quantized(base: str, config: Any) -> None:
         )
 
 
-def refuse_occupied(output_dir: Path, overwrite: bool) -> None:
-    """Raises UserError if a model stands where the merged one is to go; removes it if that was asked for."""
-    present = [*output_dir.glob("*.safetensors"), *output_dir.glob("*.index.json"), *output_dir.glob("config.json")]
+def refuse_occupied(output_dir: Path, overwrite: bool, sources: Sequence[str | Path]) -> list[Path]:
+    """Files of a model that stands where the merged one is to go, to be removed once there is one.
+
+    Raises:
+        UserError: they may not be replaced, or are those of base or adapter, which the merge has to read.
+    """
+    present = [path for pattern in MODEL_FILES for path in output_dir.glob(pattern)]
+    if any(output_dir.resolve() == Path(source).resolve() for source in sources):
+        raise UserError(f"{output_dir} is what is to be merged. Choose another --output_dir.")
     if present and not overwrite:
         raise UserError(
             f"{output_dir} already holds a model ({present[0].name}). Choose another --output_dir, or replace it: "
             "--overwrite_output_dir True."
         )
-    for path in present:
-        path.unlink()
+    return present
 
 
 def model_class(adapter: Path) -> tuple[Any, dict[str, Any]]:

@@ -31,25 +31,25 @@ class ValidationArguments:
     )
     model_name_or_path: str | None = field(default=None, metadata={"help": "Count tokens with this model's tokenizer."})
     template_name: str | None = field(default=None, metadata={"help": "Chat template, as in training."})
+    system_prompt: str | None = field(default=None, metadata={"help": "System prompt, as in training."})
     model_max_length: int = field(default=1024, metadata={"help": "Longest row in tokens, as in training."})
     ignore_fields: str | None = field(default=None, metadata={"help": "Fields that may be there, with commas."})
 
 
 def main() -> None:
     (args,) = parse_args(ValidationArguments, description=__doc__)
-    from medicalgpt.data import DataError, find_files, load_data, read_rows, to_messages, to_text
+    from medicalgpt.data import DataError, Row, find_files, load_data, read_rows, to_messages, to_text
 
     setup_logging()
     problems = []
     for path in find_files(args.file_path):
-        first = next(iter(read_rows(path)), None)
-        value = getattr(first, "value", None)
+        value = next((row.value for row in read_rows(path) if isinstance(row, Row)), None)
         is_text = args.format == "text" or (
             args.format == "auto" and (isinstance(value, str) or (isinstance(value, dict) and set(value) == {"text"}))
         )
         arguments = DataArguments(train_file_dir=str(path), ignore_fields=args.ignore_fields)
         data = load_data(arguments, to_text if is_text else to_messages)
-        lengths = encoded_lengths(args, data) if args.model_name_or_path and not is_text else []
+        lengths = encoded_lengths(args, data) if args.model_name_or_path and not is_text and data.train else []
         rows = data.account["train"][0].rows
         print(f"{path}: {rows} rows, {rows - len(data.problems)} usable, {'text' if is_text else 'chat'}")
         if not is_text:
@@ -70,7 +70,7 @@ def encoded_lengths(args: ValidationArguments, data) -> list[int]:
     from template import apply_template
 
     tokenizer = models.load_tokenizer(args.model_name_or_path)
-    apply_template(tokenizer, args.template_name)
+    apply_template(tokenizer, args.template_name, args.system_prompt)
     encoded = encode_rows(
         data,
         "train",

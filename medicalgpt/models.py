@@ -1,9 +1,13 @@
 """Load tokenizers and models, place and quantize them, put adapters on them, and merge adapters into them."""
 
+import functools
 import hashlib
 import json
 import os
 import re
+import socket
+import urllib.parse
+import urllib.request
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,6 +16,7 @@ from medicalgpt.args import LoraArguments, ModelArguments, bf16_gpu
 from medicalgpt.errors import UserError
 
 import torch
+from huggingface_hub import constants
 from loguru import logger
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from safetensors import SafetensorError, safe_open
@@ -86,15 +91,32 @@ def fetch(name_or_path: str, hub: str, revision: str | None = None, cache_dir: s
         raise CheckpointError(f"ModelScope could not give {name_or_path}: {error}") from error
 
 
+@functools.cache
+def _hub_is_reachable() -> bool:
+    """Whether a connection to the hub can be opened at all; the hub's own client tries for a minute to find out."""
+    if constants.HF_HUB_OFFLINE:
+        return False
+    address = urllib.parse.urlsplit(constants.ENDPOINT)
+    if urllib.request.getproxies().get(address.scheme):
+        return True
+    try:
+        socket.create_connection((address.hostname, address.port or 443), timeout=10).close()
+    except OSError as error:
+        logger.warning(f"{constants.ENDPOINT} cannot be reached ({error}); looking among earlier downloads only")
+        return False
+    return True
+
+
 def _from_pretrained(loader: Any, name_or_path: str, **options: Any) -> Any:
+    if not Path(name_or_path).is_dir() and not _hub_is_reachable():
+        options["local_files_only"] = True
     try:
         return loader.from_pretrained(name_or_path, **options)
     except (OSError, ValueError, SafetensorError) as error:
         if Path(name_or_path).is_dir():
             raise CheckpointError(f"{name_or_path} could not be loaded: {error}") from error
-        endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
         raise CheckpointError(
-            f"{name_or_path} is neither a folder here ({Path.cwd()}) nor could it be had from {endpoint}: "
+            f"{name_or_path} is neither a folder here ({Path.cwd()}) nor could it be had from {constants.ENDPOINT}: "
             f"{str(error).splitlines()[0]}\n"
             "Check the name; offline, give the path of a downloaded folder; behind a wall, set "
             "HF_ENDPOINT=https://hf-mirror.com or use --hub modelscope."
@@ -109,7 +131,7 @@ def _from_pretrained(loader: Any, name_or_path: str, **options: Any) -> Any:
 def load_tokenizer(
     name_or_path: str, *, revision: str | None = None, cache_dir: str | None = None
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint, or of an adapter folder (its base's, if the folder has none).
+    """The tokenizer of a checkpoint, of an adapter folder (its base's, if it has none), or of a folder of its own.
 
     A tokenizer without padding token pads with its end token: labels and attention masks mark the padding, never the
     token itself.
@@ -117,11 +139,9 @@ def load_tokenizer(
     Raises:
         CheckpointError: not found.
     """
-    base, adapter = resolve_checkpoint(name_or_path)
-    has_own = adapter and (Path(adapter) / "tokenizer_config.json").is_file()
-    tokenizer = _from_pretrained(
-        AutoTokenizer, adapter if has_own else base, revision=None if has_own else revision, cache_dir=cache_dir
-    )
+    has_own = (Path(name_or_path) / "tokenizer_config.json").is_file()
+    source = name_or_path if has_own else resolve_checkpoint(name_or_path)[0]
+    tokenizer = _from_pretrained(AutoTokenizer, source, revision=None if has_own else revision, cache_dir=cache_dir)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise CheckpointError(f"the tokenizer of {name_or_path} has neither a padding nor an end token.")

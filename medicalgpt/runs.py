@@ -136,8 +136,13 @@ class Run:
         """Print the balance of the rows and put it into run.json.
 
         Raises:
-            UserError: the run that is resumed was trained on other files.
+            UserError: an evaluation without held-out rows, or the run that is resumed was trained on other files.
         """
+        if not data.validation and (self.training.eval_strategy != "no" or not self.training.do_train):
+            raise UserError(
+                "there are no held-out rows to evaluate on. Name them with --validation_file_dir, hold some out with "
+                "--validation_split_percentage 5, or leave --eval_strategy out and --do_train True."
+            )
         for line in data.summary().splitlines():
             logger.info(line)
         self.record["data"] = [

@@ -8,7 +8,7 @@ from pathlib import Path
 from medicalgpt.args import LoraArguments
 from medicalgpt.errors import UserError
 from medicalgpt.models import CheckpointError, add_lora, attach_adapter, fingerprint, load_model
-from template import apply_template, stop_token_ids
+from template import apply_template
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def save_adapter(path: Path, model, base: str, lora: LoraArguments, task: TaskTy
     """An adapter with weights other than zero, as a stage leaves it."""
     torch.manual_seed(5)
     model = add_lora(model, lora, task)
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(path)
@@ -50,8 +50,10 @@ def work(tmp_path_factory) -> Path:
     lora = LoraArguments(modules_to_save="lm_head")
     save_adapter(folder / "adapter", model, base, lora, TaskType.CAUSAL_LM)
     tokenizer = tiny_tokenizer()
-    stop = stop_token_ids(tokenizer, apply_template(tokenizer, "vicuna", "Be brief."))
+    apply_template(tokenizer, "vicuna", "Be brief.")
     tokenizer.save_pretrained(folder / "adapter")
+    # Not those of the base, whatever the template: they belong to what was trained.
+    stop = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_start|>", "<|im_end|>")]
     GenerationConfig(eos_token_id=stop, pad_token_id=tokenizer.pad_token_id).save_pretrained(folder / "adapter")
     return folder
 

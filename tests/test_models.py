@@ -181,7 +181,6 @@ def test_a_tokenizer_without_padding_pads_with_its_end(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.pad_token = None
     tokenizer.save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
     assert load_tokenizer(str(tmp_path)).pad_token == tokenizer.eos_token
     tokenizer.eos_token = None
     tokenizer.save_pretrained(tmp_path)

@@ -48,7 +48,11 @@ def log(monkeypatch):
 def start(base, tmp_path, log):
     def make(resume=None, overwrite=False, **others) -> Run:
         training = TrainingArguments(
-            output_dir=str(tmp_path / "run"), resume_from_checkpoint=resume, use_cpu=True, report_to="none", **others
+            output_dir=str(tmp_path / "run"),
+            resume_from_checkpoint=resume,
+            use_cpu=True,
+            report_to="none",
+            **{"do_train": True, **others},
         )
         return Run(
             "stage",
@@ -227,6 +231,15 @@ def test_resuming_on_other_data_is_refused(start, tmp_path):
         start(resume="True").add_data(load_data(DataArguments(train_file_dir=path, max_train_samples=2), to_messages))
 
 
+@pytest.mark.parametrize("flags", [{"eval_strategy": "steps"}, {"eval_strategy": "epoch"}, {"do_train": False}])
+def test_an_evaluation_needs_held_out_rows(start, tmp_path, flags):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": f"Q{n}", "response": "A"} for n in range(4)])
+    with pytest.raises(UserError, match="no held-out rows.*--validation_file_dir.*--validation_split_percentage"):
+        start(**flags).add_data(load_data(DataArguments(train_file_dir=path), to_messages))
+    held_out = DataArguments(train_file_dir=path, validation_split_percentage=25)
+    start(**flags).add_data(load_data(held_out, to_messages))
+
+
 # --- records ---------------------------------------------------------------------------------------------------------
 
 
@@ -362,9 +375,7 @@ def test_training_that_diverged_is_not_saved(start, base, tmp_path):
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, Trainer
 
-    run = start(
-        do_train=True, max_steps=3, learning_rate=math.inf, max_grad_norm=0.0, save_strategy="no", logging_steps=1
-    )
+    run = start(max_steps=3, learning_rate=math.inf, max_grad_norm=0.0, save_strategy="no", logging_steps=1)
     model = AutoModelForCausalLM.from_pretrained(base)
     dataset = Dataset.from_list([{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 8)
     trainer = Trainer(model=model, args=run.training, train_dataset=dataset)

@@ -98,8 +98,10 @@ def test_long_rows_need_a_model_to_be_found(base, tmp_path):
     run_here(SCRIPT, "--file_path", path)
     with pytest.raises(DataError, match=r"a.jsonl:2: 30\d\d tokens, longer than the 64 that fit"):
         run_here(SCRIPT, "--file_path", path, "--model_name_or_path", base, "--model_max_length", 64)
-    with pytest.raises(DataError, match="2 problem.*"):
-        run_here(SCRIPT, "--file_path", path, "--model_name_or_path", base, "--model_max_length", 8)
+    # A system prompt is part of every row.
+    flags = ("--model_name_or_path", base, "--model_max_length", 100, "--system_prompt", "S" * 100)
+    with pytest.raises(DataError, match="2 problem"):
+        run_here(SCRIPT, "--file_path", path, *flags)
 
 
 def test_the_format_may_be_said(tmp_path):
@@ -117,6 +119,12 @@ def test_fields_may_be_ignored(tmp_path):
         run_here(SCRIPT, "--file_path", path)
     path = write_jsonl(tmp_path / "b.jsonl", [{"text": "t", "url": "u"}])
     run_here(SCRIPT, "--file_path", path, "--format", "text", "--ignore_fields", "url")
+
+
+def test_a_broken_first_line_does_not_hide_what_the_file_is(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", ["{broken", *GOOD])
+    with pytest.raises(DataError, match="^1 problem"):
+        run_here(SCRIPT, "--file_path", path)
 
 
 @pytest.mark.parametrize("first", ["{broken", {"prompt": ""}])
