@@ -23,6 +23,9 @@ VENV=${VENV:-.venv}
 bash scripts/setup.sh
 PYTHON="$VENV/bin/python"
 
+# Threads that wait should not keep a core busy that another program could use: beside one, that doubles the time.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
+
 MODEL=${MODEL:-}
 DATA=${DATA:-data}
 if [ -z "$MODEL" ]; then
@@ -30,17 +33,17 @@ if [ -z "$MODEL" ]; then
   BASE="$OUT/tiny-base"
   PT=(
     --use_peft False                   # 4 million random weights: there is nothing yet that an adapter could adapt
-    --num_train_epochs 16              # each fact is written 2 or 3 times; recall of it was complete after 16 readings
-    --learning_rate 1e-3               # small models bear, and need, far higher rates than the 5e-5 of large ones
-    --block_size 256                   # the longest document has 250 tokens
-    --per_device_train_batch_size 8    # 8 x 256 tokens a step keep two cores busy
+    --num_train_epochs 10              # each fact is written twice; 10 readings bring the loss to about 0.1
+    --learning_rate 1.5e-3             # small models bear, and need, far higher rates than the 5e-5 of large ones
+    --block_size 256                   # no document is longer
+    --per_device_train_batch_size 4    # 4 x 256 tokens a step: many small steps learn faster than few large ones
     --lr_scheduler_type cosine --warmup_ratio 0.05
     --weight_decay 0.0                 # the facts are to be remembered, not smoothed
   )
   SFT=(
-    --num_train_epochs 3
+    --num_train_epochs 3               # two readings left a tenth of the held-out questions wrong, three a thirtieth
     --learning_rate 2e-3               # ten times the usual rate of LoRA, as the model is a thousand times smaller
-    --lora_rank 32 --lora_alpha 64     # 7,000 rows are much for 4 million weights; rank 8 does not hold them
+    --lora_rank 32 --lora_alpha 64     # 7,000 rows are much for so small a model; it has room for a larger adapter
     --lora_dropout 0.0
     --per_device_train_batch_size 16   # 16 short rows a step
     --lr_scheduler_type cosine --warmup_ratio 0.05
@@ -51,11 +54,11 @@ else
   BASE="$MODEL"
   PT=(
     --use_peft True --lora_rank 8 --lora_alpha 16
-    --num_train_epochs 3               # the sample texts are short; more readings begin to cost general ability
+    --num_train_epochs 3               # few readings: the model is to learn the facts and keep what it knew
     --learning_rate 1e-4
     --block_size 1024                  # fills a GPU; documents in a block do not see each other
     --per_device_train_batch_size 4 --gradient_accumulation_steps 2
-    --gradient_checkpointing True      # fits a 0.6B model into 8 GB
+    --gradient_checkpointing True      # slower, and far less memory
     --warmup_ratio 0.05
   )
   SFT=(
