@@ -65,7 +65,7 @@ def main() -> None:
     )
     from medicalgpt import batching, models
     from medicalgpt.data import load_data, to_text
-    from medicalgpt.encoding import encode_document, encode_rows
+    from medicalgpt.encoding import document_starts, encode_document, encode_rows
     from medicalgpt.runs import Run
     from medicalgpt.trainers import TokenTrainer, training_defaults
 
@@ -76,7 +76,7 @@ def main() -> None:
     run = Run("pretraining", args, model_args, run_args, data_args, lora_args)
 
     # 2 tokenizer
-    tokenizer = models.stage_tokenizer(model_args)
+    tokenizer = models.stage_tokenizer(model_args, lora_args)
 
     # 3 data: documents become pieces of at most one block; no token is lost
     data = load_data(data_args, to_text, document_unit=args.document_unit, seed=args.data_seed or args.seed)
@@ -113,7 +113,7 @@ def main() -> None:
         trainer,
         tokenizer,
         stop_ids=[tokenizer.eos_token_id],
-        sample_prompts=[row["text"][: max(8, len(row["text"]) // 4)] for row in (data.validation or data.train)],
+        sample_prompts=document_starts(tokenizer, data.validation or data.train, run_args.sample_prompts),
         note="Continued pretraining: the model has read the texts below.",
     )
 

@@ -89,7 +89,7 @@ def main() -> None:
     run = Run("supervised_finetuning", args, model_args, run_args, data_args, lora_args)
 
     # 2 tokenizer and template
-    tokenizer = models.stage_tokenizer(model_args)
+    tokenizer = models.stage_tokenizer(model_args, lora_args)
     stop = apply_template(tokenizer, args.template_name, args.system_prompt)
 
     # 3 data: each conversation is rendered by the template and masked; rows that do not fit are refused, not cut

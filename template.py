@@ -138,7 +138,7 @@ _TURNS = (
     + _TOOL_RESULT
     + r"""
     {%- elif message.role == 'assistant' %}
-        {%- set content = message.content or '' %}
+        {%- set content = (message.content or '').removeprefix($lead) %}
         {{- $assistant_open }}
         {%- generation %}
             {{- $lead }}{{- content }}"""

@@ -60,6 +60,7 @@ UNUSED_SFT_ARGUMENTS = {
     "eos_token": "The chat template sets it; say --template_name.",
     "pad_token": "It follows from the tokenizer.",
     "model_init_kwargs": "Say --dtype, --load_in_4bit, --model_revision and the like.",
+    "trust_remote_code": "Code of a checkpoint is never run; use a model that transformers itself knows.",
     "remove_unused_columns": "The trainer is given nothing but what it uses.",
 }
 

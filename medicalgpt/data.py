@@ -766,9 +766,19 @@ def _refuse_overlap(data: LoadedData, allowed: bool) -> None:
 
 
 def _identity(row: dict[str, Any]) -> str:
-    content = {key: value for key, value in row.items() if key != "place"}
-    text = json.dumps(content, ensure_ascii=False, sort_keys=True)
-    return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()
+    content = {key: _without_layout(value) for key, value in row.items() if key != "place"}
+    return hashlib.sha256(json.dumps(content, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
+
+
+def _without_layout(value: Any) -> Any:
+    """The value with white space in all its strings made alike."""
+    if isinstance(value, str):
+        return " ".join(value.split())
+    if isinstance(value, list):
+        return [_without_layout(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _without_layout(item) for key, item in value.items()}
+    return value
 
 
 def hash_file(path: str | Path) -> str:

@@ -59,6 +59,7 @@ def encode_chat(
         EncodingError: too long, refused by the template, or an answer whose first characters melt into the last token
             of the prompt.
     """
+    _refuse_special_tokens(tokenizer, messages)
     turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
     try:
         prompts = [_render(tokenizer, messages[:turn], tools, add_generation_prompt=True) for turn in turns]
@@ -74,6 +75,17 @@ def encode_chat(
     for turn, prompt in zip(turns, prompts, strict=True):
         samples.append(_encode_rendered(tokenizer, messages[: turn + 1], tools, [prompt], max_length, train_on_inputs))
     return samples
+
+
+def _refuse_special_tokens(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]]) -> None:
+    """A text that spells a special token would be read as that token: as the end of a turn in the middle of it, say."""
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    for number, message in enumerate(messages, start=1):
+        if found := [token for token in special if token in (message.get("content") or "")]:
+            raise EncodingError(
+                f"turn {number} holds {', '.join(found)}, which this tokenizer reads as a special token",
+                "Take it out of the text, or write it in another way",
+            )
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence, tools: Sequence | None, **options: Any) -> str:
@@ -132,14 +144,27 @@ def _spans(mask: Sequence[int]) -> list[tuple[int, int]]:
     return spans
 
 
-def render_prompts(tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]], count: int) -> list[str]:
-    """The first prompts of up to `count` rows, spread evenly over them, as serving would render them."""
+def render_prompts(tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]], count: int) -> list[list[int]]:
+    """Token ids of the first prompts of up to `count` rows, spread evenly over them, as serving would render them."""
     step = max(1, len(rows) // max(count, 1))
     prompts = []
     for row in rows[::step][:count]:
         first = next(number for number, message in enumerate(row["messages"]) if message["role"] == "assistant")
-        prompts.append(_render(tokenizer, row["messages"][:first], row["tools"], add_generation_prompt=True))
+        prompts.append(
+            tokenizer.apply_chat_template(
+                row["messages"][:first], tools=row["tools"], add_generation_prompt=True, return_dict=False
+            )
+        )
     return prompts
+
+
+def document_starts(tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]], count: int) -> list[list[int]]:
+    """Token ids of the first quarter of up to `count` documents, for the model to go on with."""
+    starts = []
+    for row in rows[:count]:
+        ids = tokenizer(row["text"][: max(8, len(row["text"]) // 4)], verbose=False)["input_ids"]
+        starts.append(ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids)
+    return starts
 
 
 def encode_document(tokenizer: PreTrainedTokenizerBase, text: str, block_size: int, end: bool = True) -> list[Sample]:
@@ -174,6 +199,9 @@ def encode_rows(
         Columns `input_ids`, `labels` and `place`; a row may give several samples.
     """
     rows = getattr(data, side)
+    if not rows:
+        # Every row is a problem already; the caller reports them.
+        return Dataset.from_dict({"input_ids": [], "labels": [], "place": []})
 
     def encode_batch(batch: dict[str, list]) -> dict[str, list]:
         columns: dict[str, list] = {"input_ids": [], "labels": [], "place": [], "problem": []}

@@ -149,9 +149,9 @@ def load_tokenizer(
     return tokenizer
 
 
-def stage_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
-    """The tokenizer that a stage's flags name."""
-    name = arguments.tokenizer_name_or_path or arguments.model_name_or_path
+def stage_tokenizer(arguments: ModelArguments, lora: LoraArguments) -> PreTrainedTokenizerBase:
+    """The tokenizer that a stage's flags name; that of an adapter knows its template and system prompt."""
+    name = arguments.tokenizer_name_or_path or lora.peft_path or arguments.model_name_or_path
     name = fetch(name, arguments.hub, arguments.model_revision, arguments.cache_dir)
     return load_tokenizer(name, revision=arguments.model_revision, cache_dir=arguments.cache_dir)
 

@@ -215,7 +215,7 @@ class Run:
         tokenizer: PreTrainedTokenizerBase,
         *,
         stop_ids: Sequence[int],
-        sample_prompts: Sequence[str] = (),
+        sample_prompts: Sequence[list[int]] = (),
         note: str = "",
     ) -> dict[str, float]:
         """Train, evaluate, and leave everything that the next step needs in `output_dir`. Call it on every process.
@@ -224,7 +224,7 @@ class Run:
             trainer: ready to train.
             tokenizer: saved with its chat template.
             stop_ids: token ids that end an answer, for generation_config.json.
-            sample_prompts: rendered prompts that are answered before and after.
+            sample_prompts: token ids of prompts that are answered before and after.
             note: a sentence for the model card.
 
         Returns:
@@ -246,9 +246,8 @@ class Run:
             trainer.save_state()
             trainer.save_model()
         if is_main_process():
-            self._finish(trainer, tokenizer, stop_ids, sampler.prompts, before, sampler.answers(), metrics, note)
-        else:
-            sampler.answers()
+            prompts = [tokenizer.decode(ids) for ids in sampler.prompts]
+            self._finish(trainer, tokenizer, stop_ids, prompts, before, sampler.answers(), metrics, note)
         trainer.accelerator.wait_for_everyone()
         return metrics
 
@@ -539,7 +538,9 @@ class Sampler:
     Off under ZeRO-3 and FSDP, where each token would gather all weights.
     """
 
-    def __init__(self, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int], prompts: list[str]):
+    def __init__(
+        self, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int], prompts: list[list[int]]
+    ):
         sharded = is_deepspeed_zero3_enabled() or trainer.is_fsdp_enabled
         if prompts and sharded:
             logger.info("no sample answers: the weights are spread over the processes")
@@ -557,18 +558,17 @@ class Sampler:
         random_state = torch.random.get_rng_state()
         texts = []
         for prompt in self.prompts:
-            ids = self.tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(self.trainer.args.device)
-            if self.trainer.args.device != model.device:
-                ids = ids.to(model.device)
+            ids = torch.tensor([prompt], device=model.device)
             with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=bool(self.trainer.args.bf16)):
                 output = model.generate(
-                    **ids,
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
                     max_new_tokens=max_new_tokens,
                     do_sample=False,
                     eos_token_id=self.stop_ids,
                     pad_token_id=self.tokenizer.pad_token_id,
                 )
-            texts.append(self.tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True))
+            texts.append(self.tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True))
         torch.random.set_rng_state(random_state)
         model.train(was_training)
         return texts

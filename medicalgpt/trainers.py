@@ -2,13 +2,16 @@
 
 import functools
 import types
+from collections.abc import Iterator
 from typing import Any
 
 from medicalgpt.encoding import IGNORED
 
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from transformers import EvalPrediction, PreTrainedModel
+from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
@@ -89,12 +92,32 @@ def add_cpu_head(model: PreTrainedModel) -> None:
     model.forward = types.MethodType(forward, model)
 
 
+class EpochSampler(LengthGroupedSampler):
+    """Rows of like length together, in an order that follows from seed and epoch alone.
+
+    The library's sampler draws from the global generator, so that a resumed run would not see the rows that the
+    stopped one had left, but some of them twice and others never.
+    """
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int):
+        super().__init__(batch_size, lengths=lengths)
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+
+
 class TokenTrainer(SFTTrainer):
-    """`trl.SFTTrainer` on encoded rows, with three differences.
+    """`trl.SFTTrainer` on encoded rows, with four differences.
 
     - The evaluation loss is the sum over all supervised tokens divided by their number, so it does not depend on the
       batch size, as a mean of batch means does.
     - `num_tokens` counts the tokens of packed batches too.
+    - The order of rows grouped by length depends on seed and epoch only (see `EpochSampler`).
     - On a CPU only supervised positions go through the LM head (see `add_cpu_head`).
     """
 
@@ -104,11 +127,19 @@ class TokenTrainer(SFTTrainer):
         super().__init__(compute_metrics=token_means, **kwargs)
         add_cpu_head(self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model)
 
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return EpochSampler(batch, [len(ids) for ids in dataset["input_ids"]], seed)
+
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         before = self._total_train_tokens
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         if self.model.training and "attention_mask" not in inputs:
-            real = (inputs["input_ids"] != self.processing_class.pad_token_id).sum()
+            real = ((inputs["input_ids"] != self.processing_class.pad_token_id) | (inputs["labels"] != IGNORED)).sum()
             self._total_train_tokens = before + self.accelerator.gather_for_metrics(real).sum().item()
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         return loss
