@@ -55,11 +55,11 @@ def test_ids_before_each_answer(folders, model, kind, name, shape, system_prompt
 def test_samples_during_training_are_asked_as_in_serving(folders, model, name):
     tokenizer, _ = load(folders["byte_like_qwen"], name)
     rows = [to_messages(ROWS[shape][0]) for shape in ("one turn", "tools", "system")]
-    texts = render_prompts(tokenizer, rows, 3)
+    prompts = render_prompts(tokenizer, rows, 3)
     engine = ChatEngine(model, tokenizer)
-    for row, text in zip(rows, texts, strict=True):
+    for row, prompt in zip(rows, prompts, strict=True):
         expected = engine.prompt_ids(row["messages"][: turns_of(row["messages"])[0]], row["tools"])
-        assert tokenizer(text, add_special_tokens=False)["input_ids"] == expected
+        assert prompt == expected
 
 
 @pytest.mark.parametrize("system_prompt", [None, "Answer kindly."])
