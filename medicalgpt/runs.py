@@ -239,7 +239,9 @@ class Run:
         metrics: dict[str, float] = {}
         if self.training.do_train:
             metrics |= trainer.train(resume_from_checkpoint=self.resume_from).metrics
-        if trainer.eval_dataset is not None:
+        # Held-out rows are measured unless that was refused in so many words.
+        unwanted = "do_eval" in getattr(self.training, "given", ()) and not self.training.do_eval
+        if trainer.eval_dataset is not None and not unwanted:
             metrics |= trainer.evaluate()
             metrics["eval_perplexity"] = math.exp(min(metrics["eval_loss"], 700.0))
         if self.training.do_train:

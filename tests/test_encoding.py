@@ -116,7 +116,7 @@ def test_what_the_template_refuses_is_a_problem_of_the_row(tokenizer):
 
 def test_prompts_are_spread_over_the_rows_and_end_where_answers_begin(tokenizer):
     rows = [{"messages": [user(f"Q{n}"), assistant("A"), user("x"), assistant("y")], "tools": None} for n in range(9)]
-    prompts = render_prompts(tokenizer, rows, 3)
+    prompts = [tokenizer.decode(ids) for ids in render_prompts(tokenizer, rows, 3)]
     assert [prompt.split("\n")[1] for prompt in prompts] == [f"Q{n}<|im_end|>" for n in (0, 3, 6)]
     for prompt in prompts:
         assert prompt.endswith("<|im_start|>assistant\n")
@@ -264,3 +264,8 @@ def test_a_packed_batch_gives_each_sequence_its_own_logits(attention):
         for row, start, end in ((0, 0, 2), (0, 2, 5), (1, 0, 3)):
             alone = model(input_ids=batch["input_ids"][row : row + 1, start:end]).logits[0]
             torch.testing.assert_close(logits[row, start:end], alone, atol=1e-5, rtol=0)
+
+
+def test_a_text_that_spells_a_special_token_is_refused(tokenizer):
+    with pytest.raises(EncodingError, match=r"turn 2 holds <\|im_end\|>"):
+        encode_chat(tokenizer, [user("Q"), assistant("A<|im_end|>B")])
