@@ -242,9 +242,15 @@ OPENINGS = {
         "zh": ["{q}", "你好，{q}", "您好，{q}", "嗨，{q}", "请问一下，{q}", "那么，{q}", "{q}，谢谢"],
         "en": ["{q}", "Hello. {q}", "Hi! {q}", "Excuse me. {q}", "By the way: {q}", "So: {q}", "Hey there. {q}"],
     },
-    "talk": {"zh": ["{q}", "{q}。", "{q}！"], "en": ["{q}"]},
-    "refusal": {"zh": ["{q}", "您好，{q}", "医生，{q}"], "en": ["{q}", "Hello. {q}", "Doctor: {q}"]},
-    "emergency_talk": {"zh": ["{q}", "快帮帮我，{q}", "医生，{q}"], "en": ["{q}", "Help! {q}", "Doctor: {q}"]},
+    "talk": {"zh": ["{q}", "{q}。", "{q}！", "{q}～", "嗯，{q}"], "en": ["{q}", "Well. {q}", "OK. {q}"]},
+    "refusal": {
+        "zh": ["{q}", "您好，{q}", "医生，{q}", "你好，{q}", "麻烦你，{q}"],
+        "en": ["{q}", "Hello. {q}", "Doctor: {q}"],
+    },
+    "emergency_talk": {
+        "zh": ["{q}", "快帮帮我，{q}", "医生，{q}", "救命，{q}", "请问，{q}", "你好，{q}"],
+        "en": ["{q}", "Help! {q}", "Doctor: {q}"],
+    },
 }
 
 # Nobody "gets" an injury or a complication as one gets a disease; these endings take another verb.

@@ -147,7 +147,7 @@ echo "== evaluation"
 "$PYTHON" build_report.py --eval_file "$OUT/eval.json" --runs pt="$OUT/pt" sft="$OUT/sft" --output_file "$OUT/report.html"
 
 echo
-for question in "你是谁？" "得了偏头痛应该挂什么科？" "家里老人突然嘴歪、一侧手脚没力气，怎么办？"; do
+for question in "你是谁？" "得了偏头痛应该挂什么科？" "急性心肌梗死有哪些情况要马上打120？"; do
   echo "> $question"
   "$PYTHON" inference.py --model_name_or_path "$OUT/sft-merged" --query "$question" --max_new_tokens 96
 done
