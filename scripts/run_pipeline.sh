@@ -36,12 +36,12 @@ if [ -z "$MODEL" ]; then
     --num_train_epochs 10              # each fact is written twice; 10 readings bring the loss to about 0.1
     --learning_rate 1.5e-3             # small models bear, and need, far higher rates than the 5e-5 of large ones
     --block_size 256                   # no document is longer
-    --per_device_train_batch_size 4    # 4 x 256 tokens a step: many small steps learn faster than few large ones
+    --per_device_train_batch_size 4    # 4 x 256 tokens a step, 890 steps
     --lr_scheduler_type cosine --warmup_ratio 0.05
     --weight_decay 0.0                 # the facts are to be remembered, not smoothed
   )
   SFT=(
-    --num_train_epochs 3               # two readings left a tenth of the held-out questions wrong, three a thirtieth
+    --num_train_epochs 3               # after three readings 3% of the held-out questions were answered wrongly
     --learning_rate 2e-3               # ten times the usual rate of LoRA, as the model is a thousand times smaller
     --lora_rank 32 --lora_alpha 64     # 7,000 rows are much for so small a model; it has room for a larger adapter
     --lora_dropout 0.0
