@@ -35,7 +35,6 @@ def test_a_stage_is_launched_with_further_flags(tmp_path, script, processes):
     done = bash(
         f"scripts/{script}",
         *("--max_steps", 1, "--max_train_samples", 8, "--max_eval_samples", 2, "--sample_prompts", 0),
-        *("--ddp_backend", "gloo"),
         PYTHON=sys.executable,
         MODEL=make_tiny(tmp_path / "model", max_position_embeddings=1024),
         OUT=str(tmp_path / "out"),
