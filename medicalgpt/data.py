@@ -737,10 +737,14 @@ def _split(data: LoadedData, percentage: float, seed: int) -> None:
         raise UserError(f"--validation_split_percentage {percentage} must lie between 0 and 100.")
     if len(data.train) < 2:
         return
-    order = list(range(len(data.train)))
+    # Rows that occur twice stay on one side.
+    places: dict[str, list[int]] = {}
+    for index, row in enumerate(data.train):
+        places.setdefault(_identity(row), []).append(index)
+    order = list(places.values())
     random.Random(seed).shuffle(order)
     count = min(len(order) - 1, max(1, round(len(order) * percentage / 100)))
-    held_out = set(order[:count])
+    held_out = {index for same in order[:count] for index in same}
     rows = data.train
     data.train = [row for index, row in enumerate(rows) if index not in held_out]
     data.validation = [row for index, row in enumerate(rows) if index in held_out]
@@ -749,7 +753,7 @@ def _split(data: LoadedData, percentage: float, seed: int) -> None:
     for name, number in moved.items():
         by_file[name].left_out["moved to validation"] += number
         data.account["validation"].append(FileAccount(name, by_file[name].sha256, rows=number))
-    logger.info(f"held out {count} of {len(order)} training rows at random (seed {seed})")
+    logger.info(f"held out {len(held_out)} of {len(rows)} training rows at random (seed {seed})")
 
 
 def _refuse_overlap(data: LoadedData, allowed: bool) -> None:

@@ -504,6 +504,13 @@ def test_the_split_is_seeded_disjoint_and_complete(tmp_path):
     }
 
 
+def test_rows_that_occur_twice_stay_on_one_side_of_the_split(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", pairs(*range(20), *range(20)))
+    for seed in range(5):
+        data = load(path, validation_split_percentage=10, seed=seed)
+        assert len(data.validation) == 4 and len(data.train) == 36
+
+
 def test_the_split_gives_way_to_held_out_rows_and_has_bounds(folder):
     assert len(load(folder / "all", validation_split_percentage=50).validation) == 7
     with pytest.raises(UserError, match="between 0 and 100"):
