@@ -130,25 +130,27 @@ SAME = {
 }
 
 
-@pytest.mark.parametrize("where", ["beside", "folder", "split"])
+@pytest.mark.parametrize("same", SAME)
+def test_rows_that_are_the_same_are_not_split(folder, tmp_path, same):
+    write_jsonl(tmp_path / "data" / "train.jsonl", [SAME["the same row"], *rows(SFT, 0, 2), SAME[same]])
+    opened = open_stage(SFT, *flags(folder, tmp_path, "--validation_split_percentage", 40))
+    sizes = sorted((len(opened.trainer.train_dataset), len(opened.trainer.eval_dataset)))
+    assert sizes in ([1, 3], [2, 2]) and sum(sizes) == 4
+
+
+@pytest.mark.parametrize("where", ["beside", "folder"])
 @pytest.mark.parametrize("same", SAME)
 def test_overlap_is_refused(folder, tmp_path, same, where):
-    train = [*rows(SFT, 100, 2), SAME["the same row"]]
-    more = []
-    if where == "split":
-        train, more = [SAME["the same row"], SAME[same]], ["--validation_split_percentage", 50]
-    else:
-        place = tmp_path / ("data" if where == "beside" else "other") / "validation.jsonl"
-        held_out = write_jsonl(place, [rows(SFT, 0, 1)[0], SAME[same]])
-        more = ["--validation_file_dir", place.parent] if where == "folder" else []
-    trained = write_jsonl(tmp_path / "data" / "train.jsonl", train)
+    place = tmp_path / ("data" if where == "beside" else "other") / "validation.jsonl"
+    held_out = write_jsonl(place, [rows(SFT, 0, 1)[0], SAME[same]])
+    more = ["--validation_file_dir", place.parent] if where == "folder" else []
+    trained = write_jsonl(tmp_path / "data" / "train.jsonl", [*rows(SFT, 100, 2), SAME["the same row"]])
     with pytest.raises(UserError, match="held-out rows are also trained on") as error:
         open_stage(SFT, *flags(folder, tmp_path, *more))
     assert "--allow_overlap True" in str(error.value) and not (tmp_path / "out").exists()
-    if where != "split":
-        assert f"{held_out}:2 is also {trained}:3" in str(error.value)
+    assert f"{held_out}:2 is also {trained}:3" in str(error.value)
     opened = open_stage(SFT, *flags(folder, tmp_path, *more, "--allow_overlap", "True"))
-    assert len(opened.trainer.eval_dataset) == (1 if where == "split" else 2)
+    assert len(opened.trainer.eval_dataset) == 2
 
 
 def test_train_folder_as_validation_folder(folder, tmp_path):
