@@ -16,6 +16,7 @@ samples.jsonl, loss.png and README.md. Guide: docs/pretraining.md
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 
 from medicalgpt.args import (
     UNUSED_SFT_ARGUMENTS,
@@ -80,10 +81,7 @@ def main() -> None:
 
     # 3 data: documents become pieces of at most one block; no token is lost
     data = load_data(data_args, to_text, document_unit=args.document_unit, seed=args.data_seed or args.seed)
-
-    def encode(row: dict) -> list:
-        return encode_document(tokenizer, row["text"], args.block_size)
-
+    encode = partial(encode_document, tokenizer, block_size=args.block_size)
     train = encode_rows(data, "train", encode, data_args.preprocessing_num_workers)
     validation = encode_rows(data, "validation", encode) if data.validation else None
     data.settle(data_args)

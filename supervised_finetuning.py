@@ -18,6 +18,7 @@ Guide: docs/supervised_finetuning.md
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 
 from medicalgpt.args import (
     UNUSED_SFT_ARGUMENTS,
@@ -41,6 +42,13 @@ class FinetuningArguments(StageDefaults, SFTConfig):
     template_name: str | None = field(
         default=None, metadata={"help": "Chat template, by its name in template.py. Default: the tokenizer's own."}
     )
+    tool_format: str | None = field(
+        default=None,
+        metadata={
+            "help": "How tools and their calls are written: default, qwen, llama3, glm4, mistral. Default: the "
+            "template's own."
+        },
+    )
     system_prompt: str | None = field(
         default=None,
         metadata={"help": "System prompt of conversations that have none; saved with the template for serving."},
@@ -55,6 +63,9 @@ class FinetuningArguments(StageDefaults, SFTConfig):
     train_on_inputs: bool = field(
         default=False, metadata={"help": "Train on the user's text too, not on the answers alone."}
     )
+    mask_history: bool = field(
+        default=False, metadata={"help": "Train on the last answer of each conversation only, not on earlier ones."}
+    )
     # Rows of like length share a batch: with rows as unequal as answers are, this halves the time.
     train_sampling_strategy: str = field(
         default="group_by_length",
@@ -62,6 +73,11 @@ class FinetuningArguments(StageDefaults, SFTConfig):
     )
     # None: 2e-4 for adapters, 2e-5 for all weights, which would forget at the rate that suits an adapter.
     learning_rate: float | None = field(default=None, metadata={"help": "Default: 2e-4 for adapters, 2e-5 without."})
+
+    def __post_init__(self):
+        if self.train_on_inputs and self.mask_history:
+            raise ValueError("--mask_history trains on the last answer alone, --train_on_inputs on all; choose one.")
+        super().__post_init__()
 
 
 def main() -> None:
@@ -94,16 +110,13 @@ def main() -> None:
 
     # 3 data: each conversation is rendered by the template and masked; rows that do not fit are refused, not cut
     data = load_data(data_args, to_messages, seed=args.data_seed or args.seed)
-
-    def encode(row: dict) -> list:
-        return encode_chat(
-            tokenizer,
-            row["messages"],
-            row["tools"],
-            max_length=args.model_max_length,
-            train_on_inputs=args.train_on_inputs,
-        )
-
+    encode = partial(
+        encode_chat,
+        tokenizer,
+        max_length=args.model_max_length,
+        train_on_inputs=args.train_on_inputs,
+        mask_history=args.mask_history,
+    )
     train = encode_rows(data, "train", encode, data_args.preprocessing_num_workers)
     validation = encode_rows(data, "validation", encode) if data.validation else None
     data.settle(data_args)

@@ -74,7 +74,7 @@ def encoded_lengths(args: ValidationArguments, data) -> list[int]:
     encoded = encode_rows(
         data,
         "train",
-        lambda row: encode_chat(tokenizer, row["messages"], row["tools"], max_length=args.model_max_length),
+        lambda row: encode_chat(tokenizer, row, max_length=args.model_max_length),
     )
     if not len(encoded) and not data.problems:
         raise UserError("no row could be encoded.")

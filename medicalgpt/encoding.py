@@ -37,44 +37,72 @@ class EncodingError(ValueError):
 
 def encode_chat(
     tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[dict[str, Any]],
-    tools: Sequence[dict[str, Any]] | None = None,
+    row: dict[str, Any],
     *,
     max_length: int | None = None,
     train_on_inputs: bool = False,
+    mask_history: bool = False,
 ) -> list[Sample]:
-    """Encode one conversation; only assistant text and its turn end are supervised.
+    """Encode one conversation; only assistant text and its turn end are supervised, each turn once.
 
     One sample, where the template renders each turn the same whatever follows. Templates of thinking models drop the
-    thoughts of earlier turns: such a conversation becomes one sample a turn, each with the prompt that serving gives.
+    thoughts of earlier turns: a turn that later ones change becomes a sample of its own, with the prompt that serving
+    gives.
 
     Args:
         tokenizer: with a chat template that marks assistant text by `{% generation %}`.
-        messages: OpenAI form, ending with the assistant.
-        tools: OpenAI form.
+        row: `messages` in OpenAI form, ending with the assistant, and `tools` in OpenAI form or None.
         max_length: in tokens; a longer sequence is refused, never cut.
-        train_on_inputs: supervise every token instead.
+        train_on_inputs: supervise the prompts too, each in one sample only.
+        mask_history: supervise the last turn only.
 
     Raises:
         EncodingError: too long, refused by the template, or an answer whose first characters melt into the last token
             of the prompt.
     """
+    messages, tools = row["messages"], row["tools"]
     _refuse_special_tokens(tokenizer, messages)
     turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
     try:
-        prompts = [_render(tokenizer, messages[:turn], tools, add_generation_prompt=True) for turn in turns]
-        turns_alone = [_render(tokenizer, messages[: turn + 1], tools) for turn in turns[:-1]]
-        full = _render(tokenizer, messages, tools)
+        prompts = {turn: _render(tokenizer, messages[:turn], tools, add_generation_prompt=True) for turn in turns}
+        texts = {turn: _render(tokenizer, messages[: turn + 1], tools) for turn in turns}
     except TemplateError as error:
         raise EncodingError(
             f"the chat template refuses it: {error}", "Mend the row, or choose another --template_name"
         ) from error
-    if all(full.startswith(part) for part in (*prompts, *turns_alone)):
-        return [_encode_rendered(tokenizer, messages, tools, prompts, max_length, train_on_inputs)]
-    samples = []
-    for turn, prompt in zip(turns, prompts, strict=True):
-        samples.append(_encode_rendered(tokenizer, messages[: turn + 1], tools, [prompt], max_length, train_on_inputs))
+    samples: list[Sample] = []
+    for group in _stable_groups(turns[-1:] if mask_history else turns, prompts, texts):
+        ids, spans = _encode_rendered(tokenizer, messages[: group[-1] + 1], tools, max_length)
+        spans = dict(zip(turns, spans, strict=False))
+        for turn in group:
+            if spans[turn][2] != len(prompts[turn]):
+                raise EncodingError(
+                    "the first characters of an answer form one token with the end of the prompt, so that no model "
+                    "could produce them in serving",
+                    "Remove the white space at the start of the answer",
+                )
+        labels, before = [IGNORED] * len(ids), 0
+        for turn, (start, end, _) in spans.items():
+            if turn in group:
+                first = before if train_on_inputs else start
+                labels[first:end] = ids[first:end]
+            before = end
+        if train_on_inputs:
+            labels[before:] = ids[before:]
+        samples.append(Sample(ids, labels))
     return samples
+
+
+def _stable_groups(turns: Sequence[int], prompts: dict[int, str], texts: dict[int, str]) -> list[list[int]]:
+    """Turns that can share a sample: in the text up to the last of them, each stands as it does when it is answered."""
+    groups: list[list[int]] = []
+    left = list(turns)
+    while left:
+        text = texts[left[-1]]
+        group = [turn for turn in left[:-1] if text.startswith(prompts[turn]) and text.startswith(texts[turn])]
+        groups.append([*group, left[-1]])
+        left = [turn for turn in left[:-1] if turn not in group]
+    return groups[::-1]
 
 
 def _refuse_special_tokens(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]]) -> None:
@@ -96,18 +124,17 @@ def _encode_rendered(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[dict[str, Any]],
     tools: Sequence[dict[str, Any]] | None,
-    prompts: list[str],
     max_length: int | None,
-    train_on_inputs: bool,
-) -> Sample:
-    """Encode a conversation of which the turns that start after `prompts` are supervised."""
+) -> tuple[list[int], list[tuple[int, int, int]]]:
+    """Token ids, and of each assistant turn (first token, token after the last, character where it begins)."""
     encoded = tokenizer.apply_chat_template(
         list(messages),
         tools=tools,
         tokenize=True,
         return_dict=True,
         return_assistant_tokens_mask=True,
-        tokenizer_kwargs={"return_offsets_mapping": True},
+        # A text beyond the tokenizer's own limit is measured below; its warning would only alarm.
+        tokenizer_kwargs={"return_offsets_mapping": True, "verbose": False},
     )
     ids, mask, offsets = encoded["input_ids"], encoded["assistant_masks"], encoded["offset_mapping"]
     if max_length is not None and len(ids) > max_length:
@@ -116,20 +143,7 @@ def _encode_rendered(
             "Raise --model_max_length, shorten the row, or leave it out with --skip_long_rows True",
             too_long=True,
         )
-    spans = _spans(mask)[-len(prompts) :]
-    for (start, _), prompt in zip(spans, prompts, strict=True):
-        if offsets[start][0] != len(prompt):
-            raise EncodingError(
-                "the first characters of an answer form one token with the end of the prompt, so that no model could "
-                "produce them in serving",
-                "Remove the white space at the start of the answer",
-            )
-    if train_on_inputs:
-        return Sample(list(ids), list(ids))
-    labels = [IGNORED] * len(ids)
-    for start, end in spans:
-        labels[start:end] = ids[start:end]
-    return Sample(list(ids), labels)
+    return list(ids), [(start, end, offsets[start][0]) for start, end in _spans(mask)]
 
 
 def _spans(mask: Sequence[int]) -> list[tuple[int, int]]:
@@ -167,18 +181,20 @@ def document_starts(tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str,
     return starts
 
 
-def encode_document(tokenizer: PreTrainedTokenizerBase, text: str, block_size: int, end: bool = True) -> list[Sample]:
+def encode_document(
+    tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], *, block_size: int, end: bool = True
+) -> list[Sample]:
     """Encode one document for pretraining, its end token included, in pieces of at most `block_size` tokens.
 
     No token is lost: a document longer than a block goes on in the next piece.
 
     Args:
         tokenizer: adds its own BOS if it wants one.
-        text: the document.
+        row: the document as `text`.
         block_size: tokens of a piece at the most.
         end: append the end-of-text token.
     """
-    ids = tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"]
+    ids = tokenizer(row["text"], add_special_tokens=True, verbose=False)["input_ids"]
     if end and (not ids or ids[-1] != tokenizer.eos_token_id):
         ids.append(tokenizer.eos_token_id)
     return [Sample(ids[at : at + block_size], ids[at : at + block_size]) for at in range(0, len(ids), block_size)]

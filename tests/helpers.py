@@ -123,3 +123,8 @@ def read_json(path: str | Path) -> Any:
     """What a JSON file holds; of a .jsonl file, the list of its rows."""
     text = Path(path).read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()] if Path(path).suffix == ".jsonl" else json.loads(text)
+
+
+def chat(messages: list[dict], tools: list[dict] | None = None) -> dict[str, Any]:
+    """A converted row, as `encode_chat` takes it."""
+    return {"messages": messages, "tools": tools}

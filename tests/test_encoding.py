@@ -1,5 +1,7 @@
 """From rows to token ids, blocks and batches: no token lost, none added, none seen by the wrong neighbour."""
 
+from functools import partial
+
 from medicalgpt.args import DataArguments
 from medicalgpt.batching import Collator, collator, pack
 from medicalgpt.data import FileAccount, LoadedData
@@ -12,9 +14,11 @@ from medicalgpt.encoding import (
     encode_rows,
     render_prompts,
 )
+from template import apply_template
 
 import pytest
 import torch
+from helpers import chat
 from tiny import tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -63,21 +67,21 @@ def own_specials():
 @pytest.mark.parametrize("end", [False, True])
 def test_a_document_has_one_start_and_one_end(own_specials, start, end):
     tokenizer = own_specials(start, end)
-    (sample,) = encode_document(tokenizer, TEXT, 1000)
+    (sample,) = encode_document(tokenizer, {"text": TEXT}, block_size=1000)
     body = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
     expected = [tokenizer.bos_token_id] * start + body + [tokenizer.eos_token_id]
     assert sample == Sample(expected, expected)
 
 
 def test_a_document_without_end_token(tokenizer):
-    (sample,) = encode_document(tokenizer, TEXT, 1000, end=False)
+    (sample,) = encode_document(tokenizer, {"text": TEXT}, block_size=1000, end=False)
     assert tokenizer.decode(sample.input_ids) == TEXT
 
 
 @pytest.mark.parametrize("block_size", [1, 7, 20, 21, 1000])
 def test_pieces_of_a_document_lose_nothing(tokenizer, block_size):
-    (whole,) = encode_document(tokenizer, TEXT, 10_000)
-    pieces = encode_document(tokenizer, TEXT, block_size)
+    (whole,) = encode_document(tokenizer, {"text": TEXT}, block_size=10_000)
+    pieces = encode_document(tokenizer, {"text": TEXT}, block_size=block_size)
     assert [token for piece in pieces for token in piece.input_ids] == whole.input_ids
     assert all(piece.labels == piece.input_ids for piece in pieces)
     assert {len(piece.input_ids) for piece in pieces[:-1]} <= {block_size}
@@ -88,21 +92,56 @@ def test_pieces_of_a_document_lose_nothing(tokenizer, block_size):
 
 
 def test_only_answers_and_turn_ends_are_supervised(tokenizer):
-    (sample,) = encode_chat(tokenizer, [user("问"), assistant("答"), user("Q"), assistant("A")])
+    (sample,) = encode_chat(tokenizer, chat([user("问"), assistant("答"), user("Q"), assistant("A")]))
     trained = [token for token in sample.labels if token != IGNORED]
     assert tokenizer.decode(trained) == "答<|im_end|>A<|im_end|>"
     assert [i for i, label in zip(sample.input_ids, sample.labels, strict=True) if label != IGNORED] == trained
-    (everything,) = encode_chat(tokenizer, [user("问"), assistant("答")], train_on_inputs=True)
+    (everything,) = encode_chat(tokenizer, chat([user("问"), assistant("答")]), train_on_inputs=True)
     assert everything.labels == everything.input_ids
+
+
+def trained_texts(tokenizer, samples):
+    return [tokenizer.decode([label for label in sample.labels if label != IGNORED]) for sample in samples]
+
+
+def test_without_history_the_last_answer_alone_is_trained(tokenizer):
+    row = chat([user("问"), assistant("答"), user("Q"), assistant("A")])
+    samples = encode_chat(tokenizer, row, mask_history=True)
+    assert trained_texts(tokenizer, samples) == ["A<|im_end|>"]
+    assert samples[0].input_ids == encode_chat(tokenizer, row)[0].input_ids
+
+
+def test_turns_that_later_ones_change_become_samples_of_their_own(tokenizer):
+    """qwen3 takes the thoughts out of earlier turns, but not between a call and the answer to its result."""
+    apply_template(thinking := tiny_tokenizer(), "qwen3")
+    call = {"type": "function", "function": {"name": "dose", "arguments": {"drug": "x"}}}
+    messages = [
+        user("Q1"),
+        {"role": "assistant", "content": "", "reasoning_content": "T1", "tool_calls": [call]},
+        {"role": "tool", "content": "1 g"},
+        {"role": "assistant", "content": "A1", "reasoning_content": "T2"},
+        user("Q2"),
+        {"role": "assistant", "content": "A2", "reasoning_content": "T3"},
+    ]
+    first, second = trained_texts(thinking, encode_chat(thinking, chat(messages)))
+    assert first.startswith("<think>\nT1\n</think>") and first.endswith("<think>\nT2\n</think>\n\nA1<|im_end|>")
+    assert first.count("<|im_end|>") == 2
+    assert second == "<think>\nT3\n</think>\n\nA2<|im_end|>"
+    (last,) = encode_chat(thinking, chat(messages), mask_history=True)
+    assert trained_texts(thinking, [last]) == [second]
+    assert "T1" not in thinking.decode(last.input_ids)
+    everything = "".join(trained_texts(thinking, encode_chat(thinking, chat(messages), train_on_inputs=True)))
+    for text in ("Q1", "T1", "1 g", "T2", "A1", "Q2", "T3", "A2"):
+        assert everything.count(text) == 1
 
 
 def test_too_long_is_refused_and_never_cut(tokenizer):
     messages = [user("Q"), assistant("A" * 50)]
-    (sample,) = encode_chat(tokenizer, messages)
+    (sample,) = encode_chat(tokenizer, chat(messages))
     length = len(sample.input_ids)
-    assert encode_chat(tokenizer, messages, max_length=length) == [sample]
+    assert encode_chat(tokenizer, chat(messages), max_length=length) == [sample]
     with pytest.raises(EncodingError, match=f"^{length} tokens, longer than the {length - 1} that fit") as refused:
-        encode_chat(tokenizer, messages, max_length=length - 1)
+        encode_chat(tokenizer, chat(messages), max_length=length - 1)
     assert refused.value.too_long and "--skip_long_rows True" in refused.value.remedy
 
 
@@ -110,7 +149,7 @@ def test_what_the_template_refuses_is_a_problem_of_the_row(tokenizer):
     other = tiny_tokenizer()
     other.chat_template = "{{ raise_exception('no system here') }}"
     with pytest.raises(EncodingError, match="the chat template refuses it: no system here") as refused:
-        encode_chat(other, [user("Q"), assistant("A")])
+        encode_chat(other, chat([user("Q"), assistant("A")]))
     assert "--template_name" in refused.value.remedy and not refused.value.too_long
 
 
@@ -130,7 +169,9 @@ def test_prompts_are_spread_over_the_rows_and_end_where_answers_begin(tokenizer)
 @pytest.mark.parametrize("processes", [None, 2])
 def test_rows_keep_their_order_and_may_give_several_samples(tokenizer, processes):
     data = loaded([{"text": "a" * length} for length in (3, 25, 1, 12)])
-    encoded = encode_rows(data, "train", lambda row: encode_document(tokenizer, row["text"], 10), processes)
+    encoded = encode_rows(
+        data, "train", lambda row: encode_document(tokenizer, {"text": row["text"]}, block_size=10), processes
+    )
     assert encoded.column_names == ["input_ids", "labels", "place"]
     assert encoded["place"][:] == ["f:1", "f:2", "f:2", "f:2", "f:3", "f:4", "f:4"]
     assert [len(ids) for ids in encoded["input_ids"]] == [4, 10, 10, 6, 2, 10, 3]
@@ -177,7 +218,7 @@ def sample(*labels, first=1):
 
 def test_packing_moves_whole_sequences_and_loses_nothing(tokenizer):
     data = loaded([{"text": "ab" * length} for length in (1, 9, 4, 2, 7, 3, 5)])
-    encoded = encode_rows(data, "train", lambda row: encode_document(tokenizer, row["text"], 20))
+    encoded = encode_rows(data, "train", partial(encode_document, tokenizer, block_size=20))
     packed = pack(encoded, 20)
     assert packed.column_names == ["input_ids", "labels", "seq_lengths"] and len(packed) < len(encoded)
     pieces = []
@@ -268,4 +309,4 @@ def test_a_packed_batch_gives_each_sequence_its_own_logits(attention):
 
 def test_a_text_that_spells_a_special_token_is_refused(tokenizer):
     with pytest.raises(EncodingError, match=r"turn 2 holds <\|im_end\|>"):
-        encode_chat(tokenizer, [user("Q"), assistant("A<|im_end|>B")])
+        encode_chat(tokenizer, chat([user("Q"), assistant("A<|im_end|>B")]))

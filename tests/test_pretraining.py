@@ -84,7 +84,7 @@ def test_blocks_hold_every_token_and_are_full(work, adapter):
     plan = read_json(work / "adapter" / "run.json")["plan"]
     tokenizer = AutoTokenizer.from_pretrained(work / "extended")
     documents = [*LINES * 3, PAGE, PAGE]
-    pieces = [piece for text in documents for piece in encode_document(tokenizer, text, 64)]
+    pieces = [piece for text in documents for piece in encode_document(tokenizer, {"text": text}, block_size=64)]
     tokens = sum(len(piece.input_ids) for piece in pieces)
     assert plan["tokens"] == plan["supervised_tokens"] == tokens
     assert plan["sequences"] < len(pieces)

@@ -23,7 +23,7 @@ from medicalgpt.runs import (
 )
 
 import pytest
-from helpers import read_json, write_jsonl
+from helpers import chat, read_json, write_jsonl
 from loguru import logger
 from tiny import make_tiny, tiny_tokenizer
 from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -86,7 +86,7 @@ def test_trained_tokens_are_marked_in_whole_characters(colour):
     """With this tokenizer a Chinese character is three tokens: decoded one by one they would be torn."""
     tokenizer = tiny_tokenizer()
     messages = [{"role": "user", "content": "感冒？"}, {"role": "assistant", "content": "多休息，多喝水。"}]
-    (sample,) = encode_chat(tokenizer, messages)
+    (sample,) = encode_chat(tokenizer, chat(messages))
     shown = render_supervision(tokenizer, sample.input_ids, sample.labels, colour)
     start, end = ("\033[32m", "\033[0m") if colour else ("⟦", "⟧")
     assert shown.endswith(

@@ -5,7 +5,7 @@ step of SGD at rate 1 writes the gradient into the weights.
 """
 
 from medicalgpt.encoding import encode_chat, encode_document
-from tests.helpers import open_stage, read_json, run_program, write_jsonl
+from tests.helpers import chat, open_stage, read_json, run_program, write_jsonl
 from tests.tiny import make_tiny
 
 import pytest
@@ -51,13 +51,13 @@ def oracle(place, data):
     tokenizer = AutoTokenizer.from_pretrained(place / "model")
     rows = read_json(place / data / "rows.jsonl")
     if data == "pt":
-        samples = [sample for row in rows for sample in encode_document(tokenizer, row["text"], BLOCK)]
+        samples = [sample for row in rows for sample in encode_document(tokenizer, row, block_size=BLOCK)]
     else:
         chats = [
             [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["response"]}]
             for row in rows
         ]
-        samples = [sample for chat in chats for sample in encode_chat(tokenizer, chat)]
+        samples = [sample for messages in chats for sample in encode_chat(tokenizer, chat(messages))]
     total, count = 0.0, 0
     for sample in samples:
         logits = model(input_ids=torch.tensor([sample.input_ids])).logits[0, :-1]

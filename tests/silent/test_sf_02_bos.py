@@ -7,7 +7,7 @@ from medicalgpt.encoding import encode_chat, encode_document
 from medicalgpt.models import load_tokenizer
 from medicalgpt.runs import Sampler
 from template import TEMPLATES, apply_template
-from tests.helpers import open_stage, save_model, write_jsonl
+from tests.helpers import chat, open_stage, save_model, write_jsonl
 from tests.test_template import CASES, SUPPORTED, TOKENIZERS
 
 import pytest
@@ -48,7 +48,7 @@ def test_chat_in_training_and_in_serving(folders, kind, name, case):
     engine = ChatEngine.from_pretrained(folders[kind])
     apply_template(engine.tokenizer, name)
     messages, tools = CASES[case][:2]
-    for sample in encode_chat(engine.tokenizer, messages, tools):
+    for sample in encode_chat(engine.tokenizer, chat(messages, tools)):
         assert_start(engine.tokenizer, sample.input_ids, kind, name)
     for turn in (number for number, message in enumerate(messages) if message["role"] == "assistant"):
         assert_start(engine.tokenizer, engine.prompt_ids(messages[:turn], tools), kind, name)
@@ -67,7 +67,7 @@ def test_what_generation_is_given(folders, kind, name):
 @pytest.mark.parametrize("kind", ADDS)
 def test_document_has_it_once_at_its_beginning(folders, kind):
     tokenizer = load_tokenizer(folders[kind])
-    pieces = encode_document(tokenizer, "I have a headache. " * 9, 10)
+    pieces = encode_document(tokenizer, {"text": "I have a headache. " * 9}, block_size=10)
     assert len(pieces) > 2
     ids = [token for piece in pieces for token in piece.input_ids]
     assert_start(tokenizer, ids, kind)

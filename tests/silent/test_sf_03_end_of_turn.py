@@ -4,7 +4,7 @@ from medicalgpt.batching import Collator, pack
 from medicalgpt.chat import ChatEngine, Sampling
 from medicalgpt.encoding import encode_chat, encode_document
 from template import apply_template
-from tests.helpers import run_here, save_model, write_jsonl
+from tests.helpers import chat, run_here, save_model, write_jsonl
 from tests.test_template import CASES, SUPPORTED, TOKENIZERS
 from tests.tiny import tiny_tokenizer
 
@@ -31,8 +31,8 @@ def test_last_label_of_every_turn_is_its_end(tokenizers, kind, packed, name, cas
     end = apply_template(tokenizer, name)[0]
     tokenizer.pad_token = end
     messages, tools = CASES[case][:2]
-    short = encode_chat(tokenizer, CASES["one_turn"][0])
-    samples = encode_chat(tokenizer, messages, tools)
+    short = encode_chat(tokenizer, chat(CASES["one_turn"][0]))
+    samples = encode_chat(tokenizer, chat(messages, tools))
     rows = [{"input_ids": sample.input_ids, "labels": sample.labels} for sample in short + samples]
     if packed:
         rows = list(pack(Dataset.from_list(rows), 4000))
@@ -50,7 +50,7 @@ def test_end_of_a_document_is_supervised(pad):
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token, tokenizer.pad_token = "<|endoftext|>", pad
     texts = ["short", "a longer document"]
-    samples = [sample for text in texts for sample in encode_document(tokenizer, text, 64)]
+    samples = [sample for text in texts for sample in encode_document(tokenizer, {"text": text}, block_size=64)]
     batch = Collator(tokenizer.pad_token_id)([{"input_ids": s.input_ids, "labels": s.labels} for s in samples])
     for text, labels in zip(texts, batch["labels"].tolist(), strict=True):
         assert [label for label in labels if label != -100] == [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]

@@ -23,7 +23,7 @@ def folder(tmp_path_factory):
 def packed(texts, model):
     """The blocks of `texts` as one batch, as training gets them."""
     tokenizer = tiny_tokenizer()
-    samples = [sample for text in texts for sample in encode_document(tokenizer, text, BLOCK)]
+    samples = [sample for text in texts for sample in encode_document(tokenizer, {"text": text}, block_size=BLOCK)]
     rows = Dataset.from_list([{"input_ids": sample.input_ids, "labels": sample.labels} for sample in samples])
     return collator(tokenizer, model)(list(pack(rows, BLOCK)))
 

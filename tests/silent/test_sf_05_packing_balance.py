@@ -59,7 +59,7 @@ def test_conversations_packed_and_not(folder, tmp_path, batch_size, train_on_inp
 def test_no_token_of_a_document_is_lost(flatten):
     tokenizer = tiny_tokenizer()
     texts = [chr(97 + n) * length for n, length in enumerate(LENGTHS)]
-    samples = [sample for text in texts for sample in encode_document(tokenizer, text, 64)]
+    samples = [sample for text in texts for sample in encode_document(tokenizer, {"text": text}, block_size=64)]
     wanted = Counter(tuple(sample.input_ids) for sample in samples)
     whole = Counter(token for text in texts for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id])
     assert Counter(token for sample in samples for token in sample.input_ids) == whole

@@ -2,7 +2,7 @@
 
 from medicalgpt.encoding import encode_chat
 from template import TEMPLATES
-from tests.helpers import open_stage, save_model, write_jsonl
+from tests.helpers import chat, open_stage, save_model, write_jsonl
 from tests.silent.chats import (
     KINDS,
     ROWS,
@@ -35,7 +35,7 @@ def supervised_texts(tokenizer, samples):
 @in_every_shape
 def test_answers_and_turn_ends(folders, kind, name, shape):
     tokenizer, end = load(folders[kind], name)
-    samples = encode_chat(tokenizer, *conversation(shape))
+    samples = encode_chat(tokenizer, chat(*conversation(shape)))
     texts = list(supervised_texts(tokenizer, [sample.labels for sample in samples]))
     assert texts == [text + end for text in expected_answers(name, shape)]
     for sample in samples:
@@ -46,10 +46,13 @@ def test_answers_and_turn_ends(folders, kind, name, shape):
 @pytest.mark.parametrize("name", ["chatml", "qwen3", "llama3"])
 def test_everything_on_request(folders, name):
     tokenizer, _ = load(folders["byte_like_qwen"], name)
-    answers = encode_chat(tokenizer, *conversation("many turns"))
-    everything = encode_chat(tokenizer, *conversation("many turns"), train_on_inputs=True)
+    answers = encode_chat(tokenizer, chat(*conversation("many turns")))
+    everything = encode_chat(tokenizer, chat(*conversation("many turns")), train_on_inputs=True)
     assert [sample.input_ids for sample in everything] == [sample.input_ids for sample in answers]
-    assert all(sample.labels == sample.input_ids for sample in everything)
+    assert everything[0].labels == everything[0].input_ids
+    trained = "".join(tokenizer.decode([label for label in s.labels if label != -100]) for s in everything)
+    for message in conversation("many turns")[0]:
+        assert trained.count(f"\n{message['content']}<|") == 1
 
 
 @pytest.mark.parametrize("packing", [False, True])

@@ -4,7 +4,7 @@ from medicalgpt.chat import ChatEngine, Sampling
 from medicalgpt.data import to_messages
 from medicalgpt.encoding import encode_chat, render_prompts
 from template import TEMPLATES
-from tests.helpers import open_stage, save_model, write_jsonl
+from tests.helpers import chat, open_stage, save_model, write_jsonl
 from tests.silent.chats import (
     KINDS,
     ROWS,
@@ -44,7 +44,7 @@ def test_ids_before_each_answer(folders, model, kind, name, shape, system_prompt
     tokenizer, _ = load(folders[kind], name, system_prompt)
     engine = ChatEngine(model, tokenizer)
     messages, tools = conversation(shape)
-    samples = encode_chat(tokenizer, messages, tools)
+    samples = encode_chat(tokenizer, chat(messages, tools))
     turns = turns_of(messages)
     assert prompts_in_training(samples) == [engine.prompt_ids(messages[:turn], tools) for turn in turns]
     # qwen3 takes the thoughts out of earlier turns, so that each turn has a beginning of its own.
@@ -94,7 +94,7 @@ def test_answer_put_into_the_history_reads_as_it_was_trained(folders, model, kin
     tokenizer, _ = load(folders[kind], name)
     engine = ChatEngine(model, tokenizer)
     messages = to_messages(sharegpt("I have a headache.", "Drink water. ", "And then?", "Sleep."))["messages"]
-    (sample,) = encode_chat(tokenizer, messages)
+    (sample,) = encode_chat(tokenizer, chat(messages))
     (start, ids), (second, _) = supervised_runs(sample.labels)
     reply = engine._reply_to(sample.input_ids[:start], Sampling())
     for token in ids:

@@ -5,7 +5,7 @@ import random
 from medicalgpt.data import DataError
 from medicalgpt.encoding import EncodingError, encode_chat
 from template import TEMPLATES
-from tests.helpers import open_stage, read_json, save_model, write_jsonl
+from tests.helpers import chat, open_stage, read_json, save_model, write_jsonl
 from tests.silent.chats import (
     KINDS,
     conversation,
@@ -47,7 +47,7 @@ def prompt_and_answer(tokenizer, messages, tools, turn):
 def test_prompt_ids_and_answer_ids_are_the_joint_ids(folders, kind, name, shape):
     tokenizer, end = load(folders[kind], name)
     messages, tools = conversation(shape)
-    samples = encode_chat(tokenizer, messages, tools)
+    samples = encode_chat(tokenizer, chat(messages, tools))
     spans = [(sample.input_ids, start, ids) for sample in samples for start, ids in supervised_runs(sample.labels)]
     for turn, (ids, start, answer) in zip(turns_of(messages), spans, strict=True):
         prompt, alone = prompt_and_answer(tokenizer, messages, tools, turn)
@@ -67,7 +67,7 @@ def test_any_answer_is_encoded_rightly_or_refused(folders, kind, name):
         messages = [{"role": "user", "content": f"Why?{more}"}, {"role": "assistant", "content": f"{start}x{more}"}]
         prompt = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=False)
         try:
-            (sample,) = encode_chat(tokenizer, messages)
+            (sample,) = encode_chat(tokenizer, chat(messages))
         except EncodingError as error:
             assert error.reason.startswith(MELTED) and start[:1].isspace()
             continue

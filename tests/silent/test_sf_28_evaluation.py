@@ -6,7 +6,7 @@ import re
 
 from medicalgpt.encoding import encode_chat, encode_document
 from medicalgpt.errors import UserError
-from tests.helpers import open_stage, read_json, run_program, save_model, write_jsonl
+from tests.helpers import chat, open_stage, read_json, run_program, save_model, write_jsonl
 from tests.tiny import tiny_tokenizer
 
 import pytest
@@ -42,10 +42,10 @@ def oracle(folder, stage, held_out):
     loss = right = count = 0
     for row in held_out:
         if stage == PT:
-            samples = encode_document(tokenizer, row["text"], 100)
+            samples = encode_document(tokenizer, {"text": row["text"]}, block_size=100)
         else:
             names = (("user", "prompt"), ("assistant", "response"))
-            samples = encode_chat(tokenizer, [{"role": role, "content": row[name]} for role, name in names])
+            samples = encode_chat(tokenizer, chat([{"role": role, "content": row[name]} for role, name in names]))
         for sample in samples:
             with torch.no_grad():
                 logits = model(input_ids=torch.tensor([sample.input_ids])).logits[0, :-1].double()

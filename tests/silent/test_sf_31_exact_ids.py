@@ -3,7 +3,7 @@
 from medicalgpt.data import DataError
 from medicalgpt.encoding import encode_chat, encode_document
 from template import TEMPLATES
-from tests.helpers import open_stage, save_model, write_jsonl
+from tests.helpers import chat, open_stage, save_model, write_jsonl
 from tests.silent.chats import (
     KINDS,
     ROWS,
@@ -38,7 +38,7 @@ def template_ids(tokenizer, shape, name):
 @in_every_shape
 def test_ids_are_those_of_the_template(folders, kind, name, shape):
     tokenizer, end = load(folders[kind], name)
-    samples = encode_chat(tokenizer, *conversation(shape))
+    samples = encode_chat(tokenizer, chat(*conversation(shape)))
     assert [sample.input_ids for sample in samples] == template_ids(tokenizer, shape, name)
     for sample in samples:
         # Everything is supervised as it stands, and a turn end is supervised once for each answer.
@@ -52,12 +52,12 @@ def test_ids_are_those_of_the_template(folders, kind, name, shape):
 def test_limit_refuses_and_never_cuts(folders, kind, name, shape):
     tokenizer, _ = load(folders[kind], name)
     messages, tools = conversation(shape)
-    samples = encode_chat(tokenizer, messages, tools)
+    samples = encode_chat(tokenizer, chat(messages, tools))
     longest = max(len(sample.input_ids) for sample in samples)
-    assert encode_chat(tokenizer, messages, tools, max_length=longest) == samples
+    assert encode_chat(tokenizer, chat(messages, tools), max_length=longest) == samples
     for limit in (longest - 1, longest // 2, 1):
         with pytest.raises(ValueError, match=f"longer than the {limit} that fit") as error:
-            encode_chat(tokenizer, messages, tools, max_length=limit)
+            encode_chat(tokenizer, chat(messages, tools), max_length=limit)
         assert error.value.too_long
 
 
@@ -93,7 +93,7 @@ def test_batches_of_the_program(tmp_path, name, packing):
 def test_document_is_its_tokens_and_one_end(folders, kind, block_size):
     tokenizer, _ = load(folders[kind], "vicuna")
     for text in ("Drink water.", " I have  a headache.\n", "多喝水。早点睡。", "x"):
-        pieces = encode_document(tokenizer, text, block_size)
+        pieces = encode_document(tokenizer, {"text": text}, block_size=block_size)
         ids = [token for piece in pieces for token in piece.input_ids]
         assert ids == [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
         assert ids.count(tokenizer.eos_token_id) == 1
