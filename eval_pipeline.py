@@ -370,7 +370,11 @@ def evaluate_model(
         end = tokenizer.get_vocab().get(end_of_document, tokenizer.eos_token_id)
         block_size = min(args.block_size, engine.context_length or args.block_size)
         encoded = [
-            [token for piece in encode_document(tokenizer, {"text": text}, block_size=sys.maxsize, end=False) for token in piece.input_ids]
+            [
+                token
+                for piece in encode_document(tokenizer, {"text": text}, block_size=sys.maxsize, end=False)
+                for token in piece.input_ids
+            ]
             + [end]
             for text in documents
         ]

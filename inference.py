@@ -300,7 +300,7 @@ def to_question(row: Row, ignored: frozenset[str], system_prompt: str | None) ->
     prompt = to_prompt(row.value, ignored)
     messages, reference = prompt["messages"], prompt["reference"]
     if isinstance(row.value, dict):
-        taken = {"reference", "response", "finish_reason"}.intersection(row.value)
+        taken = {"reference", "response", "tool_calls", "finish_reason"}.intersection(row.value)
         # An answer in `response` is the reference, and stays in the output under that name.
         if reference is not None and row.value.get("response") == reference:
             taken.discard("response")
@@ -374,7 +374,8 @@ def answer_file(
 def output_line(question: Question, answer: Answer) -> str:
     row = question.row.value if isinstance(question.row.value, dict) else {"prompt": question.row.value}
     reference = {} if question.reference is None else {"reference": question.reference}
-    row = {**row, **reference, "response": answer.text, "finish_reason": answer.finish_reason}
+    calls = {"tool_calls": answer.tool_calls} if answer.tool_calls else {}
+    row = {**row, **reference, "response": answer.text, **calls, "finish_reason": answer.finish_reason}
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 

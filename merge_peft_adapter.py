@@ -73,12 +73,14 @@ def main() -> None:
     models.check_base(str(adapter), base)
 
     auto_class, options = model_class(adapter)
+    options |= models.recorded_positions(str(adapter))
     dtype = getattr(torch, args.dtype) if args.dtype != "auto" else config.dtype or torch.float32
     model = auto_class.from_pretrained(base, dtype=dtype, cache_dir=args.cache_dir, **options)
     tokenizer = models.load_tokenizer(args.tokenizer_path or str(adapter), cache_dir=args.cache_dir)
     model = models.attach_adapter(model, str(adapter))
     logger.info(f"merging {adapter} into {base} as {model.base_model.model.__class__.__name__}, {dtype}")
-    before = probe(model, tokenizer)
+    new_rows = models.token_rows(getattr(model.peft_config["default"], "trainable_token_indices", None))
+    before = probe(model, tokenizer, new_rows)
 
     model = model.merge_and_unload()
     if (adapter / "generation_config.json").is_file():
@@ -93,7 +95,7 @@ def main() -> None:
     gc.collect()
 
     merged = auto_class.from_pretrained(args.output_dir, dtype=dtype)
-    difference = compare(before, probe(merged, tokenizer))
+    difference = compare(before, probe(merged, tokenizer, new_rows))
     tied = merged.get_input_embeddings().weight is getattr(merged.get_output_embeddings(), "weight", None)
     logger.info(
         f"logits of adapter on base and of the merged files: largest difference {difference['absolute']:.3g} "
@@ -167,13 +169,16 @@ def model_class(adapter: Path) -> tuple[Any, dict[str, Any]]:
     return classes[task], options
 
 
-def probe(model: Any, tokenizer: Any) -> list[Any]:
-    """Logits of a few short texts, each alone."""
+def probe(model: Any, tokenizer: Any, new_rows: Sequence[int] = ()) -> list[Any]:
+    """Logits of a few short texts, each alone, and of the first 64 of `new_rows`, which those texts do not hold."""
     import torch
 
+    inputs = [tokenizer(text, return_tensors="pt").input_ids for text in PROBES]
+    if new_rows:
+        inputs.append(torch.tensor([list(new_rows)[:64]]))
     model.eval()
     with torch.no_grad():
-        return [model(**tokenizer(text, return_tensors="pt")).logits.float() for text in PROBES]
+        return [model(input_ids=ids).logits.float() for ids in inputs]
 
 
 def compare(before: list[Any], after: list[Any]) -> dict[str, float]:

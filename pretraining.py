@@ -20,6 +20,7 @@ from functools import partial
 
 from medicalgpt.args import (
     UNUSED_SFT_ARGUMENTS,
+    AttentionArguments,
     DataArguments,
     LoraArguments,
     ModelArguments,
@@ -37,7 +38,13 @@ class PretrainingArguments(StageDefaults, SFTConfig):
     """What differs from TRL's `SFTConfig`."""
 
     output_dir: str = field(default="outputs-pt", metadata={"help": "Where the result goes."})
-    block_size: int = field(default=1024, metadata={"help": "Tokens of a training block, filled with whole documents."})
+    block_size: int = field(
+        default=1024,
+        metadata={
+            "help": "Tokens of a training block, filled with whole documents. Unset: less if the model has fewer "
+            "positions."
+        },
+    )
     document_unit: str = field(
         default="auto",
         metadata={
@@ -55,8 +62,9 @@ class PretrainingArguments(StageDefaults, SFTConfig):
 
 def main() -> None:
     # 1 arguments
-    model_args, data_args, lora_args, run_args, args = parse_args(
+    model_args, attention_args, data_args, lora_args, run_args, args = parse_args(
         ModelArguments,
+        AttentionArguments,
         DataArguments,
         LoraArguments,
         RunArguments,
@@ -68,40 +76,54 @@ def main() -> None:
     from medicalgpt.data import load_data, to_text
     from medicalgpt.encoding import document_starts, encode_document, encode_rows
     from medicalgpt.runs import Run
+    from medicalgpt.streaming import StreamedSamples, StreamTrainer, check_data, check_flags
     from medicalgpt.trainers import TokenTrainer, training_defaults
 
     from peft import TaskType
     from transformers import AutoModelForCausalLM
 
     training_defaults(args, adapter_rate=2e-4, full_rate=5e-5, use_peft=lora_args.use_peft)
-    run = Run("pretraining", args, model_args, run_args, data_args, lora_args)
+    check_flags(data_args, args, rows_can_be_too_long=False)
+    models.settle_length(args, "block_size", model_args, lora_args, attention_args)
+    run = Run("pretraining", args, model_args, run_args, attention_args, data_args, lora_args)
 
     # 2 tokenizer
     tokenizer = models.stage_tokenizer(model_args, lora_args)
 
     # 3 data: documents become pieces of at most one block; no token is lost
-    data = load_data(data_args, to_text, document_unit=args.document_unit, seed=args.data_seed or args.seed)
+    load = check_data if data_args.streaming else load_data
+    data = load(data_args, to_text, document_unit=args.document_unit, seed=args.data_seed or args.seed)
     encode = partial(encode_document, tokenizer, block_size=args.block_size)
-    train = encode_rows(data, "train", encode, data_args.preprocessing_num_workers)
-    validation = encode_rows(data, "validation", encode) if data.validation else None
+    workers, renew = data_args.preprocessing_num_workers, data_args.overwrite_cache
+    train = encode_rows(data, "train", encode, workers, renew)
+    validation = encode_rows(data, "validation", encode, workers, renew) if data.validation else None
     data.settle(data_args)
+    train = data.mix(train, data_args, args.data_seed or args.seed)
     run.add_data(data)
     run.preview(tokenizer, train)
 
     # 4 model
-    model = models.load_base(AutoModelForCausalLM, model_args, lora_args)
-    models.fit_embedding(model, tokenizer, lora_args)
+    model = models.load_base(
+        AutoModelForCausalLM, model_args, lora_args, attention_args, max_length=args.block_size, bf16=args.bf16
+    )
+    new_rows = models.fit_embedding(model, tokenizer, lora_args, cache_dir=model_args.cache_dir)
     _, adapter = models.resolve_checkpoint(model_args.model_name_or_path)
-    model = models.add_lora(model, lora_args, TaskType.CAUSAL_LM, start_from=adapter)
+    model = models.add_lora(model, lora_args, TaskType.CAUSAL_LM, start_from=adapter, new_rows=new_rows)
 
     # 5 trainer: perplexity is measured on each document alone, so it does not depend on how blocks are filled
-    trainer = TokenTrainer(
+    block_size = args.block_size if args.packing else None
+    if data_args.streaming:
+        train = StreamedSamples(data, encode, train, block_size, args.process_index, args.world_size)
+    elif args.packing:
+        train = batching.pack(train, args.block_size)
+    trainer = (StreamTrainer if data_args.streaming else TokenTrainer)(
         model=model,
         args=args,
-        train_dataset=batching.pack(train, args.block_size) if args.packing else train,
+        train_dataset=train,
         eval_dataset=validation,
         processing_class=tokenizer,
         data_collator=batching.collator(tokenizer, model),
+        loraplus_lr_ratio=lora_args.loraplus_lr_ratio,
     )
     models.adapters_to_float32(model)
 

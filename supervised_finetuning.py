@@ -22,6 +22,7 @@ from functools import partial
 
 from medicalgpt.args import (
     UNUSED_SFT_ARGUMENTS,
+    AttentionArguments,
     DataArguments,
     LoraArguments,
     ModelArguments,
@@ -56,7 +57,8 @@ class FinetuningArguments(StageDefaults, SFTConfig):
     model_max_length: int = field(
         default=1024,
         metadata={
-            "help": "Longest row in tokens. A longer one is refused, never cut.",
+            "help": "Longest row in tokens. A longer one is refused, never cut. Unset: less if the model has fewer "
+            "positions.",
             "aliases": ["--max_seq_length"],
         },
     )
@@ -82,8 +84,9 @@ class FinetuningArguments(StageDefaults, SFTConfig):
 
 def main() -> None:
     # 1 arguments
-    model_args, data_args, lora_args, run_args, args = parse_args(
+    model_args, attention_args, data_args, lora_args, run_args, args = parse_args(
         ModelArguments,
+        AttentionArguments,
         DataArguments,
         LoraArguments,
         RunArguments,
@@ -95,6 +98,7 @@ def main() -> None:
     from medicalgpt.data import load_data, to_messages
     from medicalgpt.encoding import encode_chat, encode_rows, render_prompts
     from medicalgpt.runs import Run
+    from medicalgpt.streaming import StreamedSamples, StreamTrainer, check_data, check_flags
     from medicalgpt.trainers import TokenTrainer, training_defaults
     from template import apply_template, stop_token_ids
 
@@ -102,14 +106,17 @@ def main() -> None:
     from transformers import AutoModelForCausalLM
 
     training_defaults(args, adapter_rate=2e-4, full_rate=2e-5, use_peft=lora_args.use_peft)
-    run = Run("supervised_finetuning", args, model_args, run_args, data_args, lora_args)
+    check_flags(data_args, args, rows_can_be_too_long=True)
+    models.settle_length(args, "model_max_length", model_args, lora_args, attention_args)
+    run = Run("supervised_finetuning", args, model_args, run_args, attention_args, data_args, lora_args)
 
     # 2 tokenizer and template
     tokenizer = models.stage_tokenizer(model_args, lora_args)
-    stop = apply_template(tokenizer, args.template_name, args.system_prompt)
+    stop = apply_template(tokenizer, args.template_name, args.system_prompt, args.tool_format)
 
     # 3 data: each conversation is rendered by the template and masked; rows that do not fit are refused, not cut
-    data = load_data(data_args, to_messages, seed=args.data_seed or args.seed)
+    load = check_data if data_args.streaming else load_data
+    data = load(data_args, to_messages, seed=args.data_seed or args.seed)
     encode = partial(
         encode_chat,
         tokenizer,
@@ -117,26 +124,36 @@ def main() -> None:
         train_on_inputs=args.train_on_inputs,
         mask_history=args.mask_history,
     )
-    train = encode_rows(data, "train", encode, data_args.preprocessing_num_workers)
-    validation = encode_rows(data, "validation", encode) if data.validation else None
+    workers, renew = data_args.preprocessing_num_workers, data_args.overwrite_cache
+    train = encode_rows(data, "train", encode, workers, renew)
+    validation = encode_rows(data, "validation", encode, workers, renew) if data.validation else None
     data.settle(data_args)
+    train = data.mix(train, data_args, args.data_seed or args.seed)
     run.add_data(data)
     run.preview(tokenizer, train)
 
     # 4 model
-    model = models.load_base(AutoModelForCausalLM, model_args, lora_args)
-    models.fit_embedding(model, tokenizer, lora_args)
+    model = models.load_base(
+        AutoModelForCausalLM, model_args, lora_args, attention_args, max_length=args.model_max_length, bf16=args.bf16
+    )
+    new_rows = models.fit_embedding(model, tokenizer, lora_args, cache_dir=model_args.cache_dir)
     _, adapter = models.resolve_checkpoint(model_args.model_name_or_path)
-    model = models.add_lora(model, lora_args, TaskType.CAUSAL_LM, start_from=adapter)
+    model = models.add_lora(model, lora_args, TaskType.CAUSAL_LM, start_from=adapter, new_rows=new_rows)
 
     # 5 trainer
-    trainer = TokenTrainer(
+    block_size = args.model_max_length if args.packing else None
+    if data_args.streaming:
+        train = StreamedSamples(data, encode, train, block_size, args.process_index, args.world_size)
+    elif args.packing:
+        train = batching.pack(train, args.model_max_length)
+    trainer = (StreamTrainer if data_args.streaming else TokenTrainer)(
         model=model,
         args=args,
-        train_dataset=batching.pack(train, args.model_max_length) if args.packing else train,
+        train_dataset=train,
         eval_dataset=validation,
         processing_class=tokenizer,
         data_collator=batching.collator(tokenizer, model),
+        loraplus_lr_ratio=lora_args.loraplus_lr_ratio,
     )
     models.adapters_to_float32(model)
 

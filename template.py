@@ -27,12 +27,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from medicalgpt.errors import UserError
+from medicalgpt.tools import TOOL_FORMATS, ToolFormat, tool_names
 
 import jinja2
 from loguru import logger
 from transformers import PreTrainedTokenizerBase
 
 EOS = "{eos_token}"  # as Template.stop[0]: the turn ends with whatever token the tokenizer calls eos_token
+BOS = "{bos_token}"  # in a part of `_turns`: the tokenizer's BOS, if it puts one before plain text
 
 
 class TemplateError(UserError, ValueError):
@@ -49,6 +51,9 @@ class Template:
         vocabulary has them.
     source: where the official form is published.
     tokens: strings that must be single tokens of the vocabulary.
+    tool_format: the form of `medicalgpt.tools` in which it writes calls, None where it takes no tools or has another
+        form, so that calls stay text. To be given for Jinja of one's own; `_turns` settles it by itself, and its
+        templates take any other form too.
     """
 
     name: str
@@ -56,6 +61,22 @@ class Template:
     stop: tuple[str, ...]
     source: str
     tokens: tuple[str, ...] = ()
+    tool_format: str | None = None
+
+    def __post_init__(self):
+        for name, form in TOOL_FORMATS.items():
+            if self.jinja.startswith(form.macros):
+                object.__setattr__(self, "tool_format", name)
+
+    def with_tools(self, tool_format: str | None) -> str:
+        """The Jinja source with another tool form; None leaves its own. Raises TemplateError where it has no choice."""
+        if tool_format in (None, self.tool_format):
+            return self.jinja
+        own = TOOL_FORMATS[self.tool_format].macros if self.tool_format else None
+        if not own or not self.jinja.startswith(own):
+            has = f"has the tool form of its family, {self.tool_format}" if self.tool_format else "has none to choose"
+            raise TemplateError(f"the template {self.name} {has}: leave out --tool_format {tool_format}")
+        return get_tool_format(tool_format).macros + self.jinja.removeprefix(own)
 
 
 # Fragments of Jinja shared by the templates. Every tag trims the whitespace before it, so their layout is not rendered.
@@ -82,89 +103,107 @@ _NO_REASONING = """\
 {%- endfor %}
 """
 
-# The tool forms of Qwen2.5 and Qwen3, which are those of Hermes.
-_TOOL_LIST = r"""
-{{- '# Tools\n\nYou may call one or more functions to assist with the user query.\n\n' }}
-{{- 'You are provided with function signatures within <tools></tools> XML tags:\n<tools>' }}
-{%- for tool in tools %}
-    {{- '\n' }}{{- tool | tojson }}
-{%- endfor %}
-{{- '\n</tools>\n\nFor each function call, return a json object with function name and arguments within ' }}
-{{- '<tool_call></tool_call> XML tags:\n<tool_call>\n' }}
-{{- '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>' }}
-"""
-
-_TOOL_CALLS = r"""
-{%- for call in message.tool_calls or [] %}
-    {%- set call = call.function or call %}
-    {{- '\n' if content or not loop.first }}
-    {{- '<tool_call>\n{"name": "' ~ call.name ~ '", "arguments": ' }}
-    {{- call.arguments if call.arguments is string else call.arguments | tojson }}
-    {{- '}\n</tool_call>' }}
-{%- endfor %}
-"""
-
 # Results that follow each other share one user turn.
-_TOOL_RESULT = r"""
+_RESULT_OPEN = r"""
 {{- $user_open if loop.first or loop.previtem.role != 'tool' else '\n' }}
-{{- '<tool_response>\n' ~ message.content ~ '\n</tool_response>' }}
+"""
+_RESULT_CLOSE = r"""
 {{- $user_close if loop.last or loop.nextitem.role != 'tool' }}
 """
 
+# The form of Qwen2.5 and Qwen3, for Jinja of their families.
+_TOOL_LIST = TOOL_FORMATS["qwen"].tool_list
+_TOOL_CALLS = TOOL_FORMATS["qwen"].calls
+_TOOL_RESULT = _RESULT_OPEN + TOOL_FORMATS["qwen"].result + _RESULT_CLOSE
+
+_REFUSE_TOOLS = r"""
+{%- if tools %}
+    {{- raise_exception('tools were given, but ' ~ $reason) }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role == 'tool' or message.tool_calls %}
+        {{- raise_exception('message ' ~ loop.index ~ ' uses a tool, but ' ~ $reason) }}
+    {%- endif %}
+{%- endfor %}
+"""
+
+_REFUSE_SYSTEM = r"""
+{%- for message in messages if message.role == 'system' and message.content %}
+    {{- raise_exception('there is a system message, for which this template has no place: '
+        ~ 'put its text into the first user message') }}
+{%- endfor %}
+"""
+
+# `tool_list`, `tool_calls` and `tool_result` are macros of a tool form, which stand before all this.
 _TURNS = (
     _CHECK
     + _NO_REASONING
     + r"""
 {%- set system = messages[0].content if messages[0].role == 'system' else $default_system %}
-{%- if tools or system or (system is not none and $system_open) %}
-    {{- $system_open }}{{- system or '' }}
-    {%- if tools %}
-        {{- '\n\n' if system is not none }}"""
-    + _TOOL_LIST
-    + r"""
+{%- set head %}
+    {%- if tools or system or (system is not none and $system_open) %}
+        {{- $system_open }}{{- system or '' }}
+        {%- if tools %}
+            {{- '\n\n' if system is not none }}{{- tool_list(tools) }}
+        {%- endif %}
+        {{- $system_close }}
     {%- endif %}
-    {{- $system_close }}
+{%- endset %}
+{%- set first = 1 if messages[0].role == 'system' else 0 %}
+{%- if $fold and head and (messages | length == first or messages[first].role != 'user') %}
+    {{- raise_exception('message ' ~ (first + 1)
+        ~ ' is not of the user: this template puts system text and tools into the first user message') }}
 {%- endif %}
+{{- $prefix }}{{- head if not $fold }}
+{%- set count = namespace(round=0) %}
 {%- for message in messages %}
     {%- if message.role == 'system' and not loop.first %}
-        {%- if not $system_open %}
+        {%- if not $system_open or $fold %}
             {{- raise_exception('message ' ~ loop.index
                 ~ ' is a system message: this template takes one only as the first') }}
         {%- endif %}
         {{- $system_open ~ message.content ~ $system_close }}
     {%- elif message.role == 'user' %}
-        {{- $user_open ~ message.content ~ $user_close }}
+        {%- set count.round = count.round + 1 %}
+        {{- $user_open }}{{- head if $fold and loop.index0 == first }}
+        {{- message.content | trim if $trim else message.content }}{{- $user_close }}
     {%- elif message.role == 'tool' %}"""
-    + _TOOL_RESULT
+    + _RESULT_OPEN
+    + "{{- tool_result(message) }}"
+    + _RESULT_CLOSE
     + r"""
     {%- elif message.role == 'assistant' %}
-        {%- set content = (message.content or '').removeprefix($lead) %}
+        {%- set content = (message.content or '').removeprefix($lead).removesuffix($trail) %}
+        {%- set content = content | trim if $trim else content %}
         {{- $assistant_open }}
         {%- generation %}
-            {{- $lead }}{{- content }}"""
-    + _TOOL_CALLS
-    + r"""
-            {{- $end }}
+            {{- $lead }}{{- content }}{{- tool_calls(message, content, loop.index) }}{{- $trail }}
+            {{- $end if loop.last or $end_in_history }}
         {%- endgeneration %}
-        {{- $assistant_close }}
+        {{- $assistant_close if not loop.last or $end_in_history }}
     {%- endif %}
 {%- endfor %}
-{{- $assistant_open if add_generation_prompt }}
+{{- $assistant_open if add_generation_prompt else $tail }}
 """
 )
 
 
-def _literal(value: str | dict | None) -> str:
-    """`value` as a Jinja literal on one line, `EOS` as the variable eos_token.
+def _literal(value: str | bool | dict | None) -> str:
+    """`value` as a Jinja literal on one line; in a string, `{eos_token}`, `{bos_token}` and `{round}` as variables.
 
     Characters beyond ASCII stay as they are: Jinja would read the surrogate pairs of JSON's escapes as two broken ones.
     """
     if value is None:
         return "none"
-    return "eos_token" if value == EOS else json.dumps(value, ensure_ascii=False)
+    if not isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    pieces = [piece for piece in re.split(r"(\{(?:eos_token|bos_token|round)\})", value) if piece]
+    names = {EOS: "eos_token", BOS: "bos_token", "{round}": "count.round"}
+    written = [names.get(piece) or json.dumps(piece, ensure_ascii=False) for piece in pieces or [""]]
+    return "(" + " ~ ".join(written) + ")"
 
 
-def _fill(jinja: str, **parts: str | None) -> str:
+def _fill(jinja: str, **parts: str | bool | None) -> str:
     return string.Template(jinja).substitute({key: _literal(value) for key, value in parts.items()})
 
 
@@ -172,18 +211,39 @@ def _turns(
     user: tuple[str, str],
     assistant: tuple[str, str],
     end: str = EOS,
-    system: tuple[str, str] = ("", ""),
+    system: tuple[str, str] | None = ("", ""),
     default_system: str | None = None,
     lead: str = "",
+    tool_format: str | None = "default",
+    *,
+    prefix: str = "",
+    trail: str = "",
+    tail: str = "",
+    fold: bool = False,
+    trim: bool = False,
+    end_in_history: bool = True,
 ) -> str:
     """Jinja for a family that writes each turn as (opening, closing) around its content.
 
     `end` is the turn end, `assistant[1]` what follows it, outside the supervised span. `lead` stands between the
     assistant's opening and its text and belongs to the span: a space, as tokenizers glue it to the first word. `system`
-    with an empty opening allows a system message in first place only.
+    with an empty opening allows a system message in first place only. `tool_format` is the family's own form of tools,
+    in the system text and in user turns; None refuses tools.
+
+    `prefix` begins the text. `trail` stands between the assistant's text and its turn end, in the span as well. `tail`
+    ends a text that is no prompt. `fold` puts system text and tools at the head of the first user message; `system`
+    None refuses a system message. `trim` takes white space off the ends of contents. Without `end_in_history` only the
+    last turn has its end, as some families write none between turns. `user[0]` may count turns by "{round}".
     """
-    return _fill(
-        _TURNS,
+    jinja = _TURNS if system else _REFUSE_SYSTEM + _TURNS
+    system = system or ("", "")
+    if tool_format is None:
+        tools = "{%- macro tool_calls(message, content, number) %}{%- endmacro %}\n"
+        tools += _fill(_REFUSE_TOOLS, reason="this template has no place for tools")
+    else:
+        tools = TOOL_FORMATS[tool_format].macros
+    return tools + _fill(
+        jinja,
         system_open=system[0],
         system_close=system[1],
         default_system=default_system,
@@ -193,6 +253,12 @@ def _turns(
         assistant_close=assistant[1],
         lead=lead,
         end=end,
+        prefix=prefix,
+        trail=trail,
+        tail=tail,
+        fold=fold,
+        trim=trim,
+        end_in_history=end_in_history,
     )
 
 
@@ -201,6 +267,7 @@ _CHATML = {
     "user": ("<|im_start|>user\n", "<|im_end|>\n"),
     "assistant": ("<|im_start|>assistant\n", "\n"),
     "end": "<|im_end|>",
+    "tool_format": "qwen",
 }
 
 # Reasoning is shown only after the last question that a person asked; the last turn always has a think block, maybe
@@ -267,7 +334,6 @@ _QWEN3 = _fill(
 
 # Llama 3, with the tool form of Llama 3.1 (custom tools as JSON in the first user message). The lines of 3.1 that name
 # the day are left out in every case: text that changes with the date cannot be the same in training and in serving.
-# The published form has one call per turn and drops text beside a call; here the text is kept, a line before the call.
 _LLAMA3 = (
     _CHECK
     + _NO_REASONING
@@ -281,19 +347,11 @@ _LLAMA3 = (
     {%- set content = (message.content or '') | trim %}
     {%- if message.role == 'assistant' %}
         {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
-        {%- if message.tool_calls and message.tool_calls | length > 1 %}
-            {{- raise_exception('message ' ~ loop.index ~ ' has ' ~ message.tool_calls | length
-                ~ ' tool calls: Llama 3 makes one per turn') }}
-        {%- endif %}
+        {%- set number = loop.index %}
         {%- generation %}
-            {{- content }}
-            {%- for call in message.tool_calls or [] %}
-                {%- set call = call.function or call %}
-                {{- '\n' if content }}
-                {{- '{"name": "' ~ call.name ~ '", "parameters": ' }}
-                {{- call.arguments if call.arguments is string else call.arguments | tojson }}
-                {{- '}' }}
-            {%- endfor %}
+            {{- content }}"""
+    + TOOL_FORMATS["llama3"].calls
+    + r"""
             {{- '<|eot_id|>' }}
         {%- endgeneration %}
     {%- elif message.role == 'tool' %}
@@ -302,13 +360,10 @@ _LLAMA3 = (
         {{- '<|start_header_id|>' ~ message.role ~ '<|end_header_id|>\n\n' }}
         {{- 'Environment: ipython\n' if tools and loop.first and message.role == 'system' }}
         {%- if message.role == 'user' and not shown.tools %}
-            {{- 'Given the following functions, please respond with a JSON for a function call ' }}
-            {{- 'with its proper arguments that best answers the given prompt.\n\n' }}
-            {{- 'Respond in the format {"name": function name, "parameters": ' }}
-            {{- 'dictionary of argument name and its value}.Do not use variables.\n\n' }}
-            {%- for tool in tools %}
-                {{- tool | tojson(indent=4) }}{{- '\n\n' }}
-            {%- endfor %}
+            """
+    + TOOL_FORMATS["llama3"].tool_list
+    + r"""
+            {{- '\n\n' }}
             {%- set shown.tools = true %}
         {%- endif %}
         {{- content ~ '<|eot_id|>' }}
@@ -318,6 +373,288 @@ _LLAMA3 = (
     {{- raise_exception('tools were given, but no user message, which is where Llama 3 reads them') }}
 {%- endif %}
 {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' if add_generation_prompt }}
+"""
+)
+
+_LLAMA2 = {
+    "system": ("<<SYS>>\n", "\n<</SYS>>\n\n"),
+    "user": (BOS + "[INST] ", " [/INST]"),
+    "assistant": ("", ""),
+    "lead": " ",
+    "trail": " ",
+    "fold": True,
+    "trim": True,
+}
+
+_HUMAN = (
+    "A chat between a curious human and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the human's questions."
+)
+
+# Qwen3.5: tools as XML, white space taken off the ends of contents, and a prompt that opens the thoughts or gives them
+# as empty. Of a think block the prompt so holds the opening, and all of it where there are no thoughts.
+_QWEN3_5 = (
+    _CHECK
+    + r"""
+{%- set system = messages[0].content | trim if messages[0].role == 'system' else none %}
+{%- if tools or system is not none %}
+    {{- '<|im_start|>system\n' }}
+    {%- if tools %}
+        {{- '# Tools\n\nYou have access to the following functions:\n\n<tools>' }}
+        {%- for tool in tools %}
+            {{- '\n' }}{{- tool | tojson }}
+        {%- endfor %}
+        {{- '\n</tools>\n\n' }}
+        {{- 'If you choose to call a function ONLY reply in the following format with NO suffix:\n\n' }}
+        {{- '<tool_call>\n<function=example_function_name>\n<parameter=example_parameter_1>\nvalue_1\n</parameter>\n' }}
+        {{- '<parameter=example_parameter_2>\nThis is the value for the second parameter\nthat can span\n' }}
+        {{- 'multiple lines\n</parameter>\n</function>\n</tool_call>\n\n<IMPORTANT>\nReminder:\n' }}
+        {{- '- Function calls MUST follow the specified format: an inner <function=...></function> block ' }}
+        {{- 'must be nested within <tool_call></tool_call> XML tags\n- Required parameters MUST be specified\n' }}
+        {{- '- You may provide optional reasoning for your function call in natural language ' }}
+        {{- 'BEFORE the function call, but NOT after\n- If there is no function call available, ' }}
+        {{- 'answer the question like normal with your current knowledge ' }}
+        {{- 'and do not tell the user about function calls\n</IMPORTANT>' }}
+        {{- '\n\n' ~ system if system }}
+    {%- else %}
+        {{- system }}
+    {%- endif %}
+    {{- '<|im_end|>\n' }}
+{%- endif %}
+{%- set question = namespace(last=none) %}
+{%- for message in messages %}
+    {%- set content = (message.content or '') | trim %}
+    {%- set result = content.startswith('<tool_response>') and content.endswith('</tool_response>') %}
+    {%- if message.role == 'user' and not result %}
+        {%- set question.last = loop.index0 %}
+    {%- endif %}
+{%- endfor %}
+{%- if question.last is none %}
+    {{- raise_exception('there is no user message, and Qwen3.5 needs one') }}
+{%- endif %}
+{%- for message in messages %}
+    {%- set content = (message.content or '') | trim %}
+    {%- if message.role == 'system' and not loop.first %}
+        {{- raise_exception('message ' ~ loop.index
+            ~ ' is a system message: this template takes one only as the first') }}
+    {%- elif message.role == 'user' %}
+        {{- '<|im_start|>user\n' ~ content ~ '<|im_end|>\n' }}
+    {%- elif message.role == 'tool' %}"""
+    + _RESULT_OPEN
+    + r"""
+        {{- '<tool_response>\n' ~ content ~ '\n</tool_response>' }}"""
+    + _RESULT_CLOSE
+    + r"""
+    {%- elif message.role == 'assistant' %}
+        {%- set reasoning = '' %}
+        {%- if message.reasoning_content is string %}
+            {%- set reasoning = message.reasoning_content | trim %}
+        {%- elif '</think>' in content %}
+            {%- set reasoning = content.split('</think>')[0].split('<think>')[-1] | trim %}
+            {%- set content = content.split('</think>')[-1].lstrip('\n') %}
+        {%- endif %}
+        {%- set thinks = loop.index0 > question.last %}
+        {{- '<|im_start|>assistant\n' }}
+        {{- '<think>\n' if thinks }}
+        {{- '\n</think>\n\n' if thinks and not reasoning }}
+        {%- generation %}
+            {{- reasoning ~ '\n</think>\n\n' if thinks and reasoning }}
+            {{- content }}
+            {%- for call in message.tool_calls or [] %}
+                {%- set call = call.function or call %}
+                {{- ('\n\n' if content else '') if loop.first else '\n' }}
+                {{- '<tool_call>\n<function=' ~ call.name ~ '>\n' }}
+                {%- if call.arguments is string %}
+                    {{- raise_exception('a call of ' ~ call.name ~ ' has its arguments as a string: '
+                        ~ 'Qwen3.5 writes each one by itself, so give them as an object') }}
+                {%- endif %}
+                {%- for key, value in (call.arguments or {}) | items %}
+                    {{- '<parameter=' ~ key ~ '>\n' }}
+                    {{- value if value is string or not (value is mapping or value is sequence) else value | tojson }}
+                    {{- '\n</parameter>\n' }}
+                {%- endfor %}
+                {{- '</function>\n</tool_call>' }}
+            {%- endfor %}
+            {{- '<|im_end|>' }}
+        {%- endgeneration %}
+        {{- '\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n<think>\n' }}
+    {{- '\n</think>\n\n' if not (enable_thinking if enable_thinking is boolean else $thinks) }}
+{%- endif %}
+"""
+)
+
+
+def _qwen3_5(thinks: bool) -> str:
+    return _fill(_QWEN3_5, user_open="<|im_start|>user\n", user_close="<|im_end|>\n", thinks=thinks)
+
+
+# GLM closes a turn with the mark that opens the next one: the model writes it, and stops there.
+_GLM = (
+    _CHECK
+    + _NO_REASONING
+    + r"""
+{{- $prefix }}
+{%- if tools %}
+    {{- '<|system|>' ~ $line ~ '你是一个名为 ChatGLM 的人工智能助手。' }}
+    {{- '你是基于智谱AI训练的语言模型 GLM-4 模型开发的，你的任务是针对用户的问题和要求提供适当的答复和支持。\n\n' }}"""
+    + TOOL_FORMATS["glm4"].tool_list
+    + r"""
+{%- endif %}
+{%- for message in messages %}
+    {%- set answered = not loop.first and loop.previtem.role == 'assistant' %}
+    {%- if message.role == 'assistant' %}
+        {%- set content = (message.content or '').removeprefix($line) %}
+        {%- set number = loop.index %}
+        {%- set next = ('tool' if message.tool_calls else 'user') if loop.last else loop.nextitem.role %}
+        {%- if next not in ['user', 'tool'] %}
+            {{- raise_exception('message ' ~ number ~ ' (assistant) is followed by ' ~ next
+                ~ ': GLM ends a turn with the mark of the user or of a tool') }}
+        {%- endif %}
+        {{- '<|assistant|>' }}
+        {%- generation %}
+            {{- $line ~ content if content or not message.tool_calls }}"""
+    + TOOL_FORMATS["glm4"].calls
+    + r"""
+            {{- '<|user|>' if next == 'user' else '<|observation|>' }}
+        {%- endgeneration %}
+    {%- elif message.role == 'tool' %}
+        {{- '<|observation|>' if not answered }}{{- $line ~ message.content }}
+    {%- elif message.role == 'user' %}
+        {{- '<|user|>' if not answered }}{{- $line ~ message.content }}
+    {%- else %}
+        {{- '<|system|>' ~ $line ~ message.content }}
+    {%- endif %}
+{%- endfor %}
+{{- '<|assistant|>' if add_generation_prompt }}
+"""
+)
+
+# ChatGLM-6B: rounds are counted when there is more than one, and the marks of an answer stand at the last one only.
+_CHATGLM = (
+    _CHECK
+    + _NO_REASONING
+    + _REFUSE_SYSTEM
+    + _fill(_REFUSE_TOOLS, reason="this template has no place for tools")
+    + r"""
+{%- set rounds = messages | selectattr('role', 'equalto', 'user') | list | length %}
+{%- set count = namespace(round=0) %}
+{%- for message in messages if message.role != 'system' %}
+    {%- if message.role != ('assistant' if loop.index0 % 2 else 'user') %}
+        {{- raise_exception('user and assistant have to take turns in this template') }}
+    {%- endif %}
+    {%- if message.role == 'user' %}
+        {{- '[Round ' ~ count.round ~ ']\n问：' if rounds > 1 }}{{- message.content }}{{- '\n答：' if rounds > 1 }}
+        {%- set count.round = count.round + 1 %}
+    {%- else %}
+        {{- '[gMASK]<sop>' if loop.last }}
+        {%- generation %}
+            {{- message.content }}
+            {{- '<eop>' if loop.last }}
+        {%- endgeneration %}
+        {{- '\n' if not loop.last }}
+    {%- endif %}
+{%- endfor %}
+{{- '[gMASK]<sop>' if add_generation_prompt }}
+"""
+)
+
+# Mistral 7B v0.3: system text and tools stand at the last user message, where the published form has them in prompts.
+# There it leaves the system text out of a conversation that ends with an answer, and text beside a call.
+_MISTRAL = (
+    _CHECK
+    + _NO_REASONING
+    + r"""
+{%- set system = messages[0].content if messages[0].role == 'system' else '' %}
+{%- set question = namespace(last=none) %}
+{%- for message in messages if message.role == 'user' %}
+    {%- set question.last = loop.index %}
+{%- endfor %}
+{%- if (tools or system) and question.last is none %}
+    {{- raise_exception('there is no user message, which is where Mistral reads system text and tools') }}
+{%- endif %}
+{{- bos_token }}
+{%- set count = namespace(user=0) %}
+{%- for message in messages %}
+    {%- if message.role == 'system' and not loop.first %}
+        {{- raise_exception('message ' ~ loop.index
+            ~ ' is a system message: this template takes one only as the first') }}
+    {%- elif message.role == 'user' %}
+        {%- set count.user = count.user + 1 %}
+        {%- if count.user == question.last and tools %}"""
+    + TOOL_FORMATS["mistral"].tool_list
+    + r"""
+        {%- endif %}
+        {{- '[INST] ' }}{{- system ~ '\n\n' if system and count.user == question.last }}
+        {{- message.content ~ '[/INST]' }}
+    {%- elif message.role == 'tool' %}"""
+    + TOOL_FORMATS["mistral"].result
+    + r"""
+    {%- elif message.role == 'assistant' %}
+        {%- set content = (message.content or '') | trim %}
+        {%- generation %}
+            {{- ' ' ~ content if content or not message.tool_calls }}"""
+    + TOOL_FORMATS["mistral"].calls
+    + r"""
+            {{- eos_token }}
+        {%- endgeneration %}
+    {%- endif %}
+{%- endfor %}
+"""
+)
+
+# DeepSeek-V3. The published form has no list of tools, and takes the thoughts out of the last turn as well.
+_DEEPSEEK3 = (
+    _CHECK
+    + r"""
+{{- bos_token }}
+{%- set system = messages | selectattr('role', 'equalto', 'system') | map(attribute='content') | join('\n\n') %}
+{{- system }}
+{%- if tools %}
+    {{- '\n\n' if system }}{{- '## Tools\n\nYou can call these tools:\n' }}
+    {%- for tool in tools %}
+        {{- '\n' }}{{- tool | tojson }}
+    {%- endfor %}
+    {{- '\n\nA call has the name of the tool and its arguments as a JSON object:\n\n' }}
+    {{- '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>NAME\n```json\nARGUMENTS\n```' }}
+    {{- '<｜tool▁call▁end｜><｜tool▁calls▁end｜>' }}
+{%- endif %}
+{%- set question = namespace(last=-1) %}
+{%- for message in messages %}
+    {%- if message.role == 'user' %}
+        {%- set question.last = loop.index0 %}
+    {%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- if message.role == 'user' %}
+        {{- '<｜User｜>' ~ message.content }}
+    {%- elif message.role == 'tool' %}
+        {{- '<｜tool▁outputs▁begin｜>' if loop.first or loop.previtem.role != 'tool' }}
+        {{- '<｜tool▁output▁begin｜>' ~ message.content ~ '<｜tool▁output▁end｜>' }}
+        {{- '<｜tool▁outputs▁end｜>' if loop.last or loop.nextitem.role != 'tool' }}
+    {%- elif message.role == 'assistant' %}
+        {%- set content = message.content or '' %}
+        {%- set thinks = loop.index0 > question.last %}
+        {{- '<｜Assistant｜>' if loop.first or loop.previtem.role != 'tool' }}
+        {%- generation %}
+            {{- '<think>\n' ~ message.reasoning_content.strip('\n') ~ '\n</think>\n\n'
+                if thinks and message.reasoning_content }}
+            {{- content if thinks else content.split('</think>')[-1] }}
+            {%- for call in message.tool_calls or [] %}
+                {%- set call = call.function or call %}
+                {{- '<｜tool▁calls▁begin｜>' if loop.first else '\n' }}
+                {{- '<｜tool▁call▁begin｜>function<｜tool▁sep｜>' ~ call.name ~ '\n```json\n' }}
+                {{- call.arguments if call.arguments is string else call.arguments | tojson }}
+                {{- '\n```<｜tool▁call▁end｜>' }}{{- '<｜tool▁calls▁end｜>' if loop.last }}
+            {%- endfor %}
+            {{- '<｜end▁of▁sentence｜>' }}
+        {%- endgeneration %}
+    {%- endif %}
+{%- endfor %}
+{{- '<｜Assistant｜>' if add_generation_prompt and messages[-1].role != 'tool' }}
 """
 )
 
@@ -347,6 +684,7 @@ TEMPLATES: dict[str, Template] = {
             stop=("<|im_end|>", "<|endoftext|>"),
             source="https://huggingface.co/Qwen/Qwen3-8B/blob/main/tokenizer_config.json",
             tokens=("<|im_start|>", "<|im_end|>"),
+            tool_format="qwen",
         ),
         Template(
             name="llama3",
@@ -354,6 +692,7 @@ TEMPLATES: dict[str, Template] = {
             stop=("<|eot_id|>", "<|end_of_text|>", "<|eom_id|>"),
             source="https://www.llama.com/docs/model-cards-and-prompt-formats/llama3_1",
             tokens=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+            tool_format="llama3",
         ),
         Template(
             name="vicuna",
@@ -386,6 +725,296 @@ TEMPLATES: dict[str, Template] = {
             stop=(EOS,),
             source="https://github.com/tatsu-lab/stanford_alpaca#data-release",
         ),
+        # No roles: a question, a line break, so that no token can join it and the answer, and the answer.
+        Template(
+            name="base",
+            jinja=_turns(system=("", "\n\n"), user=("", "\n"), assistant=("", "")),
+            stop=(EOS,),
+            source="https://github.com/shibing624/MedicalGPT/blob/main/template.py",
+        ),
+        Template(
+            name="mistral",
+            jinja=_MISTRAL,
+            stop=(EOS,),
+            source="https://huggingface.co/mistralai/Mistral-7B-Instruct-v0.3/blob/main/tokenizer_config.json",
+            tool_format="mistral",
+        ),
+        Template(
+            name="glm4",
+            jinja=_fill(_GLM, prefix="[gMASK]<sop>", line="\n"),
+            stop=("<|user|>", "<|observation|>", "<|endoftext|>"),
+            source="https://huggingface.co/THUDM/glm-4-9b-chat/blob/main/tokenizer_config.json",
+            tokens=("[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"),
+            tool_format="glm4",
+        ),
+        # Gemma 1 and 2 refuse a system message; Gemma 3 puts it into the first user message.
+        Template(
+            name="gemma",
+            jinja=_turns(
+                prefix=BOS,
+                system=("", "\n\n"),
+                user=("<start_of_turn>user\n", "<end_of_turn>\n"),
+                assistant=("<start_of_turn>model\n", "\n"),
+                end="<end_of_turn>",
+                fold=True,
+                trim=True,
+            ),
+            stop=("<end_of_turn>", "<eos>"),
+            source="https://huggingface.co/google/gemma-3-1b-it/blob/main/tokenizer_config.json",
+            tokens=("<start_of_turn>", "<end_of_turn>"),
+        ),
+        Template(
+            name="phi3",
+            jinja=_turns(
+                system=("<|system|>\n", "<|end|>\n"),
+                user=("<|user|>\n", "<|end|>\n"),
+                assistant=("<|assistant|>\n", "\n"),
+                end="<|end|>",
+                tail="<|endoftext|>",
+            ),
+            stop=("<|end|>", "<|endoftext|>"),
+            source="https://huggingface.co/microsoft/Phi-3-mini-4k-instruct/blob/main/tokenizer_config.json",
+            tokens=("<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>"),
+        ),
+        Template(
+            name="llama2",
+            jinja=_turns(**_LLAMA2),
+            stop=(EOS,),
+            source="https://huggingface.co/meta-llama/Llama-2-7b-chat-hf/blob/main/tokenizer_config.json",
+        ),
+        Template(
+            name="llama2-zh",
+            jinja=_turns(**_LLAMA2, default_system="You are a helpful assistant. 你是一个乐于助人的助手。"),
+            stop=(EOS,),
+            source="https://github.com/ymcui/Chinese-LLaMA-Alpaca-2/blob/main/scripts/inference/inference_hf.py",
+        ),
+        Template(
+            name="deepseek3",
+            jinja=_DEEPSEEK3,
+            stop=("<｜end▁of▁sentence｜>",),
+            source="https://huggingface.co/deepseek-ai/DeepSeek-V3/blob/main/tokenizer_config.json",
+            tokens=("<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"),
+        ),
+        Template(
+            name="qwen3_nothink",
+            jinja=_turns(**_CHATML),
+            stop=("<|im_end|>", "<|endoftext|>"),
+            source="https://huggingface.co/Qwen/Qwen3-4B-Instruct-2507/blob/main/tokenizer_config.json",
+            tokens=("<|im_start|>", "<|im_end|>"),
+        ),
+        Template(
+            name="qwen3_5",
+            jinja=_qwen3_5(thinks=True),
+            stop=("<|im_end|>", "<|endoftext|>"),
+            source="https://huggingface.co/Qwen/Qwen3.5-4B/blob/main/tokenizer_config.json",
+            tokens=("<|im_start|>", "<|im_end|>"),
+        ),
+        Template(
+            name="qwen3_5_nothink",
+            jinja=_qwen3_5(thinks=False),
+            stop=("<|im_end|>", "<|endoftext|>"),
+            source="https://huggingface.co/Qwen/Qwen3.5-2B/blob/main/tokenizer_config.json",
+            tokens=("<|im_start|>", "<|im_end|>"),
+        ),
+        Template(
+            name="baichuan",
+            jinja=_turns(system=None, user=("<reserved_102>", ""), assistant=("<reserved_103>", ""), tool_format=None),
+            stop=(EOS,),
+            source="https://huggingface.co/baichuan-inc/Baichuan-13B-Chat/blob/main/modeling_baichuan.py",
+            tokens=("<reserved_102>", "<reserved_103>"),
+        ),
+        Template(
+            name="baichuan2",
+            jinja=_turns(user=("<reserved_106>", ""), assistant=("<reserved_107>", ""), end_in_history=False),
+            stop=(EOS,),
+            source="https://huggingface.co/baichuan-inc/Baichuan2-7B-Chat/blob/main/generation_utils.py",
+            tokens=("<reserved_106>", "<reserved_107>"),
+        ),
+        Template(
+            name="ziya",
+            jinja=_turns(system=None, user=("<human>:", "\n"), assistant=("<bot>:", "\n"), tool_format=None),
+            stop=(EOS,),
+            source="https://huggingface.co/IDEA-CCNL/Ziya-LLaMA-13B-v1/blob/main/README.md",
+        ),
+        Template(
+            name="linly",
+            jinja=_turns(system=("", "\n"), user=("User: ", "\n"), assistant=("Bot:", "\n"), lead=" "),
+            stop=(EOS,),
+            source="https://github.com/CVI-SZU/Linly",
+        ),
+        Template(
+            name="chatglm",
+            jinja=_CHATGLM,
+            stop=("<eop>",),
+            source="https://huggingface.co/THUDM/chatglm-6b/blob/main/modeling_chatglm.py",
+            tokens=("[gMASK]", "<sop>", "<eop>"),
+        ),
+        Template(
+            name="chatglm2",
+            jinja=_turns(
+                prefix="[gMASK]sop",
+                system=None,
+                user=("[Round {round}]\n\n问：", "\n\n"),
+                assistant=("答：", "\n\n"),
+                end_in_history=False,
+                tool_format=None,
+            ),
+            stop=(EOS,),
+            source="https://huggingface.co/THUDM/chatglm2-6b/blob/main/tokenization_chatglm.py",
+            tokens=("[gMASK]", "sop"),
+        ),
+        Template(
+            name="chatglm3",
+            jinja=_fill(_REFUSE_TOOLS, reason="this template has no place for tools")
+            + _fill(_GLM, prefix="[gMASK]sop", line="\n "),
+            stop=("<|user|>", "<|observation|>", "</s>"),
+            source="https://huggingface.co/THUDM/chatglm3-6b/blob/main/tokenizer_config.json",
+            tokens=("[gMASK]", "sop", "<|system|>", "<|user|>", "<|assistant|>"),
+        ),
+        Template(
+            name="phoenix",
+            jinja=_turns(
+                system=("", ""),
+                user=("Human: <s>", "</s>"),
+                assistant=("Assistant: <s>", ""),
+                end="</s>",
+                default_system=_HUMAN + "\n\n",
+            ),
+            stop=("</s>",),
+            source="https://github.com/FreedomIntelligence/LLMZoo/blob/main/llmzoo/deploy/cli.py",
+            tokens=("<s>", "</s>"),
+        ),
+        Template(
+            name="belle",
+            jinja=_turns(system=("", "\n\n"), user=("Human: ", "\n\n"), assistant=("Belle:", "\n\n"), lead=" "),
+            stop=(EOS,),
+            source="https://huggingface.co/BelleGroup/BELLE-LLaMA-EXT-13B",
+        ),
+        # Answers in the history end with "###" alone; the last one ends with the EOS that the model learns.
+        Template(
+            name="aquila",
+            jinja=_turns(
+                system=("", "###"),
+                user=("Human: ", "###"),
+                assistant=("Assistant:", "###"),
+                lead=" ",
+                default_system=_HUMAN,
+                end_in_history=False,
+            ),
+            stop=(EOS,),
+            source="https://github.com/FlagAI-Open/FlagAI/blob/master/examples/Aquila/Aquila-chat/cyg_conversation.py",
+        ),
+        Template(
+            name="intern",
+            jinja=_turns(
+                prefix=BOS,
+                system=None,
+                user=("<|User|>:", "<eoh>\n"),
+                assistant=("<|Bot|>:", "\n"),
+                end="<eoa>",
+                tool_format=None,
+            ),
+            stop=("<eoa>", "</s>"),
+            source="https://huggingface.co/internlm/internlm-chat-7b/blob/main/modeling_internlm.py",
+            tokens=("<eoh>", "<eoa>"),
+        ),
+        Template(
+            name="intern2",
+            jinja=_turns(**_CHATML, prefix=BOS),
+            stop=("<|im_end|>", "</s>"),
+            source="https://huggingface.co/internlm/internlm2-chat-7b/blob/main/tokenizer_config.json",
+            tokens=("<|im_start|>", "<|im_end|>"),
+        ),
+        # In the published prompts the line break after the assistant's mark is left to the model.
+        Template(
+            name="starchat",
+            jinja=_turns(
+                system=("<|system|>\n", "<|end|>\n"),
+                user=("<|user|>\n", "<|end|>\n"),
+                assistant=("<|assistant|>", "\n"),
+                end="<|end|>",
+                lead="\n",
+                default_system="",
+            ),
+            stop=("<|end|>", "<|endoftext|>"),
+            source="https://github.com/bigcode-project/starcoder/blob/main/chat/dialogues.py",
+            tokens=("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
+        ),
+        Template(
+            name="xverse",
+            jinja=_turns(
+                system=None, user=("Human: ", "\n\n"), assistant=("Assistant:", ""), lead=" ", tool_format=None
+            ),
+            stop=(EOS,),
+            source="https://huggingface.co/xverse/XVERSE-13B-Chat/blob/main/modeling_xverse.py",
+        ),
+        Template(
+            name="deepseek",
+            jinja=_turns(
+                prefix=BOS, system=("", "\n\n"), user=("User: ", "\n\n"), assistant=("Assistant:", ""), lead=" "
+            ),
+            stop=(EOS,),
+            source="https://huggingface.co/deepseek-ai/deepseek-llm-7b-chat/blob/main/tokenizer_config.json",
+        ),
+        Template(
+            name="deepseekcoder",
+            jinja=_turns(
+                prefix=BOS,
+                user=("### Instruction:\n", "\n"),
+                assistant=("### Response:\n", "\n"),
+                end="<|EOT|>",
+                trail="\n",
+                default_system=(
+                    "You are an AI programming assistant, utilizing the Deepseek Coder model, developed by Deepseek "
+                    "Company, and you only answer questions related to computer science. For politically sensitive "
+                    "questions, security and privacy issues, and other non-computer science questions, "
+                    "you will refuse to answer\n"
+                ),
+            ),
+            stop=("<|EOT|>",),
+            source="https://huggingface.co/deepseek-ai/deepseek-coder-6.7b-instruct/blob/main/tokenizer_config.json",
+            tokens=("<|EOT|>",),
+        ),
+        Template(
+            name="yi",
+            jinja=_turns(**_CHATML),
+            stop=("<|im_end|>", "<|endoftext|>"),
+            source="https://huggingface.co/01-ai/Yi-34B-Chat/blob/main/tokenizer_config.json",
+            tokens=("<|im_start|>", "<|im_end|>"),
+        ),
+        # The EOS that follows "Assistant: " is where the model begins its answer.
+        Template(
+            name="orion",
+            jinja=_turns(
+                prefix=BOS,
+                system=None,
+                user=("Human: ", "\n\nAssistant: " + EOS),
+                assistant=("", ""),
+                tool_format=None,
+            ),
+            stop=(EOS,),
+            source="https://huggingface.co/OrionStarAI/Orion-14B-Chat/blob/main/tokenizer_config.json",
+        ),
+        Template(
+            name="cohere",
+            jinja=_turns(
+                prefix=BOS,
+                system=("<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>", "<|END_OF_TURN_TOKEN|>"),
+                user=("<|START_OF_TURN_TOKEN|><|USER_TOKEN|>", "<|END_OF_TURN_TOKEN|>"),
+                assistant=("<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>", ""),
+                end="<|END_OF_TURN_TOKEN|>",
+                trim=True,
+            ),
+            stop=("<|END_OF_TURN_TOKEN|>",),
+            source="https://huggingface.co/CohereLabs/aya-expanse-8b/blob/main/tokenizer_config.json",
+            tokens=(
+                "<|START_OF_TURN_TOKEN|>",
+                "<|END_OF_TURN_TOKEN|>",
+                "<|SYSTEM_TOKEN|>",
+                "<|USER_TOKEN|>",
+                "<|CHATBOT_TOKEN|>",
+            ),
+        ),
     )
 }
 
@@ -397,6 +1026,13 @@ def get_template(name: str) -> Template:
     near = difflib.get_close_matches(name.lower(), TEMPLATES, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known are: {', '.join(TEMPLATES)}"
     raise TemplateError(f"there is no chat template called {name!r}: {hint}")
+
+
+def get_tool_format(name: str) -> ToolFormat:
+    """The tool form called `name`. Raises TemplateError with the known names when there is none."""
+    if name not in TOOL_FORMATS:
+        raise TemplateError(f"there is no tool format called {name!r}: use one of {', '.join(TOOL_FORMATS)}")
+    return TOOL_FORMATS[name]
 
 
 # Conversations that tell templates apart. Each has the strings that show that a template renders it at all.
@@ -420,6 +1056,8 @@ _TOOL_USE = [
     {"role": "tool", "content": "100 mg"},
     _ASSISTANT,
 ]
+# Mistral's published templates want an id of nine characters.
+_CALLING = {"role": "assistant", "content": "", "tool_calls": [{**_CALL, "id": "abcde1234"}]}
 _THINKING = [
     _USER,
     {"role": "assistant", "content": "Rest.", "reasoning_content": "first thought"},
@@ -483,7 +1121,9 @@ def _recognise(tokenizer: PreTrainedTokenizerBase) -> Template | None:
         for (messages, kwargs, marks), text in zip(_PROBES, own, strict=True):
             if text is None or any(mark not in text for mark in marks):
                 continue
-            if text != _render(tokenizer, messages, bos_token="", chat_template=template.jinja, **kwargs):
+            ours = _render(tokenizer, messages, bos_token="", chat_template=template.jinja, **kwargs)
+            # GLM's published templates end with the last answer: its turn end is the mark that opens the next turn.
+            if ours is None or text not in (ours, ours.removesuffix(template.stop[0])):
                 break
         else:
             return template
@@ -564,19 +1204,30 @@ def _check(tokenizer: PreTrainedTokenizerBase, turn_end: str | None) -> str:
                 f"{len(answers)} assistant turns gave {len(spans)} supervised spans: the {{% generation %}} block must "
                 "enclose each turn's answer, outside macros, and the tokenizer's post-processor must not trim offsets"
             )
-        for answer, (_, after, text) in zip(answers, spans, strict=True):
+        whole = _render(tokenizer, conversation)
+        ends = [n for n, message in enumerate(conversation, start=1) if message["role"] == "assistant"]
+        if not all(whole.startswith(_render(tokenizer, conversation[:end])) for end in ends):
+            # Where later turns change earlier ones, each answer is trained as the last one of its text.
+            answers, spans = answers[-1:], spans[-1:]
+        for number, (answer, (_, after, text)) in enumerate(zip(answers, spans, strict=True), start=1):
             before, found, end = text.partition(answer)
             if not found or re.sub(r"<think>\s*</think>", "", before).strip():
                 raise TemplateError(f"the supervised text is {text!r}, where it should be {answer!r} and the turn end")
+            if not end and number < len(answers) and tokenizer.convert_ids_to_tokens(ids[after]) != turn_end:
+                continue  # a family that closes the last turn only: each turn is then trained as the last
             last = tokenizer.convert_ids_to_tokens(ids[after - 1])
             turn_end = turn_end or last
-            if last != turn_end or end != turn_end or ids[after - 1] not in tokenizer.added_tokens_decoder:
+            if last != turn_end or end.lstrip() != turn_end or ids[after - 1] not in tokenizer.added_tokens_decoder:
                 raise TemplateError(
                     f"the supervised text is {text!r}: it must end with one special token that ends the turn"
                     f"{f' ({turn_end})' if turn_end in tokenizer.get_added_vocab() else ''}, and nothing after it"
                 )
-        prompt = tokenizer.apply_chat_template(conversation[:-1], add_generation_prompt=True, return_dict=False)
-        if ids[: spans[-1][0]] != prompt:
+        prompt, thoughtless = (
+            tokenizer.apply_chat_template(conversation[:-1], add_generation_prompt=True, return_dict=False, **kwargs)
+            for kwargs in ({}, {"enable_thinking": False})
+        )
+        # The answers have no thoughts: some thinking models give such ones to the prompt without thinking only.
+        if ids[: spans[-1][0]] not in (prompt, thoughtless):
             raise TemplateError(
                 "training and inference disagree: the text before the answer is "
                 f"{tokenizer.decode(ids[: spans[-1][0]])!r} in training, {tokenizer.decode(prompt)!r} in inference"
@@ -584,8 +1235,46 @@ def _check(tokenizer: PreTrainedTokenizerBase, turn_end: str | None) -> str:
     return turn_end
 
 
+def _read_tool_format(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The tool form in which the tokenizer's template writes a call: the one that reads it back. None if none does."""
+    prompt = _render(tokenizer, [_USER], tools=[_TOOL], add_generation_prompt=True)
+    text = _render(tokenizer, [_USER, _CALLING], tools=[_TOOL])
+    if prompt is None or text is None or not text.startswith(prompt):
+        return None
+    marks = {mark for form in TOOL_FORMATS.values() for mark in form.marks}
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    # The turn ends with the first special token; some families write more after it.
+    ends = "|".join(map(re.escape, special - marks)) or "$"
+    answer = re.split(ends, text.removeprefix(prompt))[0]
+    for form in TOOL_FORMATS.values():
+        if [call["function"] for call in form.parse(answer, tool_names([_TOOL]))[1]] == [_CALL["function"]]:
+            return form.name
+    return None
+
+
+def _unknown_marks(tokenizer: PreTrainedTokenizerBase, tool_format: str | None) -> str:
+    """The marks of a tool form that the tokenizer would turn into its token for unknown text."""
+    marks = TOOL_FORMATS[tool_format].marks if tool_format and tokenizer.unk_token_id is not None else ()
+    return ", ".join(
+        mark for mark in marks if tokenizer.unk_token_id in tokenizer.encode(mark, add_special_tokens=False)
+    )
+
+
+def tool_format_of(tokenizer: PreTrainedTokenizerBase) -> ToolFormat | None:
+    """The tool form of the tokenizer's chat template, whose `parse` reads its answers; None if there is none."""
+    if not isinstance(tokenizer.chat_template, str):
+        return None
+    facts, _ = _split(tokenizer.chat_template)
+    # Templates that were not installed by apply_template are asked for it by an example.
+    name = facts["tool_format"] if "tool_format" in facts else _read_tool_format(tokenizer)
+    return TOOL_FORMATS.get(name)
+
+
 def apply_template(
-    tokenizer: PreTrainedTokenizerBase, name: str | None = None, system_prompt: str | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    name: str | None = None,
+    system_prompt: str | None = None,
+    tool_format: str | None = None,
 ) -> tuple[str, ...]:
     """Installs a chat template into `tokenizer`, checks it, and returns the stop strings, the turn end first.
 
@@ -594,13 +1283,15 @@ def apply_template(
     system_prompt: becomes the default of conversations without a system message, also over a family's own default. It
         is part of the template from then on and saved with it, until another one is given. None and "" leave the
         default as it is (for qwen its own sentence); to have no system text, give a system message with empty content.
+    tool_format: one of `medicalgpt.tools.TOOL_FORMATS`, in place of the template's own form of tools. It is part of the
+        template from then on, until another form or another template is given.
 
     Sets `tokenizer.chat_template`, and `tokenizer.eos_token` to the turn end. The text begins with the BOS that the
     tokenizer puts before plain text, once, or with none where it puts none. Only a tokenizer's own template may write
     one where the tokenizer does not: some chat models were published so. Applying again changes nothing.
 
     Raises TemplateError, and leaves the tokenizer as it was, if the name is unknown, the vocabulary lacks tokens, no
-    template is there or recognised, or training on the template would go wrong.
+    template is there or recognised, it has no choice of tool forms, or training on the template would go wrong.
     """
     if not tokenizer.is_fast:
         raise TemplateError(
@@ -608,7 +1299,7 @@ def apply_template(
         )
     previous = tokenizer.chat_template, tokenizer.eos_token
     try:
-        return _install(tokenizer, name, system_prompt)
+        return _install(tokenizer, name, system_prompt, tool_format)
     except _REFUSALS as error:
         tokenizer.chat_template, tokenizer.eos_token = previous
         if name is None and previous[0]:
@@ -618,9 +1309,13 @@ def apply_template(
         raise TemplateError(str(error)) from None
 
 
-def _install(tokenizer: PreTrainedTokenizerBase, name: str | None, system_prompt: str | None) -> tuple[str, ...]:
+def _install(
+    tokenizer: PreTrainedTokenizerBase, name: str | None, system_prompt: str | None, tool_format: str | None
+) -> tuple[str, ...]:
     own = tokenizer.chat_template
     facts, body = _split(own) if isinstance(own, str) else ({}, "")
+    if tool_format is not None:
+        get_tool_format(tool_format)
     template, writes_bos = None, False
     if name is not None:
         template = get_template(name)
@@ -642,14 +1337,33 @@ def _install(tokenizer: PreTrainedTokenizerBase, name: str | None, system_prompt
                     defect = "it has no {% generation %} markers, which tell answers from prompts"
                 raise TemplateError(f"{defect}, and none of the shipped templates writes the same text")
             logger.info("the tokenizer's own chat template is {}: installed with markers for training", template.name)
+        elif tool_format not in (None, facts.get("tool_format")):
+            template = TEMPLATES.get(facts.get("template"))
 
     system = system_prompt or facts.get("system", "")
-    body, expected, extra = (template.jinja, template.stop[0], template.stop[1:]) if template else (body, None, ())
+    expected, extra, form = None, (), facts.get("tool_format")
+    if template:
+        expected, extra = template.stop[0], template.stop[1:]
+        kept = form if template.name == facts.get("template") else None
+        form = tool_format or kept or template.tool_format
+        body = template.with_tools(form)
+        if unknown := _unknown_marks(tokenizer, form):
+            reason = f"the vocabulary has no tokens for {unknown}, of which the tool form {form} is made"
+            if tool_format:
+                raise TemplateError(f"--tool_format {tool_format} cannot be used: {reason}")
+            form, body = None, _fill(_REFUSE_TOOLS, reason=reason) + body
     fixed = _fix_bos(tokenizer, body, keep=writes_bos)
     if fixed != body and not template:
         logger.info("the tokenizer's own chat template is given exactly the BOS that the tokenizer adds to plain text")
     tokenizer.chat_template = fixed
     turn_end = _check(tokenizer, tokenizer.eos_token if expected == EOS else expected)
+    if not template and "tool_format" not in facts:
+        form = _read_tool_format(tokenizer)
+    if tool_format not in (None, form):
+        raise TemplateError(
+            f"it has {f'the tool form {form}' if form else 'no known tool form'}, which --tool_format {tool_format} "
+            "cannot change: leave the flag out"
+        )
     if not template and not facts and not system and fixed == body and turn_end == tokenizer.eos_token:
         tokenizer.chat_template = own
         return (turn_end,)
@@ -658,7 +1372,11 @@ def _install(tokenizer: PreTrainedTokenizerBase, name: str | None, system_prompt
     stop = list(dict.fromkeys([turn_end, *extra, *facts.get("stop", ()), tokenizer.eos_token or turn_end]))
     label = template.name if template else facts.get("template", "own")
     tokenizer.chat_template = "\n".join(
-        (_FACTS + _literal({"template": label, "stop": stop, "system": system}) + " %}", _BAKE_SYSTEM, fixed)
+        (
+            _FACTS + _literal({"template": label, "stop": stop, "system": system, "tool_format": form or ""}) + " %}",
+            _BAKE_SYSTEM,
+            fixed,
+        )
     )
     tokenizer.eos_token = turn_end
     _check(tokenizer, turn_end)
@@ -684,8 +1402,9 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, stop: Iterable[str]) -> l
 def is_prefix_preserving(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the text up to an assistant turn's end stays the same when more turns follow.
 
-    False for qwen3, which takes the reasoning out of earlier turns: a conversation of several turns then trains on text
-    that inference showed in another form, unless each turn becomes an example of its own.
+    False for families that take the reasoning out of earlier turns, or write system text or the turn end at the last
+    turn only: a conversation of several turns then trains on text that inference showed in another form, unless each
+    turn becomes an example of its own.
     """
     for messages, kwargs, _ in _PROBES:
         text = _render(tokenizer, messages, **kwargs)

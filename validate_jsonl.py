@@ -10,6 +10,7 @@ tokens. Exit code 0: every row can be used. 1: the problems are listed, with fil
 
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
 
 from medicalgpt.args import DataArguments, parse_args
@@ -31,6 +32,7 @@ class ValidationArguments:
     )
     model_name_or_path: str | None = field(default=None, metadata={"help": "Count tokens with this model's tokenizer."})
     template_name: str | None = field(default=None, metadata={"help": "Chat template, as in training."})
+    tool_format: str | None = field(default=None, metadata={"help": "As in supervised_finetuning.py."})
     system_prompt: str | None = field(default=None, metadata={"help": "System prompt, as in training."})
     model_max_length: int = field(default=1024, metadata={"help": "Longest row in tokens, as in training."})
     ignore_fields: str | None = field(default=None, metadata={"help": "Fields that may be there, with commas."})
@@ -65,17 +67,17 @@ def main() -> None:
 
 def encoded_lengths(args: ValidationArguments, data) -> list[int]:
     """Tokens of each row that can be encoded; the others join `data.problems`."""
-    from medicalgpt import models
+    from medicalgpt import attention, models
     from medicalgpt.encoding import encode_chat, encode_rows
     from template import apply_template
 
     tokenizer = models.load_tokenizer(args.model_name_or_path)
-    apply_template(tokenizer, args.template_name, args.system_prompt)
-    encoded = encode_rows(
-        data,
-        "train",
-        lambda row: encode_chat(tokenizer, row, max_length=args.model_max_length),
-    )
+    apply_template(tokenizer, args.template_name, args.system_prompt, args.tool_format)
+    known = attention.context_length(models.config_of(args.model_name_or_path))
+    if "model_max_length" not in args.given and known:
+        # As training does.
+        args.model_max_length = min(args.model_max_length, known)
+    encoded = encode_rows(data, "train", partial(encode_chat, tokenizer, max_length=args.model_max_length))
     if not len(encoded) and not data.problems:
         raise UserError("no row could be encoded.")
     return [len(ids) for ids in encoded["input_ids"]]

@@ -62,6 +62,7 @@ UNUSED_SFT_ARGUMENTS = {
     "model_init_kwargs": "Say --dtype, --load_in_4bit, --model_revision and the like.",
     "trust_remote_code": "Code of a checkpoint is never run; use a model that transformers itself knows.",
     "remove_unused_columns": "The trainer is given nothing but what it uses.",
+    "include_num_input_tokens_seen": "num_tokens in metrics.jsonl counts them.",
 }
 
 
@@ -106,8 +107,32 @@ class ModelArguments:
 
 
 @dataclass
+class AttentionArguments:
+    """How attention is computed, and how far the positions reach."""
+
+    flash_attn: bool = field(
+        default=False,
+        metadata={"help": "FlashAttention: the installed package, a prebuilt kernel, or PyTorch's own; the log says."},
+    )
+    shift_attn: bool = field(
+        default=False,
+        metadata={
+            "help": "Shifted sparse attention (S2-Attn of LongLoRA) in training: each token looks at a group of a "
+            "quarter of the length. Evaluation and serving use full attention."
+        },
+    )
+    rope_scaling: str | None = field(
+        default=None,
+        metadata={
+            "help": "Stretch the rotary positions to --model_max_length or --block_size, beyond the model's own.",
+            "choices": ["linear", "dynamic", "yarn"],
+        },
+    )
+
+
+@dataclass
 class LoraArguments:
-    """Low-rank adapters (https://arxiv.org/abs/2106.09685)."""
+    """Which weights are trained: low-rank adapters (https://arxiv.org/abs/2106.09685), or all, or some layers."""
 
     use_peft: bool = field(default=True, metadata={"help": "Train an adapter; False trains every weight."})
     peft_path: str | None = field(default=None, metadata={"help": "Go on training this adapter."})
@@ -122,6 +147,22 @@ class LoraArguments:
         default=None,
         metadata={"help": "Modules trained in full beside the adapter, with commas (embed_tokens,lm_head)."},
     )
+    use_dora: bool = field(
+        default=False,
+        metadata={"help": "DoRA: direction and length of each weight apart (https://arxiv.org/abs/2402.09353)."},
+    )
+    use_rslora: bool = field(
+        default=False,
+        metadata={"help": "rsLoRA: scale by alpha / sqrt(r), for high ranks (https://arxiv.org/abs/2312.03732)."},
+    )
+    loraplus_lr_ratio: float | None = field(
+        default=None,
+        metadata={"help": "LoRA+: the B matrices learn this many times faster (https://arxiv.org/abs/2402.12354)."},
+    )
+    freeze_layers: str | None = field(
+        default=None,
+        metadata={"help": "Decoder layers that stay as they are, by number, with commas and ranges (0-21,23)."},
+    )
 
 
 @dataclass
@@ -129,7 +170,11 @@ class DataArguments:
     """Which rows are trained on and which are held out."""
 
     train_file_dir: str | None = field(
-        default=None, metadata={"help": "File or folder of training data, searched with its subfolders."}
+        default=None,
+        metadata={
+            "help": "File or folder of training data, searched with its subfolders; several with commas, and mixed by "
+            "weight if each has one (data/finetune:0.7,data/general:0.3)."
+        },
     )
     validation_file_dir: str | None = field(
         default=None,
@@ -146,7 +191,23 @@ class DataArguments:
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Use the first N training rows."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use the first N held-out rows."})
-    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
+    mix_strategy: str = field(
+        default="under",
+        metadata={
+            "help": "How weights become rows. under: no row twice, what is too many is left out and counted; over: "
+            "every row at least once, rows of the small sources again.",
+            "choices": ["under", "over"],
+        },
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Tokenize while training, for corpora that should not be tokenized as a whole beforehand."},
+    )
+    shuffle_buffer: int = field(default=10_000, metadata={"help": "Rows among which --streaming draws the next one."})
+    preprocessing_num_workers: int | None = field(
+        default=None, metadata={"help": "Processes that tokenize. Default: all cores where the rows are worth it."}
+    )
+    overwrite_cache: bool = field(default=False, metadata={"help": "Tokenize again, whatever is in the token cache."})
     ignore_fields: str | None = field(
         default=None, metadata={"help": "Fields of a row that may be there and are not used, with commas."}
     )
@@ -188,6 +249,14 @@ class StageDefaults:
     # Recomputing activations costs a fifth of the speed; it is for those who run out of memory.
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations to save memory."})
     do_train: bool = field(default=True, metadata={"help": "False evaluates only."})
+    neftune_noise_alpha: float | None = field(
+        default=None,
+        metadata={
+            "help": "NEFTune: noise on the embeddings in training, of at most alpha / sqrt(length x width) "
+            "(https://arxiv.org/abs/2310.05914). 5 is usual.",
+            "aliases": ["--neft_alpha"],
+        },
+    )
     # No tracker talks to a network unless it is named.
     report_to: str = field(default="none", metadata={"help": "Tracker: tensorboard, wandb, ..."})
 

@@ -11,11 +11,15 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from medicalgpt import models
+from medicalgpt.attention import context_length
 from medicalgpt.errors import UserError
+from medicalgpt.tools import tool_names
+from template import tool_format_of
 
 import torch
 from transformers import (
@@ -89,12 +93,15 @@ class Answer:
         finish_reason: "stop" if the model or a stop string ended it, "length" if the tokens ran out.
         prompt_tokens: tokens of the rendered prompt.
         completion_tokens: tokens generated, the stop token among them.
+        tool_calls: calls of the tools that were offered, in OpenAI form with arguments as a dict; they are no part of
+            `text`. What is no well-formed call of an offered tool stays in `text`.
     """
 
     text: str
     finish_reason: Literal["stop", "length"]
     prompt_tokens: int
     completion_tokens: int
+    tool_calls: tuple[dict[str, Any], ...] = ()
 
 
 class PromptTooLongError(UserError, ValueError):
@@ -131,7 +138,7 @@ class ChatEngine:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
         self.model = model
         self.tokenizer = tokenizer
-        self.context_length = _context_length(model)
+        self.context_length = context_length(model.config)
         self._special_ids = {
             token.content: token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
         }
@@ -188,6 +195,7 @@ class ChatEngine:
             device_map=device_map,
             revision=revision,
             cache_dir=cache_dir,
+            **models.recorded_positions(adapter),
         )
         # Quantized weights are on their device already.
         if device_map is None and not (load_in_4bit or load_in_8bit) and torch.accelerator.is_available():
@@ -235,14 +243,20 @@ class ChatEngine:
         Raises:
             PromptTooLongError, NoChatTemplateError, ChatTemplateError: see `prompt_ids`.
         """
-        return self._generate([self.prompt_ids(messages, tools)], [sampling or Sampling()])[0].answer()
+        return self._generate([self.prompt_ids(messages, tools)], [sampling or Sampling()], [tools])[0].answer()
 
     def stream(
         self, messages: Messages, sampling: Sampling | None = None, tools: Tools | None = None
     ) -> "AnswerStream":
-        """Answer one conversation piece by piece. Arguments and errors are those of `chat`."""
+        """Answer one conversation piece by piece. Arguments and errors are those of `chat`.
+
+        The pieces are the text as it is generated. The calls of tools in it are known when it is whole: they are in the
+        answer at the end, and no longer in its text.
+        """
         prompt, sampling = self.prompt_ids(messages, tools), sampling or Sampling()
-        return AnswerStream(lambda on_text, cancelled: self._generate([prompt], [sampling], on_text, cancelled)[0])
+        return AnswerStream(
+            lambda on_text, cancelled: self._generate([prompt], [sampling], [tools], on_text, cancelled)[0]
+        )
 
     def batch(
         self,
@@ -283,6 +297,7 @@ class ChatEngine:
             replies = self._generate(
                 [prompts[index] for index in chosen],
                 [dataclasses.replace(sampling, seed=seed + index) for index in chosen],
+                [tools[index] for index in chosen],
             )
             answers.update(zip(chosen, (reply.answer() for reply in replies), strict=True))
             if progress is not None:
@@ -293,12 +308,13 @@ class ChatEngine:
         self,
         prompts: Sequence[list[int]],
         samplings: Sequence[Sampling],
+        tools: Sequence[Tools | None],
         on_text: Callable[[str], Any] | None = None,
         cancelled: threading.Event | None = None,
     ) -> list["_Reply"]:
         """Run the model on prompts of any lengths until each has its answer, or until `cancelled` is set."""
         device = self.model.device
-        replies = [self._reply_to(prompt, sampling) for prompt, sampling in zip(prompts, samplings, strict=True)]
+        replies = [self._reply_to(*each) for each in zip(prompts, samplings, tools, strict=True)]
         width = max(len(prompt) for prompt in prompts)
         # Any token will do as padding, since the attention mask hides it; a prompt's own is sure to be in the model.
         input_ids = torch.full((len(prompts), width), prompts[0][0], dtype=torch.long)
@@ -327,7 +343,10 @@ class ChatEngine:
             )
         return replies
 
-    def _reply_to(self, prompt: list[int], sampling: Sampling) -> "_Reply":
+    def _reply_to(self, prompt: list[int], sampling: Sampling, tools: Tools | None = None) -> "_Reply":
+        form = tool_format_of(self.tokenizer) if tools else None
+        # Without its marks, a call could not be told from text.
+        marks = {self._special_ids[mark] for mark in form.marks if mark in self._special_ids} if form else None
         stop = (*sampling.stop, *self._stop_strings)
         room = sampling.max_new_tokens
         if self.context_length is not None:
@@ -339,11 +358,13 @@ class ChatEngine:
             # Special tokens are left out of decoded text, where they could not be found as strings.
             stop_ids=self._stop_ids.union(self._special_ids[text] for text in stop if text in self._special_ids),
             stop_strings=tuple(text for text in stop if text not in self._special_ids),
+            read_calls=partial(form.parse, names=tool_names(tools)) if form else None,
+            hidden_ids=frozenset(self._special_ids.values()) - marks if marks else None,
         )
 
 
 class AnswerStream(Iterator[str]):
-    """The pieces of an answer while it is generated; joined, they are the text of the answer.
+    """The pieces of an answer while it is generated; joined, they are the text of the answer and its tool calls.
 
     Generation runs in a thread of its own from the first piece on. It stops when the stream is closed, left as a
     context manager, or no longer referenced. An error in it is raised by `next`.
@@ -415,6 +436,8 @@ class _Reply:
         max_tokens: int,
         stop_ids: frozenset[int],
         stop_strings: tuple[str, ...],
+        read_calls: Callable[[str], tuple[str, list[dict[str, Any]]]] | None = None,
+        hidden_ids: frozenset[int] | None = None,
     ):
         self.max_tokens = max_tokens
         self.text = ""
@@ -424,6 +447,9 @@ class _Reply:
         self._completion_tokens = 0
         self._stop_ids = stop_ids
         self._stop_strings = stop_strings
+        self._read_calls = read_calls
+        # Unset: all special tokens are left out of the text.
+        self._hidden_ids = hidden_ids
         # Text that may be the beginning of a stop string.
         self._held = ""
         # A token's text can depend on the token before (spaces, bytes of a character), so that decoding starts at
@@ -448,7 +474,8 @@ class _Reply:
         return self._release(len(self._held) - self._unsure(), None)
 
     def answer(self) -> Answer:
-        return Answer(self.text, self.finish_reason, self._prompt_tokens, self._completion_tokens)
+        text, calls = self._read_calls(self.text) if self._read_calls else (self.text, [])
+        return Answer(text, self.finish_reason, self._prompt_tokens, self._completion_tokens, tuple(calls))
 
     def _decode(self) -> str:
         known = self._text(self._ids[self._context : self._fresh])
@@ -461,7 +488,11 @@ class _Reply:
         return piece
 
     def _text(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        if self._hidden_ids is not None:
+            ids = [token_id for token_id in ids if token_id not in self._hidden_ids]
+        return self._tokenizer.decode(
+            ids, skip_special_tokens=self._hidden_ids is None, clean_up_tokenization_spaces=False
+        )
 
     def _unsure(self) -> int:
         """Length of the longest end of the held text that a stop string begins with."""
@@ -569,13 +600,3 @@ def _evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def _context_length(model: PreTrainedModel) -> int | None:
-    """Most positions of prompt and answer together; None if the model sets no bound."""
-    config = model.config.get_text_config()
-    length = getattr(config, "max_position_embeddings", None)
-    rope = getattr(config, "rope_parameters", None) or {}
-    # YaRN leaves max_position_embeddings at the length before the extension.
-    before, factor = rope.get("original_max_position_embeddings"), rope.get("factor")
-    return max(length, int(before * factor)) if length and before and factor else length

@@ -6,18 +6,30 @@ remedy. `LoadedData.account` holds the balance, rows = used + left out by reason
 
 import hashlib
 import json
+import math
 import random
 import re
+import threading
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from medicalgpt.args import DataArguments
 from medicalgpt.errors import UserError
+from medicalgpt.mixing import draw, mixture_sizes, parse_sources
+from medicalgpt.rows import Rows, on_disk
 
+import numpy as np
 from loguru import logger
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 SUFFIXES = (".jsonl", ".json", ".txt", ".md")
 # Shards and splits are named so on the hub too: these prefixes mark rows that are never trained on.
@@ -25,6 +37,7 @@ HELD_OUT_NAME = re.compile(r"^(validation|valid|val|dev|eval|test)([-_.]|$)", re
 # Fields that say something about a row and are not part of it.
 METADATA_FIELDS = frozenset({"id", "idx", "source", "category", "lang", "language", "meta", "metadata"})
 SHOWN_PROBLEMS = 20
+SIGN_OF_LIFE_SECONDS = 30
 
 USER_ROLES = ("human", "user")
 ASSISTANT_ROLES = ("gpt", "assistant")
@@ -109,6 +122,24 @@ def shorten(value: Any, limit: int = 60) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
+@contextmanager
+def signs_of_life(text: Callable[[], str]) -> Iterator[None]:
+    """Log `text()` every 30 s for as long as the block runs."""
+    done = threading.Event()
+
+    def speak() -> None:
+        while not done.wait(SIGN_OF_LIFE_SECONDS):
+            logger.info(text())
+
+    speaker = threading.Thread(target=speak, daemon=True)
+    speaker.start()
+    try:
+        yield
+    finally:
+        done.set()
+        speaker.join()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Files and rows
 # ---------------------------------------------------------------------------------------------------------------------
@@ -140,27 +171,59 @@ def find_files(place: str) -> list[Path]:
     return files
 
 
+def find_encoding(path: Path) -> str:
+    """`utf-8-sig`, or `gb18030` with a notice. The file is read by line, never held.
+
+    Raises:
+        UserError: neither encoding fits.
+    """
+    wrong = _undecodable_line(path, "utf-8")
+    if not wrong:
+        return "utf-8-sig"
+    if _undecodable_line(path, "gb18030"):
+        raise UserError(f"{path}:{wrong}: neither UTF-8 nor gb18030 text. Save the file as UTF-8.")
+    logger.warning(f"{path} is not UTF-8; it was read as gb18030")
+    return "gb18030"
+
+
+def _undecodable_line(path: Path, encoding: str) -> int:
+    """Number of the first line that is not in this encoding, or 0."""
+    # In neither encoding is the byte of a line's end part of another character.
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode(encoding)
+            except UnicodeDecodeError:
+                return number
+    return 0
+
+
 def read_file_text(path: Path) -> str:
     """The text of a file in UTF-8, or in gb18030 with a notice.
 
     Raises:
         UserError: neither encoding fits.
     """
-    raw = path.read_bytes()
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        try:
-            text = raw.decode("gb18030")
-        except UnicodeDecodeError:
-            line = raw[: error.start].count(b"\n") + 1
-            raise UserError(f"{path}:{line}: neither UTF-8 nor gb18030 text. Save the file as UTF-8.") from error
-        logger.warning(f"{path} is not UTF-8; it was read as gb18030")
-        return text
+    return path.read_bytes().decode(find_encoding(path))
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbers and texts of the lines that hold more than white space, without their ends; a line at a time.
+
+    Raises:
+        UserError: the file is neither UTF-8 nor gb18030.
+    """
+    # Only a line feed ends a line: U+2028 and the like are allowed inside a string of JSON.
+    with path.open(encoding=find_encoding(path), newline="\n") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield number, line.removesuffix("\n") if not line.endswith("\r\n") else line[:-2]
 
 
 def read_rows(path: str | Path, document_unit: str = "auto") -> Iterator[Row | Problem]:
     """Read a file row by row; what cannot be read comes as a `Problem` in its place.
+
+    Files are read by line and never held whole, except .json and documents of a whole file.
 
     Args:
         path: .jsonl (a row a line), .json (a list of rows, or one row), .txt or .md.
@@ -168,22 +231,15 @@ def read_rows(path: str | Path, document_unit: str = "auto") -> Iterator[Row | P
             `auto`: line for .txt, file for .md.
     """
     path = Path(path)
-    text = read_file_text(path)
     suffix = path.suffix.lower()
     if suffix == ".jsonl":
-        yield from _read_jsonl(str(path), text)
+        for number, line in read_lines(path):
+            yield _parse_json(str(path), number, line)
     elif suffix == ".json":
-        yield from _read_json(str(path), text)
+        yield from _read_json(str(path), read_file_text(path))
     else:
         unit = document_unit if document_unit != "auto" else ("file" if suffix == ".md" else "line")
-        yield from _read_text(str(path), text, unit)
-
-
-def _read_jsonl(path: str, text: str) -> Iterator[Row | Problem]:
-    # str.splitlines would also cut at U+2028 and the like, which JSON allows inside a string.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield _parse_json(path, number, line)
+        yield from _read_text(path, unit)
 
 
 def _parse_json(path: str, number: int, line: str) -> Row | Problem:
@@ -248,18 +304,27 @@ def _skip_space(text: str, position: int) -> int:
     return match.end()
 
 
-def _read_text(path: str, text: str, unit: str) -> Iterator[Row]:
-    text = text.replace("\r\n", "\n")
+def _read_text(path: Path, unit: str) -> Iterator[Row]:
     if unit == "file":
+        text = read_file_text(path).replace("\r\n", "\n")
         if text.strip():
-            yield Row(path, 1, text.strip("\n"))
+            yield Row(str(path), 1, text.strip("\n"))
         return
-    filled = r"[^\n]*\S[^\n]*"
-    line, position = 1, 0
-    for match in re.finditer(filled if unit == "line" else rf"{filled}(?:\n{filled})*", text):
-        line += text.count("\n", position, match.start())
-        position = match.start()
-        yield Row(path, line, match.group())
+    if unit == "line":
+        for number, line in read_lines(path):
+            yield Row(str(path), number, line)
+        return
+    paragraph: list[str] = []
+    first = 0
+    for number, line in read_lines(path):
+        if paragraph and number > first + len(paragraph):
+            yield Row(str(path), first, "\n".join(paragraph))
+            paragraph = []
+        if not paragraph:
+            first = number
+        paragraph.append(line)
+    if paragraph:
+        yield Row(str(path), first, "\n".join(paragraph))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -429,9 +494,13 @@ def _parse_inner_json(value: Any, what: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        parsed = json.loads(value)
+        json.dumps(parsed, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise RowError(f"{what} is broken JSON ({error.msg})", "Mend the JSON inside the string.", value) from error
+    except UnicodeEncodeError as error:
+        raise RowError(f"{what} holds half a character", "Mend the text.", value) from error
+    return parsed
 
 
 def _from_alpaca(value: dict, ignore: frozenset[str], answer_needed: bool) -> dict[str, Any]:
@@ -533,13 +602,29 @@ def _refuse_unknown(value: dict, known: set[str], ignore: frozenset[str]) -> Non
 
 
 @dataclass
+class Source:
+    """One place of `--train_file_dir`; with weights, `limit` is its part of `--max_train_samples`."""
+
+    place: str
+    files: list[Path]
+    weight: Fraction | None = None
+    limit: int | None = None
+
+
+@dataclass
 class FileAccount:
-    """The balance of one file: rows = used + sum(left_out.values())."""
+    """The balance of one file: rows = used + sum(left_out.values()).
+
+    Attributes:
+        mixture: of a file in a weighted mixture: its source, the source's weight and the share it got, and `drawn`,
+            how many rows of this file an epoch has, those that come again counted again.
+    """
 
     file: str
     sha256: str
     rows: int = 0
     left_out: Counter = field(default_factory=Counter)
+    mixture: dict[str, Any] = field(default_factory=dict)
 
     @property
     def used(self) -> int:
@@ -552,6 +637,7 @@ class FileAccount:
             "rows": self.rows,
             "used": self.used,
             "left_out": dict(self.left_out),
+            **self.mixture,
         }
 
 
@@ -559,10 +645,11 @@ class FileAccount:
 class LoadedData:
     """Converted rows of both sides. Each row is the converter's dict plus `place`, its "file:line"."""
 
-    train: list[dict[str, Any]]
-    validation: list[dict[str, Any]]
+    train: Sequence[dict[str, Any]]
+    validation: Sequence[dict[str, Any]]
     account: dict[str, list[FileAccount]]
     problems: list[Problem] = field(default_factory=list)
+    sources: list[Source] = field(default_factory=list)
 
     def settle(self, arguments: DataArguments) -> None:
         """Leave out and count the rows with problems, as far as the flags allow it.
@@ -580,21 +667,90 @@ class LoadedData:
             raise DataError(refused)
         for problem in self.problems[:SHOWN_PROBLEMS]:
             logger.warning(f"left out: {problem}")
-        gone = {(problem.place, problem.side): problem.kind for problem in self.problems}
-        for side, accounts in self.account.items():
+        by_file = {(side, account.file): account for side, accounts in self.account.items() for account in accounts}
+        for problem in self.problems:
+            if problem.side:
+                by_file[problem.side, _file_of(problem.place)].left_out[problem.kind] += 1
+        gone = {problem.place: problem.kind for problem in self.problems if not problem.side}
+        for side in self.account if gone else ():
             rows = getattr(self, side)
-            present = {row["place"] for row in rows}
-            by_file = {account.file: account for account in accounts}
-            for (place, read_for), kind in gone.items():
-                if read_for == side or (not read_for and place in present):
-                    by_file[place.rpartition(":")[0]].left_out[kind] += 1
-            setattr(self, side, [row for row in rows if (row["place"], "") not in gone])
+            keep = np.ones(len(rows), dtype=bool)
+            for index, row in enumerate(rows):
+                if kind := gone.get(row["place"]):
+                    keep[index] = False
+                    by_file[side, _file_of(row["place"])].left_out[kind] += 1
+            setattr(self, side, on_disk(rows).select(keep))
         self.problems = []
         if not self.train:
             raise UserError("every training row was left out; see the warnings above.\n" + self.summary())
 
+    def mix(self, encoded: "Dataset", arguments: DataArguments, seed: int) -> "Dataset":
+        """Take from the encoded training rows as many of each source as its weight says; all of them without weights.
+
+        Call it after `settle`, so that the shares are those of the rows that are trained. A row counts once, whatever
+        the number of its samples. Rows that are not taken are counted as "not in the mixture".
+
+        Args:
+            encoded: column `place`; the samples of a row stand together, rows in the order of `train`.
+            arguments: `mix_strategy`, and `max_train_samples` as the most rows that the mixture may have.
+            seed: chooses the rows.
+
+        Raises:
+            UserError: a source of which no row could be taken.
+        """
+        if not self.sources or self.sources[0].weight is None:
+            return encoded
+        source_of = {str(path): number for number, source in enumerate(self.sources) for path in source.files}
+        starts, row_sources, before = array("q"), array("q"), None
+        for index, place in enumerate(_column(encoded, "place")):
+            if place != before:
+                starts.append(index)
+                row_sources.append(source_of[_file_of(place)])
+                before = place
+        owners = np.array(row_sources)
+        counts = np.bincount(owners, minlength=len(self.sources)).tolist()
+        weights = [source.weight for source in self.sources]
+        sizes = mixture_sizes(counts, weights, arguments.mix_strategy, arguments.max_train_samples)
+        for source, count, size in zip(self.sources, counts, sizes, strict=True):
+            if size == 0:
+                raise UserError(
+                    f"--train_file_dir: a mixture of {sum(sizes)} rows has none of {source.place} (weight "
+                    f"{float(source.weight):.4g}, {count} usable rows). Give it another weight or more rows, or leave "
+                    "it out."
+                )
+        times = np.zeros(len(owners), dtype=np.int64)
+        for number, size in enumerate(sizes):
+            times[owners == number] = draw(counts[number], size, [seed, number])
+        self._count_mixture(times, sizes)
+        self.train = on_disk(self.train).select(times > 0)
+        lengths = np.diff([*starts, len(encoded)])
+        # Each pass over the rows holds those that are to come once more.
+        passes = [np.flatnonzero(times > number) for number in range(times.max())]
+        rows = np.concatenate(passes)
+        first_of_row = np.repeat(np.array(starts)[rows], lengths[rows])
+        within_row = np.arange(len(first_of_row)) - np.repeat(np.cumsum(lengths[rows]) - lengths[rows], lengths[rows])
+        return encoded.select(first_of_row + within_row)
+
+    def _count_mixture(self, times: np.ndarray, sizes: list[int]) -> None:
+        accounts = {account.file: account for account in self.account["train"]}
+        at = 0
+        # Rows stand in the order of their files.
+        for source, size in zip(self.sources, sizes, strict=True):
+            for path in source.files:
+                account = accounts[str(path)]
+                drawn = times[at : at + account.used]
+                at += account.used
+                account.mixture = {
+                    "source": source.place,
+                    "weight": float(source.weight),
+                    "share": size / sum(sizes),
+                    "drawn": int(drawn.sum()),
+                }
+                if unused := int((drawn == 0).sum()):
+                    account.left_out["not in the mixture"] += unused
+
     def summary(self) -> str:
-        """A line for each side: rows in, used, left out and why."""
+        """A line for each side: rows in, used, left out and why; and one for each source of a mixture."""
         lines = []
         for side, accounts in self.account.items():
             if not accounts:
@@ -606,7 +762,24 @@ class LoadedData:
                 f"{side:<10} {rows:>7} rows in {len(accounts)} file(s), used {rows - sum(left_out.values())}, "
                 f"left out: {reasons}"
             )
+        for source in self.sources:
+            parts = [account for account in self.account["train"] if account.mixture.get("source") == source.place]
+            if parts:
+                drawn, used = sum(part.mixture["drawn"] for part in parts), sum(part.used for part in parts)
+                lines.append(
+                    f"{'mixture':<10} {drawn:>7} rows of {source.place}, {parts[0].mixture['share']:.2%} for a weight "
+                    f"of {float(source.weight):.2%}" + (f"; {used} different ones" if used < drawn else "")
+                )
         return "\n".join(lines)
+
+
+def _file_of(place: str) -> str:
+    return place.rpartition(":")[0]
+
+
+def _column(dataset: "Dataset", name: str) -> Iterator[Any]:
+    for batch in dataset.select_columns(name).iter(10_000):
+        yield from batch[name]
 
 
 Converter = Callable[[Any, frozenset[str]], dict[str, Any]]
@@ -629,82 +802,122 @@ def load_data(
     Raises:
         UserError: no data named, nothing found, or held-out rows that occur among the training rows.
     """
-    train_files, validation_files = _choose_files(arguments)
+    sources, validation_files = _choose_files(arguments)
     ignore = frozenset(filter(None, (arguments.ignore_fields or "").replace(" ", "").split(",")))
-    data = LoadedData([], [], {"train": [], "validation": []})
-    for side, files, limit in (
-        ("train", train_files, arguments.max_train_samples),
-        ("validation", validation_files, arguments.max_eval_samples),
-    ):
-        for path in files:
-            rows = read_rows(path, document_unit)
-            _load_file(data, side, str(path), hash_file(path), rows, convert, ignore, limit)
-    if arguments.dataset_name:
-        _load_from_hub(data, arguments, convert, ignore)
-    if arguments.validation_split_percentage and not data.validation:
-        _split(data, arguments.validation_split_percentage, seed)
-    if not data.train and not data.problems:
-        raise UserError("no training rows were found. Check --train_file_dir and --max_train_samples.")
-    _refuse_overlap(data, arguments.allow_overlap)
+    data = LoadedData([], [], {"train": [], "validation": []}, sources=sources)
+    accounts = data.account
+
+    def read(side: str, files: Iterable[InputFile], limit: int | None) -> Iterator[dict[str, Any]]:
+        return _convert_files(data, side, files, convert, ignore, limit)
+
+    with signs_of_life(lambda: f"reading rows: {sum(a.rows for a in accounts['train'] + accounts['validation'])}"):
+        if sources and sources[0].weight is not None:
+            groups = [(_open_files(source.files, document_unit), source.limit) for source in sources]
+        else:
+            files = [path for source in sources for path in source.files]
+            groups = [(_open_files(files, document_unit), arguments.max_train_samples)]
+        data.train = Rows(chain.from_iterable(read("train", files, limit) for files, limit in groups))
+        data.validation = Rows(
+            read("validation", _open_files(validation_files, document_unit), arguments.max_eval_samples)
+        )
+        if arguments.dataset_name:
+            for side, files, limit in _open_hub(arguments, with_validation=not validation_files):
+                setattr(data, side, Rows(read(side, files, limit)))
+        if arguments.validation_split_percentage and not data.validation:
+            _split(data, arguments.validation_split_percentage, seed)
+        if not data.train and not data.problems:
+            raise UserError("no training rows were found. Check --train_file_dir and --max_train_samples.")
+        _refuse_overlap(data, arguments.allow_overlap)
     return data
 
 
-def _choose_files(arguments: DataArguments) -> tuple[list[Path], list[Path]]:
+def _choose_files(arguments: DataArguments) -> tuple[list[Source], list[Path]]:
+    """The sources of training rows, and the held-out files."""
     if bool(arguments.train_file_dir) == bool(arguments.dataset_name):
         raise UserError("name the data with exactly one of --train_file_dir and --dataset_name.")
     if not arguments.train_file_dir:
         held_out = find_files(arguments.validation_file_dir) if arguments.validation_file_dir else []
         return [], held_out
-    found = find_files(arguments.train_file_dir)
-    if Path(arguments.train_file_dir).is_file():
-        train, beside = found, []
-    else:
-        beside = [path for path in found if HELD_OUT_NAME.match(path.name)]
-        train = [path for path in found if path not in beside]
-        if beside:
-            logger.info(f"held out by their names, never trained on: {', '.join(map(str, beside))}")
-    if not train:
-        raise UserError(f"{arguments.train_file_dir} holds only held-out files ({', '.join(map(str, beside))}).")
+    sources: list[Source] = []
+    beside: list[Path] = []
+    reached: dict[Path, str] = {}
+    for place, weight in parse_sources(arguments.train_file_dir):
+        found = find_files(place)
+        for path in found:
+            if other := reached.get(path.resolve()):
+                raise UserError(
+                    f"--train_file_dir reaches {path} twice, by {other} and by {place}. Name places that do not hold "
+                    "each other."
+                )
+        reached |= {path.resolve(): place for path in found}
+        held_out = [] if Path(place).is_file() else [path for path in found if HELD_OUT_NAME.match(path.name)]
+        train = [path for path in found if path not in held_out]
+        if not train:
+            raise UserError(f"{place} holds only held-out files ({', '.join(map(str, held_out))}).")
+        limit = arguments.max_train_samples
+        if weight is not None and limit is not None:
+            limit = math.ceil(limit * weight)
+        sources.append(Source(place, train, weight, limit))
+        beside += held_out
+    if sources[0].weight is None and "mix_strategy" in getattr(arguments, "given", ()):
+        raise UserError(
+            f"--mix_strategy {arguments.mix_strategy} has no effect without weights. Give them (--train_file_dir "
+            "data/a:0.7,data/b:0.3), or leave the flag out."
+        )
+    if beside:
+        logger.info(f"held out by their names, never trained on: {', '.join(map(str, beside))}")
     if not arguments.validation_file_dir:
-        return train, beside
+        return sources, beside
     validation = find_files(arguments.validation_file_dir)
-    trained = {path.resolve() for path in train}
+    trained = {path.resolve() for source in sources for path in source.files}
     by_name = [path for path in validation if HELD_OUT_NAME.match(path.name)]
     # One folder for both: the names tell the sides apart.
     shared = any(path.resolve() in trained for path in validation)
-    return train, by_name if shared and by_name else validation
+    return sources, by_name if shared and by_name else validation
 
 
-def _load_file(
+# Name, hash of the content, rows.
+InputFile = tuple[str, str, Iterable[Row | Problem]]
+
+
+def _open_files(paths: list[Path], document_unit: str) -> Iterator[InputFile]:
+    return ((str(path), hash_file(path), read_rows(path, document_unit)) for path in paths)
+
+
+def _convert_files(
     data: LoadedData,
     side: str,
-    name: str,
-    digest: str,
-    rows: Iterator[Row | Problem],
+    files: Iterable[InputFile],
     convert: Converter,
     ignore: frozenset[str],
     limit: int | None,
-) -> None:
-    account = FileAccount(name, digest)
-    data.account[side].append(account)
-    converted: list[dict[str, Any]] = getattr(data, side)
-    for row in rows:
-        account.rows += 1
-        if limit is not None and len(converted) >= limit:
-            account.left_out[f"beyond --max_{'train' if side == 'train' else 'eval'}_samples"] += 1
-            continue
-        if isinstance(row, Problem):
-            data.problems.append(replace(row, side=side))
-            continue
-        try:
-            converted.append({**convert(row.value, ignore), "place": row.place})
-        except RowError as error:
-            data.problems.append(Problem(row.place, error.reason, error.remedy, error.value, side=side))
-    if account.rows == 0:
-        raise UserError(f"{name} is empty. Remove it or fill it.")
+) -> Iterator[dict[str, Any]]:
+    """Yield the first `limit` rows that can be converted; the account of each file and all problems join `data`."""
+    converted = 0
+    for name, digest, rows in files:
+        account = FileAccount(name, digest)
+        data.account[side].append(account)
+        for row in rows:
+            account.rows += 1
+            if limit is not None and converted >= limit:
+                account.left_out[f"beyond --max_{'train' if side == 'train' else 'eval'}_samples"] += 1
+                continue
+            if isinstance(row, Problem):
+                data.problems.append(replace(row, side=side))
+                continue
+            try:
+                value = {**convert(row.value, ignore), "place": row.place}
+            except RowError as error:
+                data.problems.append(Problem(row.place, error.reason, error.remedy, error.value, side=side))
+                continue
+            converted += 1
+            yield value
+        if account.rows == 0:
+            raise UserError(f"{name} is empty. Remove it or fill it.")
 
 
-def _load_from_hub(data: LoadedData, arguments: DataArguments, convert: Converter, ignore: frozenset[str]) -> None:
+def _open_hub(arguments: DataArguments, with_validation: bool) -> Iterator[tuple[str, list[InputFile], int | None]]:
+    """Side, rows and limit of the splits of a data set on the hub."""
     import datasets
 
     name = arguments.dataset_name
@@ -721,15 +934,17 @@ def _load_from_hub(data: LoadedData, arguments: DataArguments, convert: Converte
         raise UserError(f"the data set {name} has no split `train`; it has {', '.join(splits)}.")
     for side, split, limit in (
         ("train", "train", arguments.max_train_samples),
-        ("validation", held_out, arguments.max_eval_samples),
+        ("validation", held_out if with_validation else None, arguments.max_eval_samples),
     ):
-        if split and not data.account[side]:
-            # Columns that a row of mixed formats lacks come as None.
-            rows = (
-                Row(f"{name}/{split}", number, {key: item for key, item in value.items() if item is not None})
-                for number, value in enumerate(splits[split], start=1)
-            )
-            _load_file(data, side, f"{name}/{split}", splits[split]._fingerprint, rows, convert, ignore, limit)
+        if split:
+            place = f"{name}/{split}"
+            yield side, [(place, splits[split]._fingerprint, _hub_rows(place, splits[split]))], limit
+
+
+def _hub_rows(name: str, split: "Dataset") -> Iterator[Row]:
+    for number, value in enumerate(split, start=1):
+        # Columns that a row of mixed formats lacks come as None.
+        yield Row(name, number, {key: item for key, item in value.items() if item is not None})
 
 
 def _split(data: LoadedData, percentage: float, seed: int) -> None:
@@ -737,31 +952,36 @@ def _split(data: LoadedData, percentage: float, seed: int) -> None:
         raise UserError(f"--validation_split_percentage {percentage} must lie between 0 and 100.")
     if len(data.train) < 2:
         return
-    # Rows that occur twice stay on one side.
-    places: dict[str, list[int]] = {}
-    for index, row in enumerate(data.train):
-        places.setdefault(_identity(row), []).append(index)
-    order = list(places.values())
+    # Rows that occur twice stay on one side; groups of equal rows are numbered as they first occur.
+    _, first, group = np.unique(_identities(data.train), return_index=True, return_inverse=True)
+    numbers = np.empty(len(first), dtype=np.int64)
+    numbers[np.argsort(first)] = np.arange(len(first))
+    order = array("q", range(len(first)))
     random.Random(seed).shuffle(order)
     count = min(len(order) - 1, max(1, round(len(order) * percentage / 100)))
-    held_out = {index for same in order[:count] for index in same}
-    rows = data.train
-    data.train = [row for index, row in enumerate(rows) if index not in held_out]
-    data.validation = [row for index, row in enumerate(rows) if index in held_out]
+    held_out = np.isin(numbers[group], order[:count])
+    rows = on_disk(data.train)
+    data.train, data.validation = rows.select(~held_out), rows.select(held_out)
     by_file = {account.file: account for account in data.account["train"]}
-    moved = Counter(row["place"].rpartition(":")[0] for row in data.validation)
+    moved = Counter(_file_of(row["place"]) for row in data.validation)
     for name, number in moved.items():
         by_file[name].left_out["moved to validation"] += number
         data.account["validation"].append(FileAccount(name, by_file[name].sha256, rows=number))
-    logger.info(f"held out {len(held_out)} of {len(rows)} training rows at random (seed {seed})")
+    logger.info(f"held out {held_out.sum()} of {len(rows)} training rows at random (seed {seed})")
 
 
 def _refuse_overlap(data: LoadedData, allowed: bool) -> None:
-    trained = {_identity(row): row["place"] for row in data.train}
-    shared = [(row["place"], trained[_identity(row)]) for row in data.validation if _identity(row) in trained]
-    if not shared:
+    if not data.validation:
         return
-    shown = "\n  ".join(f"{held_out} is also {train}" for held_out, train in shared[:5])
+    trained, held_out = _identities(data.train), _identities(data.validation)
+    shared = np.flatnonzero(np.isin(held_out, trained))
+    if not len(shared):
+        return
+    places = [
+        (data.validation[index]["place"], data.train[np.flatnonzero(trained == held_out[index])[-1]]["place"])
+        for index in shared[:5].tolist()
+    ]
+    shown = "\n  ".join(f"{validation} is also {train}" for validation, train in places)
     message = f"{len(shared)} of {len(data.validation)} held-out rows are also trained on:\n  {shown}"
     if allowed:
         logger.warning(f"{message}\n  Evaluation will look better than it is (--allow_overlap True)")
@@ -769,9 +989,14 @@ def _refuse_overlap(data: LoadedData, allowed: bool) -> None:
     raise UserError(f"{message}\nRemove them from one side, or say --allow_overlap True.")
 
 
-def _identity(row: dict[str, Any]) -> str:
+def _identities(rows: Sequence[dict[str, Any]]) -> np.ndarray:
+    """What tells rows apart, (rows,) of 16 bytes."""
+    return np.fromiter((_identity(row) for row in rows), dtype="S16", count=len(rows))
+
+
+def _identity(row: dict[str, Any]) -> bytes:
     content = {key: _without_layout(value) for key, value in row.items() if key != "place"}
-    return hashlib.sha256(json.dumps(content, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(content, ensure_ascii=False, sort_keys=True).encode()).digest()[:16]
 
 
 def _without_layout(value: Any) -> Any:

@@ -6,14 +6,29 @@ and its turn end are supervised, and the whole row fits.
 """
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from multiprocessing import get_context, parent_process
+from pathlib import Path
 from typing import Any
 
-from medicalgpt.data import LoadedData, Problem
+from medicalgpt.cache import Unknown, through_cache, token_key
+from medicalgpt.data import LoadedData, Problem, signs_of_life
+from medicalgpt.errors import UserError
+from medicalgpt.rows import Rows, on_disk
 
+import datasets
+import pyarrow as pa
 from datasets import Dataset
 from jinja2 import TemplateError
+from loguru import logger
 from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
@@ -71,16 +86,13 @@ def encode_chat(
             f"the chat template refuses it: {error}", "Mend the row, or choose another --template_name"
         ) from error
     samples: list[Sample] = []
-    for group in _stable_groups(turns[-1:] if mask_history else turns, prompts, texts):
+    # What a template writes after the last turn of all is not there when more turns follow.
+    ends = {turn: text[: text.rfind(tokenizer.eos_token) + len(tokenizer.eos_token)] for turn, text in texts.items()}
+    for group in _stable_groups(turns[-1:] if mask_history else turns, prompts, ends):
         ids, spans = _encode_rendered(tokenizer, messages[: group[-1] + 1], tools, max_length)
         spans = dict(zip(turns, spans, strict=False))
         for turn in group:
-            if spans[turn][2] != len(prompts[turn]):
-                raise EncodingError(
-                    "the first characters of an answer form one token with the end of the prompt, so that no model "
-                    "could produce them in serving",
-                    "Remove the white space at the start of the answer",
-                )
+            _check_prompt(texts[turn], prompts[turn], spans[turn][2])
         labels, before = [IGNORED] * len(ids), 0
         for turn, (start, end, _) in spans.items():
             if turn in group:
@@ -103,6 +115,26 @@ def _stable_groups(turns: Sequence[int], prompts: dict[int, str], texts: dict[in
         groups.append([*group, left[-1]])
         left = [turn for turn in left[:-1] if turn not in group]
     return groups[::-1]
+
+
+def _check_prompt(text: str, prompt: str, start: int) -> None:
+    """Raises EncodingError if the supervised part of `text`, from `start` on, is not what serving would generate."""
+    if text.startswith(prompt) and start == len(prompt):
+        return
+    if "<think>" in prompt[-30:]:
+        thinks = "</think>" not in prompt[-30:]
+        raise EncodingError(
+            f"the template's prompt in serving {'opens' if thinks else 'has closed'} a thought, and this answer "
+            f"{'begins without one' if thinks else 'holds one'}, so that it would be trained after another prompt",
+            "Choose the template's form without thinking (…_nothink), or give the answer its reasoning"
+            if thinks
+            else "Choose the template's form with thinking, or take the reasoning out",
+        )
+    raise EncodingError(
+        "the first characters of an answer form one token with the end of the prompt, so that no model could produce "
+        "them in serving",
+        "Remove the white space at the start of the answer",
+    )
 
 
 def _refuse_special_tokens(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]]) -> None:
@@ -201,47 +233,135 @@ def encode_document(
 
 
 def encode_rows(
-    data: LoadedData, side: str, encode: Callable[[dict[str, Any]], list[Sample]], num_proc: int | None = None
+    data: LoadedData,
+    side: str,
+    encode: Callable[[dict[str, Any]], list[Sample]],
+    num_proc: int | None = None,
+    overwrite_cache: bool = False,
 ) -> Dataset:
     """Encode all rows of one side to `input_ids` and `labels`; rows that fail join `data.problems`.
+
+    The result lies on disk and is kept for runs with the same rows, tokenizer, arguments and code (see cache.py). Of
+    the processes that torchrun starts on a machine one encodes, the others wait.
 
     Args:
         data: converted rows; `LoadedData.settle` says what becomes of those that cannot be encoded.
         side: `train` or `validation`.
-        encode: takes a row, returns samples, raises `EncodingError`.
-        num_proc: processes; worth it for many thousand rows.
+        encode: takes a row, returns samples, raises `EncodingError`. The result is kept only if this is
+            `functools.partial(function, tokenizer, name=value, ...)`.
+        num_proc: processes; by default as many as there are cores, and thousands of rows.
+        overwrite_cache: encode again, whatever was kept.
 
     Returns:
         Columns `input_ids`, `labels` and `place`; a row may give several samples.
+
+    Raises:
+        UserError: less than one process, or no room on the disk.
     """
-    rows = getattr(data, side)
-    if not rows:
-        # Every row is a problem already; the caller reports them.
-        return Dataset.from_dict({"input_ids": [], "labels": [], "place": []})
+    rows = on_disk(getattr(data, side))
+    if num_proc is not None and num_proc < 1:
+        raise UserError(f"--preprocessing_num_workers {num_proc} must be at least 1.")
+    workers = num_proc or max(1, min(len(os.sched_getaffinity(0)), len(rows) // ROWS_WORTH_A_PROCESS))
+    key = None
+    if isinstance(encode, partial):
+        try:
+            key = token_key(rows, encode)
+        except Unknown as reason:
+            logger.info(f"tokens are not kept for the next run: {reason}")
 
-    def encode_batch(batch: dict[str, list]) -> dict[str, list]:
-        columns: dict[str, list] = {"input_ids": [], "labels": [], "place": [], "problem": []}
-        for text in batch["row"]:
-            row = json.loads(text)
-            try:
-                samples, problem = encode(row), ""
-            except EncodingError as error:
-                problem = json.dumps([error.reason, error.remedy + ".", error.too_long], ensure_ascii=False)
-                samples = [Sample([], [])]
-            for sample in samples:
-                columns["input_ids"].append(sample.input_ids)
-                columns["labels"].append(sample.labels)
-                columns["place"].append(row["place"])
-                columns["problem"].append(problem)
-        return columns
+    def read(folder: Path) -> Dataset:
+        with (folder / "problems.jsonl").open(encoding="utf-8") as file:
+            data.problems += [Problem(**json.loads(line)) for line in file]
+        return Dataset.from_file(str(folder / "samples.arrow"))
 
-    dataset = Dataset.from_dict({"row": [json.dumps(row, ensure_ascii=False) for row in rows]})
-    dataset = dataset.map(
-        encode_batch, batched=True, remove_columns=["row"], num_proc=num_proc, desc=f"tokenizing {side}"
-    )
-    for place, text in zip(dataset["place"], dataset["problem"], strict=True):
-        if text:
-            reason, remedy, too_long = json.loads(text)
-            data.problems.append(Problem(place, reason, remedy, kind="too long" if too_long else "unusable"))
-    dataset = dataset.filter(lambda problem: not problem, input_columns="problem")
-    return dataset.remove_columns("problem")
+    return through_cache(key, partial(_write_encoded, rows, encode, workers, side), read, renew=overwrite_cache)
+
+
+ROWS_WORTH_A_PROCESS = 1000
+ROWS_AT_A_TIME = 200
+BYTES_AT_A_TIME = 16 * 1024 * 1024
+SAMPLES_SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32())), ("place", "string")])
+
+
+def _write_encoded(rows: Rows, encode: Callable, workers: int, side: str, folder: Path) -> None:
+    """Write `samples.arrow` and `problems.jsonl`, in the order of the rows, whatever the number of processes."""
+    starts = range(0, len(rows), ROWS_AT_A_TIME)
+    with (
+        (folder / "problems.jsonl").open("w", encoding="utf-8") as problems,
+        pa.ipc.new_stream(str(folder / "samples.arrow"), SAMPLES_SCHEMA) as samples,
+        datasets.utils.tqdm(total=len(rows), desc=f"tokenizing {side}") as bar,
+        ExitStack() as stack,
+    ):
+        done = 0
+        if datasets.are_progress_bars_disabled():
+            stack.enter_context(signs_of_life(lambda: f"tokenizing {side}: {done:,} of {len(rows):,} rows"))
+        if workers == 1:
+            parts = (_encode_part(rows, encode, start) for start in starts)
+        else:
+            # Forked processes have rows and tokenizer already, without a copy.
+            pool = ProcessPoolExecutor(workers, get_context("fork"), _start_worker, (rows, encode))
+            stack.callback(pool.shutdown, cancel_futures=True)
+            stack.enter_context(_killed_workers_named())
+            parts = pool.map(_encode_part_in_worker, starts)
+        waiting: list[pa.RecordBatch] = []
+        for batch, found in parts:
+            problems.write("".join(json.dumps(asdict(problem), ensure_ascii=False) + "\n" for problem in found))
+            waiting.append(pa.ipc.read_record_batch(pa.py_buffer(batch), SAMPLES_SCHEMA))
+            # Few large pieces: each one costs memory when the file is opened.
+            if sum(part.nbytes for part in waiting) >= BYTES_AT_A_TIME:
+                samples.write(pa.concat_batches(waiting))
+                waiting = []
+            bar.update(min(ROWS_AT_A_TIME, len(rows) - done))
+            done = min(done + ROWS_AT_A_TIME, len(rows))
+        if waiting:
+            samples.write(pa.concat_batches(waiting))
+
+
+@contextmanager
+def _killed_workers_named() -> Iterator[None]:
+    try:
+        yield
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a process that tokenizes was killed, maybe for want of memory. Take fewer of them: "
+            "--preprocessing_num_workers 1."
+        ) from error
+
+
+def _encode_part(rows: Rows, encode: Callable, start: int) -> tuple[bytes, list[Problem]]:
+    """The samples of the next rows as a serialized batch of `SAMPLES_SCHEMA`, and what could not be encoded."""
+    columns: dict[str, list] = {"input_ids": [], "labels": [], "place": []}
+    problems = []
+    for row in rows[start : start + ROWS_AT_A_TIME]:
+        try:
+            samples = encode(row)
+        except EncodingError as error:
+            kind = "too long" if error.too_long else "unusable"
+            problems.append(Problem(row["place"], error.reason, error.remedy + ".", kind=kind))
+            continue
+        for sample in samples:
+            columns["input_ids"].append(sample.input_ids)
+            columns["labels"].append(sample.labels)
+            columns["place"].append(row["place"])
+    return pa.RecordBatch.from_pydict(columns, SAMPLES_SCHEMA).serialize().to_pybytes(), problems
+
+
+_work: tuple[Rows, Callable] | None = None
+
+
+def _start_worker(rows: Rows, encode: Callable) -> None:
+    global _work
+    _work = rows, encode
+    # Ctrl-C goes to all; the first process ends the others. Threads of a tokenizer do not survive a fork.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+    parent_process().join()
+    os._exit(1)
+
+
+def _encode_part_in_worker(start: int) -> tuple[bytes, list[Problem]]:
+    return _encode_part(*_work, start)

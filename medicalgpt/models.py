@@ -9,18 +9,33 @@ import socket
 import urllib.parse
 import urllib.request
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from medicalgpt.args import LoraArguments, ModelArguments, bf16_gpu
+from medicalgpt import attention
+from medicalgpt.args import AttentionArguments, LoraArguments, ModelArguments, bf16_gpu
 from medicalgpt.errors import UserError
+from medicalgpt.families import TESTED, check_family, fused_experts
 
 import torch
 from huggingface_hub import constants
 from loguru import logger
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers import __version__ as transformers_version
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -111,8 +126,19 @@ def _from_pretrained(loader: Any, name_or_path: str, **options: Any) -> Any:
     if not Path(name_or_path).is_dir() and not _hub_is_reachable():
         options["local_files_only"] = True
     try:
-        return loader.from_pretrained(name_or_path, **options)
+        # Unset, it would ask on a terminal whether to run the code of a checkpoint.
+        return loader.from_pretrained(name_or_path, trust_remote_code=False, **options)
     except (OSError, ValueError, SafetensorError) as error:
+        if "trust_remote_code" in str(error):
+            raise CheckpointError(
+                f"{name_or_path} brings code of its own, and code of a checkpoint is never run here. Use one that "
+                "transformers itself knows (often with -hf in its name); docs/models.md lists the families."
+            ) from error
+        if unknown := re.search(r"model type `(\S+)` but Transformers does not recognize", str(error)):
+            raise CheckpointError(
+                f"{name_or_path} is of the type {unknown[1]}, which transformers {transformers_version} does not know. "
+                "docs/models.md lists the families; a newer one may need a newer transformers."
+            ) from error
         if Path(name_or_path).is_dir():
             raise CheckpointError(f"{name_or_path} could not be loaded: {error}") from error
         raise CheckpointError(
@@ -150,10 +176,31 @@ def load_tokenizer(
 
 
 def stage_tokenizer(arguments: ModelArguments, lora: LoraArguments) -> PreTrainedTokenizerBase:
-    """The tokenizer that a stage's flags name; that of an adapter knows its template and system prompt."""
+    """The tokenizer that a stage's flags name; that of an adapter knows its template and system prompt.
+
+    It is what a stage loads first, so a model that cannot be trained is refused here, before the data is read.
+
+    Raises:
+        CheckpointError: not found, or a tokenizer that does not say where in the text its tokens are.
+        UserError: a family that cannot be trained (see `check_family`).
+    """
+    config = base_config(arguments, lora)
+    check_family(config, _quantizing_flag(arguments.load_in_4bit or arguments.qlora, arguments.load_in_8bit))
+    if config.model_type not in TESTED:
+        logger.warning(f"{config.model_type} is not among the model families that were tested (docs/models.md)")
     name = arguments.tokenizer_name_or_path or lora.peft_path or arguments.model_name_or_path
     name = fetch(name, arguments.hub, arguments.model_revision, arguments.cache_dir)
-    return load_tokenizer(name, revision=arguments.model_revision, cache_dir=arguments.cache_dir)
+    tokenizer = load_tokenizer(name, revision=arguments.model_revision, cache_dir=arguments.cache_dir)
+    if not tokenizer.is_fast:
+        raise CheckpointError(
+            f"the tokenizer of {name} ({type(tokenizer).__name__}) does not say where in a text its tokens are, so "
+            "that answers cannot be told from questions. Name one that has a tokenizer.json: --tokenizer_name_or_path."
+        )
+    return tokenizer
+
+
+def _quantizing_flag(load_in_4bit: bool, load_in_8bit: bool) -> str | None:
+    return "--load_in_4bit" if load_in_4bit else "--load_in_8bit" if load_in_8bit else None
 
 
 def quantization_config(load_in_4bit: bool, load_in_8bit: bool, qlora: bool) -> BitsAndBytesConfig | None:
@@ -201,7 +248,7 @@ def load_model(
 
     Raises:
         CheckpointError: not found or not loadable.
-        UserError: options that contradict each other.
+        UserError: options that contradict each other, or a family that does not suit (see `check_family`).
     """
     quantization = quantization_config(load_in_4bit, load_in_8bit, qlora)
     distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -211,16 +258,17 @@ def load_model(
         raise UserError("a quantized base cannot be trained in full: add --use_peft True, or drop the 4/8-bit flag.")
     if quantization and device_map is None and torch.cuda.is_available():
         device_map = {"": int(os.environ.get("LOCAL_RANK", "0"))}
-    if dtype == "auto":
-        chosen = torch.bfloat16 if bf16_gpu() and not full_training else torch.float32
-    else:
-        chosen = getattr(torch, dtype)
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
+    if auto_class is AutoModelForCausalLM:
+        config = options.get("config") or _from_pretrained(
+            AutoConfig, name_or_path, revision=revision, cache_dir=cache_dir
+        )
+        check_family(config, _quantizing_flag(load_in_4bit or qlora, load_in_8bit))
     return _from_pretrained(
         auto_class,
         name_or_path,
-        dtype=chosen,
+        dtype=_weights_dtype(dtype, full_training),
         quantization_config=quantization,
         device_map=device_map,
         revision=revision,
@@ -229,12 +277,67 @@ def load_model(
     )
 
 
-def load_base(auto_class: Any, arguments: ModelArguments, lora: LoraArguments, **options: Any) -> PreTrainedModel:
+def _weights_dtype(dtype: str, full_training: bool) -> torch.dtype:
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    return torch.bfloat16 if bf16_gpu() and not full_training else torch.float32
+
+
+def base_config(arguments: ModelArguments, lora: LoraArguments) -> PreTrainedConfig:
+    """The configuration of the base that the flags name, with the positions that its adapter was trained with."""
+    base, adapter = resolve_checkpoint(arguments.model_name_or_path)
+    source = fetch(base, arguments.hub, arguments.model_revision, arguments.cache_dir)
+    config = _from_pretrained(AutoConfig, source, revision=arguments.model_revision, cache_dir=arguments.cache_dir)
+    for name, value in recorded_positions(adapter or lora.peft_path).items():
+        setattr(config.get_text_config(), name, value)
+    return config
+
+
+def settle_length(
+    training: Any, name: str, arguments: ModelArguments, lora: LoraArguments, attending: AttentionArguments
+) -> None:
+    """Refuse a training length beyond the model's positions, before any time is spent; shorten a default that is.
+
+    Args:
+        training: parsed arguments; changed in place.
+        name: the field that holds the length in tokens.
+
+    Raises:
+        UserError: the length that was given does not fit, or fits without the `--rope_scaling` that was given.
+    """
+    config = base_config(arguments, lora)
+    known = attention.context_length(config)
+    if name not in training.given and not attending.rope_scaling and known:
+        setattr(training, name, min(known, getattr(training, name)))
+    attention.position_options(config, attending.rope_scaling, getattr(training, name))
+
+
+def load_base(
+    auto_class: Any,
+    arguments: ModelArguments,
+    lora: LoraArguments,
+    attending: AttentionArguments | None = None,
+    *,
+    max_length: int | None = None,
+    bf16: bool = False,
+    **options: Any,
+) -> PreTrainedModel:
     """The model that a stage starts from, by its flags: base, or base with `--model_name_or_path`'s adapter merged.
 
     An adapter stays separate where an adapter is trained on (see `add_lora`); it is merged where all weights are.
+
+    Args:
+        max_length: tokens of the longest training sequence.
+        bf16: whether training computes in bfloat16, whatever the weights are.
+
+    Raises:
+        UserError: positions or attention that the model cannot have, or flags that contradict each other.
     """
+    attending = attending or AttentionArguments()
     base, adapter = resolve_checkpoint(arguments.model_name_or_path)
+    config = base_config(arguments, lora)
+    options |= attention.position_options(config, attending.rope_scaling, max_length)
+    half = bf16 or _weights_dtype(arguments.dtype, not lora.use_peft) in (torch.bfloat16, torch.float16)
     model = load_model(
         auto_class,
         fetch(base, arguments.hub, arguments.model_revision, arguments.cache_dir),
@@ -246,8 +349,11 @@ def load_base(auto_class: Any, arguments: ModelArguments, lora: LoraArguments, *
         revision=arguments.model_revision,
         cache_dir=arguments.cache_dir,
         full_training=not lora.use_peft,
+        attn_implementation=attention.choose(attending, config, half),
         **options,
     )
+    if attending.shift_attn:
+        attention.set_group_size(model, max_length)
     _keep_4bit_trainable(model)
     if adapter:
         logger.info(f"{arguments.model_name_or_path} is an adapter: base {base} plus that adapter")
@@ -274,39 +380,55 @@ def _keep_4bit_trainable(model: PreTrainedModel) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+# Flags that shape a new adapter.
+SHAPE_FLAGS = frozenset(
+    ("lora_rank", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_dora", "use_rslora")
+)
+
+
 def add_lora(
-    model: PreTrainedModel, lora: LoraArguments, task_type: TaskType, *, start_from: str | None = None
+    model: PreTrainedModel,
+    lora: LoraArguments,
+    task_type: TaskType,
+    *,
+    start_from: str | None = None,
+    new_rows: Sequence[int] = (),
 ) -> PreTrainedModel | PeftModel:
     """Put a new adapter on the model, or go on with the one at `--peft_path` or `start_from`.
 
     Args:
-        model: the base; returned as it is if `lora.use_peft` is False.
+        model: the base; returned without an adapter if `lora.use_peft` is False.
         task_type: of peft.
         start_from: the adapter that `--model_name_or_path` pointed to.
+        new_rows: ids from `fit_embedding`, whose rows of embedding and head are trained beside the adapter.
 
     Raises:
-        UserError: contradicting flags, or modules that the model does not have.
+        UserError: contradicting flags, modules or layers that the model does not have, new rows that would stay
+            untrained.
     """
+    frozen = _frozen_layers(model, lora.freeze_layers) if lora.freeze_layers is not None else []
     if not lora.use_peft:
-        adapter_flags = {"peft_path", "lora_rank", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save"}
-        if idle := sorted(adapter_flags & getattr(lora, "given", frozenset())):
+        if idle := sorted((SHAPE_FLAGS | {"peft_path", "loraplus_lr_ratio"}) & getattr(lora, "given", frozenset())):
             raise UserError(
                 f"--use_peft False trains every weight, so --{', --'.join(idle)} would have no effect. Leave them out, "
                 "or say --use_peft True."
             )
+        for name in frozen:
+            model.get_submodule(name).requires_grad_(False)
         return model
     if lora.peft_path and start_from:
         raise UserError("--model_name_or_path is an adapter already; give its base there, or leave --peft_path out.")
     continued = lora.peft_path or start_from
     if continued:
-        shape_flags = {"lora_rank", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save"}
-        if clash := sorted(shape_flags & getattr(lora, "given", frozenset())):
+        if clash := sorted((SHAPE_FLAGS | {"freeze_layers"}) & getattr(lora, "given", frozenset())):
             raise UserError(
                 f"{continued} goes on with its own shape, so --{', --'.join(clash)} would have no effect. Leave them "
                 "out, or merge the adapter first: python merge_peft_adapter.py --lora_model " + str(continued)
             )
         logger.info(f"going on with the adapter {continued}, in its own shape")
-        return attach_adapter(model, continued, trainable=True)
+        model = attach_adapter(model, continued, trainable=True)
+        _require_trained_rows(model, continued, new_rows)
+        return model
     names = [name for name in lora.target_modules.replace(" ", "").split(",") if name]
     to_save = [name for name in (lora.modules_to_save or "").replace(" ", "").split(",") if name]
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
@@ -315,22 +437,205 @@ def add_lora(
         to_save = [name for name in to_save if name != "lm_head"] or ["embed_tokens"]
         logger.info(f"the head is tied to the embedding: {', '.join(to_save)} trains both")
     _require_modules(model, [*to_save, *(names if names != ["all"] else [])])
+    layers = [model.get_submodule(name) for name in frozen]
+    if inside := [name for name in to_save if any(_has_module(layer, name) for layer in layers)]:
+        raise UserError(
+            f"--modules_to_save {', '.join(inside)} would train modules of the layers that --freeze_layers "
+            f"{lora.freeze_layers} keeps as they are. Leave one of the two out."
+        )
+    rows = _rows_to_train(model, new_rows, to_save, names, tied)
+    targets: str | list[str] = "all-linear" if names == ["all"] else names
+    experts = sorted(fused_experts(model)) if names == ["all"] else []
+    if experts:
+        targets = _targets_beside_experts(model, lora, experts)
     config = LoraConfig(
         task_type=task_type,
         r=lora.lora_rank,
         lora_alpha=lora.lora_alpha,
-        lora_dropout=lora.lora_dropout,
-        target_modules="all-linear" if names == ["all"] else names,
+        lora_dropout=0.0 if experts else lora.lora_dropout,
+        target_modules=targets,
+        target_parameters=experts or None,
         modules_to_save=to_save or None,
+        exclude_modules=rf"(?:{'|'.join(map(re.escape, frozen))})\..*" if frozen else None,
+        trainable_token_indices=rows or None,
+        use_dora=lora.use_dora,
+        use_rslora=lora.use_rslora,
         ensure_weight_tying=bool(tied and to_save),
     )
     # DeepSpeed ZeRO-3 gathers small parameters into buffers of one type, so adapters must have the base's.
-    return get_peft_model(model, config, autocast_adapter_dtype=not is_deepspeed_zero3_enabled())
+    try:
+        model = get_peft_model(model, config, autocast_adapter_dtype=not is_deepspeed_zero3_enabled())
+    except ValueError as error:
+        raise UserError(f"peft refuses --target_modules {lora.target_modules} for this model: {error}") from error
+    _require_adapters(model, names, frozen)
+    if rows:
+        logger.info(f"{len(new_rows)} new tokens: their rows in {' and '.join(rows)} are trained, no other rows")
+        _save_rows_alone(model)
+    return model
+
+
+def _targets_beside_experts(model: PreTrainedModel, lora: LoraArguments, experts: list[str]) -> list[str]:
+    """Names of the linear layers but the head that can have adapters beside those of the experts.
+
+    `all-linear` of peft would do something else in each family: leave experts out, or adapt them with twice the rank
+    and the router too.
+
+    Raises:
+        UserError: flags that peft cannot follow in adapters of experts.
+    """
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    of_attention = sorted({name.rpartition(".")[2] for name in linear if "attn" in name})
+    without = f"leave the experts as they are: --target_modules {','.join(of_attention)}"
+    for clash, flag in (
+        ("lora_dropout" in getattr(lora, "given", ()) and lora.lora_dropout > 0, f"--lora_dropout {lora.lora_dropout}"),
+        (lora.use_dora, "--use_dora True"),
+        (lora.freeze_layers is not None, f"--freeze_layers {lora.freeze_layers}"),
+    ):
+        if clash:
+            raise UserError(
+                f"{type(model).__name__} is a mixture of experts, and peft cannot follow {flag} in their adapters. "
+                f"Leave the flag out, or {without}"
+            )
+    share = sum(fused_experts(model).values()) / total_parameters(model)
+    logger.info(
+        f"the experts ({', '.join(experts)}: {share:.0%} of the weights) get adapters too, without dropout, which peft "
+        f"does not have there; the routers stay as they are. To {without}"
+    )
+    head = model.get_output_embeddings()
+    names = {name.rpartition(".")[2] for name in linear if model.get_submodule(name) is not head}
+    understood = LoraConfig(target_modules=sorted(names))
+    convert_peft_config_for_transformers(understood, model, None)
+    # The others are names that experts had before they were fused: peft would not look for linear layers by them.
+    return sorted(names & set(understood.target_modules))
+
+
+def _require_adapters(model: PeftModel, names: list[str], frozen: list[str]) -> None:
+    """Say which linear layers `all` did not reach.
+
+    Raises:
+        UserError: a module that was named has no adapter, since peft takes its name for that of the experts.
+    """
+    wrapped = {name: module for name, module in model.get_base_model().named_modules()}
+    adapted = {name for name, module in wrapped.items() if isinstance(module, BaseTunerLayer)}
+    if names != ["all"]:
+        ends = {name.rpartition(".")[2] for name in adapted}
+        if missed := [name for name in names if name.rpartition(".")[2] not in ends]:
+            raise UserError(
+                f"peft takes {', '.join(missed)} for a name of the experts in this family and puts no adapter on the "
+                "modules of that name. Leave it out of --target_modules, or say --target_modules all."
+            )
+        return
+    head = model.get_output_embeddings()
+    of_head = set() if head is None else set(head.modules())
+    left = {
+        name: module.weight.numel()
+        for name, module in wrapped.items()
+        if type(module) is torch.nn.Linear
+        and module not in of_head
+        and ".lora_" not in name
+        and name.removesuffix(".base_layer") not in adapted
+        and not name.startswith(tuple(f"{layer}." for layer in frozen))
+    }
+    if left:
+        kinds = sorted({name.rpartition(".")[2] for name in left})
+        logger.warning(
+            f"peft puts no adapter on {len(left)} linear layers ({', '.join(kinds)}; "
+            f"{sum(left.values()) / total_parameters(model):.1%} of the weights) of this family: they stay as they are"
+        )
+
+
+def _frozen_layers(model: PreTrainedModel, numbers: str) -> list[str]:
+    """Names of the decoder layers that `numbers` (`0-21,23`) stands for, such as model.layers.0.
+
+    Raises:
+        UserError: no numbers, layers that the model does not have, or all that it has.
+    """
+    count = model.config.get_text_config().num_hidden_layers
+    lists = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count
+    ]
+    if not lists:
+        raise UserError(f"--freeze_layers: {type(model).__name__} has no list of its {count} layers. Leave it out.")
+    chosen: set[int] = set()
+    for part in numbers.replace(" ", "").split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if first > last:
+            raise UserError(f"--freeze_layers {numbers}: {part!r} is no number and no range. Write them as in 0-21,23.")
+        if last >= count:
+            raise UserError(
+                f"--freeze_layers {numbers}: there is no layer {last}; the model has {count} layers, 0 to {count - 1}."
+            )
+        chosen.update(range(first, last + 1))
+    if len(chosen) == count:
+        raise UserError(
+            f"--freeze_layers {numbers} freezes all {count} layers of the model, so nothing would be learned in them. "
+            "Leave some out of it."
+        )
+    # Experts are lists as well, and lie deeper.
+    outermost = min(lists, key=lambda name: name.count("."))
+    return [f"{outermost}.{number}" for number in sorted(chosen)]
+
+
+def _rows_to_train(
+    model: PreTrainedModel, new_rows: Sequence[int], to_save: list[str], targets: list[str], tied: bool
+) -> dict[str, list[int]]:
+    """For peft: the modules, embedding and untied head, of which only `new_rows` are trained; those in `to_save` not.
+
+    Raises:
+        UserError: the rows cannot be trained alone in this model or with these flags.
+    """
+    if not new_rows:
+        return {}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    ends = [embedding] if tied or head is None else [embedding, head]
+    names = [name.rpartition(".")[2] for name, module in model.named_modules() if any(module is end for end in ends)]
+    in_full, adapted = ({name.rpartition(".")[2] for name in flag} for flag in (to_save, targets))
+    rows = {name: list(new_rows) for name in names if name not in in_full}
+    if not rows:
+        return {}
+    remedy = f"Train these modules in full: --modules_to_save {','.join(names)}."
+    if clash := sorted(adapted.intersection(rows)):
+        raise UserError(f"--target_modules {', '.join(clash)} cannot hold an adapter and new rows at once. {remedy}")
+    if getattr(head, "bias", None) is not None:
+        raise UserError(f"the head of {type(model).__name__} has a bias, which peft's new rows leave out. {remedy}")
+    if is_deepspeed_zero3_enabled():
+        raise UserError(f"new token rows cannot be trained alone under ZeRO-3. Use ZeRO-2. Or: {remedy}")
+    return rows
+
+
+def _require_trained_rows(model: PeftModel, adapter: str, new_rows: Sequence[int]) -> None:
+    """Raises UserError if an adapter that is gone on with leaves new rows untrained."""
+    config = model.peft_config[model.active_adapter]
+    untrained = set(new_rows).difference(token_rows(getattr(config, "trainable_token_indices", None)))
+    embedding = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
+    if untrained and embedding.rpartition(".")[2] not in (config.modules_to_save or ()):
+        raise UserError(
+            f"the tokenizer has {len(untrained)} tokens (the first has id {min(untrained)}) that the adapter {adapter} "
+            "does not train. Merge it first, and train a new adapter on the result: "
+            f"python merge_peft_adapter.py --lora_model {adapter}"
+        )
+
+
+def token_rows(indices: dict[str, list[int]] | list[int] | None) -> list[int]:
+    """The rows that `trainable_token_indices` of an adapter's configuration names, in either form that peft has."""
+    lists = indices.values() if isinstance(indices, dict) else [indices or []]
+    return sorted({row for ids in lists for row in ids})
+
+
+def _save_rows_alone(model: PeftModel) -> None:
+    """Keep peft from saving the whole embedding because it has grown: the new rows are all that is needed."""
+    model.save_pretrained = functools.partial(model.save_pretrained, save_embedding_layers=False)
+
+
+def _has_module(model: torch.nn.Module, wanted: str) -> bool:
+    return any(wanted in (name, name.rpartition(".")[2]) for name, _ in model.named_modules())
 
 
 def _require_modules(model: torch.nn.Module, names: list[str]) -> None:
-    present = {part for name, _ in model.named_modules() for part in (name, name.rpartition(".")[2])}
-    if missing := [name for name in names if name not in present]:
+    if missing := [name for name in names if not _has_module(model, name)]:
         linear = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
         raise UserError(f"the model has no module {', '.join(missing)}; its linear layers are {', '.join(linear)}.")
 
@@ -343,43 +648,91 @@ def attach_adapter(model: PreTrainedModel, adapter_path: str, *, trainable: bool
             shapes that do not fit).
     """
     check_base(adapter_path, model.config._name_or_path)
+    _check_positions(adapter_path, model)
     try:
         _grow_to_adapter(model, adapter_path)
-        return PeftModel.from_pretrained(model, adapter_path, is_trainable=trainable)
+        attached = PeftModel.from_pretrained(model, adapter_path, is_trainable=trainable)
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:
         raise CheckpointError(
             f"the adapter {adapter_path} does not fit {model.config._name_or_path}: {str(error).splitlines()[0]}"
         ) from error
+    if getattr(attached.peft_config[attached.active_adapter], "trainable_token_indices", None):
+        _save_rows_alone(attached)
+    return attached
 
 
 def _grow_to_adapter(model: PreTrainedModel, adapter_path: str) -> None:
-    """Give the embedding the rows that the adapter's own copy of it has, where tokens were added in its training."""
+    """Give the embedding the rows that the adapter needs, where tokens were added in its training.
+
+    The adapter holds either a copy of the whole embedding or the new rows alone.
+    """
     weights = Path(adapter_path) / "adapter_model.safetensors"
     if not weights.is_file():
         return
+    own = model.get_input_embeddings().num_embeddings
     with safe_open(weights, "pt") as file:
-        names = [name for name in file.keys() if name.endswith("embed_tokens.weight")]
+        ends = ("embed_tokens.weight", "embed_tokens.token_adapter.base_layer.weight")
+        names = [name for name in file.keys() if name.endswith(ends)]
         rows = file.get_slice(names[0]).get_shape()[0] if names else None
-    if rows and rows != model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(rows)
+    if rows is None:
+        config = json.loads((Path(adapter_path) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        rows = max([own, *(row + 1 for row in token_rows(config.get("trainable_token_indices")))])
+    if rows != own:
+        model.resize_token_embeddings(rows, mean_resizing=False)
 
 
-def fit_embedding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, lora: LoraArguments) -> None:
-    """Give each token of an extended tokenizer a row in the embedding, started at the mean of the others.
+def fit_embedding(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, lora: LoraArguments, *, cache_dir: str | None = None
+) -> list[int]:
+    """Give each token of the tokenizer a row in the embedding, and say which rows are new, for `add_lora`.
+
+    A row is new if it lies beyond the model's own, which then starts at the mean of the others; or if the tokenizer of
+    the model's checkpoint has no token of that id, or another one, as where an embedding has spare rows or reserved
+    tokens are given a meaning. Where that checkpoint has no tokenizer, or one that was extended in place, tokens in
+    spare rows cannot be told from old ones and count as old.
+
+    Args:
+        cache_dir: where downloads are kept.
+
+    Returns:
+        Ids, ascending. None are looked for if all weights are trained.
 
     Raises:
-        UserError: the new rows would not be trained.
+        UserError: the tokenizer is another one than the model's, not an extended one.
     """
     rows = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) <= rows:
-        return
-    if lora.use_peft and "embed_tokens" not in (lora.modules_to_save or ""):
+    tokens = {row: token for token, row in tokenizer.get_vocab().items()}
+    needed = max(tokens) + 1
+    if needed > rows:
+        model.resize_token_embeddings(needed)
+        logger.info(f"the embedding grew from {rows} to {needed} rows; the new ones start at the mean")
+    if not lora.use_peft:
+        return []
+    own = _own_tokens(model, cache_dir)
+    if own is None:
+        return sorted(row for row in tokens if row >= rows)
+    changed = [row for row, token in tokens.items() if own.get(row, token) != token]
+    in_full = (lora.modules_to_save or "").replace(" ", "").split(",")
+    if len(changed) > len(own) / 2 and "embed_tokens" not in in_full:
         raise UserError(
-            f"the tokenizer has {len(tokenizer)} tokens and the model {rows} rows for them; the new ones would stay "
-            "untrained. Add --modules_to_save embed_tokens,lm_head, or train all weights with --use_peft False."
+            f"the tokenizer gives {len(changed)} of {len(own)} ids of {model.config._name_or_path} to other tokens, so "
+            "what the model knows of them would be wrong. Give the model's own tokenizer or one extended from it; to "
+            "learn all tokens anew: --use_peft False, or --modules_to_save embed_tokens,lm_head."
         )
-    model.resize_token_embeddings(len(tokenizer))
-    logger.info(f"the embedding grew from {rows} to {len(tokenizer)} rows; the new ones start at the mean")
+    return sorted(row for row, token in tokens.items() if row >= rows or own.get(row) != token)
+
+
+def _own_tokens(model: PreTrainedModel, cache_dir: str | None) -> dict[int, str] | None:
+    """Ids and tokens of the tokenizer in the model's own checkpoint; None if it has none."""
+    name = model.config._name_or_path
+    if Path(name).is_dir() and not (Path(name) / "tokenizer_config.json").is_file():
+        return None
+    try:
+        # The commit is known where the model came from a hub.
+        tokenizer = load_tokenizer(name, revision=getattr(model.config, "_commit_hash", None), cache_dir=cache_dir)
+    except CheckpointError:
+        return None
+    return {row: token for token, row in tokenizer.get_vocab().items()}
 
 
 def check_base(adapter_path: str, base: str) -> None:
@@ -388,12 +741,8 @@ def check_base(adapter_path: str, base: str) -> None:
     Raises:
         CheckpointError: they differ. An adapter without run.json (not trained here) cannot be checked, and says so.
     """
-    recorded = None
-    for folder in (Path(adapter_path), Path(adapter_path).parent):
-        if (folder / RUN_FILE).is_file():
-            recorded = json.loads((folder / RUN_FILE).read_text(encoding="utf-8")).get("base")
-            break
-    if not recorded or not recorded.get("fingerprint"):
+    recorded = _recorded_base(adapter_path)
+    if not recorded.get("fingerprint"):
         logger.warning(f"{adapter_path} does not record its base's weights; whether {base} is the right one is unknown")
         return
     found = fingerprint(base)
@@ -402,6 +751,30 @@ def check_base(adapter_path: str, base: str) -> None:
             f"the adapter {adapter_path} was trained on {recorded['name']} (weights {recorded['fingerprint'][:12]}), "
             f"but {base} has other weights ({found[:12]}). Give the base that it was trained on."
         )
+
+
+def _recorded_base(adapter_path: str) -> dict[str, Any]:
+    for folder in (Path(adapter_path), Path(adapter_path).parent):
+        if (folder / RUN_FILE).is_file():
+            return json.loads((folder / RUN_FILE).read_text(encoding="utf-8")).get("base") or {}
+    return {}
+
+
+def recorded_positions(adapter_path: str | None) -> dict[str, Any]:
+    """What `from_pretrained` needs so that a base has the positions which the adapter was trained with."""
+    rope = _recorded_base(adapter_path).get("rope_parameters") if adapter_path else None
+    return {"rope_parameters": rope} if rope else {}
+
+
+def _check_positions(adapter_path: str, model: PreTrainedModel) -> None:
+    for name, wanted in recorded_positions(adapter_path).items():
+        found = getattr(model.config.get_text_config(), name, None)
+        if found != wanted:
+            raise CheckpointError(
+                f"the adapter {adapter_path} was trained with other positions ({wanted}) than its base was loaded "
+                f"with ({found}). Load the base with those, or merge: python merge_peft_adapter.py --lora_model "
+                f"{adapter_path}"
+            )
 
 
 def fingerprint(name_or_path: str) -> str | None:
@@ -448,13 +821,24 @@ def fingerprint(name_or_path: str) -> str | None:
 def adapters_to_float32(model: torch.nn.Module) -> None:
     """Keep trained weights in float32: in bfloat16 an update below 1/256 of a weight is lost.
 
-    TRL casts the adapters of quantized models to bfloat16 when the trainer is built, so call this after it.
+    TRL casts the adapters of quantized models to bfloat16 when the trainer is built, so call this after it. Modules
+    trained in full take and give the numbers of the model around them, which stays as it is.
     """
     if is_deepspeed_zero3_enabled():
         return
+    for wrapper in model.modules():
+        if isinstance(wrapper, ModulesToSaveWrapper):
+            around = next(wrapper.original_module.parameters()).dtype
+            for copy in wrapper.modules_to_save.values() if around != torch.float32 else ():
+                copy.register_forward_pre_hook(_inputs_to_float32)
+                copy.register_forward_hook(lambda module, inputs, output, around=around: output.to(around))
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             parameter.data = parameter.data.float()
+
+
+def _inputs_to_float32(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return tuple(each.float() if each.is_floating_point() else each for each in inputs)
 
 
 def trainable_by_module(model: torch.nn.Module) -> Counter:
@@ -463,7 +847,9 @@ def trainable_by_module(model: torch.nn.Module) -> Counter:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             size = getattr(parameter, "ds_numel", None) or parameter.numel()
-            parts = [p for p in name.split(".") if p not in ("default", "weight", "bias", "modules_to_save")]
+            inner = ("default", "weight", "bias", "modules_to_save", "base_layer")
+            inner += ("token_adapter", "trainable_tokens_delta")
+            parts = [part for part in name.split(".") if part not in inner]
             if parts[-1].startswith("lora_"):
                 parts.pop()
             counts[parts[-1]] += size

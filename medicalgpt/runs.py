@@ -1,5 +1,6 @@
 """What surrounds the training in every stage: output folder, log, run.json, checkpoints, preview, samples, saving."""
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -11,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,13 +20,17 @@ from typing import Any
 
 from medicalgpt import models
 from medicalgpt.args import ModelArguments, RunArguments
+from medicalgpt.attention import rope_to_record
 from medicalgpt.data import LoadedData
 from medicalgpt.encoding import IGNORED
 from medicalgpt.errors import UserError
 from medicalgpt.logs import is_main_process, setup_logging
+from medicalgpt.observed import as_table, observe
 from medicalgpt.plots import plot_loss
+from medicalgpt.streaming import STATE_FILE, StreamedData, StreamedSamples, StreamTrainer
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from loguru import logger
 from transformers import (
@@ -39,6 +44,7 @@ from transformers import (
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import ProgressCallback
+from transformers.utils import is_liger_kernel_available
 
 MANIFEST = "manifest.json"
 REPORTED_LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes", "deepspeed")
@@ -76,12 +82,17 @@ class Run:
         others: further argument dataclasses, recorded in run.json.
 
     Raises:
-        UserError: the folder holds another run, or there is no whole checkpoint to resume from.
+        UserError: the folder holds another run, there is no whole checkpoint to resume from, or Liger's kernels cannot
+            run here.
     """
 
     def __init__(self, stage: str, training: TrainingArguments, model: ModelArguments, run: RunArguments, *others: Any):
         setup_logging()
+        if training.use_liger_kernel:
+            _require_liger(training)
         self.stage, self.training, self.options = stage, training, run
+        # The trainer changes its arguments; what was asked for is kept apart.
+        self.asked = copy.copy(training)
         self.output_dir = Path(training.output_dir)
         self.started = time.time()
         self.resume_from = self._claim_output_dir()
@@ -148,6 +159,12 @@ class Run:
         self.record["data"] = [
             {"side": side, **account.as_dict()} for side, accounts in data.account.items() for account in accounts
         ]
+        if self.resume_from and (Path(self.resume_from) / STATE_FILE).is_file() != isinstance(data, StreamedData):
+            wanted = "Leave --streaming out" if isinstance(data, StreamedData) else "Add --streaming True"
+            raise UserError(
+                f"{self.resume_from} saw its rows in another order than this run would. {wanted}, as in the run that "
+                "made it, or start anew in another --output_dir."
+            )
         if self.resume_from and (self.output_dir / "run.json").is_file():
             before = json.loads((self.output_dir / "run.json").read_text(encoding="utf-8")).get("data", [])
             if before and before != self.record["data"]:
@@ -166,46 +183,64 @@ class Run:
     def announce(self, model: torch.nn.Module, train: Dataset, evaluation: Dataset | None) -> None:
         """Print what will happen before it happens: tokens, parameters, batches, steps."""
         args = self.training
-        tokens = sum(map(len, train["input_ids"]))
-        supervised = sum(sum(label != IGNORED for label in labels) for labels in train["labels"])
+        streamed = isinstance(train, StreamedSamples)
+        sequences, tokens, supervised = train.estimate() if streamed else _sizes(train)
+        about = "about " if streamed else ""
         batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         per_epoch = math.ceil(
-            math.ceil(len(train) / (args.per_device_train_batch_size * args.world_size))
+            math.ceil(sequences / (args.per_device_train_batch_size * args.world_size))
             / args.gradient_accumulation_steps
         )
         steps = args.max_steps if args.max_steps > 0 else math.ceil(per_epoch * args.num_train_epochs)
         by_module = models.trainable_by_module(model)
         trainable, total = sum(by_module.values()), models.total_parameters(model)
         modules = ", ".join(f"{name} {count:,}" for name, count in by_module.most_common(12))
-        config = model.config
         lines = [
-            ("sequences", f"{len(train):,} to train on, {len(evaluation) if evaluation else 0:,} held out"),
-            ("tokens", f"{tokens:,}, supervised {supervised:,} ({supervised / max(tokens, 1):.0%})"),
+            ("sequences", f"{about}{sequences:,} to train on, {len(evaluation) if evaluation else 0:,} held out"),
+            ("tokens", f"{about}{tokens:,}, supervised {supervised:,} ({supervised / max(tokens, 1):.0%})"),
             ("trainable", f"{trainable:,} of {total:,} parameters ({trainable / total:.2%}): {modules}"),
-            (
-                "batch",
-                f"{batch} = {args.per_device_train_batch_size} a device x {args.gradient_accumulation_steps} "
-                f"accumulated x {args.world_size} process(es)",
-            ),
-            ("steps", f"{steps:,} ({per_epoch:,} an epoch)"),
-            ("learning rate", f"{args.learning_rate:g}, {args.lr_scheduler_type.value}, warmup {args.warmup_steps:g}"),
-            (
-                "numbers",
-                f"weights {config.dtype}, autocast {'bfloat16' if args.bf16 else 'float16' if args.fp16 else 'off'}, "
-                f"attention {config._attn_implementation}, device {args.device}",
-            ),
+            ("steps", f"{steps:,} ({about}{per_epoch:,} an epoch) of {batch} sequences on {args.device}"),
         ]
         self.record["model"] = {
             "parameters": total,
             "trainable": trainable,
             "trainable_by_module": dict(by_module),
-            "attention": config._attn_implementation,
-            "dtype": str(config.dtype),
         }
-        self.record["plan"] = {"sequences": len(train), "tokens": tokens, "supervised_tokens": supervised}
+        if rope := rope_to_record(model.config):
+            self.record["base"]["rope_parameters"] = rope
+        self.record["plan"] = {"sequences": sequences, "tokens": tokens, "supervised_tokens": supervised}
+        self.record["plan"] |= {"estimated": True} if streamed else {}
         self.record["plan"] |= {"effective_batch": batch, "steps": steps}
         for name, text in lines:
             logger.info(f"{name:<14} {text}")
+
+    def compare(self, trainer: Trainer, batches: Sequence[dict[str, torch.Tensor]]) -> None:
+        """Print the table "asked / observed" and put it into run.json. Call it on every process.
+
+        Args:
+            trainer: ready for its first step.
+            batches: those of the first step.
+
+        Raises:
+            UserError: on every process, if a line differs on any of them.
+        """
+        asked = self.record["arguments"] | {"processes": self.record["processes"]}
+        lines = observe(asked, self.asked, trainer, batches)
+        self.record["observed"] = [
+            {"name": line.name, "asked": line.asked, "observed": line.observed, "agrees": line.agrees} for line in lines
+        ]
+        for row in as_table(lines):
+            logger.info(row)
+        differing = [
+            f"{line.name}: asked {line.asked}; observed {line.observed}. {line.remedy}"
+            for line in lines
+            if line.agrees is False
+        ]
+        # A process that stops alone would leave the others waiting for it.
+        differing = list(dict.fromkeys(gather_object(differing)))
+        self._write_record()
+        if differing:
+            raise UserError("\n  ".join(["asked and observed differ, so nothing was trained.", *differing]))
 
     # -- training and after -------------------------------------------------------------------------------------------
 
@@ -239,6 +274,8 @@ class Run:
         metrics: dict[str, float] = {}
         if self.training.do_train:
             metrics |= trainer.train(resume_from_checkpoint=self.resume_from).metrics
+            if isinstance(trainer, StreamTrainer):
+                self.record["streamed"] = trainer.seen()
         # Held-out rows are measured unless that was refused in so many words.
         unwanted = "do_eval" in getattr(self.training, "given", ()) and not self.training.do_eval
         if trainer.eval_dataset is not None and not unwanted:
@@ -258,6 +295,7 @@ class Run:
         trainer.add_callback(MetricsFile(self.output_dir, append=self.resume_from is not None))
         trainer.add_callback(CheckpointCommitter())
         trainer.add_callback(FiniteLoss())
+        trainer.add_callback(FirstStep(trainer, self.compare))
         if not trainer.pop_callback(ProgressCallback):
             trainer.add_callback(PlainProgress())
         else:
@@ -478,6 +516,26 @@ class MetricsFile(TrainerCallback):
                 file.write(json.dumps(event) + "\n")
 
 
+class FirstStep(TrainerCallback):
+    """Call `look(trainer, batches)` once the batches of the first step are there, before anything is computed."""
+
+    def __init__(self, trainer: Trainer, look: Callable[[Trainer, Sequence[dict[str, torch.Tensor]]], None]):
+        self.trainer, self.look = trainer, look
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        fetch = self.trainer.get_batch_samples
+
+        def fetch_and_look(*fetch_args: Any) -> tuple[list, Any]:
+            del self.trainer.get_batch_samples
+            batches, count = fetch(*fetch_args)
+            if batches:
+                self.look(self.trainer, batches)
+            return batches, count
+
+        # The library shows a callback everything but the batches.
+        self.trainer.get_batch_samples = fetch_and_look
+
+
 class FiniteLoss(TrainerCallback):
     """End a run whose loss is no number any more: from then on every weight is lost, and nothing is worth saving."""
 
@@ -497,7 +555,7 @@ class PlainProgress(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         self.began = self.last_line = time.time()
-        self.first_step, self.first_tokens = state.global_step, None
+        self.first_step, self.first_tokens = state.global_step, state.num_input_tokens_seen
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.first_step + 1:
@@ -520,7 +578,8 @@ class PlainProgress(TrainerCallback):
         parts = [f"step {state.global_step}/{state.max_steps} ({state.global_step / max(state.max_steps, 1):.0%})"]
         parts += [f"{name} {logs[name]:.4g}" for name in ("loss", "eval_loss", "learning_rate") if name in logs]
         if "num_tokens" in logs and elapsed > 0:
-            parts.append(f"{logs['num_tokens'] / elapsed:,.0f} tokens/s")
+            tokens = logs["num_tokens"] - getattr(self, "first_tokens", 0)
+            parts.append(f"{tokens / elapsed:,.0f} tokens/s")
         parts.append(f"{peak_memory_gb():.2f} GB")
         if done and state.max_steps > state.global_step:
             parts.append(f"{_duration(elapsed / done * (state.max_steps - state.global_step))} to go")
@@ -581,6 +640,13 @@ class Sampler:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def _require_liger(training: TrainingArguments) -> None:
+    if training.use_cpu or not torch.cuda.is_available():
+        raise UserError("--use_liger_kernel needs a CUDA GPU, and this run has none. Leave it out.")
+    if not is_liger_kernel_available():
+        raise UserError("--use_liger_kernel needs its package: pip install liger-kernel")
+
+
 def _init_deepspeed_on_cpu(training: TrainingArguments) -> None:
     # Without this, deepspeed believes at from_pretrained that the world has one process.
     if training.deepspeed:
@@ -595,6 +661,12 @@ def _resolved(*groups: Any) -> dict[str, Any]:
         values = group.to_dict() if isinstance(group, TrainingArguments) else dataclasses.asdict(group)
         merged |= {name: value for name, value in values.items() if not name.endswith("_token")}
     return merged
+
+
+def _sizes(train: Dataset) -> tuple[int, int, int]:
+    """Sequences, tokens and supervised tokens."""
+    tokens = sum(map(len, train["input_ids"]))
+    return len(train), tokens, sum(label != IGNORED for labels in train["labels"] for label in labels)
 
 
 def _library_versions() -> dict[str, str]:

@@ -1,19 +1,22 @@
 """The trainer that pretraining and supervised fine-tuning share: TRL's, with an evaluation that counts tokens."""
 
-import functools
-import types
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from medicalgpt.encoding import IGNORED
+from medicalgpt.errors import UserError
+from medicalgpt.families import require_separate_packs
+from medicalgpt.lm_head import add_cpu_head
+from medicalgpt.optimizers import check_optimizer, require_effect, speed_up_b
 
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import EvalPrediction, PreTrainedModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import EvalPrediction
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 from trl import SFTConfig, SFTTrainer
-from trl.trainer.utils import FusedCausalLMOutput
 
 
 def training_defaults(args: SFTConfig, *, adapter_rate: float, full_rate: float, use_peft: bool) -> None:
@@ -24,6 +27,7 @@ def training_defaults(args: SFTConfig, *, adapter_rate: float, full_rate: float,
         adapter_rate: learning rate for adapters.
         full_rate: learning rate for all weights.
     """
+    check_optimizer(args, use_peft)
     if args.learning_rate is None:
         args.learning_rate = adapter_rate if use_peft else full_rate
     if "eval_on_start" not in args.given and args.eval_strategy != "no":
@@ -33,63 +37,55 @@ def training_defaults(args: SFTConfig, *, adapter_rate: float, full_rate: float,
     args.dataset_kwargs = {"skip_prepare_dataset": True}
 
 
-# Settings by which some families change their logits after the head; TRL's own code knows each of them.
-LOGIT_SETTINGS = (
-    "final_logit_softcapping",
-    "logit_scale",
-    "output_multiplier",
-    "lm_head_multiplier",
-    "logits_scaling",
-    "output_router_logits",
+# Several processes on CPUs have the devices cpu:0, cpu:1, …, to which torch.load cannot load an optimizer's state.
+torch.serialization.register_package(
+    0, lambda storage: None, lambda storage, place: storage if place.startswith("cpu:") else None
 )
 
 
-def add_cpu_head(model: PreTrainedModel) -> None:
-    """Send only supervised positions through the LM head, on a CPU too.
-
-    TRL's fused head does so on GPUs; on a CPU it scores every position and computes the logits once more in the
-    backward pass, which costs a third of a step of a small model. Models that change their logits after the head keep
-    TRL's way.
+def sequence_lengths(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """For each token the number of tokens of its own sequence, whatever it is padded or packed with.
 
     Args:
-        model: the causal model itself, without wrappers, with TRL's `fused_lm_head` forward.
+        inputs: a batch of `batching.Collator`.
+
+    Returns:
+        (batch, length)
     """
-    config = model.config.get_text_config()
-    if any(getattr(config, name, None) not in (None, False, 1.0) for name in LOGIT_SETTINGS):
+    if "attention_mask" in inputs:
+        return inputs["attention_mask"].sum(dim=1, keepdim=True).expand_as(inputs["input_ids"])
+    sequence = (inputs["position_ids"] == 0).cumsum(dim=1)
+    counts = sequence.new_zeros(len(sequence), sequence.max() + 1)
+    return counts.scatter_add(1, sequence, torch.ones_like(sequence)).gather(1, sequence)
+
+
+@contextmanager
+def embedding_noise(model: torch.nn.Module, inputs: dict[str, torch.Tensor], alpha: float | None) -> Iterator[None]:
+    """NEFTune (https://arxiv.org/abs/2310.05914): within it, what the embedding gives has uniform noise on it.
+
+    The noise is at most `alpha / sqrt(length x width)`, where the length is that of the token's own sequence. The
+    library's hook takes the length of the whole row, so that padding and packing would make the noise smaller.
+
+    Args:
+        model: with or without adapters.
+        inputs: the batch that the model will be given.
+        alpha: None for no noise.
+    """
+    if not alpha:
+        yield
         return
-    fused_forward = model.forward
+    embedding = model.get_input_embeddings()
+    lengths = sequence_lengths(inputs)
 
-    # The signature is kept, since `generate` checks its arguments against it.
-    @functools.wraps(type(model).forward)
-    def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        on_cpu = self.get_output_embeddings().weight.device.type == "cpu"
-        if not kwargs.get("fused_lm_head") or not on_cpu or kwargs.get("shift_labels") is not None:
-            return fused_forward(*args, **kwargs)
-        for name in ("fused_lm_head", "shift_labels", "num_items_in_batch"):
-            kwargs.pop(name, None)
-        labels = kwargs.pop("labels")[:, 1:]
-        kwargs["use_cache"] = False
-        hidden = self.base_model(*args, **kwargs).last_hidden_state[:, :-1]
-        mask = labels != IGNORED
-        scores = self.get_output_embeddings()(hidden[mask]).float().log_softmax(dim=-1)
-        targets = labels[mask]
-        with torch.no_grad():
-            entropy = -(scores.exp() * scores).sum(dim=-1)
-            is_top1 = (scores.argmax(dim=-1) == targets).float()
-        log_probs = scores.gather(1, targets[:, None])[:, 0]
+    def add_noise(module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        bound = alpha / (lengths * output.shape[-1]).sqrt()
+        return output + torch.empty_like(output).uniform_(-1, 1) * bound.to(output.dtype)[..., None]
 
-        def spread(values: torch.Tensor) -> torch.Tensor:
-            return values.new_zeros(mask.shape).masked_scatter(mask, values)
-
-        return FusedCausalLMOutput(
-            loss=-log_probs.sum() / mask.sum().clamp(min=1),
-            log_probs=spread(log_probs),
-            entropy=spread(entropy),
-            is_top1=spread(is_top1),
-            label_mask=mask,
-        )
-
-    model.forward = types.MethodType(forward, model)
+    hook = embedding.register_forward_hook(add_noise)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 class EpochSampler(LengthGroupedSampler):
@@ -112,20 +108,47 @@ class EpochSampler(LengthGroupedSampler):
 
 
 class TokenTrainer(SFTTrainer):
-    """`trl.SFTTrainer` on encoded rows, with four differences.
+    """`trl.SFTTrainer` on encoded rows, with six differences.
 
     - The evaluation loss is the sum over all supervised tokens divided by their number, so it does not depend on the
       batch size, as a mean of batch means does.
-    - `num_tokens` counts the tokens of packed batches too.
+    - `num_tokens` counts the tokens of packed batches too, and goes on where a resumed run had stopped.
+    - NEFTune's noise is scaled by each sequence's own length (see `embedding_noise`).
     - The order of rows grouped by length depends on seed and epoch only (see `EpochSampler`).
-    - On a CPU only supervised positions go through the LM head (see `add_cpu_head`).
+    - On a CPU only supervised positions go through the LM head (see `lm_head.py`).
+    - `loraplus_lr_ratio` gives the B matrices a learning rate of their own (see `optimizers.py`).
     """
 
-    def __init__(self, **kwargs: Any):
+    def __init__(self, *, loraplus_lr_ratio: float | None = None, **kwargs: Any):
+        if isinstance(kwargs["model"].get_output_embeddings(), BaseTunerLayer):
+            raise UserError(
+                "an adapter on the head would not be trained: the loss multiplies by the head's own weight. Leave the "
+                "head out of --target_modules; --modules_to_save lm_head trains it in full."
+            )
+        if kwargs["args"].packing:
+            require_separate_packs(kwargs["model"], kwargs["data_collator"])
         # Blocks come packed (see batching.py); TRL's own packing would not let a collator in.
         kwargs["args"].packing = False
         super().__init__(compute_metrics=token_means, **kwargs)
+        self.neftune_noise_alpha = None
         add_cpu_head(self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model)
+        self.loraplus_lr_ratio = loraplus_lr_ratio
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer that `--optim` names.
+
+        Raises:
+            UserError: it cannot be built, or it has no use for one of the flags given.
+        """
+        if self.optimizer is None:
+            try:
+                super().create_optimizer(model)
+            except (ImportError, NotImplementedError, ValueError) as error:
+                raise UserError(f"--optim {self.args.optim.value} cannot be used: {error}") from error
+            if self.loraplus_lr_ratio is not None:
+                speed_up_b(self.optimizer, self.model if model is None else model, self.loraplus_lr_ratio)
+            require_effect(self.args, self.optimizer)
+        return self.optimizer
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
         if self.args.train_sampling_strategy != "group_by_length":
@@ -136,12 +159,19 @@ class TokenTrainer(SFTTrainer):
         return EpochSampler(batch, [len(ids) for ids in dataset["input_ids"]], seed)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if self.model.training:
+            # The trainer's state is part of a checkpoint, TRL's own count is not.
+            self._total_train_tokens = self.state.num_input_tokens_seen
         before = self._total_train_tokens
-        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        alpha = self.args.neftune_noise_alpha if self.model.training else None
+        with embedding_noise(self.model, inputs, alpha):
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
         if self.model.training and "attention_mask" not in inputs:
             real = ((inputs["input_ids"] != self.processing_class.pad_token_id) | (inputs["labels"] != IGNORED)).sum()
             self._total_train_tokens = before + self.accelerator.gather_for_metrics(real).sum().item()
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        if self.model.training:
+            self.state.num_input_tokens_seen = self._total_train_tokens
         return loss
 
     def prediction_step(

@@ -1,6 +1,14 @@
 """What every test can rely on."""
 
+import atexit
+import os
+import shutil
 import signal
+import tempfile
+
+# Tokens are cached below the cache of datasets, which must be named before that library is imported.
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="medicalgpt-tests-")
+atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 # A shell starts background jobs with SIGINT ignored, and programs started from there would ignore it as well: then no
 # test of Ctrl-C could pass. A handler set here is the default again in every program that a test starts.

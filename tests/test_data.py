@@ -2,6 +2,9 @@
 
 import json
 import re
+import shutil
+import tempfile
+import tracemalloc
 from pathlib import Path
 
 from medicalgpt.args import DataArguments
@@ -20,7 +23,9 @@ from medicalgpt.data import (
     to_text,
 )
 from medicalgpt.errors import UserError
+from medicalgpt.rows import Rows
 
+import numpy as np
 import pytest
 from helpers import write_jsonl
 from loguru import logger
@@ -184,6 +189,12 @@ REFUSED = [
         {"messages": [QUESTION, {"from": "function_call", "value": '{"name": "f", "arguments": [1]}'}]},
         "arguments are no object",
         "Write",
+    ),
+    (
+        "half a character in arguments",
+        {"messages": [QUESTION, {"from": "function_call", "value": '{"name": "f", "arguments": {"a": "\\ud83d"}}'}]},
+        "half a character",
+        "Mend",
     ),
     ("broken tools", {**FORMATS["openai"][0], "tools": "[{"}, "the column `tools` is broken JSON", "Mend"),
     ("tools as object", {**FORMATS["openai"][0], "tools": TOOL}, "`tools` is no list", "Write"),
@@ -386,11 +397,38 @@ def test_gb18030_is_read_with_a_notice(tmp_path, log):
     assert log == [f"{path} is not UTF-8; it was read as gb18030"]
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".txt", ".md", ".json"])
+def test_one_line_that_is_no_utf8_makes_the_whole_file_gb18030(tmp_path, log, suffix):
+    """The first line is text in both encodings: the bytes of 拢 in gb18030 are those of £ in UTF-8."""
+    first, second = "拢\n".encode("gb18030"), "病毒\n".encode("gb18030")
+    assert first.decode("utf-8") == "£\n"
+    path = tmp_path / f"a{suffix}"
+    quote = b'"' if "json" in suffix else b""
+    lines = [quote + line.rstrip() + quote for line in (first, second)]
+    path.write_bytes(b"[" + b",".join(lines) + b"]" if suffix == ".json" else b"\n".join(lines))
+    text = "".join(row.value for row in read_rows(path))
+    assert text.replace("\n", "") == "拢病毒"
+    assert log == [f"{path} is not UTF-8; it was read as gb18030"]
+
+
 def test_other_encodings_are_refused_with_the_line(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"one\ntwo \xff\xff\n")
     with pytest.raises(UserError, match=re.escape(f"{path}:2: neither UTF-8 nor gb18030")):
         read_file_text(path)
+
+
+def test_files_are_read_by_line(tmp_path):
+    """What a file takes in memory does not grow with it; rows that are not used take nothing."""
+    peaks = []
+    for count in (200, 2_000):
+        path = write_jsonl(tmp_path / f"{count}.jsonl", [{"text": "x" * 1000}] * count)
+        for place in (path, shutil.copy(path, path.replace(".jsonl", ".txt"))):
+            tracemalloc.start()
+            assert sum(1 for _ in read_rows(place)) == count
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+    assert max(peaks) < 200_000
 
 
 def test_byte_order_mark_is_no_text(tmp_path):
@@ -469,7 +507,7 @@ def test_files_with_held_out_names_are_never_trained_on(folder, log):
     assert len(data.validation) == 7
     assert "never trained on" in log[0] and "TEST.part.jsonl" in log[0]
     # Naming the same folder for both sides is the same.
-    assert load(folder / "all", validation_file_dir=str(folder / "all")).validation == data.validation
+    assert list(load(folder / "all", validation_file_dir=str(folder / "all")).validation) == list(data.validation)
 
 
 def test_an_explicit_validation_place_wins(folder):
@@ -482,7 +520,7 @@ def test_an_explicit_validation_place_wins(folder):
 
 def test_a_file_named_for_training_is_trained_on_whatever_its_name(folder):
     data = load(folder / "all" / "validation.jsonl")
-    assert (len(data.train), data.validation) == (1, [])
+    assert (len(data.train), len(data.validation)) == (1, 0)
 
 
 def test_only_held_out_files_is_refused(folder):
@@ -495,8 +533,9 @@ def test_the_split_is_seeded_disjoint_and_complete(tmp_path):
     first = load(path, validation_split_percentage=10, seed=1)
     again = load(path, validation_split_percentage=10, seed=1)
     other = load(path, validation_split_percentage=10, seed=2)
-    assert first == again and first.validation != other.validation
-    places = [row["place"] for row in first.train + first.validation]
+    assert list(first.train) == list(again.train) and list(first.validation) == list(again.validation)
+    assert list(first.validation) != list(other.validation)
+    places = [row["place"] for row in [*first.train, *first.validation]]
     assert len(first.validation) == 4 and len(set(places)) == len(places) == 40
     assert balance(first) == {
         "train": [("a.jsonl", 40, 36, {"moved to validation": 4})],
@@ -529,6 +568,25 @@ def test_rows_on_both_sides_are_refused(folder, log):
     assert f"{path}:2 is also {train}:2" in str(refused.value) and "--allow_overlap True" in str(refused.value)
     assert len(load(folder / "all", allow_overlap=True).validation) == 8
     assert "Evaluation will look better than it is" in log[-1]
+
+
+def test_memory_does_not_grow_with_the_rows(tmp_path):
+    peaks = {}
+    for count in (200, 2_000):
+        rows = [{"prompt": f"Q{number}", "response": "A" * 1000} for number in range(count)]
+        write_jsonl(tmp_path / str(count) / "rows.jsonl", rows)
+        write_jsonl(tmp_path / str(count) / "dev.jsonl", pairs(*range(count)))
+        for flags in ({}, {"validation_split_percentage": 50, "validation_file_dir": None}):
+            tracemalloc.start()
+            place = tmp_path / str(count) / ("rows.jsonl" if flags else "")
+            data = load(place, **flags)
+            data.problems.append(Problem(data.train[7]["place"], "", "", kind="too long"))
+            data.settle(DataArguments(skip_long_rows=True))
+            peaks[count, bool(flags)] = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            assert len(data.train) + len(data.validation) == count * (1 if flags else 2) - 1
+    for split in (False, True):
+        assert (peaks[2_000, split] - peaks[200, split]) / 1_800 < 200
 
 
 def test_samples_are_counted_over_all_files(folder):
@@ -609,6 +667,31 @@ def test_no_row_left_is_refused(tmp_path):
         load(path).settle(DataArguments(skip_bad_rows=True))
 
 
+# --- rows on disk ----------------------------------------------------------------------------------------------------
+
+
+def test_rows_come_out_of_the_disk_as_they_went_in():
+    rows = [
+        {"messages": [QUESTION, CALLED], "tools": None, "place": f"文件:{n}", "n": [n, 1.5, True]} for n in range(9)
+    ]
+    kept = Rows(iter(rows))
+    assert list(kept) == rows and len(kept) == 9 and bool(kept) and not Rows()
+    assert (kept[0], kept[-1], list(kept[2:7:2]), list(kept[::-1])) == (rows[0], rows[8], rows[2:7:2], rows[::-1])
+    assert list(kept.select(np.array([3, 0, 3]))) == [rows[3], rows[0], rows[3]]
+    assert list(kept.select(np.arange(9) > 6)[1:]) == rows[8:]
+    with pytest.raises(IndexError):
+        kept[9]
+    assert kept.digest() == Rows(rows).digest() != Rows(rows[::-1]).digest() != Rows(rows[1:]).digest()
+    assert Rows([{"a": "b"}, {}]).digest() != Rows([{}, {"a": "b"}]).digest()
+
+
+def test_a_disk_without_room_is_named(monkeypatch):
+    with open("/dev/full", "wb", buffering=0) as full:
+        monkeypatch.setattr(tempfile, "TemporaryFile", lambda **options: full)
+        with pytest.raises(UserError, match="set TMPDIR"):
+            Rows([{"text": "x"}])
+
+
 # --- data sets of the hub, here from a local folder ------------------------------------------------------------------
 
 
@@ -617,7 +700,7 @@ def test_a_data_set_with_splits(tmp_path, monkeypatch):
     write_jsonl(tmp_path / "set" / "train.jsonl", [*pairs(1, 2), {"instruction": "Q3", "output": "A3"}])
     write_jsonl(tmp_path / "set" / "validation.jsonl", pairs(4))
     data = load_data(DataArguments(dataset_name=str(tmp_path / "set"), max_train_samples=2), to_messages)
-    assert [row["messages"][0]["content"] for row in data.train + data.validation] == ["Q1", "Q2", "Q4"]
+    assert [row["messages"][0]["content"] for row in [*data.train, *data.validation]] == ["Q1", "Q2", "Q4"]
     assert balance(data)["train"][0][1:] == (3, 2, {"beyond --max_train_samples": 1})
 
 

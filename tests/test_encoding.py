@@ -20,6 +20,7 @@ import pytest
 import torch
 from helpers import chat
 from tiny import tiny_tokenizer
+from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -133,6 +134,33 @@ def test_turns_that_later_ones_change_become_samples_of_their_own(tokenizer):
     everything = "".join(trained_texts(thinking, encode_chat(thinking, chat(messages), train_on_inputs=True)))
     for text in ("Q1", "T1", "1 g", "T2", "A1", "Q2", "T3", "A2"):
         assert everything.count(text) == 1
+
+
+def with_template(name, *special):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([AddedToken(text, special=True) for text in special])
+    apply_template(tokenizer, name)
+    return tokenizer
+
+
+def test_a_text_after_the_last_turn_of_all_does_not_part_the_turns():
+    """phi3 ends a conversation with a token of its own, which is not there when another question follows."""
+    phi = with_template("phi3", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>")
+    (sample,) = encode_chat(phi, chat([user("Q1"), assistant("A1"), user("Q2"), assistant("A2")]))
+    assert trained_texts(phi, [sample]) == ["A1<|end|>A2<|end|>"]
+
+
+@pytest.mark.parametrize(
+    ("name", "thought", "remedy"),
+    [("qwen3_5", None, "without thinking"), ("qwen3_5_nothink", "T", "with thinking")],
+)
+def test_an_answer_that_does_not_go_on_from_the_prompt_is_refused(name, thought, remedy):
+    """The prompt of qwen3_5 opens a thought by itself, that of qwen3_5_nothink has closed one."""
+    tokenizer = with_template(name)
+    answer = assistant("A") | ({"reasoning_content": thought} if thought else {})
+    with pytest.raises(EncodingError, match="trained after another prompt") as refused:
+        encode_chat(tokenizer, chat([user("Q"), answer]))
+    assert remedy in refused.value.remedy
 
 
 def test_too_long_is_refused_and_never_cut(tokenizer):

@@ -1,10 +1,12 @@
 """Every template with every kind of tokenizer: what is supervised, what inference sees, and what is refused."""
 
+import json
 import re
 from pathlib import Path
 
 from template import EOS, TEMPLATES, apply_template, get_template, is_prefix_preserving, stop_token_ids
 
+import jinja2
 import pytest
 import trl
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -12,7 +14,10 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 CHATML_TOKENS = ["<|im_start|>", "<|im_end|>"]
 LLAMA3_TOKENS = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-ALL_TOKENS = ["<|endoftext|>", "<s>", "</s>", *CHATML_TOKENS, *LLAMA3_TOKENS]
+FAMILY_TOKENS = [token for template in TEMPLATES.values() for token in template.tokens]
+ALL_TOKENS = list(dict.fromkeys(["<|endoftext|>", "<s>", "</s>", *CHATML_TOKENS, *LLAMA3_TOKENS, *FAMILY_TOKENS]))
+# Of each way to build a template some: these meet every kind of tokenizer here, the others in tests/silent.
+CORE = ("chatml", "qwen", "qwen3", "llama3", "vicuna", "alpaca")
 
 TOOL = {
     "type": "function",
@@ -43,6 +48,7 @@ def call(arguments: dict | str) -> dict:
 SYSTEM = {"role": "system", "content": "You are a doctor. 你是医生。"}
 ASPIRIN = '{"drug": "阿司匹林"}'
 HERMES = '<tool_call>\n{"name": "look_up", "arguments": ' + ASPIRIN + "}\n</tool_call>"
+ACTION = "Action: look_up\nAction Input: " + ASPIRIN
 LLAMA = '{"name": "look_up", "parameters": ' + ASPIRIN + "}"
 NO_THOUGHT = "<think>\n\n</think>\n\n"
 
@@ -144,13 +150,34 @@ CASES = {
 }
 
 
+def text_of(tokenizer, messages, tools=None, **kwargs) -> str:
+    return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **kwargs)
+
+
+def takes(name: str, message: dict) -> bool:
+    """Whether a template renders a conversation with this message rather than refusing it."""
+    messages = [message, user("Hi"), assistant("Hello.")] if message["role"] == "system" else [user("Hi"), message]
+    tools = [TOOL] if "tool_calls" in message else None
+    try:
+        return bool(text_of(ANY_TOKENIZER, messages, tools, chat_template=get_template(name).jinja))
+    except jinja2.TemplateError:
+        return False
+
+
+def repeats_bos(name: str) -> bool:
+    """Whether a family writes the token `<s>` in every round, not only at the beginning."""
+    messages = CASES["many_turns"][0]
+    return text_of(ANY_TOKENIZER, messages, chat_template=get_template(name).jinja, bos_token="<s>").count("<s>") > 1
+
+
 def expected_spans(name: str, case: str) -> list[str]:
     general, llama3, qwen3 = CASES[case][2:]
     special = {"llama3": llama3, "qwen3": qwen3}.get(name)
-    return general if special is None else special
+    texts = general if special is None else special
+    return [text.replace(HERMES, ACTION) for text in texts] if name in ("vicuna", "alpaca") else texts
 
 
-SUPPORTED = [(name, case) for name in TEMPLATES for case in CASES if expected_spans(name, case)]
+SUPPORTED = [(name, case) for name in CORE for case in CASES if expected_spans(name, case)]
 
 # Text with the boundaries of the templates in it, so that merges over a boundary are learned where the pre-tokenizer
 # does not prevent them.
@@ -178,7 +205,9 @@ def byte_level(bos: str | None, adds_bos: bool, eos: str = "<|endoftext|>", toke
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     backend.train_from_iterator(
         CORPUS,
-        trainers.BpeTrainer(vocab_size=500, special_tokens=tokens, initial_alphabet=alphabet, show_progress=False),
+        trainers.BpeTrainer(
+            vocab_size=490 + len(tokens), special_tokens=tokens, initial_alphabet=alphabet, show_progress=False
+        ),
     )
     processor = processors.ByteLevel(trim_offsets=False)
     if adds_bos:
@@ -205,6 +234,10 @@ def metaspace(prepend: str, tokens=ALL_TOKENS):
         show_progress=False,
     )
     backend.train_from_iterator([text.replace("\n", " ") for text in CORPUS], trainer)
+    # In real tokenizers bytes are no special tokens, which decoding would skip.
+    parts = json.loads(backend.to_str())
+    parts["added_tokens"] = [token for token in parts["added_tokens"] if token["content"] not in bytes_]
+    backend = Tokenizer.from_str(json.dumps(parts))
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -225,6 +258,13 @@ TOKENIZERS = {
     "metaspace": lambda: metaspace("first"),
     "metaspace_legacy": lambda: metaspace("always"),
 }
+ANY_TOKENIZER = TOKENIZERS["byte_without_bos"]()
+THINKING = {name for name in TEMPLATES if takes(name, assistant("Hello.", reasoning_content="a greeting"))}
+NO_TOOLS = {name for name in TEMPLATES if not takes(name, assistant("", tool_calls=[call({"drug": "阿司匹林"})]))}
+NO_SYSTEM = {name for name in TEMPLATES if not takes(name, SYSTEM)}
+WITH_TOKENIZERS = [
+    (name, kind) for name in TEMPLATES for kind in TOKENIZERS if name in CORE or kind in ("byte_adds_bos", "metaspace")
+]
 
 
 @pytest.fixture(scope="session")
@@ -260,10 +300,6 @@ def ids_and_spans(tokenizer, messages, tools=None, **kwargs) -> tuple[list[int],
             spans.append((start, tokenizer.decode(ids[start:i], clean_up_tokenization_spaces=False)))
             start = None
     return ids, spans
-
-
-def text_of(tokenizer, messages, tools=None, **kwargs) -> str:
-    return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **kwargs)
 
 
 def official(name: str) -> str:
@@ -321,8 +357,7 @@ def test_qwen3_without_thinking_has_the_empty_block_in_the_prompt(load, kind):
     )
 
 
-@pytest.mark.parametrize("kind", TOKENIZERS)
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize(("name", "kind"), WITH_TOKENIZERS)
 def test_text_begins_with_the_bos_that_plain_text_gets(load, kind, name):
     tokenizer = load(kind)
     adds = tokenizer("x").input_ids[:1] == [tokenizer.bos_token_id]
@@ -332,12 +367,15 @@ def test_text_begins_with_the_bos_that_plain_text_gets(load, kind, name):
     if opens_turns:
         assert ids[0] == tokenizer.bos_token_id and ids[1] != tokenizer.bos_token_id
     else:
-        assert ids.count(tokenizer.bos_token_id) == adds
         assert (ids[0] == tokenizer.bos_token_id) == adds
+        assert tokenizer.bos_token_id not in ids[1:2]
+        # Some families write it at the head of each round.
+        later = ids[1:].count(tokenizer.bos_token_id)
+        assert later == 0 or repeats_bos(name)
 
 
 def test_prefix_preserving_is_false_only_for_qwen3(load):
-    for name in TEMPLATES:
+    for name in CORE:
         tokenizer = load("byte_without_bos")
         apply_template(tokenizer, name)
         assert is_prefix_preserving(tokenizer) == (name != "qwen3"), name
@@ -380,8 +418,11 @@ def test_tools_are_listed_with_chinese_unescaped(plain, name):
     apply_template(plain, name)
     text = text_of(plain, *CASES["parallel_tools"][:2])
     assert '"description": "the \\"dose\\" of a drug, 查剂量 <mg>"' in text
-    assert text.count("<tool_response>\n") == 2
-    assert "<tool_response>\n100 mg\n</tool_response>\n<tool_response>\n200 mg\n</tool_response>" in text
+    if name == "chatml":
+        results = "<tool_response>\n100 mg\n</tool_response>\n<tool_response>\n200 mg\n</tool_response>"
+    else:
+        results = "Observation: 100 mg\nObservation: 200 mg"
+    assert results in text
 
 
 OFFICIAL_PROBES = {
@@ -497,11 +538,15 @@ def test_bad_messages_are_refused(plain, name, refused):
         text_of(plain, messages)
 
 
-@pytest.mark.parametrize("name", [name for name in TEMPLATES if name != "qwen3"])
-def test_reasoning_is_refused_where_it_would_be_lost(plain, name):
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_reasoning_is_rendered_or_refused_and_never_lost(plain, name):
     apply_template(plain, name)
-    with pytest.raises(Exception, match="message 2 has reasoning_content"):
-        text_of(plain, [user("Hi"), assistant("Hello.", reasoning_content="a greeting")])
+    thoughtful = [user("Hi"), assistant("Hello.", reasoning_content="a greeting")]
+    if name in THINKING:
+        assert "a greeting" in text_of(plain, thoughtful)
+    else:
+        with pytest.raises(Exception, match="message 2 has reasoning_content"):
+            text_of(plain, thoughtful)
     text_of(plain, [user("Hi"), assistant("Hello.", reasoning_content=None)])
 
 
@@ -538,7 +583,8 @@ def test_missing_tokens_are_named_with_the_templates_that_work():
         apply_template(tokenizer, "qwen")
     needs, _, works = str(error.value).partition("single tokens")
     assert "<|im_start|>" in needs and "<|im_end|>" not in needs
-    assert works.endswith("one of: llama3, vicuna, alpaca")
+    works = works.rpartition("one of: ")[2].split(", ")
+    assert {"llama3", "vicuna", "alpaca"} <= set(works) and not {"chatml", "qwen", "qwen3"} & set(works)
 
 
 @pytest.mark.parametrize("name", ["vicuna", "alpaca"])
@@ -574,6 +620,13 @@ def test_stop_token_ids_adds_the_eos_and_refuses_strings_of_many_tokens(plain):
     assert stop_token_ids(plain, ["<|im_end|>"]) == plain.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     with pytest.raises(ValueError, match="'USER:', '<|nothing|>'"):
         stop_token_ids(plain, ["<|im_end|>", "USER:", "<|nothing|>"])
+
+
+def test_what_the_best_known_families_take():
+    assert not any(map(repeats_bos, CORE))
+    assert "qwen3" in THINKING and THINKING.isdisjoint({"chatml", "qwen", "llama3", "vicuna", "alpaca"})
+    assert NO_SYSTEM.isdisjoint(CORE) and NO_TOOLS.isdisjoint(CORE)
+    assert not [name for name in NO_TOOLS if get_template(name).tool_format]
 
 
 def test_table_is_consistent():
@@ -764,12 +817,18 @@ PROMPTS = {
 }
 
 
-@pytest.mark.parametrize("prompt", PROMPTS)
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize(
+    ("name", "prompt"),
+    [(name, prompt) for name in TEMPLATES for prompt in PROMPTS if name in CORE or prompt == "jinja"],
+)
 def test_baked_system_prompt_reads_like_a_system_message(load, tmp_path, name, prompt):
     tokenizer = load("byte_adds_bos")
     text = PROMPTS[prompt]
-    messages, tools = CASES["tools"][:2]
+    if name in NO_SYSTEM:
+        with pytest.raises(ValueError, match="has no place"):
+            apply_template(tokenizer, name, system_prompt=text)
+        return
+    messages, tools = CASES["tools" if get_template(name).tool_format else "many_turns"][:2]
     apply_template(tokenizer, name)
     expected = text_of(tokenizer, [{"role": "system", "content": text}, *messages], tools)
     own_system = text_of(tokenizer, [SYSTEM, *messages], tools)
@@ -778,7 +837,9 @@ def test_baked_system_prompt_reads_like_a_system_message(load, tmp_path, name, p
     baked = tokenizer.chat_template
     assert text_of(tokenizer, messages, tools) == expected
     assert text_of(tokenizer, [SYSTEM, *messages], tools) == own_system
-    assert text.strip() in expected and len(ids_and_spans(tokenizer, messages, tools)[1]) == 2
+    assert text.strip() in expected
+    answers = sum(message["role"] == "assistant" for message in messages)
+    assert len(ids_and_spans(tokenizer, messages, tools)[1]) == answers
 
     for arguments in ({}, {"name": name}, {"system_prompt": text}, {"name": name, "system_prompt": text}):
         assert apply_template(tokenizer, **arguments) == stop
@@ -791,11 +852,10 @@ def test_baked_system_prompt_reads_like_a_system_message(load, tmp_path, name, p
     assert text_of(again, messages, tools) == expected
 
 
-@pytest.mark.parametrize("kind", TOKENIZERS)
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize(("name", "kind"), WITH_TOKENIZERS)
 def test_applying_again_changes_nothing(load, tmp_path, kind, name):
     tokenizer = load(kind)
-    stop = apply_template(tokenizer, name, system_prompt="Be kind.")
+    stop = apply_template(tokenizer, name, system_prompt=None if name in NO_SYSTEM else "Be kind.")
     installed = tokenizer.chat_template
     ids = ids_and_spans(tokenizer, CASES["one_turn"][0])[0]
     tokenizer.save_pretrained(tmp_path)

@@ -4,7 +4,7 @@ import json
 
 from medicalgpt.data import to_messages
 from template import TEMPLATES, apply_template
-from tests.test_template import TOKENIZERS
+from tests.test_template import CORE, NO_SYSTEM, NO_TOOLS, THINKING, TOKENIZERS
 
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -15,7 +15,13 @@ TOOL = {
     "parameters": {"type": "object", "properties": {"drug": {"type": "string"}}, "required": ["drug"]},
 }
 CALL = '<tool_call>\n{"name": "look_up", "arguments": {"drug": "阿司匹林"}}\n</tool_call>'
-LLAMA_CALL = '{"name": "look_up", "parameters": {"drug": "阿司匹林"}}'
+CALLS = {
+    "qwen": CALL,
+    "default": 'Action: look_up\nAction Input: {"drug": "阿司匹林"}',
+    "llama3": '{"name": "look_up", "parameters": {"drug": "阿司匹林"}}',
+    "glm4": 'look_up\n{"drug": "阿司匹林"}',
+    "mistral": '[TOOL_CALLS] [{"name": "look_up", "arguments": {"drug": "阿司匹林"}}]',
+}
 NO_THOUGHT = "<think>\n\n</think>\n\n"
 
 
@@ -73,21 +79,46 @@ ROWS = {
         ["<think>\na greeting\n</think>\n\nHello.", "<think>\n想一想\n</think>\n\nSleep."],
     ),
 }
-# Only qwen3 has a place for reasoning beside the text.
-PAIRS = [(name, shape) for name in TEMPLATES for shape in ROWS if name == "qwen3" or shape != "thinking"]
+
+
+def takes(name: str, shape: str) -> bool:
+    """Whether a template has a place for all that a row holds."""
+    return not (
+        ("tools" in shape and name in NO_TOOLS)
+        or ("system" in shape and name in NO_SYSTEM)
+        or (shape == "thinking" and name not in THINKING)
+    )
+
+
+# Their prompts begin the thoughts, or end them: the line breaks of an answer that does otherwise join those of the
+# prompt, and such rows are refused (see test_sf_14).
+MELTS = [("qwen3_5", shape) for shape in ROWS if not shape.startswith("thinking")]
+MELTS += [("qwen3_5_nothink", shape) for shape in ROWS if shape.startswith("thinking")]
+PAIRS = [(name, shape) for name in TEMPLATES for shape in ROWS if takes(name, shape) and (name, shape) not in MELTS]
+REFUSED = [(name, shape) for name in TEMPLATES for shape in ROWS if not takes(name, shape)]
 KINDS = ["byte_without_bos", "byte_like_qwen", "byte_adds_bos", "metaspace"]
 in_every_shape = pytest.mark.parametrize(("name", "shape"), PAIRS)
+# Some families with every tokenizer, the others with the one that joins most over the borders of turns.
+IN_EVERY_SHAPE_AND_KIND = [
+    (name, shape, kind) for name, shape in PAIRS for kind in (KINDS if name in CORE else ["metaspace"])
+]
+in_every_shape_and_kind = pytest.mark.parametrize(("name", "shape", "kind"), IN_EVERY_SHAPE_AND_KIND)
 
 
 def expected_answers(name: str, shape: str) -> list[str]:
     """The assistant's texts, each as the template `name` writes it in the turn that it is trained in."""
-    texts = ROWS[shape][1]
-    if name == "llama3":
-        texts = [LLAMA_CALL if text == CALL else text for text in texts]
+    # CALL stays where a family has a form of its own that is none of medicalgpt.tools.
+    texts = [CALLS.get(TEMPLATES[name].tool_format, CALL) if text == CALL else text for text in ROWS[shape][1]]
     if name == "qwen3" and not shape.startswith("thinking"):
         # Each turn is trained as the last one, which always has a block for thoughts.
         texts = [NO_THOUGHT + text for text in texts]
     return texts
+
+
+def thoughts_and_answer(text: str) -> tuple[str, str]:
+    """What a supervised text says, however its family sets it. The prompt may have opened the thoughts."""
+    thoughts, _, answer = text.strip().removeprefix("<think>").rpartition("</think>")
+    return thoughts.strip(), answer.strip()
 
 
 def conversation(shape: str) -> tuple[list[dict], list[dict] | None]:
@@ -112,6 +143,12 @@ def load(folder: str, name: str, system_prompt: str | None = None) -> tuple[PreT
     """A tokenizer with the template `name`, and its turn end."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     return tokenizer, apply_template(tokenizer, name, system_prompt)[0]
+
+
+def turn_end_ids(tokenizer: PreTrainedTokenizerBase, name: str) -> set[int]:
+    """The tokens that may end a turn: GLM-4 ends a call of a tool with another one than an answer."""
+    ends = [tokenizer.eos_token, *(token for token in TEMPLATES[name].stop if token in TEMPLATES[name].tokens)]
+    return set(tokenizer.convert_tokens_to_ids(ends))
 
 
 def supervised_runs(labels: list[int]) -> list[tuple[int, list[int]]]:

@@ -8,7 +8,8 @@ from medicalgpt.models import load_tokenizer
 from medicalgpt.runs import Sampler
 from template import TEMPLATES, apply_template
 from tests.helpers import chat, open_stage, save_model, write_jsonl
-from tests.test_template import CASES, SUPPORTED, TOKENIZERS
+from tests.silent.chats import PAIRS, conversation
+from tests.test_template import CASES, CORE, SUPPORTED, TOKENIZERS, repeats_bos
 
 import pytest
 
@@ -21,7 +22,7 @@ ADDS = {
     "byte_bos_opens_turns_and_is_added": True,
     "metaspace": True,
 }
-CHATML = ("chatml", "qwen", "qwen3")
+WITH_KINDS = [(name, kind) for name in TEMPLATES for kind in (ADDS if name in CORE else ["byte_adds_bos"])]
 
 
 @pytest.fixture(scope="module")
@@ -31,14 +32,14 @@ def folders(tmp_path_factory):
 
 
 def assert_start(tokenizer, ids, kind, template=None):
-    """One BOS at the start or none, as is right; and nowhere else, unless it is the token that opens each turn."""
+    """One BOS at the start or none, as is right; and nowhere else, unless it is what opens each turn or round."""
     bos = tokenizer.bos_token_id
     opens_turns = kind.startswith("byte_bos_opens_turns")
-    expected = ADDS[kind] or (opens_turns and template in CHATML)
+    expected = ADDS[kind] or (opens_turns and bool(template) and "<|im_start|>" in TEMPLATES[template].tokens)
     shown = tokenizer.convert_ids_to_tokens(ids[:5])
     assert (ids[0] == bos if bos is not None else False) == expected, shown
     assert bos is None or ids[1] != bos, shown
-    if bos is not None and not opens_turns:
+    if bos is not None and not opens_turns and not (template and repeats_bos(template)):
         assert bos not in ids[1:]
 
 
@@ -54,8 +55,17 @@ def test_chat_in_training_and_in_serving(folders, kind, name, case):
         assert_start(engine.tokenizer, engine.prompt_ids(messages[:turn], tools), kind, name)
 
 
-@pytest.mark.parametrize("kind", ADDS)
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("kind", ["byte_has_bos_adds_none", "metaspace"])
+@pytest.mark.parametrize(("name", "shape"), [pair for pair in PAIRS if pair[0] not in CORE])
+def test_chat_of_the_other_families(folders, kind, name, shape):
+    tokenizer = load_tokenizer(folders[kind])
+    apply_template(tokenizer, name)
+    messages, tools = conversation(shape)
+    for sample in encode_chat(tokenizer, chat(messages, tools)):
+        assert_start(tokenizer, sample.input_ids, kind, name)
+
+
+@pytest.mark.parametrize(("name", "kind"), WITH_KINDS)
 def test_what_generation_is_given(folders, kind, name):
     engine = ChatEngine.from_pretrained(folders[kind])
     apply_template(engine.tokenizer, name)

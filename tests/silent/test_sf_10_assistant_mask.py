@@ -4,16 +4,20 @@ from medicalgpt.encoding import encode_chat
 from template import TEMPLATES
 from tests.helpers import chat, open_stage, save_model, write_jsonl
 from tests.silent.chats import (
-    KINDS,
+    CALL,
     ROWS,
     conversation,
     expected_answers,
-    in_every_shape,
+    in_every_shape_and_kind,
     load,
     saved_tokenizers,
     supervised_runs,
+    takes,
+    thoughts_and_answer,
+    turn_end_ids,
+    turns_of,
 )
-from tests.test_template import TOKENIZERS
+from tests.test_template import CORE, TOKENIZERS
 
 import pytest
 
@@ -31,13 +35,23 @@ def supervised_texts(tokenizer, samples):
             yield text.removeprefix(" ") if "ASSISTANT:" in tokenizer.chat_template else text
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@in_every_shape
-def test_answers_and_turn_ends(folders, kind, name, shape):
+@in_every_shape_and_kind
+def test_answers_and_turn_ends(folders, name, shape, kind):
     tokenizer, end = load(folders[kind], name)
     samples = encode_chat(tokenizer, chat(*conversation(shape)))
     texts = list(supervised_texts(tokenizer, [sample.labels for sample in samples]))
-    assert texts == [text + end for text in expected_answers(name, shape)]
+    expected = expected_answers(name, shape)
+    if name in CORE:
+        assert texts == [text + end for text in expected]
+    runs = sorted(run for sample in samples for run in supervised_runs(sample.labels))
+    assert len(runs) == len(turns_of(conversation(shape)[0]))
+    for (_, ids), text in zip(runs, expected, strict=True):
+        assert ids[-1] in turn_end_ids(tokenizer, name)
+        said = tokenizer.decode(ids[:-1], clean_up_tokenization_spaces=False)
+        if text == CALL and TEMPLATES[name].tool_format is None:
+            assert said.count("look_up") == said.count("阿司匹林") == 1
+        else:
+            assert thoughts_and_answer(said) == thoughts_and_answer(text)
     for sample in samples:
         assert all(label in (-100, token) for token, label in zip(sample.input_ids, sample.labels, strict=True))
         assert supervised_runs(sample.labels)
@@ -56,10 +70,10 @@ def test_everything_on_request(folders, name):
 
 
 @pytest.mark.parametrize("packing", [False, True])
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("name", CORE)
 def test_in_the_batches_of_the_program(tmp_path, name, packing):
     save_model(tmp_path / "model", TOKENIZERS["byte_like_qwen"]())
-    shapes = [shape for shape in ROWS if name == "qwen3" or shape != "thinking"]
+    shapes = [shape for shape in ROWS if takes(name, shape)]
     write_jsonl(tmp_path / "data" / "rows.jsonl", [ROWS[shape][0] for shape in shapes])
     opened = open_stage(
         "supervised_finetuning.py",

@@ -2,11 +2,13 @@
 
 import re
 
+from tests.families import Followed, make_family
 from tests.helpers import open_stage, read_json, save_model, write_jsonl
 from tests.tiny import tiny_tokenizer
 
 import pytest
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 # flags -> modules with an adapter, modules that are trained in full.
@@ -63,25 +65,15 @@ def test_what_moves_is_what_was_asked_for(folders, tmp_path, stage, case, tied):
         *("--sample_prompts", 0, "--max_grad_norm", 0, *more),
     )
     model = opened.trainer.model
-    parameters = dict(model.named_parameters())
-    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    largest = dict.fromkeys(parameters, 0.0)
-    for name, parameter in parameters.items():
-        if parameter.requires_grad:
-
-            def note(found, name=name):
-                largest[name] = max(largest[name], found.grad.abs().max().item())
-
-            parameter.register_post_accumulate_grad_hook(note)
+    followed = Followed(model)
     opened.finish()
 
+    parameters = followed.parameters
     asked = {name for name in parameters if declared(name, adapters, full)}
     if adapters is not None:
         layers = model.config.num_hidden_layers
         assert len(asked) == 2 * layers * len(adapters) + len(full)
-    assert {name for name, parameter in parameters.items() if parameter.requires_grad} == asked
-    assert {name for name, gradient in largest.items() if gradient > 0} == asked
-    assert {name for name in parameters if not before[name].equal(parameters[name].detach())} == asked
+    assert followed.declared == followed.with_gradient() == followed.moved() == asked
     announced = read_json(tmp_path / "out" / "run.json")["model"]
     assert sum(announced["trainable_by_module"].values()) == announced["trainable"]
     assert announced["trainable"] == sum(parameters[name].numel() for name in asked)
@@ -104,3 +96,42 @@ def test_all_means_each_linear_layer_but_the_head(folders, tmp_path):
         if isinstance(module, nn.Linear) and ".lora_" not in name
     }
     assert adapted == linear - {"lm_head"}
+
+
+# flags -> what of a mixture of experts is trained, by the end of its name without what peft adds to it.
+EXPERT_CASES = {
+    "all linear and experts": ([], {"q_proj", "k_proj", "v_proj", "o_proj", "experts"}),
+    "with checkpointing": (["--gradient_checkpointing", "True"], {"q_proj", "k_proj", "v_proj", "o_proj", "experts"}),
+    "experts left as they are": (["--target_modules", "q_proj,v_proj"], {"q_proj", "v_proj"}),
+    "full": (["--use_peft", "False"], None),
+}
+
+
+@pytest.mark.parametrize("case", EXPERT_CASES)
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_experts_move_where_that_was_asked_for(tmp_path, family, case):
+    """Experts are tensors of three dimensions and no linear layers: what trains those does not reach them by itself."""
+    more, adapters = EXPERT_CASES[case]
+    folder = make_family(tmp_path / "base", family)
+    write_jsonl(tmp_path / "data" / "rows.jsonl", STAGES["supervised_finetuning.py"])
+    opened = open_stage(
+        "supervised_finetuning.py",
+        *("--model_name_or_path", folder, "--train_file_dir", tmp_path / "data", "--output_dir", tmp_path / "out"),
+        *("--learning_rate", 1e-2, "--max_steps", 3, "--save_strategy", "no", "--sample_prompts", 0),
+        *("--max_grad_norm", 0, *more),
+    )
+    followed = Followed(opened.trainer.model)
+    opened.finish()
+    assert followed.declared == followed.with_gradient() == followed.moved()
+    announced = read_json(tmp_path / "out" / "run.json")["model"]["trainable_by_module"]
+    if adapters is None:
+        assert followed.declared == set(followed.parameters)
+        assert {"gate_up_proj", "down_proj", "gate"} <= set(announced)
+        return
+    assert set(announced) == adapters
+    # Two layers, two matrices; two tensors of experts in each layer.
+    assert len(followed.declared) == 2 * 2 * (len(adapters) + ("experts" in adapters))
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    apart = opened.trainer.model.merge_and_unload().state_dict()
+    changed = {name.split(".")[-2] for name, old in base.state_dict().items() if not old.equal(apart[name])}
+    assert changed == adapters

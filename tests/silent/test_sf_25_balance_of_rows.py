@@ -126,6 +126,32 @@ def test_rows_moved_to_the_held_out_side(folder, tmp_path, capsys):
         assert sum(side[2].get("unusable", 0) for side in (train, validation)) == 2
 
 
+@pytest.mark.parametrize("strategy", ["under", "over"])
+def test_sources_mixed_by_weight(folder, tmp_path, capsys, strategy):
+    write_jsonl(tmp_path / "a" / "one.jsonl", [*GOOD[:5], BAD[0], LONG[0]])
+    write_jsonl(tmp_path / "a" / "two.jsonl", [*GOOD[5:9], *BAD[1:3]])
+    write_jsonl(tmp_path / "b" / "rows.jsonl", [LONG[1], *GOOD[9:12], BAD[3]])
+    write_jsonl(tmp_path / "b" / "validation.jsonl", [{"prompt": "Held out?", "response": "Yes."}])
+    more = ["--train_file_dir", f"{tmp_path / 'a'}:0.25,{tmp_path / 'b'}:0.75", "--mix_strategy", strategy]
+    opened = open_stage("supervised_finetuning.py", *flags(folder, tmp_path, *SKIP, *more))
+    log = capsys.readouterr().err
+    opened.finish()
+    entries = [entry for entry in read_json(tmp_path / "out" / "run.json")["data"] if entry["side"] == "train"]
+    rows, used, left_out = balance(entries, "train")
+    assert (rows, used, left_out) == logged(log, "train")
+    trained = asked(opened.trainer.train_dataset, opened.tokenizer)
+    assert len(trained) == sum(entry["drawn"] for entry in entries) and len(set(trained)) == used
+    of_b = sum(question in questions(GOOD[9:12]) for question in trained)
+    assert of_b == entries[2]["drawn"] and of_b / len(trained) == entries[2]["share"] == entries[2]["weight"] == 0.75
+    if strategy == "under":
+        assert (rows, used, left_out) == (18, 4, {"unusable": 4, "too long": 2, "not in the mixture": 8})
+        assert len(trained) == 4
+    else:
+        assert (rows, used, left_out) == (18, 12, {"unusable": 4, "too long": 2})
+        assert len(trained) == 36 and set(trained) == set(questions(GOOD))
+    assert len(opened.trainer.eval_dataset) == 1
+
+
 def test_both_sides_from_one_file(folder, tmp_path, capsys):
     path = write_jsonl(tmp_path / "data" / "rows.jsonl", [*GOOD[:3], BAD[0], LONG[0], *GOOD[3:6], BAD[1]])
     more = ["--validation_file_dir", path, "--allow_overlap", "True", "--max_train_samples", 2]

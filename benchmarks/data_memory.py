@@ -1,0 +1,125 @@
+"""Memory and time of reading and tokenizing ten thousand to a million rows, each number of rows in a new process.
+
+    python -m benchmarks.data_memory --model_name_or_path outputs/tiny-base
+    python -m benchmarks.data_memory --model_name_or_path outputs/tiny-base --rows 10000 100000 --workers 1
+
+Prints a table: the size of the file, the seconds to read it, to tokenize it, and to do both again with the tokens
+taken from the cache, and the peak of resident memory of the program and of the largest process that tokenizes.
+"""
+
+import argparse
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+SIGNS = ["发热", "咳嗽", "头痛", "胸闷", "乏力", "皮疹", "恶心", "腹泻", "关节疼痛", "失眠", "cough", "fever", "a rash"]
+ADVICE = ["多休息，多喝水。", "请尽快去医院就诊。", "按时复查血压。", "See a doctor soon.", "Rest and drink water."]
+
+
+def write_rows(path: Path, count: int) -> None:
+    """Conversations of one turn, about 150 bytes each, no two alike."""
+    draw = random.Random(0)
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(count):
+            signs = "、".join(draw.sample(SIGNS, draw.randint(1, 4)))
+            turns = [
+                {"from": "human", "value": f"病例{number}：我有{signs}，该怎么办？"},
+                {"from": "gpt", "value": "".join(draw.sample(ADVICE, draw.randint(1, 3)))},
+            ]
+            file.write(json.dumps({"conversations": turns}, ensure_ascii=False) + "\n")
+
+
+def peak_rss(who: int) -> float:
+    """Largest resident memory so far, in MB; of the largest child for RUSAGE_CHILDREN."""
+    # Linux counts in KiB, macOS in bytes.
+    return resource.getrusage(who).ru_maxrss / (1024**2 if sys.platform == "darwin" else 1024)
+
+
+def encode_file(path: str, model: str, workers: int | None) -> dict[str, Any]:
+    """Read and tokenize a file as supervised fine-tuning does; what it cost."""
+    from medicalgpt import models
+    from medicalgpt.args import DataArguments
+    from medicalgpt.data import load_data, to_messages
+    from medicalgpt.encoding import encode_chat, encode_rows
+    from medicalgpt.logs import setup_logging
+    from template import apply_template
+
+    setup_logging()
+    tokenizer = models.load_tokenizer(model)
+    apply_template(tokenizer)
+    before = peak_rss(resource.RUSAGE_SELF)
+    started = time.perf_counter()
+    arguments = DataArguments(train_file_dir=path)
+    data = load_data(arguments, to_messages)
+    read = time.perf_counter()
+    train = encode_rows(data, "train", partial(encode_chat, tokenizer, max_length=512), workers)
+    data.settle(arguments)
+    train = data.mix(train, arguments, 42)
+    return {
+        "samples": len(train),
+        "read_s": read - started,
+        "encode_s": time.perf_counter() - read,
+        "imports_mb": before,
+        "peak_mb": peak_rss(resource.RUSAGE_SELF),
+        "worker_mb": peak_rss(resource.RUSAGE_CHILDREN),
+    }
+
+
+# Each way to come from a file to samples, by the name of its row in the table.
+WAYS = {"tokenized before": encode_file}
+
+
+def measure(way: str, path: Path, arguments: argparse.Namespace, cache: str) -> dict[str, Any]:
+    """Run one way in a new process."""
+    call = json.dumps([way, str(path), arguments.model_name_or_path, arguments.workers])
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.data_memory", "--measure", call],
+        env={**os.environ, "HF_DATASETS_CACHE": cache},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", help="whose tokenizer and chat template are used")
+    parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000], help="numbers of rows")
+    parser.add_argument("--workers", type=int, help="processes that tokenize; default: as in training")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        way, *call = json.loads(arguments.measure)
+        print(json.dumps(WAYS[way](*call)))
+        return
+    if not arguments.model_name_or_path:
+        parser.error("name a model with --model_name_or_path; python build_tiny_model.py makes a tiny one")
+    print("| way | rows | file MB | read s | tokenize s | both from cache s | peak MB | of it imports | worker MB |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|", flush=True)
+    for count in arguments.rows:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "rows.jsonl"
+            write_rows(path, count)
+            for way in WAYS:
+                first = measure(way, path, arguments, folder)
+                again = measure(way, path, arguments, folder)
+                assert first["samples"] == again["samples"] >= count
+                print(
+                    f"| {way} | {count:,} | {path.stat().st_size / 1e6:.0f} | {first['read_s']:.1f} | "
+                    f"{first['encode_s']:.1f} | {again['read_s'] + again['encode_s']:.1f} | {first['peak_mb']:.0f} | "
+                    f"{first['imports_mb']:.0f} | {first['worker_mb']:.0f} |",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""The last step of a causal model on a CPU: from hidden states to log-probabilities, for supervised positions only."""
+
+import functools
+import types
+from typing import Any
+
+from medicalgpt.encoding import IGNORED
+
+import torch
+from peft.utils.other import TrainableTokensWrapper
+from transformers import PreTrainedModel
+from trl.trainer.utils import FusedCausalLMOutput
+
+# Settings by which some families change their logits after the head; TRL's own code knows each of them.
+LOGIT_SETTINGS = (
+    "final_logit_softcapping",
+    "logit_scale",
+    "output_multiplier",
+    "lm_head_multiplier",
+    "logits_scaling",
+)
+
+
+# Positions that are scored together. Their scores, this many times the vocabulary, are the largest tensors of a step.
+CHUNK = 1024
+
+
+def score_targets(
+    head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What the head says about each position, with memory for the scores of `CHUNK` positions at a time.
+
+    A head that is trained keeps all scores for the backward pass; one that is frozen keeps their gradient with respect
+    to `hidden` instead, which is as small as `hidden`.
+
+    Args:
+        head: from hidden states to scores.
+        hidden: (positions, width).
+        targets: (positions,) token ids.
+
+    Returns:
+        Three of shape (positions,), float32: log-probabilities of the targets; entropies in nats; 1 where the target
+        is the likeliest token, 0 elsewhere. Only the first has a gradient.
+    """
+    frozen = type(head) is torch.nn.Linear and type(head.weight) is torch.nn.Parameter and not head.weight.requires_grad
+    # ZeRO-3 has the weight at hand only while the module itself runs.
+    plain = not hasattr(head.weight, "ds_id") and head.weight.dtype == hidden.dtype == torch.float32
+    if frozen and plain and not torch.is_autocast_enabled("cpu"):
+        return _FrozenHead.apply(hidden, head.weight, head.bias, targets)
+    parts = []
+    for part, target in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
+        scores = head(part).float().log_softmax(dim=-1)
+        with torch.no_grad():
+            entropy = -(scores.exp() * scores).sum(dim=-1)
+            is_top1 = (scores.argmax(dim=-1) == target).float()
+        parts.append((scores.gather(1, target[:, None])[:, 0], entropy, is_top1))
+    log_probs, entropies, hits = (torch.cat(column) for column in zip(*parts, strict=True))
+    return log_probs, entropies, hits
+
+
+class _FrozenHead(torch.autograd.Function):
+    """d log p(target) / d hidden = W[target] - p W, known as soon as the scores are."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        log_probs, entropies, hits = (hidden.new_empty(len(hidden)) for _ in range(3))
+        gradient = torch.empty_like(hidden)
+        for start in range(0, len(hidden), CHUNK):
+            part = slice(start, start + CHUNK)
+            target = targets[part]
+            scores = torch.nn.functional.linear(hidden[part], weight, bias)
+            hits[part] = (scores.argmax(dim=-1) == target).float()
+            scores = scores.log_softmax(dim=-1)
+            log_probs[part] = scores.gather(1, target[:, None])[:, 0]
+            probabilities = scores.exp()
+            entropies[part] = -scores.mul_(probabilities).sum(dim=-1)
+            gradient[part] = weight[target] - probabilities @ weight
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(entropies, hits)
+        return log_probs, entropies, hits
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor, *_: Any) -> tuple[torch.Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream[:, None], None, None, None
+
+
+def add_cpu_head(model: PreTrainedModel) -> None:
+    """Send only supervised positions through the LM head, on a CPU too.
+
+    TRL's fused head does so on GPUs; on a CPU it scores every position and computes the logits once more in the
+    backward pass, which costs a third of a step of a small model. Models that change their logits after the head, and
+    those that add a loss of their routers, keep TRL's way.
+
+    Args:
+        model: the causal model itself, without wrappers, with TRL's `fused_lm_head` forward.
+    """
+    if isinstance(head := model.get_output_embeddings(), TrainableTokensWrapper):
+        # TRL multiplies by the weight, in which peft's wrapper shows the new rows, and asks for a bias, which it hides.
+        head.register_parameter("bias", None)
+    config = model.config.get_text_config()
+    changes_logits = any(getattr(config, name, None) not in (None, 1.0) for name in LOGIT_SETTINGS)
+    if changes_logits or getattr(config, "output_router_logits", False):
+        return
+    fused_forward = model.forward
+
+    # The signature is kept, since `generate` checks its arguments against it.
+    @functools.wraps(type(model).forward)
+    def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        on_cpu = self.device.type == "cpu"
+        if not kwargs.get("fused_lm_head") or not on_cpu or kwargs.get("shift_labels") is not None:
+            return fused_forward(*args, **kwargs)
+        for name in ("fused_lm_head", "shift_labels", "num_items_in_batch"):
+            kwargs.pop(name, None)
+        labels = kwargs.pop("labels")[:, 1:]
+        kwargs["use_cache"] = False
+        hidden = self.base_model(*args, **kwargs).last_hidden_state[:, :-1]
+        mask = labels != IGNORED
+        log_probs, entropy, is_top1 = score_targets(self.get_output_embeddings(), hidden[mask], labels[mask])
+
+        def spread(values: torch.Tensor) -> torch.Tensor:
+            return values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+        return FusedCausalLMOutput(
+            loss=-log_probs.sum() / mask.sum().clamp(min=1),
+            log_probs=spread(log_probs),
+            entropy=spread(entropy),
+            is_top1=spread(is_top1),
+            label_mask=mask,
+        )
+
+    model.forward = types.MethodType(forward, model)

@@ -1,0 +1,732 @@
+"""Train on corpora larger than memory: rows are read, tokenized and packed while the model trains.
+
+Before the first step one pass over the files checks the format of every row, in memory that does not grow with them.
+The order of an epoch follows from seed and epoch alone, and each batch carries its `Position` in that order, so that a
+run that was stopped goes on with the very next sample.
+"""
+
+import itertools
+import json
+import random
+import sys
+import time
+from bisect import bisect_left, insort
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from medicalgpt import data as rows_of
+from medicalgpt.args import DataArguments
+from medicalgpt.data import SHOWN_PROBLEMS, Converter, DataError, LoadedData, Problem, Row, read_rows, signs_of_life
+from medicalgpt.encoding import IGNORED, EncodingError, Sample
+from medicalgpt.errors import UserError
+from medicalgpt.logs import is_main_process
+from medicalgpt.mixing import mixture_sizes
+from medicalgpt.rows import Rows
+from medicalgpt.trainers import TokenTrainer
+
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from loguru import logger
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from transformers import TrainerCallback
+from trl import SFTConfig
+
+STATE_FILE = "stream.json"
+# Rows drawn from the whole corpus to be shown and measured before training.
+DRAWN_ROWS = 100
+# Beyond this number of problems nobody reads on, and memory has to stay flat.
+MOST_PROBLEMS = 1_000
+# Blocks that are filled together: the more, the fuller they are, and the longer the first one takes.
+PACKED_TOGETHER = 64
+
+
+def check_flags(data_args: DataArguments, args: SFTConfig, *, rows_can_be_too_long: bool) -> None:
+    """Refuse flags that cannot be kept with --streaming, and set what follows from it in `args`.
+
+    Args:
+        rows_can_be_too_long: the stage refuses rows by their number of tokens.
+
+    Raises:
+        UserError: one of them, with what to do instead.
+    """
+    given = args.given | data_args.given
+    if not data_args.streaming:
+        if "shuffle_buffer" in given:
+            raise UserError("--shuffle_buffer has an effect with --streaming True only; rows are fully shuffled else.")
+        return
+    if args.max_steps <= 0:
+        raise UserError(
+            "--streaming needs --max_steps: the learning rate falls over all steps, and how many an epoch has is known "
+            "only after all rows were tokenized. The log gives an estimate before the first step."
+        )
+    if rows_can_be_too_long and not data_args.skip_long_rows:
+        raise UserError(
+            "--streaming tokenizes while it trains, so a row that is too long is found only then. Say beforehand that "
+            "such rows are left out and counted: --skip_long_rows True."
+        )
+    if data_args.shuffle_buffer < 1:
+        raise UserError(
+            f"--shuffle_buffer {data_args.shuffle_buffer} must be at least 1, which keeps the files' order."
+        )
+    refused = {
+        "num_train_epochs": "Say --max_steps alone.",
+        "overwrite_cache": "Nothing is cached.",
+        "preprocessing_num_workers": "Tokenize in other processes with --dataloader_num_workers.",
+        "ignore_data_skip": "A resumed run goes on with the very next row.",
+        "dataloader_drop_last": "Every batch is full: an epoch goes on into the next.",
+        "dataloader_persistent_workers": "Workers live as long as the run anyway.",
+        "dataloader_in_order": "Batches come in order always, or a run could not be resumed.",
+    }
+    for name, remedy in refused.items():
+        if name in given:
+            raise UserError(f"--{name} has no effect with --streaming. {remedy}")
+    if data_args.validation_split_percentage:
+        raise UserError(
+            "--validation_split_percentage needs all rows in memory, which --streaming avoids. Put the held-out rows "
+            "into a file of their own: --validation_file_dir."
+        )
+    if data_args.dataset_name:
+        raise UserError(
+            "--streaming reads files. Load the data set to a folder with `hf download --repo-type dataset` and name it "
+            "with --train_file_dir, or leave --streaming out: data sets of the hub are kept on the disk."
+        )
+    for name in ("eval_strategy", "save_strategy", "logging_strategy"):
+        if getattr(args, name) == "epoch":
+            step = name.replace("strategy", "steps")
+            raise UserError(f"--{name} epoch: with --streaming epochs have no end to stop at. Say --{step} N.")
+    if args.train_sampling_strategy != "random":
+        if "train_sampling_strategy" in given:
+            raise UserError(
+                f"--train_sampling_strategy {args.train_sampling_strategy} needs the lengths of all rows, which "
+                "--streaming does not know. Leave it out, or use --packing True against padding."
+            )
+        args.train_sampling_strategy = "random"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The first pass
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StreamedFile:
+    """A file and what an epoch reads of it.
+
+    Attributes:
+        rows: its first usable rows, as many as are used.
+        chosen: of these, the rows that the last pass of an epoch reads.
+        bad: numbers of the rows, counted from 0, that are left out.
+        size, modified: by which a change is seen.
+    """
+
+    path: Path
+    rows: int
+    chosen: int
+    bad: frozenset[int]
+    size: int
+    modified: int
+
+    def read(self, document_unit: str) -> Iterator[Row]:
+        """The usable rows.
+
+        Raises:
+            UserError: the file is no longer the one that was checked.
+        """
+        if (self.size, self.modified) != _size_and_time(self.path):
+            raise UserError(f"{self.path} was changed while it was trained on. Start anew with files that stay.")
+        usable = (row for number, row in enumerate(read_rows(self.path, document_unit)) if number not in self.bad)
+        return itertools.islice(usable, self.rows)
+
+    def read_chosen(self, document_unit: str, seed: int) -> Iterator[Row]:
+        """Rows drawn without putting back, each subset of that size with the same chance, in the file's order."""
+        draw, wanted = random.Random(f"{seed} {self.path}"), self.chosen
+        for number, row in enumerate(self.read(document_unit) if wanted else ()):
+            if draw.random() * (self.rows - number) < wanted:
+                wanted -= 1
+                yield row
+
+
+@dataclass(frozen=True)
+class StreamedSource:
+    """Files that are read as one, `copies` times in whole and once the chosen rows of each."""
+
+    files: list[StreamedFile]
+    copies: int = 1
+
+    @property
+    def rows(self) -> int:
+        """Rows that an epoch reads."""
+        return sum(file.rows * self.copies + file.chosen for file in self.files)
+
+    def read(self, document_unit: str, seed: int, draw: random.Random) -> Iterator[Row]:
+        """The rows of one epoch, the order of the files drawn anew for each pass."""
+        for turn in range(self.copies + 1):
+            for file in draw.sample(self.files, len(self.files)):
+                yield from file.read(document_unit) if turn < self.copies else file.read_chosen(document_unit, seed)
+
+
+def _size_and_time(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+@dataclass
+class StreamedData(LoadedData):
+    """What the first pass found: `train` holds a few rows drawn from all of them, `validation` every held-out row.
+
+    Attributes:
+        arguments, convert, document_unit, seed: as given to `check_data`.
+        streams: what an epoch reads.
+        seconds: how long the pass took.
+    """
+
+    arguments: DataArguments | None = None
+    convert: Converter | None = None
+    document_unit: str = "auto"
+    seed: int = 42
+    streams: list[StreamedSource] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def rows(self) -> int:
+        """Rows that an epoch reads."""
+        return sum(stream.rows for stream in self.streams)
+
+    def settle(self, arguments: DataArguments) -> None:
+        """As `LoadedData.settle`; rows that training itself will leave out and count are not counted here."""
+        drawn = {row["place"] for row in self.train} - {row["place"] for row in self.validation}
+        allowed = {"too long": arguments.skip_long_rows, "unusable": arguments.skip_bad_rows}
+        self.problems = [
+            problem
+            for problem in self.problems
+            if problem.side or problem.place not in drawn or not allowed.get(problem.kind)
+        ]
+        drawn_rows = self.train
+        super().settle(arguments)
+        self.train = drawn_rows
+
+    def mix(self, encoded: Dataset, arguments: DataArguments, seed: int) -> Dataset:
+        """The drawn rows as they are: weights become numbers of rows in the first pass."""
+        return encoded
+
+
+def check_data(
+    arguments: DataArguments, convert: Converter, *, document_unit: str = "auto", seed: int = 42
+) -> StreamedData:
+    """Check, count and hash the training rows in one pass that keeps none of them; load the held-out rows.
+
+    Args:
+        arguments: the data flags.
+        convert: `to_text`, `to_messages` or another converter; raises `RowError`.
+        document_unit: see `read_rows`.
+        seed: of the order, and of the rows that are drawn to be shown.
+
+    Raises:
+        UserError: no data named, nothing found, or held-out rows that occur among the training rows.
+        DataError: more problems than anybody reads.
+    """
+    began = time.time()
+    sources, validation_files = rows_of._choose_files(arguments)
+    ignore = ignored_fields(arguments)
+    data = StreamedData(
+        [],
+        [],
+        {"train": [], "validation": []},
+        sources=sources,
+        arguments=arguments,
+        convert=convert,
+        document_unit=document_unit,
+        seed=seed,
+    )
+    accounts = data.account["train"]
+    held_out_files = rows_of._open_files(validation_files, document_unit)
+    data.validation = Rows(
+        rows_of._convert_files(data, "validation", held_out_files, convert, ignore, arguments.max_eval_samples)
+    )
+    held_out_problems, data.problems = data.problems, []
+    held_out = {rows_of._identity(row) for row in data.validation}
+    shared: dict[bytes, dict[str, Any]] = {}
+    drawn: list[dict[str, Any]] = []
+    draw = random.Random(seed)
+    with signs_of_life(lambda: f"checking the training rows: {sum(account.rows for account in accounts):,} so far"):
+        for number, row in enumerate(_checked_rows(data)):
+            # Each row so far is among the drawn ones with the same chance (reservoir sampling).
+            if number < DRAWN_ROWS:
+                drawn.append(row)
+            elif (at := draw.randrange(number + 1)) < DRAWN_ROWS:
+                drawn[at] = row
+            if held_out and (identity := rows_of._identity(row)) in held_out:
+                shared.setdefault(identity, row)
+    data.problems += held_out_problems
+    if not drawn and not data.problems:
+        raise UserError("no training rows were found. Check --train_file_dir and --max_train_samples.")
+    rows_of._refuse_overlap(replace(data, train=list(shared.values())), arguments.allow_overlap)
+    if drawn and sources[0].weight is not None:
+        _mix(data)
+    data.train = Rows(drawn)
+    data.seconds = time.time() - began
+    logger.info(f"checked {sum(account.rows for account in accounts):,} training rows in {data.seconds:.1f} s")
+    return data
+
+
+def _checked_rows(data: StreamedData) -> Iterator[dict[str, Any]]:
+    """Yield the training rows that can be used, converted; what an epoch will read joins `data.streams`."""
+    ignore, limit = ignored_fields(data.arguments), data.arguments.max_train_samples
+    for source in data.sources:
+        if source.weight is not None:
+            limit = source.limit
+        stream = StreamedSource([])
+        for path in source.files:
+            size, modified = _size_and_time(path)
+            rows = _Watched(read_rows(path, data.document_unit), data)
+            usable, before, bad = 0, -1, set()
+            file = (str(path), rows_of.hash_file(path), rows)
+            for row in rows_of._convert_files(data, "train", [file], data.convert, ignore, limit):
+                bad.update(range(before + 1, rows.number))
+                before, usable = rows.number, usable + 1
+                yield row
+            if limit is not None:
+                limit -= usable
+            if usable:
+                stream.files.append(StreamedFile(path, usable, 0, frozenset(bad), size, modified))
+        data.streams.append(stream)
+
+
+class _Watched:
+    """The rows of a file on their way to the converter: the number of the last one, from 0, and a limit on problems."""
+
+    def __init__(self, rows: Iterator[Row | Problem], data: StreamedData):
+        self.rows, self.data, self.number = rows, data, -1
+
+    def __iter__(self) -> Iterator[Row | Problem]:
+        for row in self.rows:
+            self.number += 1
+            yield row
+            _count_problems(self.data)
+
+
+def _count_problems(data: StreamedData) -> None:
+    """Count and show rows that may be left out, so that memory does not grow with them."""
+    if data.problems and data.arguments.skip_bad_rows:
+        accounts = data.account["train"]
+        left_out = [problem for problem in data.problems if problem.kind == "unusable"]
+        data.problems = [problem for problem in data.problems if problem.kind != "unusable"]
+        shown = sum(account.left_out["unusable"] for account in accounts)
+        for problem in left_out[: max(0, SHOWN_PROBLEMS - shown)]:
+            logger.warning(f"left out: {problem}")
+        accounts[-1].left_out += Counter(unusable=len(left_out))
+    if len(data.problems) >= MOST_PROBLEMS:
+        logger.warning(f"reading stopped after {MOST_PROBLEMS:,} problems")
+        raise DataError(data.problems)
+
+
+def _mix(data: StreamedData) -> None:
+    """Give each file its number of rows, so that the sources have the shares that were asked for."""
+    weights = [source.weight for source in data.sources]
+    counts = [stream.rows for stream in data.streams]
+    sizes = mixture_sizes(counts, weights, data.arguments.mix_strategy, data.arguments.max_train_samples)
+    accounts = {account.file: account for account in data.account["train"]}
+    for number, (source, count, size) in enumerate(zip(data.sources, counts, sizes, strict=True)):
+        if size == 0:
+            raise UserError(
+                f"--train_file_dir: a mixture of {sum(sizes)} rows has none of {source.place} (weight "
+                f"{float(source.weight):.4g}, {count} usable rows). Give it another weight or more rows, or leave it "
+                "out."
+            )
+        copies, chosen = divmod(size, count)
+        files = data.streams[number].files
+        parts = mixture_sizes(
+            [file.rows for file in files], [Fraction(file.rows, count) for file in files], "under", chosen
+        )
+        files = [replace(file, chosen=part) for file, part in zip(files, parts, strict=True)]
+        data.streams[number] = StreamedSource(files, copies)
+        for file in files:
+            account = accounts[str(file.path)]
+            account.mixture = {
+                "source": source.place,
+                "weight": float(source.weight),
+                "share": size / sum(sizes),
+                "drawn": copies * file.rows + file.chosen,
+            }
+            if not copies and file.chosen < file.rows:
+                account.left_out["not in the mixture"] += file.rows - file.chosen
+
+
+def ignored_fields(arguments: DataArguments) -> frozenset[str]:
+    """Fields that rows may have and that are not used."""
+    return frozenset(filter(None, (arguments.ignore_fields or "").replace(" ", "").split(",")))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The samples
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a reader stands after a sample, and what it has met so far.
+
+    Rows are tokenized in windows: a row alone, or as many as fill some blocks when they are packed.
+
+    Attributes:
+        epoch: from 0.
+        row: rows of this epoch drawn before the present window, those of other readers included.
+        done: samples of the present window that came out already.
+        passed: epochs so far as a fraction.
+        rows: own rows of all finished windows; rows = used + sum(left_out.values()).
+        samples: own samples so far.
+        left_out: own rows left out in all finished windows, by reason.
+    """
+
+    epoch: int = 0
+    row: int = 0
+    done: int = 0
+    passed: float = 0.0
+    rows: int = 0
+    samples: int = 0
+    left_out: dict[str, int] = field(default_factory=dict)
+
+
+class StreamedSamples(IterableDataset):
+    """Endless samples, epoch after epoch; each process and each of its loader workers reads rows of its own.
+
+    A file's rows stay together as far as the buffer does not mix them, so the order of the files changes in each
+    epoch too. Packed blocks hold whole sequences only, as those of `batching.pack`.
+
+    Args:
+        data: result of `check_data`.
+        encode: takes a converted row, returns samples, raises `EncodingError`.
+        drawn: the encoded rows of `data.train`, from which the whole is estimated.
+        block_size: tokens of a packed block; None gives sequences as they are.
+        process, processes: which of how many this is.
+
+    Yields:
+        `input_ids`, `labels`, `position`, and `seq_lengths` where sequences are packed. A row that must not be left
+        out ends the stream with `failure`, the message, since an exception would lose its type on the way out of a
+        worker.
+    """
+
+    def __init__(
+        self,
+        data: StreamedData,
+        encode: Callable[[dict[str, Any]], list[Sample]],
+        drawn: Dataset,
+        block_size: int | None = None,
+        process: int = 0,
+        processes: int = 1,
+    ):
+        if not len(drawn):
+            raise UserError(
+                f"none of {len(data.train)} rows drawn from the training rows could be encoded. Raise the length that "
+                "fits, or look at the warnings above."
+            )
+        self.data, self.encode, self.drawn, self.drawn_rows = data, encode, drawn, len(data.train)
+        self.rows, self.seed, self.block_size = data.rows, data.seed, block_size
+        self.process, self.processes = process, processes
+        self.ignore = ignored_fields(data.arguments)
+        self.buffer_size = data.arguments.shuffle_buffer
+        self.shown = 0
+        self.start: list[Position] = []
+        self.next_worker = 0
+
+    def estimate(self) -> tuple[int, int, int]:
+        """Samples, tokens and supervised tokens of an epoch, reckoned from the rows drawn beforehand."""
+        scale = self.rows / self.drawn_rows
+        tokens = sum(map(len, self.drawn["input_ids"])) * scale
+        supervised = sum(label != IGNORED for labels in self.drawn["labels"] for label in labels) * scale
+        samples = tokens / self.block_size if self.block_size else len(self.drawn) * scale
+        return max(1, round(samples)), round(tokens), round(supervised)
+
+    def fingerprint(self, workers: int) -> dict[str, Any]:
+        """All from which the order follows, beside the files."""
+        return {
+            "seed": self.seed,
+            "shuffle_buffer": self.buffer_size,
+            "block_size": self.block_size,
+            "processes": self.processes,
+            "dataloader_num_workers": workers,
+        }
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        info = get_worker_info()
+        workers = info.num_workers if info else 1
+        # The loader asks its workers in turn and begins with the first: that one takes the turn that is due.
+        worker = ((info.id if info else 0) + self.next_worker) % workers
+        position = self.start[worker] if self.start else Position()
+        try:
+            for sample, at in self._samples(position, self.process * workers + worker, self.processes * workers):
+                yield {**sample, "position": at, "worker": worker}
+        except UserError as error:
+            yield {"failure": str(error)}
+
+    def _samples(self, at: Position, reader: int, readers: int) -> Iterator[tuple[dict[str, Any], Position]]:
+        while True:
+            from_start, before = at.row == 0 and at.done == 0, at.samples
+            for window in self._windows(at.epoch, at.row, reader, readers):
+                after = replace(
+                    at,
+                    row=window.end,
+                    done=0,
+                    rows=at.rows + window.rows,
+                    left_out=dict(Counter(at.left_out) + window.left_out),
+                )
+                for number in range(at.done, len(window.samples)):
+                    last = number + 1 == len(window.samples)
+                    share = window.start + (window.end - window.start) * (number + 1) / len(window.samples)
+                    at = replace(
+                        after if last else at,
+                        done=0 if last else number + 1,
+                        samples=at.samples + 1,
+                        passed=at.epoch + share / self.rows,
+                    )
+                    yield window.samples[number], at
+                at = replace(after, samples=at.samples, passed=at.passed)
+            if from_start and at.samples == before:
+                raise UserError(
+                    f"a whole epoch gave no sample: {dict(at.left_out)} of {at.rows} rows were left out. "
+                    "Raise the length, or mend the rows."
+                )
+            at = replace(at, epoch=at.epoch + 1, row=0, done=0)
+
+    def _windows(self, epoch: int, first: int, reader: int, readers: int) -> Iterator["_Window"]:
+        """Rows `first` and later of an epoch, those of this reader, tokenized together."""
+        window = _Window(first)
+        tokens, most = 0, PACKED_TOGETHER * (self.block_size or 0)
+        for number, row in enumerate(self._order(epoch)):
+            if number < first or number % readers != reader:
+                continue
+            samples = self._encode(row, window.left_out, warn=epoch == 0)
+            tokens += sum(len(sample.input_ids) for sample in samples)
+            window.samples += samples
+            window.rows += 1
+            if tokens >= most:
+                yield self._finished(window, number + 1, epoch)
+                window, tokens = _Window(number + 1), 0
+        if window.rows:
+            yield self._finished(window, self.rows, epoch)
+
+    def _finished(self, window: "_Window", end: int, epoch: int) -> "_Window":
+        window.end = end
+        if not self.block_size:
+            window.samples = [asdict(sample) for sample in window.samples]
+            return window
+        window.samples = fill_blocks(window.samples, self.block_size)
+        # Filling goes by length; blocks of short sequences must not always come last.
+        random.Random(f"{self.seed} {epoch} {window.start}").shuffle(window.samples)
+        return window
+
+    def _order(self, epoch: int) -> Iterator[Row]:
+        """All rows of an epoch, shuffled by a buffer from which a random row makes room for the next one."""
+        draw = random.Random(f"{self.seed} {epoch}")
+        buffer: list[Row] = []
+        for row in self._rows(draw):
+            if len(buffer) < self.buffer_size:
+                buffer.append(row)
+                continue
+            slot = draw.randrange(self.buffer_size)
+            yield buffer[slot]
+            buffer[slot] = row
+        draw.shuffle(buffer)
+        yield from buffer
+
+    def _rows(self, draw: random.Random) -> Iterator[Row]:
+        """The rows of all sources, each source as likely to give the next one as it has rows left."""
+        left = [stream.rows for stream in self.data.streams]
+        rows = [stream.read(self.data.document_unit, self.seed, draw) for stream in self.data.streams]
+        while any(left):
+            source = draw.choices(range(len(left)), left)[0] if len(left) > 1 else 0
+            left[source] -= 1
+            yield next(rows[source])
+
+    def _encode(self, row: Row, left_out: Counter, warn: bool) -> list[Sample]:
+        try:
+            return self.encode({**self.data.convert(row.value, self.ignore), "place": row.place})
+        except EncodingError as error:
+            kind = "too long" if error.too_long else "unusable"
+            problem = Problem(row.place, error.reason, error.remedy + ".", kind=kind)
+        if kind == "unusable" and not self.data.arguments.skip_bad_rows:
+            raise UserError(
+                f"{problem}\nTraining has ended here. Go on from the last checkpoint without such rows: "
+                "--skip_bad_rows True --resume_from_checkpoint True."
+            )
+        left_out[kind] += 1
+        if warn and self.shown < SHOWN_PROBLEMS:
+            self.shown += 1
+            logger.warning(f"left out: {problem}")
+        return []
+
+
+@dataclass
+class _Window:
+    """Rows that are tokenized together: row numbers from `start` to before `end`, of which `rows` are one's own."""
+
+    start: int
+    end: int = 0
+    rows: int = 0
+    samples: list[Any] = field(default_factory=list)
+    left_out: Counter = field(default_factory=Counter)
+
+
+def fill_blocks(samples: Sequence[Sample], block_size: int) -> list[dict[str, list[int]]]:
+    """Put whole sequences together, the longest first, each into the fullest block that has room (best fit).
+
+    Args:
+        samples: none longer than `block_size`.
+
+    Returns:
+        Blocks of `input_ids`, `labels` and `seq_lengths`, each of at most `block_size` tokens.
+    """
+    blocks: list[list[Sample]] = []
+    room: list[tuple[int, int]] = []
+    for sample in sorted(samples, key=lambda sample: -len(sample.input_ids)):
+        length = len(sample.input_ids)
+        at = bisect_left(room, (length, 0))
+        if at < len(room):
+            left, block = room.pop(at)
+        else:
+            left, block = block_size, len(blocks)
+            blocks.append([])
+        blocks[block].append(sample)
+        insort(room, (left - length, block))
+    return [
+        {
+            "input_ids": [token for sample in block for token in sample.input_ids],
+            "labels": [label for sample in block for label in sample.labels],
+            "seq_lengths": [len(sample.input_ids) for sample in block],
+        }
+        for block in blocks
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The trainer
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class StreamCollator:
+    """A collator whose batches also say where in the stream their last sample stands."""
+
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        if "failure" in rows[-1]:
+            return {"failure": rows[-1]["failure"]}
+        return {**self.collate(rows), "position": rows[-1]["position"], "worker": rows[-1]["worker"]}
+
+
+class StreamTrainer(TokenTrainer):
+    """`TokenTrainer` on `StreamedSamples`.
+
+    The library would cut an epoch short or long where a stream ends, give the first samples twice so that all ranks
+    have equally many, and skip to a checkpoint's place within the first epoch only. Here the stream has no end, each
+    rank reads rows of its own, and checkpoints hold the `Position` of every reader.
+    """
+
+    def __init__(self, *, train_dataset: StreamedSamples, **kwargs: Any):
+        # TRL looks at one row and takes no data set of another kind than its own.
+        super().__init__(train_dataset=train_dataset.drawn.select([0]), **kwargs)
+        self.train_dataset = train_dataset
+        self.args.ignore_data_skip = True
+        self.positions: list[Position] = [Position()] * max(1, self.args.dataloader_num_workers)
+        self.next_worker = 0
+        self.add_callback(_EpochOfStream(self))
+
+    def get_train_dataloader(self) -> DataLoader:
+        workers = self.args.dataloader_num_workers
+        readers = self.args.world_size * max(1, workers)
+        if self.train_dataset.rows < readers:
+            raise UserError(
+                f"{self.train_dataset.rows} rows are too few for {readers} readers (processes x "
+                "--dataloader_num_workers). Leave --streaming out for so few rows."
+            )
+        return DataLoader(
+            self.train_dataset,
+            batch_size=self._train_batch_size,
+            collate_fn=StreamCollator(self.data_collator),
+            num_workers=workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context,
+            pin_memory=self.args.dataloader_pin_memory,
+            # The loader would otherwise draw from the generator that dropout uses, once more in a resumed run.
+            generator=torch.Generator(),
+        )
+
+    def get_batch_samples(self, epoch_iterator: Iterator, *args: Any) -> tuple[list, Any]:
+        return super().get_batch_samples(self._noted(epoch_iterator), *args)
+
+    def _noted(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        for batch in batches:
+            if "failure" in batch:
+                # Only the first process speaks for an error that all have.
+                if not is_main_process():
+                    print(f"error: {batch['failure']}", file=sys.stderr, flush=True)
+                raise UserError(batch["failure"])
+            worker = batch.pop("worker")
+            self.positions[worker] = batch.pop("position")
+            self.next_worker = (worker + 1) % len(self.positions)
+            yield batch
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+        if resume_from_checkpoint:
+            self._go_on(Path(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _go_on(self, checkpoint: Path) -> None:
+        saved = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+        now = self.train_dataset.fingerprint(self.args.dataloader_num_workers)
+        if changed := [name for name, value in now.items() if saved["order"][name] != value]:
+            shown = ", ".join(f"{name} {saved['order'][name]} (now {now[name]})" for name in changed)
+            raise UserError(f"{checkpoint} was streamed with another {shown}. Resume with the same, or start anew.")
+        own = saved["readers"][self.args.process_index]
+        self.positions = [Position(**position) for position in own["positions"]]
+        self.next_worker = own["next_worker"]
+        self.train_dataset.start, self.train_dataset.next_worker = list(self.positions), self.next_worker
+        furthest = max(self.positions, key=lambda position: position.passed)
+        again = self.train_dataset.data.seconds * furthest.row / self.train_dataset.rows
+        logger.info(
+            f"going on in epoch {furthest.epoch + 1} after row {furthest.row:,} of {self.train_dataset.rows:,}; the "
+            f"rows before it are read again, not tokenized (about {again:.0f} s)"
+        )
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        super()._save_checkpoint(*args, **kwargs)
+        own = {"positions": [asdict(position) for position in self.positions], "next_worker": self.next_worker}
+        readers = gather_object([own])
+        if self.args.should_save:
+            state = {"order": self.train_dataset.fingerprint(self.args.dataloader_num_workers), "readers": readers}
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            (folder / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+
+    def seen(self) -> dict[str, Any]:
+        """What all processes have trained on so far, for run.json. Call it on every process.
+
+        Rows of a window that is not trained to its end do not count yet: rows = used + left out, always.
+        """
+        positions = gather_object(self.positions)
+        left_out = sum((Counter(position.left_out) for position in positions), Counter())
+        rows = sum(position.rows for position in positions)
+        return {
+            "epochs_begun": max(position.epoch for position in positions) + 1,
+            "epochs": round(sum(position.passed for position in positions) / len(positions), 4),
+            "rows": rows,
+            "used": rows - sum(left_out.values()),
+            "left_out": dict(left_out),
+            "samples": sum(position.samples for position in positions),
+        }
+
+
+class _EpochOfStream(TrainerCallback):
+    """Log the epoch of the rows; to the library the endless stream is one epoch."""
+
+    def __init__(self, trainer: StreamTrainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        positions = self.trainer.positions
+        state.epoch = sum(position.passed for position in positions) / len(positions)

@@ -1,0 +1,141 @@
+"""Tiny random checkpoints of model families, each with a tokenizer that has its family's special tokens.
+
+One token is one byte of UTF-8. The families are those of docs/models.md.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from template import apply_template
+
+import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers.models import BPE
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+PAD = "<|pad|>"
+CHATML = ("<|im_start|>", "<|im_end|>")
+
+
+@dataclass(frozen=True)
+class Family:
+    """What tells one family from another.
+
+    Attributes:
+        template: name of its chat template in template.py.
+        special: special tokens of that template.
+        eos: ends every text.
+        bos: begins every text, where the family's tokenizers put it.
+        config: on top of the sizes that all share.
+        experts: whether the feed-forward layers are mixtures of experts.
+    """
+
+    template: str
+    special: tuple[str, ...]
+    eos: str
+    bos: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    experts: bool = False
+
+
+LLAMA3 = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+TOOLS = ("[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]")
+MISTRAL = ("[INST]", "[/INST]", *TOOLS)
+GEMMA = ("<start_of_turn>", "<end_of_turn>")
+PHI3 = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+GLM4 = ("[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
+# Shorter than the texts of the tests, so that it has an effect.
+WINDOW = {"sliding_window": 16}
+BOTH = {"query_pre_attn_scalar": 8, "layer_types": ["sliding_attention", "full_attention"], **WINDOW}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+# Keyed by `model_type` of config.json.
+FAMILIES = {
+    "llama": Family("llama3", LLAMA3, "<|end_of_text|>", "<|begin_of_text|>"),
+    "qwen2": Family("qwen", CHATML, "<|endoftext|>"),
+    "qwen3": Family("qwen3", CHATML, "<|endoftext|>", config={"tie_word_embeddings": True}),
+    "mistral": Family("mistral", MISTRAL, "</s>", "<s>", WINDOW),
+    "gemma": Family("gemma", GEMMA, "<eos>", "<bos>"),
+    "gemma2": Family("gemma", GEMMA, "<eos>", "<bos>", BOTH),
+    "gemma3_text": Family("gemma", GEMMA, "<eos>", "<bos>", BOTH),
+    "phi3": Family("phi3", PHI3, "<|endoftext|>", config=WINDOW),
+    "glm": Family("glm4", GLM4, "<|endoftext|>"),
+    "glm4": Family("glm4", GLM4, "<|endoftext|>"),
+    "mixtral": Family("mistral", MISTRAL, "</s>", "<s>", {"num_local_experts": 4}, experts=True),
+    "qwen3_moe": Family("qwen3", CHATML, "<|endoftext|>", config=EXPERTS, experts=True),
+}
+
+
+def family_tokenizer(family: Family) -> PreTrainedTokenizerFast:
+    """256 bytes, padding, and the family's special tokens; its chat template is installed."""
+    backend = Tokenizer(
+        BPE(vocab={char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[])
+    )
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=family.bos,
+        eos_token=family.eos,
+        pad_token=PAD,
+        additional_special_tokens=list(family.special),
+    )
+    if family.bos:
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{family.bos} $A",
+            pair=f"{family.bos} $A {family.bos} $B",
+            special_tokens=[(family.bos, tokenizer.bos_token_id)],
+        )
+    apply_template(tokenizer, family.template)
+    return tokenizer
+
+
+def make_family(path: str | Path, name: str, **config: Any) -> str:
+    """Save a model of two layers and its tokenizer in the folder `path`, and return it as a string."""
+    family = FAMILIES[name]
+    tokenizer = family_tokenizer(family)
+    torch.manual_seed(0)
+    settings = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 512,
+        # Wide enough that the scores of random weights differ clearly.
+        "initializer_range": 0.1,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **{**settings, **family.config, **config}))
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+class Followed:
+    """What training does to each parameter: its largest gradient, and whether it moves.
+
+    Args:
+        model: before training.
+    """
+
+    def __init__(self, model: torch.nn.Module):
+        self.parameters = dict(model.named_parameters())
+        self.before = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        self.largest = dict.fromkeys(self.parameters, 0.0)
+        self.declared = {name for name, parameter in self.parameters.items() if parameter.requires_grad}
+        for name in self.declared:
+            self.parameters[name].register_post_accumulate_grad_hook(lambda found, name=name: self._note(name, found))
+
+    def _note(self, name: str, parameter: torch.nn.Parameter) -> None:
+        self.largest[name] = max(self.largest[name], parameter.grad.abs().max().item())
+
+    def with_gradient(self) -> set[str]:
+        return {name for name, gradient in self.largest.items() if gradient > 0}
+
+    def moved(self) -> set[str]:
+        return {name for name, old in self.before.items() if not old.equal(self.parameters[name].detach())}

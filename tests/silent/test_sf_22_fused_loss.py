@@ -1,0 +1,250 @@
+"""The fused heads give the loss and the gradients of the model's own forward pass.
+
+`fused`: TRL's head. `cpu`: ours, that sends only supervised positions through. Each is compared with logits and
+cross-entropy as transformers has them, for batches of varied length, with and without supervised tokens.
+"""
+
+import importlib.util
+
+from medicalgpt.batching import Collator
+from medicalgpt.errors import UserError
+from medicalgpt.trainers import add_cpu_head
+from tests.helpers import open_stage, save_model, write_jsonl
+from tests.tiny import tiny_tokenizer
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
+from trl.trainer.utils import add_fused_lm_head
+
+PAD = 257
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("sf22")
+    return {tied: save_model(root / f"tied-{tied}", tiny_tokenizer(), tied=tied) for tied in (False, True)}
+
+
+def row(generator: torch.Generator, length: int, prompt: int) -> dict:
+    """Random ids, of which the first `prompt` are not supervised."""
+    ids = torch.randint(0, 256, (length,), generator=generator).tolist()
+    return {"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]}
+
+
+def packed(*rows: dict) -> dict:
+    return {
+        "input_ids": sum((one["input_ids"] for one in rows), []),
+        "labels": sum((one["labels"] for one in rows), []),
+        "seq_lengths": [len(one["input_ids"]) for one in rows],
+    }
+
+
+def batches(kind: str) -> list[dict[str, torch.Tensor]]:
+    """Batches as the trainer gets them; more than one stands for the accumulated batches of one step."""
+    generator = torch.Generator().manual_seed(3)
+    whole, long, short = (row(generator, n, prompt) for n, prompt in ((12, 0), (40, 7), (9, 4)))
+    holes = row(generator, 30, 5)
+    holes["labels"][10:20] = [-100] * 10
+    silent, last_only = row(generator, 20, 20), row(generator, 15, 14)
+    groups = {
+        "one row": [[whole]],
+        "varied lengths": [[long, short, whole]],
+        "ignored positions within": [[holes, long]],
+        "a row without supervised tokens": [[silent, short]],
+        "no supervised token in a batch": [[silent, silent], [long, short]],
+        "the last token alone": [[last_only, long]],
+        "accumulated, unequal": [[long], [short, last_only], [whole, holes, silent]],
+        "packed": [[packed(short, whole, last_only), packed(long)]],
+        "packed and accumulated": [[packed(short, long)], [packed(whole, silent), packed(holes)]],
+    }
+    return [Collator(PAD)(group) for group in groups[kind]]
+
+
+KINDS = [
+    "one row",
+    "varied lengths",
+    "ignored positions within",
+    "a row without supervised tokens",
+    "no supervised token in a batch",
+    "the last token alone",
+    "accumulated, unequal",
+    "packed",
+    "packed and accumulated",
+]
+
+
+def load(folder: str, lora: bool, head: str | None):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    if head:
+        add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    if head == "cpu":
+        before = model.forward
+        add_cpu_head(model)
+        assert model.forward != before
+    if lora:
+        torch.manual_seed(5)
+        model = get_peft_model(model, LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    return model
+
+
+def supervised(batch: dict[str, torch.Tensor]) -> int:
+    return (batch["labels"][:, 1:] != -100).sum().item()
+
+
+def plain_loss(model, batch: dict[str, torch.Tensor], count: int) -> torch.Tensor:
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    logits = model(**inputs, use_cache=False).logits[:, :-1]
+    labels = batch["labels"][:, 1:]
+    return cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum") / count
+
+
+def fused_loss(model, batch: dict[str, torch.Tensor], count: int) -> torch.Tensor:
+    """As TRL's trainer takes it from the head."""
+    return -model(**batch, fused_lm_head=True).log_probs.sum() / count
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def same_gradients(found: dict, expected: dict) -> None:
+    assert found.keys() == expected.keys()
+    assert any(gradient.abs().max() > 1e-3 for gradient in expected.values())
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("head", ["fused", "cpu"])
+def test_loss_and_gradients_are_those_of_the_plain_forward(folders, head, tied, lora, kind):
+    expected, found = load(folders[tied], lora, None), load(folders[tied], lora, head)
+    step = batches(kind)
+    count = sum(map(supervised, step))
+    for batch in step:
+        plain, fused = plain_loss(expected, batch, count), fused_loss(found, batch, count)
+        assert fused.item() == pytest.approx(plain.item(), rel=1e-5, abs=1e-5)
+        plain.backward()
+        fused.backward()
+    same_gradients(gradients(found), gradients(expected))
+
+
+@pytest.mark.parametrize("kind", ["varied lengths", "a row without supervised tokens"])
+@pytest.mark.parametrize("head", ["fused", "cpu"])
+def test_the_heads_own_loss_is_transformers_loss(folders, head, kind):
+    (batch,) = batches(kind)
+    own = load(folders[False], False, None)(**batch).loss
+    assert load(folders[False], False, head)(**batch, fused_lm_head=True).loss.item() == pytest.approx(
+        own.item(), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("more", [(), ("--use_peft", "False")])
+def test_a_step_of_the_trainer_has_the_gradient_of_the_plain_loss(folders, tmp_path, more):
+    """Two accumulated batches of unequal length, with the number of items that the trainer passes on."""
+    rows = [{"prompt": f"Question {n}?", "response": "Answer. " * n} for n in (1, 6, 2, 11)]
+    write_jsonl(tmp_path / "data" / "rows.jsonl", rows)
+    trainer = open_stage(
+        "supervised_finetuning.py",
+        *(
+            "--model_name_or_path",
+            folders[False],
+            "--train_file_dir",
+            tmp_path / "data",
+            "--output_dir",
+            tmp_path / "run",
+        ),
+        *("--overwrite_cache", "True", *(more or ("--lora_dropout", 0))),
+    ).trainer
+    model = trainer.model.train()
+    step = [trainer.data_collator([trainer.train_dataset[n] for n in numbers]) for numbers in ((0, 1), (2, 3))]
+    count = sum(map(supervised, step))
+    items = trainer._get_num_items_in_batch(step, trainer.args.device)
+    assert items == count
+    trainer.current_gradient_accumulation_steps = len(step)
+
+    for batch in step:
+        plain_loss(model, batch, count).backward()
+    expected = {name: gradient.clone() for name, gradient in gradients(model).items()}
+    model.zero_grad()
+    losses = [trainer.training_step(model, dict(batch), items) for batch in step]
+    same_gradients(gradients(model), expected)
+    with torch.no_grad():
+        whole = sum(plain_loss(model, batch, count) for batch in step)
+    assert sum(losses).item() == pytest.approx(whole.item(), rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Liger's kernels
+# ---------------------------------------------------------------------------------------------------------------------
+
+no_liger = not torch.cuda.is_available() or importlib.util.find_spec("liger_kernel") is None
+
+
+@pytest.fixture
+def liger_flags(folders, tmp_path):
+    write_jsonl(
+        tmp_path / "data" / "rows.jsonl", [{"prompt": "Why?", "response": "A cold. " * n} for n in (1, 6, 2, 11)]
+    )
+    return (
+        *(
+            "--model_name_or_path",
+            folders[False],
+            "--train_file_dir",
+            tmp_path / "data",
+            "--output_dir",
+            tmp_path / "run",
+        ),
+        *("--use_liger_kernel", "True", "--overwrite_cache", "True"),
+    )
+
+
+def test_liger_is_refused_on_a_cpu_before_anything_is_loaded(liger_flags, tmp_path):
+    with pytest.raises(UserError, match="^--use_liger_kernel needs a CUDA GPU, and this run has none. Leave it out.$"):
+        open_stage("supervised_finetuning.py", *liger_flags, "--use_cpu", "True")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_package_is_named_with_its_command(liger_flags, monkeypatch):
+    """What is asked about is the machine, not the code under test."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("medicalgpt.runs.is_liger_kernel_available", lambda: False)
+    from medicalgpt.runs import _require_liger
+
+    class OnGpu:
+        use_cpu = False
+
+    with pytest.raises(UserError, match="pip install liger-kernel"):
+        _require_liger(OnGpu())
+
+
+@pytest.mark.skipif(no_liger, reason="Liger's kernels need a CUDA GPU and the package liger-kernel")
+@pytest.mark.parametrize("peft", [True, False])
+def test_ligers_kernels_give_the_same_loss_and_gradients(liger_flags, tmp_path, peft):
+    results = []
+    for on in (True, False):
+        trainer = open_stage(
+            "supervised_finetuning.py",
+            *(*liger_flags, "--use_liger_kernel", on, "--output_dir", tmp_path / f"run-{on}", "--use_peft", peft),
+            *("--bf16", "False", "--dtype", "float32", *(("--lora_dropout", 0) if peft else ())),
+        ).trainer
+        if on:
+            from transformers.integrations.liger import apply_liger_kernel
+
+            apply_liger_kernel(trainer.model, trainer.args.liger_kernel_config)
+            forwards = [getattr(module.forward, "__func__", module.forward) for module in trainer.model.modules()]
+            assert any(forward.__module__.startswith("liger_kernel") for forward in forwards)
+        batch = trainer.data_collator([trainer.train_dataset[n] for n in range(4)])
+        batch = {name: value.to(trainer.model.device) for name, value in batch.items()}
+        trainer.model.train()
+        loss = trainer.compute_loss(trainer.model, batch)
+        loss.backward()
+        results.append((loss.item(), gradients(trainer.model)))
+    (loss, found), (plain, expected) = results
+    assert loss == pytest.approx(plain, rel=1e-5)
+    same_gradients(found, expected)
