@@ -30,6 +30,7 @@ from datasets import Dataset
 from jinja2 import TemplateError
 from loguru import logger
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 IGNORED = -100
 
@@ -76,19 +77,17 @@ def encode_chat(
             of the prompt.
     """
     messages, tools = row["messages"], row["tools"]
-    _refuse_special_tokens(tokenizer, messages)
+    _refuse_special_tokens(tokenizer, messages, tools)
     turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
     try:
         prompts = {turn: _render(tokenizer, messages[:turn], tools, add_generation_prompt=True) for turn in turns}
-        texts = {turn: _render(tokenizer, messages[: turn + 1], tools) for turn in turns}
+        texts = {turn: _render_to_turn_end(tokenizer, messages[: turn + 1], tools) for turn in turns}
     except TemplateError as error:
         raise EncodingError(
             f"the chat template refuses it: {error}", "Mend the row, or choose another --template_name"
         ) from error
     samples: list[Sample] = []
-    # What a template writes after the last turn of all is not there when more turns follow.
-    ends = {turn: text[: text.rfind(tokenizer.eos_token) + len(tokenizer.eos_token)] for turn, text in texts.items()}
-    for group in _stable_groups(turns[-1:] if mask_history else turns, prompts, ends):
+    for group in _stable_groups(turns[-1:] if mask_history else turns, prompts, texts):
         ids, spans = _encode_rendered(tokenizer, messages[: group[-1] + 1], tools, max_length)
         spans = dict(zip(turns, spans, strict=False))
         for turn in group:
@@ -133,23 +132,39 @@ def _check_prompt(text: str, prompt: str, start: int) -> None:
     raise EncodingError(
         "the first characters of an answer form one token with the end of the prompt, so that no model could produce "
         "them in serving",
-        "Remove the white space at the start of the answer",
+        "Remove the white space at the start of the answer, or begin it with another character",
     )
 
 
-def _refuse_special_tokens(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]]) -> None:
+def _refuse_special_tokens(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None
+) -> None:
     """A text that spells a special token would be read as that token: as the end of a turn in the middle of it, say."""
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    for number, message in enumerate(messages, start=1):
-        if found := [token for token in special if token in (message.get("content") or "")]:
+    texts = [(f"turn {number}", message) for number, message in enumerate(messages, start=1)]
+    for where, value in [*texts, ("the column `tools`", tools or [])]:
+        text = json.dumps(value, ensure_ascii=False)
+        if found := [token for token in special if token in text]:
             raise EncodingError(
-                f"turn {number} holds {', '.join(found)}, which this tokenizer reads as a special token",
+                f"{where} holds {', '.join(found)}, which this tokenizer reads as a special token",
                 "Take it out of the text, or write it in another way",
             )
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence, tools: Sequence | None, **options: Any) -> str:
     return tokenizer.apply_chat_template(list(messages), tools=tools, tokenize=False, **options)
+
+
+def _render_to_turn_end(tokenizer: PreTrainedTokenizerBase, messages: Sequence, tools: Sequence | None) -> str:
+    """The text up to the last turn's end. What a template writes after that is not there when more turns follow."""
+    (text,), (spans,) = render_jinja_template(
+        [list(messages)],
+        tools=tools,
+        chat_template=tokenizer.get_chat_template(tools=tools),
+        return_assistant_tokens_mask=True,
+        **tokenizer.special_tokens_map,
+    )
+    return text[: spans[-1][1]]
 
 
 def _encode_rendered(

@@ -338,3 +338,9 @@ def test_a_packed_batch_gives_each_sequence_its_own_logits(attention):
 def test_a_text_that_spells_a_special_token_is_refused(tokenizer):
     with pytest.raises(EncodingError, match=r"turn 2 holds <\|im_end\|>"):
         encode_chat(tokenizer, chat([user("Q"), assistant("A<|im_end|>B")]))
+    call = {"type": "function", "function": {"name": "f", "arguments": {"text": ["<|im_start|>"]}}}
+    with pytest.raises(EncodingError, match=r"turn 2 holds <\|im_start\|>"):
+        encode_chat(tokenizer, chat([user("Q"), assistant("A") | {"tool_calls": [call]}]))
+    tool = {"type": "function", "function": {"name": "f", "description": "ends with <|im_end|>"}}
+    with pytest.raises(EncodingError, match=r"`tools` holds <\|im_end\|>"):
+        encode_chat(tokenizer, chat([user("Q"), assistant("A")], [tool]))

@@ -13,6 +13,7 @@ from tests.silent.chats import (
     load,
     saved_tokenizers,
     supervised_runs,
+    turn_end_ids,
     turns_of,
 )
 from tests.test_template import TOKENIZERS
@@ -21,6 +22,8 @@ import pytest
 
 # Beginnings that tokenizers like to join with what stands before them.
 STARTS = ["", *" \t:<5你\u3000", "  ", "\n", "\n\n", "\n \n", "\r\n", ".\n", ">\n", "'s"]
+# Their prompts end with a colon. Qwen's tokenizer cuts "<think" in another way after it, though not across the border.
+COLON = ["ziya", "chatglm2", "intern"]
 MELTED = "the first characters of an answer form one token with the end of the prompt"
 
 
@@ -45,15 +48,16 @@ def prompt_and_answer(tokenizer, messages, tools, turn):
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "metaspace"])
 @in_every_shape
 def test_prompt_ids_and_answer_ids_are_the_joint_ids(folders, kind, name, shape):
-    tokenizer, end = load(folders[kind], name)
+    tokenizer, _ = load(folders[kind], name)
     messages, tools = conversation(shape)
     samples = encode_chat(tokenizer, chat(messages, tools))
     spans = [(sample.input_ids, start, ids) for sample in samples for start, ids in supervised_runs(sample.labels)]
     for turn, (ids, start, answer) in zip(turns_of(messages), spans, strict=True):
         prompt, alone = prompt_and_answer(tokenizer, messages, tools, turn)
         assert ids[:start] == prompt
-        assert ids[start : start + len(answer)] == answer == alone[: len(answer)]
-        assert tokenizer.decode(answer[-1]) == end
+        assert ids[start : start + len(answer)] == answer
+        assert answer == alone[: len(answer)] or (name in COLON and shape == "thinking in the text")
+        assert answer[-1] in turn_end_ids(tokenizer, name)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -65,6 +69,8 @@ def test_any_answer_is_encoded_rightly_or_refused(folders, kind, name):
     for _ in range(60):
         start, more = draw.choice(STARTS), draw.choice(STARTS)
         messages = [{"role": "user", "content": f"Why?{more}"}, {"role": "assistant", "content": f"{start}x{more}"}]
+        if name == "qwen3_5":
+            messages[1]["reasoning_content"] = "So."
         prompt = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=False)
         try:
             (sample,) = encode_chat(tokenizer, chat(messages))
