@@ -802,23 +802,23 @@ def load_data(
     Raises:
         UserError: no data named, nothing found, or held-out rows that occur among the training rows.
     """
-    sources, validation_files = _choose_files(arguments)
+    sources, validation_files = choose_files(arguments)
     ignore = frozenset(filter(None, (arguments.ignore_fields or "").replace(" ", "").split(",")))
     data = LoadedData([], [], {"train": [], "validation": []}, sources=sources)
     accounts = data.account
 
     def read(side: str, files: Iterable[InputFile], limit: int | None) -> Iterator[dict[str, Any]]:
-        return _convert_files(data, side, files, convert, ignore, limit)
+        return convert_files(data, side, files, convert, ignore, limit)
 
     with signs_of_life(lambda: f"reading rows: {sum(a.rows for a in accounts['train'] + accounts['validation'])}"):
         if sources and sources[0].weight is not None:
-            groups = [(_open_files(source.files, document_unit), source.limit) for source in sources]
+            groups = [(open_files(source.files, document_unit), source.limit) for source in sources]
         else:
             files = [path for source in sources for path in source.files]
-            groups = [(_open_files(files, document_unit), arguments.max_train_samples)]
+            groups = [(open_files(files, document_unit), arguments.max_train_samples)]
         data.train = Rows(chain.from_iterable(read("train", files, limit) for files, limit in groups))
         data.validation = Rows(
-            read("validation", _open_files(validation_files, document_unit), arguments.max_eval_samples)
+            read("validation", open_files(validation_files, document_unit), arguments.max_eval_samples)
         )
         if arguments.dataset_name:
             for side, files, limit in _open_hub(arguments, with_validation=not validation_files):
@@ -827,11 +827,11 @@ def load_data(
             _split(data, arguments.validation_split_percentage, seed)
         if not data.train and not data.problems:
             raise UserError("no training rows were found. Check --train_file_dir and --max_train_samples.")
-        _refuse_overlap(data, arguments.allow_overlap)
+        refuse_overlap(data, arguments.allow_overlap)
     return data
 
 
-def _choose_files(arguments: DataArguments) -> tuple[list[Source], list[Path]]:
+def choose_files(arguments: DataArguments) -> tuple[list[Source], list[Path]]:
     """The sources of training rows, and the held-out files."""
     if bool(arguments.train_file_dir) == bool(arguments.dataset_name):
         raise UserError("name the data with exactly one of --train_file_dir and --dataset_name.")
@@ -880,11 +880,11 @@ def _choose_files(arguments: DataArguments) -> tuple[list[Source], list[Path]]:
 InputFile = tuple[str, str, Iterable[Row | Problem]]
 
 
-def _open_files(paths: list[Path], document_unit: str) -> Iterator[InputFile]:
+def open_files(paths: list[Path], document_unit: str) -> Iterator[InputFile]:
     return ((str(path), hash_file(path), read_rows(path, document_unit)) for path in paths)
 
 
-def _convert_files(
+def convert_files(
     data: LoadedData,
     side: str,
     files: Iterable[InputFile],
@@ -970,7 +970,7 @@ def _split(data: LoadedData, percentage: float, seed: int) -> None:
     logger.info(f"held out {held_out.sum()} of {len(rows)} training rows at random (seed {seed})")
 
 
-def _refuse_overlap(data: LoadedData, allowed: bool) -> None:
+def refuse_overlap(data: LoadedData, allowed: bool) -> None:
     if not data.validation:
         return
     trained, held_out = _identities(data.train), _identities(data.validation)
@@ -991,10 +991,10 @@ def _refuse_overlap(data: LoadedData, allowed: bool) -> None:
 
 def _identities(rows: Sequence[dict[str, Any]]) -> np.ndarray:
     """What tells rows apart, (rows,) of 16 bytes."""
-    return np.fromiter((_identity(row) for row in rows), dtype="S16", count=len(rows))
+    return np.fromiter((identity(row) for row in rows), dtype="S16", count=len(rows))
 
 
-def _identity(row: dict[str, Any]) -> bytes:
+def identity(row: dict[str, Any]) -> bytes:
     content = {key: _without_layout(value) for key, value in row.items() if key != "place"}
     return hashlib.sha256(json.dumps(content, ensure_ascii=False, sort_keys=True).encode()).digest()[:16]
 

@@ -18,9 +18,23 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from medicalgpt import data as rows_of
 from medicalgpt.args import DataArguments
-from medicalgpt.data import SHOWN_PROBLEMS, Converter, DataError, LoadedData, Problem, Row, read_rows, signs_of_life
+from medicalgpt.data import (
+    SHOWN_PROBLEMS,
+    Converter,
+    DataError,
+    LoadedData,
+    Problem,
+    Row,
+    choose_files,
+    convert_files,
+    hash_file,
+    identity,
+    open_files,
+    read_rows,
+    refuse_overlap,
+    signs_of_life,
+)
 from medicalgpt.encoding import IGNORED, EncodingError, Sample
 from medicalgpt.errors import UserError
 from medicalgpt.logs import is_main_process
@@ -231,7 +245,7 @@ def check_data(
         DataError: more problems than anybody reads.
     """
     began = time.time()
-    sources, validation_files = rows_of._choose_files(arguments)
+    sources, validation_files = choose_files(arguments)
     ignore = ignored_fields(arguments)
     data = StreamedData(
         [],
@@ -244,12 +258,12 @@ def check_data(
         seed=seed,
     )
     accounts = data.account["train"]
-    held_out_files = rows_of._open_files(validation_files, document_unit)
+    held_out_files = open_files(validation_files, document_unit)
     data.validation = Rows(
-        rows_of._convert_files(data, "validation", held_out_files, convert, ignore, arguments.max_eval_samples)
+        convert_files(data, "validation", held_out_files, convert, ignore, arguments.max_eval_samples)
     )
     held_out_problems, data.problems = data.problems, []
-    held_out = {rows_of._identity(row) for row in data.validation}
+    held_out = {identity(row) for row in data.validation}
     shared: dict[bytes, dict[str, Any]] = {}
     drawn: list[dict[str, Any]] = []
     draw = random.Random(seed)
@@ -260,12 +274,12 @@ def check_data(
                 drawn.append(row)
             elif (at := draw.randrange(number + 1)) < DRAWN_ROWS:
                 drawn[at] = row
-            if held_out and (identity := rows_of._identity(row)) in held_out:
-                shared.setdefault(identity, row)
+            if held_out and (key := identity(row)) in held_out:
+                shared.setdefault(key, row)
     data.problems += held_out_problems
     if not drawn and not data.problems:
         raise UserError("no training rows were found. Check --train_file_dir and --max_train_samples.")
-    rows_of._refuse_overlap(replace(data, train=list(shared.values())), arguments.allow_overlap)
+    refuse_overlap(replace(data, train=list(shared.values())), arguments.allow_overlap)
     if drawn and sources[0].weight is not None:
         _mix(data)
     data.train = Rows(drawn)
@@ -285,8 +299,8 @@ def _checked_rows(data: StreamedData) -> Iterator[dict[str, Any]]:
             size, modified = _size_and_time(path)
             rows = _Watched(read_rows(path, data.document_unit), data)
             usable, before, bad = 0, -1, set()
-            file = (str(path), rows_of.hash_file(path), rows)
-            for row in rows_of._convert_files(data, "train", [file], data.convert, ignore, limit):
+            file = (str(path), hash_file(path), rows)
+            for row in convert_files(data, "train", [file], data.convert, ignore, limit):
                 bad.update(range(before + 1, rows.number))
                 before, usable = rows.number, usable + 1
                 yield row
