@@ -27,7 +27,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from medicalgpt.errors import UserError
-from medicalgpt.tools import TOOL_FORMATS, ToolFormat, tool_names
+from medicalgpt.tools import TOOL_FORMATS, ToolFormat
 
 import jinja2
 from loguru import logger
@@ -35,6 +35,8 @@ from transformers import PreTrainedTokenizerBase
 
 EOS = "{eos_token}"  # as Template.stop[0]: the turn ends with whatever token the tokenizer calls eos_token
 BOS = "{bos_token}"  # in a part of `_turns`: the tokenizer's BOS, if it puts one before plain text
+
+_COMMON_FORMS = ", ".join(name for name, form in TOOL_FORMATS.items() if not form.family_only)
 
 
 class TemplateError(UserError, ValueError):
@@ -76,6 +78,11 @@ class Template:
         if not own or not self.jinja.startswith(own):
             has = f"has the tool form of its family, {self.tool_format}" if self.tool_format else "has none to choose"
             raise TemplateError(f"the template {self.name} {has}: leave out --tool_format {tool_format}")
+        if get_tool_format(tool_format).family_only:
+            raise TemplateError(
+                f"the template {self.name} is not of the family that has the tool form {tool_format}: "
+                f"leave out --tool_format {tool_format}, or use one of {_COMMON_FORMS}"
+            )
         return get_tool_format(tool_format).macros + self.jinja.removeprefix(own)
 
 
@@ -399,22 +406,9 @@ _QWEN3_5 = (
 {%- set system = messages[0].content | trim if messages[0].role == 'system' else none %}
 {%- if tools or system is not none %}
     {{- '<|im_start|>system\n' }}
-    {%- if tools %}
-        {{- '# Tools\n\nYou have access to the following functions:\n\n<tools>' }}
-        {%- for tool in tools %}
-            {{- '\n' }}{{- tool | tojson }}
-        {%- endfor %}
-        {{- '\n</tools>\n\n' }}
-        {{- 'If you choose to call a function ONLY reply in the following format with NO suffix:\n\n' }}
-        {{- '<tool_call>\n<function=example_function_name>\n<parameter=example_parameter_1>\nvalue_1\n</parameter>\n' }}
-        {{- '<parameter=example_parameter_2>\nThis is the value for the second parameter\nthat can span\n' }}
-        {{- 'multiple lines\n</parameter>\n</function>\n</tool_call>\n\n<IMPORTANT>\nReminder:\n' }}
-        {{- '- Function calls MUST follow the specified format: an inner <function=...></function> block ' }}
-        {{- 'must be nested within <tool_call></tool_call> XML tags\n- Required parameters MUST be specified\n' }}
-        {{- '- You may provide optional reasoning for your function call in natural language ' }}
-        {{- 'BEFORE the function call, but NOT after\n- If there is no function call available, ' }}
-        {{- 'answer the question like normal with your current knowledge ' }}
-        {{- 'and do not tell the user about function calls\n</IMPORTANT>' }}
+    {%- if tools %}"""
+    + TOOL_FORMATS["qwen3_5"].tool_list
+    + r"""
         {{- '\n\n' ~ system if system }}
     {%- else %}
         {{- system }}
@@ -441,8 +435,7 @@ _QWEN3_5 = (
         {{- '<|im_start|>user\n' ~ content ~ '<|im_end|>\n' }}
     {%- elif message.role == 'tool' %}"""
     + _RESULT_OPEN
-    + r"""
-        {{- '<tool_response>\n' ~ content ~ '\n</tool_response>' }}"""
+    + TOOL_FORMATS["qwen3_5"].result
     + _RESULT_CLOSE
     + r"""
     {%- elif message.role == 'assistant' %}
@@ -459,22 +452,9 @@ _QWEN3_5 = (
         {{- '\n</think>\n\n' if thinks and not reasoning }}
         {%- generation %}
             {{- reasoning ~ '\n</think>\n\n' if thinks and reasoning }}
-            {{- content }}
-            {%- for call in message.tool_calls or [] %}
-                {%- set call = call.function or call %}
-                {{- ('\n\n' if content else '') if loop.first else '\n' }}
-                {{- '<tool_call>\n<function=' ~ call.name ~ '>\n' }}
-                {%- if call.arguments is string %}
-                    {{- raise_exception('a call of ' ~ call.name ~ ' has its arguments as a string: '
-                        ~ 'Qwen3.5 writes each one by itself, so give them as an object') }}
-                {%- endif %}
-                {%- for key, value in (call.arguments or {}) | items %}
-                    {{- '<parameter=' ~ key ~ '>\n' }}
-                    {{- value if value is string or not (value is mapping or value is sequence) else value | tojson }}
-                    {{- '\n</parameter>\n' }}
-                {%- endfor %}
-                {{- '</function>\n</tool_call>' }}
-            {%- endfor %}
+            {{- content }}"""
+    + TOOL_FORMATS["qwen3_5"].calls
+    + r"""
             {{- '<|im_end|>' }}
         {%- endgeneration %}
         {{- '\n' }}
@@ -614,13 +594,9 @@ _DEEPSEEK3 = (
 {%- set system = messages | selectattr('role', 'equalto', 'system') | map(attribute='content') | join('\n\n') %}
 {{- system }}
 {%- if tools %}
-    {{- '\n\n' if system }}{{- '## Tools\n\nYou can call these tools:\n' }}
-    {%- for tool in tools %}
-        {{- '\n' }}{{- tool | tojson }}
-    {%- endfor %}
-    {{- '\n\nA call has the name of the tool and its arguments as a JSON object:\n\n' }}
-    {{- '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>NAME\n```json\nARGUMENTS\n```' }}
-    {{- '<｜tool▁call▁end｜><｜tool▁calls▁end｜>' }}
+    {{- '\n\n' if system }}"""
+    + TOOL_FORMATS["deepseek3"].tool_list
+    + r"""
 {%- endif %}
 {%- set question = namespace(last=-1) %}
 {%- for message in messages %}
@@ -632,8 +608,9 @@ _DEEPSEEK3 = (
     {%- if message.role == 'user' %}
         {{- '<｜User｜>' ~ message.content }}
     {%- elif message.role == 'tool' %}
-        {{- '<｜tool▁outputs▁begin｜>' if loop.first or loop.previtem.role != 'tool' }}
-        {{- '<｜tool▁output▁begin｜>' ~ message.content ~ '<｜tool▁output▁end｜>' }}
+        {{- '<｜tool▁outputs▁begin｜>' if loop.first or loop.previtem.role != 'tool' }}"""
+    + TOOL_FORMATS["deepseek3"].result
+    + r"""
         {{- '<｜tool▁outputs▁end｜>' if loop.last or loop.nextitem.role != 'tool' }}
     {%- elif message.role == 'assistant' %}
         {%- set content = message.content or '' %}
@@ -642,14 +619,9 @@ _DEEPSEEK3 = (
         {%- generation %}
             {{- '<think>\n' ~ message.reasoning_content.strip('\n') ~ '\n</think>\n\n'
                 if thinks and message.reasoning_content }}
-            {{- content if thinks else content.split('</think>')[-1] }}
-            {%- for call in message.tool_calls or [] %}
-                {%- set call = call.function or call %}
-                {{- '<｜tool▁calls▁begin｜>' if loop.first else '\n' }}
-                {{- '<｜tool▁call▁begin｜>function<｜tool▁sep｜>' ~ call.name ~ '\n```json\n' }}
-                {{- call.arguments if call.arguments is string else call.arguments | tojson }}
-                {{- '\n```<｜tool▁call▁end｜>' }}{{- '<｜tool▁calls▁end｜>' if loop.last }}
-            {%- endfor %}
+            {{- content if thinks else content.split('</think>')[-1] }}"""
+    + TOOL_FORMATS["deepseek3"].calls
+    + r"""
             {{- '<｜end▁of▁sentence｜>' }}
         {%- endgeneration %}
     {%- endif %}
@@ -794,6 +766,7 @@ TEMPLATES: dict[str, Template] = {
             stop=("<｜end▁of▁sentence｜>",),
             source="https://huggingface.co/deepseek-ai/DeepSeek-V3/blob/main/tokenizer_config.json",
             tokens=("<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"),
+            tool_format="deepseek3",
         ),
         Template(
             name="qwen3_nothink",
@@ -808,6 +781,7 @@ TEMPLATES: dict[str, Template] = {
             stop=("<|im_end|>", "<|endoftext|>"),
             source="https://huggingface.co/Qwen/Qwen3.5-4B/blob/main/tokenizer_config.json",
             tokens=("<|im_start|>", "<|im_end|>"),
+            tool_format="qwen3_5",
         ),
         Template(
             name="qwen3_5_nothink",
@@ -815,6 +789,7 @@ TEMPLATES: dict[str, Template] = {
             stop=("<|im_end|>", "<|endoftext|>"),
             source="https://huggingface.co/Qwen/Qwen3.5-2B/blob/main/tokenizer_config.json",
             tokens=("<|im_start|>", "<|im_end|>"),
+            tool_format="qwen3_5",
         ),
         Template(
             name="baichuan",
@@ -1031,7 +1006,7 @@ def get_template(name: str) -> Template:
 def get_tool_format(name: str) -> ToolFormat:
     """The tool form called `name`. Raises TemplateError with the known names when there is none."""
     if name not in TOOL_FORMATS:
-        raise TemplateError(f"there is no tool format called {name!r}: use one of {', '.join(TOOL_FORMATS)}")
+        raise TemplateError(f"there is no tool format called {name!r}: use one of {_COMMON_FORMS}")
     return TOOL_FORMATS[name]
 
 
@@ -1247,7 +1222,7 @@ def _read_tool_format(tokenizer: PreTrainedTokenizerBase) -> str | None:
     ends = "|".join(map(re.escape, special - marks)) or "$"
     answer = re.split(ends, text.removeprefix(prompt))[0]
     for form in TOOL_FORMATS.values():
-        if [call["function"] for call in form.parse(answer, tool_names([_TOOL]))[1]] == [_CALL["function"]]:
+        if [call["function"] for call in form.parse(answer, [_TOOL])[1]] == [_CALL["function"]]:
             return form.name
     return None
 

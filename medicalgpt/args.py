@@ -62,7 +62,7 @@ UNUSED_SFT_ARGUMENTS = {
     "model_init_kwargs": "Say --dtype, --load_in_4bit, --model_revision and the like.",
     "trust_remote_code": "Code of a checkpoint is never run; use a model that transformers itself knows.",
     "remove_unused_columns": "The trainer is given nothing but what it uses.",
-    "include_num_input_tokens_seen": "num_tokens in metrics.jsonl counts them.",
+    "include_num_input_tokens_seen": "The count is num_tokens in metrics.jsonl.",
 }
 
 

@@ -18,7 +18,6 @@ from typing import Any, Literal
 from medicalgpt import models
 from medicalgpt.attention import context_length
 from medicalgpt.errors import UserError
-from medicalgpt.tools import tool_names
 from template import tool_format_of
 
 import torch
@@ -358,7 +357,7 @@ class ChatEngine:
             # Special tokens are left out of decoded text, where they could not be found as strings.
             stop_ids=self._stop_ids.union(self._special_ids[text] for text in stop if text in self._special_ids),
             stop_strings=tuple(text for text in stop if text not in self._special_ids),
-            read_calls=partial(form.parse, names=tool_names(tools)) if form else None,
+            read_calls=partial(form.parse, tools=tools) if form else None,
             hidden_ids=frozenset(self._special_ids.values()) - marks if marks else None,
         )
 

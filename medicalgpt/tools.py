@@ -1,6 +1,6 @@
 """How a chat model is told of its tools, writes its calls of them, and has the calls read back from its text.
 
-    text, calls = TOOL_FORMATS["qwen"].parse(answer, names=["look_up"])
+    text, calls = TOOL_FORMATS["qwen"].parse(answer, tools)
 
 Each form is a set of Jinja fragments, which template.py puts into chat templates, and a function that finds the calls
 in an answer. What is not a whole and well-formed call stays text.
@@ -8,9 +8,11 @@ in an answer. What is not a whole and well-formed call stays text.
 
 import json
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from transformers.utils import get_json_schema
 
 # Where calls stand in a text, and the calls: (start, end, calls).
 Found = tuple[int, int, list[dict[str, Any]]]
@@ -27,6 +29,9 @@ class ToolFormat:
         result: Jinja for one tool `message`, part of a user turn.
         marks: strings that the form is made of. A vocabulary may have them as special tokens.
         find: finds the calls of an answer, in order.
+        gap: what stands between the text of an answer and its calls.
+        typed: whether the text says of what type an argument is. Where not, the tool's JSON schema does.
+        family_only: whether only templates of its family may have it.
     """
 
     name: str
@@ -35,6 +40,9 @@ class ToolFormat:
     result: str
     marks: tuple[str, ...]
     find: Callable[[str], list[Found]]
+    gap: str = "\n"
+    typed: bool = True
+    family_only: bool = False
 
     @property
     def macros(self) -> str:
@@ -45,35 +53,43 @@ class ToolFormat:
             f"{{%- macro tool_result(message) %}}{self.result}{{%- endmacro %}}\n"
         )
 
-    def parse(self, text: str, names: Collection[str] | None = None) -> tuple[str, list[dict[str, Any]]]:
+    def parse(self, text: str, tools: Sequence[Any] | None = None) -> tuple[str, list[dict[str, Any]]]:
         """Read the calls out of an answer. A call inside of the model's thoughts (before `</think>`) is none.
+
+        Whether the arguments are what the tool takes is for the caller to check. Where the form has no types, those
+        of the tool's JSON schema are used: what is no value of its type stays text, and so do all without a type.
 
         Args:
             text: the answer without its turn end.
-            names: the tools that were offered; a call of another one stays text. Unset: any name.
+            tools: what was offered, JSON schemas or Python functions; a call of another one stays text. Unset: any
+                name.
 
         Returns:
             The text beside the calls, and the calls as `{"type": "function", "function": {"name": str, "arguments":
             dict}}`, with an "id" where the model wrote one. Without any call, the text is as it was.
         """
+        schemas = None if tools is None else _schemas(tools)
         at = _end_of_thoughts(text)
         pieces, calls, offset = [text[:at]], [], at
         for start, end, found in self.find(text[offset:]):
-            if names is None or all(call["function"]["name"] in names for call in found):
-                # The line break before a call belongs to the form.
-                pieces.append(text[at : offset + start].removesuffix("\n"))
+            if schemas is None or all(call["function"]["name"] in schemas for call in found):
+                before = text[at : offset + start]
+                # Between calls, white space belongs to the form.
+                pieces.append("" if calls and before.isspace() else before.removesuffix(self.gap))
+                if schemas and not self.typed:
+                    for call in found:
+                        _read_arguments(call["function"], schemas)
                 calls += found
                 at = offset + end
         beside = "".join((*pieces, text[at:]))
         return ("" if calls and beside.isspace() else beside), calls
 
 
-def tool_names(tools: Collection[Any]) -> list[str]:
-    """Names of tools that are given as JSON schemas or as Python functions."""
-    return [
-        tool.get("function", tool).get("name", "") if isinstance(tool, dict) else getattr(tool, "__name__", "")
-        for tool in tools
-    ]
+def _schemas(tools: Sequence[Any]) -> dict[str, Any]:
+    """The names of tools, and the JSON schema of each one's parameters."""
+    described = [tool if isinstance(tool, dict) else get_json_schema(tool) for tool in tools]
+    functions = [tool.get("function", tool) for tool in described]
+    return {function.get("name", ""): function.get("parameters") for function in functions}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -100,8 +116,8 @@ def _json(text: str, at: int) -> tuple[Any, int]:
     """The JSON value at a position, white space before it aside, and where it ends; (None, at) if there is none."""
     try:
         value, end = _DECODER.raw_decode(text, _skip_space(text, at))
-        # Half of a surrogate pair is a string in Python, but can neither be written nor sent.
-        json.dumps(value, ensure_ascii=False).encode()
+        # Half of a surrogate pair and 1e999 are values in Python, but can neither be written nor sent.
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError):
         return None, at
     return value, end
@@ -128,22 +144,75 @@ def _from_object(value: Any, key: str) -> dict[str, Any] | None:
     return _to_call(value["name"], value[key], value.get("id")) if value.get("type", "function") == "function" else None
 
 
-def _find_tagged(text: str) -> list[Found]:
-    """`<tool_call>` JSON `</tool_call>`, anywhere."""
-    opening, closing = "<tool_call>", "</tool_call>"
+def _find_between(
+    text: str, opening: str, closing: str, calls_at: Callable[[str, int], tuple[list[dict[str, Any]], int]]
+) -> list[Found]:
+    """Calls between two marks, anywhere.
+
+    opening, closing: the marks as regular expressions.
+    calls_at: reads the calls after an opening mark and says where they end, or ([], ...).
+    """
+    opens, closes = re.compile(opening), re.compile(closing)
     found, at = [], 0
-    while (start := text.find(opening, at)) >= 0:
-        value, end = _json(text, start + len(opening))
-        call, end = _from_object(value, "arguments"), _skip_space(text, end)
-        if call and text.startswith(closing, end):
-            found.append((start, end + len(closing), [call]))
+    while begin := opens.search(text, at):
+        calls, end = calls_at(text, begin.end())
+        close = closes.match(text, _skip_space(text, end))
+        if calls and close:
+            found.append((begin.start(), close.end(), calls))
         else:
             # What stands inside of a broken call is part of it.
-            end = text.find(closing, start)
-            if end < 0:
+            close = closes.search(text, begin.end())
+            if not close:
                 break
-        at = end + len(closing)
+        at = close.end()
     return found
+
+
+def _tagged_at(text: str, at: int) -> tuple[list[dict[str, Any]], int]:
+    """`{"name": ..., "arguments": {...}}`"""
+    value, end = _json(text, at)
+    call = _from_object(value, "arguments")
+    return [call] if call else [], end
+
+
+def _xml_at(text: str, at: int) -> tuple[list[dict[str, Any]], int]:
+    """`<function=name>`, a `<parameter=key>` ... `</parameter>` for each argument, and `</function>`.
+
+    Values are text. The marks of parameters end a value, so that a value with one in it makes the call malformed.
+    """
+    opening = re.compile(r"\s*<function=([^>\n]+)>\s*").match(text, at)
+    if not opening:
+        return [], at
+    arguments, at = {}, opening.end()
+    while parameter := re.compile(r"<parameter=([^>\n]*)>(.*?)</parameter>\s*", re.DOTALL).match(text, at):
+        key, value = parameter.groups()
+        if key in arguments or "<parameter=" in value:
+            return [], at
+        arguments[key] = value.removeprefix("\n").removesuffix("\n")
+        at = parameter.end()
+    closing = "</function>"
+    call = _to_call(opening[1], arguments) if text.startswith(closing, at) else None
+    return [call] if call else [], at + len(closing)
+
+
+def _deepseek(mark: str) -> str:
+    """One of DeepSeek's marks as a regular expression: tokenizers with ▁ for the space decode it as one."""
+    return f"<｜tool▁{mark}｜>".replace("▁", "[▁ ]")
+
+
+def _fenced_at(text: str, at: int) -> tuple[list[dict[str, Any]], int]:
+    """Calls, each between DeepSeek's marks: `function`, the name, and the arguments as a block of JSON."""
+    opening = re.compile(rf"\s*{_deepseek('call▁begin')}function{_deepseek('sep')}([^\n]+)\n```json\n")
+    closing = re.compile(rf"\s*```\s*{_deepseek('call▁end')}")
+    calls = []
+    while begin := opening.match(text, at):
+        value, at = _json(text, begin.end())
+        call, end = _to_call(begin[1].strip(), value), closing.match(text, at)
+        if not call or not end:
+            return [], at
+        calls.append(call)
+        at = end.end()
+    return calls, at
 
 
 def _find_listed(text: str) -> list[Found]:
@@ -199,6 +268,64 @@ def _name_and_object_at(text: str, at: int) -> tuple[dict[str, Any] | None, int]
         return None, at
     value, end = _json(text, line.end())
     return _to_call(line[1], value), end
+
+
+# Python's names, which Jinja writes where it writes a value alone.
+_PYTHON = {"True": True, "False": False, "None": None}
+
+
+def _read_arguments(function: dict[str, Any], schemas: dict[str, Any]) -> None:
+    """Gives the arguments of a call, all of them text, the types that the tool's schema names."""
+    schema = schemas[function["name"]]
+    properties = schema.get("properties") if isinstance(schema, dict) else None
+    for key, text in function["arguments"].items():
+        expected = properties.get(key) if isinstance(properties, dict) else None
+        function["arguments"][key] = _read_value(text, _types(expected, schema, set()))
+
+
+def _read_value(text: str, types: set[str]) -> Any:
+    """A value of one of the JSON `types`, or the text as it is.
+
+    Where text is allowed among others, the others come first. Null is read for all types but text, as parameters that
+    may be left out are given so.
+    """
+    if not types - {"string"}:
+        return text
+    words = text.strip()
+    value, end = (_PYTHON[words], len(words)) if words in _PYTHON else _json(words, 0)
+    wanted = types - {"string"} if "string" in types else types | {"null"}
+    return value if words and end == len(words) and _types_of(value) & wanted else text
+
+
+def _types_of(value: Any) -> set[str]:
+    """The types that a JSON value has in the words of JSON schema."""
+    if isinstance(value, float):
+        return {"number", "integer"} if value.is_integer() else {"number"}
+    names = {bool: "boolean", int: "integer", str: "string", list: "array", dict: "object", type(None): "null"}
+    return {names[type(value)]} | ({"number"} if type(value) is int else set())
+
+
+def _types(schema: Any, root: Any, seen: set[str]) -> set[str]:
+    """The JSON types that a schema allows; none where it names none.
+
+    root: where its references point into. seen: those that were followed.
+    """
+    if not isinstance(schema, dict):
+        return set()
+    named = schema.get("type")
+    if isinstance(named, str | list):
+        return {named} if isinstance(named, str) else set(named)
+    if isinstance(schema.get("enum"), list):
+        return set().union(*map(_types_of, schema["enum"]))
+    reference = schema.get("$ref")
+    if isinstance(reference, str) and reference not in seen:
+        seen.add(reference)
+        target = root
+        for key in reference.removeprefix("#/").split("/"):
+            target = target.get(key) if isinstance(target, dict) else None
+        return _types(target, root, seen)
+    choices = [each for key in ("anyOf", "oneOf", "allOf") for each in schema.get(key) or []]
+    return set().union(*(_types(each, root, seen) for each in choices))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -257,7 +384,7 @@ _QWEN = ToolFormat(
     + " ~ '}\\n</tool_call>' }}{%- endfor %}",
     result=r"{{- '<tool_response>\n' ~ message.content ~ '\n</tool_response>' }}",
     marks=("<tools>", "</tools>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"),
-    find=_find_tagged,
+    find=lambda text: _find_between(text, "<tool_call>", "</tool_call>", _tagged_at),
 )
 
 # Of Llama 3.1 (https://www.llama.com/docs/model-cards-and-prompt-formats/llama3_1), which makes one call per turn and
@@ -321,4 +448,89 @@ _MISTRAL = ToolFormat(
     find=_find_listed,
 )
 
-TOOL_FORMATS: dict[str, ToolFormat] = {form.name: form for form in (_DEFAULT, _QWEN, _LLAMA3, _GLM4, _MISTRAL)}
+# Of Qwen3.5 (https://huggingface.co/Qwen/Qwen3.5-4B), which writes each argument by itself: text as it is, lists and
+# objects as JSON, the rest as Python does.
+_QWEN3_5 = ToolFormat(
+    name="qwen3_5",
+    tool_list=r"""
+{{- '# Tools\n\nYou have access to the following functions:\n\n<tools>' }}
+{%- for tool in tools %}
+    {{- '\n' }}{{- tool | tojson }}
+{%- endfor %}
+{{- '\n</tools>\n\n' }}
+{{- 'If you choose to call a function ONLY reply in the following format with NO suffix:\n\n' }}
+{{- '<tool_call>\n<function=example_function_name>\n<parameter=example_parameter_1>\nvalue_1\n</parameter>\n' }}
+{{- '<parameter=example_parameter_2>\nThis is the value for the second parameter\nthat can span\n' }}
+{{- 'multiple lines\n</parameter>\n</function>\n</tool_call>\n\n<IMPORTANT>\nReminder:\n' }}
+{{- '- Function calls MUST follow the specified format: an inner <function=...></function> block ' }}
+{{- 'must be nested within <tool_call></tool_call> XML tags\n- Required parameters MUST be specified\n' }}
+{{- '- You may provide optional reasoning for your function call in natural language ' }}
+{{- 'BEFORE the function call, but NOT after\n- If there is no function call available, ' }}
+{{- 'answer the question like normal with your current knowledge ' }}
+{{- 'and do not tell the user about function calls\n</IMPORTANT>' }}
+""",
+    calls=r"""
+{%- for call in message.tool_calls or [] %}
+    {%- set call = call.function or call %}
+    {{- ('\n\n' if content else '') if loop.first else '\n' }}
+    {{- '<tool_call>\n<function=' ~ call.name ~ '>\n' }}
+    {%- if call.arguments is string %}
+        {{- raise_exception('a call of ' ~ call.name ~ ' has its arguments as a string: '
+            ~ 'Qwen3.5 writes each one by itself, so give them as an object') }}
+    {%- endif %}
+    {%- for key, value in (call.arguments or {}) | items %}
+        {%- set lists = value is mapping or (value is sequence and value is not string) %}
+        {%- set written = value | tojson if lists else value | string %}
+        {%- if '>' in key or '\n' in key or '<parameter=' in written or '</parameter>' in written %}
+            {{- raise_exception('a call of ' ~ call.name ~ ' has the argument "' ~ key
+                ~ '", which could not be read back: Qwen3.5 has no place for > or a line break in its name, '
+                ~ 'or for <parameter= or </parameter> in its value') }}
+        {%- endif %}
+        {{- '<parameter=' ~ key ~ '>\n' ~ written ~ '\n</parameter>\n' }}
+    {%- endfor %}
+    {{- '</function>\n</tool_call>' }}
+{%- endfor %}
+""",
+    result=r"{{- '<tool_response>\n' ~ message.content | trim ~ '\n</tool_response>' }}",
+    marks=_QWEN.marks,
+    find=lambda text: _find_between(text, "<tool_call>", "</tool_call>", _xml_at),
+    gap="\n\n",
+    typed=False,
+    family_only=True,
+)
+
+# Of DeepSeek-V3 (https://huggingface.co/deepseek-ai/DeepSeek-V3), which publishes no list of tools.
+_DEEPSEEK3 = ToolFormat(
+    name="deepseek3",
+    tool_list=r"""
+{{- '## Tools\n\nYou can call these tools:\n' }}
+{%- for tool in tools %}
+    {{- '\n' }}{{- tool | tojson }}
+{%- endfor %}
+{{- '\n\nA call has the name of the tool and its arguments as a JSON object:\n\n' }}
+{{- '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>NAME\n```json\nARGUMENTS\n```' }}
+{{- '<｜tool▁call▁end｜><｜tool▁calls▁end｜>' }}
+""",
+    calls=r"""
+{%- for call in message.tool_calls or [] %}
+    {%- set call = call.function or call %}
+    {{- '<｜tool▁calls▁begin｜>' if loop.first else '\n' }}
+    {{- '<｜tool▁call▁begin｜>function<｜tool▁sep｜>' ~ call.name ~ '\n```json\n' }}
+    {{- WRITTEN }}
+    {{- '\n```<｜tool▁call▁end｜>' }}{{- '<｜tool▁calls▁end｜>' if loop.last }}
+{%- endfor %}
+""".replace("WRITTEN", _ARGUMENTS),
+    result="{{- '<｜tool▁output▁begin｜>' ~ message.content ~ '<｜tool▁output▁end｜>' }}",
+    marks=(
+        *("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"),
+        *("<｜tool▁outputs▁begin｜>", "<｜tool▁outputs▁end｜>", "<｜tool▁output▁begin｜>", "<｜tool▁output▁end｜>"),
+        "<｜tool▁sep｜>",
+    ),
+    find=lambda text: _find_between(text, _deepseek("calls▁begin"), _deepseek("calls▁end"), _fenced_at),
+    gap="",
+    family_only=True,
+)
+
+TOOL_FORMATS: dict[str, ToolFormat] = {
+    form.name: form for form in (_DEFAULT, _QWEN, _LLAMA3, _GLM4, _MISTRAL, _QWEN3_5, _DEEPSEEK3)
+}

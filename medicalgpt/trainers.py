@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from medicalgpt.cpu import add_cpu_head, lighten_dropout, return_freed_memory
 from medicalgpt.encoding import IGNORED
 from medicalgpt.errors import UserError
 from medicalgpt.families import require_separate_packs
-from medicalgpt.lm_head import add_cpu_head
 from medicalgpt.optimizers import check_optimizer, require_effect, speed_up_b
 
 import torch
@@ -115,7 +115,7 @@ class TokenTrainer(SFTTrainer):
     - `num_tokens` counts the tokens of packed batches too, and goes on where a resumed run had stopped.
     - NEFTune's noise is scaled by each sequence's own length (see `embedding_noise`).
     - The order of rows grouped by length depends on seed and epoch only (see `EpochSampler`).
-    - On a CPU only supervised positions go through the LM head (see `lm_head.py`).
+    - On a CPU only supervised positions go through the LM head, and dropout keeps less (see `cpu.py`).
     - `loraplus_lr_ratio` gives the B matrices a learning rate of their own (see `optimizers.py`).
     """
 
@@ -132,6 +132,9 @@ class TokenTrainer(SFTTrainer):
         super().__init__(compute_metrics=token_means, **kwargs)
         self.neftune_noise_alpha = None
         add_cpu_head(self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model)
+        if self.args.device.type == "cpu":
+            lighten_dropout(self.model)
+            return_freed_memory()
         self.loraplus_lr_ratio = loraplus_lr_ratio
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:

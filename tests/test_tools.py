@@ -6,7 +6,7 @@ import re
 
 from medicalgpt.chat import ChatEngine, Sampling
 from medicalgpt.encoding import EncodingError, encode_chat
-from medicalgpt.tools import TOOL_FORMATS, tool_names
+from medicalgpt.tools import TOOL_FORMATS
 from template import (
     TEMPLATES,
     Template,
@@ -17,7 +17,7 @@ from template import (
     stop_token_ids,
     tool_format_of,
 )
-from tests.helpers import chat, read_json, run_here, save_model, write_jsonl
+from tests.helpers import chat, read_json, run_here, run_program, save_model, write_jsonl
 from tests.test_template import CORE, TOKENIZERS, assistant, byte_level, official, text_of, tool, user
 from tests.tiny import tiny_tokenizer
 
@@ -31,12 +31,18 @@ TOOLS = [
         "function": {
             "name": name,
             "description": "查剂量 of a <drug>",
-            "parameters": {"type": "object", "properties": {"drug": {"type": "string"}}},
+            "parameters": {
+                "type": "object",
+                "properties": {
+                    **dict.fromkeys(("drug", "备注", "text"), {"type": "string"}),
+                    "plan": {"type": "object"},
+                },
+            },
         },
     }
     for name in ("look_up", "查_号-2.b")
 ]
-NAMES = tool_names(TOOLS)
+NAMES = {tool["function"]["name"] for tool in TOOLS}
 
 
 def call(name: str = "look_up", **arguments) -> dict:
@@ -60,15 +66,17 @@ ONE_CALL = ("llama3", "glm4")
 
 # Every template with its own form, and some of those that take any with each.
 WRITTEN = [(name, template.tool_format) for name, template in TEMPLATES.items() if template.tool_format]
-WRITTEN += [(name, form) for name in ("chatml", "vicuna", "alpaca") for form in TOOL_FORMATS]
+FAMILY_ONLY = {"qwen3_5": "qwen3_5_nothink", "deepseek3": "deepseek3"}
+COMMON = [form for form in TOOL_FORMATS if form not in FAMILY_ONLY]
+WRITTEN += [(name, form) for name in ("chatml", "vicuna", "alpaca") for form in COMMON]
 WRITTEN = list(dict.fromkeys(WRITTEN))
 ROUND_TRIPS = [
     (name, form, turn, kind)
     for name, form in WRITTEN
     for turn in TURNS
     for kind in ("byte_like_qwen", "metaspace", "marks_are_special")
-    if turn.startswith("text and") or (name in CORE and kind == "byte_like_qwen")
-    if kind == "byte_like_qwen" or name in CORE
+    if turn.startswith("text and") or (name in (*CORE, *FAMILY_ONLY.values()) and kind == "byte_like_qwen")
+    if kind == "byte_like_qwen" or name in (*CORE, *FAMILY_ONLY.values())
 ]
 
 
@@ -78,7 +86,7 @@ def folders(tmp_path_factory):
     for kind in ("byte_like_qwen", "metaspace"):
         TOKENIZERS[kind]().save_pretrained(root / kind)
     tokenizer = TOKENIZERS["byte_like_qwen"]()
-    marks = sorted({mark for form in ("qwen", "mistral") for mark in TOOL_FORMATS[form].marks})
+    marks = sorted({mark for form in ("qwen", "mistral", "deepseek3") for mark in TOOL_FORMATS[form].marks})
     tokenizer.add_tokens([AddedToken(mark, special=True) for mark in marks])
     tokenizer.save_pretrained(root / "marks_are_special")
     return root
@@ -111,12 +119,18 @@ def answer_to(model, tokenizer, messages, stop, tools=TOOLS):
 def written(tokenizer, messages, stop: tuple[str, ...]) -> str:
     """The supervised text of the last turn without its end."""
     sample = encode_chat(tokenizer, chat(messages, TOOLS))[-1]
-    text = tokenizer.decode([label for label in sample.labels if label != -100], clean_up_tokenization_spaces=False)
-    return text.removesuffix(next(end for end in stop if text.endswith(end)))
+    *ids, end = [label for label in sample.labels if label != -100]
+    assert tokenizer.convert_ids_to_tokens(end) in stop
+    return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
+def calling(name: str, content: str, calls: list[dict]) -> dict:
+    """An answer as the template wants it: Qwen3.5's prompt opens the thoughts, so that there have to be some."""
+    return assistant(content, tool_calls=calls, **({"reasoning_content": "想"} if name == "qwen3_5" else {}))
 
 
 def without_thoughts(text: str) -> str:
-    return re.sub(r"<think>\s*</think>", "", text).strip()
+    return re.sub(r"^(<think>\s*|想\n)</think>", "", text).strip()
 
 
 # From calls to text and back.
@@ -127,12 +141,12 @@ def test_what_a_template_writes_is_read_back(load, model, name, form, turn, kind
     tokenizer = load(kind)
     stop = apply_template(tokenizer, name, tool_format=form)
     content, calls = TURNS[turn]
-    messages = [user("Dose?"), assistant(content, tool_calls=calls)]
+    messages = [user("Dose?"), calling(name, content, calls)]
     if len(calls) > 1 and form in ONE_CALL:
         with pytest.raises(EncodingError, match=f"message 2 has {len(calls)} tool calls"):
             written(tokenizer, messages, stop)
         return
-    text, found = tool_format_of(tokenizer).parse(written(tokenizer, messages, stop), NAMES)
+    text, found = tool_format_of(tokenizer).parse(written(tokenizer, messages, stop), TOOLS)
     assert found == calls
     assert without_thoughts(text) == content
     answer = answer_to(model, tokenizer, messages, stop)
@@ -171,15 +185,175 @@ WRITTEN_BY_HAND = {
     "llama3": '{"name": "look_up", "parameters": {"drug": "阿司匹林"}}',
     "glm4": 'look_up\n{"drug": "阿司匹林"}',
     "mistral": '[TOOL_CALLS] [{"name": "look_up", "arguments": {"drug": "阿司匹林"}}]',
+    "qwen3_5": ("<tool_call>\n<function=look_up>\n<parameter=drug>\n阿司匹林\n</parameter>\n</function>\n</tool_call>"),
+    "deepseek3": (
+        "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>look_up\n"
+        '```json\n{"drug": "阿司匹林"}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>'
+    ),
 }
 
 
 @pytest.mark.parametrize("form", TOOL_FORMATS)
 def test_text_of_a_call(load, form):
     tokenizer = load()
-    apply_template(tokenizer, "chatml", tool_format=form)
-    text = written(tokenizer, [user("?"), assistant("Look:", tool_calls=[call(drug="阿司匹林")])], ("<|im_end|>",))
-    assert text == "Look:\n" + WRITTEN_BY_HAND[form]
+    stop = apply_template(tokenizer, FAMILY_ONLY.get(form, "chatml"), tool_format=form)
+    text = written(tokenizer, [user("?"), assistant("Look:", tool_calls=[call(drug="阿司匹林")])], stop)
+    assert text == "Look:" + {"qwen3_5": "\n\n", "deepseek3": ""}.get(form, "\n") + WRITTEN_BY_HAND[form]
+    assert TOOL_FORMATS[form].parse(text, TOOLS) == ("Look:", [call(drug="阿司匹林")])
+
+
+def test_marks_of_deepseek3_are_those_that_it_writes(load):
+    """A mark that were left out would be hidden in served text where it is a special token."""
+    tokenizer = load()
+    apply_template(tokenizer, "deepseek3")
+    messages = [user("?"), assistant("", tool_calls=[call()]), tool("1"), assistant("So.")]
+    written_marks = re.findall("<｜tool[^｜]*｜>", text_of(tokenizer, messages, TOOLS))
+    assert set(written_marks) == set(TOOL_FORMATS["deepseek3"].marks)
+
+
+# Qwen3.5's form has no types: they come from the tool's schema.
+
+TYPES = {
+    "word": {"type": "string"},
+    "count": {"type": "integer"},
+    "dose": {"type": "number"},
+    "now": {"type": "boolean"},
+    "days": {"type": "array", "items": {"type": "integer"}},
+    "plan": {"type": "object"},
+    "nothing": {"type": "null"},
+    "word_or_null": {"type": ["string", "null"]},
+    "count_or_null": {"anyOf": [{"type": "integer"}, {"type": "null"}]},
+    "word_or_count": {"oneOf": [{"type": "string"}, {"type": "integer"}]},
+    "word_or_days": {"anyOf": [{"type": "string"}, {"$ref": "#/$defs/days"}]},
+    "choice": {"enum": ["once", 2]},
+    "count_choice": {"enum": [1, 2]},
+    "reference": {"$ref": "#/$defs/plan"},
+    "all_of": {"allOf": [{"$ref": "#/$defs/plan"}]},
+    "circle": {"$ref": "#/properties/circle"},
+    "nowhere": {"$ref": "#/$defs/nowhere/at/all"},
+    "untyped": {"description": "anything"},
+    "unknown_type": {"type": "date"},
+}
+TYPED = [
+    {
+        "type": "function",
+        "function": {
+            "name": "typed",
+            "description": "d",
+            "parameters": {
+                "type": "object",
+                "properties": TYPES,
+                "$defs": {"plan": {"type": "object"}, "days": {"type": "array"}},
+            },
+        },
+    }
+]
+VALUES = [
+    *[("word", text) for text in ("5", "true", "None", "null", "", " x ", "\n", "\n\na\n\n", '"q"', "{}", "[1]")],
+    *[
+        ("word", text)
+        for text in ("1\n2", '\\n"', "<b>粗</b>", "</function>", "</tool_call><tool_call>", "<think>", "😷")
+    ],
+    *[("count", number) for number in (0, -3, 10**30)],
+    *[("dose", number) for number in (1, 2.5, 1e20, -1e-7)],
+    *[("now", True), ("now", False), ("nothing", None)],
+    *[("days", []), ("days", [1, 2.5, "a", None, True, [{}]])],
+    *[("plan", {}), ("plan", {"药": {"a": [True, None, "True"]}, "": "</tool_call>\n"})],
+    *[("word_or_null", "x"), ("word_or_null", None), ("count_or_null", 1), ("count_or_null", None)],
+    *[("word_or_count", "once"), ("word_or_count", 2), ("word_or_count", "None"), ("word_or_days", [1])],
+    *[("choice", "once"), ("choice", 2), ("count_choice", 1), ("reference", {"a": 1}), ("all_of", {"a": 1})],
+    # Parameters that may be left out are given as null, whatever their type.
+    *[("count", None), ("now", None), ("plan", None)],
+    *[(key, text) for key in ("circle", "nowhere", "untyped", "not in the schema") for text in ("5", "{}", "None")],
+    ("unknown_type", "2026-01-01"),
+]
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "qwen3_5_nothink", "deepseek3"])
+@pytest.mark.parametrize(("key", "value"), VALUES, ids=[f"{key}-{json.dumps(value)}" for key, value in VALUES])
+def test_values_of_each_type_come_back(load, name, key, value):
+    tokenizer = load()
+    stop = apply_template(tokenizer, name)
+    calls = [call("typed", **{key: value}), call("typed", **{"word": "x", key: value}), call("typed")]
+    text = written(tokenizer, [user("?"), calling(name, "", calls)], stop)
+    parsed, found = tool_format_of(tokenizer).parse(text, TYPED)
+    assert json.dumps(found) == json.dumps(calls)
+    assert without_thoughts(parsed) == ""
+
+
+def parse_value(key: str, text: str, tools=TYPED):
+    text = f"<tool_call>\n<function=typed>\n<parameter={key}>\n{text}\n</parameter>\n</function>\n</tool_call>"
+    beside, (found,) = TOOL_FORMATS["qwen3_5"].parse(text, tools)
+    assert beside == ""
+    return found["function"]["arguments"][key]
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        *[("now", "true", True), ("now", "True", True), ("now", " false\n", False), ("nothing", "null", None)],
+        *[("days", "[\n  1,\n  2\n]", [1, 2]), ("plan", ' {"a": 1} ', {"a": 1}), ("count", "5.0", 5.0)],
+        *[("word_or_null", "null", None), ("word_or_count", "5", 5), ("word_or_count", '"5"', '"5"')],
+    ],
+)
+def test_other_spellings_of_values(key, text, value):
+    assert json.dumps(parse_value(key, text)) == json.dumps(value)
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        *[("count", text) for text in ("five", "2.5", "5 mg", "1e400", "", " ", "True", '"5"', "[5]", "05")],
+        ("count", "1" * 5000),
+        *[("dose", text) for text in ("NaN", "Infinity", "1e999", "1,5", "一")],
+        *[("now", text) for text in ("yes", "1", "TRUE", "true false")],
+        *[("days", text) for text in ("1, 2", "[1", "{}", "(1, 2)", "[" * 100_000)],
+        *[("plan", text) for text in ("{'a': 1}", "[]", '{"a": 1}}', '{"a": "\\ud800"}')],
+        *[("count_choice", "one"), ("nothing", "0"), ("unknown_type", "5")],
+    ],
+)
+def test_value_that_is_none_of_its_type_stays_text(key, text):
+    assert parse_value(key, text) == text
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        *[None, [], "x", {}, {"properties": None}, {"properties": []}, {"properties": {"a": None}}],
+        *[{"properties": {"a": {"type": 1}}}, {"properties": {"a": {"$ref": 1}}}, {"properties": {"a": {"anyOf": {}}}}],
+    ],
+)
+def test_values_stay_text_without_a_schema(parameters):
+    assert parse_value("a", "5", None) == "5"
+    assert parse_value("a", "5", [{"name": "typed"}]) == "5"
+    assert parse_value("a", "5", [{"name": "typed", "parameters": parameters}]) == "5"
+
+
+def test_types_of_a_python_function():
+    text = "<tool_call>\n<function=weigh>\n<parameter=days>\n3\n</parameter>\n<parameter=drug>\n3\n</parameter>\n"
+    found = TOOL_FORMATS["qwen3_5"].parse(text + "</function>\n</tool_call>", [weigh])[1]
+    assert found == [call("weigh", days=3, drug="3")]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *[{"text": "a</parameter>b"}, {"text": "<parameter=drug>"}, {"plan": {"a": "</parameter>"}}],
+        *[{"a>b": 1}, {"a\nb": 1}],
+    ],
+)
+def test_arguments_that_could_not_be_read_back_are_not_written(load, arguments):
+    tokenizer = load()
+    stop = apply_template(tokenizer, "qwen3_5_nothink")
+    with pytest.raises(EncodingError, match="(?s)a call of look_up has the argument .* could not be read back"):
+        written(tokenizer, [user("?"), assistant("", tool_calls=[call(**arguments)])], stop)
+
+
+@pytest.mark.parametrize("between", ["", "\n", "\n\n"])
+@pytest.mark.parametrize("form", ["qwen", "qwen3_5", "deepseek3"])
+def test_white_space_between_calls_belongs_to_the_form(form, between):
+    one, gap = WRITTEN_BY_HAND[form], TOOL_FORMATS[form].gap
+    assert TOOL_FORMATS[form].parse(f"a{gap}{one}{between}{one}", TOOLS) == ("a", [call(drug="阿司匹林")] * 2)
 
 
 # From text to calls.
@@ -196,6 +370,14 @@ ACCEPTED = {
     ],
     "glm4": ['look_up\n{"drug":"阿司匹林"}\n'],
     "mistral": ['[TOOL_CALLS][{"name": "look_up", "arguments": {"drug": "阿司匹林"}}]'],
+    "qwen3_5": [
+        "<tool_call><function=look_up><parameter=drug>阿司匹林</parameter></function></tool_call>",
+        "<tool_call>\n<function=look_up>\n\n<parameter=drug>\n阿司匹林</parameter>\n\n</function>\n\n</tool_call>",
+    ],
+    "deepseek3": [
+        "<｜tool▁calls▁begin｜>\n<｜tool▁call▁begin｜>function<｜tool▁sep｜>look_up\n"
+        '```json\n{\n  "drug": "阿司匹林"\n}\n```\n<｜tool▁call▁end｜>\n<｜tool▁calls▁end｜>'
+    ],
 }
 
 
@@ -205,13 +387,14 @@ ACCEPTED = {
 )
 def test_other_spellings_of_a_call(form, text):
     expected = [call(drug="阿司匹林")]
-    assert TOOL_FORMATS[form].parse(text, NAMES) == ("", expected)
+    assert TOOL_FORMATS[form].parse(text, TOOLS) == ("", expected)
     assert TOOL_FORMATS[form].parse(text) == ("", expected)
-    assert TOOL_FORMATS[form].parse(f"1\n\n{text}") == ("1\n", expected)
+    gap = TOOL_FORMATS[form].gap
+    assert TOOL_FORMATS[form].parse(f"1\n\n{text}") == ("1\n\n".removesuffix(gap), expected)
     thoughts = "<think>\nSo?\n</think>\n\n"
-    assert TOOL_FORMATS[form].parse(thoughts + text) == (thoughts[:-1], expected)
+    assert TOOL_FORMATS[form].parse(thoughts + text) == (thoughts.removesuffix(gap), expected)
     # A prompt that ends with <think> leaves only the end of the thoughts to the answer.
-    assert TOOL_FORMATS[form].parse(thoughts[7:] + text) == (thoughts[7:-1], expected)
+    assert TOOL_FORMATS[form].parse(thoughts[7:] + text) == (thoughts[7:].removesuffix(gap), expected)
 
 
 def test_id_of_a_call_is_kept():
@@ -245,6 +428,7 @@ NO_CALLS = {
     "unknown key": '<tool_call>{"name": "look_up", "arguments": {}, "when": 1}</tool_call>',
     "other type": '{"name": "look_up", "parameters": {}, "type": "example"}',
     "NaN": '<tool_call>{"name": "look_up", "arguments": {"x": NaN}}</tool_call>',
+    "infinite number": '<tool_call>{"name": "look_up", "arguments": {"x": 1e999}}</tool_call>',
     "half a character": '<tool_call>{"name": "look_up", "arguments": {"x": "\\ud800"}}</tool_call>',
     "deep": "<tool_call>" + '{"name": "look_up", "arguments": {"x": ' + "[" * 100_000,
     "long number": '<tool_call>{"name": "look_up", "arguments": {"x": ' + "1" * 5000 + "}}</tool_call>",
@@ -269,6 +453,31 @@ NO_CALLS = {
     "name and words": "look_up\n{drug}",
     "name, object and words": f"look_up\n{JSON} done",
     "name at the end of a line": f"call look_up\n{JSON}",
+    "no function": "<tool_call>\n<parameter=drug>\nx\n</parameter>\n</tool_call>",
+    "function not closed": "<tool_call>\n<function=look_up>\n<parameter=drug>\nx\n</parameter>\n</tool_call>",
+    "function closed otherwise": "<tool_call>\n<function=look_up>\n<function/>\n</tool_call>",
+    "function without call": "<function=look_up>\n<parameter=drug>\nx\n</parameter>\n</function>",
+    "function without name": "<tool_call>\n<function=>\n</function>\n</tool_call>",
+    "call not closed": "<tool_call>\n<function=look_up>\n</function>",
+    "value not closed": "<tool_call>\n<function=look_up>\n<parameter=drug>\nx\n</function>\n</tool_call>",
+    "first value not closed": "<tool_call>\n<function=look_up>\n<parameter=drug>\nx\n<parameter=text>\ny\n</parameter>"
+    "\n</function>\n</tool_call>",
+    "key twice": "<tool_call>\n<function=look_up>\n<parameter=drug>\nx\n</parameter>\n<parameter=drug>\ny\n</parameter>"
+    "\n</function>\n</tool_call>",
+    "words after a value": "<tool_call>\n<function=look_up>\n<parameter=drug>\nx\n</parameter>, so\n</function>"
+    "\n</tool_call>",
+    "JSON in a function": f"<tool_call>\n<function=look_up>\n{JSON}\n</function>\n</tool_call>",
+    "call in a broken function": f"<tool_call>\n<function=look_up>\n{WRITTEN_BY_HAND['qwen3_5']}",
+    "marks around nothing": "<｜tool▁calls▁begin｜><｜tool▁calls▁end｜>",
+    "no end mark": WRITTEN_BY_HAND["deepseek3"].removesuffix("<｜tool▁calls▁end｜>"),
+    "no mark of the list": WRITTEN_BY_HAND["deepseek3"].removeprefix("<｜tool▁calls▁begin｜>"),
+    "block not closed": WRITTEN_BY_HAND["deepseek3"].replace("\n```<", "<"),
+    "no block": WRITTEN_BY_HAND["deepseek3"].replace("```json\n", ""),
+    "arguments in a block are a list": WRITTEN_BY_HAND["deepseek3"].replace('{"drug": "阿司匹林"}', "[]"),
+    "other type in a block": WRITTEN_BY_HAND["deepseek3"].replace("function", "example"),
+    "second of two broken": WRITTEN_BY_HAND["deepseek3"].replace(
+        "<｜tool▁calls▁end｜>", "\n<｜tool▁call▁begin｜>function<｜tool▁sep｜>look_up\n<｜tool▁calls▁end｜>"
+    ),
     "in the thoughts": "<think>\n" + "\n".join(WRITTEN_BY_HAND.values()) + "\n</think>\n\nNo.",
     "at the end of the thoughts": f"<think>\n{WRITTEN_BY_HAND['llama3']}\n</think>",
     "in thoughts without end": f"<think>\nSo:\n{WRITTEN_BY_HAND['glm4']}",
@@ -279,13 +488,13 @@ NO_CALLS = {
 @pytest.mark.parametrize("form", TOOL_FORMATS)
 @pytest.mark.parametrize("text", NO_CALLS.values(), ids=NO_CALLS)
 def test_what_is_no_call_stays_text(form, text):
-    assert TOOL_FORMATS[form].parse(text, NAMES) == (text, [])
+    assert TOOL_FORMATS[form].parse(text, TOOLS) == (text, [])
 
 
 @pytest.mark.parametrize("form", TOOL_FORMATS)
 def test_call_of_a_tool_that_was_not_offered_stays_text(form):
     text = WRITTEN_BY_HAND[form].replace("look_up", "erase_all")
-    assert TOOL_FORMATS[form].parse(text, NAMES) == (text, [])
+    assert TOOL_FORMATS[form].parse(text, TOOLS) == (text, [])
     assert TOOL_FORMATS[form].parse(text)[1] == [call("erase_all", drug="阿司匹林")]
 
 
@@ -293,12 +502,12 @@ def test_call_of_a_tool_that_was_not_offered_stays_text(form):
 def test_beginnings_and_damaged_texts(load, form):
     """An answer that was cut or garbled gives the calls that are whole, or none, and never an error."""
     tokenizer = load()
-    apply_template(tokenizer, "chatml", tool_format=form)
+    stop = apply_template(tokenizer, FAMILY_ONLY.get(form, "chatml"), tool_format=form)
     content, calls = TURNS["text and a call" if form in ONE_CALL else "text and three calls"]
-    whole = written(tokenizer, [user("?"), assistant(content, tool_calls=calls)], ("<|im_end|>",))
+    whole = written(tokenizer, [user("?"), assistant(content, tool_calls=calls)], stop)
     parse = TOOL_FORMATS[form].parse
     for end in range(len(whole)):
-        text, found = parse(whole[:end], NAMES)
+        text, found = parse(whole[:end], TOOLS)
         assert found == calls[: len(found)] and len(found) < len(calls)
         assert text == whole[:end] or found
     draw = random.Random(0)
@@ -306,16 +515,26 @@ def test_beginnings_and_damaged_texts(load, form):
         text = list(whole)
         for _ in range(draw.randint(1, 4)):
             text[draw.randrange(len(text))] = draw.choice(["", "{", "}", '"', "\n", "<tool_call>", "]", "\ud83d", "好"])
-        beside, found = parse("".join(text), NAMES)
+        beside, found = parse("".join(text), TOOLS)
         assert all(each["function"]["name"] in NAMES for each in found)
         assert all(isinstance(each["function"]["arguments"], dict) for each in found)
         assert found or beside == "".join(text)
 
 
-def test_names_of_tools_in_each_form():
-    def weigh(drug: str): ...
+def weigh(drug: str, days: int):
+    """Weigh.
 
-    assert tool_names([TOOLS[0], {"name": "flat"}, weigh]) == ["look_up", "flat", "weigh"]
+    Args:
+        drug: which one.
+        days: how many.
+    """
+
+
+@pytest.mark.parametrize("tools", [[{"name": "flat"}], [TOOLS[0], {"name": "flat"}], [weigh, {"name": "flat"}]])
+def test_tools_in_each_form(tools):
+    parse = TOOL_FORMATS["glm4"].parse
+    for name, offered in {"flat": True, "look_up": TOOLS[0] in tools, "weigh": weigh in tools}.items():
+        assert bool(parse(f"{name}\n{{}}", tools)[1]) == offered
 
 
 # The form of a template.
@@ -334,13 +553,22 @@ def test_declared_form_is_the_one_that_reads_the_template(load, name):
 
 @pytest.mark.parametrize(
     ("name", "form"),
-    [("chatml", "qwen"), ("qwen", "qwen"), ("qwen3", "qwen"), ("llama3", "llama3"), ("vicuna", "default")],
+    [
+        *[("chatml", "qwen"), ("qwen", "qwen"), ("qwen3", "qwen"), ("llama3", "llama3"), ("vicuna", "default")],
+        *[("qwen3_5", "qwen3_5"), ("qwen3_5_nothink", "qwen3_5"), ("deepseek3", "deepseek3")],
+    ],
 )
 def test_forms_of_the_best_known_families(name, form):
     assert get_template(name).tool_format == form
 
 
-@pytest.mark.parametrize(("published", "form"), [("qwen2_5", "qwen"), ("qwen3", "qwen"), ("llama3_1", "llama3")])
+@pytest.mark.parametrize(
+    ("published", "form"),
+    [
+        *[("qwen2_5", "qwen"), ("qwen3", "qwen"), ("llama3_1", "llama3")],
+        *[("qwen3_5_think", "qwen3_5"), ("qwen3_5_nothink", "qwen3_5")],
+    ],
+)
 def test_form_of_a_published_template(load, published, form):
     tokenizer = load()
     tokenizer.chat_template = official(published)
@@ -377,7 +605,7 @@ def test_form_stays_until_another_is_asked_for(load, tmp_path):
     assert tool_format_of(tokenizer).name == "default"
 
 
-@pytest.mark.parametrize("name", ["qwen3", "llama3"])
+@pytest.mark.parametrize("name", ["qwen3", "llama3", "qwen3_5", "qwen3_5_nothink", "deepseek3"])
 def test_family_with_a_form_of_its_own_takes_no_other(load, name):
     tokenizer = load()
     own = get_template(name).tool_format
@@ -387,6 +615,27 @@ def test_family_with_a_form_of_its_own_takes_no_other(load, name):
         with pytest.raises(TemplateError, match=f"template {name} has the tool form of its family, {own}: leave out"):
             apply_template(tokenizer, tool_format="mistral", **arguments)
     assert tokenizer.chat_template == installed
+
+
+@pytest.mark.parametrize("form", FAMILY_ONLY)
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_form_of_one_family_is_refused_by_others(load, name, form):
+    tokenizer = load()
+    if get_template(name).tool_format == form:
+        apply_template(tokenizer, name, tool_format=form)
+    else:
+        with pytest.raises(TemplateError, match=f"the template {name} .*: leave out --tool_format {form}"):
+            apply_template(tokenizer, name, tool_format=form)
+
+
+def test_refused_form_of_a_family_names_those_that_can_be_had(load):
+    with pytest.raises(TemplateError, match="qwen3_5, or use one of default, qwen, llama3, glm4, mistral$"):
+        apply_template(load(), "chatml", tool_format="qwen3_5")
+
+
+def test_help_lists_the_forms_that_can_be_had():
+    text = " ".join(run_program("supervised_finetuning.py", "--help").stdout.split())
+    assert f"are written: {', '.join(COMMON)}. " in text
 
 
 def test_own_template_takes_no_other_form(load):

@@ -21,6 +21,11 @@ CALLS = {
     "llama3": '{"name": "look_up", "parameters": {"drug": "阿司匹林"}}',
     "glm4": 'look_up\n{"drug": "阿司匹林"}',
     "mistral": '[TOOL_CALLS] [{"name": "look_up", "arguments": {"drug": "阿司匹林"}}]',
+    "qwen3_5": "<tool_call>\n<function=look_up>\n<parameter=drug>\n阿司匹林\n</parameter>\n</function>\n</tool_call>",
+    "deepseek3": (
+        "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>look_up\n"
+        '```json\n{"drug": "阿司匹林"}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>'
+    ),
 }
 NO_THOUGHT = "<think>\n\n</think>\n\n"
 
@@ -107,8 +112,7 @@ in_every_shape_and_kind = pytest.mark.parametrize(("name", "shape", "kind"), IN_
 
 def expected_answers(name: str, shape: str) -> list[str]:
     """The assistant's texts, each as the template `name` writes it in the turn that it is trained in."""
-    # CALL stays where a family has a form of its own that is none of medicalgpt.tools.
-    texts = [CALLS.get(TEMPLATES[name].tool_format, CALL) if text == CALL else text for text in ROWS[shape][1]]
+    texts = [CALLS[TEMPLATES[name].tool_format] if text == CALL else text for text in ROWS[shape][1]]
     if name == "qwen3" and not shape.startswith("thinking"):
         # Each turn is trained as the last one, which always has a block for thoughts.
         texts = [NO_THOUGHT + text for text in texts]

@@ -1,10 +1,8 @@
 """The supervised tokens of a row are the assistant's texts and turn ends: all of them, and nothing else."""
 
 from medicalgpt.encoding import encode_chat
-from template import TEMPLATES
 from tests.helpers import chat, open_stage, save_model, write_jsonl
 from tests.silent.chats import (
-    CALL,
     ROWS,
     conversation,
     expected_answers,
@@ -48,10 +46,8 @@ def test_answers_and_turn_ends(folders, name, shape, kind):
     for (_, ids), text in zip(runs, expected, strict=True):
         assert ids[-1] in turn_end_ids(tokenizer, name)
         said = tokenizer.decode(ids[:-1], clean_up_tokenization_spaces=False)
-        if text == CALL and TEMPLATES[name].tool_format is None:
-            assert said.count("look_up") == said.count("阿司匹林") == 1
-        else:
-            assert thoughts_and_answer(said) == thoughts_and_answer(text)
+        # Tokenizers with ▁ for the space decode DeepSeek's marks with spaces.
+        assert thoughts_and_answer(said.replace("▁", " ")) == thoughts_and_answer(text.replace("▁", " "))
     for sample in samples:
         assert all(label in (-100, token) for token, label in zip(sample.input_ids, sample.labels, strict=True))
         assert supervised_runs(sample.labels)
