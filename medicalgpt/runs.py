@@ -334,6 +334,7 @@ class Run:
             "status": "finished",
             "finished": _now(),
             "seconds": round(time.time() - self.started, 1),
+            "peak_memory_gb": round(peak_memory_gb(), 3),
             "metrics": metrics,
             "stop_token_ids": list(stop_ids),
         }
