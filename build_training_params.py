@@ -76,7 +76,7 @@ INHERITED = (
 MEANINGS = {
     "eval_on_start": "Evaluate before the first step. Here the default is True wherever --eval_strategy is given.",
     "resume_from_checkpoint": "True: go on from the newest whole checkpoint in --output_dir; or the folder of one.",
-    "fsdp": "Alone: spread the weights over the processes by torch's FSDP. Settings: --fsdp_config FILE.",
+    "fsdp": "Alone: spread the weights over the processes by torch's FSDP, on GPUs. Settings: --fsdp_config FILE.",
     "deepspeed": "DeepSpeed's settings, as a JSON file: zero2.json and zero3.json are in this folder.",
     "use_liger_kernel": "Liger's Triton kernels for the layers, on a GPU. Needs `pip install liger-kernel`.",
     "optim": "The optimizer: adamw_torch, adamw_8bit, adafactor, galore_adamw, apollo_adamw, lion_32bit and others.",

@@ -269,6 +269,11 @@ class StageDefaults:
         if self.bf16 is None:
             self.bf16 = not self.fp16 and bf16_gpu()
         super().__post_init__()
+        if self.fsdp and self.use_cpu:
+            raise ValueError(
+                "--fsdp has no effect on CPUs, where accelerate leaves it out without a word. Spread the weights over "
+                "the processes with --deepspeed zero3.json."
+            )
 
 
 class StrictParser:

@@ -6,6 +6,7 @@ from the thing itself (a module, the optimizer, the first batch), never from a f
 
 import json
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -720,6 +721,23 @@ def _first_layer_input(scene: Scene, training: bool) -> Pass:
     return found[0]
 
 
+def sharding(scene: Scene) -> Line:
+    """What divides the training among the processes beyond the rows, by the flags or by `accelerate launch`."""
+
+    def wanted(flag: Any, variable: str) -> bool:
+        return bool(flag) or os.environ.get(variable, "").lower() in ("true", "1")
+
+    asked = (
+        "DeepSpeed"
+        if wanted(scene.training.deepspeed, "ACCELERATE_USE_DEEPSPEED")
+        else "FSDP"
+        if wanted(scene.training.fsdp, "ACCELERATE_USE_FSDP")
+        else OFF
+    )
+    found = "DeepSpeed" if scene.trainer.is_deepspeed_enabled else "FSDP" if scene.trainer.is_fsdp_enabled else OFF
+    return Line("sharding", asked, found, asked == found, "accelerate has FSDP on GPUs only, and in several processes.")
+
+
 def gradient_checkpointing(scene: Scene) -> Line:
     """Layers that recompute their activations."""
     layers = [module for module in scene.base.modules() if isinstance(module, GradientCheckpointingLayer)]
@@ -763,6 +781,7 @@ LINES = (
     learning_rate,
     schedule,
     effective_batch,
+    sharding,
     packing,
     neftune,
     gradient_checkpointing,

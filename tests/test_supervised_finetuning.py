@@ -415,20 +415,13 @@ def test_deepspeed(work, stage, peft):
     check_sharded(work, output, peft, done, sharded=stage == 3)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("peft", ["True", "False"])
-def test_fsdp(work, peft):
-    output = f"fsdp-{peft}"
-    done = train(
-        work,
-        output,
-        *("--fsdp", "full_shard auto_wrap", "--max_steps", 4, "--per_device_train_batch_size", 2),
-        *("--logging_steps", 1, "--learning_rate", 0.02 if peft == "True" else 5e-3, "--use_peft", peft),
-        *("--save_strategy", "no"),
-        processes=2,
-        timeout=400,
-    )
-    check_sharded(work, output, peft, done, sharded=True)
+def test_fsdp_that_would_not_come_about_stops_the_run(work):
+    """accelerate leaves FSDP out on CPUs without a word, whether a flag or its own launcher asks for it."""
+    flagged = train(work, "fsdp", "--fsdp", "full_shard auto_wrap", check=False)
+    assert flagged.returncode == 2 and "--fsdp has no effect on CPUs" in flagged.stderr
+    launched = train(work, "fsdp", "--max_steps", 1, env={"ACCELERATE_USE_FSDP": "true"}, check=False)
+    assert launched.returncode == 1 and "sharding: asked FSDP; observed off" in launched.stderr
+    assert not list((work / "fsdp").glob("*.safetensors"))
 
 
 def check_sharded(work: Path, output: str, peft: str, done: subprocess.CompletedProcess, sharded: bool) -> None:
