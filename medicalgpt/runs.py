@@ -288,6 +288,8 @@ class Run:
             prompts = [tokenizer.decode(ids) for ids in sampler.prompts]
             self._finish(trainer, tokenizer, stop_ids, prompts, before, sampler.answers(), metrics, note)
         trainer.accelerator.wait_for_everyone()
+        # Left to the end of the interpreter, threads of the process group may still run then and abort the program.
+        trainer.accelerator.end_training()
         return metrics
 
     def _install_callbacks(self, trainer: Trainer) -> None:
