@@ -115,7 +115,7 @@ def main() -> None:
     if data_args.streaming:
         train = StreamedSamples(data, encode, train, block_size, args.process_index, args.world_size)
     elif args.packing:
-        train = batching.pack(train, args.block_size)
+        train = batching.pack(train, block_size)
     trainer = (StreamTrainer if data_args.streaming else TokenTrainer)(
         model=model,
         args=args,

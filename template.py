@@ -1272,6 +1272,8 @@ def apply_template(
         raise TemplateError(
             f"{type(tokenizer).__name__} gives no token offsets, which the loss mask needs: use a fast tokenizer"
         )
+    if tool_format is not None:
+        get_tool_format(tool_format)
     previous = tokenizer.chat_template, tokenizer.eos_token
     try:
         return _install(tokenizer, name, system_prompt, tool_format)
@@ -1289,8 +1291,6 @@ def _install(
 ) -> tuple[str, ...]:
     own = tokenizer.chat_template
     facts, body = _split(own) if isinstance(own, str) else ({}, "")
-    if tool_format is not None:
-        get_tool_format(tool_format)
     template, writes_bos = None, False
     if name is not None:
         template = get_template(name)

@@ -43,18 +43,25 @@ def peak_rss(who: int) -> float:
     return resource.getrusage(who).ru_maxrss / (1024**2 if sys.platform == "darwin" else 1024)
 
 
-def encode_file(path: str, model: str, workers: int | None) -> dict[str, Any]:
-    """Read and tokenize a file as supervised fine-tuning does; what it cost."""
+def load_tokenizer(model: str) -> Any:
+    """The tokenizer of `model` with its chat template, the log set up as in training."""
     from medicalgpt import models
-    from medicalgpt.args import DataArguments
-    from medicalgpt.data import load_data, to_messages
-    from medicalgpt.encoding import encode_chat, encode_rows
     from medicalgpt.logs import setup_logging
     from template import apply_template
 
     setup_logging()
     tokenizer = models.load_tokenizer(model)
     apply_template(tokenizer)
+    return tokenizer
+
+
+def encode_file(path: str, model: str, workers: int | None) -> dict[str, Any]:
+    """Read and tokenize a file as supervised fine-tuning does; what it cost."""
+    from medicalgpt.args import DataArguments
+    from medicalgpt.data import load_data, to_messages
+    from medicalgpt.encoding import encode_chat, encode_rows
+
+    tokenizer = load_tokenizer(model)
     before = peak_rss(resource.RUSAGE_SELF)
     started = time.perf_counter()
     arguments = DataArguments(train_file_dir=path)
@@ -75,17 +82,12 @@ def encode_file(path: str, model: str, workers: int | None) -> dict[str, Any]:
 
 def stream_file(path: str, model: str, workers: int | None) -> dict[str, Any]:
     """Check a file and tokenize one epoch of it as --streaming does, in this process alone; what it cost."""
-    from medicalgpt import models
     from medicalgpt.args import DataArguments
     from medicalgpt.data import to_messages
     from medicalgpt.encoding import encode_chat, encode_rows
-    from medicalgpt.logs import setup_logging
     from medicalgpt.streaming import StreamedSamples, check_data
-    from template import apply_template
 
-    setup_logging()
-    tokenizer = models.load_tokenizer(model)
-    apply_template(tokenizer)
+    tokenizer = load_tokenizer(model)
     before = peak_rss(resource.RUSAGE_SELF)
     started = time.perf_counter()
     arguments = DataArguments(train_file_dir=path, streaming=True, skip_long_rows=True)

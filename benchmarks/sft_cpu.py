@@ -33,7 +33,8 @@ def main() -> None:
     """Measure the sides `--runs` times in turn and print a line for each."""
     args = parse_args()
     if args.child:
-        train_with_trl(args.work, args.length, args.batch, grouped=args.child == "trl_grouped")
+        options = {"train_sampling_strategy": "group_by_length"} if args.child == "trl_grouped" else {}
+        train_with_trl(args.work, args.work / args.child, args.length, args.batch, **options)
         return
     with tempfile.TemporaryDirectory() as work:
         prepare(Path(work), args)
@@ -172,25 +173,26 @@ def measure(side: str, work: Path, number: int, args: argparse.Namespace) -> dic
     }
 
 
-def train_with_trl(work: Path, length: int, batch: int, grouped: bool) -> None:
+def train_with_trl(work: Path, out: Path, length: int, batch: int, **options: Any) -> None:
     """What a user of TRL writes for the same task."""
+    import torch
     from datasets import load_dataset
     from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
 
-    options = {"train_sampling_strategy": "group_by_length"} if grouped else {}
+    gpu = torch.cuda.is_available()
     trainer = SFTTrainer(
         model=str(work / "base"),
         args=SFTConfig(
-            output_dir=str(work / ("trl_grouped" if grouped else "trl")),
+            output_dir=str(out),
             max_length=length,
             per_device_train_batch_size=batch,
             num_train_epochs=1,
             learning_rate=RATE,
             seed=SEED,
             assistant_only_loss=True,
-            bf16=False,
-            use_cpu=True,
+            bf16=gpu,
+            use_cpu=not gpu,
             report_to="none",
             **options,
         ),

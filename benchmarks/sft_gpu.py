@@ -17,6 +17,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks.sft_cpu import SEED, train_with_trl
+
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = {
     "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "vocab_size": 151_936}
@@ -29,14 +31,16 @@ OURS = {
     "grouped": ["--train_sampling_strategy", "group_by_length"],
     "packed": ["--train_sampling_strategy", "random", "--packing", "True"],
 }
-RATE, RANK, ALPHA, DROPOUT, SEED = 2e-4, 8, 16, 0.05, 42
 
 
 def main() -> None:
     """Measure every side and print the table."""
     args = parse_args()
     if args.child:
-        train_with_trl(args.work, args.length, args.batch)
+        import torch
+
+        train_with_trl(args.work, args.work / "trl", args.length, args.batch, logging_steps=10)
+        (args.work / "trl" / "peak.json").write_text(json.dumps(torch.cuda.max_memory_allocated() / 1e9))
         return
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
@@ -140,39 +144,6 @@ def report(name: str, out: Path, peak_gb: float) -> None:
     tokens = max(entry["num_tokens"] for entry in history if "num_tokens" in entry)
     end = next(entry for entry in history if "train_runtime" in entry)
     print(f"| {name} | {tokens / end['train_runtime']:,.0f} | {peak_gb:.2f} | {end['train_loss']:.4f} |", flush=True)
-
-
-def train_with_trl(work: Path, length: int, batch: int) -> None:
-    """What a user of TRL writes for the same task."""
-    import torch
-    from datasets import load_dataset
-    from peft import LoraConfig
-    from trl import SFTConfig, SFTTrainer
-
-    gpu = torch.cuda.is_available()
-    trainer = SFTTrainer(
-        model=str(work / "base"),
-        args=SFTConfig(
-            output_dir=str(work / "trl"),
-            max_length=length,
-            per_device_train_batch_size=batch,
-            num_train_epochs=1,
-            learning_rate=RATE,
-            seed=SEED,
-            assistant_only_loss=True,
-            bf16=gpu,
-            use_cpu=not gpu,
-            logging_steps=10,
-            report_to="none",
-        ),
-        train_dataset=load_dataset("json", data_files=str(work / "train" / "rows.jsonl"), split="train"),
-        peft_config=LoraConfig(
-            r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT, target_modules="all-linear", task_type="CAUSAL_LM"
-        ),
-    )
-    trainer.train()
-    trainer.save_state()
-    (work / "trl" / "peak.json").write_text(json.dumps(torch.cuda.max_memory_allocated() / 1e9))
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ from typing import Any
 from template import apply_template
 
 import torch
-from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
-from tokenizers.models import BPE
+from tiny import byte_backend
+from tokenizers import processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 PAD = "<|pad|>"
@@ -68,13 +68,8 @@ FAMILIES = {
 
 def family_tokenizer(family: Family) -> PreTrainedTokenizerFast:
     """256 bytes, padding, and the family's special tokens; its chat template is installed."""
-    backend = Tokenizer(
-        BPE(vocab={char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[])
-    )
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
+        tokenizer_object=byte_backend(),
         bos_token=family.bos,
         eos_token=family.eos,
         pad_token=PAD,

@@ -12,15 +12,20 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 END_OF_TEXT, PAD, TURN_START, TURN_END = "<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """256 bytes, four special tokens, the template `chatml`. A Chinese character has three tokens."""
+def byte_backend() -> Tokenizer:
+    """A token for each of 256 bytes, and nothing else."""
     backend = Tokenizer(
         BPE(vocab={char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[])
     )
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """256 bytes, four special tokens, the template `chatml`. A Chinese character has three tokens."""
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
+        tokenizer_object=byte_backend(),
         eos_token=END_OF_TEXT,
         pad_token=PAD,
         additional_special_tokens=[TURN_START, TURN_END],
