@@ -2,20 +2,27 @@
 
     python validate_jsonl.py --file_path data/finetune/train.jsonl
     python validate_jsonl.py --file_path data/finetune --model_name_or_path outputs/tiny-base --model_max_length 512
+    python validate_jsonl.py --file_path data/reward --format preference
     python validate_jsonl.py --file_path data/pretrain --format text
 
-Without a model it checks files, fields, roles and the order of turns; with one it also renders each row and counts its
-tokens. Exit code 0: every row can be used. 1: the problems are listed, with file and line.
+Without a model it checks files, fields, roles, the order of turns and the two answers of a preference; with one it also
+renders each row and counts its tokens. Exit code 0: every row can be used. 1: the problems are listed, with file and
+line.
 """
 
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
 
 from medicalgpt.args import DataArguments, parse_args
 from medicalgpt.errors import UserError, run_main
 from medicalgpt.logs import setup_logging
+
+if TYPE_CHECKING:
+    from medicalgpt.data import LoadedData
 
 
 @dataclass
@@ -26,8 +33,9 @@ class ValidationArguments:
     format: str = field(
         default="auto",
         metadata={
-            "help": "chat (supervised fine-tuning), text (pretraining), or auto: by the first row of each file.",
-            "choices": ["auto", "chat", "text"],
+            "help": "chat (supervised fine-tuning), preference (reward model, DPO, ORPO), text (pretraining), or auto: "
+            "by the first row of each file.",
+            "choices": ["auto", "chat", "preference", "text"],
         },
     )
     model_name_or_path: str | None = field(default=None, metadata={"help": "Count tokens with this model's tokenizer."})
@@ -40,23 +48,22 @@ class ValidationArguments:
 
 def main() -> None:
     (args,) = parse_args(ValidationArguments, description=__doc__)
-    from medicalgpt.data import DataError, Row, find_files, load_data, read_rows, to_messages, to_text
+    from medicalgpt.data import DataError, find_files, load_data, to_messages, to_preference, to_text
 
     setup_logging()
+    converters = {"chat": to_messages, "preference": to_preference, "text": to_text}
     problems = []
     for path in find_files(args.file_path):
-        value = next((row.value for row in read_rows(path) if isinstance(row, Row)), None)
-        is_text = args.format == "text" or (
-            args.format == "auto" and (isinstance(value, str) or (isinstance(value, dict) and set(value) == {"text"}))
-        )
+        name = format_of_first_row(path) if args.format == "auto" else args.format
         arguments = DataArguments(train_file_dir=str(path), ignore_fields=args.ignore_fields)
-        data = load_data(arguments, to_text if is_text else to_messages)
-        lengths = encoded_lengths(args, data) if args.model_name_or_path and not is_text and data.train else []
+        data = load_data(arguments, converters[name])
+        lengths = encoded_lengths(args, data, name) if args.model_name_or_path and name != "text" and data.train else []
         rows = data.account["train"][0].rows
-        print(f"{path}: {rows} rows, {rows - len(data.problems)} usable, {'text' if is_text else 'chat'}")
-        if not is_text:
+        print(f"{path}: {rows} rows, {rows - len(data.problems)} usable, {name}")
+        if name != "text":
             turns = Counter(len(row["messages"]) for row in data.train)
-            print(f"  turns: {', '.join(f'{count} rows of {turn}' for turn, count in sorted(turns.items()))}")
+            counts = ", ".join(f"{count} rows of {turn}" for turn, count in sorted(turns.items()))
+            print(f"  {'turns of the prompt' if name == 'preference' else 'turns'}: {counts}")
         if lengths:
             print(f"  tokens: median {median(lengths):.0f}, longest {max(lengths)}, limit {args.model_max_length}")
         problems += data.problems
@@ -65,10 +72,24 @@ def main() -> None:
     print("every row can be used")
 
 
-def encoded_lengths(args: ValidationArguments, data) -> list[int]:
-    """Tokens of each row that can be encoded; the others join `data.problems`."""
+def format_of_first_row(path: Path) -> str:
+    from medicalgpt.data import PREFERENCE_FIELDS, Row, read_rows
+
+    value = next((row.value for row in read_rows(path) if isinstance(row, Row)), None)
+    if isinstance(value, str) or (isinstance(value, dict) and set(value) == {"text"}):
+        return "text"
+    if isinstance(value, dict) and any(column in value for pair in PREFERENCE_FIELDS for column in pair):
+        return "preference"
+    return "chat"
+
+
+def encoded_lengths(args: ValidationArguments, data: "LoadedData", name: str) -> list[int]:
+    """Tokens of each sample that can be encoded, of a preference with its longer answer.
+
+    Rows that cannot be encoded join `data.problems`.
+    """
     from medicalgpt import attention, models
-    from medicalgpt.encoding import encode_chat, encode_rows
+    from medicalgpt.encoding import Pair, Sample, encode_chat, encode_preference, encode_rows
     from template import apply_template
 
     tokenizer = models.load_tokenizer(args.model_name_or_path)
@@ -77,9 +98,12 @@ def encoded_lengths(args: ValidationArguments, data) -> list[int]:
     if "model_max_length" not in args.given and known:
         # As training does.
         args.model_max_length = min(args.model_max_length, known)
-    encoded = encode_rows(data, "train", partial(encode_chat, tokenizer, max_length=args.model_max_length))
+    encode, sample = (encode_preference, Pair) if name == "preference" else (encode_chat, Sample)
+    encoded = encode_rows(data, "train", partial(encode, tokenizer, max_length=args.model_max_length), sample=sample)
     if not len(encoded) and not data.problems:
         raise UserError("no row could be encoded.")
+    if name == "preference":
+        return [len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in encoded]
     return [len(ids) for ids in encoded["input_ids"]]
 
 

@@ -1,4 +1,4 @@
-"""Render facts.yaml and talk.yaml into the sample files for pretraining and supervised fine-tuning.
+"""Render facts.yaml, talk.yaml and pairs.yaml into the sample files for every stage.
 
     python data/build_samples.py
     python data/build_samples.py --output_dir outputs/data --name 小医 --author 我
@@ -9,6 +9,7 @@ With `--name` and `--author` a copy is written in which the assistant introduces
     pretrain/train_zh.txt, train_en.txt          one document per line; every fact of a condition in one paragraph
     pretrain/validation.txt                      the same facts in sentences that no training document uses
     finetune/train.jsonl, validation.jsonl       one conversation per line, with its category
+    reward/train.jsonl, validation.jsonl         one good and one bad answer per line; the category names the flaw
 
 A fact has one answer per language and many questions. Training and validation draw their questions from separate
 pools, so the validation loss shows whether a model learned the fact and not only the sentence it was asked in.
@@ -33,9 +34,18 @@ DEFAULT_AUTHOR = {"zh": "MedicalGPT 团队", "en": "the MedicalGPT team"}
 ZH_PHRASINGS_PER_FACT = 5
 EN_PHRASINGS_PER_FACT = 5
 EN_HELD_OUT_EVERY = 3
+EN_HELD_OUT_PAIRS_EVERY = 2
 ZH_EXTRA_CONSULTATIONS = 44
 EN_CONSULTATIONS = 60
 HELD_OUT_DOCUMENTS = {"zh": 80, "en": 40}
+
+PAIRS_PER_CONDITION = {"zh": 5, "en": 2}
+# What is wrong with the bad answers, in turn. A model that has learned short answers prefers most of those that lack
+# the emergency advice and few of the others, so that held-out accuracy starts near one half. Those that lack the
+# department keep it from learning that danger signs alone are an answer.
+FLAWS = ("missing_emergency", "wrong_department", "missing_emergency", "invented_certainty")
+FLAWS += ("missing_emergency", "other_language", "missing_department", "rude")
+LACKS_WHAT_IS_REQUIRED = ("missing_emergency", "missing_department", "wrong_department")
 
 # {c} is the condition, {C} the same with a capital, {get} "to come down with" in the verb that fits the condition.
 TRAIN_QUESTIONS = {
@@ -257,27 +267,43 @@ OPENINGS = {
 HAPPENS_TO_ONE = tuple("伤 骨折 中毒 出血 惊厥 黄疸 妊娠 剧吐 前期 胎盘 发作 休克 扭转 脱离 夹层 套叠 低体温症".split())
 SAYS_WHO_DECIDES = re.compile("医嘱|医生|专科|团队|立即|尽快|尽早")
 
+# Fine-tuning states the danger signs in Chinese only, so these sentences hold for every condition.
+EMERGENCY_EN = "If it suddenly gets worse, call an ambulance or go to the emergency department at once."
+URGENT_EN = "Call an ambulance, and do not drive there yourself."
+SENDS_TO_EMERGENCY = re.compile("120|急诊|ambulance|emergency")
+
 CONDITION_FIELDS = {"id", "zh", "en", "department", "symptoms", "examinations", "management", "emergency"}
 Row = dict[str, Any]
 
 
 def main() -> None:
-    """Read the two sources, check them, and write the sample files."""
+    """Read the sources, check them, and write the sample files."""
     args = parse_args()
-    facts, talk = read_yaml(SOURCE_DIR / "facts.yaml"), read_yaml(SOURCE_DIR / "talk.yaml")
+    facts, talk, pairs = (read_yaml(SOURCE_DIR / f"{name}.yaml") for name in ("facts", "talk", "pairs"))
     check_facts(facts)
+    check_wordings(pairs, facts["departments"])
     departments, conditions = facts["departments"], facts["conditions"]
     author = {"zh": args.author, "en": args.author} if args.author else DEFAULT_AUTHOR
 
     documents = build_documents(conditions, departments)
     train, validation = build_conversations(conditions, departments, talk, args.name, author)
     check_no_overlap(train, validation)
+    train_pairs, validation_pairs = build_pairs(conditions, departments, pairs)
+    check_pairs(train_pairs, validation_pairs, questions(train + validation))
 
     for path, lines in documents.items():
         write_lines(args.output_dir / path, lines)
-    for path, rows in (("finetune/train.jsonl", train), ("finetune/validation.jsonl", validation)):
+        print(f"{args.output_dir / path}: {len(lines)} documents")
+    for path, rows in (
+        ("finetune/train.jsonl", train),
+        ("finetune/validation.jsonl", validation),
+        ("reward/train.jsonl", train_pairs),
+        ("reward/validation.jsonl", validation_pairs),
+    ):
         write_lines(args.output_dir / path, [json.dumps(row, ensure_ascii=False) for row in rows])
-    report(args.output_dir, documents, train, validation)
+        counts = Counter(row["category"] for row in rows)
+        shares = ", ".join(f"{category} {count}" for category, count in sorted(counts.items()))
+        print(f"{args.output_dir / path}: {len(rows)} rows ({shares})")
 
 
 def parse_args() -> argparse.Namespace:
@@ -324,6 +350,20 @@ def check_facts(facts: dict[str, Any]) -> None:
                 problems.append(f"{where}: {key} needs two to four items, as many in zh as in en")
         for key in ("management", "emergency"):
             problems += [f"{where}: {key}.{x} is empty" for x in ("zh", "en") if not row[key].get(x)]
+    if problems:
+        fail(problems)
+
+
+def check_wordings(pairs: dict[str, Any], departments: dict[str, str]) -> None:
+    """Stop if pairs.yaml lacks wrong departments or wordings to choose from. Raises SystemExit."""
+    problems = []
+    for department in departments:
+        wrong = pairs["wrong_department"].get(department)
+        if not wrong or department in wrong or not set(wrong) <= set(departments):
+            problems.append(f"pairs.yaml: wrong_department of {department}: {wrong}, needed are other departments")
+    for language, count in PAIRS_PER_CONDITION.items():
+        if (given := len(pairs["questions"]["train"][language])) < count:
+            problems.append(f"pairs.yaml: {given} training questions in {language}, needed are {count}")
     if problems:
         fail(problems)
 
@@ -525,20 +565,136 @@ def check_no_overlap(train: list[Row], validation: list[Row]) -> None:
         fail(problems)
 
 
+def build_pairs(
+    conditions: list[Row], departments: dict[str, str], pairs: dict[str, Any]
+) -> tuple[list[Row], list[Row]]:
+    """The preference rows, training and validation: a prompt, a good answer and a bad one."""
+    rng = random.Random(SEED)
+    train, validation = [], []
+    for language, count in PAIRS_PER_CONDITION.items():
+        for index, row in enumerate(conditions):
+            plan = [(train, "train", FLAWS[(index * count + position) % len(FLAWS)]) for position in range(count)]
+            if language == "zh" or index % EN_HELD_OUT_PAIRS_EVERY == 0:
+                plan.append((validation, "held_out", FLAWS[len(validation) % len(FLAWS)]))
+            asked = {
+                split: rng.sample(pool[language], len(pool[language])) for split, pool in pairs["questions"].items()
+            }
+            for rows, split, flaw in plan:
+                question = asked[split].pop().format(**slots(row, departments, language))
+                good = good_answer(row, departments, language)
+                bad = bad_answer(row, departments, language, flaw, pairs, split, rng)
+                rows.append(preference([question], good, bad, flaw, required_words(row, departments, language)))
+    for entry in pairs["written"]:
+        turns = entry.get("turns") or [entry["question"]]
+        written = preference(turns, entry["chosen"], entry["rejected"], entry["category"], entry["required"])
+        (validation if entry.get("held_out") else train).append(written)
+    rng.shuffle(train)
+    rng.shuffle(validation)
+    return train, validation
+
+
+def preference(turns: list[str], chosen: str, rejected: str, category: str, required: list[list[str]]) -> Row:
+    """One preference row; `turns` are the user's and the assistant's, in turn, the user first and last."""
+    return {
+        "conversations": conversation(category, *turns)["conversations"],
+        "chosen": chosen,
+        "rejected": rejected,
+        "category": category,
+        "language": language_of(chosen),
+        "meta": {"required": required},
+    }
+
+
+def join_sentences(sentences: list[str], language: str) -> str:
+    """Sentences of one answer: with a space between them in English only."""
+    return ("" if language == "zh" else " ").join(sentences)
+
+
+def good_answer(row: Row, departments: dict[str, str], language: str) -> str:
+    """Where to go, and when to call for help."""
+    department = answers(row, departments, language)["department"]
+    return join_sentences([department, emergency_sentence(row, departments, language)], language)
+
+
+def emergency_sentence(row: Row, departments: dict[str, str], language: str) -> str:
+    """When to call for help."""
+    if language == "en":
+        return URGENT_EN if row.get("urgent") else EMERGENCY_EN
+    return answers(row, departments, language)["emergency"]
+
+
+def required_words(row: Row, departments: dict[str, str], language: str) -> list[list[str]]:
+    """Groups of strings; a good answer holds one string of each: the department, and the call for help.
+
+    An urgent condition's department sentence names the emergency department, so there only the ambulance counts.
+    """
+    ambulance, emergency_department = ("120", "急诊") if language == "zh" else ("ambulance", "emergency department")
+    department = row["department"] if language == "zh" else departments[row["department"]]
+    if language == "en" and row["department"] == "急诊科":
+        return [["is an emergency"], [ambulance]]
+    return [[department], [ambulance] if row.get("urgent") else [ambulance, emergency_department]]
+
+
+def bad_answer(
+    row: Row,
+    departments: dict[str, str],
+    language: str,
+    flaw: str,
+    pairs: dict[str, Any],
+    split: str,
+    rng: random.Random,
+) -> str:
+    """An answer with one flaw, often with true sentences beside it, so that its length does not give it away."""
+    if flaw == "other_language":
+        return good_answer(row, departments, "en" if language == "zh" else "zh")
+    if flaw == "wrong_department":
+        wrong = rng.choice(pairs["wrong_department"][row["department"]])
+        # Nothing but the emergency department is right for its patients, so that the urgent form would be half right.
+        urgent = row.get("urgent") and row["department"] != "急诊科"
+        return good_answer(row | {"department": wrong, "urgent": urgent}, departments, language)
+
+    known = answers(row, departments, language)
+    true_sentences = [known[key] for key in ("management", "symptoms", "examinations") if key in known]
+    true_sentences = [text for text in true_sentences if not SENDS_TO_EMERGENCY.search(text)]
+    if flaw == "missing_emergency":
+        # Booking an appointment is the wrong advice where every minute counts.
+        department = answers(row | {"urgent": False}, departments, language)["department"]
+        return join_sentences([department, *true_sentences[: rng.choice((0, 0, 1))]], language)
+    if flaw == "missing_department":
+        # Not the management, which may name the department.
+        before = rng.choice(([], [], [known["symptoms"]]))
+        return join_sentences([*before, emergency_sentence(row, departments, language)], language)
+    bad = rng.choice(pairs[flaw][split][language]).format(**slots(row, departments, language))
+    return join_sentences([*true_sentences[: rng.choice((0, 1, 2))], bad], language)
+
+
+def holds(answer: str, required: list[list[str]]) -> bool:
+    """Whether the answer holds at least one string of each group."""
+    return all(any(text in answer for text in group) for group in required)
+
+
+def check_pairs(train: list[Row], validation: list[Row], finetune_questions: list[str]) -> None:
+    """Stop if a prompt occurs twice, or if an answer is not what its category says. Raises SystemExit."""
+    prompts = [tuple(questions([row])) for row in train + validation]
+    problems = [
+        f"pair asked {count} times: {' / '.join(prompt)}" for prompt, count in Counter(prompts).items() if count > 1
+    ]
+    shared = sorted(set(questions(train + validation)) & set(finetune_questions))
+    problems += [f"pair also asked in the fine-tuning rows: {question}" for question in shared]
+    for row in train + validation:
+        required, prompt = row["meta"]["required"], questions([row])[-1]
+        if not holds(row["chosen"], required):
+            problems.append(f"pair {prompt!r}: the good answer lacks one of {required}")
+        if row["category"] in LACKS_WHAT_IS_REQUIRED and holds(row["rejected"], required):
+            problems.append(f"pair {prompt!r}: the bad answer has all of {required}")
+    if problems:
+        fail(problems)
+
+
 def write_lines(path: Path, lines: list[str]) -> None:
     """Write lines in UTF-8 with "\\n" on every system, so that the bytes are the same everywhere."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
-
-
-def report(output_dir: Path, documents: dict[str, list[str]], train: list[Row], validation: list[Row]) -> None:
-    """Print what was written."""
-    for path, lines in documents.items():
-        print(f"{output_dir / path}: {len(lines)} documents")
-    for path, rows in (("finetune/train.jsonl", train), ("finetune/validation.jsonl", validation)):
-        counts = Counter(row["category"] for row in rows)
-        shares = ", ".join(f"{category} {count}" for category, count in sorted(counts.items()))
-        print(f"{output_dir / path}: {len(rows)} rows ({shares})")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from itertools import chain
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -386,7 +386,100 @@ def to_prompt(value: Any, ignore: frozenset[str] = frozenset()) -> dict[str, Any
     return {"messages": messages, "tools": conversation["tools"], "reference": reference}
 
 
+def to_preference(value: Any, ignore: frozenset[str] = frozenset()) -> dict[str, Any]:
+    """Two answers to one prompt: `{"messages": [...], "tools": [...] | None, "chosen": {...}, "rejected": {...}}`.
+
+    `messages` is the prompt, which ends with the user or the result of a tool; `chosen` and `rejected` are one message
+    of the assistant each. The prompt comes in the formats of `to_prompt`, the answers as `chosen` and `rejected` (or
+    `response_chosen` and `response_rejected`): a text, a turn, or a list of one turn. Without a prompt the two are
+    whole conversations, lists of turns that differ in the last one only.
+
+    Raises:
+        RowError: as `to_messages`; or an answer that is missing, empty, several turns or not the assistant's, equal
+            answers (white space apart), a prompt that is missing or ends with the assistant.
+    """
+    _require_object(value)
+    # Some data sets hold the prompt twice: an ignored field makes way for the other.
+    prompt = {name: item for name, item in value.items() if name not in ignore}
+    columns = next((pair for pair in PREFERENCE_FIELDS if set(pair) & set(prompt)), PREFERENCE_FIELDS[0])
+    both = f"`{columns[0]}` and `{columns[1]}`"
+    for column in columns:
+        if column not in prompt:
+            raise RowError(f"no field `{column}`", f"Rows of preferences have {both}.", value)
+    answers = [_to_answer(prompt.pop(column), column) for column in columns]
+    if third := sorted(set(prompt) & ANSWER_FIELDS):
+        raise RowError(
+            f"`{third[0]}` is a third answer beside {both}",
+            f"Remove it, or pass --ignore_fields {','.join(third)}.",
+            prompt[third[0]],
+        )
+    if not set(prompt) & PROMPT_FIELDS:
+        prompt["messages"] = _common_beginning(value, columns, answers)
+        answers = [turns[-1:] for turns in answers]
+    conversation = _to_conversation(prompt, frozenset(), answer_needed=False)
+    if conversation["messages"] and conversation["messages"][-1]["role"] == "assistant":
+        raise RowError(
+            "the prompt ends with a turn of the assistant",
+            f"Remove that turn: the answers are {both}.",
+            conversation["messages"][-1],
+        )
+    _check_order(conversation["messages"], must_end_with="user")
+    for column, turns in zip(columns, answers, strict=True):
+        if len(turns) != 1:
+            raise RowError(
+                f"`{column}` has {len(turns)} turns beside a prompt, expected one",
+                "Keep the answer alone in it; or, if both are whole conversations, pass --ignore_fields "
+                f"{','.join(sorted(set(prompt) & PROMPT_FIELDS))}.",
+                value[column],
+            )
+        if turns[0]["role"] != "assistant":
+            raise RowError(
+                f"`{column}` is a turn of the {turns[0]['role']}, no answer",
+                f"Answers have one of the roles {', '.join(ASSISTANT_ROLES + CALL_ROLES)}.",
+                value[column],
+            )
+    (chosen,), (rejected,) = answers
+    if _canonical(chosen) == _canonical(rejected):
+        raise RowError(f"{both} are the same answer", "Remove the row: it prefers nothing.", value[columns[0]])
+    return {**conversation, "chosen": chosen, "rejected": rejected}
+
+
 PAIR_FIELDS = (("prompt", "response"), ("prompt", "completion"), ("query", "response"), ("question", "answer"))
+PREFERENCE_FIELDS = (("chosen", "rejected"), ("response_chosen", "response_rejected"))
+PROMPT_FIELDS = {"conversations", "messages", "instruction", *(question for question, _ in PAIR_FIELDS)}
+ANSWER_FIELDS = {"output", *(answer for _, answer in PAIR_FIELDS)}
+# Fields of any conversation, beside those that hold its turns.
+OPENING_FIELDS = {"tools", "system", "system_prompt", "history"}
+
+
+def _to_answer(value: Any, column: str) -> list[dict[str, Any]]:
+    """The turns of one answer; more than one only where it holds its prompt as well."""
+    if not isinstance(value, list | dict):
+        return [_text_message("assistant", value, column)]
+    turns = value if isinstance(value, list) else [value]
+    try:
+        return [_to_message(turn, number) for number, turn in enumerate(turns, start=1)]
+    except RowError as error:
+        raise RowError(f"`{column}`: {error.reason}", error.remedy, error.value) from error
+
+
+def _common_beginning(value: dict, columns: tuple[str, str], answers: list[list[dict]]) -> list[Any]:
+    """The prompt of two conversations that differ in their last turn, as it stands in the row."""
+    both = f"`{columns[0]}` and `{columns[1]}`"
+    if min(len(turns) for turns in answers) < 2:
+        raise RowError(
+            f"{both} without a prompt",
+            "Add the question as `prompt` (text or a list of turns), and keep only the answers in the two.",
+            value,
+        )
+    for number, (one, other) in enumerate(zip_longest(*(turns[:-1] for turns in answers)), start=1):
+        if one != other:
+            raise RowError(
+                f"{both} have another turn {number}, and it is not the last of both",
+                "Whole conversations must share all turns but the last, which is the answer.",
+                one or other,
+            )
+    return value[columns[0]][:-1]
 
 
 def _to_conversation(value: Any, ignore: frozenset[str], answer_needed: bool = True) -> dict[str, Any]:
@@ -410,11 +503,11 @@ def _to_conversation(value: Any, ignore: frozenset[str], answer_needed: bool = T
 
 
 def _from_turns(value: dict, column: str, ignore: frozenset[str]) -> dict[str, Any]:
-    _refuse_unknown(value, {column, "tools", "system", "system_prompt"}, ignore)
+    _refuse_unknown(value, {column, *OPENING_FIELDS}, ignore)
     turns = value[column]
     if not isinstance(turns, list) or not turns:
         raise RowError(f"`{column}` must be a list of turns and holds none", "Give it at least two turns.", turns)
-    messages = _system_message(value.get("system") or value.get("system_prompt"))
+    messages = _opening(value)
     messages += [_to_message(turn, number) for number, turn in enumerate(turns, start=1)]
     return {"messages": messages, "tools": _to_tools(value.get("tools"))}
 
@@ -504,17 +597,10 @@ def _parse_inner_json(value: Any, what: str) -> Any:
 
 
 def _from_alpaca(value: dict, ignore: frozenset[str], answer_needed: bool) -> dict[str, Any]:
-    _refuse_unknown(value, {"instruction", "input", "output", "history", "system", "tools"}, ignore)
+    _refuse_unknown(value, {"instruction", "input", "output", *OPENING_FIELDS}, ignore)
     if "output" not in value and answer_needed:
         raise RowError("`instruction` without `output`", "Give the row its answer as `output`.", value)
-    messages = _system_message(value.get("system"))
-    history = value.get("history") or []
-    if not isinstance(history, list):
-        raise RowError("`history` is no list", "Write [[question, answer], ...].", history)
-    for pair in history:
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise RowError("`history` holds something other than pairs", "Write [[question, answer], ...].", pair)
-        messages += [_text_message("user", pair[0], "history"), _text_message("assistant", pair[1], "history")]
+    messages = _opening(value)
     question = _text_message("user", value["instruction"], "instruction")
     if value.get("input") is not None and not isinstance(value["input"], str):
         raise RowError("`input` is no text", "Write it as one string.", value["input"])
@@ -527,9 +613,9 @@ def _from_alpaca(value: dict, ignore: frozenset[str], answer_needed: bool) -> di
 
 
 def _from_pair(value: dict, question: str, answer: str, ignore: frozenset[str]) -> dict[str, Any]:
-    _refuse_unknown(value, {question, answer, "system", "tools"}, ignore)
+    _refuse_unknown(value, {question, answer, *OPENING_FIELDS}, ignore)
     asked = value[question]
-    messages = _system_message(value.get("system"))
+    messages = _opening(value)
     if isinstance(asked, list):
         messages += [_to_message(turn, number) for number, turn in enumerate(asked, start=1)]
     else:
@@ -542,8 +628,20 @@ def _from_pair(value: dict, question: str, answer: str, ignore: frozenset[str]) 
     return {"messages": messages, "tools": _to_tools(value.get("tools"))}
 
 
-def _system_message(text: Any) -> list[dict[str, Any]]:
-    return [_text_message("system", text, "system")] if text else []
+def _opening(value: dict) -> list[dict[str, Any]]:
+    """The turns that stand before a row's own: `system` (or `system_prompt`), then `history`."""
+    columns = [column for column in ("system", "system_prompt") if value.get(column)]
+    if len(columns) == 2:
+        raise RowError("both `system` and `system_prompt`", "Keep one of them.", value["system_prompt"])
+    messages = [_text_message("system", value[column], column) for column in columns]
+    history = value.get("history") or []
+    if not isinstance(history, list):
+        raise RowError("`history` is no list", "Write [[question, answer], ...].", history)
+    for pair in history:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise RowError("`history` holds something other than pairs", "Write [[question, answer], ...].", pair)
+        messages += [_text_message("user", pair[0], "history"), _text_message("assistant", pair[1], "history")]
+    return messages
 
 
 def _text_message(role: str, text: Any, column: str) -> dict[str, Any]:
@@ -981,8 +1079,9 @@ def refuse_overlap(data: LoadedData, allowed: bool) -> None:
         (data.validation[index]["place"], data.train[np.flatnonzero(trained == held_out[index])[-1]]["place"])
         for index in shared[:5].tolist()
     ]
-    shown = "\n  ".join(f"{validation} is also {train}" for validation, train in places)
-    message = f"{len(shared)} of {len(data.validation)} held-out rows are also trained on:\n  {shown}"
+    what, relation = ("prompts", "has the prompt of") if "chosen" in data.validation[0] else ("rows", "is also")
+    shown = "\n  ".join(f"{validation} {relation} {train}" for validation, train in places)
+    message = f"{len(shared)} of {len(data.validation)} held-out {what} are also trained on:\n  {shown}"
     if allowed:
         logger.warning(f"{message}\n  Evaluation will look better than it is (--allow_overlap True)")
         return
@@ -995,8 +1094,15 @@ def _identities(rows: Sequence[dict[str, Any]]) -> np.ndarray:
 
 
 def identity(row: dict[str, Any]) -> bytes:
-    content = {key: _without_layout(value) for key, value in row.items() if key != "place"}
-    return hashlib.sha256(json.dumps(content, ensure_ascii=False, sort_keys=True).encode()).digest()[:16]
+    """What tells converted rows apart, 16 bytes: what they hold, white space apart; of preferences only the prompt."""
+    # A pair whose prompt is trained on is not held out, whatever its answers are.
+    content = {key: value for key, value in row.items() if key not in ("place", "chosen", "rejected")}
+    return hashlib.sha256(_canonical(content).encode()).digest()[:16]
+
+
+def _canonical(value: Any) -> str:
+    """JSON that is the same for values that differ in white space or in the order of fields only."""
+    return json.dumps(_without_layout(value), ensure_ascii=False, sort_keys=True)
 
 
 def _without_layout(value: Any) -> Any:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -41,6 +41,15 @@ class Sample:
 
     input_ids: list[int]
     labels: list[int]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Token ids of a prompt and of two answers to it, each with its turn end."""
+
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
 
 
 class EncodingError(ValueError):
@@ -102,6 +111,61 @@ def encode_chat(
             labels[before:] = ids[before:]
         samples.append(Sample(ids, labels))
     return samples
+
+
+def encode_preference(
+    tokenizer: PreTrainedTokenizerBase,
+    row: dict[str, Any],
+    *,
+    max_length: int | None = None,
+    max_source_length: int | None = None,
+    max_target_length: int | None = None,
+) -> list[Pair]:
+    """Encode a prompt and two answers to it; both answers follow the same ids, those that serving would send.
+
+    Args:
+        tokenizer: with a chat template that marks assistant text by `{% generation %}`.
+        row: `messages` and `tools` of the prompt, `chosen` and `rejected`, an assistant message each.
+        max_length: most tokens of the prompt with either answer; nothing is ever cut.
+        max_source_length: most tokens of the prompt.
+        max_target_length: most tokens of an answer, its turn end included.
+
+    Returns:
+        One pair.
+
+    Raises:
+        EncodingError: as `encode_chat`, or answers that differ in nothing the tokenizer keeps, or need other prompts.
+    """
+    answers, prompts = [], []
+    for name in ("chosen", "rejected"):
+        chat = {"messages": [*row["messages"], row[name]], "tools": row["tools"]}
+        try:
+            (sample,) = encode_chat(tokenizer, chat, mask_history=True)
+            # What a template writes after the turn end is no part of the pair.
+            ((start, end),) = _spans([label != IGNORED for label in sample.labels])
+            _refuse_too_long(end, max_length)
+        except EncodingError as error:
+            raise EncodingError(f"the {name} answer: {error.reason}", error.remedy, error.too_long) from error
+        prompts.append(sample.input_ids[:start])
+        answers.append(sample.input_ids[start:end])
+        for what, count, limit, flag in (
+            ("prompt", start, max_source_length, "--max_source_length"),
+            (f"{name} answer", end - start, max_target_length, "--max_target_length"),
+        ):
+            if limit is not None and count > limit:
+                raise EncodingError(
+                    f"the {what} has {count} tokens, more than {flag} {limit}",
+                    f"Raise {flag}, shorten the row, or leave it out with --skip_long_rows True",
+                    too_long=True,
+                )
+    if prompts[0] != prompts[1]:
+        raise EncodingError(
+            "the template writes another prompt before the chosen answer than before the rejected one",
+            "Give both answers a reasoning, or neither",
+        )
+    if answers[0] == answers[1]:
+        raise EncodingError("both answers become the same tokens", "Remove the row, or make the answers differ")
+    return [Pair(prompts[0], *answers)]
 
 
 def _stable_groups(turns: Sequence[int], prompts: dict[int, str], texts: dict[int, str]) -> list[list[int]]:
@@ -184,13 +248,17 @@ def _encode_rendered(
         tokenizer_kwargs={"return_offsets_mapping": True, "verbose": False},
     )
     ids, mask, offsets = encoded["input_ids"], encoded["assistant_masks"], encoded["offset_mapping"]
-    if max_length is not None and len(ids) > max_length:
+    _refuse_too_long(len(ids), max_length)
+    return list(ids), [(start, end, offsets[start][0]) for start, end in _spans(mask)]
+
+
+def _refuse_too_long(length: int, max_length: int | None) -> None:
+    if max_length is not None and length > max_length:
         raise EncodingError(
-            f"{len(ids)} tokens, longer than the {max_length} that fit",
+            f"{length} tokens, longer than the {max_length} that fit",
             "Raise --model_max_length, shorten the row, or leave it out with --skip_long_rows True",
             too_long=True,
         )
-    return list(ids), [(start, end, offsets[start][0]) for start, end in _spans(mask)]
 
 
 def _spans(mask: Sequence[int]) -> list[tuple[int, int]]:
@@ -210,7 +278,9 @@ def render_prompts(tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, 
     step = max(1, len(rows) // max(count, 1))
     prompts = []
     for row in rows[::step][:count]:
-        first = next(number for number, message in enumerate(row["messages"]) if message["role"] == "assistant")
+        turns = [number for number, message in enumerate(row["messages"]) if message["role"] == "assistant"]
+        # A row of preferences has its answers beside the prompt, which may end with several turns.
+        first = len(row["messages"]) if "chosen" in row or not turns else turns[0]
         prompts.append(
             tokenizer.apply_chat_template(
                 row["messages"][:first], tools=row["tools"], add_generation_prompt=True, return_dict=False
@@ -250,11 +320,12 @@ def encode_document(
 def encode_rows(
     data: LoadedData,
     side: str,
-    encode: Callable[[dict[str, Any]], list[Sample]],
+    encode: Callable[[dict[str, Any]], list[Sample | Pair]],
     num_proc: int | None = None,
     overwrite_cache: bool = False,
+    sample: type = Sample,
 ) -> Dataset:
-    """Encode all rows of one side to `input_ids` and `labels`; rows that fail join `data.problems`.
+    """Encode all rows of one side; rows that fail join `data.problems`.
 
     The result lies on disk and is kept for runs with the same rows, tokenizer, arguments and code (see cache.py). Of
     the processes that torchrun starts on a machine one encodes, the others wait.
@@ -266,9 +337,10 @@ def encode_rows(
             `functools.partial(function, tokenizer, name=value, ...)`.
         num_proc: processes; by default as many as there are cores, and thousands of rows.
         overwrite_cache: encode again, whatever was kept.
+        sample: what `encode` returns, `Sample` or `Pair`.
 
     Returns:
-        Columns `input_ids`, `labels` and `place`; a row may give several samples.
+        The fields of `sample` as columns, and `place`; a row may give several samples.
 
     Raises:
         UserError: less than one process, or no room on the disk.
@@ -289,21 +361,25 @@ def encode_rows(
             data.problems += [Problem(**json.loads(line)) for line in file]
         return Dataset.from_file(str(folder / "samples.arrow"))
 
-    return through_cache(key, partial(_write_encoded, rows, encode, workers, side), read, renew=overwrite_cache)
+    return through_cache(key, partial(_write_encoded, rows, encode, workers, side, sample), read, renew=overwrite_cache)
 
 
 ROWS_WORTH_A_PROCESS = 1000
 ROWS_AT_A_TIME = 200
 BYTES_AT_A_TIME = 16 * 1024 * 1024
-SAMPLES_SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32())), ("place", "string")])
 
 
-def _write_encoded(rows: Rows, encode: Callable, workers: int, side: str, folder: Path) -> None:
+def _schema(sample: type) -> pa.Schema:
+    return pa.schema([*((field.name, pa.list_(pa.int32())) for field in fields(sample)), ("place", "string")])
+
+
+def _write_encoded(rows: Rows, encode: Callable, workers: int, side: str, sample: type, folder: Path) -> None:
     """Write `samples.arrow` and `problems.jsonl`, in the order of the rows, whatever the number of processes."""
     starts = range(0, len(rows), ROWS_AT_A_TIME)
+    schema = _schema(sample)
     with (
         (folder / "problems.jsonl").open("w", encoding="utf-8") as problems,
-        pa.ipc.new_stream(str(folder / "samples.arrow"), SAMPLES_SCHEMA) as samples,
+        pa.ipc.new_stream(str(folder / "samples.arrow"), schema) as samples,
         datasets.utils.tqdm(total=len(rows), desc=f"tokenizing {side}") as bar,
         ExitStack() as stack,
     ):
@@ -311,17 +387,17 @@ def _write_encoded(rows: Rows, encode: Callable, workers: int, side: str, folder
         if datasets.are_progress_bars_disabled():
             stack.enter_context(signs_of_life(lambda: f"tokenizing {side}: {done:,} of {len(rows):,} rows"))
         if workers == 1:
-            parts = (_encode_part(rows, encode, start) for start in starts)
+            parts = (_encode_part(rows, encode, schema, start) for start in starts)
         else:
             # Forked processes have rows and tokenizer already, without a copy.
-            pool = ProcessPoolExecutor(workers, get_context("fork"), _start_worker, (rows, encode))
+            pool = ProcessPoolExecutor(workers, get_context("fork"), _start_worker, (rows, encode, schema))
             stack.callback(pool.shutdown, cancel_futures=True)
             stack.enter_context(_killed_workers_named())
             parts = pool.map(_encode_part_in_worker, starts)
         waiting: list[pa.RecordBatch] = []
         for batch, found in parts:
             problems.write("".join(json.dumps(asdict(problem), ensure_ascii=False) + "\n" for problem in found))
-            waiting.append(pa.ipc.read_record_batch(pa.py_buffer(batch), SAMPLES_SCHEMA))
+            waiting.append(pa.ipc.read_record_batch(pa.py_buffer(batch), schema))
             # Few large pieces: each one costs memory when the file is opened.
             if sum(part.nbytes for part in waiting) >= BYTES_AT_A_TIME:
                 samples.write(pa.concat_batches(waiting))
@@ -343,9 +419,9 @@ def _killed_workers_named() -> Iterator[None]:
         ) from error
 
 
-def _encode_part(rows: Rows, encode: Callable, start: int) -> tuple[bytes, list[Problem]]:
-    """The samples of the next rows as a serialized batch of `SAMPLES_SCHEMA`, and what could not be encoded."""
-    columns: dict[str, list] = {"input_ids": [], "labels": [], "place": []}
+def _encode_part(rows: Rows, encode: Callable, schema: pa.Schema, start: int) -> tuple[bytes, list[Problem]]:
+    """The samples of the next rows as a serialized batch of `schema`, and what could not be encoded."""
+    columns: dict[str, list] = {name: [] for name in schema.names}
     problems = []
     for row in rows[start : start + ROWS_AT_A_TIME]:
         try:
@@ -355,18 +431,18 @@ def _encode_part(rows: Rows, encode: Callable, start: int) -> tuple[bytes, list[
             problems.append(Problem(row["place"], error.reason, error.remedy + ".", kind=kind))
             continue
         for sample in samples:
-            columns["input_ids"].append(sample.input_ids)
-            columns["labels"].append(sample.labels)
+            for name, ids in vars(sample).items():
+                columns[name].append(ids)
             columns["place"].append(row["place"])
-    return pa.RecordBatch.from_pydict(columns, SAMPLES_SCHEMA).serialize().to_pybytes(), problems
+    return pa.RecordBatch.from_pydict(columns, schema).serialize().to_pybytes(), problems
 
 
-_work: tuple[Rows, Callable] | None = None
+_work: tuple[Rows, Callable, pa.Schema] | None = None
 
 
-def _start_worker(rows: Rows, encode: Callable) -> None:
+def _start_worker(rows: Rows, encode: Callable, schema: pa.Schema) -> None:
     global _work
-    _work = rows, encode
+    _work = rows, encode, schema
     # Ctrl-C goes to all; the first process ends the others. Threads of a tokenizer do not survive a fork.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

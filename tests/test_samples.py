@@ -17,6 +17,8 @@ RENDERED = (
     "pretrain/validation.txt",
     "finetune/train.jsonl",
     "finetune/validation.jsonl",
+    "reward/train.jsonl",
+    "reward/validation.jsonl",
 )
 
 
@@ -210,7 +212,7 @@ def test_problems_in_the_facts_are_named_all_at_once(facts, tmp_path):
     broken["conditions"][2]["department"] = "占星科"
     del broken["conditions"][3]["emergency"]
     (tmp_path / "facts.yaml").write_text(yaml.safe_dump(broken, allow_unicode=True), encoding="utf-8")
-    for name in ("build_samples.py", "talk.yaml"):
+    for name in ("build_samples.py", "talk.yaml", "pairs.yaml"):
         (tmp_path / name).write_bytes((DATA / name).read_bytes())
     done = subprocess.run(
         [sys.executable, str(tmp_path / "build_samples.py")], capture_output=True, encoding="utf-8", check=False
@@ -230,7 +232,8 @@ def test_the_data_folder_is_small():
 def test_the_readme_gives_the_true_sizes(readme, facts, train, validation):
     text = (DATA / readme).read_text(encoding="utf-8")
     documents = sum(len((DATA / path).read_text(encoding="utf-8").splitlines()) for path in RENDERED[:2])
-    for count in (len(train), len(validation), len(facts["conditions"]), len(facts["departments"]), documents):
+    pairs = [len(rows(DATA / path)) for path in RENDERED if path.startswith("reward/")]
+    for count in (len(train), len(validation), len(facts["conditions"]), len(facts["departments"]), documents, *pairs):
         assert f"{count:,} " in text
-    for name in ("facts.yaml", "talk.yaml", "build_samples.py", "train_zh.txt", "validation.jsonl"):
+    for name in ("facts.yaml", "talk.yaml", "pairs.yaml", "build_samples.py", "train_zh.txt", "validation.jsonl"):
         assert f"{name}`" in text and list(DATA.rglob(name))

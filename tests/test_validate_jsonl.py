@@ -17,6 +17,10 @@ GOOD = [
     {"instruction": "Q2", "output": "A2", "history": [["Q1", "A1"]]},
     {"conversations": [{"from": "human", "value": "问"}, {"from": "gpt", "value": "答"}]},
 ]
+PREFERENCES = [
+    {"prompt": "Q", "chosen": "A", "rejected": "B"},
+    {"conversations": [{"from": "human", "value": "问"}], "chosen": "答", "rejected": "错", "system": "S"},
+]
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +83,49 @@ def test_good_data_is_summed_up(base, tmp_path, capsys):
     ]
 
 
-@pytest.mark.parametrize("folder", ["pretrain", "finetune"])
+def test_preferences_are_summed_up(base, tmp_path, capsys):
+    path = write_jsonl(tmp_path / "a.jsonl", [*PREFERENCES, {"prompt": "Q2", "chosen": "A" * 50, "rejected": "B" * 90}])
+    for flags in ((), ("--format", "preference")):
+        run_here(SCRIPT, "--file_path", path, *flags)
+        assert capsys.readouterr().out.splitlines() == [
+            f"{path}: 3 rows, 3 usable, preference",
+            "  turns of the prompt: 2 rows of 1, 1 rows of 2",
+            "every row can be used",
+        ]
+
+
+def test_a_preference_is_as_long_as_its_longer_answer(base, tmp_path, capsys):
+    def longest(chosen: str, rejected: str) -> int:
+        path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "Q", "chosen": chosen, "rejected": rejected}])
+        run_here(SCRIPT, "--file_path", path, "--model_name_or_path", base, "--model_max_length", 500)
+        return int(re.search(r"  tokens: median \d+, longest (\d+), limit 500", capsys.readouterr().out)[1])
+
+    short, long = "A" * 50, "B" * 90
+    # A token for each letter.
+    assert longest(short, long) == longest(long, short) == longest(short, "C") + 40
+
+
+def test_problems_of_preferences_are_those_of_a_stage(base, tmp_path, capsys):
+    rows = [
+        *PREFERENCES,
+        {"prompt": "Q", "chosen": "A", "rejected": "A"},
+        {"prompt": "Q", "chosen": "A", "rejected": "B" * 3000},
+        {"prompt": "Q", "response": "A"},
+    ]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    flags = ("--model_name_or_path", base, "--model_max_length", 500)
+    with pytest.raises(DataError, match="^3 problem") as refused:
+        run_here(SCRIPT, "--file_path", path, *flags)
+    assert f"{path}: 5 rows, 2 usable, preference" in capsys.readouterr().out.splitlines()
+    lines = report(f"error: {refused.value}").splitlines()
+    for number, words in ((3, "are the same answer"), (4, "the rejected answer: "), (5, "no field `chosen`")):
+        assert sum(f"{path}:{number}: " in line and words in line for line in lines) == 1
+    with pytest.raises(DataError) as trained:
+        run_here("dpo_training.py", *flags, "--train_file_dir", path, "--output_dir", tmp_path / "never")
+    assert sorted(str(trained.value).splitlines()) == sorted(str(refused.value).splitlines())
+
+
+@pytest.mark.parametrize("folder", ["pretrain", "finetune", "reward"])
 def test_the_sample_data_is_good(folder, capsys):
     run_here(SCRIPT, "--file_path", ROOT / "data" / folder)
     assert capsys.readouterr().out.endswith("every row can be used\n")
@@ -111,6 +157,11 @@ def test_the_format_may_be_said(tmp_path):
     text = write_jsonl(tmp_path / "b.jsonl", [{"text": "t"}])
     with pytest.raises(DataError, match="no known chat format"):
         run_here(SCRIPT, "--file_path", text, "--format", "chat")
+    with pytest.raises(DataError, match="no field `chosen`"):
+        run_here(SCRIPT, "--file_path", chat, "--format", "preference")
+    preferences = write_jsonl(tmp_path / "c.jsonl", PREFERENCES)
+    with pytest.raises(DataError, match=r"c.jsonl:1: no known chat format.*\n.*c.jsonl:2: unknown field\(s\) chosen"):
+        run_here(SCRIPT, "--file_path", preferences, "--format", "chat")
 
 
 def test_fields_may_be_ignored(tmp_path):
