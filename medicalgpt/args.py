@@ -64,6 +64,68 @@ UNUSED_SFT_ARGUMENTS = {
     "remove_unused_columns": "The trainer is given nothing but what it uses.",
     "include_num_input_tokens_seen": "The count is num_tokens in metrics.jsonl.",
 }
+# Flags that the stages on preference pairs have no use for.
+UNUSED_PAIR_ARGUMENTS = {
+    **UNUSED_TRAINING_ARGUMENTS,
+    "max_length": "Say --model_max_length.",
+    "truncation_mode": "Nothing is cut: a row that is too long is refused, or left out with --skip_long_rows True.",
+    "dataset_num_proc": "Say --preprocessing_num_workers.",
+    "padding_free": "Pairs are padded; rows of like length share a batch.",
+    "chat_template_path": "Say --template_name.",
+    "eos_token": "The chat template sets it; say --template_name.",
+    "pad_token": "It follows from the tokenizer.",
+    "model_init_kwargs": "Say --dtype, --load_in_4bit, --model_revision and the like.",
+    "trust_remote_code": "Code of a checkpoint is never run; use a model that transformers itself knows.",
+    "remove_unused_columns": "The trainer is given nothing but what it uses.",
+    "include_num_input_tokens_seen": "The count is num_tokens in metrics.jsonl.",
+    "neftune_noise_alpha": "Noise on the embeddings is for supervised_finetuning.py.",
+    "streaming": "Pairs are tokenized before training; for corpora there is pretraining.py --streaming True.",
+    "shuffle_buffer": "It belongs to --streaming, which the stages on preference pairs do not have.",
+    "block_size": "That is for pretraining.py; here it is --model_max_length.",
+}
+
+
+@dataclass
+class PairArguments:
+    """What the stages on preference pairs share; a base of their arguments."""
+
+    template_name: str | None = field(
+        default=None, metadata={"help": "Chat template, by its name in template.py. Default: the tokenizer's own."}
+    )
+    tool_format: str | None = field(
+        default=None,
+        metadata={
+            "help": "How tools and their calls are written: default, qwen, llama3, glm4, mistral. Default: the "
+            "template's own."
+        },
+    )
+    system_prompt: str | None = field(
+        default=None,
+        metadata={"help": "System prompt of conversations that have none; saved with the template for serving."},
+    )
+    model_max_length: int = field(
+        default=1024,
+        metadata={
+            "help": "Most tokens of a prompt with either answer. A longer pair is refused, never cut. Unset: less if "
+            "the model has fewer positions.",
+            "aliases": ["--max_seq_length"],
+        },
+    )
+    max_source_length: int | None = field(
+        default=None, metadata={"help": "Most tokens of a prompt. Unset: what --model_max_length leaves."}
+    )
+    max_target_length: int | None = field(
+        default=None, metadata={"help": "Most tokens of an answer, its end included. Unset: likewise."}
+    )
+    # Both answers of a pair are padded to the longest of the batch, so that like lengths save even more than in SFT.
+    train_sampling_strategy: str = field(
+        default="group_by_length",
+        metadata={"help": "group_by_length, or random.", "choices": ["group_by_length", "random"]},
+    )
+    disable_dropout: bool = field(
+        default=True, metadata={"help": "No dropout anywhere, so that log-probabilities can be compared."}
+    )
+    learning_rate: float | None = field(default=None, metadata={"help": "Default: see the stage's guide."})
 
 
 @dataclass

@@ -32,8 +32,8 @@ CHUNK = 1024
 
 
 def score_targets(
-    head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor, measured: bool = True
+) -> dict[str, torch.Tensor]:
     """What the head says about each position, with memory for the scores of `CHUNK` positions at a time.
 
     A head that is trained keeps all scores for the backward pass; one that is frozen keeps their gradient with respect
@@ -43,25 +43,36 @@ def score_targets(
         head: from hidden states to scores.
         hidden: (positions, width).
         targets: (positions,) token ids.
+        measured: return more than the log-probabilities.
 
     Returns:
-        Three of shape (positions,), float32: log-probabilities of the targets; entropies in nats; 1 where the target
-        is the likeliest token, 0 elsewhere. Only the first has a gradient.
+        Of shape (positions,), named as in `FusedCausalLMOutput`: `log_probs` of the targets; if `measured`, also
+        `entropy` in nats, `is_top1`, whether the target is the likeliest token, and `mean_logits`, the mean score over
+        the vocabulary. Only the first has a gradient.
     """
     frozen = type(head) is torch.nn.Linear and type(head.weight) is torch.nn.Parameter and not head.weight.requires_grad
     # ZeRO-3 has the weight at hand only while the module itself runs.
     plain = not hasattr(head.weight, "ds_id") and head.weight.dtype == hidden.dtype == torch.float32
-    if frozen and plain and not torch.is_autocast_enabled("cpu"):
-        return _FrozenHead.apply(hidden, head.weight, head.bias, targets)
-    parts = []
-    for part, target in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
-        scores = head(part).float().log_softmax(dim=-1)
-        with torch.no_grad():
-            entropy = -(scores.exp() * scores).sum(dim=-1)
-            is_top1 = (scores.argmax(dim=-1) == target).float()
-        parts.append((scores.gather(1, target[:, None])[:, 0], entropy, is_top1))
-    log_probs, entropies, hits = (torch.cat(column) for column in zip(*parts, strict=True))
-    return log_probs, entropies, hits
+    if frozen and plain and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
+        columns = _FrozenHead.apply(hidden, head.weight, head.bias, targets, measured)
+    else:
+        parts = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
+        scored = [_score(head(part).float(), target, measured) for part, target in parts]
+        columns = [torch.cat(column) for column in zip(*scored, strict=True)]
+    return dict(zip(("log_probs", "entropy", "is_top1", "mean_logits"), columns, strict=False))
+
+
+def _score(scores: torch.Tensor, targets: torch.Tensor, measured: bool) -> tuple[torch.Tensor, ...]:
+    """The columns of `score_targets`; scores: (positions, vocabulary)."""
+    raw = scores.detach()
+    measures = (raw.argmax(dim=-1) == targets, raw.mean(dim=-1)) if measured else ()
+    del raw
+    scores = scores.log_softmax(dim=-1)
+    log_probs = scores.gather(1, targets[:, None])[:, 0]
+    if not measured:
+        return (log_probs,)
+    with torch.no_grad():
+        return log_probs, -scores.exp().mul_(scores).sum(dim=-1), *measures
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -69,31 +80,44 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        log_probs, entropies, hits = (hidden.new_empty(len(hidden)) for _ in range(3))
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        measured: bool,
+    ) -> tuple[torch.Tensor, ...]:
+        log_probs, entropies, means = (hidden.new_empty(len(hidden)) for _ in range(3))
+        hits = hidden.new_empty(len(hidden), dtype=torch.bool)
         gradient = torch.empty_like(hidden)
         for start in range(0, len(hidden), CHUNK):
             part = slice(start, start + CHUNK)
             target = targets[part]
             scores = torch.nn.functional.linear(hidden[part], weight, bias)
-            hits[part] = (scores.argmax(dim=-1) == target).float()
+            if measured:
+                hits[part] = scores.argmax(dim=-1) == target
+                means[part] = scores.mean(dim=-1)
             scores = scores.log_softmax(dim=-1)
             log_probs[part] = scores.gather(1, target[:, None])[:, 0]
-            probabilities = scores.exp()
-            entropies[part] = -scores.mul_(probabilities).sum(dim=-1)
+            if measured:
+                probabilities = scores.exp()
+                entropies[part] = -scores.mul_(probabilities).sum(dim=-1)
+            else:
+                probabilities = scores.exp_()
             gradient[part] = weight[target] - probabilities @ weight
         ctx.save_for_backward(gradient)
-        ctx.mark_non_differentiable(entropies, hits)
-        return log_probs, entropies, hits
+        if not measured:
+            return (log_probs,)
+        ctx.mark_non_differentiable(entropies, hits, means)
+        return log_probs, entropies, hits, means
 
     @staticmethod
-    def backward(ctx: Any, upstream: torch.Tensor, *_: Any) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, upstream: torch.Tensor, *_: Any) -> tuple[torch.Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * upstream[:, None], None, None, None
+        return gradient * upstream[:, None], None, None, None, None
 
 
-def add_cpu_head(model: PreTrainedModel) -> None:
+def add_cpu_head(model: PreTrainedModel, measured: bool = True) -> None:
     """Send only supervised positions through the LM head, on a CPU too.
 
     TRL's fused head does so on GPUs; on a CPU it scores every position and computes the logits once more in the
@@ -102,6 +126,8 @@ def add_cpu_head(model: PreTrainedModel) -> None:
 
     Args:
         model: the causal model itself, without wrappers, with TRL's `fused_lm_head` forward.
+        measured: give more than the log-probabilities (see `score_targets`). A pass without gradients in training,
+            which is that of a reference, never does.
     """
     if isinstance(head := model.get_output_embeddings(), TrainableTokensWrapper):
         # TRL multiplies by the weight, in which peft's wrapper shows the new rows, and asks for a bias, which it hides.
@@ -124,17 +150,12 @@ def add_cpu_head(model: PreTrainedModel) -> None:
         kwargs["use_cache"] = False
         hidden = self.base_model(*args, **kwargs).last_hidden_state[:, :-1]
         mask = labels != IGNORED
-        log_probs, entropy, is_top1 = score_targets(self.get_output_embeddings(), hidden[mask], labels[mask])
-
-        def spread(values: torch.Tensor) -> torch.Tensor:
-            return values.new_zeros(mask.shape).masked_scatter(mask, values)
-
+        wanted = measured and (torch.is_grad_enabled() or not self.training)
+        columns = score_targets(self.get_output_embeddings(), hidden[mask], labels[mask], wanted)
         return FusedCausalLMOutput(
-            loss=-log_probs.sum() / mask.sum().clamp(min=1),
-            log_probs=spread(log_probs),
-            entropy=spread(entropy),
-            is_top1=spread(is_top1),
+            loss=-columns["log_probs"].sum() / mask.sum().clamp(min=1),
             label_mask=mask,
+            **{name: values.new_zeros(mask.shape).masked_scatter(mask, values) for name, values in columns.items()},
         )
 
     model.forward = types.MethodType(forward, model)

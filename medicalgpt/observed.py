@@ -18,11 +18,12 @@ from typing import Any, NamedTuple
 from medicalgpt.args import bf16_gpu
 from medicalgpt.attention import SHIFTED, choose_flash, flash_facts
 from medicalgpt.encoding import IGNORED
-from medicalgpt.models import ADAPTER_CONFIG, resolve_checkpoint
+from medicalgpt.models import ADAPTER_CONFIG, HEADS, resolve_checkpoint
 from medicalgpt.trainers import sequence_lengths
 
 import torch
 from accelerate.utils import gather_object
+from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
@@ -322,7 +323,8 @@ def adapter(scene: Scene) -> Line:
     scale = shape["lora_alpha"] / (math.sqrt(shape["r"]) if shape["use_rslora"] else shape["r"])
     # peft has no dropout in adapters of experts.
     experts = any(isinstance(layer, ParamWrapper) for layer in _lora_layers(scene).values())
-    wanted = _shape_text(shape["r"], scale, 0.0 if experts else shape["lora_dropout"], shape["use_dora"])
+    without = experts or scene.asked.get("disable_dropout", False)
+    wanted = _shape_text(shape["r"], scale, 0.0 if without else shape["lora_dropout"], shape["use_dora"])
     if shape.get("rank_pattern") or shape.get("alpha_pattern"):
         return scene.unseen("adapter", wanted, "its layers have ranks of their own")
     return Line("adapter", wanted, seen, set(found) == {wanted}, "Start from the base, or keep the adapter's shape.")
@@ -347,7 +349,9 @@ def adapted_modules(scene: Scene) -> Line:
     if not scene.peft:
         return Line("adapter on", OFF, OFF, True)
     shape = _shape_asked(scene)
-    targets, saved = shape["target_modules"], shape["modules_to_save"] or []
+    # peft trains the head of a reward model in full, and writes down all names that such a head may have.
+    heads = {name for name in HEADS if hasattr(scene.base, name)}
+    targets, saved = shape["target_modules"], set(shape["modules_to_save"] or ()) - set(HEADS) | heads
     found = set(_lora_layers(scene))
     copied = [name for name, m in scene.base.named_modules() if isinstance(m, ModulesToSaveWrapper)]
     if isinstance(targets, str) and targets != "all-linear":
@@ -421,10 +425,14 @@ def _numbers(layers: set[int]) -> str:
 def trainable(scene: Scene) -> Line:
     """Every number that the flags say is trained has a gradient, and no other."""
     model, adapters = scene.model, ("lora_", "modules_to_save", "trainable_tokens_delta")
+    # Another adapter than the active one is a frozen reference.
+    others = set(model.peft_config).difference(model.active_adapters) if isinstance(model, PeftModel) else set()
     declared = {
         name
         for name, _ in model.named_parameters()
-        if not _frozen(scene, name) and (not scene.peft or any(part.startswith(adapters) for part in name.split(".")))
+        if not _frozen(scene, name)
+        and others.isdisjoint(name.split("."))
+        and (not scene.peft or any(part.startswith(adapters) for part in name.split(".")))
     }
     sizes = {name: _size(parameter) for name, parameter in model.named_parameters()}
     moving = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -592,10 +600,12 @@ def effective_batch(scene: Scene) -> Line:
     """Rows of the first step on all processes. Where the data ends in it, there may be fewer."""
     asked, accelerator = scene.asked, scene.trainer.accelerator
     size = (asked["per_device_train_batch_size"], asked["gradient_accumulation_steps"], asked["processes"])
+    # A row of preferences is two sequences.
+    sequences = getattr(scene.trainer, "sequences_per_row", 1)
     wanted = _batch_text(math.prod(size), *size)
     if asked.get("packing") and "flash" in scene.base.config._attn_implementation:
         return scene.unseen("effective batch", wanted, "rows are joined to one for FlashAttention")
-    here = [len(_ids(batch)) for batch in scene.batches]
+    here = [len(_ids(batch)) / sequences for batch in scene.batches]
     total = sum(gather_object([sum(here)]))
     seen = _batch_text(total, here[0], len(here), accelerator.num_processes)
     state = accelerator.gradient_state
@@ -613,8 +623,8 @@ def effective_batch(scene: Scene) -> Line:
     )
 
 
-def _batch_text(total: int, rows: int, times: int, processes: int) -> str:
-    return f"{total} = {rows} a device x {times} accumulated x {processes} process(es)"
+def _batch_text(total: float, rows: float, times: int, processes: int) -> str:
+    return f"{total:g} = {rows:g} a device x {times} accumulated x {processes} process(es)"
 
 
 def _ids(batch: dict[str, torch.Tensor]) -> torch.Tensor:

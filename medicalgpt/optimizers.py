@@ -8,7 +8,7 @@ from medicalgpt.errors import UserError
 
 import torch
 from loguru import logger
-from trl import SFTConfig
+from transformers import TrainingArguments
 
 # Packages that optimizers of transformers come from: (beginning of the name, module, name for pip).
 OPTIMIZER_PACKAGES = (
@@ -28,7 +28,7 @@ OPTIMIZER_PACKAGES = (
 )
 
 
-def check_optimizer(args: SFTConfig, use_peft: bool) -> None:
+def check_optimizer(args: TrainingArguments, use_peft: bool) -> None:
     """Refuse at the start what would fail, or have no effect, when the optimizer is built.
 
     GaLore (https://arxiv.org/abs/2403.03507) and APOLLO (https://arxiv.org/abs/2412.05270) keep their states for
@@ -93,7 +93,7 @@ def speed_up_b(optimizer: torch.optim.Optimizer, model: torch.nn.Module, ratio: 
     optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
 
 
-def require_effect(args: SFTConfig, optimizer: torch.optim.Optimizer) -> None:
+def require_effect(args: TrainingArguments, optimizer: torch.optim.Optimizer) -> None:
     """Compare the flags of the optimizer that the user gave with what the optimizer holds.
 
     transformers hands each optimizer only some of them, and leaves the others out without a word.

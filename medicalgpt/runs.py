@@ -69,6 +69,9 @@ RUN_TRACES = (
     "all_results.json",
 )
 SIGN_OF_LIFE_SECONDS = 30
+# What a line of progress says of a log event, beside speed and memory.
+SHOWN_METRICS = ("loss", "accuracy", "rewards/accuracies", "learning_rate")
+SHOWN_METRICS += ("eval_loss", "eval_accuracy", "eval_rewards/accuracies")
 
 
 class Run:
@@ -176,9 +179,12 @@ class Run:
 
     def preview(self, tokenizer: PreTrainedTokenizerBase, dataset: Dataset) -> None:
         """Print the first training row, trained tokens marked: a wrong mask is seen before it costs anything."""
-        if is_main_process() and len(dataset):
-            row = dataset[0]
-            print(render_supervision(tokenizer, row["input_ids"], row["labels"], sys.stderr.isatty()), file=sys.stderr)
+        if not is_main_process() or not len(dataset):
+            return
+        row = dataset[0]
+        sequences = [(row["input_ids"], row["labels"])] if "input_ids" in row else _sequences_of_pair(row)
+        for ids, labels in sequences:
+            print(render_supervision(tokenizer, ids, labels, sys.stderr.isatty()), file=sys.stderr)
 
     def announce(self, model: torch.nn.Module, train: Dataset, evaluation: Dataset | None) -> None:
         """Print what will happen before it happens: tokens, parameters, batches, steps."""
@@ -251,6 +257,7 @@ class Run:
         *,
         stop_ids: Sequence[int],
         sample_prompts: Sequence[list[int]] = (),
+        sampler: Any = None,
         note: str = "",
     ) -> dict[str, float]:
         """Train, evaluate, and leave everything that the next step needs in `output_dir`. Call it on every process.
@@ -260,6 +267,7 @@ class Run:
             tokenizer: saved with its chat template.
             stop_ids: token ids that end an answer, for generation_config.json.
             sample_prompts: token ids of prompts that are answered before and after.
+            sampler: in place of answers to `sample_prompts`: an object with `shown` and `answers()`, as `Sampler` has.
             note: a sentence for the model card.
 
         Returns:
@@ -269,7 +277,8 @@ class Run:
         # A model from a hub is on this machine only now.
         self.record["base"]["fingerprint"] = models.fingerprint(self.record["base"]["name"])
         self._write_record()
-        sampler = Sampler(trainer, tokenizer, list(stop_ids), list(sample_prompts)[: self.options.sample_prompts])
+        if sampler is None:
+            sampler = Sampler(trainer, tokenizer, list(stop_ids), list(sample_prompts)[: self.options.sample_prompts])
         before = sampler.answers()
         metrics: dict[str, float] = {}
         if self.training.do_train:
@@ -280,13 +289,11 @@ class Run:
         unwanted = "do_eval" in getattr(self.training, "given", ()) and not self.training.do_eval
         if trainer.eval_dataset is not None and not unwanted:
             metrics |= trainer.evaluate()
-            metrics["eval_perplexity"] = math.exp(min(metrics["eval_loss"], 700.0))
         if self.training.do_train:
             trainer.save_state()
             trainer.save_model()
         if is_main_process():
-            prompts = [tokenizer.decode(ids) for ids in sampler.prompts]
-            self._finish(trainer, tokenizer, stop_ids, prompts, before, sampler.answers(), metrics, note)
+            self._finish(trainer, tokenizer, stop_ids, sampler.shown, before, sampler.answers(), metrics, note)
         trainer.accelerator.wait_for_everyone()
         # Left to the end of the interpreter, threads of the process group may still run then and abort the program.
         trainer.accelerator.end_training()
@@ -308,30 +315,31 @@ class Run:
         trainer: Trainer,
         tokenizer: PreTrainedTokenizerBase,
         stop_ids: Sequence[int],
-        prompts: list[str],
+        shown: list[dict[str, str]],
         before: list[str],
         after: list[str],
         metrics: dict[str, float],
         note: str,
     ) -> None:
-        generation = trainer.accelerator.unwrap_model(trainer.model).generation_config
-        generation.eos_token_id = list(stop_ids)
-        generation.pad_token_id = tokenizer.pad_token_id
+        # A model that scores, and does not write, has none.
+        generation = getattr(trainer.accelerator.unwrap_model(trainer.model), "generation_config", None)
+        if generation is not None:
+            generation.eos_token_id = list(stop_ids)
+            generation.pad_token_id = tokenizer.pad_token_id
         if self.training.do_train:
-            generation.save_pretrained(self.output_dir)
+            if generation is not None:
+                generation.save_pretrained(self.output_dir)
             tokenizer.save_pretrained(self.output_dir)
             plot_loss(self.output_dir)
         rows = [
-            {"prompt": prompt, "before": old, "after": new}
-            for prompt, old, new in zip(prompts, before, after, strict=True)
+            {**sample, "before": old, "after": new} for sample, old, new in zip(shown, before, after, strict=True)
         ]
         if rows:
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             (self.output_dir / "samples.jsonl").write_text(text, encoding="utf-8")
         for row in rows:
-            logger.info(f"prompt  {_one_line(row['prompt'])}")
-            logger.info(f"before  {_one_line(row['before'])}")
-            logger.info(f"after   {_one_line(row['after'])}")
+            for name, text in row.items():
+                logger.info(f"{name:<8}  {_one_line(text)}")
         self.record |= {
             "status": "finished",
             "finished": _now(),
@@ -343,8 +351,8 @@ class Run:
         self._write_record()
         if self.training.do_train:
             (self.output_dir / "README.md").write_text(model_card(self.record, self.output_dir, note), encoding="utf-8")
-        shown = {"train_loss", "eval_loss", "eval_perplexity", "eval_mean_token_accuracy"} & set(metrics)
-        logger.info("  ".join(f"{name} {metrics[name]:.4g}" for name in sorted(shown)))
+        shown = [name for name in sorted(metrics) if name == "train_loss" or _is_result(name)]
+        logger.info("  ".join(f"{name} {metrics[name]:.4g}" for name in shown))
         for command in next_commands(self.output_dir) if self.training.do_train else ():
             logger.info(f"next: {command}")
 
@@ -358,12 +366,25 @@ class Run:
 def next_commands(output_dir: Path) -> list[str]:
     """Commands that run as printed on what the run left."""
     folder = shlex.quote(str(output_dir))
-    if (output_dir / models.ADAPTER_CONFIG).is_file():
-        return [
-            f"python merge_peft_adapter.py --lora_model {folder} --output_dir {shlex.quote(f'{output_dir}-merged')}",
-            f"python inference.py --model_name_or_path {folder} --interactive",
-        ]
-    return [f"python inference.py --model_name_or_path {folder} --interactive"]
+    is_adapter = (output_dir / models.ADAPTER_CONFIG).is_file()
+    if _is_reward_model(output_dir):
+        scores = shlex.quote(f"{output_dir}-scores.jsonl")
+        use = f"python reward_modeling.py --model_name_or_path {folder} --score_file data/reward/validation.jsonl"
+        use += f" --output_file {scores}"
+    else:
+        use = f"python inference.py --model_name_or_path {folder} --interactive"
+    merged = shlex.quote(f"{output_dir}-merged")
+    merge = [f"python merge_peft_adapter.py --lora_model {folder} --output_dir {merged}"] if is_adapter else []
+    return [*merge, use]
+
+
+def _is_reward_model(folder: Path) -> bool:
+    for name in (models.ADAPTER_CONFIG, "config.json"):
+        if (folder / name).is_file():
+            config = json.loads((folder / name).read_text(encoding="utf-8"))
+            kinds = [config.get("task_type"), *(config.get("architectures") or ())]
+            return any(str(kind).endswith(("SEQ_CLS", "ForSequenceClassification")) for kind in kinds)
+    return False
 
 
 def model_card(record: dict[str, Any], output_dir: Path, note: str) -> str:
@@ -579,7 +600,7 @@ class PlainProgress(TrainerCallback):
         elapsed = self.last_line - getattr(self, "began", self.last_line)
         done = state.global_step - getattr(self, "first_step", 0)
         parts = [f"step {state.global_step}/{state.max_steps} ({state.global_step / max(state.max_steps, 1):.0%})"]
-        parts += [f"{name} {logs[name]:.4g}" for name in ("loss", "eval_loss", "learning_rate") if name in logs]
+        parts += [f"{name} {logs[name]:.4g}" for name in SHOWN_METRICS if name in logs]
         if "num_tokens" in logs and elapsed > 0:
             tokens = logs["num_tokens"] - getattr(self, "first_tokens", 0)
             parts.append(f"{tokens / elapsed:,.0f} tokens/s")
@@ -610,6 +631,7 @@ class Sampler:
             logger.info("no sample answers: the weights are spread over the processes")
         self.trainer, self.tokenizer, self.stop_ids = trainer, tokenizer, stop_ids
         self.prompts = [] if sharded else prompts
+        self.shown = [{"prompt": tokenizer.decode(ids)} for ids in self.prompts]
 
     @torch.no_grad()
     def answers(self, max_new_tokens: int = 64) -> list[str]:
@@ -666,10 +688,26 @@ def _resolved(*groups: Any) -> dict[str, Any]:
     return merged
 
 
+def _sequences_of_pair(row: dict[str, Any]) -> list[tuple[list[int], list[int]]]:
+    """Ids and labels of the chosen and the rejected answer, each after its prompt."""
+    prompt = row["prompt_ids"]
+    answers = (row["chosen_ids"], row["rejected_ids"])
+    return [(prompt + answer, [IGNORED] * len(prompt) + answer) for answer in answers]
+
+
 def _sizes(train: Dataset) -> tuple[int, int, int]:
-    """Sequences, tokens and supervised tokens."""
+    """Rows, tokens and supervised tokens."""
+    if "chosen_ids" in train.column_names:
+        prompts, *answers = (sum(map(len, train[f"{name}_ids"])) for name in ("prompt", "chosen", "rejected"))
+        return len(train), 2 * prompts + sum(answers), sum(answers)
     tokens = sum(map(len, train["input_ids"]))
     return len(train), tokens, sum(label != IGNORED for labels in train["labels"] for label in labels)
+
+
+def _is_result(name: str) -> bool:
+    """Whether a metric says how good the model is, and not how long it took."""
+    counts = ("runtime", "per_second", "tokens", "epoch")
+    return name.startswith("eval_") and not name.endswith(counts)
 
 
 def _library_versions() -> dict[str, str]:

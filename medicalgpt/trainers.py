@@ -1,9 +1,11 @@
-"""The trainer that pretraining and supervised fine-tuning share: TRL's, with an evaluation that counts tokens."""
+"""What the trainers of the stages share, and the trainer of pretraining and supervised fine-tuning."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from medicalgpt.args import LoraArguments
 from medicalgpt.cpu import add_cpu_head, lighten_dropout, return_freed_memory
 from medicalgpt.encoding import IGNORED
 from medicalgpt.errors import UserError
@@ -14,16 +16,17 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import EvalPrediction
+from transformers import EvalPrediction, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
 
-def training_defaults(args: SFTConfig, *, adapter_rate: float, full_rate: float, use_peft: bool) -> None:
+def training_defaults(args: TrainingArguments, *, adapter_rate: float, full_rate: float, use_peft: bool) -> None:
     """Fill in what depends on the machine or on other flags, in place.
 
     Args:
-        args: parsed arguments; `learning_rate` of None takes one of the two rates.
+        args: parsed arguments, of `StageDefaults` and of transformers or TRL; `learning_rate` of None takes one of the
+            two rates.
         adapter_rate: learning rate for adapters.
         full_rate: learning rate for all weights.
     """
@@ -35,6 +38,22 @@ def training_defaults(args: SFTConfig, *, adapter_rate: float, full_rate: float,
     # Rows are encoded and measured already; the trainer neither cuts nor drops any.
     args.max_length = None
     args.dataset_kwargs = {"skip_prepare_dataset": True}
+
+
+def settle_dropout(args: TrainingArguments, lora: LoraArguments) -> None:
+    """With `--disable_dropout`, the default of stages that compare log-probabilities, adapters have none either.
+
+    Raises:
+        UserError: a dropout was asked for that would have no effect.
+    """
+    if not args.disable_dropout:
+        return
+    if "lora_dropout" in getattr(lora, "given", ()) and lora.lora_dropout:
+        raise UserError(
+            f"--lora_dropout {lora.lora_dropout} has no effect here, where dropout is switched off so that two passes "
+            "over an answer give the same log-probability. Leave it out, or add --disable_dropout False."
+        )
+    lora.lora_dropout = 0.0
 
 
 # Several processes on CPUs have the devices cpu:0, cpu:1, …, to which torch.load cannot load an optimizer's state.
@@ -107,35 +126,32 @@ class EpochSampler(LengthGroupedSampler):
         return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
 
 
-class TokenTrainer(SFTTrainer):
-    """`trl.SFTTrainer` on encoded rows, with six differences.
+class StageTrainer(Trainer):
+    """What every stage's trainer does otherwise than transformers and TRL. Put it before the trainer among the bases.
 
-    - The evaluation loss is the sum over all supervised tokens divided by their number, so it does not depend on the
-      batch size, as a mean of batch means does.
-    - `num_tokens` counts the tokens of packed batches too, and goes on where a resumed run had stopped.
-    - NEFTune's noise is scaled by each sequence's own length (see `embedding_noise`).
     - The order of rows grouped by length depends on seed and epoch only (see `EpochSampler`).
-    - On a CPU only supervised positions go through the LM head, and dropout keeps less (see `cpu.py`).
+    - `num_tokens` goes on where a resumed run had stopped.
     - `loraplus_lr_ratio` gives the B matrices a learning rate of their own (see `optimizers.py`).
+    - On a CPU dropout keeps less for the backward pass (see `cpu.py`).
     """
 
     def __init__(self, *, loraplus_lr_ratio: float | None = None, **kwargs: Any):
-        if isinstance(kwargs["model"].get_output_embeddings(), BaseTunerLayer):
+        head = kwargs["model"].get_output_embeddings()
+        if isinstance(head, BaseTunerLayer):
             raise UserError(
                 "an adapter on the head would not be trained: the loss multiplies by the head's own weight. Leave the "
                 "head out of --target_modules; --modules_to_save lm_head trains it in full."
             )
-        if kwargs["args"].packing:
-            require_separate_packs(kwargs["model"], kwargs["data_collator"])
-        # Blocks come packed (see batching.py); TRL's own packing would not let a collator in.
-        kwargs["args"].packing = False
-        super().__init__(compute_metrics=token_means, **kwargs)
-        self.neftune_noise_alpha = None
-        add_cpu_head(self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model)
+        super().__init__(**kwargs)
         if self.args.device.type == "cpu":
             lighten_dropout(self.model)
             return_freed_memory()
         self.loraplus_lr_ratio = loraplus_lr_ratio
+
+    @staticmethod
+    def row_lengths(dataset: Dataset) -> list[int]:
+        """Tokens of each row, by which rows are grouped."""
+        return [len(ids) for ids in dataset["input_ids"]]
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer that `--optim` names.
@@ -159,22 +175,51 @@ class TokenTrainer(SFTTrainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return EpochSampler(batch, [len(ids) for ids in dataset["input_ids"]], seed)
+        return EpochSampler(batch, self.row_lengths(dataset), seed)
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> torch.utils.data.Sampler | None:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_eval_sampler(eval_dataset)
+        return EpochSampler(self.args.eval_batch_size, self.row_lengths(eval_dataset), seed=0)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        if self.model.training:
-            # The trainer's state is part of a checkpoint, TRL's own count is not.
-            self._total_train_tokens = self.state.num_input_tokens_seen
-        before = self._total_train_tokens
+        if not self.model.training:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        # The trainer's state is part of a checkpoint, TRL's own count is not.
+        self._total_train_tokens = self.state.num_input_tokens_seen
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        self.state.num_input_tokens_seen = self._total_train_tokens
+        return loss
+
+
+class TokenTrainer(StageTrainer, SFTTrainer):
+    """`trl.SFTTrainer` on encoded rows, with the differences of `StageTrainer` and four more.
+
+    - The evaluation loss is the sum over all supervised tokens divided by their number, so it does not depend on the
+      batch size, as a mean of batch means does.
+    - `num_tokens` counts the tokens of packed batches too.
+    - NEFTune's noise is scaled by each sequence's own length (see `embedding_noise`).
+    - On a CPU only supervised positions go through the LM head (see `cpu.py`).
+    """
+
+    def __init__(self, **kwargs: Any):
+        if kwargs["args"].packing:
+            require_separate_packs(kwargs["model"], kwargs["data_collator"])
+        # Blocks come packed (see batching.py); TRL's own packing would not let a collator in.
+        kwargs["args"].packing = False
+        super().__init__(compute_metrics=token_means, **kwargs)
+        self.neftune_noise_alpha = None
+        add_cpu_head(self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model)
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        before = self.state.num_input_tokens_seen
         alpha = self.args.neftune_noise_alpha if self.model.training else None
         with embedding_noise(self.model, inputs, alpha):
             loss = super().compute_loss(model, inputs, *args, **kwargs)
         if self.model.training and "attention_mask" not in inputs:
             real = ((inputs["input_ids"] != self.processing_class.pad_token_id) | (inputs["labels"] != IGNORED)).sum()
-            self._total_train_tokens = before + self.accelerator.gather_for_metrics(real).sum().item()
-            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
-        if self.model.training:
-            self.state.num_input_tokens_seen = self._total_train_tokens
+            self.state.num_input_tokens_seen = before + self.accelerator.gather_for_metrics(real).sum().item()
+            self._metrics["train"]["num_tokens"] = [self.state.num_input_tokens_seen]
         return loss
 
     def prediction_step(
@@ -199,9 +244,51 @@ def token_means(prediction: EvalPrediction) -> dict[str, float]:
     """Means over supervised tokens from the per-row sums (rows, 3) of `TokenTrainer.prediction_step`."""
     loss, tokens, right = prediction.predictions.sum(axis=0)
     if tokens == 0:
-        return {"loss": float("nan"), "mean_token_accuracy": float("nan")}
+        return {"loss": float("nan"), "perplexity": float("nan"), "mean_token_accuracy": float("nan")}
     return {
         "loss": float(loss / tokens),
+        "perplexity": math.exp(min(loss / tokens, 700.0)),
         "mean_token_accuracy": float(right / tokens),
         "supervised_tokens": int(tokens),
     }
+
+
+class PairTrainer(StageTrainer):
+    """What the trainers of preference pairs share, beside `StageTrainer`. Put it before the trainer among the bases.
+
+    A batch holds the chosen answers first and the rejected ones after them. The evaluation averages over pairs, so it
+    does not depend on the batch size; what it averages, `pair_values` says.
+    """
+
+    sequences_per_row = 2
+
+    def __init__(self, **kwargs: Any):
+        # The collator takes the columns that it needs; the library goes by what models and other collators take.
+        kwargs["args"].remove_unused_columns = False
+        super().__init__(compute_metrics=self._pair_means, **kwargs)
+        self.pair_columns: list[str] = []
+
+    @staticmethod
+    def row_lengths(dataset: Dataset) -> list[int]:
+        """Tokens of the longer of both sequences of each pair."""
+        columns = zip(dataset["prompt_ids"], dataset["chosen_ids"], dataset["rejected_ids"], strict=True)
+        return [len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in columns]
+
+    def pair_values(self, model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What is averaged over held-out pairs: `loss` and others, each of shape (pairs,)."""
+        raise NotImplementedError
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[None, torch.Tensor, torch.Tensor]:
+        """Per pair (batch, values): what `pair_values` gives."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            values = self.pair_values(model, inputs)
+        self.pair_columns = list(values)
+        table = torch.stack([column.double() for column in values.values()], dim=1)
+        return None, table, table
+
+    def _pair_means(self, prediction: EvalPrediction) -> dict[str, float]:
+        means = prediction.predictions.mean(axis=0)
+        return dict(zip(self.pair_columns, map(float, means), strict=True))

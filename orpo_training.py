@@ -1,0 +1,267 @@
+"""Odds ratio preference optimization (ORPO): fine-tuning and preferences in one stage, without a reference model.
+
+Changes what the model answers and which answers it avoids, at once: the chosen answers are imitated as in supervised
+fine-tuning, and their odds are raised against those of the rejected answers (https://arxiv.org/abs/2403.07691). It
+starts from a base model or from a fine-tuned one, and needs the memory of one model only.
+
+    python orpo_training.py --model_name_or_path outputs/sft-merged --train_file_dir data/reward \\
+        --output_dir outputs/orpo
+    torchrun --nproc_per_node 2 orpo_training.py --model_name_or_path outputs/sft-merged \\
+        --train_file_dir data/reward --output_dir outputs/orpo --load_in_4bit True --qlora True
+
+Data (.jsonl or .json), recognised row by row; data/README.md shows all forms:
+
+    {"conversations": [{"from": "human", "value": "..."}], "chosen": "the better answer", "rejected": "the worse one"}
+
+In --output_dir: the adapter (or all weights with --use_peft False), the tokenizer with its chat template,
+generation_config.json, run.json, metrics.jsonl, samples.jsonl, loss.png and README.md. Guide: docs/orpo_training.md
+"""
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from medicalgpt import models
+from medicalgpt.args import (
+    UNUSED_PAIR_ARGUMENTS,
+    AttentionArguments,
+    DataArguments,
+    LoraArguments,
+    ModelArguments,
+    PairArguments,
+    RunArguments,
+    StageDefaults,
+    parse_args,
+)
+from medicalgpt.cpu import add_cpu_head
+from medicalgpt.data import load_data, to_preference
+from medicalgpt.encoding import IGNORED, Pair, encode_preference, encode_rows, render_prompts
+from medicalgpt.errors import UserError, run_main
+from medicalgpt.runs import Run
+from medicalgpt.trainers import PairTrainer, settle_dropout, training_defaults
+from template import apply_template, stop_token_ids
+
+import torch
+from peft import PeftModel, TaskType
+from torch.nn.functional import logsigmoid
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
+
+UNUSED_ARGUMENTS = {
+    **UNUSED_PAIR_ARGUMENTS,
+    "label_smoothing_factor": "The loss of ORPO has no labels to smooth.",
+    "average_tokens_across_devices": "The loss is the mean over the pairs of all processes anyway.",
+}
+
+
+@dataclass
+class OrpoArguments(PairArguments, StageDefaults, TrainingArguments):
+    """What differs from transformers' `TrainingArguments`."""
+
+    output_dir: str = field(default="outputs-orpo", metadata={"help": "Where the result goes."})
+    orpo_beta: float = field(
+        default=0.1,
+        metadata={
+            "help": "Weight of the odds ratio beside the imitation, lambda in the paper; 0 imitates only.",
+            "aliases": ["--beta"],
+        },
+    )
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps; below 1, that share of them."})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loss
+# ---------------------------------------------------------------------------------------------------------------------
+
+# At a probability of 1 the odds are infinite; in float32 the next number below 1 has this logarithm.
+NEAREST_TO_CERTAIN = math.log1p(-(2.0**-24))
+
+
+def log_odds(mean_log_probs: torch.Tensor) -> torch.Tensor:
+    """log(p / (1 - p)) of an answer, where p is the geometric mean of its tokens' probabilities.
+
+    Args:
+        mean_log_probs: (answers,) log p, at most 0.
+    """
+    log_p = mean_log_probs.clamp(max=NEAREST_TO_CERTAIN)
+    # expm1 keeps the digits that 1 - exp(log p) would lose for p near 1.
+    return log_p - torch.log(-torch.expm1(log_p))
+
+
+def orpo_loss(chosen: torch.Tensor, rejected: torch.Tensor, beta: float) -> dict[str, torch.Tensor]:
+    """The loss of ORPO (equations 3 to 7 of https://arxiv.org/abs/2403.07691), pair by pair.
+
+    loss = nll_loss - beta * log sigmoid(log_odds_ratio)
+
+    Args:
+        chosen, rejected: (pairs,) mean log-probability of the tokens of each answer.
+        beta: weight of the odds ratio, lambda in the paper.
+
+    Returns:
+        Each of shape (pairs,): `loss`; `nll_loss`, that of imitating the chosen answer; `log_odds_ratio`, by which the
+        odds of the chosen answer exceed those of the rejected one.
+    """
+    log_odds_ratio = log_odds(chosen) - log_odds(rejected)
+    return {
+        "loss": -chosen - beta * logsigmoid(log_odds_ratio),
+        "nll_loss": -chosen,
+        "log_odds_ratio": log_odds_ratio,
+    }
+
+
+class OrpoTrainer(PairTrainer, Trainer):
+    """`transformers.Trainer` with the loss of ORPO. Both answers of all pairs go through the model in one pass.
+
+    Loss and gradient are means over the pairs of a step, however these are spread over batches and processes.
+    """
+
+    def __init__(self, **kwargs: Any):
+        args = kwargs["args"]
+        if args.use_liger_kernel:
+            # Liger's own loss would replace the forward pass that the head below is part of.
+            args.liger_kernel_config = {**(args.liger_kernel_config or {}), "fused_linear_cross_entropy": False}
+        super().__init__(**kwargs)
+        if args.disable_dropout:
+            disable_dropout_in_model(self.model)
+        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        # Only the tokens of answers go through the head, in pieces; the scores of all would not fit.
+        add_fused_lm_head(base)
+        add_cpu_head(base, measured=False)
+        # The library leaves the division by the number of items, which are pairs here, to `compute_loss`.
+        self.model_accepts_loss_kwargs = True
+        self._sums: dict[str, float] = defaultdict(float)
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, torch.Tensor]], device: torch.device) -> Any:
+        """The pairs of a step on all processes; the library would count supervised tokens."""
+        pairs = sum(len(batch["input_ids"]) // 2 for batch in batch_samples)
+        return self.accelerator.reduce(torch.tensor(pairs, device=device))
+
+    def pair_values(self, model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The loss and what it is made of, each of shape (pairs,).
+
+        Args:
+            inputs: `input_ids`, `attention_mask` and `completion_mask`, 1 on the tokens of answers, each of shape
+                (2 x pairs, length): chosen answers first, then the rejected ones in the same order.
+        """
+        outputs = model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            labels=inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORED),
+            fused_lm_head=True,
+            use_cache=False,
+        )
+        means = outputs.log_probs.float().sum(dim=1) / outputs.label_mask.sum(dim=1)
+        chosen, rejected = means.chunk(2)
+        return {
+            **orpo_loss(chosen, rejected, self.args.orpo_beta),
+            "accuracy": (chosen > rejected).float(),
+            "margin": chosen - rejected,
+            "logps/chosen": chosen,
+            "logps/rejected": rejected,
+        }
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """The batch's share of the mean over the pairs of a step; what the loss is made of is noted for the log."""
+        values = self.pair_values(model, inputs)
+        loss = values.pop("loss")
+        values["pairs"] = torch.ones_like(loss)
+        values["tokens"] = inputs["attention_mask"].sum(dim=1).view(2, -1).sum(dim=0)
+        sums = torch.stack([column.detach().double().sum() for column in values.values()])
+        for name, total in zip(values, self.accelerator.reduce(sums).tolist(), strict=True):
+            self._sums[name] += total
+        # The trainer's state is part of a checkpoint, so that the count goes on after a resume.
+        self.state.num_input_tokens_seen += int(self._sums.pop("tokens"))
+        if num_items_in_batch is None:
+            return loss.mean()
+        # Gradients are averaged over processes afterwards.
+        return loss.sum() * self.accelerator.num_processes / num_items_in_batch
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._sums:
+            pairs = self._sums.pop("pairs")
+            logs |= {name: total / pairs for name, total in self._sums.items()}
+            logs["num_tokens"] = self.state.num_input_tokens_seen
+            self._sums.clear()
+        super().log(logs, start_time)
+
+
+def main() -> None:
+    # 1 arguments
+    model_args, attention_args, data_args, lora_args, run_args, args = parse_args(
+        ModelArguments,
+        AttentionArguments,
+        DataArguments,
+        LoraArguments,
+        RunArguments,
+        OrpoArguments,
+        description=__doc__,
+        unused=UNUSED_ARGUMENTS,
+    )
+    if args.orpo_beta < 0:
+        raise UserError(
+            f"--orpo_beta {args.orpo_beta} would train towards the rejected answers. Give 0 or more; 0.1 is usual."
+        )
+    training_defaults(args, adapter_rate=5e-5, full_rate=5e-6, use_peft=lora_args.use_peft)
+    settle_dropout(args, lora_args)
+    models.settle_length(args, "model_max_length", model_args, lora_args, attention_args)
+    run = Run("orpo_training", args, model_args, run_args, attention_args, data_args, lora_args)
+
+    # 2 tokenizer and template
+    tokenizer = models.stage_tokenizer(model_args, lora_args)
+    stop = apply_template(tokenizer, args.template_name, args.system_prompt, args.tool_format)
+
+    # 3 data: both answers follow the same prompt; pairs that do not fit are refused, not cut
+    data = load_data(data_args, to_preference, seed=args.data_seed or args.seed)
+    encode = partial(
+        encode_preference,
+        tokenizer,
+        max_length=args.model_max_length,
+        max_source_length=args.max_source_length,
+        max_target_length=args.max_target_length,
+    )
+    workers, renew = data_args.preprocessing_num_workers, data_args.overwrite_cache
+    train = encode_rows(data, "train", encode, workers, renew, Pair)
+    validation = encode_rows(data, "validation", encode, workers, renew, Pair) if data.validation else None
+    data.settle(data_args)
+    train = data.mix(train, data_args, args.data_seed or args.seed)
+    run.add_data(data)
+    run.preview(tokenizer, train)
+
+    # 4 model
+    model = models.load_base(
+        AutoModelForCausalLM, model_args, lora_args, attention_args, max_length=args.model_max_length, bf16=args.bf16
+    )
+    new_rows = models.fit_embedding(model, tokenizer, lora_args, cache_dir=model_args.cache_dir)
+    _, adapter = models.resolve_checkpoint(model_args.model_name_or_path)
+    model = models.add_lora(model, lora_args, TaskType.CAUSAL_LM, start_from=adapter, new_rows=new_rows)
+
+    # 5 trainer
+    trainer = OrpoTrainer(
+        model=model,
+        args=args,
+        train_dataset=train,
+        eval_dataset=validation,
+        processing_class=tokenizer,
+        data_collator=DataCollatorForPreference(tokenizer.pad_token_id),
+        loraplus_lr_ratio=lora_args.loraplus_lr_ratio,
+    )
+    models.adapters_to_float32(model)
+
+    # 6 train, save
+    run.announce(model, trainer.train_dataset, validation)
+    run.train_and_save(
+        trainer,
+        tokenizer,
+        stop_ids=stop_token_ids(tokenizer, stop),
+        sample_prompts=render_prompts(tokenizer, data.validation or data.train, run_args.sample_prompts),
+        note="Fine-tuning with preferences: the model has learned to answer as the chosen answers below do.",
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)
