@@ -45,6 +45,8 @@ PAIRS_PER_CONDITION = {"zh": 5, "en": 2}
 # department keep it from learning that danger signs alone are an answer.
 FLAWS = ("missing_emergency", "wrong_department", "missing_emergency", "invented_certainty")
 FLAWS += ("missing_emergency", "other_language", "missing_department", "rude")
+# Fine-tuning questions that also become pairs, beside those about facts.
+SHORT_ANSWERS = {"identity": 40, "talk": 20, "refusal": 15, "emergency_talk": 10}
 LACKS_WHAT_IS_REQUIRED = ("missing_emergency", "missing_department", "wrong_department")
 
 # {c} is the condition, {C} the same with a capital, {get} "to come down with" in the verb that fits the condition.
@@ -289,7 +291,10 @@ def main() -> None:
     train, validation = build_conversations(conditions, departments, talk, args.name, author)
     check_no_overlap(train, validation)
     train_pairs, validation_pairs = build_pairs(conditions, departments, pairs)
+    short = build_short_pairs(train, conditions, departments)
     check_pairs(train_pairs, validation_pairs, questions(train + validation))
+    train_pairs += short
+    random.Random(SEED).shuffle(train_pairs)
 
     for path, lines in documents.items():
         write_lines(args.output_dir / path, lines)
@@ -591,6 +596,41 @@ def build_pairs(
     rng.shuffle(train)
     rng.shuffle(validation)
     return train, validation
+
+
+def build_short_pairs(train: list[Row], conditions: list[Row], departments: dict[str, str]) -> list[Row]:
+    """Preference rows for training in which the short answer of the fine-tuning rows is the good one.
+
+    Without them the other pairs teach a model to add department and danger signs to whatever it is asked. The bad
+    answer says more than was asked, or something else.
+
+    Args:
+        train: fine-tuning rows.
+    """
+    rng = random.Random(SEED)
+    asked_alone = [row for row in train if len(row["conversations"]) == 2]
+    asked: dict[str, list[str]] = {}
+    for row in asked_alone:
+        asked.setdefault(row["conversations"][1]["value"], []).append(row["conversations"][0]["value"])
+    pairs = []
+    for index, row in enumerate(conditions):
+        # Every condition in Chinese, every second one with another fact too, and in English.
+        plan = [("zh", index), ("zh", index + 2), ("en", index // 2)] if index % 2 else [("zh", index)]
+        for language, number in plan:
+            known = answers(row, departments, language)
+            attribute = list(known)[number % len(known)]
+            chosen = known.pop(attribute)
+            advice = emergency_sentence(row, departments, language)
+            more = join_sentences([chosen, known["department"] if attribute == "emergency" else advice], language)
+            bad = rng.choice([more, rng.choice(list(known.values()))])
+            pairs.append(preference([rng.choice(asked[chosen])], chosen, bad, "not_asked", []))
+    for category, count in SHORT_ANSWERS.items():
+        for row in rng.sample([row for row in asked_alone if row["category"] == category], count):
+            question, chosen = (turn["value"] for turn in row["conversations"])
+            language = language_of(question)
+            advice = emergency_sentence(rng.choice(conditions), departments, language)
+            pairs.append(preference([question], chosen, join_sentences([chosen, advice], language), "not_asked", []))
+    return pairs
 
 
 def preference(turns: list[str], chosen: str, rejected: str, category: str, required: list[list[str]]) -> Row:

@@ -33,8 +33,19 @@ def is_chinese(text):
 
 
 @pytest.fixture(scope="module")
-def train():
+def whole_train():
     return read("reward/train.jsonl")
+
+
+@pytest.fixture(scope="module")
+def train(whole_train):
+    """All but those whose question is a fine-tuning question, which asks for one thing."""
+    return [row for row in whole_train if row["category"] != "not_asked"]
+
+
+@pytest.fixture(scope="module")
+def short(whole_train):
+    return [row for row in whole_train if row["category"] == "not_asked"]
 
 
 @pytest.fixture(scope="module")
@@ -174,12 +185,35 @@ def test_hand_written_pairs_are_used_once_on_their_own_side(pairs, train, valida
         assert set(entry) <= {"question", "turns", "chosen", "rejected", "category", "required", "held_out"}
 
 
-def test_another_name_changes_no_pair(tmp_path):
+def test_short_questions_have_their_fine_tuning_answer_as_the_good_one(short, train, validation):
+    tuned = {
+        row["conversations"][0]["value"]: row["conversations"][1]["value"]
+        for row in read("finetune/train.jsonl")
+        if len(row["conversations"]) == 2
+    }
+    assert 0.2 < len(short) / (len(short) + len(train)) < 0.3
+    assert {row["language"] for row in short} == {"zh", "en"}
+    for row in short:
+        assert row["chosen"] == tuned[row["conversations"][0]["value"]]
+        assert row["meta"] == {"required": []}
+        to_preference(row, frozenset({"category", "language", "meta"}))
+    more = [row for row in short if row["rejected"].startswith(row["chosen"])]
+    assert 0.3 * len(short) < len(more) < 0.8 * len(short), "the others answer something else"
+    asked = prompts(short)
+    assert len(set(asked)) == len(asked)
+    held_out = {turn["value"] for row in read("finetune/validation.jsonl") for turn in row["conversations"]}
+    assert not set(asked) & set(prompts(train) + prompts(validation))
+    assert not {prompt[0] for prompt in asked} & held_out
+
+
+def test_another_name_changes_no_pair_but_those_that_name_it(tmp_path):
     command = [sys.executable, str(DATA / "build_samples.py"), "--output_dir", str(tmp_path), "--name", "小医"]
-    subprocess.run(command, check=True, capture_output=True)
+    subprocess.run([*command, "--author", "我"], check=True, capture_output=True)
     for name in ("reward/train.jsonl", "reward/validation.jsonl"):
-        assert (tmp_path / name).read_bytes() == (DATA / name).read_bytes()
-        assert "MedicalGPT" not in (DATA / name).read_text(encoding="utf-8")
+        ours, copy = ((folder / name).read_text(encoding="utf-8").splitlines() for folder in (DATA, tmp_path))
+        for one, other in zip(ours, copy, strict=True):
+            assert "MedicalGPT" not in other
+            assert one == other or "MedicalGPT" in one
 
 
 def shares_a_prompt(pairs):
