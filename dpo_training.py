@@ -18,6 +18,7 @@ generation_config.json, run.json, metrics.jsonl, samples.jsonl, loss.png and REA
 """
 
 import copy
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -136,6 +137,12 @@ def check_flags(args: PreferenceArguments, use_peft: bool) -> None:
         raise UserError(f"--f_divergence_type {args.f_divergence_type} is not defined for {', '.join(others)}.")
     if args.use_weighting and losses & {"aot", "aot_unpaired"}:
         raise UserError(f"--use_weighting weighs pairs, and {names} takes them apart. Leave one of the two out.")
+    sharded = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1")
+    if args.precompute_ref_log_probs and sharded and not use_peft:
+        raise UserError(
+            "--precompute_ref_log_probs does not go with FSDP, under which TRL would take the model from its folder "
+            "anew. Leave it out, or use --deepspeed zero3.json."
+        )
     if args.sync_ref_model:
         for clash, remedy in (
             (use_peft, "an adapter, whose reference has no weights of its own: add --use_peft False"),
@@ -155,8 +162,6 @@ class PreferenceTrainer(PairTrainer, DPOTrainer):
 
     def __init__(self, *, start_from: str | None, **kwargs: Any):
         self.start_from, self.ready = start_from, False
-        # TRL rounds the adapters of quantized models to bfloat16, which would move an old one away from its reference.
-        self.exact = {one: one.data for one in kwargs["model"].parameters() if one.requires_grad}
         super().__init__(**kwargs)
         self._make_ready()
 
@@ -172,10 +177,6 @@ class PreferenceTrainer(PairTrainer, DPOTrainer):
         if self.ready:
             return
         self.ready = True
-        for parameter, data in self.exact.items():
-            if parameter.dtype != data.dtype:
-                parameter.data = data.to(parameter.device)
-        self.exact = {}
         if isinstance(self.model, PeftModel) and self.ref_model is None:
             self.model.delete_adapter("ref")
             if self.start_from:
@@ -185,9 +186,9 @@ class PreferenceTrainer(PairTrainer, DPOTrainer):
                         module.lora_dropout["ref"] = torch.nn.Identity()
                 # The reference belongs to the run and not to its result.
                 self.model.save_pretrained = partial(self.model.save_pretrained, selected_adapters=["default"])
-        # What WPO weighs pairs with comes from TRL's own head alone.
-        for model in (self.model, self.ref_model) if not self.use_weighting else ():
-            if model is not None:
+        # What WPO weighs pairs with, and the loss of routers, come from TRL's own head alone.
+        for model in (self.model, self.ref_model):
+            if model is not None and not self.use_weighting and not self.aux_loss_enabled:
                 model = self.accelerator.unwrap_model(model)
                 add_cpu_head(model.get_base_model() if isinstance(model, PeftModel) else model)
 
@@ -278,7 +279,12 @@ def load_reference(
             return None
         if not is_deepspeed_zero3_enabled():
             return copy.deepcopy(policy).requires_grad_(False)
-        return models.load_base(AutoModelForCausalLM, model_args, lora_args, **load).requires_grad_(False)
+        reference = models.load_base(AutoModelForCausalLM, model_args, lora_args, **load)
+        reference.resize_token_embeddings(policy.get_input_embeddings().num_embeddings, mean_resizing=False)
+        # New rows of an embedding are drawn at random, so each process copies its part of every weight.
+        for ours, theirs in zip(reference.parameters(), policy.parameters(), strict=True):
+            getattr(ours, "ds_tensor", ours).data.copy_(getattr(theirs, "ds_tensor", theirs).data)
+        return reference.requires_grad_(False)
     base, adapter = models.resolve_checkpoint(args.reference_model)
     if adapter and (model_args.load_in_4bit or model_args.load_in_8bit or model_args.qlora):
         raise UserError(

@@ -5,13 +5,15 @@
 The base is the one that the adapter was trained on; another one is refused, and so is a base that is stored quantized:
 adding an update to rounded weights gives another model. (An adapter trained on a base that was loaded in 4 bits merges
 into the base in full precision.) Works for causal models and for sequence and token classification. The adapter's
-tokenizer, chat template and stop tokens go into the result. What was merged is read back from disk and its logits are
+tokenizer, chat template and stop tokens go into the result, and with a reward model the padding token, by which it
+finds the end of a text. What was merged is read back from disk and its logits (of a reward model: its scores) are
 compared with those of the adapter on its base.
 """
 
 import gc
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,7 +62,9 @@ def main() -> None:
     from medicalgpt import models, runs
 
     import torch
+    import transformers
     from loguru import logger
+    from trl.trainer.reward_trainer import suppress_seqcls_warning
 
     setup_logging()
     adapter = Path(args.lora_model)
@@ -75,12 +79,16 @@ def main() -> None:
     auto_class, options = model_class(adapter)
     options |= models.recorded_positions(str(adapter))
     dtype = getattr(torch, args.dtype) if args.dtype != "auto" else config.dtype or torch.float32
-    model = auto_class.from_pretrained(base, dtype=dtype, cache_dir=args.cache_dir, **options)
+    # The head that the base lacks comes with the adapter; the library would report it as random numbers.
+    with suppress_seqcls_warning() if "num_labels" in options else nullcontext():
+        model = auto_class.from_pretrained(base, dtype=dtype, cache_dir=args.cache_dir, **options)
     tokenizer = models.load_tokenizer(args.tokenizer_path or str(adapter), cache_dir=args.cache_dir)
     model = models.attach_adapter(model, str(adapter))
+    if is_classifier := auto_class is transformers.AutoModelForSequenceClassification:
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     logger.info(f"merging {adapter} into {base} as {model.base_model.model.__class__.__name__}, {dtype}")
     new_rows = models.token_rows(getattr(model.peft_config["default"], "trainable_token_indices", None))
-    before = probe(model, tokenizer, new_rows)
+    before = probe(model, tokenizer, new_rows, padded=is_classifier)
 
     model = model.merge_and_unload()
     if (adapter / "generation_config.json").is_file():
@@ -95,13 +103,20 @@ def main() -> None:
     gc.collect()
 
     merged = auto_class.from_pretrained(args.output_dir, dtype=dtype)
-    difference = compare(before, probe(merged, tokenizer, new_rows))
-    tied = merged.get_input_embeddings().weight is getattr(merged.get_output_embeddings(), "weight", None)
-    logger.info(
-        f"logits of adapter on base and of the merged files: largest difference {difference['absolute']:.3g} "
-        f"({difference['relative']:.2g} of the largest logit), same first choice at {difference['same_choice']:.1%} of "
-        f"{difference['positions']} positions; embedding and head {'tied' if tied else 'separate'}"
-    )
+    difference = compare(before, probe(merged, tokenizer, new_rows, padded=is_classifier))
+    absolute, relative = difference["absolute"], difference["relative"]
+    if is_classifier:
+        logger.info(
+            f"scores of adapter on base and of the merged files: largest difference {absolute:.3g} ({relative:.2g} of "
+            f"the largest score) in {difference['positions']} texts"
+        )
+    else:
+        tied = merged.get_input_embeddings().weight is getattr(merged.get_output_embeddings(), "weight", None)
+        logger.info(
+            f"logits of adapter on base and of the merged files: largest difference {absolute:.3g} ({relative:.2g} of "
+            f"the largest logit), same first choice at {difference['same_choice']:.1%} of {difference['positions']} "
+            f"positions; embedding and head {'tied' if tied else 'separate'}"
+        )
     limit = ROUNDING[str(dtype).removeprefix("torch.")]
     if not difference["relative"] <= limit:
         raise UserError(
@@ -146,8 +161,9 @@ def model_class(adapter: Path) -> tuple[Any, dict[str, Any]]:
     Raises:
         UserError: a task that has no model here.
     """
+    from medicalgpt import models
+
     import transformers
-    from safetensors import safe_open
 
     classes = {
         "CAUSAL_LM": transformers.AutoModelForCausalLM,
@@ -162,20 +178,25 @@ def model_class(adapter: Path) -> tuple[Any, dict[str, Any]]:
         raise UserError(f"{adapter} is for the task {task}; this tool merges {', '.join(filter(None, classes))}.")
     options: dict[str, Any] = {}
     if task in ("SEQ_CLS", "TOKEN_CLS"):
-        with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
-            heads = [name for name in file.keys() if name.endswith(("score.weight", "classifier.weight"))]
-            if heads:
-                options["num_labels"] = file.get_slice(heads[0]).get_shape()[0]
+        options["num_labels"] = models.head_outputs(str(adapter))
+        if options["num_labels"] is None:
+            raise UserError(f"{adapter} holds no head, so that what it gives would be random. It cannot be merged.")
     return classes[task], options
 
 
-def probe(model: Any, tokenizer: Any, new_rows: Sequence[int] = ()) -> list[Any]:
-    """Logits of a few short texts, each alone, and of the first 64 of `new_rows`, which those texts do not hold."""
+def probe(model: Any, tokenizer: Any, new_rows: Sequence[int] = (), padded: bool = False) -> list[Any]:
+    """Logits of a few short texts, each alone, and of the first 64 of `new_rows`, which those texts do not hold.
+
+    Args:
+        padded: put padding after each text, which a model with one output for each text has to find.
+    """
     import torch
 
     inputs = [tokenizer(text, return_tensors="pt").input_ids for text in PROBES]
     if new_rows:
         inputs.append(torch.tensor([list(new_rows)[:64]]))
+    if padded:
+        inputs = [torch.nn.functional.pad(ids, (0, 3), value=tokenizer.pad_token_id) for ids in inputs]
     model.eval()
     with torch.no_grad():
         return [model(input_ids=ids).logits.float() for ids in inputs]

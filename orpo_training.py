@@ -50,12 +50,6 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
-UNUSED_ARGUMENTS = {
-    **UNUSED_PAIR_ARGUMENTS,
-    "label_smoothing_factor": "The loss of ORPO has no labels to smooth.",
-    "average_tokens_across_devices": "The loss is the mean over the pairs of all processes anyway.",
-}
-
 
 @dataclass
 class OrpoArguments(PairArguments, StageDefaults, TrainingArguments):
@@ -130,14 +124,9 @@ class OrpoTrainer(PairTrainer, Trainer):
         # Only the tokens of answers go through the head, in pieces; the scores of all would not fit.
         add_fused_lm_head(base)
         add_cpu_head(base, measured=False)
-        # The library leaves the division by the number of items, which are pairs here, to `compute_loss`.
-        self.model_accepts_loss_kwargs = True
+        # The library would count supervised tokens; here every pair weighs the same (see `PairTrainer`).
+        self.model_accepts_loss_kwargs = False
         self._sums: dict[str, float] = defaultdict(float)
-
-    def _get_num_items_in_batch(self, batch_samples: list[dict[str, torch.Tensor]], device: torch.device) -> Any:
-        """The pairs of a step on all processes; the library would count supervised tokens."""
-        pairs = sum(len(batch["input_ids"]) // 2 for batch in batch_samples)
-        return self.accelerator.reduce(torch.tensor(pairs, device=device))
 
     def pair_values(self, model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The loss and what it is made of, each of shape (pairs,).
@@ -176,10 +165,7 @@ class OrpoTrainer(PairTrainer, Trainer):
             self._sums[name] += total
         # The trainer's state is part of a checkpoint, so that the count goes on after a resume.
         self.state.num_input_tokens_seen += int(self._sums.pop("tokens"))
-        if num_items_in_batch is None:
-            return loss.mean()
-        # Gradients are averaged over processes afterwards.
-        return loss.sum() * self.accelerator.num_processes / num_items_in_batch
+        return loss.mean() if self.weight_of_pair is None else loss.sum() * self.weight_of_pair
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._sums:
@@ -200,12 +186,10 @@ def main() -> None:
         RunArguments,
         OrpoArguments,
         description=__doc__,
-        unused=UNUSED_ARGUMENTS,
+        unused=UNUSED_PAIR_ARGUMENTS,
     )
-    if args.orpo_beta < 0:
-        raise UserError(
-            f"--orpo_beta {args.orpo_beta} would train towards the rejected answers. Give 0 or more; 0.1 is usual."
-        )
+    if not 0 <= args.orpo_beta < math.inf:
+        raise UserError(f"--orpo_beta {args.orpo_beta} is no weight of a loss: give 0 or more. 0.1 is usual.")
     training_defaults(args, adapter_rate=5e-5, full_rate=5e-6, use_peft=lora_args.use_peft)
     settle_dropout(args, lora_args)
     models.settle_length(args, "model_max_length", model_args, lora_args, attention_args)

@@ -91,6 +91,14 @@ class RewardArguments(PairArguments, StageDefaults, RewardConfig):
 
     output_dir: str = field(default="outputs-rm", metadata={"help": "Where the result goes."})
 
+    def __post_init__(self):
+        coefficient = self.center_rewards_coefficient
+        if coefficient is not None and not 0 <= coefficient < float("inf"):
+            raise ValueError(
+                f"--center_rewards_coefficient {coefficient} must be 0 or more: below, scores would run away from zero."
+            )
+        super().__post_init__()
+
 
 class PairRewardTrainer(PairTrainer, RewardTrainer):
     """`trl.RewardTrainer` on encoded pairs."""
@@ -219,7 +227,7 @@ def main() -> None:
         train_dataset=train,
         eval_dataset=validation,
         processing_class=tokenizer,
-        data_collator=ScoreCollator(tokenizer.pad_token_id),
+        data_collator=ScoreCollator(tokenizer.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of),
         loraplus_lr_ratio=lora_args.loraplus_lr_ratio,
     )
     models.adapters_to_float32(model)

@@ -82,6 +82,14 @@ UNUSED_PAIR_ARGUMENTS = {
     "streaming": "Pairs are tokenized before training; for corpora there is pretraining.py --streaming True.",
     "shuffle_buffer": "It belongs to --streaming, which the stages on preference pairs do not have.",
     "block_size": "That is for pretraining.py; here it is --model_max_length.",
+    "label_smoothing_factor": "The loss is of pairs; dpo_training.py has --label_smoothing.",
+    "prediction_loss_only": "An evaluation always gives all its numbers.",
+    "batch_eval_metrics": "Held-out pairs are averaged all at once.",
+    "eval_do_concat_batches": "Held-out pairs are averaged all at once.",
+    "average_tokens_across_devices": "The loss is a mean over pairs, not over tokens.",
+    "length_column_name": "Pairs are grouped by the tokens of their longer sequence.",
+    "label_names": "The trainer knows what it evaluates.",
+    "include_for_metrics": "The trainer knows what it evaluates.",
 }
 
 
@@ -126,6 +134,12 @@ class PairArguments:
         default=True, metadata={"help": "No dropout anywhere, so that log-probabilities can be compared."}
     )
     learning_rate: float | None = field(default=None, metadata={"help": "Default: see the stage's guide."})
+
+    def __post_init__(self):
+        for name in ("max_source_length", "max_target_length"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)} must be at least 1.")
+        super().__post_init__()
 
 
 @dataclass
@@ -330,12 +344,24 @@ class StageDefaults:
             self.use_cpu = True
         if self.bf16 is None:
             self.bf16 = not self.fp16 and bf16_gpu()
+        self._refuse_idle_training()
         super().__post_init__()
         if self.fsdp and self.use_cpu:
             raise ValueError(
                 "--fsdp has no effect on CPUs, where accelerate leaves it out without a word. Spread the weights over "
                 "the processes with --deepspeed zero3.json."
             )
+
+    def _refuse_idle_training(self) -> None:
+        """Raises ValueError for numbers with which nothing would be trained, or something else than was said."""
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)} must be at least 1.")
+        if self.max_steps == 0 or (self.num_train_epochs <= 0 and self.max_steps < 0):
+            flag = "max_steps" if self.max_steps == 0 else "num_train_epochs"
+            raise ValueError(f"--{flag} {getattr(self, flag)} would train nothing. To evaluate only: --do_train False.")
+        if self.load_best_model_at_end and str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no":
+            raise ValueError("--load_best_model_at_end needs evaluations to choose by: add --eval_strategy steps.")
 
 
 class StrictParser:

@@ -405,7 +405,11 @@ def to_preference(value: Any, ignore: frozenset[str] = frozenset()) -> dict[str,
     both = f"`{columns[0]}` and `{columns[1]}`"
     for column in columns:
         if column not in prompt:
-            raise RowError(f"no field `{column}`", f"Rows of preferences have {both}.", value)
+            raise RowError(
+                f"no field `{column}`",
+                f"Rows of preferences have {both}; rows with one answer go to supervised_finetuning.py.",
+                value,
+            )
     answers = [_to_answer(prompt.pop(column), column) for column in columns]
     if third := sorted(set(prompt) & ANSWER_FIELDS):
         raise RowError(
@@ -495,6 +499,12 @@ def _to_conversation(value: Any, ignore: frozenset[str], answer_needed: bool = T
             return _from_pair(value, question, answer, ignore)
     if not answer_needed and "question" in value:
         return _from_pair(value, "question", "answer", ignore)
+    if {"chosen", "rejected"} <= set(value):
+        raise RowError(
+            "two answers, `chosen` and `rejected`",
+            "Rows of preferences go to dpo_training.py, orpo_training.py or reward_modeling.py.",
+            value,
+        )
     raise RowError(
         f"no known chat format (fields: {', '.join(map(str, value)) or 'none'})",
         "Use `conversations`, `messages`, `instruction`+`output` or `prompt`+`response`; data/README.md shows each.",
@@ -1049,7 +1059,10 @@ def _split(data: LoadedData, percentage: float, seed: int) -> None:
     if not 0 < percentage < 100:
         raise UserError(f"--validation_split_percentage {percentage} must lie between 0 and 100.")
     if len(data.train) < 2:
-        return
+        if data.problems:
+            logger.warning("nothing could be held out: --validation_split_percentage needs two usable rows")
+            return
+        raise UserError("--validation_split_percentage: of a single row nothing can be held out. Leave it out.")
     # Rows that occur twice stay on one side; groups of equal rows are numbered as they first occur.
     _, first, group = np.unique(_identities(data.train), return_index=True, return_inverse=True)
     numbers = np.empty(len(first), dtype=np.int64)

@@ -86,7 +86,7 @@ def encode_chat(
             of the prompt.
     """
     messages, tools = row["messages"], row["tools"]
-    _refuse_special_tokens(tokenizer, messages, tools)
+    refuse_special_tokens(tokenizer, messages, tools)
     turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
     try:
         prompts = {turn: _render(tokenizer, messages[:turn], tools, add_generation_prompt=True) for turn in turns}
@@ -200,7 +200,7 @@ def _check_prompt(text: str, prompt: str, start: int) -> None:
     )
 
 
-def _refuse_special_tokens(
+def refuse_special_tokens(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None
 ) -> None:
     """A text that spells a special token would be read as that token: as the end of a turn in the middle of it, say."""

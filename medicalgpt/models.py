@@ -29,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedConfig,
@@ -40,6 +41,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 ADAPTER_CONFIG = "adapter_config.json"
 RUN_FILE = "run.json"
+# Names of the head of a model for sequences; peft trains and saves it in full beside an adapter.
+HEADS = ("score", "classifier")
 
 
 class CheckpointError(UserError):
@@ -256,6 +259,9 @@ def load_model(
         raise UserError("--device_map is for a single process; under torchrun each process has a GPU of its own.")
     if quantization and full_training:
         raise UserError("a quantized base cannot be trained in full: add --use_peft True, or drop the 4/8-bit flag.")
+    if quantization and auto_class is AutoModelForSequenceClassification:
+        # By default the library goes by the place of the head among the modules, which is a family's own affair.
+        quantization.llm_int8_skip_modules = list(HEADS)
     if quantization and device_map is None and torch.cuda.is_available():
         device_map = {"": int(os.environ.get("LOCAL_RANK", "0"))}
     if attn_implementation:
@@ -265,6 +271,12 @@ def load_model(
             AutoConfig, name_or_path, revision=revision, cache_dir=cache_dir
         )
         check_family(config, _quantizing_flag(load_in_4bit or qlora, load_in_8bit))
+        if any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
+            # The library would give it a head of random numbers, and say so in a line among others.
+            raise CheckpointError(
+                f"{name_or_path} is a model that scores texts and cannot write any: its head for words is gone. Name "
+                "the language model that it was made from; scores: python reward_modeling.py --score_file FILE."
+            )
     return _from_pretrained(
         auto_class,
         name_or_path,
@@ -305,6 +317,8 @@ def settle_length(
     Raises:
         UserError: the length that was given does not fit, or fits without the `--rope_scaling` that was given.
     """
+    if getattr(training, name) < 1:
+        raise UserError(f"--{name} {getattr(training, name)} must be at least 1.")
     config = base_config(arguments, lora)
     known = attention.context_length(config)
     if name not in training.given and not attending.rope_scaling and known:
@@ -532,7 +546,7 @@ def _require_adapters(model: PeftModel, names: list[str], frozen: list[str]) -> 
         for name, module in wrapped.items()
         if type(module) is torch.nn.Linear
         and module not in of_head
-        and ".lora_" not in name
+        and not {"lora_A", "lora_B", "modules_to_save", "original_module"} & set(name.split("."))
         and name.removesuffix(".base_layer") not in adapted
         and not name.startswith(tuple(f"{layer}." for layer in frozen))
     }
@@ -649,6 +663,11 @@ def attach_adapter(model: PreTrainedModel, adapter_path: str, *, trainable: bool
     """
     check_base(adapter_path, model.config._name_or_path)
     _check_positions(adapter_path, model)
+    if model.get_output_embeddings() is not None and head_outputs(adapter_path):
+        raise CheckpointError(
+            f"the adapter {adapter_path} is a reward model: it scores texts and cannot write any. Scores: python "
+            f"reward_modeling.py --model_name_or_path {adapter_path} --score_file FILE"
+        )
     try:
         _grow_to_adapter(model, adapter_path)
         attached = PeftModel.from_pretrained(model, adapter_path, is_trainable=trainable)
@@ -659,6 +678,16 @@ def attach_adapter(model: PreTrainedModel, adapter_path: str, *, trainable: bool
     if getattr(attached.peft_config[attached.active_adapter], "trainable_token_indices", None):
         _save_rows_alone(attached)
     return attached
+
+
+def head_outputs(adapter_path: str) -> int | None:
+    """Number of outputs of the head that an adapter folder holds, as a reward model's does; None without a head."""
+    weights = Path(adapter_path) / "adapter_model.safetensors"
+    if not weights.is_file():
+        return None
+    with safe_open(weights, "pt") as file:
+        heads = [name for name in file.keys() if name.endswith(tuple(f"{head}.weight" for head in HEADS))]
+        return file.get_slice(heads[0]).get_shape()[0] if heads else None
 
 
 def _grow_to_adapter(model: PreTrainedModel, adapter_path: str) -> None:

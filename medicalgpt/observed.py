@@ -344,6 +344,23 @@ def _shape_text(rank: int, scale: float, dropout: float, dora: bool) -> str:
     return f"rank {rank}, scale {scale:g}, dropout {dropout:g}" + (", DoRA" if dora else "")
 
 
+def dropout(scene: Scene) -> Line:
+    """Modules that would drop numbers in training, where `--disable_dropout` says that none does."""
+    if not scene.asked.get("disable_dropout"):
+        return Line("dropout", OFF, OFF, True)
+    found = Counter()
+    for module in scene.model.modules():
+        if isinstance(module, nn.Dropout) and module.p:
+            found[f"{type(module).__name__} {module.p:g}"] += 1
+        # Attention modules hold no dropout module but a number of that name.
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float) and value:
+                found[f"{name} {value:g}"] += 1
+    wanted = "none anywhere"
+    seen = ", ".join(f"{kind} in {count} modules" for kind, count in found.items()) or wanted
+    return Line("dropout", wanted, seen, not found, "Say --disable_dropout False.")
+
+
 def adapted_modules(scene: Scene) -> Line:
     """The layers with an adapter, and the modules that are trained in full beside it."""
     if not scene.peft:
@@ -783,6 +800,7 @@ LINES = (
     autocast,
     quantization,
     adapter,
+    dropout,
     adapted_modules,
     frozen_layers,
     trainable,

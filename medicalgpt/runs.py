@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import platform
 import resource
 import shlex
@@ -125,6 +126,7 @@ class Run:
     # -- before training ----------------------------------------------------------------------------------------------
 
     def _claim_output_dir(self) -> str | None:
+        _require_writable(self.output_dir)
         traces = [name for name in RUN_TRACES if name != "README.md" and (self.output_dir / name).exists()]
         traces += [path.name for path in self.output_dir.glob("checkpoint-*")]
         traces += [path.name for path in self.output_dir.glob("*.safetensors")]
@@ -283,6 +285,11 @@ class Run:
         metrics: dict[str, float] = {}
         if self.training.do_train:
             metrics |= trainer.train(resume_from_checkpoint=self.resume_from).metrics
+            if trainer.state.global_step == 0:
+                raise UserError(
+                    "no step was made, so nothing was trained or saved: fewer rows than --dataloader_drop_last True "
+                    "leaves for one batch. Leave that flag out, or lower --per_device_train_batch_size."
+                )
             if isinstance(trainer, StreamTrainer):
                 self.record["streamed"] = trainer.seen()
         # Held-out rows are measured unless that was refused in so many words.
@@ -331,9 +338,7 @@ class Run:
                 generation.save_pretrained(self.output_dir)
             tokenizer.save_pretrained(self.output_dir)
             plot_loss(self.output_dir)
-        rows = [
-            {**sample, "before": old, "after": new} for sample, old, new in zip(shown, before, after, strict=True)
-        ]
+        rows = [{**sample, "before": old, "after": new} for sample, old, new in zip(shown, before, after, strict=True)]
         if rows:
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             (self.output_dir / "samples.jsonl").write_text(text, encoding="utf-8")
@@ -566,7 +571,8 @@ class FiniteLoss(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        loss = (logs or {}).get("loss", 0.0)
+        # Of a run shorter than --logging_steps there is only the mean over all steps.
+        loss = (logs or {}).get("loss", (logs or {}).get("train_loss", 0.0))
         if not math.isfinite(loss):
             raise UserError(
                 f"the training loss became {loss} at or before step {state.global_step}; the run was ended and nothing "
@@ -663,6 +669,13 @@ class Sampler:
 # ---------------------------------------------------------------------------------------------------------------------
 # Small parts
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def _require_writable(folder: Path) -> None:
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        what = "cannot be written to" if place.is_dir() else "is no folder"
+        raise UserError(f"--output_dir {folder} cannot be made: {place} {what}. Choose another folder.")
 
 
 def _require_liger(training: TrainingArguments) -> None:

@@ -142,7 +142,12 @@ class StageTrainer(Trainer):
                 "an adapter on the head would not be trained: the loss multiplies by the head's own weight. Leave the "
                 "head out of --target_modules; --modules_to_save lm_head trains it in full."
             )
+        exact = {one: one.data for one in kwargs["model"].parameters() if one.requires_grad}
         super().__init__(**kwargs)
+        # TRL rounds the adapters of quantized models to bfloat16: one that is gone on with would begin elsewhere.
+        for parameter, data in exact.items():
+            if parameter.dtype != data.dtype:
+                parameter.data = data.to(parameter.device)
         if self.args.device.type == "cpu":
             lighten_dropout(self.model)
             return_freed_memory()
@@ -267,12 +272,30 @@ class PairTrainer(StageTrainer):
         kwargs["args"].remove_unused_columns = False
         super().__init__(compute_metrics=self._pair_means, **kwargs)
         self.pair_columns: list[str] = []
+        self.weight_of_pair: float | None = None
+        if self.args.disable_dropout:
+            for model in filter(None, (self.model, getattr(self, "ref_model", None))):
+                _no_attention_dropout(model)
 
     @staticmethod
     def row_lengths(dataset: Dataset) -> list[int]:
         """Tokens of the longer of both sequences of each pair."""
         columns = zip(dataset["prompt_ids"], dataset["chosen_ids"], dataset["rejected_ids"], strict=True)
         return [len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in columns]
+
+    def get_batch_samples(self, *args: Any) -> tuple[list, Any]:
+        """The batches of a step; from them follows what one pair weighs in it."""
+        batches, count = super().get_batch_samples(*args)
+        pairs = sum(len(batch["input_ids"]) for batch in batches) / 2
+        # The library divides each batch's loss by their number, as if none were smaller than the others.
+        self.weight_of_pair = len(batches) / max(pairs, 1)
+        return batches, count
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if not self.model.training or self.weight_of_pair is None:
+            return loss
+        return loss * (len(inputs["input_ids"]) / 2 * self.weight_of_pair)
 
     def pair_values(self, model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """What is averaged over held-out pairs: `loss` and others, each of shape (pairs,)."""
@@ -292,3 +315,10 @@ class PairTrainer(StageTrainer):
     def _pair_means(self, prediction: EvalPrediction) -> dict[str, float]:
         means = prediction.predictions.mean(axis=0)
         return dict(zip(self.pair_columns, map(float, means), strict=True))
+
+
+def _no_attention_dropout(model: torch.nn.Module) -> None:
+    """Attention modules hold their dropout as a number, which TRL does not look for."""
+    for module in model.modules():
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0

@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers import read_json, run_here, run_program
 from peft import PeftModel, TaskType
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import make_tiny, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
 
@@ -123,7 +123,8 @@ def test_a_head_for_labels(work):
     model.config.pad_token_id = tiny_tokenizer().pad_token_id
     adapter = save_adapter(work / "classifier", model, base, LoraArguments(), TaskType.SEQ_CLS)
     done = run_program(SCRIPT, "--lora_model", adapter, "--output_dir", work / "classifier-merged")
-    assert "Qwen3ForSequenceClassification" in done.stderr and "largest difference" in done.stderr
+    assert "Qwen3ForSequenceClassification" in done.stderr and "largest score) in 3 texts" in done.stderr
+    assert "LOAD REPORT" not in done.stderr
     merged = AutoModelForSequenceClassification.from_pretrained(work / "classifier-merged")
     live = attach_adapter(load_model(AutoModelForSequenceClassification, base, num_labels=3), adapter)
     live.config.pad_token_id = tiny_tokenizer().pad_token_id
@@ -132,6 +133,37 @@ def test_a_head_for_labels(work):
     # Padding on the right does not change a score, so the padding token was kept.
     padded = [*range(20), *[tiny_tokenizer().pad_token_id] * 3]
     torch.testing.assert_close(logits(merged, padded), logits(merged), atol=1e-4, rtol=0)
+
+
+def test_an_adapter_whose_head_is_gone_is_refused(work, tmp_path):
+    base = str(work / "base")
+    model = load_model(AutoModelForSequenceClassification, base, num_labels=1)
+    adapter = Path(save_adapter(tmp_path / "headless", model, base, LoraArguments(), TaskType.SEQ_CLS))
+    weights = load_file(adapter / "adapter_model.safetensors")
+    kept = {name: weight for name, weight in weights.items() if "score" not in name}
+    assert len(kept) == len(weights) - 1
+    save_file(kept, adapter / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="holds no head, so that what it gives would be random"):
+        run_here(SCRIPT, "--lora_model", adapter, "--output_dir", tmp_path / "never")
+    assert not (tmp_path / "never").exists()
+
+
+def test_a_merge_that_forgets_the_padding_token_is_called_so(work, tmp_path, monkeypatch):
+    """Without it the score of padded texts is read at another token."""
+    from transformers import Qwen3ForSequenceClassification
+
+    base = str(work / "base")
+    model = load_model(AutoModelForSequenceClassification, base, num_labels=1)
+    adapter = save_adapter(tmp_path / "rm", model, base, LoraArguments(), TaskType.SEQ_CLS)
+    save = Qwen3ForSequenceClassification.save_pretrained
+
+    def save_without(self, *args, **options):
+        self.config.pad_token_id = None
+        save(self, *args, **options)
+
+    monkeypatch.setattr(Qwen3ForSequenceClassification, "save_pretrained", save_without)
+    with pytest.raises(UserError, match="does not compute what adapter and base did"):
+        run_here(SCRIPT, "--lora_model", adapter, "--output_dir", tmp_path / "damaged")
 
 
 def test_other_types_and_another_tokenizer(work):

@@ -43,7 +43,7 @@ def test_loss_and_gradients_are_those_of_the_models_own_forward(path, adapter):
     own = model(**inputs).loss.item()
 
     base = model.get_base_model() if adapter else model
-    add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
+    add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1", "mean_logits"))
     with torch.no_grad():
         fused = model(**inputs, fused_lm_head=True)
     add_cpu_head(base)
@@ -52,7 +52,7 @@ def test_loss_and_gradients_are_those_of_the_models_own_forward(path, adapter):
     found = gradients(model)
 
     assert ours.loss.item() == pytest.approx(own, rel=1e-6)
-    for name in ("log_probs", "entropy", "is_top1", "label_mask"):
+    for name in ("log_probs", "entropy", "is_top1", "mean_logits", "label_mask"):
         torch.testing.assert_close(getattr(ours, name).float(), getattr(fused, name).float(), rtol=1e-5, atol=1e-5)
     assert found.keys() == expected.keys()
     for name in expected:
@@ -61,7 +61,7 @@ def test_loss_and_gradients_are_those_of_the_models_own_forward(path, adapter):
 
 def test_only_supervised_positions_go_through_the_head(path):
     model = AutoModelForCausalLM.from_pretrained(path)
-    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1", "mean_logits"))
     add_cpu_head(model)
     seen = []
     model.lm_head.register_forward_hook(lambda module, args, output: seen.append(args[0].shape[0]))
@@ -72,7 +72,7 @@ def test_only_supervised_positions_go_through_the_head(path):
 
 def test_a_batch_without_supervised_tokens_gives_zero_and_no_nan(path):
     model = AutoModelForCausalLM.from_pretrained(path)
-    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1", "mean_logits"))
     add_cpu_head(model)
     output = model(**batch(supervised=False), fused_lm_head=True)
     output.loss.backward()
@@ -84,7 +84,7 @@ def test_generation_is_unchanged(path):
     model = AutoModelForCausalLM.from_pretrained(path)
     ids = batch()["input_ids"][:1]
     before = model.generate(ids, max_new_tokens=5, do_sample=False)
-    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1", "mean_logits"))
     add_cpu_head(model)
     assert torch.equal(before, model.generate(ids, max_new_tokens=5, do_sample=False))
 
@@ -92,7 +92,7 @@ def test_generation_is_unchanged(path):
 def test_a_family_that_changes_its_logits_keeps_trls_way(path):
     model = AutoModelForCausalLM.from_pretrained(path)
     model.config.final_logit_softcapping = 30.0
-    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1", "mean_logits"))
     before = model.forward
     add_cpu_head(model)
     assert model.forward == before

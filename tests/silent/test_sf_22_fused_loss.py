@@ -5,11 +5,13 @@ cross-entropy as transformers has them, for batches of varied length, with and w
 """
 
 import importlib.util
+import types
 
 from medicalgpt.batching import Collator
 from medicalgpt.errors import UserError
 from medicalgpt.trainers import add_cpu_head
 from tests.helpers import open_stage, save_model, write_jsonl
+from tests.silent.pairs import open_pairs, pairs, shake
 from tests.tiny import tiny_tokenizer
 
 import pytest
@@ -17,7 +19,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
-from trl.trainer.utils import add_fused_lm_head
+from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
 PAD = 257
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -142,6 +144,102 @@ def test_the_heads_own_loss_is_transformers_loss(folders, head, kind):
     assert load(folders[False], False, head)(**batch, fused_lm_head=True).loss.item() == pytest.approx(
         own.item(), rel=1e-5
     )
+
+
+MEASURES = ("entropy", "is_top1", "mean_logits")
+
+
+@pytest.mark.parametrize("kind", ["varied lengths", "ignored positions within", "no supervised token in a batch"])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_cpu_heads_measures_are_trls(folders, kind, frozen, grad, bias):
+    model = AutoModelForCausalLM.from_pretrained(folders[False]).eval()
+    model.lm_head.requires_grad_(not frozen)
+    if bias:
+        model.lm_head.bias = torch.nn.Parameter(torch.linspace(-3, 3, len(model.lm_head.weight)), not frozen)
+    add_fused_lm_head(model, outputs=("log_probs", *MEASURES))
+    trls, batch = model.forward, batches(kind)[0]
+    add_cpu_head(model)
+    with torch.set_grad_enabled(grad):
+        expected, found = trls(**batch, fused_lm_head=True), model(**batch, fused_lm_head=True)
+    assert found.log_probs.requires_grad is grad
+    for name in ("log_probs", "label_mask", *MEASURES):
+        one, other = getattr(found, name), getattr(expected, name)
+        assert one.dtype == other.dtype and (name == "log_probs" or not one.requires_grad)
+        torch.testing.assert_close(one, other, **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_measures_that_nobody_wants_are_not_computed(folders, frozen, monkeypatch):
+    """Those of a stage that wants none, and those of a reference: a pass without gradients in training."""
+    model = AutoModelForCausalLM.from_pretrained(folders[False])
+    model.lm_head.requires_grad_(not frozen)
+    add_fused_lm_head(model, outputs=("log_probs", *MEASURES))
+    trls, (batch,) = model.forward, batches("varied lengths")
+    add_cpu_head(model)
+    ours = model.forward
+    model.forward = trls
+    add_cpu_head(model, measured=False)
+    for forward, training, grad, measured in (
+        (ours, True, True, True),
+        (ours, False, False, True),
+        (ours, True, False, False),
+        (model.forward, True, True, False),
+        (model.forward, False, False, False),
+    ):
+        model.train(training).zero_grad()
+        with torch.set_grad_enabled(grad):
+            found, expected = forward(**batch, fused_lm_head=True), trls(**batch, fused_lm_head=True)
+        assert [getattr(found, name) is not None for name in MEASURES] == [measured] * 3
+        torch.testing.assert_close(found.log_probs, expected.log_probs, **CLOSE)
+        if grad:
+            found.log_probs.sum().backward()
+            same, _ = gradients(model), model.zero_grad()
+            expected.log_probs.sum().backward()
+            same_gradients(same, gradients(model))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Preference pairs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("more", [(), ("--use_peft", "False")])
+@pytest.mark.parametrize("stage", ["dpo_training.py", "orpo_training.py"])
+def test_pairs_give_the_numbers_of_the_plain_forward(folders, tmp_path, stage, more):
+    """Loss, gradients and all that is logged, with our head on a CPU as with the logits of the model itself."""
+    results = []
+    for plain in (False, True):
+        trainer = open_pairs(stage, folders[False], tmp_path, pairs(5), *more).trainer
+        shake(trainer.model)
+        base = trainer.model.get_base_model() if not more else trainer.model
+        if plain:
+            for model in (base, getattr(trainer, "ref_model", None)):
+                if model is not None:
+                    model.forward = types.MethodType(plain_forward, model)
+        trainer.model.train()
+        loss = trainer.compute_loss(trainer.model, trainer.data_collator(list(trainer.train_dataset)))
+        loss.backward()
+        trainer.log({"loss": loss.item()})
+        results.append((trainer.state.log_history[-1], gradients(trainer.model)))
+    (found, gradient), (expected, wanted) = results
+    assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    assert len(found) > 7
+    same_gradients(gradient, wanted)
+
+
+def plain_forward(self, labels: torch.Tensor, fused_lm_head: bool, **inputs) -> FusedCausalLMOutput:
+    """What TRL's head and ours are to give, from all logits at once."""
+    labels, logits = labels[:, 1:], self.lm_head(self.model(**inputs).last_hidden_state)[:, :-1]
+    mask, scores = labels != -100, logits.log_softmax(dim=-1)
+    columns = {
+        "log_probs": scores.gather(2, labels.clamp(min=0)[:, :, None])[:, :, 0],
+        "entropy": -(scores.exp() * scores).sum(dim=-1),
+        "is_top1": logits.argmax(dim=-1) == labels,
+        "mean_logits": logits.mean(dim=-1),
+    }
+    return FusedCausalLMOutput(label_mask=mask, **{name: x.masked_fill(~mask, 0) for name, x in columns.items()})
 
 
 @pytest.mark.parametrize("more", [(), ("--use_peft", "False")])

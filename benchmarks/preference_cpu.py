@@ -1,0 +1,337 @@
+"""Preference stages on a CPU: dpo_training.py, orpo_training.py or reward_modeling.py beside TRL's trainer as it comes.
+
+    python -m benchmarks.preference_cpu --stage dpo --data data/reward/train.jsonl
+    python -m benchmarks.preference_cpu --stage rm --data data/reward/train.jsonl --sides ours,trl
+
+A Qwen3 of 5.2 million random weights (hidden 256, intermediate 768, 4 layers, 4 heads, 2 key-value heads, vocabulary
+8,000), LoRA of rank 8 on all linear layers, one epoch in float32, each side in a process of its own, one after the
+other. The table shows seconds of the whole process, of its training loop and of CPU time (which says more where other
+programs run), peak memory, the losses of the first and the last step, and loss and accuracy afterwards on the same
+held-out pairs, measured the same way.
+
+The texts are cut beforehand, here and not in the stage, so that every pair fits into `--length`: TRL would cut long
+pairs and our stages refuse them, and then the two would train on different tokens. TRL is given the rendered texts, and
+the script stops unless both have the same token ids, of which the same ones are supervised. The learning rate is 2e-4,
+higher than the stages' own, so that the loss moves in the few steps there are.
+
+TRL as it comes means: its own defaults, but for what has to be equal (rows, length, batch, rate, seed, adapter,
+float32) and `use_cpu`. `ours` groups rows by length, its default; `ours_random` takes them in TRL's order, so that the
+losses can be compared step by step. TRL's ORPO imitates the prompt as well, so its loss is another one.
+"""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.sft_cpu import ALPHA, RANK, RATE, ROOT, SEED, train_tokenizer
+
+SIDES = ("ours", "ours_random", "trl")
+PROGRAMS = {"dpo": "dpo_training.py", "orpo": "orpo_training.py", "rm": "reward_modeling.py"}
+TURN_END = "<|im_end|>"
+BETA = 0.1
+# Float32 sums in another order; anything that is computed otherwise is further apart after a few steps.
+LOSSES_APART = 1e-3
+
+
+def main() -> None:
+    """Measure the sides `--runs` times in turn, print a line for each, and compare."""
+    args = parse_args()
+    if args.child:
+        train_with_trl(args)
+        return
+    with tempfile.TemporaryDirectory() as work:
+        args.work = Path(work)
+        prepare(args)
+        results: dict[str, list[dict]] = {side: [] for side in args.sides.split(",")}
+        for number in range(args.runs):
+            for side, found in results.items():
+                found.append(measure(side, number, args))
+                print(json.dumps({"side": side, "run": number + 1, **found[-1]}), flush=True)
+    print("\n| | seconds | in training | of CPU time | peak GB | first and last loss | held-out loss | accuracy |")
+    print("|---|---|---|---|---|---|---|---|")
+    for side, found in results.items():
+        best = min(found, key=lambda result: result["seconds"])
+        print(
+            f"| {side} | {best['seconds']:.1f} | {best['training_seconds']:.1f} | {best['cpu_seconds']:.1f} | "
+            f"{best['peak_gb']:.2f} | {best['losses'][0]:.4f}, {best['losses'][-1]:.4f} | "
+            f"{best['held_out_loss']:.4f} | {best['held_out_accuracy']:.0%} |"
+        )
+    if {"ours_random", "trl"} <= results.keys() and args.stage != "orpo":
+        ours, theirs = results["ours_random"][0]["losses"], results["trl"][0]["losses"]
+        apart = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+        print(f"losses of ours_random and trl: {len(ours)} steps, at most {apart:.1e} apart")
+        if not apart < LOSSES_APART:
+            sys.exit(f"the losses differ by more than {LOSSES_APART}: the two have not trained the same thing")
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--stage", choices=PROGRAMS, default="dpo")
+    parser.add_argument("--data", type=Path, default=ROOT / "data/reward/train.jsonl", help="a file of pairs")
+    parser.add_argument("--rows", type=int, default=96, help="pairs to train on, the first of the file")
+    parser.add_argument("--held_out", type=int, default=32, help="pairs after them, to measure the result")
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--runs", type=int, default=1, help="repetitions; the table shows the fastest of each side")
+    parser.add_argument("--sides", default=",".join(SIDES), help=f"with commas: {', '.join(SIDES)}")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Leave in `args.work` the base model and the pairs, cut to `--length`, in our form and in TRL's."""
+    from build_tiny_model import build_model
+    from medicalgpt.args import DataArguments
+    from medicalgpt.data import load_data, to_preference
+    from template import apply_template, stop_token_ids
+
+    from transformers import AutoModelForSequenceClassification
+
+    count = args.rows + args.held_out
+    rows = load_data(DataArguments(train_file_dir=str(args.data), max_train_samples=count), to_preference).train
+    tokenizer = train_tokenizer(
+        message["content"] for row in rows for message in (*row["messages"], row["chosen"], row["rejected"])
+    )
+    tokenizer.eos_token = TURN_END
+    stop = apply_template(tokenizer, "chatml")
+    shape = {"hidden_size": 256, "intermediate_size": 768, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2}
+    model = build_model(
+        tokenizer,
+        stop_token_ids(tokenizer, stop),
+        argparse.Namespace(**shape, max_position_embeddings=2048, seed=SEED),
+    )
+    tokenizer.save_pretrained(args.work / "base")
+    model.save_pretrained(args.work / "base")
+    if args.stage == "rm":
+        # Saved with its head, so that both sides start from the same one.
+        model = AutoModelForSequenceClassification.from_pretrained(args.work / "base", num_labels=1)
+        model.save_pretrained(args.work / "base")
+
+    fitted = [fit(tokenizer, row, args.length) for row in rows]
+    for name, part in (("train", fitted[: args.rows]), ("held_out", fitted[args.rows :])):
+        (args.work / name).mkdir()
+        write_rows(args.work / name / "pairs.jsonl", part)
+    write_rows(args.work / "trl.jsonl", [render(tokenizer, row) for row in fitted[: args.rows]])
+    trained = [sequence for row in encoded(tokenizer, args.work / "train") for sequence in row]
+    if longest := max(0, *(len(ids) - args.length for ids, _ in trained)):
+        sys.exit(f"a pair is {longest} tokens too long after cutting: raise --length")
+    print(
+        f"{model.num_parameters():,} parameters, vocabulary {len(tokenizer):,}; {args.rows} pairs of at most "
+        f"{args.length} tokens ({sum(map(was_cut, rows, fitted))} of {len(rows)} cut), {args.held_out} more held out; "
+        f"{sum(len(ids) for ids, _ in trained):,} tokens, {sum(count for _, count in trained):,} of them in answers; "
+        f"{os.cpu_count()} cores"
+    )
+
+
+def fit(tokenizer: Any, row: dict[str, Any], length: int) -> dict[str, Any]:
+    """The row with its turns cut so that the prompt takes at most half of `length`, and both answers fit."""
+    # What the template writes around turns, and what a cut text may grow by when it is tokenized again.
+    room = length - 16 * (len(row["messages"]) + 1)
+    limit = room // 2 // len(row["messages"])
+    messages = [turn | {"content": cut(tokenizer, turn["content"], limit)} for turn in row["messages"]]
+    prompt = sum(len(tokenizer(turn["content"]).input_ids) for turn in messages)
+    answers = {name: cut(tokenizer, row[name]["content"], room - prompt) for name in ("chosen", "rejected")}
+    return {"messages": messages, **answers}
+
+
+def cut(tokenizer: Any, text: str, limit: int) -> str:
+    """The beginning of `text` up to `limit` tokens, without a torn character at its end."""
+    ids = tokenizer(text).input_ids
+    return text if len(ids) <= limit else tokenizer.decode(ids[:limit]).rstrip("\ufffd").strip()
+
+
+def render(tokenizer: Any, row: dict[str, Any]) -> dict[str, str]:
+    """The row as the texts that TRL takes."""
+    prompt = tokenizer.apply_chat_template(row["messages"], add_generation_prompt=True, tokenize=False)
+    return {"prompt": prompt, "chosen": row["chosen"] + TURN_END, "rejected": row["rejected"] + TURN_END}
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """One JSON object a line."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def was_cut(row: dict[str, Any], fitted: dict[str, Any]) -> bool:
+    """Whether `fit` has changed the row."""
+    answers = {name: row[name]["content"] for name in ("chosen", "rejected")}
+    return {"messages": row["messages"], **answers} != fitted
+
+
+def encoded(tokenizer: Any, folder: Path) -> list[list[tuple[list[int], int]]]:
+    """The pairs of `folder` as our stages encode them: for either answer the ids with its prompt, and its length."""
+    from medicalgpt.data import to_preference
+    from medicalgpt.encoding import encode_preference
+
+    pairs = []
+    for line in (folder / "pairs.jsonl").read_text(encoding="utf-8").splitlines():
+        (pair,) = encode_preference(tokenizer, to_preference(json.loads(line)))
+        pairs.append([(pair.prompt_ids + ids, len(ids)) for ids in (pair.chosen_ids, pair.rejected_ids)])
+    return pairs
+
+
+def encoded_by_trl(row: dict[str, Any], stage: str) -> list[tuple[list[int], int]]:
+    """The same of a row as TRL's trainer has encoded it; the reward model is told of no length of an answer."""
+    names = ("chosen", "rejected")
+    if stage == "dpo":
+        return [(row["prompt_ids"] + row[f"{name}_ids"], len(row[f"{name}_ids"])) for name in names]
+    if stage == "orpo":
+        return [(row[f"{name}_input_ids"], sum(label != -100 for label in row[f"{name}_labels"])) for name in names]
+    return [(row[f"{name}_ids"], 0) for name in names]
+
+
+def measure(side: str, number: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Train one side in a process of its own; seconds and peak memory are those that the system counted for it."""
+    work, out = args.work, args.work / f"{side}-{number}"
+    if side == "trl":
+        command = ["-m", "benchmarks.preference_cpu", "--child", "--stage", args.stage, "--work", work]
+        command += ["--length", args.length, "--batch", args.batch]
+    else:
+        command = [
+            *(ROOT / PROGRAMS[args.stage], "--model_name_or_path", work / "base", "--train_file_dir", work / "train"),
+            *("--output_dir", out, "--model_max_length", args.length, "--per_device_train_batch_size", args.batch),
+            *("--num_train_epochs", 1, "--learning_rate", RATE, "--logging_steps", 1, "--seed", SEED),
+            *("--overwrite_cache", True),
+        ]
+        command += ["--sample_prompts", 0] if args.stage != "rm" else []
+        command += ["--train_sampling_strategy", "random"] if side == "ours_random" else []
+    log = work / f"{side}-{number}.log"
+    began = time.perf_counter()
+    with open(log, "w") as file:
+        process = subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            stdout=file,
+            stderr=file,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            cwd=ROOT,
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - began
+    if status:
+        sys.exit(log.read_text()[-3000:])
+    out = work / f"trl-{args.stage}" if side == "trl" else out
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    check_tokens(side, out, history, args)
+    loss, accuracy = held_out(out, args)
+    return {
+        "seconds": seconds,
+        "training_seconds": next(entry["train_runtime"] for entry in history if "train_runtime" in entry),
+        "cpu_seconds": usage.ru_utime + usage.ru_stime,
+        "peak_gb": usage.ru_maxrss * 1024 / 1e9,
+        "losses": [entry["loss"] for entry in history if "loss" in entry],
+        "held_out_loss": loss,
+        "held_out_accuracy": accuracy,
+    }
+
+
+def check_tokens(side: str, out: Path, history: list[dict], args: argparse.Namespace) -> None:
+    """Stop unless the side has trained on the tokens of all pairs, the same ones of them supervised."""
+    from transformers import AutoTokenizer
+
+    expected = encoded(AutoTokenizer.from_pretrained(args.work / "base"), args.work / "train")
+    if side == "trl":
+        if args.stage == "rm":
+            expected = [[(ids, 0) for ids, _ in pair] for pair in expected]
+        same = json.loads((out / "encoded.json").read_text()) == json.loads(json.dumps(expected))
+    else:
+        seen = max(entry["num_tokens"] for entry in history if "num_tokens" in entry)
+        same = seen == sum(len(ids) for pair in expected for ids, _ in pair)
+    if not same:
+        sys.exit(f"{side} has not trained on the tokens of the pairs")
+
+
+def held_out(adapter: Path, args: argparse.Namespace) -> tuple[float, float]:
+    """Mean loss of the stage, and the share of pairs whose chosen answer stands higher, from plain logits."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    Model = AutoModelForSequenceClassification if args.stage == "rm" else AutoModelForCausalLM
+    options = {"num_labels": 1} if args.stage == "rm" else {}
+    model = PeftModel.from_pretrained(Model.from_pretrained(args.work / "base", **options), adapter).eval()
+
+    def log_prob(ids: list[int], length: int) -> float:
+        scores = model(input_ids=torch.tensor([ids])).logits[0, -length - 1 : -1].log_softmax(dim=-1)
+        return scores.gather(1, torch.tensor(ids[-length:])[:, None]).sum().item()
+
+    losses, right = [], 0
+    with torch.no_grad():
+        for pair in encoded(AutoTokenizer.from_pretrained(adapter), args.work / "held_out"):
+            if args.stage == "rm":
+                chosen, rejected = (model(input_ids=torch.tensor([ids])).logits.item() for ids, _ in pair)
+                losses.append(softplus(rejected - chosen))
+            elif args.stage == "orpo":
+                chosen, rejected = (log_prob(ids, length) / length for ids, length in pair)
+                odds = [mean - math.log1p(-math.exp(mean)) for mean in (chosen, rejected)]
+                losses.append(-chosen + BETA * softplus(odds[1] - odds[0]))
+            else:
+                now = [log_prob(*answer) for answer in pair]
+                with model.disable_adapter():
+                    before = [log_prob(*answer) for answer in pair]
+                chosen, rejected = (BETA * (a - b) for a, b in zip(now, before, strict=True))
+                losses.append(softplus(rejected - chosen))
+            right += chosen > rejected
+    return sum(losses) / len(losses), right / len(losses)
+
+
+def softplus(x: float) -> float:
+    """-log sigmoid(-x)."""
+    return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
+
+
+def train_with_trl(args: argparse.Namespace) -> None:
+    """What a user of TRL writes for the same task. Leaves in `args.work` what it has encoded, and the result."""
+    import torch
+    from datasets import load_dataset
+    from peft import LoraConfig
+    from transformers import AutoTokenizer
+
+    kind: dict[str, Any] = {"task_type": "CAUSAL_LM"}
+    if args.stage == "dpo":
+        from trl import DPOConfig as Config
+        from trl import DPOTrainer as Trainer
+    elif args.stage == "orpo":
+        from trl.experimental.orpo import ORPOConfig as Config
+        from trl.experimental.orpo import ORPOTrainer as Trainer
+    else:
+        from trl import RewardConfig as Config
+        from trl import RewardTrainer as Trainer
+
+        kind = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
+    out, gpu = args.work / f"trl-{args.stage}", torch.cuda.is_available()
+    trainer = Trainer(
+        model=str(args.work / "base"),
+        args=Config(
+            output_dir=str(out),
+            max_length=args.length,
+            per_device_train_batch_size=args.batch,
+            num_train_epochs=1,
+            learning_rate=RATE,
+            logging_steps=1,
+            seed=SEED,
+            bf16=gpu,
+            use_cpu=not gpu,
+            report_to="none",
+        ),
+        train_dataset=load_dataset("json", data_files=str(args.work / "trl.jsonl"), split="train"),
+        processing_class=AutoTokenizer.from_pretrained(args.work / "base"),
+        peft_config=LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", **kind),
+    )
+    out.mkdir(exist_ok=True)
+    rows = [encoded_by_trl(row, args.stage) for row in trainer.train_dataset]
+    (out / "encoded.json").write_text(json.dumps(rows))
+    trainer.train()
+    trainer.save_model()
+    trainer.save_state()
+
+
+if __name__ == "__main__":
+    main()

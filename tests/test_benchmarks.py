@@ -1,0 +1,107 @@
+"""Benchmarks of the preference stages: pairs are cut to fit, both sides get the same tokens, results are right."""
+
+import argparse
+import json
+import math
+
+from benchmarks import preference_cpu, preference_gpu
+
+import pytest
+import torch
+from helpers import write_jsonl
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+LONG = "多喝水，注意休息，如果发烧超过三天就去医院。" * 30
+
+
+@pytest.fixture(scope="module")
+def args(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("benchmark")
+    rows = [
+        {
+            "conversations": [{"from": "human", "value": f"第{number}个问题：感冒了怎么办？" + LONG * (number == 3)}],
+            "chosen": f"第{number}个回答。" + LONG * (number % 2),
+            "rejected": "不知道。" + LONG * (number == 1),
+        }
+        for number in range(8)
+    ]
+    data = write_jsonl(folder / "pairs.jsonl", rows)
+    found = argparse.Namespace(work=folder / "work", stage="dpo", data=data, rows=6, held_out=2, length=96)
+    found.work.mkdir()
+    preference_cpu.prepare(found)
+    return found
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_pairs_are_cut_to_fit_and_whole_ones_stay(args):
+    tokenizer = AutoTokenizer.from_pretrained(args.work / "base")
+    pairs = preference_cpu.encoded(tokenizer, args.work / "train")
+    assert len(pairs) == 6
+    assert max(len(ids) for pair in pairs for ids, _ in pair) <= args.length
+    whole = lines(args.work / "train" / "pairs.jsonl")[2]
+    assert whole["chosen"] == "第2个回答。"
+    assert whole["rejected"] == "不知道。"
+
+
+@pytest.mark.parametrize(("name", "place"), [("chosen", 0), ("rejected", 1)])
+def test_the_rendered_texts_have_the_ids_of_the_stages(args, name, place):
+    tokenizer = AutoTokenizer.from_pretrained(args.work / "base")
+    ours = preference_cpu.encoded(tokenizer, args.work / "train")
+    for row, pair in zip(lines(args.work / "trl.jsonl"), ours, strict=True):
+        ids, length = pair[place]
+        assert tokenizer(row["prompt"] + row[name]).input_ids == ids
+        assert tokenizer(row["prompt"]).input_ids == ids[:-length]
+
+
+def test_a_side_that_saw_other_tokens_stops_the_comparison(args):
+    tokenizer = AutoTokenizer.from_pretrained(args.work / "base")
+    ours = preference_cpu.encoded(tokenizer, args.work / "train")
+    tokens = sum(len(ids) for pair in ours for ids, _ in pair)
+    preference_cpu.check_tokens("ours", args.work, [{"num_tokens": tokens}, {"train_runtime": 1.0}], args)
+    with pytest.raises(SystemExit, match="ours has not trained"):
+        preference_cpu.check_tokens("ours", args.work, [{"num_tokens": tokens - 1}], args)
+    (args.work / "encoded.json").write_text(json.dumps(ours))
+    preference_cpu.check_tokens("trl", args.work, [], args)
+    ours[0][0] = (ours[0][0][0], ours[0][0][1] + 1)
+    (args.work / "encoded.json").write_text(json.dumps(ours))
+    with pytest.raises(SystemExit, match="trl has not trained"):
+        preference_cpu.check_tokens("trl", args.work, [], args)
+
+
+def test_held_out_loss_of_dpo_is_that_of_a_batch_by_hand(args, tmp_path):
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(args.work / "base")
+    model = get_peft_model(base, LoraConfig(target_modules="all-linear", init_lora_weights=False)).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(args.work / "base")
+    tokenizer.save_pretrained(tmp_path)
+
+    margins = []
+    for pair in preference_cpu.encoded(tokenizer, args.work / "held_out"):
+        gains = []
+        for ids, length in pair:
+            batch = torch.tensor([ids])
+            labels = batch.clone()
+            labels[:, :-length] = -100
+            with torch.no_grad():
+                now = -model(input_ids=batch, labels=labels).loss * length
+                with model.disable_adapter():
+                    gains.append(now + model(input_ids=batch, labels=labels).loss * length)
+        margins.append(0.1 * (gains[0] - gains[1]).item())
+    loss, accuracy = preference_cpu.held_out(tmp_path, args)
+    assert max(map(abs, margins)) > 0.01
+    assert loss == pytest.approx(sum(math.log(1 + math.exp(-margin)) for margin in margins) / len(margins), abs=1e-4)
+    assert accuracy == sum(margin > 0 for margin in margins) / len(margins)
+
+
+def test_pairs_for_a_gpu_are_of_uneven_lengths_within_the_limit(args, tmp_path):
+    options = argparse.Namespace(data=args.data, shape="tiny", pairs=8, length=2048)
+    preference_gpu.prepare(tmp_path, options)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    lengths = [len(ids) for pair in preference_cpu.encoded(tokenizer, tmp_path / "train") for ids, _ in pair]
+    assert max(lengths) <= 2048
+    assert len(set(lengths)) > 4
