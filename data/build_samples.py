@@ -614,16 +614,21 @@ def build_short_pairs(train: list[Row], conditions: list[Row], departments: dict
         asked.setdefault(row["conversations"][1]["value"], []).append(row["conversations"][0]["value"])
     pairs = []
     for index, row in enumerate(conditions):
-        # Every condition in Chinese, every second one with another fact too, and in English.
-        plan = [("zh", index), ("zh", index + 2), ("en", index // 2)] if index % 2 else [("zh", index)]
-        for language, number in plan:
+        # The department question is the likeliest to be answered with danger signs that nobody asked for.
+        plan = [("zh", "department"), ("zh", "department"), ("zh", index)]
+        plan += [("zh", index + 2), ("en", index // 2)] if index % 2 else []
+        plan += [("en", "department")] if index % 5 < 3 else []
+        taken: set[str] = set()
+        for language, which in plan:
             known = answers(row, departments, language)
-            attribute = list(known)[number % len(known)]
+            attribute = which if which == "department" else list(known)[which % len(known)]
             chosen = known.pop(attribute)
+            question = rng.choice([text for text in asked[chosen] if text not in taken])
+            taken.add(question)
             advice = emergency_sentence(row, departments, language)
             more = join_sentences([chosen, known["department"] if attribute == "emergency" else advice], language)
-            bad = rng.choice([more, rng.choice(list(known.values()))])
-            pairs.append(preference([rng.choice(asked[chosen])], chosen, bad, "not_asked", []))
+            bad = more if which == "department" else rng.choice([more, rng.choice(list(known.values()))])
+            pairs.append(preference([question], chosen, bad, "not_asked", []))
     for category, count in SHORT_ANSWERS.items():
         for row in rng.sample([row for row in asked_alone if row["category"] == category], count):
             question, chosen = (turn["value"] for turn in row["conversations"])
