@@ -15,20 +15,25 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any
 
+import dpo_training
 import inference
 import merge_peft_adapter
+import orpo_training
 import pretraining
+import reward_modeling
 import supervised_finetuning
 import validate_jsonl
 from medicalgpt.args import (
     GONE,
     RENAMED,
     RENAMED_VALUES,
+    UNUSED_PAIR_ARGUMENTS,
     UNUSED_SFT_ARGUMENTS,
     AttentionArguments,
     DataArguments,
     LoraArguments,
     ModelArguments,
+    PairArguments,
     RunArguments,
     StageDefaults,
 )
@@ -72,6 +77,21 @@ INHERITED = (
     "ddp_find_unused_parameters",
     "dataloader_num_workers",
 )
+# What TRL declares for one loss, and these scripts take as it is.
+OF_DPO = (
+    "beta",
+    "loss_weights",
+    "label_smoothing",
+    "f_alpha_divergence_coef",
+    "ld_alpha",
+    "use_weighting",
+    "discopop_tau",
+    "precompute_ref_log_probs",
+    "precompute_ref_batch_size",
+    "sync_ref_model",
+    "ref_model_mixup_alpha",
+    "ref_model_sync_steps",
+)
 # Where the words of the library do not say what happens in these scripts.
 MEANINGS = {
     "eval_on_start": "Evaluate before the first step. Here the default is True wherever --eval_strategy is given.",
@@ -83,9 +103,23 @@ MEANINGS = {
     "optim_args": "Settings of that optimizer alone, as key=value with commas.",
     "optim_target_modules": "Modules whose states GaLore and APOLLO keep small. Default there: every linear layer.",
     "packing": "Fill sequences of --model_max_length with several conversations that do not see each other.",
+    "beta": "How strongly the model is held at the reference; the higher, the closer it stays.",
+    "loss_weights": "A weight for each loss of --loss_type. Unset: 1 each.",
+    "label_smoothing": "Share of pairs that may be labelled the wrong way round, from 0 to below 0.5.",
+    "f_alpha_divergence_coef": "Alpha of --f_divergence_type alpha_divergence.",
+    "ld_alpha": "LD-DPO (https://arxiv.org/abs/2409.06411): weight, 0 to 1, of what the longer answer has more.",
+    "use_weighting": "WPO (https://arxiv.org/abs/2406.11827): pairs weigh more the likelier the model finds them.",
+    "discopop_tau": "Temperature of --loss_type discopop.",
+    "precompute_ref_log_probs": "Score all pairs with the reference before training, and then do without it.",
+    "precompute_ref_batch_size": "Pairs that are scored at a time. Default: the batch size of training or evaluation.",
+    "sync_ref_model": "TR-DPO (https://arxiv.org/abs/2404.09656): the reference follows the model. Full training only.",
+    "ref_model_mixup_alpha": "By what share the reference moves towards the model each time.",
+    "ref_model_sync_steps": "Steps from one such move to the next.",
+    "center_rewards_coefficient": "Holds the mean of both scores near 0 (https://arxiv.org/abs/2312.09244); 0.01 is "
+    "usual.",
 }
 # Enumerations with more members than this are not listed.
-SHOWN_CHOICES = 12
+SHOWN_CHOICES = 16
 
 
 def main() -> None:
@@ -109,7 +143,9 @@ def render() -> str:
         "`flag: value`, over which the command line wins; and `--debug`, which adds the traceback to an error. Hyphens "
         "may stand for underscores, and a switch alone means True. Names are never abbreviated: an unknown one stops "
         "the program, which names the nearest known flag.",
-        "## pretraining.py and supervised_finetuning.py",
+        "## The stages of training",
+        "`pretraining.py`, `supervised_finetuning.py`, and, on pairs of preferences, `reward_modeling.py`, "
+        "`dpo_training.py` and `orpo_training.py`. What a stage has no use for it refuses; see the last section.",
         "### Model",
         table(ModelArguments),
         "### Data",
@@ -126,6 +162,16 @@ def render() -> str:
         table(pretraining.PretrainingArguments),
         "### supervised_finetuning.py only",
         table(supervised_finetuning.FinetuningArguments, also=("packing",)),
+        "### reward_modeling.py, dpo_training.py, orpo_training.py",
+        table(PairArguments),
+        "### reward_modeling.py only",
+        table(reward_modeling.RewardArguments, also=("center_rewards_coefficient",)),
+        "With `--score_file` it scores and does not train:",
+        table(reward_modeling.ScoreArguments),
+        "### dpo_training.py only",
+        table(dpo_training.PreferenceArguments, also=OF_DPO),
+        "### orpo_training.py only",
+        table(orpo_training.OrpoArguments),
         "### From the trainer",
         "The ones used most; `--help` lists the others.",
         table(SFTConfig, also=INHERITED, own=False),
@@ -142,6 +188,8 @@ def render() -> str:
         "## Refused here, and why",
         "A flag that would have no effect stops the program.",
         _rows(("flag", "instead"), refusals({**GONE, **UNUSED_SFT_ARGUMENTS})),
+        "In the stages on pairs these as well:",
+        _rows(("flag", "instead"), refusals(only_with_pairs())),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -172,6 +220,8 @@ def type_name(annotation: Any, choices: Iterable[str] | None = None) -> str:
     """What may be given: the choices if they are few, the type otherwise."""
     is_union = typing.get_origin(annotation) in (typing.Union, UnionType)
     members = [member for member in (typing.get_args(annotation) if is_union else [annotation]) if member != NoneType]
+    if typing.get_origin(members[0]) is list:
+        return f"{type_name(*typing.get_args(members[0]), choices)}; several with spaces"
     enums = [member for member in members if isinstance(member, type) and issubclass(member, Enum)]
     choices = list(choices or [value.value for enum in enums for value in enum])
     if 0 < len(choices) <= SHOWN_CHOICES:
@@ -182,6 +232,8 @@ def type_name(annotation: Any, choices: Iterable[str] | None = None) -> str:
 
 def default(field: dataclasses.Field) -> str:
     """The default as one would type it."""
+    if field.default_factory is not dataclasses.MISSING:
+        return f"`{' '.join(map(str, field.default_factory()))}`"
     if field.default is dataclasses.MISSING:
         return "required"
     if field.default is None:
@@ -203,6 +255,15 @@ def refusals(reasons: Mapping[str, str]) -> list[tuple[str, str]]:
     for name, reason in reasons.items():
         names.setdefault(reason, []).append(f"`--{name}`")
     return [("<br>".join(flags), reason) for reason, flags in names.items()]
+
+
+def only_with_pairs() -> dict[str, str]:
+    """What the stages on pairs refuse otherwise than the other stages, or alone."""
+    return {
+        name: reason
+        for name, reason in UNUSED_PAIR_ARGUMENTS.items()
+        if UNUSED_SFT_ARGUMENTS.get(name) != reason and name != "max_length"
+    }
 
 
 def _rows(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:

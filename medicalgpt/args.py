@@ -111,11 +111,11 @@ class PairArguments:
         default=None,
         metadata={"help": "System prompt of conversations that have none; saved with the template for serving."},
     )
-    model_max_length: int = field(
-        default=1024,
+    model_max_length: int | None = field(
+        default=None,
         metadata={
-            "help": "Most tokens of a prompt with either answer. A longer pair is refused, never cut. Unset: less if "
-            "the model has fewer positions.",
+            "help": "Most tokens of a prompt with either answer. A longer pair is refused, never cut. Unset: what the "
+            "two limits below allow together, or 1024; less if the model has fewer positions.",
             "aliases": ["--max_seq_length"],
         },
     )
@@ -139,6 +139,15 @@ class PairArguments:
         for name in ("max_source_length", "max_target_length"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least 1.")
+        both = (self.max_source_length or 0) + (self.max_target_length or 0)
+        if self.model_max_length is None:
+            self.model_max_length = both if self.max_source_length and self.max_target_length else 1024
+        for name in ("max_source_length", "max_target_length"):
+            if (getattr(self, name) or 0) >= self.model_max_length:
+                raise ValueError(
+                    f"--{name} {getattr(self, name)} has no effect, as prompt and answer together may have "
+                    f"--model_max_length {self.model_max_length} tokens. Raise that, or leave --{name} out."
+                )
         super().__post_init__()
 
 

@@ -195,6 +195,11 @@ class Run:
         sequences, tokens, supervised = train.estimate() if streamed else _sizes(train)
         about = "about " if streamed else ""
         batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        if args.dataloader_drop_last and sequences < args.per_device_train_batch_size * args.world_size:
+            raise UserError(
+                f"--dataloader_drop_last True would drop everything: {sequences} row(s) are less than one batch of "
+                f"{args.per_device_train_batch_size} on each of {args.world_size} process(es). Leave it out."
+            )
         per_epoch = math.ceil(
             math.ceil(sequences / (args.per_device_train_batch_size * args.world_size))
             / args.gradient_accumulation_steps
@@ -284,12 +289,12 @@ class Run:
         before = sampler.answers()
         metrics: dict[str, float] = {}
         if self.training.do_train:
-            metrics |= trainer.train(resume_from_checkpoint=self.resume_from).metrics
-            if trainer.state.global_step == 0:
-                raise UserError(
-                    "no step was made, so nothing was trained or saved: fewer rows than --dataloader_drop_last True "
-                    "leaves for one batch. Leave that flag out, or lower --per_device_train_batch_size."
-                )
+            try:
+                metrics |= trainer.train(resume_from_checkpoint=self.resume_from).metrics
+            except KeyError as error:
+                if "metric_for_best_model" not in str(error):
+                    raise
+                raise UserError(str(error.args[0])) from error
             if isinstance(trainer, StreamTrainer):
                 self.record["streamed"] = trainer.seen()
         # Held-out rows are measured unless that was refused in so many words.

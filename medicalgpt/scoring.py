@@ -81,6 +81,8 @@ def is_reward_adapter(adapter: str) -> bool:
     Raises:
         CheckpointError: its head is missing or has several outputs.
     """
+    if not models.resolve_checkpoint(adapter)[1]:
+        raise models.CheckpointError(f"{adapter} is no adapter: it has no {models.ADAPTER_CONFIG}.")
     config = json.loads((Path(adapter) / models.ADAPTER_CONFIG).read_text(encoding="utf-8"))
     if config.get("task_type") != "SEQ_CLS":
         return False

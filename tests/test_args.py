@@ -5,10 +5,14 @@ import dataclasses
 import re
 from dataclasses import dataclass, field
 
+import dpo_training
+import orpo_training
 import pretraining
+import reward_modeling
 import supervised_finetuning
 from medicalgpt.args import (
     RENAMED,
+    UNUSED_PAIR_ARGUMENTS,
     UNUSED_SFT_ARGUMENTS,
     UNUSED_TRAINING_ARGUMENTS,
     DataArguments,
@@ -23,9 +27,15 @@ from helpers import ROOT, run_program
 from transformers import TrainingArguments
 from trl import SFTConfig
 
+PAIR_STAGES = {
+    "reward_modeling": reward_modeling.RewardArguments,
+    "dpo_training": dpo_training.PreferenceArguments,
+    "orpo_training": orpo_training.OrpoArguments,
+}
 STAGES = {
     "pretraining": pretraining.PretrainingArguments,
     "supervised_finetuning": supervised_finetuning.FinetuningArguments,
+    **PAIR_STAGES,
 }
 
 
@@ -37,7 +47,7 @@ def parse(*argv, stage="supervised_finetuning"):
         LoraArguments,
         RunArguments,
         STAGES[stage],
-        unused=UNUSED_SFT_ARGUMENTS,
+        unused=UNUSED_PAIR_ARGUMENTS if stage in PAIR_STAGES else UNUSED_SFT_ARGUMENTS,
         argv=["--model_name_or_path", "m", *map(str, argv)],
     )
     values = {f.name: getattr(group, f.name) for group in groups for f in dataclasses.fields(group)}
@@ -227,12 +237,44 @@ def test_every_refused_flag_exists_in_the_library_and_has_a_sentence(name):
     assert re.fullmatch(r"[A-Z].*[.]", UNUSED_SFT_ARGUMENTS[name])
 
 
+@pytest.mark.parametrize("name", sorted(UNUSED_PAIR_ARGUMENTS))
+def test_every_flag_refused_with_pairs_exists_somewhere_and_has_a_sentence(name):
+    known = {f.name for stage in PAIR_STAGES.values() for f in dataclasses.fields(stage)}
+    ours = {f.name for f in dataclasses.fields(DataArguments)} | {"block_size"}
+    assert name in known | ours
+    assert re.fullmatch(r"[A-Z].*[.]", UNUSED_PAIR_ARGUMENTS[name])
+
+
 def test_one_stage_refuses_what_the_other_has():
     pt = run_program("pretraining.py", "--model_name_or_path", "m", "--template_name", "qwen", check=False)
     sft = run_program("supervised_finetuning.py", "--model_name_or_path", "m", "--block_size", 64, check=False)
     assert pt.returncode == sft.returncode == 2
     assert "unknown flag --template_name" in pt.stderr
     assert "--block_size has no effect" in sft.stderr and "--model_max_length" in sft.stderr
+
+
+@pytest.mark.parametrize("stage", ["pretraining", "supervised_finetuning", *PAIR_STAGES])
+@pytest.mark.parametrize(
+    ("argv", "reason"),
+    [
+        (["--per_device_train_batch_size", 0], "must be at least 1"),
+        (["--per_device_eval_batch_size", -1], "must be at least 1"),
+        (["--gradient_accumulation_steps", 0], "must be at least 1"),
+        (["--max_steps", 0], "would train nothing"),
+        (["--num_train_epochs", 0], "would train nothing"),
+        (["--load_best_model_at_end", True], "add --eval_strategy steps"),
+    ],
+)
+def test_numbers_that_train_nothing_are_refused(refusal, stage, argv, reason):
+    message = refusal(*argv, stage=stage)
+    assert argv[0] in message and reason in message
+
+
+@pytest.mark.parametrize("stage", sorted(PAIR_STAGES))
+@pytest.mark.parametrize("flag", ["--max_source_length", "--max_target_length"])
+def test_limits_of_pairs_are_at_least_one_token(refusal, stage, flag):
+    assert f"{flag} 0 must be at least 1." in refusal(flag, 0, stage=stage)
+    assert parse(flag, 1, stage=stage)[1] == {flag[2:]}
 
 
 # --- which flags were given ------------------------------------------------------------------------------------------
@@ -335,9 +377,16 @@ def test_choices_aliases_and_help_of_a_dataclass():
     assert own.size == 2 and own.given == {"size"}
 
 
-@pytest.mark.parametrize(
-    "script", ["pretraining.py", "supervised_finetuning.py", "merge_peft_adapter.py", "validate_jsonl.py"]
-)
+TRAINING = {
+    "pretraining.py": UNUSED_SFT_ARGUMENTS,
+    "supervised_finetuning.py": UNUSED_SFT_ARGUMENTS,
+    "reward_modeling.py": UNUSED_PAIR_ARGUMENTS,
+    "dpo_training.py": UNUSED_PAIR_ARGUMENTS,
+    "orpo_training.py": UNUSED_PAIR_ARGUMENTS,
+}
+
+
+@pytest.mark.parametrize("script", [*TRAINING, "merge_peft_adapter.py", "validate_jsonl.py"])
 def test_help_names_every_flag_with_its_help(script):
     text = run_program(script, "--help", timeout=60).stdout
     tree = ast.parse((ROOT / script).read_text(encoding="utf-8"))
@@ -345,10 +394,12 @@ def test_help_names_every_flag_with_its_help(script):
     shown = set(re.findall(r"^  (--\w+)", text, re.MULTILINE))
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
     own = {node.target.id for cls in classes for node in cls.body if isinstance(node, ast.AnnAssign)}
-    if script in ("pretraining.py", "supervised_finetuning.py"):
+    if script in TRAINING:
+        unused = TRAINING[script]
         for group in (ModelArguments, DataArguments, LoraArguments, RunArguments):
             own |= {f.name for f in dataclasses.fields(group)}
-        own |= {f.name for f in dataclasses.fields(TrainingArguments) if f.init} - set(UNUSED_SFT_ARGUMENTS)
+        own |= {f.name for f in dataclasses.fields(TrainingArguments) if f.init}
+        own -= set(unused)
+        assert shown.isdisjoint(f"--{name}" for name in unused)
     assert {f"--{name}" for name in own} <= shown
-    assert shown.isdisjoint(f"--{name}" for name in UNUSED_SFT_ARGUMENTS)
     assert "--config" in shown
