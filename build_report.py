@@ -1,6 +1,6 @@
 """Show what training changed: a before/after table on the terminal, and one HTML page without network requests.
 
-    python build_report.py --eval_file outputs/eval.json --runs pt=outputs/pt sft=outputs/sft \\
+    python build_report.py --eval_file outputs/eval.json --runs pt=outputs/pt sft=outputs/sft dpo=outputs/dpo \\
         --output_file outputs/report.html
 
 Reads the results of `eval_pipeline.py` and the `run.json` and `metrics.jsonl` that each stage leaves in its output_dir.
@@ -31,7 +31,16 @@ MAX_BYTES = 500_000
 # A model that never stops fills a page; the whole answer stays in the evaluation's file.
 MAX_SHOWN_CHARACTERS = 1_200
 MAX_SHOWN_SAMPLES = 6
-SHOWN_METRICS = ("loss", "perplexity", "accuracy", "reward")
+SHOWN_METRICS = ("loss", "perplexity", "accuracy", "reward", "margin")
+EXACT = "exact match (held-out phrasings)"
+# Curves beside the loss: the names under which stages log them, and what they are.
+CURVES = {
+    "accuracy": (
+        ("accuracy", "rewards/accuracies"),
+        "share of pairs in which the chosen answer is ahead: in score, in implicit reward or in log-probability",
+    ),
+    "margin": (("margin", "rewards/margins"), "by how much the chosen answer is ahead, on average"),
+}
 
 
 @dataclass
@@ -107,16 +116,34 @@ def summary_rows(models: list[dict]) -> list[Row]:
         )
     chats = [model.get("chat") for model in models]
     if any(chats):
-        rows.append(share_row("exact match (held-out phrasings)", chats, "correct"))
+        rows.append(share_row(EXACT, chats, "correct"))
         rows.append(share_row("stops by itself", chats, "stopped"))
+    for label, key in (("prefers the chosen answer (held-out pairs)", "preference"), ("good answers", "good")):
+        counts = [model.get(key) for model in models]
+        if any(counts):
+            rows.append(share_row(label, counts))
     return rows
 
 
 def category_rows(models: list[dict]) -> list[Row]:
     """Return one row of exact match counts per category, in the order of the last model's first appearance."""
-    chats = [model.get("chat") for model in models]
-    names = dict.fromkeys(name for chat in reversed(chats) if chat for name in chat["by_category"])
-    return [share_row(name, [(chat or {}).get("by_category", {}).get(name) for chat in chats]) for name in names]
+    return _by_category([model.get("chat") for model in models])
+
+
+def preference_rows(models: list[dict], reward: dict | None) -> list[Row]:
+    """Return one row of preference counts per category, a cell for each model and one for the reward model if any."""
+    rows = _by_category([*(model.get("preference") for model in models), *([reward] if reward else [])])
+    for row in rows if reward else ():
+        # A reward model is no further step of the road.
+        row.verdicts[-1] = None
+        if row.label in reward["by_category"]:
+            row.details[-1] = f"margin {_significant(reward['by_category'][row.label]['margin'])}"
+    return rows
+
+
+def _by_category(counts: list[dict | None]) -> list[Row]:
+    names = dict.fromkeys(name for count in reversed(counts) if count for name in count["by_category"])
+    return [share_row(name, [(count or {}).get("by_category", {}).get(name) for count in counts]) for name in names]
 
 
 def share_row(label: str, counts: list[dict | None], key: str = "correct") -> Row:
@@ -159,15 +186,15 @@ def text_table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(out)
 
 
-def terminal_summary(models: list[dict]) -> str:
+def terminal_summary(models: list[dict], reward: dict | None = None) -> str:
     """Return the plain text that ends a pipeline run: the table, the categories, and what changed."""
     names = [model["name"] for model in models]
     rows, categories = summary_rows(models), category_rows(models)
-    lines = [[row.label, *row.cells] for row in rows]
-    lines += [["  " + row.label, *row.cells] for row in categories] if len(categories) > 1 else []
-    # The categories break the exact match down, so they follow it and not the stop share.
-    if len(categories) > 1 and len(rows) > 1:
-        lines.insert(len(lines), lines.pop(len(rows) - 1))
+    lines = []
+    for row in rows:
+        lines.append([row.label, *row.cells])
+        if row.label == EXACT and len(categories) > 1:
+            lines += [["  " + category.label, *category.cells] for category in categories]
     parts = [text_table(["", *names], lines)]
     changes = [
         f"{row.label}, {names[index - 1]} -> {names[index]}: {verdict.text}"
@@ -175,7 +202,34 @@ def terminal_summary(models: list[dict]) -> str:
         for index, verdict in enumerate(row.verdicts)
         if verdict
     ]
+    if reward:
+        changes.append(f"reward model ({reward['path']}), held-out pairs: {_reward_text(reward)}")
     return "\n".join([*parts, "", *changes])
+
+
+def _reward_text(reward: dict) -> str:
+    return f"accuracy {share_row('', [reward]).cells[0]}, mean margin {_significant(reward['margin'])}"
+
+
+def curves_of(name: str, events: list[dict]) -> list[dict]:
+    """Return drawing and caption of each of `CURVES` that the run has logged, train and held-out in one drawing."""
+    curves = []
+    for label, (keys, caption) in CURVES.items():
+        series = {}
+        for side, prefix in (("train", ""), ("held-out", "eval_")):
+            # A run that was resumed logs some steps again: the later event counts.
+            points = {
+                float(event["step"]): float(event[prefix + key])
+                for event in events
+                for key in keys
+                if "step" in event and isinstance(event.get(prefix + key), int | float)
+            }
+            if points:
+                series[f"{side} {label}"] = sorted(points.items())
+        if series:
+            svg = Markup(svg_curve(series, f"{name}: {label}", y_label=label))
+            curves.append({"svg": svg, "caption": caption})
+    return curves
 
 
 def read_json(path: Path, what: str) -> dict:
@@ -246,6 +300,7 @@ def read_run(name: str, folder: Path) -> dict:
         "samples_left": len(samples) - len(samples[:MAX_SHOWN_SAMPLES]),
         "steps": max((int(event["step"]) for event in events if "step" in event), default=0),
         "svg": Markup(svg_curve(series, f"{name}: loss")),
+        "curves": curves_of(name, events),
     }
 
 
@@ -265,7 +320,7 @@ def command_line(command: list[str] | str) -> str:
 
 def build_html(evaluation: dict, runs: list[dict], report_command: str) -> str:
     """Return the page. Every text from a model, a file or a run is escaped."""
-    models = evaluation["models"]
+    models, reward = evaluation["models"], evaluation.get("reward")
     names = [model["name"] for model in models]
     cards = []
     for row in summary_rows(models):
@@ -274,24 +329,10 @@ def build_html(evaluation: dict, runs: list[dict], report_command: str) -> str:
             before, after = (cell.rpartition("(")[2].rstrip(")") for cell in (before, after))
         verdict = row.verdicts[-1] if len(names) == 2 else _first_to_last(models, row)
         cards.append({"label": row.label, "before": before, "after": after, "verdict": verdict})
-    examples = []
-    for index, example in enumerate(evaluation.get("examples") or []):
-        answers = []
-        for model in models:
-            if not model.get("answers"):
-                continue
-            answer = model["answers"][index]
-            answers.append(
-                {
-                    "name": model["name"],
-                    "text": _shown(answer["text"] or ""),
-                    "correct": answer["correct"],
-                    "mark": {"stop": "", "length": "did not stop"}.get(
-                        answer["finish_reason"], answer["finish_reason"]
-                    ),
-                }
-            )
-        examples.append({**example, "answers": answers})
+    if reward:
+        row = share_row("reward model: ranks held-out pairs right", [reward])
+        after = row.cells[0].rpartition("(")[2].rstrip(")")
+        cards.append({"label": row.label, "before": None, "after": after, "verdict": None})
     versions: dict[str, str] = {}
     for versioned in (*runs, evaluation):
         versions.update(versioned.get("versions") or {})
@@ -312,17 +353,45 @@ def build_html(evaluation: dict, runs: list[dict], report_command: str) -> str:
         cards=cards,
         notes=[(model["name"], note) for model in models for note in model.get("notes") or []],
         runs=runs,
-        examples=examples,
+        reward=reward,
+        reward_text=_reward_text(reward) if reward else "",
+        preferences=preference_rows(models, reward),
+        examples=_with_answers(evaluation.get("examples") or [], models, "answers"),
+        prompt_examples=_with_answers(evaluation.get("prompt_examples") or [], models, "good_answers"),
         commands=[(label, command) for label, command in commands if command],
         versions=dict(sorted(versions.items())),
         evaluation=evaluation,
     )
 
 
+def _with_answers(examples: list[dict], models: list[dict], key: str) -> list[dict]:
+    """Put beside each example what each model that was asked answered; `key` is where its answers are."""
+    shown = []
+    for index, example in enumerate(examples):
+        answers = []
+        for model in models:
+            if not model.get(key):
+                continue
+            answer = model[key][index]
+            answers.append(
+                {
+                    "name": model["name"],
+                    "text": _shown(answer["text"] or ""),
+                    "correct": answer["correct"],
+                    "mark": {"stop": "", "length": "did not stop"}.get(
+                        answer["finish_reason"], answer["finish_reason"]
+                    ),
+                }
+            )
+        shown.append({**example, "answers": answers})
+    return shown
+
+
 def _first_to_last(models: list[dict], row: Row) -> Verdict | None:
     if len(models) < 2:
         return None
-    return summary_rows([models[0], models[-1]])[[r.label for r in summary_rows(models)].index(row.label)].verdicts[-1]
+    rows = {other.label: other for other in summary_rows([models[0], models[-1]])}
+    return rows[row.label].verdicts[-1] if row.label in rows else None
 
 
 def _between(values: list, compare) -> list[Verdict | None]:
@@ -398,7 +467,7 @@ def main() -> None:
         raise UserError(f"{args.eval_file} holds no models. Run eval_pipeline.py again with --models NAME=DIR.")
     runs = [read_run(name, folder) for name, folder in _named_paths(args.runs, "--runs").items()]
 
-    print(terminal_summary(models))
+    print(terminal_summary(models, evaluation.get("reward")))
     if args.output_file:
         page = build_html(evaluation, runs, command_line(sys.argv)).encode("utf-8")
         args.output_file.parent.mkdir(parents=True, exist_ok=True)
@@ -513,7 +582,8 @@ footer { margin-top: 40px; }
 {% for card in cards %}
 <div class="box">
 <div class="soft">{{ card.label }}</div>
-<div class="big">{% if names|length > 1 %}<span class="from">{{ card.before }} → </span>{% endif %}
+<div class="big">
+{% if card.before is not none and names|length > 1 %}<span class="from">{{ card.before }} → </span>{% endif %}
 {{ card.after }}</div>
 {% if card.verdict %}<span class="tag {{ card.verdict.tone }}">{{ card.verdict.text }}</span>
 <small>{{ names[0] }} → {{ names[-1] }}</small>{% endif %}
@@ -540,10 +610,12 @@ footer { margin-top: 40px; }
 <p class="soft" style="margin-top:10px">“no measurable change” means that the two values lie within the noise of the
 measurement: 95% intervals that overlap, or a paired difference per document that its error can explain. An exact match
 is an answer equal to the reference, character by character, but for white space at its ends.
+{% if preferences %}<br>A model prefers the chosen answer of a pair if it gives it the higher log-probability per
+token. A good answer holds what its prompt calls for, such as the right department and emergency advice.{% endif %}
 {% for name, note in notes %}<br>{{ name }}: {{ note }}{% endfor %}</p>
 
 {% if runs %}
-<h2>Loss</h2>
+<h2>Curves of the training</h2>
 <div class="grid">
 {% for run in runs %}
 <figure class="box">{{ run.svg }}
@@ -552,24 +624,29 @@ is an answer equal to the reference, character by character, but for white space
 {%- for key, value in run.metrics.items() %}{{ " · " if loop.first else ", " }}{{ key }} {{ value }}{% endfor %}
 </figcaption>
 </figure>
+{% for curve in run.curves %}
+<figure class="box">{{ curve.svg }}
+<figcaption>{{ run.stage }}: {{ curve.caption }}</figcaption>
+</figure>
+{% endfor %}
 {% endfor %}
 </div>
 {% endif %}
 
-{% if examples %}
-<h2>The same questions, before and after</h2>
-<p class="soft">Fixed rows of <code>{{ evaluation.chat.file }}</code>, spread over its categories. Every token of an
-answer is the model's most likely one (greedy).</p>
-{% for example in examples %}
+{% macro compared(example, mark) %}
 <section class="box example">
 {% for turn in example.messages %}
 <p class="turn"><b>{{ turn.role }}</b>{{ turn.content|shown }}</p>
 {% endfor %}
-<small>{{ example.category }} · {{ example.place }} · reference: {{ example.reference|shown }}</small>
+<small>{{ example.category }} · {{ example.place }} ·
+{% if example.required is defined %}
+required: {% for group in example.required %}{{ group|join(" or ") }}{{ "" if loop.last else ", and " }}{% endfor %} ·
+{% endif %}
+reference: {{ example.reference|shown }}</small>
 <div class="answers">
 {% for answer in example.answers %}
 <div class="answer{{ ' hit' if answer.correct }}"><header><b>{{ answer.name }}</b>
-{% if answer.correct %}<span class="tag better">✓ exact</span>{% endif %}
+{% if answer.correct %}<span class="tag better">✓ {{ mark }}</span>{% endif %}
 {% if answer.mark %}<span class="tag">{{ answer.mark }}</span>{% endif %}
 </header>
 <div class="said{{ ' empty' if not answer.text }}" tabindex="0">{{ answer.text or "(empty)" }}</div>
@@ -577,7 +654,41 @@ answer is the model's most likely one (greedy).</p>
 {% endfor %}
 </div>
 </section>
+{% endmacro %}
+{% if preferences %}
+<h2>Preferences: right pairs by category of the worse answer</h2>
+{% set columns = names + (["reward model"] if reward else []) %}
+<div class="scroll"><table class="fold" style="--models: {{ columns|length }}">
+<thead><tr><th>category</th>{% for name in columns %}<th>{{ name }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for row in preferences %}
+<tr><th>{{ row.label }}</th>
+{% for cell in row.cells %}
+<td><span class="nowrap">{{ cell }}</span>
+{% if reward and loop.last and row.details[loop.index0] %}<small>{{ row.details[loop.index0] }}</small>{% endif %}
+{% if row.shares[loop.index0] is not none %}
+<div class="bar"><i style="width:{{ '%.1f' % (100 * row.shares[loop.index0]) }}%"></i></div>
+{% endif %}</td>
 {% endfor %}
+</tr>
+{% endfor %}
+</tbody></table></div>
+<p class="soft" style="margin-top:10px">Held-out pairs of <code>{{ evaluation.preference.file }}</code>.
+{% if reward %}The reward model <code>{{ reward.path }}</code> gives each answer a score: {{ reward_text }}.
+{% endif %}</p>
+{% endif %}
+
+{% if prompt_examples %}
+<h2>Prompts of preferences, before and after</h2>
+<p class="soft">Greedy answers to held-out prompts. A good answer holds one string of each group that is required.</p>
+{% for example in prompt_examples %}{{ compared(example, "good") }}{% endfor %}
+{% endif %}
+
+{% if examples %}
+<h2>The same questions, before and after</h2>
+<p class="soft">Fixed rows of <code>{{ evaluation.chat.file }}</code>, spread over its categories. Every token of an
+answer is the model's most likely one (greedy).</p>
+{% for example in examples %}{{ compared(example, "exact") }}{% endfor %}
 {% endif %}
 
 {% if categories %}

@@ -190,7 +190,8 @@ class PreferenceTrainer(PairTrainer, DPOTrainer):
         for model in (self.model, self.ref_model):
             if model is not None and not self.use_weighting and not self.aux_loss_enabled:
                 model = self.accelerator.unwrap_model(model)
-                add_cpu_head(model.get_base_model() if isinstance(model, PeftModel) else model)
+                base = model.get_base_model() if isinstance(model, PeftModel) else model
+                add_cpu_head(base, measured=model is not self.ref_model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         if self.args.sync_ref_model and self.args.ref_model_sync_steps > num_training_steps:

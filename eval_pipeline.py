@@ -1,17 +1,31 @@
-"""Measure what each stage changed: perplexity on held-out text, and exact answers to held-out questions.
+"""Measure what each stage changed, on held-out text, questions and preferences.
 
-    python eval_pipeline.py --models base=outputs/base pt=outputs/pt-merged sft=outputs/sft-merged \\
-        --text_file_dir data/pretrain --chat_file data/finetune/validation.jsonl --output_file outputs/eval.json
+    python eval_pipeline.py --models base=outputs/tiny-base pt=outputs/pt sft=outputs/sft-merged \\
+        dpo=outputs/dpo-merged --first_chat_model sft --text_file_dir data/pretrain \\
+        --chat_file data/finetune/validation.jsonl --preference_file data/reward/validation.jsonl \\
+        --output_file outputs/eval.json
 
-Models are given in the order of training. Perplexity is exp(total negative log-likelihood / total tokens) with every
-document scored alone. An exact match is a greedy answer equal to the reference, apart from white space at both ends.
+Models are given in the order of training.
+
+- Perplexity (--text_file_dir): exp(total negative log-likelihood / total tokens), every document scored alone.
+- Exact match (--chat_file): a greedy answer equal to the reference, apart from white space at both ends.
+- Preference accuracy (--preference_file): the share of pairs in which the chosen answer has the higher log-probability
+  per token. Summed over its tokens, an answer loses with each one that it has, so that the shorter answer of a pair
+  would win, whatever it says.
+- Good answers (--preference_file): greedy answers to those of its prompts whose rows have
+  `"meta": {"required": [["cardiology"], ["ambulance", "emergency"]]}`: a good one holds at least one string of each
+  group, in capitals or not.
+- Reward accuracy (--reward_model): the share of the same pairs in which that model scores the chosen answer higher,
+  and the mean difference of the two scores (margin).
+
 The counts, the answers to a few fixed questions and the files that were measured go into --output_file, which
 `build_report.py` turns into a table and a page. Results of a model whose weights, data and settings have not changed
-are reused. Models before the last often never stop by themselves, which makes them slow: they answer fewer questions
-(--max_chat_samples_before), the same ones each.
+are reused. Models that were never taught to answer often do not stop by themselves, which makes them slow: those before
+--first_chat_model answer fewer questions (--max_chat_samples_before), the same ones each.
 """
 
 import argparse
+import copy
 import hashlib
 import json
 import math
@@ -19,15 +33,19 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from medicalgpt import data as data_files
 from medicalgpt.errors import UserError, run_main
 
-FORMAT = 1
+FORMAT = 2
+# Prompts of preferences whose answers are kept to be shown.
+PROMPT_EXAMPLES = 8
+# Name of the reward model's results among those of the models; no model can have it.
+REWARD = "=reward"
 # Logits of one forward pass, rows x tokens x vocabulary, in numbers: about 256 MB in float32.
 MAX_LOGITS = 2**26
 CHECKPOINT_FILES = (
@@ -46,13 +64,41 @@ CHECKPOINT_FILES = (
 
 @dataclass(frozen=True)
 class Question:
-    """One chat row: the turns up to the last answer, and that answer."""
+    """One chat row: the turns up to the last answer, and that answer.
+
+    `required` is set for prompts of preferences: a good answer holds at least one string of each of these groups.
+    """
 
     place: str
     category: str
     messages: list[dict[str, Any]]
     tools: list | None
     reference: str
+    required: list[list[str]] | None = None
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    """One row of preferences, as `data.to_preference` gives it."""
+
+    place: str
+    category: str
+    row: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What the models are measured on. The lists of indices say what is asked first and whose answers are kept."""
+
+    documents: list[str] | None = None
+    end_of_document: str | None = None
+    questions: list[Question] | None = None
+    question_order: list[int] = field(default_factory=list)
+    question_examples: list[int] = field(default_factory=list)
+    pairs: list[PreferencePair] | None = None
+    prompts: list[Question] = field(default_factory=list)
+    prompt_order: list[int] = field(default_factory=list)
+    prompt_examples: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -167,6 +213,54 @@ def read_questions(file: str, ignore_fields: str = "") -> tuple[list[Question], 
     return questions, left_out
 
 
+def read_preferences(file: str, ignore_fields: str = "") -> tuple[list[PreferencePair], list[Question]]:
+    """Return the pairs of a preference file, and those of its prompts, each once, whose rows say what is required.
+
+    Raises:
+        UserError: rows that are no preferences, or say it in another form (all of them, by file:line).
+    """
+    ignore = frozenset(filter(None, ignore_fields.replace(" ", "").split(",")))
+    pairs, prompts, problems = [], {}, []
+    for path in data_files.find_files(file):
+        for row in data_files.read_rows(path):
+            if isinstance(row, data_files.Problem):
+                problems.append(row)
+                continue
+            try:
+                pair = data_files.to_preference(row.value, ignore)
+                required = _required_strings(row.value)
+            except data_files.RowError as error:
+                problems.append(data_files.Problem(row.place, error.reason, error.remedy, error.value))
+                continue
+            pairs.append(PreferencePair(row.place, str(row.value.get("category", "no category")), pair))
+            if required:
+                asked = json.dumps([pair["messages"], pair["tools"]], ensure_ascii=False, sort_keys=True)
+                language = str(row.value.get("language", "no language"))
+                reference = pair["chosen"].get("content") or ""
+                question = Question(row.place, language, pair["messages"], pair["tools"], reference, required)
+                prompts.setdefault(asked, question)
+    _refuse(problems)
+    if not pairs:
+        raise UserError(f"--preference_file {file} holds no pairs.")
+    return pairs, list(prompts.values())
+
+
+def _required_strings(row: dict[str, Any]) -> list[list[str]] | None:
+    """Raises RowError where `meta.required` is there and is no list of lists of strings."""
+    meta = row.get("meta")
+    required = meta.get("required") if isinstance(meta, dict) else None
+    if required is None:
+        return None
+    groups = required if isinstance(required, list) else [None]
+    if not all(isinstance(group, list) and group and all(isinstance(text, str) for text in group) for group in groups):
+        raise data_files.RowError(
+            "`meta.required` is no list of groups of strings",
+            'Write it as [["cardiology"], ["ambulance", "emergency"]]: a good answer holds one string of each group.',
+            required,
+        )
+    return required
+
+
 def pick_examples(questions: Sequence[Question], count: int) -> list[int]:
     """Choose rows to show, spread evenly over and inside the categories; identity rows are among them."""
     by_category: dict[str, list[int]] = {}
@@ -185,6 +279,49 @@ def pick_examples(questions: Sequence[Question], count: int) -> list[int]:
     return chosen
 
 
+def token_losses(
+    model: Any, sequences: Sequence[Sequence[int]], batch_size: int = 64, progress: Progress | None = None
+) -> Iterator[tuple[int, Any]]:
+    """Yield (index, losses) of each sequence, the longest first: losses (tokens - 1,) in nats, the first has none.
+
+    Args:
+        model: a causal language model in evaluation mode.
+        sequences: token ids, at least two each.
+        batch_size: most sequences of one forward pass. It does not change the result.
+
+    Raises:
+        UserError: the model's scores are not finite.
+    """
+    import torch
+
+    order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]), reverse=True)
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    while order:
+        width = len(sequences[order[0]])
+        rows = max(1, min(batch_size, MAX_LOGITS // (width * vocabulary)))
+        batch, order = order[:rows], order[rows:]
+        input_ids = torch.zeros((len(batch), width), dtype=torch.long)
+        attention_mask = torch.zeros_like(input_ids)
+        for row, index in enumerate(batch):
+            input_ids[row, : len(sequences[index])] = torch.tensor(sequences[index])
+            attention_mask[row, : len(sequences[index])] = 1
+        input_ids, attention_mask = input_ids.to(model.device), attention_mask.to(model.device)
+        with torch.inference_mode():
+            logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits[:, :-1]
+            losses = torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1).float(), input_ids[:, 1:].flatten(), reduction="none"
+            ).view(len(batch), -1)
+        for index, row in zip(batch, losses.double().cpu(), strict=True):
+            row = row[: len(sequences[index]) - 1]
+            if not row.isfinite().all():
+                raise UserError(
+                    "the model's scores are not finite (NaN or infinite): its weights are broken. Train it again."
+                )
+            yield index, row
+        if progress:
+            progress.add(len(batch))
+
+
 def score_documents(
     model: Any,
     documents: Sequence[Sequence[int]],
@@ -198,10 +335,8 @@ def score_documents(
     every token but a document's first is scored exactly once.
 
     Args:
-        model: a causal language model in evaluation mode.
         documents: token ids of each document, its end token included.
         block_size: most tokens of one piece, at least 2.
-        batch_size: most pieces of one forward pass. It does not change the result.
 
     Returns:
         (negative log-likelihood in nats, tokens scored) of each document.
@@ -209,41 +344,33 @@ def score_documents(
     Raises:
         UserError: the model's scores are not finite.
     """
-    import torch
-
     pieces = [
         (number, ids[start : start + block_size])
         for number, ids in enumerate(documents)
         for start in range(0, len(ids) - 1, block_size - 1)
     ]
-    pieces.sort(key=lambda piece: len(piece[1]), reverse=True)
     nll = [0.0] * len(documents)
-    vocabulary = model.get_output_embeddings().weight.shape[0]
-    start = 0
-    while start < len(pieces):
-        width = len(pieces[start][1])
-        rows = max(1, min(batch_size, MAX_LOGITS // (width * vocabulary)))
-        batch = pieces[start : start + rows]
-        start += rows
-        input_ids = torch.zeros((len(batch), width), dtype=torch.long)
-        attention_mask = torch.zeros_like(input_ids)
-        for row, (_, ids) in enumerate(batch):
-            input_ids[row, : len(ids)] = torch.tensor(ids)
-            attention_mask[row, : len(ids)] = 1
-        input_ids, attention_mask = input_ids.to(model.device), attention_mask.to(model.device)
-        with torch.inference_mode():
-            logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits[:, :-1]
-            losses = torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1).float(), input_ids[:, 1:].flatten(), reduction="none"
-            ).view(len(batch), -1)
-            losses = losses.masked_fill(attention_mask[:, 1:] == 0, 0.0).double().sum(1).tolist()
-        for (number, _), loss in zip(batch, losses, strict=True):
-            nll[number] += loss
-        if progress:
-            progress.add(len(batch))
-    if not all(map(math.isfinite, nll)):
-        raise UserError("the model's scores are not finite (NaN or infinite): its weights are broken. Train it again.")
+    for index, losses in token_losses(model, [ids for _, ids in pieces], batch_size, progress):
+        nll[pieces[index][0]] += losses.sum().item()
     return [(loss, len(ids) - 1) for loss, ids in zip(nll, documents, strict=True)]
+
+
+def score_pairs(
+    model: Any, pairs: Sequence[Any], batch_size: int = 64, progress: Progress | None = None
+) -> list[tuple[float, float]]:
+    """Return the mean log-probability in nats of the tokens of both answers of each pair: (chosen, rejected).
+
+    Args:
+        pairs: of `encoding.Pair`; the turn end belongs to an answer, the prompt does not.
+
+    Raises:
+        UserError: the model's scores are not finite.
+    """
+    sequences = [pair.prompt_ids + answer for pair in pairs for answer in (pair.chosen_ids, pair.rejected_ids)]
+    means = [0.0] * len(sequences)
+    for index, losses in token_losses(model, sequences, batch_size, progress):
+        means[index] = -losses[len(pairs[index // 2].prompt_ids) - 1 :].mean().item()
+    return list(zip(means[::2], means[1::2], strict=True))
 
 
 def perplexity(scores: Sequence[tuple[float, int]]) -> float:
@@ -256,16 +383,30 @@ def is_match(answer: str, reference: str) -> bool:
     return answer.strip() == reference.strip()
 
 
-def count_answers(questions: Sequence[Question], answers: Sequence[Any]) -> ChatScore:
-    """Count exact matches and answers that the model ended itself.
+def is_exact(answer: str, question: Question) -> bool:
+    """Whether the answer is the question's reference."""
+    return is_match(answer, question.reference)
+
+
+def is_good(answer: str, question: Question) -> bool:
+    """Whether the answer holds at least one string of each group that the question requires, in capitals or not."""
+    said = answer.casefold()
+    return all(any(text.casefold() in said for text in group) for group in question.required)
+
+
+def count_answers(
+    questions: Sequence[Question], answers: Sequence[Any], is_right: Callable[[str, Question], bool] = is_exact
+) -> ChatScore:
+    """Count right answers and answers that the model ended itself.
 
     Args:
         answers: one for each question, each with `text` and `finish_reason`.
+        is_right: takes the text of an answer, and its question.
     """
     score = ChatScore()
     for question, answer in zip(questions, answers, strict=True):
         category = score.by_category.setdefault(question.category, {"correct": 0, "stopped": 0, "total": 0})
-        correct, stopped = is_match(answer.text, question.reference), answer.finish_reason == "stop"
+        correct, stopped = is_right(answer.text, question), answer.finish_reason == "stop"
         category["correct"] += correct
         category["stopped"] += stopped
         category["total"] += 1
@@ -316,6 +457,29 @@ def answer_questions(
     return answers
 
 
+def count_preferences(pairs: Sequence[PreferencePair], scores: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    """Count the pairs whose chosen answer scores higher than the rejected one; an equal score does not.
+
+    Args:
+        scores: (chosen, rejected) of each pair.
+
+    Returns:
+        `correct`, `total` and `margin`, the mean of chosen - rejected; the same for each category in `by_category`.
+    """
+    by_category: dict[str, list[float]] = {}
+    for pair, (chosen, rejected) in zip(pairs, scores, strict=True):
+        by_category.setdefault(pair.category, []).append(chosen - rejected)
+
+    def counts(gaps: list[float]) -> dict[str, Any]:
+        margin = math.fsum(gaps) / len(gaps) if gaps else None
+        return {"correct": sum(gap > 0 for gap in gaps), "total": len(gaps), "margin": margin}
+
+    return {
+        **counts([gap for gaps in by_category.values() for gap in gaps]),
+        "by_category": {category: counts(gaps) for category, gaps in by_category.items()},
+    }
+
+
 def fingerprint_files(paths: Sequence[Path]) -> list[list]:
     """Return [path, bytes, modification time in ns] of each file: what changes when the file does."""
     return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(paths)]
@@ -333,26 +497,15 @@ def fingerprint_checkpoint(folder: str) -> list[list] | None:
 
 
 def evaluate_model(
-    name: str,
-    path: str,
-    documents: Sequence[str] | None,
-    questions: Sequence[Question] | None,
-    sampled: Sequence[int],
-    examples: Sequence[int],
-    end_of_document: str,
-    last_model: str,
-    args: argparse.Namespace,
+    name: str, path: str, held_out: HeldOut, limit: int | None, last_model: str, args: argparse.Namespace
 ) -> dict[str, Any]:
-    """Measure one model; see `main` for the format of the result.
+    """Measure one model; what is in the result, the parts below say.
 
     Args:
-        sampled: indices of the questions that count.
-        examples: indices of the questions whose answers are kept.
-        end_of_document: token that ends a document, as in pretraining.
+        limit: most questions of a kind that it is asked; None for all.
         last_model: lends its chat template and stop tokens to a model without a template.
     """
     from medicalgpt.chat import ChatEngine
-    from medicalgpt.encoding import encode_document
 
     started = time.monotonic()
     engine = ChatEngine.from_pretrained(path)
@@ -363,68 +516,199 @@ def evaluate_model(
         "text": None,
         "chat": None,
         "answers": None,
+        "preference": None,
+        "good": None,
+        "good_answers": None,
         "notes": [],
     }
-    if documents is not None:
-        tokenizer = engine.tokenizer
-        end = tokenizer.get_vocab().get(end_of_document, tokenizer.eos_token_id)
-        block_size = min(args.block_size, engine.context_length or args.block_size)
-        encoded = [
-            [
-                token
-                for piece in encode_document(tokenizer, {"text": text}, block_size=sys.maxsize, end=False)
-                for token in piece.input_ids
-            ]
-            + [end]
-            for text in documents
-        ]
-        pieces = sum(len(range(0, len(ids) - 1, block_size - 1)) for ids in encoded)
-        with Progress(f"{name}: perplexity, pieces of text", pieces) as progress:
-            scores = score_documents(engine.model, encoded, block_size, args.batch_size, progress)
-        result["text"] = {
-            "perplexity": perplexity(scores),
-            "nll": sum(nll for nll, _ in scores),
-            "tokens": sum(tokens for _, tokens in scores),
-            "documents": len(scores),
-            "document_nll": [round(nll, 4) for nll, _ in scores],
-            "document_tokens": [tokens for _, tokens in scores],
-        }
-        if block_size < args.block_size:
-            result["notes"].append(f"text was scored in blocks of {block_size} tokens, the model's context")
-        print(
-            f"  {name}: perplexity {result['text']['perplexity']:.4g} on {result['text']['tokens']:,} tokens of "
-            f"{len(scores):,} documents ({progress.seconds:.1f} s)",
-            flush=True,
+    if held_out.documents is not None:
+        measure_text(result, engine, held_out, args)
+    if (held_out.questions or held_out.pairs) and not engine.tokenizer.chat_template:
+        engine = _lend_template(engine, last_model)
+        result["notes"].append(f"it has no chat template; {last_model} lent its template and stop tokens")
+    if held_out.questions is not None:
+        order = held_out.question_order[:limit]
+        what = "exact match"
+        result["chat"], result["answers"] = measure_answers(
+            result, engine, held_out.questions, order, held_out.question_examples, what, is_exact, args
         )
-    if questions is not None:
-        if not engine.tokenizer.chat_template:
-            engine = _lend_template(engine, last_model)
-            result["notes"].append(f"it has no chat template; {last_model} lent its template and stop tokens")
-        asked = list(dict.fromkeys([*sampled, *examples]))
-        with Progress(f"{name}: answers", len(asked)) as progress:
-            replies = answer_questions(
-                engine, [questions[index] for index in asked], args.max_new_tokens, args.batch_size, progress
-            )
-        by_index = dict(zip(asked, replies, strict=True))
-        counted = [index for index in sampled if by_index[index] is not None]
-        score = count_answers([questions[index] for index in counted], [by_index[index] for index in counted])
-        too_long = len(sampled) - len(counted)
-        result["chat"] = {**vars(score), "asked": len(sampled), "prompt_too_long": too_long}
-        result["answers"] = [_example_answer(by_index[index], questions[index].reference) for index in examples]
-        if too_long:
-            result["notes"].append(f"{too_long} questions are longer than its context and were not counted")
-        if len(sampled) < len(questions):
-            result["notes"].append(f"asked {len(sampled):,} of {len(questions):,} questions (seed {args.seed})")
-        share = f" ({score.correct / score.total:.1%})" if score.total else ""
-        print(
-            f"  {name}: exact match {score.correct}/{score.total}{share}, stopped by itself "
-            f"{score.stopped}/{score.total} ({progress.seconds:.1f} s)",
-            flush=True,
+    if held_out.pairs is not None:
+        measure_preferences(result, engine, held_out.pairs, args)
+    if held_out.prompts:
+        order = held_out.prompt_order[:limit]
+        result["good"], result["good_answers"] = measure_answers(
+            result, engine, held_out.prompts, order, held_out.prompt_examples, "good answers", is_good, args
         )
     for note in result["notes"]:
         print(f"  {name}: {note}", flush=True)
     result["seconds"] = round(time.monotonic() - started, 1)
     return result
+
+
+def measure_text(result: dict[str, Any], engine: Any, held_out: HeldOut, args: argparse.Namespace) -> None:
+    """Put perplexity, and what it is made of document by document, into `result["text"]`."""
+    from medicalgpt.encoding import encode_document
+
+    name, tokenizer = result["name"], engine.tokenizer
+    end = tokenizer.get_vocab().get(held_out.end_of_document, tokenizer.eos_token_id)
+    block_size = min(args.block_size, engine.context_length or args.block_size)
+    encoded = [
+        [
+            token
+            for piece in encode_document(tokenizer, {"text": text}, block_size=sys.maxsize, end=False)
+            for token in piece.input_ids
+        ]
+        + [end]
+        for text in held_out.documents
+    ]
+    pieces = sum(len(range(0, len(ids) - 1, block_size - 1)) for ids in encoded)
+    with Progress(f"{name}: perplexity, pieces of text", pieces) as progress:
+        scores = score_documents(engine.model, encoded, block_size, args.batch_size, progress)
+    result["text"] = {
+        "perplexity": perplexity(scores),
+        "nll": sum(nll for nll, _ in scores),
+        "tokens": sum(tokens for _, tokens in scores),
+        "documents": len(scores),
+        "document_nll": [round(nll, 4) for nll, _ in scores],
+        "document_tokens": [tokens for _, tokens in scores],
+    }
+    if block_size < args.block_size:
+        result["notes"].append(f"text was scored in blocks of {block_size} tokens, the model's context")
+    print(
+        f"  {name}: perplexity {result['text']['perplexity']:.4g} on {result['text']['tokens']:,} tokens of "
+        f"{len(scores):,} documents ({progress.seconds:.1f} s)",
+        flush=True,
+    )
+
+
+def measure_answers(
+    result: dict[str, Any],
+    engine: Any,
+    questions: Sequence[Question],
+    order: Sequence[int],
+    examples: Sequence[int],
+    what: str,
+    is_right: Callable[[str, Question], bool],
+    args: argparse.Namespace,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Ask questions; notes go into `result["notes"]`.
+
+    Args:
+        order: indices of the questions that count.
+        examples: indices of the questions whose answers are kept.
+        what: name of what is counted.
+        is_right: takes the text of an answer, and its question.
+
+    Returns:
+        The counts, and the answers to the examples.
+    """
+    name, sampled = result["name"], sorted(order)
+    asked = list(dict.fromkeys([*sampled, *examples]))
+    with Progress(f"{name}: {what}, answers", len(asked)) as progress:
+        replies = answer_questions(
+            engine, [questions[index] for index in asked], args.max_new_tokens, args.batch_size, progress
+        )
+    by_index = dict(zip(asked, replies, strict=True))
+    counted = [index for index in sampled if by_index[index] is not None]
+    score = count_answers([questions[index] for index in counted], [by_index[index] for index in counted], is_right)
+    too_long = len(sampled) - len(counted)
+    if too_long:
+        result["notes"].append(f"{what}: {too_long} questions are longer than its context and were not counted")
+    if len(sampled) < len(questions):
+        result["notes"].append(f"{what}: asked {len(sampled):,} of {len(questions):,} questions (seed {args.seed})")
+    share = f" ({score.correct / score.total:.1%})" if score.total else ""
+    print(
+        f"  {name}: {what} {score.correct}/{score.total}{share}, stopped by itself "
+        f"{score.stopped}/{score.total} ({progress.seconds:.1f} s)",
+        flush=True,
+    )
+    kept = [_example_answer(by_index[index], questions[index], is_right) for index in examples]
+    return {**vars(score), "asked": len(sampled), "prompt_too_long": too_long}, kept
+
+
+def measure_preferences(
+    result: dict[str, Any], engine: Any, pairs: Sequence[PreferencePair], args: argparse.Namespace
+) -> None:
+    """Put what `count_preferences` gives, and the number of pairs that are `too_long`, into `result["preference"]`."""
+    from template import TemplateError
+
+    name = result["name"]
+    try:
+        encoded = encode_pairs(engine.tokenizer, pairs, engine.context_length)
+    except TemplateError as error:
+        result["notes"].append(f"its pairs were not scored: {str(error).splitlines()[0]}")
+        return
+    with Progress(f"{name}: preferences, answers", 2 * len(encoded)) as progress:
+        scores = score_pairs(engine.model, list(encoded.values()), args.batch_size, progress)
+    counts = count_preferences([pairs[index] for index in encoded], scores)
+    too_long = len(pairs) - len(encoded)
+    result["preference"] = {**counts, "too_long": too_long}
+    if too_long:
+        result["notes"].append(f"{too_long} pairs are longer than its context and were not counted")
+    print(f"  {name}: preference accuracy {_share(counts)} ({progress.seconds:.1f} s)", flush=True)
+
+
+def encode_pairs(tokenizer: Any, pairs: Sequence[PreferencePair], max_length: int | None) -> dict[int, Any]:
+    """Return index -> `encoding.Pair`, of the pairs that fit into `max_length` tokens, as a stage would train on them.
+
+    Raises:
+        UserError: a pair that no stage could train on.
+        TemplateError: the tokenizer's template has no generation markers, and no shipped one writes the same.
+    """
+    from medicalgpt.encoding import EncodingError, encode_preference
+    from template import apply_template
+
+    # A template with markers writes the same text; answering goes on with the tokenizer as it was.
+    tokenizer = copy.deepcopy(tokenizer)
+    apply_template(tokenizer)
+    encoded = {}
+    for index, pair in enumerate(pairs):
+        try:
+            (encoded[index],) = encode_preference(tokenizer, pair.row, max_length=max_length)
+        except EncodingError as error:
+            if not error.too_long:
+                raise UserError(f"{pair.place}: {error.reason}. {error.remedy}.") from error
+    return encoded
+
+
+def evaluate_reward_model(path: str, pairs: Sequence[PreferencePair], args: argparse.Namespace) -> dict[str, Any]:
+    """Return what `count_preferences` gives for the scores of a reward model, and its path.
+
+    Raises:
+        UserError: it is no reward model, no pair fits into its context, or a score is no number.
+    """
+    from medicalgpt.encoding import EncodingError
+    from medicalgpt.scoring import RewardScorer
+
+    started = time.monotonic()
+    scorer = RewardScorer.from_pretrained(path)
+    fitting, sequences = [], []
+    for pair in pairs:
+        try:
+            messages, tools = pair.row["messages"], pair.row["tools"]
+            both = [scorer.encode([*messages, pair.row[name]], tools) for name in ("chosen", "rejected")]
+        except EncodingError as error:
+            if not error.too_long:
+                raise UserError(f"{pair.place}: {error.reason}. {error.remedy}.") from error
+            continue
+        fitting.append(pair)
+        sequences += both
+    if not fitting:
+        raise UserError(f"--reward_model {path}: no pair fits into its context.")
+    with Progress("reward model: answers", len(sequences)) as progress:
+        scores = scorer.score_ids(sequences, args.batch_size, progress.add)
+    counts = count_preferences(fitting, list(zip(scores[::2], scores[1::2], strict=True)))
+    print(
+        f"  reward model: accuracy {_share(counts)}, margin {counts['margin']:.3g} ({progress.seconds:.1f} s)",
+        flush=True,
+    )
+    seconds = round(time.monotonic() - started, 1)
+    return {"path": path, **counts, "too_long": len(pairs) - len(fitting), "seconds": seconds}
+
+
+def _share(counts: dict[str, Any]) -> str:
+    share = f" ({counts['correct'] / counts['total']:.1%})" if counts["total"] else ""
+    return f"{counts['correct']}/{counts['total']}{share}"
 
 
 def _lend_template(engine: Any, lender: str) -> Any:
@@ -449,13 +733,13 @@ def _lend_template(engine: Any, lender: str) -> Any:
     return ChatEngine(engine.model, engine.tokenizer)
 
 
-def _example_answer(answer: Any, reference: str) -> dict[str, Any]:
+def _example_answer(answer: Any, question: Question, is_right: Callable[[str, Question], bool]) -> dict[str, Any]:
     if answer is None:
         return {"text": None, "finish_reason": "prompt too long", "correct": False}
     return {
         "text": answer.text,
         "finish_reason": answer.finish_reason,
-        "correct": is_match(answer.text, reference),
+        "correct": is_right(answer.text, question),
     }
 
 
@@ -471,7 +755,9 @@ def _refuse(problems: Sequence[data_files.Problem]) -> None:
 def _read_previous(file: Path) -> list[dict[str, Any]]:
     try:
         previous = json.loads(file.read_text(encoding="utf-8"))
-        return [model for model in (*previous["models"], *previous["earlier"]) if previous["format"] == FORMAT]
+        if previous["format"] != FORMAT:
+            return []
+        return [*previous["models"], *previous["earlier"], *filter(None, [previous["reward"]])]
     except FileNotFoundError:
         return []
     except (ValueError, KeyError, TypeError) as error:
@@ -489,9 +775,10 @@ def _write_json(file: Path, value: dict[str, Any]) -> None:
 
 def _code_hash() -> str:
     """Hash of the code that decides what is measured: results of other code are not reused."""
-    from medicalgpt import chat, encoding
+    import template
+    from medicalgpt import chat, encoding, scoring
 
-    files = [Path(__file__), *(Path(module.__file__) for module in (chat, data_files, encoding))]
+    files = [Path(__file__), *(Path(module.__file__) for module in (chat, data_files, encoding, scoring, template))]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
@@ -529,10 +816,18 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", required=True, metavar="NAME=DIR", help="In the order of training.")
     parser.add_argument("--text_file_dir", help="Held-out text: a file, or a folder with files named validation*.")
     parser.add_argument("--chat_file", help="Held-out conversations; the last answer of each is the reference.")
+    parser.add_argument("--preference_file", help="Held-out pairs of a better and a worse answer.")
+    parser.add_argument("--reward_model", metavar="DIR", help="A reward model, measured on --preference_file too.")
     parser.add_argument("--output_file", required=True, type=Path, help="Where the results go, as JSON.")
-    parser.add_argument("--max_chat_samples", type=_positive, help="Ask the last model at most N questions.")
     parser.add_argument(
-        "--max_chat_samples_before", type=_positive, default=200, help="Ask each earlier model at most N questions."
+        "--first_chat_model", metavar="NAME", help="The first of --models that was taught to answer; unset: the last."
+    )
+    parser.add_argument("--max_chat_samples", type=_positive, help="Ask each model at most N questions of a file.")
+    parser.add_argument(
+        "--max_chat_samples_before",
+        type=_positive,
+        default=200,
+        help="Ask each model before --first_chat_model at most N questions of a file.",
     )
     parser.add_argument("--batch_size", type=_positive, default=64, help="It changes the speed, not the results.")
     parser.add_argument("--max_new_tokens", type=_positive, default=96, help="Most tokens of one answer.")
@@ -543,42 +838,87 @@ def parse_arguments() -> argparse.Namespace:
         default="auto",
         help="What one document is in .txt and .md files; auto: a line of .txt, a whole .md.",
     )
-    parser.add_argument("--ignore_fields", default="", help="Fields of a chat row that are not used, with commas.")
+    parser.add_argument("--ignore_fields", default="", help="Fields of a row that are not used, with commas.")
     parser.add_argument("--examples", type=_positive, default=12, help="Questions whose answers are kept to be shown.")
     parser.add_argument("--seed", type=int, default=42, help="Chooses which questions are asked.")
     args = parser.parse_args()
-    if not (args.text_file_dir or args.chat_file):
-        parser.error("nothing to measure: give --text_file_dir, --chat_file or both")
+    if not (args.text_file_dir or args.chat_file or args.preference_file):
+        parser.error("nothing to measure: give --text_file_dir, --chat_file or --preference_file")
+    if args.reward_model and not args.preference_file:
+        parser.error("--reward_model is measured on pairs: give --preference_file")
     return args
 
 
-def main() -> None:
-    args = parse_arguments()
-    models = _parse_models(args.models)
-    started = time.monotonic()
+def read_held_out(args: argparse.Namespace) -> tuple[HeldOut, dict[str, list[Path]], dict[str, int]]:
+    """Return what the flags name, without `end_of_document`; the files of each kind; and questions left out by reason.
 
-    documents = questions = None
-    text_files: list[Path] = []
-    chat_files: list[Path] = []
+    Raises:
+        UserError: something is missing, or rows cannot be measured.
+    """
+    files: dict[str, list[Path]] = {"text": [], "chat": [], "preference": []}
     left_out: dict[str, int] = {}
-    examples: list[int] = []
-    order: list[int] = []
+    found: dict[str, Any] = {}
     if args.text_file_dir:
-        documents, text_files = read_documents(args.text_file_dir, args.document_unit)
-        print(f"held-out text: {len(documents):,} documents in {', '.join(map(str, text_files))}", flush=True)
+        found["documents"], files["text"] = read_documents(args.text_file_dir, args.document_unit)
+        print(
+            f"held-out text: {len(found['documents']):,} documents in {', '.join(map(str, files['text']))}", flush=True
+        )
     if args.chat_file:
         questions, left_out = read_questions(args.chat_file, args.ignore_fields)
-        chat_files = data_files.find_files(args.chat_file)
-        examples = pick_examples(questions, args.examples)
-        # One order for all models: who is asked fewer questions is asked the first of them.
-        order = list(range(len(questions)))
-        random.Random(args.seed).shuffle(order)
+        files["chat"] = data_files.find_files(args.chat_file)
+        found |= {
+            "questions": questions,
+            "question_order": _shuffled(len(questions), args.seed),
+            "question_examples": pick_examples(questions, args.examples),
+        }
         skipped = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
         print(
             f"held-out questions: {len(questions):,} in {args.chat_file}"
             + (f", left out: {skipped}" if skipped else ""),
             flush=True,
         )
+    if args.preference_file:
+        pairs, prompts = read_preferences(args.preference_file, args.ignore_fields)
+        files["preference"] = data_files.find_files(args.preference_file)
+        found |= {
+            "pairs": pairs,
+            "prompts": prompts,
+            "prompt_order": _shuffled(len(prompts), args.seed),
+            "prompt_examples": pick_examples(prompts, PROMPT_EXAMPLES),
+        }
+        print(
+            f"held-out preferences: {len(pairs):,} pairs in {args.preference_file}; {len(prompts):,} prompts say "
+            "what a good answer holds",
+            flush=True,
+        )
+    return HeldOut(**found), files, left_out
+
+
+def _shuffled(count: int, seed: int) -> list[int]:
+    # One order for all models: who is asked fewer questions is asked the first of them.
+    order = list(range(count))
+    random.Random(seed).shuffle(order)
+    return order
+
+
+def _shown_question(question: Question) -> dict[str, Any]:
+    return {
+        "place": question.place,
+        "category": question.category,
+        "messages": question.messages,
+        "reference": question.reference,
+    }
+
+
+def main() -> None:
+    args = parse_arguments()
+    models = _parse_models(args.models)
+    names = list(models)
+    if args.first_chat_model is not None and args.first_chat_model not in models:
+        raise UserError(f"--first_chat_model {args.first_chat_model} is none of --models: {', '.join(names)}.")
+    started = time.monotonic()
+    held_out, files, left_out = read_held_out(args)
+    questions, asks = held_out.questions, bool(held_out.questions or held_out.pairs)
 
     print("loading torch and transformers ...", flush=True)
     from medicalgpt.models import load_tokenizer
@@ -588,20 +928,22 @@ def main() -> None:
 
     transformers.utils.logging.disable_progress_bar()
     tokenizers = {name: load_tokenizer(path) for name, path in models.items()}
-    last = list(models)[-1]
-    if questions and not tokenizers[last].chat_template:
+    last = names[-1]
+    if asks and not tokenizers[last].chat_template:
         raise UserError(
             f"the last model, {models[last]}, has no chat template, so it cannot be asked questions. Give a model that "
-            "supervised_finetuning.py trained as the last one, or leave out --chat_file."
+            "supervised_finetuning.py trained as the last one, or leave out --chat_file and --preference_file."
         )
     # A later stage may end its turns with another token; documents end with the one of pretraining for all models.
-    end_of_document = next(iter(tokenizers.values())).eos_token
+    held_out = replace(held_out, end_of_document=next(iter(tokenizers.values())).eos_token)
 
     previous = _read_previous(args.output_file)
     evaluation: dict[str, Any] = {
         "format": FORMAT,
         "command": ["python", *sys.argv],
-        "text": {"files": list(map(str, text_files)), "documents": len(documents)} if documents else None,
+        "text": {"files": list(map(str, files["text"])), "documents": len(held_out.documents)}
+        if held_out.documents
+        else None,
         "chat": {
             "file": args.chat_file,
             "rows": len(questions) + sum(left_out.values()),
@@ -611,65 +953,77 @@ def main() -> None:
         }
         if questions
         else None,
-        "examples": [
-            {
-                "place": questions[index].place,
-                "category": questions[index].category,
-                "messages": questions[index].messages,
-                "reference": questions[index].reference,
-            }
-            for index in examples
+        "preference": {
+            "file": args.preference_file,
+            "pairs": len(held_out.pairs),
+            "prompts": len(held_out.prompts),
+            "max_new_tokens": args.max_new_tokens,
+        }
+        if held_out.pairs
+        else None,
+        "examples": [_shown_question(questions[index]) for index in held_out.question_examples],
+        "prompt_examples": [
+            {**_shown_question(held_out.prompts[index]), "required": held_out.prompts[index].required}
+            for index in held_out.prompt_examples
         ],
         "models": [],
+        "reward": None,
         "versions": {
             "python": sys.version.split()[0],
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
     }
-    for name, path in models.items():
-        limit = (
-            args.max_chat_samples if name == last else min(args.max_chat_samples_before, args.max_chat_samples or 2**62)
-        )
-        sampled = sorted(order[:limit])
+
+    def fingerprint(path: str, **settings: Any) -> dict[str, Any] | None:
         checkpoint = fingerprint_checkpoint(path)
-        lent = questions is not None and not tokenizers[name].chat_template
-        fingerprint = None
-        if checkpoint is not None:
-            fingerprint = {
-                "code": _code_hash(),
-                "versions": evaluation["versions"],
-                "checkpoint": checkpoint,
-                "template_from": fingerprint_checkpoint(models[last]) if lent else None,
-                "text": fingerprint_files(text_files),
-                "chat": fingerprint_files(chat_files),
-                "settings": {
-                    "block_size": args.block_size,
-                    "document_unit": args.document_unit,
-                    "end_of_document": end_of_document,
-                    "max_new_tokens": args.max_new_tokens,
-                    "ignore_fields": args.ignore_fields,
-                    "seed": args.seed,
-                    "asked": len(sampled),
-                    "examples": args.examples,
-                },
-            }
-        print(f"{name} ({path})", flush=True)
-        kept = next((model for model in previous if fingerprint and model.get("fingerprint") == fingerprint), None)
+        return checkpoint and {
+            "code": _code_hash(),
+            "versions": evaluation["versions"],
+            "checkpoint": checkpoint,
+            "files": {kind: fingerprint_files(paths) for kind, paths in files.items()},
+            "settings": {"ignore_fields": args.ignore_fields, **settings},
+        }
+
+    def reused(mark: dict[str, Any] | None, name: str) -> dict[str, Any] | None:
+        kept = next((result for result in previous if mark and result.get("fingerprint") == mark), None)
         if kept:
             print(
                 f"  {name}: weights, data and settings are unchanged; results of {args.output_file} reused", flush=True
             )
-            result = {**kept, "name": name}
-        else:
-            result = evaluate_model(
-                name, path, documents, questions, sampled, examples, end_of_document, models[last], args
-            )
-            result["fingerprint"] = fingerprint
-        evaluation["models"].append(result)
+        return kept
+
+    def write() -> None:
         # Earlier results of models still to come are kept apart, so that an evaluation that is stopped loses none.
-        waiting = [model for model in previous if model["name"] in list(models)[len(evaluation["models"]) :]]
-        _write_json(args.output_file, {**evaluation, "earlier": waiting})
+        waiting = names[len(evaluation["models"]) :] + ([] if evaluation["reward"] else [REWARD])
+        earlier = [result for result in previous if result["name"] in waiting]
+        _write_json(args.output_file, {**evaluation, "earlier": earlier})
+
+    for name, path in models.items():
+        answers_all = names.index(name) >= names.index(args.first_chat_model or last)
+        limits = (args.max_chat_samples, None if answers_all else args.max_chat_samples_before)
+        limit = min(filter(None, limits), default=None)
+        mark = fingerprint(
+            path,
+            template_from=fingerprint_checkpoint(models[last]) if asks and not tokenizers[name].chat_template else None,
+            block_size=args.block_size,
+            document_unit=args.document_unit,
+            end_of_document=held_out.end_of_document,
+            max_new_tokens=args.max_new_tokens,
+            seed=args.seed,
+            limit=limit,
+            examples=args.examples,
+        )
+        print(f"{name} ({path})", flush=True)
+        result = reused(mark, name) or evaluate_model(name, path, held_out, limit, models[last], args)
+        evaluation["models"].append({**result, "name": name, "fingerprint": mark})
+        write()
+    if args.reward_model:
+        mark = fingerprint(args.reward_model, reward=True)
+        print(f"reward model ({args.reward_model})", flush=True)
+        result = reused(mark, "reward model") or evaluate_reward_model(args.reward_model, held_out.pairs, args)
+        evaluation["reward"] = {**result, "name": REWARD, "fingerprint": mark}
+        write()
     print(f"results: {args.output_file} ({time.monotonic() - started:.0f} s)", flush=True)
 
 

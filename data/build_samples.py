@@ -10,6 +10,7 @@ With `--name` and `--author` a copy is written in which the assistant introduces
     pretrain/validation.txt                      the same facts in sentences that no training document uses
     finetune/train.jsonl, validation.jsonl       one conversation per line, with its category
     reward/train.jsonl, validation.jsonl         one good and one bad answer per line; the category names the flaw
+    reward/train_short.jsonl                     fine-tuning questions, to which the short answer is the good one
 
 A fact has one answer per language and many questions. Training and validation draw their questions from separate
 pools, so the validation loss shows whether a model learned the fact and not only the sentence it was asked in.
@@ -293,8 +294,7 @@ def main() -> None:
     train_pairs, validation_pairs = build_pairs(conditions, departments, pairs)
     short = build_short_pairs(train, conditions, departments)
     check_pairs(train_pairs, validation_pairs, questions(train + validation))
-    train_pairs += short
-    random.Random(SEED).shuffle(train_pairs)
+    random.Random(SEED).shuffle(short)
 
     for path, lines in documents.items():
         write_lines(args.output_dir / path, lines)
@@ -303,6 +303,7 @@ def main() -> None:
         ("finetune/train.jsonl", train),
         ("finetune/validation.jsonl", validation),
         ("reward/train.jsonl", train_pairs),
+        ("reward/train_short.jsonl", short),
         ("reward/validation.jsonl", validation_pairs),
     ):
         write_lines(args.output_dir / path, [json.dumps(row, ensure_ascii=False) for row in rows])
@@ -614,20 +615,24 @@ def build_short_pairs(train: list[Row], conditions: list[Row], departments: dict
         asked.setdefault(row["conversations"][1]["value"], []).append(row["conversations"][0]["value"])
     pairs = []
     for index, row in enumerate(conditions):
-        # The department question is the likeliest to be answered with danger signs that nobody asked for.
-        plan = [("zh", "department"), ("zh", "department"), ("zh", index)]
+        # Questions for the department alone, or what to do alone, are the nearest to those that ask for all of it.
+        plan = [("zh", "department"), ("zh", "department"), ("zh", index), ("zh", "management")]
         plan += [("zh", index + 2), ("en", index // 2)] if index % 2 else []
         plan += [("en", "department")] if index % 5 < 3 else []
         taken: set[str] = set()
         for language, which in plan:
             known = answers(row, departments, language)
-            attribute = which if which == "department" else list(known)[which % len(known)]
+            attribute = list(known)[which % len(known)] if isinstance(which, int) else which
             chosen = known.pop(attribute)
-            question = rng.choice([text for text in asked[chosen] if text not in taken])
+            wordings = [text for text in asked[chosen] if text not in taken]
+            question = rng.choice([text for text in wordings if "怎么办" in text] or wordings)
             taken.add(question)
             advice = emergency_sentence(row, departments, language)
             more = join_sentences([chosen, known["department"] if attribute == "emergency" else advice], language)
-            bad = more if which == "department" else rng.choice([more, rng.choice(list(known.values()))])
+            if which == "management":
+                bad = good_answer(row, departments, language) if index % 2 else known["department"]
+            else:
+                bad = more if which == "department" else rng.choice([more, rng.choice(list(known.values()))])
             pairs.append(preference([question], chosen, bad, "not_asked", []))
     for category, count in SHORT_ANSWERS.items():
         for row in rng.sample([row for row in asked_alone if row["category"] == category], count):

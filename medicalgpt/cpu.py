@@ -126,8 +126,7 @@ def add_cpu_head(model: PreTrainedModel, measured: bool = True) -> None:
 
     Args:
         model: the causal model itself, without wrappers, with TRL's `fused_lm_head` forward.
-        measured: give more than the log-probabilities (see `score_targets`). A pass without gradients in training,
-            which is that of a reference, never does.
+        measured: give more than the log-probabilities (see `score_targets`).
     """
     if isinstance(head := model.get_output_embeddings(), TrainableTokensWrapper):
         # TRL multiplies by the weight, in which peft's wrapper shows the new rows, and asks for a bias, which it hides.
@@ -150,8 +149,7 @@ def add_cpu_head(model: PreTrainedModel, measured: bool = True) -> None:
         kwargs["use_cache"] = False
         hidden = self.base_model(*args, **kwargs).last_hidden_state[:, :-1]
         mask = labels != IGNORED
-        wanted = measured and (torch.is_grad_enabled() or not self.training)
-        columns = score_targets(self.get_output_embeddings(), hidden[mask], labels[mask], wanted)
+        columns = score_targets(self.get_output_embeddings(), hidden[mask], labels[mask], measured)
         return FusedCausalLMOutput(
             loss=-columns["log_probs"].sum() / mask.sum().clamp(min=1),
             label_mask=mask,

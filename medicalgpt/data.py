@@ -488,6 +488,12 @@ def _common_beginning(value: dict, columns: tuple[str, str], answers: list[list[
 
 def _to_conversation(value: Any, ignore: frozenset[str], answer_needed: bool = True) -> dict[str, Any]:
     _require_object(value)
+    if {"chosen", "rejected"} <= set(value) - ignore:
+        raise RowError(
+            "two answers, `chosen` and `rejected`",
+            "Rows of preferences go to dpo_training.py, orpo_training.py or reward_modeling.py.",
+            value,
+        )
     if "conversations" in value:
         return _from_turns(value, "conversations", ignore)
     if "messages" in value:
@@ -499,12 +505,6 @@ def _to_conversation(value: Any, ignore: frozenset[str], answer_needed: bool = T
             return _from_pair(value, question, answer, ignore)
     if not answer_needed and "question" in value:
         return _from_pair(value, "question", "answer", ignore)
-    if {"chosen", "rejected"} <= set(value):
-        raise RowError(
-            "two answers, `chosen` and `rejected`",
-            "Rows of preferences go to dpo_training.py, orpo_training.py or reward_modeling.py.",
-            value,
-        )
     raise RowError(
         f"no known chat format (fields: {', '.join(map(str, value)) or 'none'})",
         "Use `conversations`, `messages`, `instruction`+`output` or `prompt`+`response`; data/README.md shows each.",

@@ -663,12 +663,13 @@ def attach_adapter(model: PreTrainedModel, adapter_path: str, *, trainable: bool
     """
     check_base(adapter_path, model.config._name_or_path)
     _check_positions(adapter_path, model)
-    if model.get_output_embeddings() is not None and head_outputs(adapter_path):
-        raise CheckpointError(
-            f"the adapter {adapter_path} is a reward model: it scores texts and cannot write any. Scores: python "
-            f"reward_modeling.py --model_name_or_path {adapter_path} --score_file FILE"
-        )
     try:
+        heads = head_outputs(adapter_path)
+        if heads and model.get_output_embeddings() is not None:
+            raise CheckpointError(
+                f"the adapter {adapter_path} is a reward model: it scores texts and cannot write any. Scores: python "
+                f"reward_modeling.py --model_name_or_path {adapter_path} --score_file FILE"
+            )
         _grow_to_adapter(model, adapter_path)
         attached = PeftModel.from_pretrained(model, adapter_path, is_trainable=trainable)
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:

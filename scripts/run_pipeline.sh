@@ -1,23 +1,50 @@
 #!/usr/bin/env bash
-# The whole road on one machine: base model -> pretraining -> merge -> fine-tuning -> merge -> table, report, answers.
+# The whole road on one machine: base model, pretraining, fine-tuning, preferences; then table, report and answers.
 #
 #   bash scripts/run_pipeline.sh                               a tiny model, on a laptop, without GPU, network or hub
 #   NAME=小医 AUTHOR=我 bash scripts/run_pipeline.sh --fresh     the model introduces itself by that name
 #   MODEL=Qwen/Qwen3-0.6B bash scripts/run_pipeline.sh         the same road with a real model on a GPU
+#   STAGES="pt sft rm" bash scripts/run_pipeline.sh            another road; unset: pt sft dpo
 #   bash scripts/run_pipeline.sh --fresh                       start over; without it, finished stages are kept
 #
+# Stages: pt (pretraining), sft (fine-tuning), rm (reward model), dpo, orpo (preferences), in this order. Each starts
+# from the model that the one before it left, with its adapter merged; a reward model is measured, and nothing starts
+# from it.
 # OUT=folder chooses another place than outputs (or outputs/<model> for a real one). DATA=folder takes your own data,
 # laid out as data/ is.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+KNOWN="pt sft rm dpo orpo"
+STAGES=${STAGES-pt sft dpo}
+
+# refuse TEXT: say what is wrong and stop.
+refuse() {
+  echo "error: $1" >&2
+  exit 2
+}
+
 FRESH=no
 for argument in "$@"; do
   case "$argument" in
     --fresh) FRESH=yes ;;
-    *) echo "error: unknown argument $argument; known: --fresh" >&2; exit 2 ;;
+    *) refuse "unknown argument $argument; known: --fresh" ;;
   esac
 done
+
+# Stages are taken in the order of KNOWN: what is left of it shrinks with each.
+left=" $KNOWN "
+for stage in $STAGES; do
+  case " $KNOWN " in
+    *" $stage "*) ;;
+    *) refuse "STAGES=\"$STAGES\": unknown stage $stage; known, in this order: $KNOWN" ;;
+  esac
+  case "$left" in
+    *" $stage "*) left=" ${left#*" $stage "}" ;;
+    *) refuse "STAGES=\"$STAGES\": $stage stands twice or too late; each stage once, in this order: $KNOWN" ;;
+  esac
+done
+[ -n "${STAGES// /}" ] || refuse "STAGES is empty; known, in this order: $KNOWN"
 
 VENV=${VENV:-.venv}
 bash scripts/setup.sh
@@ -49,6 +76,36 @@ if [ -z "$MODEL" ]; then
     --lr_scheduler_type cosine --warmup_ratio 0.05
     --model_max_length 256             # the longest row has 177 tokens
   )
+  RM=(
+    --num_train_epochs 2               # two readings of each pair
+    --learning_rate 1e-3               # half of fine-tuning; its head starts from random numbers
+    --lora_rank 32 --lora_alpha 64     # as in fine-tuning
+    --per_device_train_batch_size 8    # pairs, so that 16 rows go through the model, as in fine-tuning
+    --lr_scheduler_type cosine --warmup_ratio 0.1
+    --model_max_length 256
+  )
+  DPO=(
+    --num_train_epochs 2               # after one, no English answer had its emergency advice
+    --learning_rate 4e-4               # at 1e-3 a fifth of what fine-tuning had taught was lost
+    --loss_type sigmoid_norm sft       # per token, as answers differ in length, and imitating the good answers:
+    --loss_weights 0.1 1               # avoiding the bad ones alone makes it forget what is good in them
+    --beta 2                           # of sigmoid_norm: differences per token are small
+    --lora_rank 32 --lora_alpha 64
+    --per_device_train_batch_size 8
+    --train_sampling_strategy random   # rows of like length are of one kind here, and kind after kind swings it
+    --lr_scheduler_type cosine --warmup_ratio 0.1
+    --model_max_length 256
+  )
+  ORPO=(
+    --num_train_epochs 2
+    --learning_rate 5e-4               # at 1e-3 twice as much of what fine-tuning had taught was lost
+    --orpo_beta 0.5                    # answers of a pair share most words, which imitation alone would not tell apart
+    --lora_rank 32 --lora_alpha 64
+    --per_device_train_batch_size 8
+    --train_sampling_strategy random
+    --lr_scheduler_type cosine --warmup_ratio 0.1
+    --model_max_length 256
+  )
 else
   OUT=${OUT:-outputs/$(basename "$MODEL")}
   BASE="$MODEL"
@@ -70,11 +127,61 @@ else
     --warmup_ratio 0.05
     --model_max_length 1024
   )
+  RM=(
+    --num_train_epochs 1               # a reward model that sees its pairs again soon knows them by heart
+    --learning_rate 1e-4               # its head starts from nothing and bears a high rate
+    --lora_rank 8 --lora_alpha 16
+    --per_device_train_batch_size 8    # pairs; the model sees two rows of each
+    --gradient_checkpointing True
+    --warmup_ratio 0.05
+    --model_max_length 1024
+  )
+  DPO=(
+    --num_train_epochs 1               # preferences are learned quickly, and overdone in further epochs
+    --learning_rate 2e-5               # a tenth of fine-tuning: the answers are to shift, not to be learned anew
+    --beta 0.1                         # the usual pull towards the model before it
+    --lora_rank 8 --lora_alpha 16
+    --per_device_train_batch_size 4 --gradient_accumulation_steps 2    # 8 pairs a step, in the memory of 4
+    --gradient_checkpointing True
+    --warmup_ratio 0.05
+    --model_max_length 1024
+  )
+  ORPO=(
+    --num_train_epochs 2               # it imitates too, which takes as many readings as fine-tuning
+    --learning_rate 5e-5               # between DPO and fine-tuning, being both
+    --orpo_beta 0.1                    # as in the paper: the preference beside the imitation
+    --lora_rank 8 --lora_alpha 16
+    --per_device_train_batch_size 4 --gradient_accumulation_steps 2
+    --gradient_checkpointing True
+    --warmup_ratio 0.05
+    --model_max_length 1024
+  )
 fi
+
+# plan STAGE: its program, the folder of its rows and its settings. (For a new stage: a line here, its settings above,
+# its name in KNOWN.)
+plan() {
+  case "$1" in
+    pt) program=pretraining.py rows=pretrain settings=("${PT[@]}") ;;
+    sft) program=supervised_finetuning.py rows=finetune settings=("${SFT[@]}") ;;
+    rm)
+      program=reward_modeling.py rows=reward settings=("${RM[@]}")
+      # It judges consultations; the pairs that tell when to be short are for models that answer.
+      if [ -f "$DATA/reward/train_short.jsonl" ]; then
+        rows=reward/train.jsonl settings+=(--validation_file_dir "$DATA/reward/validation.jsonl")
+      fi
+      ;;
+    dpo) program=dpo_training.py rows=reward settings=("${DPO[@]}") ;;
+    orpo) program=orpo_training.py rows=reward settings=("${ORPO[@]}") ;;
+  esac
+}
 
 if [ "$FRESH" = yes ]; then
   # Only what this script makes is removed.
-  rm -rf "$OUT/tiny-base" "$OUT/data" "$OUT/pt" "$OUT/pt-merged" "$OUT/sft" "$OUT/sft-merged" "$OUT/stamps"
+  rm -rf "$OUT/tiny-base" "$OUT/data" "$OUT/stamps"
+  for stage in $KNOWN; do
+    rm -rf "$OUT/$stage" "$OUT/$stage-merged"
+  done
   rm -f "$OUT/eval.json" "$OUT/report.html"
 fi
 mkdir -p "$OUT/stamps"
@@ -125,33 +232,60 @@ fi
 if [ -z "$MODEL" ]; then
   step base "$BASE" redo build_tiny_model.py --output_dir "$BASE" --data_dir "$DATA"
 fi
-common=(--logging_steps 50 --save_strategy steps --save_steps 200 --save_total_limit 1 --seed 42)
-step pt "$OUT/pt" yes pretraining.py --model_name_or_path "$BASE" --train_file_dir "$DATA/pretrain" \
-  --output_dir "$OUT/pt" "${PT[@]}" "${common[@]}"
-PRETRAINED="$OUT/pt"
-if [ -n "$MODEL" ]; then
-  PRETRAINED="$OUT/pt-merged"
-  step pt-merged "$PRETRAINED" redo merge_peft_adapter.py --lora_model "$OUT/pt" --output_dir "$PRETRAINED"
-fi
-step sft "$OUT/sft" yes supervised_finetuning.py --model_name_or_path "$PRETRAINED" \
-  --train_file_dir "$DATA/finetune" --output_dir "$OUT/sft" "${SFT[@]}" "${common[@]}"
-step sft-merged "$OUT/sft-merged" redo merge_peft_adapter.py --lora_model "$OUT/sft" --output_dir "$OUT/sft-merged"
+for stage in $STAGES; do
+  plan "$stage"
+  [ -e "$DATA/$rows" ] || refuse "the stage $stage needs $DATA/$rows, which is not there"
+done
 
-# Before and after, on rows that no stage was trained on. Models before the last answer 200 of the questions: one that
-# was never taught to stop writes to the limit each time.
-models=(base="$BASE" pt="$PRETRAINED" sft="$OUT/sft-merged")
+common=(--logging_steps 50 --save_strategy steps --save_steps 200 --save_total_limit 1 --seed 42)
+POLICY="$BASE"
+models=(base="$BASE") runs=() measured=()
+for stage in $STAGES; do
+  plan "$stage"
+  before=$PARENT
+  step "$stage" "$OUT/$stage" yes "$program" --model_name_or_path "$POLICY" --train_file_dir "$DATA/$rows" \
+    --output_dir "$OUT/$stage" "${settings[@]}" "${common[@]}"
+  runs+=("$stage=$OUT/$stage")
+  if [ "$stage" = rm ]; then
+    # The next stage starts from the model before it, and does not depend on it.
+    PARENT=$before
+    measured+=(--reward_model "$OUT/rm")
+    continue
+  fi
+  POLICY="$OUT/$stage"
+  if [ -f "$OUT/$stage/adapter_config.json" ]; then
+    POLICY="$OUT/$stage-merged"
+    step "$stage-merged" "$POLICY" redo merge_peft_adapter.py --lora_model "$OUT/$stage" --output_dir "$POLICY"
+  fi
+  models+=("$stage=$POLICY")
+  # Models that were never taught to answer write to the limit each time; 200 questions are enough for them.
+  if [ "$stage" != pt ] && [[ " ${measured[*]-} " != *" --first_chat_model "* ]]; then
+    measured+=(--first_chat_model "$stage")
+  fi
+done
+
+# held_out FILES FLAG PLACE: measure on PLACE if there are FILES, on which no stage was trained.
+held_out() {
+  if compgen -G "$1" >/dev/null; then
+    measured+=("$2" "$3")
+  else
+    echo "notice: there is no $1; what is measured on it is left out"
+  fi
+}
+held_out "$DATA/pretrain/validation*" --text_file_dir "$DATA/pretrain"
+held_out "$DATA/finetune/validation.jsonl" --chat_file "$DATA/finetune/validation.jsonl"
+held_out "$DATA/reward/validation.jsonl" --preference_file "$DATA/reward/validation.jsonl"
 echo "== evaluation"
-"$PYTHON" eval_pipeline.py --models "${models[@]}" --text_file_dir "$DATA/pretrain" \
-  --chat_file "$DATA/finetune/validation.jsonl" --output_file "$OUT/eval.json" \
-  --max_chat_samples_before 200 --batch_size 64 --max_new_tokens 96
-"$PYTHON" build_report.py --eval_file "$OUT/eval.json" --runs pt="$OUT/pt" sft="$OUT/sft" --output_file "$OUT/report.html"
+"$PYTHON" eval_pipeline.py --models "${models[@]}" "${measured[@]}" --output_file "$OUT/eval.json" --batch_size 64 \
+  --max_chat_samples_before 200 --max_new_tokens 96
+"$PYTHON" build_report.py --eval_file "$OUT/eval.json" --runs "${runs[@]}" --output_file "$OUT/report.html"
 
 echo
 for question in "你是谁？" "得了偏头痛应该挂什么科？" "急性心肌梗死有哪些情况要马上打120？"; do
   echo "> $question"
-  "$PYTHON" inference.py --model_name_or_path "$OUT/sft-merged" --query "$question" --max_new_tokens 96
+  "$PYTHON" inference.py --model_name_or_path "$POLICY" --query "$question" --max_new_tokens 96
 done
 echo
 echo "report: $OUT/report.html"
-echo "chat:   $PYTHON inference.py --model_name_or_path $OUT/sft-merged --interactive"
+echo "chat:   $PYTHON inference.py --model_name_or_path $POLICY --interactive"
 echo "all of it took $(($(date +%s) - BEGAN)) s"

@@ -1,4 +1,4 @@
-"""eval_pipeline.py: perplexity against direct computation, exact match counts, and reuse of earlier results."""
+"""eval_pipeline.py: perplexity and pairs against direct computation, counts of answers, reuse of earlier results."""
 
 import json
 import math
@@ -7,26 +7,33 @@ import random
 import shutil
 import sys
 import time
+from pathlib import Path
 
 import eval_pipeline
 from eval_pipeline import (
+    PreferencePair,
     Progress,
     Question,
     count_answers,
+    count_preferences,
+    is_good,
     is_match,
     perplexity,
     pick_examples,
     read_documents,
+    read_preferences,
     read_questions,
     score_documents,
+    score_pairs,
 )
 from medicalgpt.chat import Answer
+from medicalgpt.encoding import Pair
 from medicalgpt.errors import UserError
 from tests.tiny import END_OF_TEXT, make_tiny
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 KNOWN = {"你是谁": "我是小医。", "What is a fever?": "A body temperature above 38 degrees."}
 TEXTS = ["头痛要休息。", "Drink enough water every day.", "发烧看医生" * 12]
@@ -122,6 +129,88 @@ def test_broken_weights_are_named(learned, documents):
     torch.nn.init.constant_(broken.lm_head.weight, math.nan)
     with pytest.raises(UserError, match="not finite"):
         score_documents(broken, documents, 512)
+
+
+# -- preferences -----------------------------------------------------------------------------------------------------
+
+PAIRS = [
+    Pair([10, 11, 12], [20, 21, 22, 23, 24, 25], [30, 31]),
+    Pair([10, 11, 12, 13, 14, 15, 16], [40], [50, 51, 52, 53]),
+    Pair([1], [60, 61, 62], [70, 71, 72]),
+]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 64])
+def test_answers_score_per_token_and_without_their_prompt(model, batch_size):
+    scores = score_pairs(model, PAIRS, batch_size=batch_size)
+    for pair, both in zip(PAIRS, scores, strict=True):
+        for answer, score in zip((pair.chosen_ids, pair.rejected_ids), both, strict=True):
+            nll = direct_nll(model, pair.prompt_ids + answer, context=len(pair.prompt_ids) - 1)
+            assert score == pytest.approx(-nll / len(answer), rel=1e-4)
+
+
+def test_a_longer_answer_does_not_lose_by_its_length(learned):
+    uniform = AutoModelForCausalLM.from_pretrained(learned, dtype=torch.float32).eval()
+    torch.nn.init.zeros_(uniform.lm_head.weight)
+    for chosen, rejected in score_pairs(uniform, PAIRS):
+        assert chosen == pytest.approx(rejected, rel=1e-6)
+
+
+def test_pairs_are_counted_by_category():
+    pairs = [PreferencePair(f"f:{number}", category, {}) for number, category in enumerate("aabb")]
+    counts = count_preferences(pairs, [(-1.0, -2.0), (-3.0, -2.5), (-1.0, -1.0), (2.0, -2.0)])
+    assert (counts["correct"], counts["total"], counts["margin"]) == (2, 4, pytest.approx(1.125))
+    assert counts["by_category"] == {
+        "a": {"correct": 1, "total": 2, "margin": pytest.approx(0.25)},
+        "b": {"correct": 1, "total": 2, "margin": pytest.approx(2.0)},
+    }
+
+
+@pytest.mark.parametrize(
+    "answer, good",
+    [
+        ("脑卒中建议挂神经内科。请立即拨打120。", True),
+        ("脑卒中建议挂神经内科。如加重请去急诊。", True),
+        ("神经内科", False),
+        ("请立即拨打120或去急诊。", False),
+        ("", False),
+    ],
+)
+def test_a_good_answer_holds_a_string_of_each_group(answer, good):
+    asked = Question("f:1", "zh", [], None, "", [["神经内科"], ["120", "急诊"]])
+    assert is_good(answer, asked) is good
+
+
+def test_good_answers_may_have_capitals():
+    asked = Question("f:1", "en", [], None, "", [["neurology"], ["call an ambulance"]])
+    assert is_good("Neurology. CALL AN AMBULANCE", asked)
+
+
+def pair_row(prompt, chosen="是的", rejected="不", required=None, **extra):
+    meta = {} if required is None else {"meta": {"required": required}}
+    return {**chat_row(prompt), "chosen": chosen, "rejected": rejected, **meta, **extra}
+
+
+def test_prompts_of_preferences_are_asked_once(tmp_path):
+    rows = [
+        pair_row("q1", "a", "b", [["a"]], category="rude", language="zh"),
+        pair_row("q1", "a", "c", [["a"]], category="wrong"),
+        pair_row("q2", "a", "b"),
+        pair_row("q3", "a", "b", [["x", "y"], ["z"]]),
+    ]
+    pairs, prompts = read_preferences(str(write_rows(tmp_path / "validation.jsonl", rows)))
+    assert [pair.category for pair in pairs] == ["rude", "wrong", "no category", "no category"]
+    assert [(prompt.messages[-1]["content"], prompt.category, prompt.required) for prompt in prompts] == [
+        ("q1", "zh", [["a"]]),
+        ("q3", "no language", [["x", "y"], ["z"]]),
+    ]
+
+
+@pytest.mark.parametrize("required", ["120", ["120"], [[]], [[120]], {"a": ["b"]}])
+def test_requirements_of_another_form_are_refused(tmp_path, required):
+    file = write_rows(tmp_path / "validation.jsonl", [pair_row("q"), pair_row("q", required=required)])
+    with pytest.raises(UserError, match=r"validation\.jsonl:2: `meta\.required` is no list of groups"):
+        read_preferences(str(file))
 
 
 # -- counting --------------------------------------------------------------------------------------------------------
@@ -360,7 +449,7 @@ def test_earlier_models_are_asked_fewer_questions(workplace):
     results, printed = workplace("--max_chat_samples_before", "2")
     base, sft = results["models"]
     assert (base["chat"]["total"], sft["chat"]["total"]) == (2, 3)
-    assert "base: asked 2 of 3 questions (seed 42)" in printed
+    assert "base: exact match: asked 2 of 3 questions (seed 42)" in printed
     assert len(base["answers"]) == len(sft["answers"]) == len(results["examples"]) == 3
     limited, _ = workplace("--max_chat_samples", "1")
     assert [model["chat"]["total"] for model in limited["models"]] == [1, 1]
@@ -375,6 +464,107 @@ def test_questions_beyond_the_context_are_counted_apart(workplace, tmp_path):
     assert (chat["asked"], chat["total"], chat["prompt_too_long"], chat["correct"]) == (4, 3, 1, 2)
     index = [example["category"] for example in results["examples"]].index("long")
     assert results["models"][1]["answers"][index]["text"] is None
+
+
+@pytest.fixture
+def preferences(workplace):
+    """Pairs that the trained model ranks right; one of them has a prompt that says what a good answer holds."""
+    (question, answer), (other, known) = KNOWN.items()
+    rows = [
+        pair_row(question, answer, "不告诉你。", [["小医", "大医"]], category="rude"),
+        pair_row(other, known, "Go away now, please.", category="rude"),
+        pair_row(other, "Go away now, please.", known, category="swapped"),
+    ]
+    return str(write_rows(Path("pairs.jsonl").absolute(), rows))
+
+
+def test_preferences_are_measured(workplace, preferences):
+    results, printed = workplace("--preference_file", preferences)
+    base, sft = results["models"]
+    assert (sft["preference"]["correct"], sft["preference"]["total"], sft["preference"]["too_long"]) == (2, 3, 0)
+    assert sft["preference"]["by_category"]["rude"]["correct"] == 2
+    assert sft["preference"]["by_category"]["swapped"]["correct"] == 0
+    assert sft["preference"]["by_category"]["swapped"]["margin"] < 0
+    assert (base["good"]["correct"], sft["good"]["correct"], sft["good"]["total"]) == (0, 1, 1)
+    assert [answer["correct"] for answer in sft["good_answers"]] == [True]
+    assert results["prompt_examples"][0]["required"] == [["小医", "大医"]]
+    assert results["preference"] == {"file": preferences, "pairs": 3, "prompts": 1, "max_new_tokens": 48}
+    assert results["reward"] is None
+    assert "sft: preference accuracy 2/3 (66.7%)" in printed and "sft: good answers 1/1" in printed
+
+    _, printed = workplace("--preference_file", preferences)
+    assert printed.count("reused") == 2
+    with open(preferences, "a", encoding="utf-8") as file:
+        file.write(json.dumps(pair_row("x" * 500, "y" * 20)) + "\n")
+    results, printed = workplace("--preference_file", preferences)
+    assert "reused" not in printed and "1 pairs are longer than its context" in printed
+    assert (results["models"][1]["preference"]["total"], results["models"][1]["preference"]["too_long"]) == (3, 1)
+
+
+def test_a_model_without_template_ranks_by_the_last_ones(workplace, preferences):
+    shutil.copytree("sft", "bare")
+    os.remove("bare/chat_template.jinja")
+    results, _ = workplace("--preference_file", preferences, models=("bare=bare", "sft=sft"))
+    bare, sft = (model["preference"] for model in results["models"])
+    assert bare == sft
+
+
+def test_the_first_model_that_answers_is_asked_all(workplace, preferences):
+    shutil.copytree("sft", "dpo")
+    flags = ("--max_chat_samples_before", "2", "--preference_file", preferences)
+    models = ("base=base", "sft=sft", "dpo=dpo")
+    results, _ = workplace(*flags, "--first_chat_model", "sft", models=models)
+    assert [model["chat"]["total"] for model in results["models"]] == [2, 3, 3]
+    results, _ = workplace(*flags, models=models)
+    assert [model["chat"]["total"] for model in results["models"]] == [2, 2, 3]
+    with pytest.raises(UserError, match="--first_chat_model stf is none of --models: base, sft, dpo"):
+        workplace("--first_chat_model", "stf", models=models)
+
+
+@pytest.fixture
+def reward_model(workplace, learned):
+    """A folder with a model that scores."""
+    torch.manual_seed(3)
+    tokenizer = AutoTokenizer.from_pretrained(learned)
+    scorer = AutoModelForSequenceClassification.from_pretrained(
+        learned, num_labels=1, pad_token_id=tokenizer.pad_token_id
+    )
+    torch.nn.init.normal_(scorer.score.weight, std=0.1)
+    scorer.save_pretrained("rm")
+    tokenizer.save_pretrained("rm")
+    return scorer.eval()
+
+
+def test_a_reward_model_is_measured(workplace, preferences, reward_model):
+    flags = ("--preference_file", preferences, "--reward_model", "rm")
+    results, printed = workplace(*flags)
+    tokenizer = AutoTokenizer.from_pretrained("rm")
+    gaps = []
+    for pair in read_preferences(preferences)[0]:
+        scores = []
+        for answer in (pair.row["chosen"], pair.row["rejected"]):
+            text = tokenizer.apply_chat_template([*pair.row["messages"], answer], tokenize=False)
+            ids = tokenizer(text.rstrip("\n"))["input_ids"]
+            with torch.no_grad():
+                scores.append(reward_model(input_ids=torch.tensor([ids])).logits.item())
+        gaps.append(scores[0] - scores[1])
+    reward = results["reward"]
+    assert (reward["correct"], reward["total"]) == (sum(gap > 0 for gap in gaps), 3)
+    assert reward["margin"] == pytest.approx(sum(gaps) / 3, rel=1e-4)
+    # The pairs of this category are each other's mirror image.
+    assert reward["by_category"]["swapped"]["margin"] == pytest.approx(gaps[2], rel=1e-4) == pytest.approx(-gaps[1])
+    assert f"reward model: accuracy {reward['correct']}/3" in printed
+
+    _, printed = workplace(*flags)
+    assert printed.count("reused") == 3
+    os.utime("rm/model.safetensors", (1, 1))
+    _, printed = workplace(*flags)
+    assert printed.count("reused") == 2 and "reward model: accuracy" in printed
+
+
+def test_a_model_that_writes_is_no_reward_model(workplace, preferences):
+    with pytest.raises(UserError, match="sft is a language model, without a head that scores"):
+        workplace("--preference_file", preferences, "--reward_model", "sft")
 
 
 @pytest.mark.parametrize("kind, flag", [("text", "--text_file_dir"), ("chat", "--chat_file")])
@@ -405,7 +595,9 @@ def test_unusable_models_are_named(workplace, models, message):
         workplace(models=models)
 
 
-@pytest.mark.parametrize("flags", [("--max_chat_sample", "3"), ("--block_size", "1"), ("--batch_size", "0")])
+@pytest.mark.parametrize(
+    "flags", [("--max_chat_sample", "3"), ("--block_size", "1"), ("--batch_size", "0"), ("--reward_model", "rm")]
+)
 def test_flags_that_cannot_be_are_refused(workplace, flags):
     with pytest.raises(SystemExit) as stopped:
         workplace(*flags)

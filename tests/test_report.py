@@ -91,6 +91,39 @@ def make_evaluation():
     }
 
 
+def pair_counts(**categories):
+    """Counts of (right, total, margin) by category."""
+    by_category = {name: {"correct": c, "total": t, "margin": m} for name, (c, t, m) in categories.items()}
+    correct, total = (sum(counts[key] for counts in by_category.values()) for key in ("correct", "total"))
+    return {"correct": correct, "total": total, "margin": 0.5, "too_long": 0, "by_category": by_category}
+
+
+def with_preferences(evaluation):
+    """The same models after a stage on preferences was measured, and a reward model."""
+    base, _, sft = evaluation["models"]
+    dpo = {**sft, "name": "dpo", "path": "outputs/dpo-merged"}
+    base["preference"], base["good"], base["good_answers"] = None, None, None
+    sft["preference"] = pair_counts(rude=(60, 100, 0.1), wrong=(40, 100, -0.1))
+    dpo["preference"] = pair_counts(rude=(98, 100, 2.0), wrong=(80, 100, 1.0))
+    sft["good"], dpo["good"] = chat_result(2, 150, 150, {}), chat_result(140, 150, 149, {})
+    sft["good_answers"], dpo["good_answers"] = [answer("挂神经内科。")], [answer("挂神经内科，打120。", correct=True)]
+    return {
+        **evaluation,
+        "preference": {"file": "data/reward/validation.jsonl", "pairs": 200, "prompts": 150},
+        "prompt_examples": [
+            {
+                "place": "data/reward/validation.jsonl:3",
+                "category": "zh",
+                "messages": [{"role": "user", "content": "突然说不清话怎么办？"}],
+                "reference": "挂神经内科，打120。",
+                "required": [["神经内科"], ["120", "急诊"]],
+            }
+        ],
+        "models": [*evaluation["models"], dpo],
+        "reward": {"path": "outputs/rm", **pair_counts(rude=(100, 100, 4.0), wrong=(92, 100, 1.25))},
+    }
+
+
 def make_run(folder, **changes):
     folder.mkdir(parents=True, exist_ok=True)
     run = {
@@ -287,6 +320,51 @@ def test_page_points_at_rows_that_are_not_accounted_for(report):
 def test_page_points_at_a_run_that_did_not_finish(report):
     page, _ = report(status="stopped")
     assert "“stopped”, not “finished”" in page
+
+
+def test_preferences_are_rows_of_the_table():
+    evaluation = with_preferences(make_evaluation())
+    lines = terminal_summary(evaluation["models"], evaluation["reward"]).splitlines()
+    cells = {line.split("  ")[0]: re.split(r" {2,}", line)[1:] for line in lines}
+    assert cells["prefers the chosen answer (held-out pairs)"] == ["-", "-", "100/200 (50.0%)", "178/200 (89.0%)"]
+    assert cells["good answers"] == ["-", "-", "2/150 (1.3%)", "140/150 (93.3%)"]
+    assert "good answers, sft -> dpo: higher" in lines
+    assert "exact match (held-out phrasings), sft -> dpo: no measurable change" in lines
+    assert "reward model (outputs/rm), held-out pairs: accuracy 192/200 (96.0%), mean margin 0.5000" in lines
+
+
+def test_page_shows_preferences(report):
+    page, _ = report(evaluation=with_preferences(make_evaluation()))
+    text = " ".join(" ".join(Elements(page).text).split())
+    for expected in (
+        "突然说不清话怎么办？",
+        "required: 神经内科 , and 120 or 急诊".replace(" ,", ","),
+        "挂神经内科，打120。",
+        "✓ good",
+        "98/100 (98.0%)",
+        "92/100 (92.0%) margin 1.250",
+        "reward model: ranks held-out pairs right 96.0%",
+    ):
+        assert expected in text
+    assert text.count("✓ good") == 1 and len(page.encode()) < 100_000
+
+
+def test_page_without_preferences_has_no_such_sections(report):
+    page, _ = report()
+    assert "Preferences" not in page and "reward model" not in page and "required:" not in page
+
+
+@pytest.mark.parametrize("keys", [("accuracy", "margin"), ("rewards/accuracies", "rewards/margins")])
+def test_page_draws_curves_of_preference_stages(tmp_path, monkeypatch, keys):
+    folder = make_run(tmp_path / "dpo")
+    events = [{"step": step, "loss": 0.6, keys[0]: 0.5 + step / 100, keys[1]: step / 10} for step in (10, 20, 30)]
+    events += [{"step": 20, keys[0]: 0.75}, {"step": 30, f"eval_{keys[0]}": 0.9, f"eval_{keys[1]}": 2.0}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events), encoding="utf-8")
+    accuracy, margin = build_report.read_run("dpo", folder)["curves"]
+    assert "dpo: accuracy" in accuracy["svg"] and "train accuracy: 0.600 → 0.800" in accuracy["svg"]
+    assert "held-out accuracy: 0.900" in accuracy["svg"]
+    assert "train margin: 1.00 → 3.00" in margin["svg"] and "held-out margin: 2.00" in margin["svg"]
+    assert build_report.read_run("sft", make_run(tmp_path / "sft"))["curves"] == []
 
 
 def test_long_answers_are_cut_with_a_count(report):

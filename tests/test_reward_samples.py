@@ -33,19 +33,14 @@ def is_chinese(text):
 
 
 @pytest.fixture(scope="module")
-def whole_train():
+def train():
     return read("reward/train.jsonl")
 
 
 @pytest.fixture(scope="module")
-def train(whole_train):
-    """All but those whose question is a fine-tuning question, which asks for one thing."""
-    return [row for row in whole_train if row["category"] != "not_asked"]
-
-
-@pytest.fixture(scope="module")
-def short(whole_train):
-    return [row for row in whole_train if row["category"] == "not_asked"]
+def short():
+    """Pairs whose question is a fine-tuning question, which asks for one thing."""
+    return read("reward/train_short.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -191,14 +186,15 @@ def test_short_questions_have_their_fine_tuning_answer_as_the_good_one(short, tr
         for row in read("finetune/train.jsonl")
         if len(row["conversations"]) == 2
     }
-    assert 0.3 < len(short) / (len(short) + len(train)) < 0.45
+    assert 0.35 < len(short) / (len(short) + len(train)) < 0.5
     assert {row["language"] for row in short} == {"zh", "en"}
     for row in short:
         assert row["chosen"] == tuned[row["conversations"][0]["value"]]
         assert row["meta"] == {"required": []}
         to_preference(row, frozenset({"category", "language", "meta"}))
+    assert {row["category"] for row in short} == {"not_asked"}
     more = [row for row in short if row["rejected"].startswith(row["chosen"])]
-    assert 0.6 * len(short) < len(more) < 0.9 * len(short), "the others answer something else"
+    assert 0.5 * len(short) < len(more) < 0.8 * len(short), "the others answer something else"
     asked = prompts(short)
     assert len(set(asked)) == len(asked)
     held_out = {turn["value"] for row in read("finetune/validation.jsonl") for turn in row["conversations"]}
@@ -209,7 +205,7 @@ def test_short_questions_have_their_fine_tuning_answer_as_the_good_one(short, tr
 def test_another_name_changes_no_pair_but_those_that_name_it(tmp_path):
     command = [sys.executable, str(DATA / "build_samples.py"), "--output_dir", str(tmp_path), "--name", "小医"]
     subprocess.run([*command, "--author", "我"], check=True, capture_output=True)
-    for name in ("reward/train.jsonl", "reward/validation.jsonl"):
+    for name in ("reward/train.jsonl", "reward/train_short.jsonl", "reward/validation.jsonl"):
         ours, copy = ((folder / name).read_text(encoding="utf-8").splitlines() for folder in (DATA, tmp_path))
         for one, other in zip(ours, copy, strict=True):
             assert "MedicalGPT" not in other

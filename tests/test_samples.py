@@ -18,6 +18,7 @@ RENDERED = (
     "finetune/train.jsonl",
     "finetune/validation.jsonl",
     "reward/train.jsonl",
+    "reward/train_short.jsonl",
     "reward/validation.jsonl",
 )
 
