@@ -36,6 +36,7 @@ from medicalgpt.args import (
     PairArguments,
     RunArguments,
     StageDefaults,
+    TemplateArguments,
 )
 from medicalgpt.errors import UserError, run_main
 
@@ -158,6 +159,8 @@ def render() -> str:
         table(RunArguments),
         "### Precision, memory, tracking",
         table(StageDefaults),
+        "### Chat template: every stage but pretraining.py",
+        table(TemplateArguments),
         "### pretraining.py only",
         table(pretraining.PretrainingArguments),
         "### supervised_finetuning.py only",

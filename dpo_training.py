@@ -40,7 +40,7 @@ from medicalgpt.args import (
 )
 from medicalgpt.cpu import add_cpu_head
 from medicalgpt.data import load_data, to_preference
-from medicalgpt.encoding import IGNORED, Pair, encode_preference, encode_rows, render_prompts
+from medicalgpt.encoding import IGNORED, Pair, encode_preference, encode_sides, render_prompts
 from medicalgpt.errors import UserError, run_main
 from medicalgpt.runs import Run
 from medicalgpt.trainers import PairTrainer, settle_dropout, training_defaults
@@ -337,11 +337,7 @@ def main() -> None:
         max_source_length=args.max_source_length,
         max_target_length=args.max_target_length,
     )
-    workers, renew = data_args.preprocessing_num_workers, data_args.overwrite_cache
-    train = encode_rows(data, "train", encode, workers, renew, Pair)
-    validation = encode_rows(data, "validation", encode, workers, renew, Pair) if data.validation else None
-    data.settle(data_args)
-    train = data.mix(train, data_args, args.data_seed or args.seed)
+    train, validation = encode_sides(data, encode, data_args, args.data_seed or args.seed, Pair)
     run.add_data(data)
     run.preview(tokenizer, train)
 

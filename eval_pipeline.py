@@ -745,11 +745,7 @@ def _example_answer(answer: Any, question: Question, is_right: Callable[[str, Qu
 
 def _refuse(problems: Sequence[data_files.Problem]) -> None:
     if problems:
-        shown = "\n  ".join(map(str, problems[: data_files.SHOWN_PROBLEMS]))
-        more = len(problems) - data_files.SHOWN_PROBLEMS
-        raise UserError(
-            f"{len(problems)} row(s) cannot be measured:\n  {shown}" + (f"\n  … and {more} more" if more > 0 else "")
-        )
+        raise UserError(f"{len(problems)} row(s) cannot be measured:\n{data_files.listed(problems)}")
 
 
 def _read_previous(file: Path) -> list[dict[str, Any]]:

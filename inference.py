@@ -27,7 +27,7 @@ from typing import Any
 
 from medicalgpt.args import ModelArguments, parse_args
 from medicalgpt.chat import Answer, ChatEngine, ChatTemplateError, PromptTooLongError, Sampling
-from medicalgpt.data import SHOWN_PROBLEMS, Problem, Row, RowError, read_rows, to_prompt
+from medicalgpt.data import Problem, Row, RowError, listed, read_rows, to_prompt
 from medicalgpt.errors import UserError, run_main
 from medicalgpt.logs import setup_logging
 
@@ -318,9 +318,7 @@ def to_question(row: Row, ignored: frozenset[str], system_prompt: str | None) ->
 def refuse(problems: list[Problem]) -> None:
     """Raises UserError if there is a problem."""
     if problems:
-        shown = "\n  ".join(map(str, problems[:SHOWN_PROBLEMS]))
-        more = f"\n  … and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
-        raise UserError(f"{len(problems)} row(s) cannot be answered; nothing was generated:\n  {shown}{more}")
+        raise UserError(f"{len(problems)} row(s) cannot be answered; nothing was generated:\n{listed(problems)}")
 
 
 def answer_file(

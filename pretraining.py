@@ -74,7 +74,7 @@ def main() -> None:
     )
     from medicalgpt import batching, models
     from medicalgpt.data import load_data, to_text
-    from medicalgpt.encoding import document_starts, encode_document, encode_rows
+    from medicalgpt.encoding import document_starts, encode_document, encode_sides
     from medicalgpt.runs import Run
     from medicalgpt.streaming import StreamedSamples, StreamTrainer, check_data, check_flags
     from medicalgpt.trainers import TokenTrainer, training_defaults
@@ -94,11 +94,7 @@ def main() -> None:
     load = check_data if data_args.streaming else load_data
     data = load(data_args, to_text, document_unit=args.document_unit, seed=args.data_seed or args.seed)
     encode = partial(encode_document, tokenizer, block_size=args.block_size)
-    workers, renew = data_args.preprocessing_num_workers, data_args.overwrite_cache
-    train = encode_rows(data, "train", encode, workers, renew)
-    validation = encode_rows(data, "validation", encode, workers, renew) if data.validation else None
-    data.settle(data_args)
-    train = data.mix(train, data_args, args.data_seed or args.seed)
+    train, validation = encode_sides(data, encode, data_args, args.data_seed or args.seed)
     run.add_data(data)
     run.preview(tokenizer, train)
 

@@ -36,7 +36,7 @@ from medicalgpt.args import (
     parse_args,
 )
 from medicalgpt.data import load_data, to_preference
-from medicalgpt.encoding import Pair, encode_preference, encode_rows
+from medicalgpt.encoding import Pair, encode_preference, encode_sides
 from medicalgpt.errors import UserError, run_main
 from medicalgpt.logs import is_main_process, setup_logging
 from medicalgpt.runs import Run
@@ -196,11 +196,7 @@ def main() -> None:
         max_source_length=args.max_source_length,
         max_target_length=args.max_target_length,
     )
-    workers, renew = data_args.preprocessing_num_workers, data_args.overwrite_cache
-    train = encode_rows(data, "train", encode, workers, renew, Pair)
-    validation = encode_rows(data, "validation", encode, workers, renew, Pair) if data.validation else None
-    data.settle(data_args)
-    train = data.mix(train, data_args, args.data_seed or args.seed)
+    train, validation = encode_sides(data, encode, data_args, args.data_seed or args.seed, Pair)
     run.add_data(data)
     run.preview(tokenizer, train)
 

@@ -28,6 +28,7 @@ from medicalgpt.args import (
     ModelArguments,
     RunArguments,
     StageDefaults,
+    TemplateArguments,
     parse_args,
 )
 from medicalgpt.errors import run_main
@@ -36,24 +37,10 @@ from trl import SFTConfig
 
 
 @dataclass
-class FinetuningArguments(StageDefaults, SFTConfig):
+class FinetuningArguments(TemplateArguments, StageDefaults, SFTConfig):
     """What differs from TRL's `SFTConfig`."""
 
     output_dir: str = field(default="outputs-sft", metadata={"help": "Where the result goes."})
-    template_name: str | None = field(
-        default=None, metadata={"help": "Chat template, by its name in template.py. Default: the tokenizer's own."}
-    )
-    tool_format: str | None = field(
-        default=None,
-        metadata={
-            "help": "How tools and their calls are written: default, qwen, llama3, glm4, mistral. Default: the "
-            "template's own."
-        },
-    )
-    system_prompt: str | None = field(
-        default=None,
-        metadata={"help": "System prompt of conversations that have none; saved with the template for serving."},
-    )
     model_max_length: int = field(
         default=1024,
         metadata={
@@ -96,7 +83,7 @@ def main() -> None:
     )
     from medicalgpt import batching, models
     from medicalgpt.data import load_data, to_messages
-    from medicalgpt.encoding import encode_chat, encode_rows, render_prompts
+    from medicalgpt.encoding import encode_chat, encode_sides, render_prompts
     from medicalgpt.runs import Run
     from medicalgpt.streaming import StreamedSamples, StreamTrainer, check_data, check_flags
     from medicalgpt.trainers import TokenTrainer, training_defaults
@@ -124,11 +111,7 @@ def main() -> None:
         train_on_inputs=args.train_on_inputs,
         mask_history=args.mask_history,
     )
-    workers, renew = data_args.preprocessing_num_workers, data_args.overwrite_cache
-    train = encode_rows(data, "train", encode, workers, renew)
-    validation = encode_rows(data, "validation", encode, workers, renew) if data.validation else None
-    data.settle(data_args)
-    train = data.mix(train, data_args, args.data_seed or args.seed)
+    train, validation = encode_sides(data, encode, data_args, args.data_seed or args.seed)
     run.add_data(data)
     run.preview(tokenizer, train)
 

@@ -94,8 +94,8 @@ UNUSED_PAIR_ARGUMENTS = {
 
 
 @dataclass
-class PairArguments:
-    """What the stages on preference pairs share; a base of their arguments."""
+class TemplateArguments:
+    """How conversations are written; a base of the arguments of stages that train on them."""
 
     template_name: str | None = field(
         default=None, metadata={"help": "Chat template, by its name in template.py. Default: the tokenizer's own."}
@@ -111,6 +111,12 @@ class PairArguments:
         default=None,
         metadata={"help": "System prompt of conversations that have none; saved with the template for serving."},
     )
+
+
+@dataclass
+class PairArguments(TemplateArguments):
+    """What the stages on preference pairs share; a base of their arguments."""
+
     model_max_length: int | None = field(
         default=None,
         metadata={

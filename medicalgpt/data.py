@@ -101,15 +101,21 @@ class RowError(ValueError):
         self.reason, self.remedy, self.value = reason, remedy, shorten(value)
 
 
+def listed(problems: Sequence[Problem]) -> str:
+    """The first problems, an indented line each, and how many more there are."""
+    lines = list(map(str, problems[:SHOWN_PROBLEMS]))
+    if len(problems) > SHOWN_PROBLEMS:
+        lines.append(f"… and {len(problems) - SHOWN_PROBLEMS} more")
+    return "\n".join(f"  {line}" for line in lines)
+
+
 class DataError(UserError):
     """All problems of the data at once."""
 
     def __init__(self, problems: list[Problem]):
         self.problems = problems
-        shown = "\n  ".join(map(str, problems[:SHOWN_PROBLEMS]))
-        more = f"\n  … and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
         super().__init__(
-            f"{len(problems)} problem(s) in the data:\n  {shown}{more}\n"
+            f"{len(problems)} problem(s) in the data:\n{listed(problems)}\n"
             "Nothing was trained. Mend the rows, or leave them out and have them counted: --skip_bad_rows True "
             "(rows that are too long: --skip_long_rows True)."
         )

@@ -19,6 +19,7 @@ from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
+from medicalgpt.args import DataArguments
 from medicalgpt.cache import Unknown, through_cache, token_key
 from medicalgpt.data import LoadedData, Problem, signs_of_life
 from medicalgpt.errors import UserError
@@ -362,6 +363,33 @@ def encode_rows(
         return Dataset.from_file(str(folder / "samples.arrow"))
 
     return through_cache(key, partial(_write_encoded, rows, encode, workers, side, sample), read, renew=overwrite_cache)
+
+
+def encode_sides(
+    data: LoadedData,
+    encode: Callable[[dict[str, Any]], list[Sample | Pair]],
+    arguments: DataArguments,
+    seed: int,
+    sample: type = Sample,
+) -> tuple[Dataset, Dataset | None]:
+    """Encode the training and the held-out rows, settle what becomes of rows that fail, and mix the sources.
+
+    Args:
+        arguments: the data flags.
+        seed: of the mixture.
+        encode, sample: see `encode_rows`.
+
+    Returns:
+        What is trained on, and what is held out; None where no row is.
+
+    Raises:
+        UserError: see `encode_rows`, `LoadedData.settle` and `LoadedData.mix`.
+    """
+    workers, renew = arguments.preprocessing_num_workers, arguments.overwrite_cache
+    train = encode_rows(data, "train", encode, workers, renew, sample)
+    validation = encode_rows(data, "validation", encode, workers, renew, sample) if data.validation else None
+    data.settle(arguments)
+    return data.mix(train, arguments, seed), validation
 
 
 ROWS_WORTH_A_PROCESS = 1000

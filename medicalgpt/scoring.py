@@ -25,6 +25,7 @@ from medicalgpt.data import (
     Problem,
     Row,
     RowError,
+    listed,
     read_rows,
     signs_of_life,
     to_messages,
@@ -430,10 +431,8 @@ def score_rows(
             problems.append(Problem(judged.row.place, error.reason, f"{error.remedy}.", kind=kind))
     allowed = {"unusable": skip_bad_rows, "too long": skip_long_rows, "unreadable": False}
     if refused := [problem for problem in problems if not allowed[problem.kind]]:
-        shown = "\n  ".join(map(str, refused[:SHOWN_PROBLEMS]))
-        more = f"\n  … and {len(refused) - SHOWN_PROBLEMS} more" if len(refused) > SHOWN_PROBLEMS else ""
         raise UserError(
-            f"{len(refused)} row(s) cannot be scored; nothing was written:\n  {shown}{more}\n"
+            f"{len(refused)} row(s) cannot be scored; nothing was written:\n{listed(refused)}\n"
             "Mend them, or leave them out and have them counted: --skip_bad_rows True (those that are too long: "
             "--skip_long_rows True)."
         )
