@@ -14,26 +14,31 @@ TRAIN, BATCH, STEPS = 12, 3, 4
 DRIVER = """
 import json, os, sys
 from pathlib import Path
+from medicalgpt.errors import run_main
 from tests.helpers import open_stage
 from tests.silent.pairs import STAGES
 from tests.silent.test_sf_20_preferences import flags
 from tests.silent.test_sf_28_preferences import results, shake
 
 place = Path(sys.argv[1])
-for stage in STAGES:
-    opened = open_stage(stage, *flags(place, stage))
-    seen, training_step = [], opened.trainer.training_step
 
-    def noting(model, inputs, *args, **kwargs):
-        mask = inputs["attention_mask"].bool()
-        seen.append([opened.tokenizer.decode(row[real]) for row, real in zip(inputs["input_ids"], mask)])
-        return training_step(model, inputs, *args, **kwargs)
+def main():
+    for stage in STAGES:
+        opened = open_stage(stage, *flags(place, stage))
+        seen, training_step = [], opened.trainer.training_step
 
-    opened.trainer.training_step = noting
-    opened.trainer.train()
-    shake(opened.trainer.accelerator.unwrap_model(opened.trainer.model))
-    found = {"steps": opened.trainer.state.global_step, "seen": seen, "eval": results(opened.trainer.evaluate())}
-    (place / f"{stage}-{os.environ['RANK']}.json").write_text(json.dumps(found))
+        def noting(model, inputs, *args, **kwargs):
+            mask = inputs["attention_mask"].bool()
+            seen.append([opened.tokenizer.decode(row[real]) for row, real in zip(inputs["input_ids"], mask)])
+            return training_step(model, inputs, *args, **kwargs)
+
+        opened.trainer.training_step = noting
+        opened.trainer.train()
+        shake(opened.trainer.accelerator.unwrap_model(opened.trainer.model))
+        found = {"steps": opened.trainer.state.global_step, "seen": seen, "eval": results(opened.trainer.evaluate())}
+        (place / f"{stage}-{os.environ['RANK']}.json").write_text(json.dumps(found))
+
+run_main(main)
 """
 
 

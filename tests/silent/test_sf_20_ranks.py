@@ -13,20 +13,24 @@ ROWS, BATCH, STEPS = 40, 5, 8
 # Runs a stage and notes what each process trains on.
 DRIVER = """
 import json, os, sys
+from medicalgpt.errors import run_main
 from tests.helpers import open_stage
 
-opened = open_stage("supervised_finetuning.py", *sys.argv[2:])
-seen, training_step = [], opened.trainer.training_step
+def main():
+    opened = open_stage("supervised_finetuning.py", *sys.argv[2:])
+    seen, training_step = [], opened.trainer.training_step
 
-def noting(model, inputs, *args, **kwargs):
-    mask = inputs["attention_mask"].bool()
-    seen.append([opened.tokenizer.decode(row[real]) for row, real in zip(inputs["input_ids"], mask)])
-    return training_step(model, inputs, *args, **kwargs)
+    def noting(model, inputs, *args, **kwargs):
+        mask = inputs["attention_mask"].bool()
+        seen.append([opened.tokenizer.decode(row[real]) for row, real in zip(inputs["input_ids"], mask)])
+        return training_step(model, inputs, *args, **kwargs)
 
-opened.trainer.training_step = noting
-opened.finish()
-with open(f"{sys.argv[1]}-{os.environ['RANK']}.json", "w") as file:
-    json.dump({"steps": opened.trainer.state.global_step, "seen": seen}, file)
+    opened.trainer.training_step = noting
+    opened.finish()
+    with open(f"{sys.argv[1]}-{os.environ['RANK']}.json", "w") as file:
+        json.dump({"steps": opened.trainer.state.global_step, "seen": seen}, file)
+
+run_main(main)
 """
 
 
