@@ -11,6 +11,7 @@ With `--name` and `--author` a copy is written in which the assistant introduces
     finetune/train.jsonl, validation.jsonl       one conversation per line, with its category
     reward/train.jsonl, validation.jsonl         one good and one bad answer per line; the category names the flaw
     reward/train_short.jsonl                     fine-tuning questions, to which the short answer is the good one
+    grpo*/...                                    questions whose answer can be checked; see build_tasks.py
 
 A fact has one answer per language and many questions. Training and validation draw their questions from separate
 pools, so the validation loss shows whether a model learned the fact and not only the sentence it was asked in.
@@ -282,6 +283,9 @@ Row = dict[str, Any]
 def main() -> None:
     """Read the sources, check them, and write the sample files."""
     args = parse_args()
+    # The folder of this file is on the path where it is run as a program, and where only its flags are read it is not.
+    from build_tasks import build_tasks
+
     facts, talk, pairs = (read_yaml(SOURCE_DIR / f"{name}.yaml") for name in ("facts", "talk", "pairs"))
     check_facts(facts)
     check_wordings(pairs, facts["departments"])
@@ -295,6 +299,8 @@ def main() -> None:
     short = build_short_pairs(train, conditions, departments)
     check_pairs(train_pairs, validation_pairs, questions(train + validation))
     random.Random(SEED).shuffle(short)
+    tasks = build_tasks({language: task_cases(conditions, departments, language, pairs) for language in ("zh", "en")})
+    check_tasks(tasks, questions(train + validation + train_pairs + validation_pairs))
 
     for path, lines in documents.items():
         write_lines(args.output_dir / path, lines)
@@ -305,6 +311,7 @@ def main() -> None:
         ("reward/train.jsonl", train_pairs),
         ("reward/train_short.jsonl", short),
         ("reward/validation.jsonl", validation_pairs),
+        *tasks.items(),
     ):
         write_lines(args.output_dir / path, [json.dumps(row, ensure_ascii=False) for row in rows])
         counts = Counter(row["category"] for row in rows)
@@ -739,6 +746,44 @@ def check_pairs(train: list[Row], validation: list[Row], finetune_questions: lis
             problems.append(f"pair {prompt!r}: the bad answer has all of {required}")
     if problems:
         fail(problems)
+
+
+def task_cases(conditions: list[Row], departments: dict[str, str], language: str, pairs: dict[str, Any]) -> list[Row]:
+    """What `build_tasks` needs to know of each condition; those of the emergency department leave nothing to ask."""
+    cases = []
+    for row in conditions:
+        if row["department"] == "急诊科":
+            continue
+        wrong = pairs["wrong_department"][row["department"]]
+        cases.append(
+            slots(row, departments, language)
+            | {
+                "id": row["id"],
+                "urgent": row.get("urgent", False),
+                "sign": first_sign(row["emergency"], language),
+                "symptoms": row["symptoms"][language],
+                "wrong": wrong if language == "zh" else [departments[name] for name in wrong],
+                "required": required_words(row, departments, language),
+                "sentences": list(answers(row, departments, language).values()),
+            }
+        )
+    return cases
+
+
+def first_sign(signs: dict[str, str], language: str) -> str:
+    """The first of the danger signs of a condition; a comma within it is told apart by the other language."""
+    many = "、" in signs["zh"] and ", " in signs["en"]
+    between, last = ("、", "或") if language == "zh" else (", ", " or ")
+    text = signs[language]
+    return text.split(between)[0] if many or (language == "zh" and between in text) else text.rpartition(last)[0]
+
+
+def check_tasks(tasks: dict[str, list[Row]], asked: list[str]) -> None:
+    """Stop if a task is also asked in the fine-tuning rows or the pairs. Raises SystemExit."""
+    rows = [row for side in tasks.values() for row in side]
+    own = {row["question"] if "question" in row else questions([row])[0] for row in rows}
+    if shared := sorted(own.intersection(asked)):
+        fail([f"task also asked in fine-tuning rows or pairs: {question}" for question in shared])
 
 
 def write_lines(path: Path, lines: list[str]) -> None:

@@ -20,6 +20,10 @@ RENDERED = (
     "reward/train.jsonl",
     "reward/train_short.jsonl",
     "reward/validation.jsonl",
+    "grpo/train.jsonl",
+    "grpo/validation.jsonl",
+    "grpo_labelled/labelled.jsonl",
+    "grpo_cold_start/train.jsonl",
 )
 
 
@@ -213,7 +217,7 @@ def test_problems_in_the_facts_are_named_all_at_once(facts, tmp_path):
     broken["conditions"][2]["department"] = "占星科"
     del broken["conditions"][3]["emergency"]
     (tmp_path / "facts.yaml").write_text(yaml.safe_dump(broken, allow_unicode=True), encoding="utf-8")
-    for name in ("build_samples.py", "talk.yaml", "pairs.yaml"):
+    for name in ("build_samples.py", "build_tasks.py", "talk.yaml", "pairs.yaml"):
         (tmp_path / name).write_bytes((DATA / name).read_bytes())
     done = subprocess.run(
         [sys.executable, str(tmp_path / "build_samples.py")], capture_output=True, encoding="utf-8", check=False
