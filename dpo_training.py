@@ -50,7 +50,6 @@ import datasets
 import torch
 from datasets import Dataset
 from peft import PeftModel, TaskType
-from peft.tuners.lora.layer import LoraLayer
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -180,12 +179,7 @@ class PreferenceTrainer(PairTrainer, DPOTrainer):
         if isinstance(self.model, PeftModel) and self.ref_model is None:
             self.model.delete_adapter("ref")
             if self.start_from:
-                self.model.load_adapter(self.start_from, "ref", is_trainable=False)
-                for module in self.model.modules():
-                    if isinstance(module, LoraLayer):
-                        module.lora_dropout["ref"] = torch.nn.Identity()
-                # The reference belongs to the run and not to its result.
-                self.model.save_pretrained = partial(self.model.save_pretrained, selected_adapters=["default"])
+                models.add_reference_adapter(self.model, self.start_from)
         # What WPO weighs pairs with, and the loss of routers, come from TRL's own head alone.
         for model in (self.model, self.ref_model):
             if model is not None and not self.use_weighting and not self.aux_loss_enabled:

@@ -48,7 +48,7 @@ from peft import PeftModel, TaskType
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from trl.trainer.dpo_trainer import DataCollatorForPreference
-from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
+from trl.trainer.utils import add_fused_lm_head
 
 
 @dataclass
@@ -118,8 +118,6 @@ class OrpoTrainer(PairTrainer, Trainer):
             # Liger's own loss would replace the forward pass that the head below is part of.
             args.liger_kernel_config = {**(args.liger_kernel_config or {}), "fused_linear_cross_entropy": False}
         super().__init__(**kwargs)
-        if args.disable_dropout:
-            disable_dropout_in_model(self.model)
         base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         # Only the tokens of answers go through the head, in pieces; the scores of all would not fit.
         add_fused_lm_head(base)

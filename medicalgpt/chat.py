@@ -55,6 +55,7 @@ class Sampling:
             (https://arxiv.org/abs/1909.05858); 1 does nothing.
         stop: strings that end the answer and are not part of it.
         seed: the same seed gives the same text. Unset: drawn from torch's global generator.
+        log_probs: note how probable each token was in the draw; not for temperature 0.
 
     Raises:
         ValueError: a value is outside of its range.
@@ -67,6 +68,7 @@ class Sampling:
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
     seed: int | None = None
+    log_probs: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
@@ -77,6 +79,7 @@ class Sampling:
             ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
             ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "above 0"),
             ("stop", all(self.stop), "without empty strings"),
+            ("log_probs", not self.log_probs or self.temperature > 0, "False where nothing is drawn"),
             ("seed", self.seed is None or 0 <= self.seed < MAX_SEED, "at least 0 and below 2**62"),
         ):
             if not right:
@@ -94,6 +97,8 @@ class Answer:
         completion_tokens: tokens generated, the stop token among them.
         tool_calls: calls of the tools that were offered, in OpenAI form with arguments as a dict; they are no part of
             `text`. What is no well-formed call of an offered tool stays in `text`.
+        token_ids: what the model wrote, the stop token among it.
+        log_probs: of each of these tokens, as it was drawn, if that was asked for.
     """
 
     text: str
@@ -101,6 +106,8 @@ class Answer:
     prompt_tokens: int
     completion_tokens: int
     tool_calls: tuple[dict[str, Any], ...] = ()
+    token_ids: tuple[int, ...] = ()
+    log_probs: tuple[float, ...] = ()
 
 
 class PromptTooLongError(UserError, ValueError):
@@ -322,6 +329,7 @@ class ChatEngine:
             input_ids[row, width - len(prompt) :] = torch.tensor(prompt)
             attention_mask[row, width - len(prompt) :] = 1
         # The current CUDA device belongs to a thread, and custom kernels run on it wherever their tensors are.
+        sampler = _Sampler(samplings, prompts, device)
         on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
         with on_device, _evaluation_mode(self.model):
             self.model.generate(
@@ -337,9 +345,11 @@ class ChatEngine:
                 num_beams=1,
                 repetition_penalty=1.0,
                 stop_strings=None,
-                logits_processor=LogitsProcessorList([_Sampler(samplings, prompts, device)]),
+                logits_processor=LogitsProcessorList([sampler]),
                 stopping_criteria=StoppingCriteriaList([_Recorder(replies, on_text, cancelled)]),
             )
+        for reply, log_probs in zip(replies, sampler.log_probs, strict=True):
+            reply.log_probs = torch.stack(log_probs).tolist() if log_probs else []
         return replies
 
     def _reply_to(self, prompt: list[int], sampling: Sampling, tools: Tools | None = None) -> "_Reply":
@@ -443,7 +453,8 @@ class _Reply:
         self.finish_reason: Literal["stop", "length"] | None = None
         self._tokenizer = tokenizer
         self._prompt_tokens = prompt_tokens
-        self._completion_tokens = 0
+        self._token_ids: list[int] = []
+        self.log_probs: list[float] = []
         self._stop_ids = stop_ids
         self._stop_strings = stop_strings
         self._read_calls = read_calls
@@ -460,7 +471,7 @@ class _Reply:
 
     def add(self, token_id: int) -> str:
         """Take in the next token and return the text that became certain."""
-        self._completion_tokens += 1
+        self._token_ids.append(token_id)
         if token_id in self._stop_ids:
             return self._release(len(self._held), "stop")
         self._ids.append(token_id)
@@ -468,13 +479,16 @@ class _Reply:
         found = [at for at in map(self._held.find, self._stop_strings) if at >= 0]
         if found:
             return self._release(min(found), "stop")
-        if self._completion_tokens == self.max_tokens:
+        if len(self._token_ids) == self.max_tokens:
             return self._release(len(self._held), "length")
         return self._release(len(self._held) - self._unsure(), None)
 
     def answer(self) -> Answer:
         text, calls = self._read_calls(self.text) if self._read_calls else (self.text, [])
-        return Answer(text, self.finish_reason, self._prompt_tokens, self._completion_tokens, tuple(calls))
+        ids = tuple(self._token_ids)
+        # A row that has ended is drawn for until the last one of its batch has.
+        log_probs = tuple(self.log_probs[: len(ids)])
+        return Answer(text, self.finish_reason, self._prompt_tokens, len(ids), tuple(calls), ids, log_probs)
 
     def _decode(self) -> str:
         known = self._text(self._ids[self._context : self._fresh])
@@ -549,6 +563,7 @@ class _Sampler(LogitsProcessor):
             torch.Generator(device).manual_seed(_seed_of(sampling)) if sampling.temperature > 0 else None
             for sampling in samplings
         ]
+        self.log_probs: list[list[torch.Tensor]] = [[] for _ in samplings]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """input_ids: (batch, length); scores: (batch, vocabulary), float32."""
@@ -564,12 +579,15 @@ class _Sampler(LogitsProcessor):
                 penalty = sampling.repetition_penalty
                 scores[row, said] = torch.where(before > 0, before / penalty, before * penalty)
             if sampling.temperature > 0:
-                scores[row] = _draw(scores[row], sampling, self.generators[row])
+                likely = _kept(scores[row], sampling)
+                scores[row] = _draw(likely, self.generators[row])
+                if sampling.log_probs:
+                    self.log_probs[row].append(likely.log_softmax(-1)[scores[row].argmax()])
         return scores
 
 
-def _draw(scores: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> torch.Tensor:
-    """Return scores (vocabulary,) whose argmax is a draw from `softmax(scores / temperature)`, with top_k and top_p."""
+def _kept(scores: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """Return scores (vocabulary,) divided by the temperature, and those that top_k and top_p leave out at -inf."""
     # With the best score at 0, no temperature however small makes it overflow.
     scores = (scores - scores.max()) / sampling.temperature
     if 0 < sampling.top_k < len(scores):
@@ -578,6 +596,11 @@ def _draw(scores: torch.Tensor, sampling: Sampling, generator: torch.Generator) 
         probabilities, order = scores.softmax(-1).sort(descending=True)
         mass_before = probabilities.cumsum(-1) - probabilities
         scores = scores.masked_fill(mass_before.gather(0, order.argsort()) >= sampling.top_p, float("-inf"))
+    return scores
+
+
+def _draw(scores: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Return scores (vocabulary,) whose argmax is a draw from `softmax(scores)`."""
     noise = torch.empty_like(scores).exponential_(generator=generator)
     return scores - noise.clamp_min(torch.finfo(noise.dtype).tiny).log()
 

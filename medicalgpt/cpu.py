@@ -118,7 +118,7 @@ class _FrozenHead(torch.autograd.Function):
         return gradient * upstream[:, None], None, None, None, None
 
 
-def add_cpu_head(model: PreTrainedModel, measured: bool = True) -> None:
+def add_cpu_head(model: PreTrainedModel, measured: bool = True, temperature: float = 1.0) -> None:
     """Send only supervised positions through the LM head, on a CPU too.
 
     TRL's fused head does so on GPUs; on a CPU it scores every position and computes the logits once more in the
@@ -128,6 +128,7 @@ def add_cpu_head(model: PreTrainedModel, measured: bool = True) -> None:
     Args:
         model: the causal model itself, without wrappers, with TRL's `fused_lm_head` forward.
         measured: give more than the log-probabilities (see `score_targets`).
+        temperature: scores are divided by it.
     """
     if isinstance(head := model.get_output_embeddings(), TrainableTokensWrapper):
         # TRL multiplies by the weight, in which peft's wrapper shows the new rows, and asks for a bias, which it hides.
@@ -135,6 +136,8 @@ def add_cpu_head(model: PreTrainedModel, measured: bool = True) -> None:
     config = model.config.get_text_config()
     changes_logits = any(getattr(config, name, None) not in (None, 1.0) for name in LOGIT_SETTINGS)
     if changes_logits or getattr(config, "output_router_logits", False):
+        return
+    if temperature != 1.0 and getattr(head, "bias", None) is not None:
         return
     fused_forward = model.forward
 
@@ -150,7 +153,8 @@ def add_cpu_head(model: PreTrainedModel, measured: bool = True) -> None:
         kwargs["use_cache"] = False
         hidden = self.base_model(*args, **kwargs).last_hidden_state[:, :-1]
         mask = labels != IGNORED
-        columns = score_targets(self.get_output_embeddings(), hidden[mask], labels[mask], measured)
+        # Without a bias, the scores of a scaled hidden state are the scaled scores.
+        columns = score_targets(self.get_output_embeddings(), hidden[mask] / temperature, labels[mask], measured)
         return FusedCausalLMOutput(
             loss=-columns["log_probs"].sum() / mask.sum().clamp(min=1),
             label_mask=mask,

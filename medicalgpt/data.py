@@ -423,7 +423,7 @@ def to_preference(value: Any, ignore: frozenset[str] = frozenset()) -> dict[str,
             f"Remove it, or pass --ignore_fields {','.join(third)}.",
             prompt[third[0]],
         )
-    if not set(prompt) & PROMPT_FIELDS:
+    if not set(prompt).intersection(PROMPT_FIELDS):
         prompt["messages"] = _common_beginning(value, columns, answers)
         answers = [turns[-1:] for turns in answers]
     conversation = _to_conversation(prompt, frozenset(), answer_needed=False)
@@ -439,7 +439,7 @@ def to_preference(value: Any, ignore: frozenset[str] = frozenset()) -> dict[str,
             raise RowError(
                 f"`{column}` has {len(turns)} turns beside a prompt, expected one",
                 "Keep the answer alone in it; or, if both are whole conversations, pass --ignore_fields "
-                f"{','.join(sorted(set(prompt) & PROMPT_FIELDS))}.",
+                f"{','.join(sorted(set(prompt).intersection(PROMPT_FIELDS)))}.",
                 value[column],
             )
         if turns[0]["role"] != "assistant":
@@ -454,12 +454,43 @@ def to_preference(value: Any, ignore: frozenset[str] = frozenset()) -> dict[str,
     return {**conversation, "chosen": chosen, "rejected": rejected}
 
 
+def to_task(value: Any, ignore: frozenset[str] = frozenset()) -> dict[str, Any]:
+    """A prompt and what answers to it may be judged by: `{"messages": [...], "tools": [...] | None, "columns": {...}}`.
+
+    The prompt comes in the formats of `to_prompt` and `to_preference`. Every other field of the row is a column under
+    its own name; a final turn of the assistant, or an answer field under another name, is the column `answer`.
+
+    Raises:
+        RowError: as `to_prompt`.
+    """
+    if isinstance(value, str):
+        value = {"prompt": value}
+    _require_object(value)
+    columns = {name: item for name, item in value.items() if name not in ignore}
+    if not set(columns) & set(PROMPT_FIELDS) and any(set(pair) <= set(columns) for pair in PREFERENCE_FIELDS):
+        prompt = {name: item for name, item in to_preference(value, ignore).items() if name in ("messages", "tools")}
+    else:
+        # What else a row may be asked by is a column of its own.
+        asked = next((name for name in PROMPT_FIELDS if name in columns), "prompt")
+        parts = [asked, *(["input"] if asked == "instruction" else []), *OPENING_FIELDS]
+        prompt = _to_conversation({name: columns.pop(name) for name in parts if name in columns}, ignore, False)
+    messages = prompt["messages"]
+    if messages and messages[-1]["role"] == "assistant":
+        columns.setdefault("answer", messages.pop()["content"])
+    for name in ("output", "response", "completion"):
+        if columns.get(name) is not None and "answer" not in columns:
+            answer = columns.pop(name)
+            columns["answer"] = answer[-1].get("content") if isinstance(answer, list) and answer else answer
+    _check_order(messages, must_end_with="user")
+    return {**prompt, "columns": {name: item for name, item in columns.items() if item is not None}}
+
+
 PAIR_FIELDS = (("prompt", "response"), ("prompt", "completion"), ("query", "response"), ("question", "answer"))
 PREFERENCE_FIELDS = (("chosen", "rejected"), ("response_chosen", "response_rejected"))
-PROMPT_FIELDS = {"conversations", "messages", "instruction", *(question for question, _ in PAIR_FIELDS)}
+PROMPT_FIELDS = ("conversations", "messages", "instruction", "prompt", "query", "question")
 ANSWER_FIELDS = {"output", *(answer for _, answer in PAIR_FIELDS)}
 # Fields of any conversation, beside those that hold its turns.
-OPENING_FIELDS = {"tools", "system", "system_prompt", "history"}
+OPENING_FIELDS = ("tools", "system", "system_prompt", "history")
 
 
 def _to_answer(value: Any, column: str) -> list[dict[str, Any]]:
@@ -1098,7 +1129,8 @@ def refuse_overlap(data: LoadedData, allowed: bool) -> None:
         (data.validation[index]["place"], data.train[np.flatnonzero(trained == held_out[index])[-1]]["place"])
         for index in shared[:5].tolist()
     ]
-    what, relation = ("prompts", "has the prompt of") if "chosen" in data.validation[0] else ("rows", "is also")
+    by_prompt = {"chosen", "columns"} & set(data.validation[0])
+    what, relation = ("prompts", "has the prompt of") if by_prompt else ("rows", "is also")
     shown = "\n  ".join(f"{validation} {relation} {train}" for validation, train in places)
     message = f"{len(shared)} of {len(data.validation)} held-out {what} are also trained on:\n  {shown}"
     if allowed:
@@ -1113,9 +1145,11 @@ def _identities(rows: Sequence[dict[str, Any]]) -> np.ndarray:
 
 
 def identity(row: dict[str, Any]) -> bytes:
-    """What tells converted rows apart, 16 bytes: what they hold, white space apart; of preferences only the prompt."""
-    # A pair whose prompt is trained on is not held out, whatever its answers are.
-    content = {key: value for key, value in row.items() if key not in ("place", "chosen", "rejected")}
+    """What tells converted rows apart, 16 bytes: what they hold, white space apart.
+
+    Of preferences and tasks it is only the prompt: one that is trained on is not held out, whatever its answers are.
+    """
+    content = {key: value for key, value in row.items() if key not in ("place", "chosen", "rejected", "columns")}
     return hashlib.sha256(_canonical(content).encode()).digest()[:16]
 
 

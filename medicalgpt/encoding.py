@@ -53,6 +53,13 @@ class Pair:
     rejected_ids: list[int]
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids up to where an answer begins."""
+
+    prompt_ids: list[int]
+
+
 class EncodingError(ValueError):
     """A row that cannot be encoded; `reason` and `remedy` as in `data.Problem`, `too_long` if that is the reason."""
 
@@ -169,6 +176,44 @@ def encode_preference(
     return [Pair(prompts[0], *answers)]
 
 
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], *, max_length: int | None = None
+) -> list[Prompt]:
+    """Encode what an answer is asked for, as serving would send it.
+
+    Args:
+        tokenizer: with a chat template.
+        row: `messages` and `tools` of the prompt.
+        max_length: in tokens; a longer prompt is refused, never cut.
+
+    Returns:
+        One prompt.
+
+    Raises:
+        EncodingError: too long, refused by the template, or a text that spells a special token.
+    """
+    refuse_special_tokens(tokenizer, row["messages"], row["tools"])
+    try:
+        ids = tokenizer.apply_chat_template(
+            row["messages"],
+            tools=row["tools"],
+            add_generation_prompt=True,
+            return_dict=False,
+            tokenizer_kwargs={"verbose": False},
+        )
+    except TemplateError as error:
+        raise EncodingError(
+            f"the chat template refuses it: {error}", "Mend the row, or choose another --template_name"
+        ) from error
+    if max_length is not None and len(ids) > max_length:
+        raise EncodingError(
+            f"a prompt of {len(ids)} tokens, longer than the {max_length} that leave room for the answer",
+            "Raise --model_max_length, shorten the row, or leave it out with --skip_long_rows True",
+            too_long=True,
+        )
+    return [Prompt(list(ids))]
+
+
 def _stable_groups(turns: Sequence[int], prompts: dict[int, str], texts: dict[int, str]) -> list[list[int]]:
     """Turns that can share a sample: in the text up to the last of them, each stands as it does when it is answered."""
     groups: list[list[int]] = []
@@ -280,8 +325,8 @@ def render_prompts(tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, 
     prompts = []
     for row in rows[::step][:count]:
         turns = [number for number, message in enumerate(row["messages"]) if message["role"] == "assistant"]
-        # A row of preferences has its answers beside the prompt, which may end with several turns.
-        first = len(row["messages"]) if "chosen" in row or not turns else turns[0]
+        # Rows of preferences and tasks have answers beside the prompt, which may end with several turns.
+        first = len(row["messages"]) if {"chosen", "columns"} & set(row) or not turns else turns[0]
         prompts.append(
             tokenizer.apply_chat_template(
                 row["messages"][:first], tools=row["tools"], add_generation_prompt=True, return_dict=False
@@ -321,7 +366,7 @@ def encode_document(
 def encode_rows(
     data: LoadedData,
     side: str,
-    encode: Callable[[dict[str, Any]], list[Sample | Pair]],
+    encode: Callable[[dict[str, Any]], list[Sample | Pair | Prompt]],
     num_proc: int | None = None,
     overwrite_cache: bool = False,
     sample: type = Sample,
@@ -338,7 +383,7 @@ def encode_rows(
             `functools.partial(function, tokenizer, name=value, ...)`.
         num_proc: processes; by default as many as there are cores, and thousands of rows.
         overwrite_cache: encode again, whatever was kept.
-        sample: what `encode` returns, `Sample` or `Pair`.
+        sample: what `encode` returns, `Sample`, `Pair` or `Prompt`.
 
     Returns:
         The fields of `sample` as columns, and `place`; a row may give several samples.
@@ -367,7 +412,7 @@ def encode_rows(
 
 def encode_sides(
     data: LoadedData,
-    encode: Callable[[dict[str, Any]], list[Sample | Pair]],
+    encode: Callable[[dict[str, Any]], list[Sample | Pair | Prompt]],
     arguments: DataArguments,
     seed: int,
     sample: type = Sample,

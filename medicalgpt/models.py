@@ -22,6 +22,7 @@ import torch
 from huggingface_hub import constants
 from loguru import logger
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
@@ -368,7 +369,7 @@ def load_base(
     )
     if attending.shift_attn:
         attention.set_group_size(model, max_length)
-    _keep_4bit_trainable(model)
+    never_repack_4bit(model)
     if adapter:
         logger.info(f"{arguments.model_name_or_path} is an adapter: base {base} plus that adapter")
         if not lora.use_peft:
@@ -378,11 +379,11 @@ def load_base(
     return model
 
 
-def _keep_4bit_trainable(model: PreTrainedModel) -> None:
+def never_repack_4bit(model: PreTrainedModel) -> None:
     """Keep bitsandbytes from repacking 4-bit weights for inference on a CPU with AVX-512.
 
     It does so at the first evaluation or generated answer and never undoes it; the repacked product has no gradient,
-    so that training would go on with wrong updates.
+    so that training would go on with wrong updates. Nor can it repack layers of every width.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -846,6 +847,18 @@ def fingerprint(name_or_path: str) -> str | None:
     if not tensors:
         return None
     return hashlib.sha256(b"".join(tensors[name] for name in sorted(tensors))).hexdigest()
+
+
+def add_reference_adapter(model: PeftModel, start_from: str) -> None:
+    """Put the adapter that training starts from beside the one that is trained, frozen, under the name `ref`.
+
+    It belongs to the run and not to its result: it is not saved.
+    """
+    model.load_adapter(start_from, "ref", is_trainable=False)
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.lora_dropout["ref"] = torch.nn.Identity()
+    model.save_pretrained = functools.partial(model.save_pretrained, selected_adapters=["default"])
 
 
 def adapters_to_float32(model: torch.nn.Module) -> None:

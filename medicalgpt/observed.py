@@ -72,8 +72,14 @@ class Scene:
 
     @property
     def model(self) -> nn.Module:
-        """The model with its adapter, without the wrappers of distributed training."""
-        return self.trainer.accelerator.unwrap_model(self.trainer.model)
+        """The model with its adapter, without the wrappers of distributed training; of policy and critic the policy."""
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        return getattr(model, "policy", model)
+
+    @property
+    def critic(self) -> nn.Module | None:
+        """What is trained beside the model."""
+        return getattr(self.trainer.accelerator.unwrap_model(self.trainer.model), "critic", None)
 
     @property
     def base(self) -> nn.Module:
@@ -474,7 +480,16 @@ def _innermost(optimizer: Any) -> Any:
 
 
 def _groups(scene: Scene) -> list[tuple[dict[str, Any], list[nn.Parameter]]] | None:
-    """(settings, parameters) of each group that is not empty; None where the parameters cannot be told apart."""
+    """(settings, parameters of the model) of each group that has some; None where they cannot be told apart."""
+    found = _all_groups(scene)
+    of_critic = {id(parameter) for parameter in scene.critic.parameters()} if scene.critic is not None else set()
+    if found is None or not of_critic:
+        return found
+    kept = [(group, [one for one in own if id(one) not in of_critic]) for group, own in found]
+    return [(group, own) for group, own in kept if own]
+
+
+def _all_groups(scene: Scene) -> list[tuple[dict[str, Any], list[nn.Parameter]]] | None:
     if scene.sharded:
         return None
     optimizer = scene.trainer.optimizer
@@ -556,6 +571,24 @@ def coverage(scene: Scene) -> Line:
         seen == wanted,
         "Something changed what is trained after the optimizer was built.",
     )
+
+
+def critic(scene: Scene) -> Line:
+    """Every trained tensor of the critic is in the optimizer once, at the critic's rate."""
+    if scene.critic is None:
+        return Line("critic", OFF, OFF, True)
+    rate = scene.asked.get("critic_learning_rate")
+    rate = scene.training.learning_rate if rate is None else rate
+    moving = {id(parameter) for parameter in scene.critic.parameters() if parameter.requires_grad}
+    wanted = f"{len(moving)} trained tensors once, learning rate {rate:g}"
+    groups = _all_groups(scene)
+    if groups is None:
+        return scene.unseen("critic", wanted, scene.sharded)
+    own = [(group, id(one)) for group, members in groups for one in members if id(one) in moving]
+    rates = sorted({float(f"{group.get('initial_lr', group['lr']):.6g}") for group, _ in own})
+    once = sum(times == 1 for times in Counter(one for _, one in own).values())
+    seen = f"{once} trained tensors once, learning rate {', '.join(f'{one:g}' for one in rates)}"
+    return Line("critic", wanted, seen, seen == wanted and bool(moving), "Leave --critic_learning_rate out.")
 
 
 def learning_rate(scene: Scene) -> Line:
@@ -645,7 +678,7 @@ def _batch_text(total: float, rows: float, times: int, processes: int) -> str:
 
 
 def _ids(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    return next(value for name, value in batch.items() if name.endswith("input_ids"))
+    return next(value for name, value in batch.items() if name.endswith(("input_ids", "completion_ids")))
 
 
 def packing(scene: Scene) -> Line:
@@ -683,6 +716,8 @@ def neftune(scene: Scene) -> Line:
     alpha = scene.training.neftune_noise_alpha or 0.0
     wanted = f"at most {alpha:g} / sqrt(length x width)" if alpha else OFF
     batch = scene.batches[0]
+    if not alpha and "input_ids" not in batch:
+        return Line("NEFTune noise", OFF, OFF, True)
     if scene.sightless or "input_ids" not in batch or not {"position_ids", "attention_mask"} & set(batch):
         return scene.unseen("NEFTune noise", wanted, scene.sightless or "no lengths in the batch")
     quiet = _first_layer_input(scene, training=False).hidden
@@ -806,6 +841,7 @@ LINES = (
     trainable,
     optimizer,
     coverage,
+    critic,
     learning_rate,
     schedule,
     effective_batch,

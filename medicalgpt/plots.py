@@ -13,6 +13,11 @@ from medicalgpt.errors import UserError
 
 Point = tuple[float, float]
 
+# What a curve is called, and the key in the log. Of reinforcement learning the loss says nothing.
+LOSSES = (("train loss", "loss"), ("eval loss", "eval_loss"))
+SCORES = (("score", "score"), ("eval score", "eval_score"))
+REWARDS = (("reward", "reward"), ("eval reward", "eval_reward"))
+
 # Mid-tones with a contrast of at least 3:1 against both a white and a near-black page.
 COLOURS = ("#3b82f6", "#ea580c", "#0d9488", "#a855f7", "#db2777", "#65a30d")
 
@@ -57,21 +62,27 @@ def loss_series(events: Sequence[Mapping]) -> dict[str, list[Point]]:
     A loss that was logged as null or as no number becomes NaN, so that a curve shows the gap. A run that was resumed
     logs some steps again: the later event counts.
     """
-    series: dict[str, dict[float, float]] = {"train loss": {}, "eval loss": {}}
+    return _series(events, LOSSES)
+
+
+def _series(events: Sequence[Mapping], curves: Sequence[tuple[str, str]]) -> dict[str, list[Point]]:
+    series: dict[str, dict[float, float]] = {name: {} for name, _ in curves}
     for event in events:
-        for name, key in (("train loss", "loss"), ("eval loss", "eval_loss")):
+        for name, key in curves:
             if key in event and "step" in event:
                 series[name][float(event["step"])] = _number(event[key])
     return {name: sorted(points.items()) for name, points in series.items() if points}
 
 
 def plot_loss(output_dir: str | Path) -> Path:
-    """Write `loss.png` (train and eval loss against step) into `output_dir` and return its path.
+    """Write `loss.png` into `output_dir` and return its path: train and eval loss against step, or what was rewarded.
 
     A run that logged no loss gets a picture that says so: a finished training must not fail on its picture.
     Raises what `read_metrics` raises.
     """
-    series = loss_series(read_metrics(output_dir))
+    events = read_metrics(output_dir)
+    found = ((label, _series(events, curves)) for label, curves in (("score", SCORES), ("reward", REWARDS)))
+    label, series = next(((label, series) for label, series in found if series), ("loss", loss_series(events)))
     # Imported here because it takes about a second. The object interface needs no display and no global state.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -82,7 +93,7 @@ def plot_loss(output_dir: str | Path) -> Path:
     axes = figure.add_subplot()
     for colour, (name, points) in zip(COLOURS, series.items(), strict=False):
         # Markers keep a lone point between two gaps visible.
-        marker = "o" if name == "eval loss" or len(points) <= 40 else None
+        marker = "o" if name.startswith("eval") or len(points) <= 40 else None
         axes.plot(*zip(*points, strict=True), label=name, color=colour, marker=marker, markersize=3, linewidth=1.5)
     if series:
         axes.legend(frameon=False)
@@ -91,8 +102,8 @@ def plot_loss(output_dir: str | Path) -> Path:
         axes.text(0.5, 0.5, "no loss was logged", ha="center", va="center", transform=axes.transAxes)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("step")
-    axes.set_ylabel("loss")
-    axes.set_title("loss")
+    axes.set_ylabel(label)
+    axes.set_title(label)
     axes.spines[["top", "right"]].set_visible(False)
     path = Path(output_dir) / "loss.png"
     figure.savefig(path)

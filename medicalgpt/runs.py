@@ -54,6 +54,7 @@ RUN_TRACES = (
     "run.json",
     "metrics.jsonl",
     "samples.jsonl",
+    "answers.jsonl",
     "loss.png",
     "README.md",
     "trainer_state.json",
@@ -71,8 +72,9 @@ RUN_TRACES = (
 )
 SIGN_OF_LIFE_SECONDS = 30
 # What a line of progress says of a log event, beside speed and memory.
-SHOWN_METRICS = ("loss", "accuracy", "rewards/accuracies", "learning_rate")
-SHOWN_METRICS += ("eval_loss", "eval_accuracy", "eval_rewards/accuracies")
+SHOWN_METRICS = ("loss", "accuracy", "rewards/accuracies", "score", "reward", "rewards/accuracy/mean", "kl")
+SHOWN_METRICS += ("learning_rate", "eval_loss", "eval_accuracy", "eval_rewards/accuracies")
+SHOWN_METRICS += ("eval_score", "eval_reward", "eval_rewards/accuracy/mean")
 
 
 class Run:
@@ -184,23 +186,38 @@ class Run:
         if not is_main_process() or not len(dataset):
             return
         row = dataset[0]
+        if dataset.column_names == ["prompt_ids", "place"]:
+            print(f"first prompt:\n{tokenizer.decode(row['prompt_ids'])}\n", file=sys.stderr)
+            return
         sequences = [(row["input_ids"], row["labels"])] if "input_ids" in row else _sequences_of_pair(row)
         for ids, labels in sequences:
             print(render_supervision(tokenizer, ids, labels, sys.stderr.isatty()), file=sys.stderr)
 
-    def announce(self, model: torch.nn.Module, train: Dataset, evaluation: Dataset | None) -> None:
-        """Print what will happen before it happens: tokens, parameters, batches, steps."""
+    def announce(
+        self,
+        model: torch.nn.Module,
+        train: Dataset,
+        evaluation: Dataset | None,
+        *,
+        steps_per_epoch: float | None = None,
+        batch: int | None = None,
+    ) -> None:
+        """Print what will happen before it happens: tokens, parameters, batches, steps.
+
+        Args:
+            steps_per_epoch, batch: steps, and sequences of a step, where they do not follow from rows and batch flags.
+        """
         args = self.training
         streamed = isinstance(train, StreamedSamples)
         sequences, tokens, supervised = train.estimate() if streamed else _sizes(train)
         about = "about " if streamed else ""
-        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        batch = batch or args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         if args.dataloader_drop_last and sequences < args.per_device_train_batch_size * args.world_size:
             raise UserError(
                 f"--dataloader_drop_last True would drop everything: {sequences} row(s) are less than one batch of "
                 f"{args.per_device_train_batch_size} on each of {args.world_size} process(es). Leave it out."
             )
-        per_epoch = math.ceil(
+        per_epoch = steps_per_epoch or math.ceil(
             math.ceil(sequences / (args.per_device_train_batch_size * args.world_size))
             / args.gradient_accumulation_steps
         )
@@ -208,11 +225,18 @@ class Run:
         by_module = models.trainable_by_module(model)
         trainable, total = sum(by_module.values()), models.total_parameters(model)
         modules = ", ".join(f"{name} {count:,}" for name, count in by_module.most_common(12))
+        what, of_step, trained = (
+            "sequences",
+            "sequences",
+            f", supervised {supervised:,} ({supervised / max(tokens, 1):.0%})",
+        )
+        if not streamed and train.column_names == ["prompt_ids", "place"]:
+            what, of_step, trained = "prompts", "answers", ""
         lines = [
-            ("sequences", f"{about}{sequences:,} to train on, {len(evaluation) if evaluation else 0:,} held out"),
-            ("tokens", f"{about}{tokens:,}, supervised {supervised:,} ({supervised / max(tokens, 1):.0%})"),
+            (what, f"{about}{sequences:,} to train on, {len(evaluation) if evaluation else 0:,} held out"),
+            ("tokens", f"{about}{tokens:,}{trained}"),
             ("trainable", f"{trainable:,} of {total:,} parameters ({trainable / total:.2%}): {modules}"),
-            ("steps", f"{steps:,} ({about}{per_epoch:,} an epoch) of {batch} sequences on {args.device}"),
+            ("steps", f"{steps:,} ({about}{math.ceil(per_epoch):,} an epoch) of {batch} {of_step} on {args.device}"),
         ]
         self.record["model"] = {
             "parameters": total,
@@ -601,7 +625,7 @@ class PlainProgress(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        if logs and ("loss" in logs or "eval_loss" in logs):
+        if logs and not {"loss", "eval_loss", "eval_score", "eval_reward"}.isdisjoint(logs):
             self._line(state, logs)
 
     def _line(self, state: Any, logs: dict[str, Any]) -> None:
@@ -718,6 +742,8 @@ def _sizes(train: Dataset) -> tuple[int, int, int]:
     if "chosen_ids" in train.column_names:
         prompts, *answers = (sum(map(len, train[f"{name}_ids"])) for name in ("prompt", "chosen", "rejected"))
         return len(train), 2 * prompts + sum(answers), sum(answers)
+    if "input_ids" not in train.column_names:
+        return len(train), sum(map(len, train["prompt_ids"])), 0
     tokens = sum(map(len, train["input_ids"]))
     return len(train), tokens, sum(label != IGNORED for labels in train["labels"] for label in labels)
 

@@ -234,6 +234,7 @@ class RewardScorer:
             raise models.CheckpointError(
                 f"{base} lacks {', '.join(missing[:3])}, which would be random numbers. Get the whole checkpoint."
             )
+        models.never_repack_4bit(model)
         # Quantized weights are on their device already.
         if device_map is None and not (load_in_4bit or load_in_8bit) and torch.accelerator.is_available():
             model.to(torch.accelerator.current_accelerator())

@@ -19,6 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import EvalPrediction, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 from trl import SFTTrainer
+from trl.trainer.utils import disable_dropout_in_model
 
 
 def training_defaults(args: TrainingArguments, *, adapter_rate: float, full_rate: float, use_peft: bool) -> None:
@@ -275,7 +276,7 @@ class PairTrainer(StageTrainer):
         self.weight_of_pair: float | None = None
         if self.args.disable_dropout:
             for model in filter(None, (self.model, getattr(self, "ref_model", None))):
-                _no_attention_dropout(model)
+                switch_off_dropout(model)
 
     @staticmethod
     def row_lengths(dataset: Dataset) -> list[int]:
@@ -317,8 +318,10 @@ class PairTrainer(StageTrainer):
         return dict(zip(self.pair_columns, map(float, means), strict=True))
 
 
-def _no_attention_dropout(model: torch.nn.Module) -> None:
-    """Attention modules hold their dropout as a number, which TRL does not look for."""
+def switch_off_dropout(model: torch.nn.Module) -> None:
+    """No dropout in any module, for good."""
+    disable_dropout_in_model(model)
+    # Attention modules hold theirs as a number, which TRL does not look for.
     for module in model.modules():
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0

@@ -8,7 +8,7 @@ import threading
 import time
 from collections import Counter
 
-from medicalgpt.chat import ChatEngine, ChatTemplateError, PromptTooLongError, Sampling, _draw
+from medicalgpt.chat import ChatEngine, ChatTemplateError, PromptTooLongError, Sampling, _draw, _kept
 from medicalgpt.errors import UserError
 
 import pytest
@@ -423,10 +423,28 @@ def test_seeded_and_greedy_answers_leave_torchs_global_generator_alone(random, s
     assert torch.equal(torch.rand(3), expected)
 
 
+def test_answers_come_with_their_tokens_and_how_probable_these_were(random):
+    """Log-probabilities as drawn are those of the model at that temperature, whatever stands beside a row."""
+    sampling = Sampling(max_new_tokens=6, temperature=0.8, seed=5, log_probs=True)
+    for messages, answer in zip(VARIED, random.batch(VARIED, sampling, batch_size=len(VARIED)), strict=True):
+        assert answer.completion_tokens == len(answer.token_ids) == len(answer.log_probs)
+        prompt = random.prompt_ids(messages)
+        with torch.no_grad():
+            logits = random.model(torch.tensor([[*prompt, *answer.token_ids]])).logits[0, len(prompt) - 1 : -1]
+        # This model never stops, so that its ends are no part of the draw.
+        logits[:, random.model.generation_config.suppress_tokens] = -torch.inf
+        expected = (logits / 0.8).log_softmax(-1)[range(len(answer.token_ids)), list(answer.token_ids)]
+        assert torch.allclose(torch.tensor(answer.log_probs), expected, atol=1e-4)
+    assert random.chat(ask("hello"), Sampling(max_new_tokens=3)).log_probs == ()
+    with pytest.raises(ValueError, match="log_probs"):
+        Sampling(log_probs=True)
+
+
 def draws(scores: list[float], count: int = 4000, **settings) -> dict[int, float]:
     generator = torch.Generator().manual_seed(0)
     sampling = Sampling(**settings)
-    found = Counter(int(_draw(torch.tensor(scores), sampling, generator).argmax()) for _ in range(count))
+    likely = _kept(torch.tensor(scores), sampling)
+    found = Counter(int(_draw(likely, generator).argmax()) for _ in range(count))
     return {token: times / count for token, times in found.items()}
 
 

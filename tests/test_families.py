@@ -130,7 +130,7 @@ def test_family_goes_from_pretraining_to_an_answer(name, data, tmp_path, capsys)
         in_4bit = train(SFT, base, *quantized)
         reloaded = models.load_model(AutoModelForCausalLM, str(tmp_path / "pt"), load_in_4bit=True)
         # For inference on some CPUs bitsandbytes repacks the weights and computes in fewer bits.
-        models._keep_4bit_trainable(reloaded)
+        models.never_repack_4bit(reloaded)
         same_logits(models.attach_adapter(reloaded, str(tmp_path / "4bit")), in_4bit.trainer.model)
 
     turn_end = [label for label in lora.trainer.train_dataset[0]["labels"] if label != -100][-1]
