@@ -948,7 +948,7 @@ def load_critic(
         UserError: it reads other tokens than the policy, or is an adapter of a language model.
     """
     flag = "--reward_model_path" if args.value_model_path is None else "--value_model_path"
-    path = args.value_model_path or args.reward_model_path
+    path, policy = args.value_model_path or args.reward_model_path, model_args.model_name_or_path
     model_args = replace(model_args, model_name_or_path=path, tokenizer_name_or_path=None, model_revision=None)
     # What the adapter of the policy is shaped by, that of a reward model is not: it goes on in its own shape.
     lora_args = replace(lora_args, peft_path=None)
@@ -956,7 +956,7 @@ def load_critic(
     if theirs.get_vocab() != tokenizer.get_vocab():
         raise UserError(
             f"the critic judges the policy's tokens, and {flag} {path} reads other ones. Name a model with the "
-            f"policy's tokenizer, whose head will be new: --value_model_path {args.model_name_or_path}"
+            f"policy's tokenizer, whose head will be new: --value_model_path {policy}"
         )
     _, adapter = models.resolve_checkpoint(path)
     if adapter and not is_reward_adapter(adapter):
