@@ -6,13 +6,14 @@
 Reads the results of `eval_pipeline.py` and the `run.json` and `metrics.jsonl` that each stage leaves in its output_dir.
 A difference that lies within the noise of the measurement is called "no measurable change": shares of right answers are
 compared by their 95% Wilson intervals (https://doi.org/10.1080/01621459.1927.10502953), perplexities by the paired
-difference per document.
+difference per document, scores of a reward model by the paired difference per prompt.
 """
 
 import argparse
 import json
 import math
 import os
+import re
 import shlex
 import sys
 import unicodedata
@@ -33,6 +34,8 @@ MAX_SHOWN_CHARACTERS = 1_200
 MAX_SHOWN_SAMPLES = 6
 SHOWN_METRICS = ("loss", "perplexity", "accuracy", "reward", "margin")
 EXACT = "exact match (held-out phrasings)"
+RIGHT_TASKS = "right answers (held-out tasks)"
+RIGHT_FORMAT = "right format (held-out tasks)"
 # Curves beside the loss: the names under which stages log them, and what they are.
 CURVES = {
     "accuracy": (
@@ -40,6 +43,28 @@ CURVES = {
         "share of pairs in which the chosen answer is ahead: in score, in implicit reward or in log-probability",
     ),
     "margin": (("margin", "rewards/margins"), "by how much the chosen answer is ahead, on average"),
+    "score": (("score",), "what the reward model gives to the answers of the policy, on average"),
+    "reward": (
+        ("reward",),
+        "what the training raises, on average: in PPO the score less penalties, in GRPO the sum of weighted rewards",
+    ),
+    "KL": (
+        ("kl",),
+        "how far the policy has moved from the model before it, in nats: of an answer in PPO, of a token in GRPO",
+    ),
+    "length": (("length", "completions/mean_length"), "tokens of an answer, on average"),
+    "end rate": (("end_rate",), "share of the answers that end by themselves"),
+    "no signal": (
+        ("frac_reward_zero_std",),
+        "share of the groups of answers whose rewards are all equal: nothing is learned from them",
+    ),
+}
+# A reward function of its own for each line, drawn together.
+FUNCTION_REWARD = re.compile(r"(eval_)?rewards/(.+)/mean")
+# What a run logs at every step if no answer was rewarded more than another, and nothing could be learned.
+NO_SIGNAL = {
+    "frac_reward_zero_std": (1.0, "in every group, all answers got the same reward"),
+    "score_std": (0.0, "in every step, all answers got the same score"),
 }
 
 
@@ -101,7 +126,37 @@ def compare_perplexity(before: dict, after: dict) -> Verdict | None:
     return Verdict("lower", "better") if mean < 0 else Verdict("higher", "worse")
 
 
-def summary_rows(models: list[dict]) -> list[Row]:
+def compare_scores(before: dict, after: dict) -> Verdict | None:
+    """Compare what a reward model thinks of two models' answers, over the prompts that both have answered.
+
+    None where those are fewer than two.
+    """
+    pairs = zip(before["scores"], after["scores"], strict=True)
+    gaps = [new - old for old, new in pairs if old is not None and new is not None]
+    if len(gaps) < 2:
+        return None
+    mean = math.fsum(gaps) / len(gaps)
+    error = math.sqrt(sum((gap - mean) ** 2 for gap in gaps) / (len(gaps) - 1) / len(gaps))
+    if abs(mean) <= 1.96 * error or mean == 0:
+        return Verdict(SAME, "same")
+    return Verdict("higher", "better") if mean > 0 else Verdict("lower", "worse")
+
+
+def score_row(scores: list[dict | None]) -> Row:
+    """Return a row of mean scores, with the standard errors of the means."""
+    row = Row("reward model's score of own answers", [], _between(scores, compare_scores))
+    for score in scores:
+        known = [value for value in (score or {}).get("scores", ()) if value is not None]
+        row.cells.append(_significant(score["mean"]) if known else "-")
+        count = f"{len(known):,} answers" if known else ""
+        if len(known) > 1:
+            spread = math.sqrt(sum((value - score["mean"]) ** 2 for value in known) / (len(known) - 1))
+            count = f"± {_significant(spread / math.sqrt(len(known)))}, {count}"
+        row.details.append(count)
+    return row
+
+
+def summary_rows(models: list[dict], reward: dict | None = None) -> list[Row]:
     """Return the rows of the before/after table, for what was measured in at least one model."""
     rows = []
     texts = [model.get("text") for model in models]
@@ -122,12 +177,19 @@ def summary_rows(models: list[dict]) -> list[Row]:
         counts = [model.get(key) for model in models]
         if any(counts):
             rows.append(share_row(label, counts))
+    scores = [((reward or {}).get("models") or {}).get(model["name"]) for model in models]
+    if any(scores):
+        rows.append(score_row(scores))
+    for label, key in ((RIGHT_TASKS, "task"), (RIGHT_FORMAT, "task_format")):
+        counts = [model.get(key) for model in models]
+        if any(counts):
+            rows.append(share_row(label, counts))
     return rows
 
 
-def category_rows(models: list[dict]) -> list[Row]:
-    """Return one row of exact match counts per category, in the order of the last model's first appearance."""
-    return _by_category([model.get("chat") for model in models])
+def category_rows(models: list[dict], key: str = "chat") -> list[Row]:
+    """Return one row of counts per category, in the order of the last model's first appearance."""
+    return _by_category([model.get(key) for model in models])
 
 
 def preference_rows(models: list[dict], reward: dict | None) -> list[Row]:
@@ -189,11 +251,12 @@ def text_table(header: list[str], rows: list[list[str]]) -> str:
 def terminal_summary(models: list[dict], reward: dict | None = None) -> str:
     """Return the plain text that ends a pipeline run: the table, the categories, and what changed."""
     names = [model["name"] for model in models]
-    rows, categories = summary_rows(models), category_rows(models)
-    lines = []
+    rows, lines = summary_rows(models, reward), []
+    details = {EXACT: "chat", RIGHT_TASKS: "task", RIGHT_FORMAT: "task_format"}
     for row in rows:
         lines.append([row.label, *row.cells])
-        if row.label == EXACT and len(categories) > 1:
+        categories = category_rows(models, details[row.label]) if row.label in details else []
+        if len(categories) > 1:
             lines += [["  " + category.label, *category.cells] for category in categories]
     parts = [text_table(["", *names], lines)]
     changes = [
@@ -215,21 +278,45 @@ def curves_of(name: str, events: list[dict]) -> list[dict]:
     """Return drawing and caption of each of `CURVES` that the run has logged, train and held-out in one drawing."""
     curves = []
     for label, (keys, caption) in CURVES.items():
-        series = {}
-        for side, prefix in (("train", ""), ("held-out", "eval_")):
-            # A run that was resumed logs some steps again: the later event counts.
-            points = {
-                float(event["step"]): float(event[prefix + key])
-                for event in events
-                for key in keys
-                if "step" in event and isinstance(event.get(prefix + key), int | float)
-            }
-            if points:
-                series[f"{side} {label}"] = sorted(points.items())
+        sides = {f"train {label}": keys, f"held-out {label}": [f"eval_{key}" for key in keys]}
+        curves.append((label, caption, {line: series_of(events, *logged) for line, logged in sides.items()}))
+        if label == "reward":
+            caption = "what each reward function gives to an answer, on average, before its weight"
+            curves.append(("rewards", caption, function_rewards(events)))
+    drawn = []
+    for label, caption, series in curves:
+        series = {line: points for line, points in series.items() if points}
         if series:
-            svg = Markup(svg_curve(series, f"{name}: {label}", y_label=label))
-            curves.append({"svg": svg, "caption": caption})
-    return curves
+            drawn.append({"svg": Markup(svg_curve(series, f"{name}: {label}", y_label=label)), "caption": caption})
+    return drawn
+
+
+def function_rewards(events: list[dict]) -> dict[str, list[tuple[float, float]]]:
+    """Return the mean of each reward function, a line each."""
+    found = {key: match for event in events for key in event if (match := FUNCTION_REWARD.fullmatch(key))}
+    return {("held-out " if match[1] else "") + match[2]: series_of(events, key) for key, match in found.items()}
+
+
+def series_of(events: list[dict], *keys: str) -> list[tuple[float, float]]:
+    """Return the (step, value) points that were logged under one of `keys`."""
+    # A run that was resumed logs some steps again: the later event counts.
+    points = {
+        float(event["step"]): float(event[key])
+        for event in events
+        for key in keys
+        if "step" in event and isinstance(event.get(key), int | float)
+    }
+    return sorted(points.items())
+
+
+def missing_signal(events: list[dict]) -> str | None:
+    """Return why nothing can have been learned from the rewards of a run; None if something can, or has no rewards."""
+    for key, (empty, reason) in NO_SIGNAL.items():
+        values = [value for _, value in series_of(events, key)]
+        # A standard deviation of equal numbers is 0 but for rounding.
+        if values and all(abs(value - empty) < 1e-5 for value in values):
+            return f"no learning signal: {reason}"
+    return None
 
 
 def read_json(path: Path, what: str) -> dict:
@@ -301,6 +388,7 @@ def read_run(name: str, folder: Path) -> dict:
         "steps": max((int(event["step"]) for event in events if "step" in event), default=0),
         "svg": Markup(svg_curve(series, f"{name}: loss")),
         "curves": curves_of(name, events),
+        "missing_signal": missing_signal(events),
     }
 
 
@@ -323,11 +411,11 @@ def build_html(evaluation: dict, runs: list[dict], report_command: str) -> str:
     models, reward = evaluation["models"], evaluation.get("reward")
     names = [model["name"] for model in models]
     cards = []
-    for row in summary_rows(models):
+    for row in summary_rows(models, reward):
         before, after = row.cells[0], row.cells[-1]
         if row.shares:
             before, after = (cell.rpartition("(")[2].rstrip(")") for cell in (before, after))
-        verdict = row.verdicts[-1] if len(names) == 2 else _first_to_last(models, row)
+        verdict = row.verdicts[-1] if len(names) == 2 else _first_to_last(models, row, reward)
         cards.append({"label": row.label, "before": before, "after": after, "verdict": verdict})
     if reward:
         row = share_row("reward model: ranks held-out pairs right", [reward])
@@ -336,6 +424,12 @@ def build_html(evaluation: dict, runs: list[dict], report_command: str) -> str:
     versions: dict[str, str] = {}
     for versioned in (*runs, evaluation):
         versions.update(versioned.get("versions") or {})
+    notes = [(model["name"], note) for model in models for note in model.get("notes") or []]
+    for name, scored in ((reward or {}).get("models") or {}).items():
+        notes += [
+            (name, f"{count} of its answers were not scored: {reason}")
+            for reason, count in scored["not_scored"].items()
+        ]
     commands = [(run["stage"], run["command"]) for run in runs if run["command"]]
     commands.append(("evaluation", command_line(evaluation.get("command") or [])))
     commands.append(("this report", report_command))
@@ -348,16 +442,20 @@ def build_html(evaluation: dict, runs: list[dict], report_command: str) -> str:
         written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %z"),
         models=models,
         names=names,
-        rows=summary_rows(models),
+        rows=summary_rows(models, reward),
         categories=category_rows(models),
+        task_types=[
+            (label, category_rows(models, key)) for label, key in (("answers", "task"), ("format", "task_format"))
+        ],
         cards=cards,
-        notes=[(model["name"], note) for model in models for note in model.get("notes") or []],
+        notes=notes,
         runs=runs,
         reward=reward,
         reward_text=_reward_text(reward) if reward else "",
         preferences=preference_rows(models, reward),
         examples=_with_answers(evaluation.get("examples") or [], models, "answers"),
         prompt_examples=_with_answers(evaluation.get("prompt_examples") or [], models, "good_answers"),
+        task_examples=_with_answers(evaluation.get("task_examples") or [], models, "task_answers"),
         commands=[(label, command) for label, command in commands if command],
         versions=dict(sorted(versions.items())),
         evaluation=evaluation,
@@ -387,10 +485,10 @@ def _with_answers(examples: list[dict], models: list[dict], key: str) -> list[di
     return shown
 
 
-def _first_to_last(models: list[dict], row: Row) -> Verdict | None:
+def _first_to_last(models: list[dict], row: Row, reward: dict | None) -> Verdict | None:
     if len(models) < 2:
         return None
-    rows = {other.label: other for other in summary_rows([models[0], models[-1]])}
+    rows = {other.label: other for other in summary_rows([models[0], models[-1]], reward)}
     return rows[row.label].verdicts[-1] if row.label in rows else None
 
 
@@ -468,6 +566,9 @@ def main() -> None:
     runs = [read_run(name, folder) for name, folder in _named_paths(args.runs, "--runs").items()]
 
     print(terminal_summary(models, evaluation.get("reward")))
+    for run in runs:
+        if run["missing_signal"]:
+            print(f"notice: {run['name']} ({run['folder']}): {run['missing_signal']}")
     if args.output_file:
         page = build_html(evaluation, runs, command_line(sys.argv)).encode("utf-8")
         args.output_file.parent.mkdir(parents=True, exist_ok=True)
@@ -577,6 +678,9 @@ footer { margin-top: 40px; }
 {% for run in runs if run.status != "finished" %}
 <p><span class="tag worse">{{ run.name }}: the run's status is “{{ run.status }}”, not “finished”</span></p>
 {% endfor %}
+{% for run in runs if run.missing_signal %}
+<p><span class="tag worse">{{ run.name }}: {{ run.missing_signal }}</span></p>
+{% endfor %}
 
 <div class="cards">
 {% for card in cards %}
@@ -608,10 +712,14 @@ footer { margin-top: 40px; }
 {% endfor %}
 </tbody></table></div>
 <p class="soft" style="margin-top:10px">“no measurable change” means that the two values lie within the noise of the
-measurement: 95% intervals that overlap, or a paired difference per document that its error can explain. An exact match
-is an answer equal to the reference, character by character, but for white space at its ends.
+measurement: 95% intervals that overlap, or a paired difference per document or prompt that its error can explain. An
+exact match is an answer equal to the reference, character by character, but for white space at its ends.
 {% if preferences %}<br>A model prefers the chosen answer of a pair if it gives it the higher log-probability per
 token. A good answer holds what its prompt calls for, such as the right department and emergency advice.{% endif %}
+{% if reward and reward.get("models") %}<br>The reward model <code>{{ reward.path }}</code> scores what each model
+itself answers to the held-out prompts of preferences; beside the mean stands its standard error.{% endif %}
+{% if evaluation.get("task") %}<br>Tasks are those of <code>{{ evaluation.task.file }}</code>; the rewards of
+grpo_training.py judge the replies.{% endif %}
 {% for name, note in notes %}<br>{{ name }}: {{ note }}{% endfor %}</p>
 
 {% if runs %}
@@ -639,7 +747,7 @@ token. A good answer holds what its prompt calls for, such as the right departme
 <p class="turn"><b>{{ turn.role }}</b>{{ turn.content|shown }}</p>
 {% endfor %}
 <small>{{ example.category }} · {{ example.place }} ·
-{% if example.required is defined %}
+{% if example.required is defined and example.required %}
 required: {% for group in example.required %}{{ group|join(" or ") }}{{ "" if loop.last else ", and " }}{% endfor %} ·
 {% endif %}
 reference: {{ example.reference|shown }}</small>
@@ -684,6 +792,12 @@ reference: {{ example.reference|shown }}</small>
 {% for example in prompt_examples %}{{ compared(example, "good") }}{% endfor %}
 {% endif %}
 
+{% if task_examples %}
+<h2>Tasks, before and after</h2>
+<p class="soft">Greedy replies to held-out tasks. The reward <code>accuracy</code> says which are right.</p>
+{% for example in task_examples %}{{ compared(example, "right") }}{% endfor %}
+{% endif %}
+
 {% if examples %}
 <h2>The same questions, before and after</h2>
 <p class="soft">Fixed rows of <code>{{ evaluation.chat.file }}</code>, spread over its categories. Every token of an
@@ -691,12 +805,12 @@ answer is the model's most likely one (greedy).</p>
 {% for example in examples %}{{ compared(example, "exact") }}{% endfor %}
 {% endif %}
 
-{% if categories %}
-<h2>Exact match by category</h2>
+{% macro by_category(title, what, rows) %}
+<h2>{{ title }}</h2>
 <div class="scroll"><table class="fold" style="--models: {{ names|length }}">
-<thead><tr><th>category</th>{% for name in names %}<th>{{ name }}</th>{% endfor %}</tr></thead>
+<thead><tr><th>{{ what }}</th>{% for name in names %}<th>{{ name }}</th>{% endfor %}</tr></thead>
 <tbody>
-{% for row in categories %}
+{% for row in rows %}
 <tr><th>{{ row.label }}</th>
 {% for cell in row.cells %}
 <td><span class="nowrap">{{ cell }}</span>
@@ -707,7 +821,11 @@ answer is the model's most likely one (greedy).</p>
 </tr>
 {% endfor %}
 </tbody></table></div>
-{% endif %}
+{% endmacro %}
+{% if categories %}{{ by_category("Exact match by category", "category", categories) }}{% endif %}
+{% for label, rows in task_types if rows %}
+{{ by_category("Tasks: right " ~ label ~ " by type", "type", rows) }}
+{% endfor %}
 
 {% if runs %}
 <h2>Data: every row accounted for</h2>

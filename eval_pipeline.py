@@ -1,4 +1,4 @@
-"""Measure what each stage changed, on held-out text, questions and preferences.
+"""Measure what each stage changed, on held-out text, questions, preferences and tasks.
 
     python eval_pipeline.py --models base=outputs/tiny-base pt=outputs/pt sft=outputs/sft-merged \\
         dpo=outputs/dpo-merged --first_chat_model sft --text_file_dir data/pretrain \\
@@ -17,6 +17,10 @@ Models are given in the order of training.
   group, in capitals or not.
 - Reward accuracy (--reward_model): the share of the same pairs in which that model scores the chosen answer higher,
   and the mean difference of the two scores (margin).
+- Score of own answers (--reward_model): the mean of that model's scores of each model's greedy answers to the same
+  prompts. One that was stopped by --max_new_tokens is scored as if it ended there.
+- Right answers and right format (--task_file): the shares of greedy replies to which the rewards `accuracy` and
+  `format` of `grpo_training.py` give 1, asked for with its system prompt.
 
 The counts, the answers to a few fixed questions and the files that were measured go into --output_file, which
 `build_report.py` turns into a table and a page. Results of a model whose weights, data and settings have not changed
@@ -41,9 +45,10 @@ from typing import Any
 from medicalgpt import data as data_files
 from medicalgpt.errors import UserError, run_main
 
-FORMAT = 2
-# Prompts of preferences whose answers are kept to be shown.
+FORMAT = 3
+# Prompts of preferences, and tasks, whose answers are kept to be shown.
 PROMPT_EXAMPLES = 8
+TASK_EXAMPLES = 6
 # Name of the reward model's results among those of the models; no model can have it.
 REWARD = "=reward"
 # Logits of one forward pass, rows x tokens x vocabulary, in numbers: about 256 MB in float32.
@@ -67,6 +72,7 @@ class Question:
     """One chat row: the turns up to the last answer, and that answer.
 
     `required` is set for prompts of preferences: a good answer holds at least one string of each of these groups.
+    `columns` is set for tasks: what rewards judge a reply by.
     """
 
     place: str
@@ -75,6 +81,7 @@ class Question:
     tools: list | None
     reference: str
     required: list[list[str]] | None = None
+    columns: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -99,6 +106,13 @@ class HeldOut:
     prompts: list[Question] = field(default_factory=list)
     prompt_order: list[int] = field(default_factory=list)
     prompt_examples: list[int] = field(default_factory=list)
+    tasks: list[Question] | None = None
+    task_order: list[int] = field(default_factory=list)
+    task_examples: list[int] = field(default_factory=list)
+
+
+# Whether the text of an answer to a question is right; None where that cannot be said.
+Judge = Callable[[str, Question], bool | None]
 
 
 @dataclass
@@ -214,7 +228,7 @@ def read_questions(file: str, ignore_fields: str = "") -> tuple[list[Question], 
 
 
 def read_preferences(file: str, ignore_fields: str = "") -> tuple[list[PreferencePair], list[Question]]:
-    """Return the pairs of a preference file, and those of its prompts, each once, whose rows say what is required.
+    """Return the pairs of a preference file, and its prompts, each once.
 
     Raises:
         UserError: rows that are no preferences, or say it in another form (all of them, by file:line).
@@ -233,12 +247,13 @@ def read_preferences(file: str, ignore_fields: str = "") -> tuple[list[Preferenc
                 problems.append(data_files.Problem(row.place, error.reason, error.remedy, error.value))
                 continue
             pairs.append(PreferencePair(row.place, str(row.value.get("category", "no category")), pair))
-            if required:
-                asked = json.dumps([pair["messages"], pair["tools"]], ensure_ascii=False, sort_keys=True)
-                language = str(row.value.get("language", "no language"))
-                reference = pair["chosen"].get("content") or ""
-                question = Question(row.place, language, pair["messages"], pair["tools"], reference, required)
-                prompts.setdefault(asked, question)
+            asked = json.dumps([pair["messages"], pair["tools"]], ensure_ascii=False, sort_keys=True)
+            language = str(row.value.get("language", "no language"))
+            reference = pair["chosen"].get("content") or ""
+            question = Question(row.place, language, pair["messages"], pair["tools"], reference, required)
+            # Of the rows of a prompt, the first that says what is required counts.
+            if asked not in prompts or (required and not prompts[asked].required):
+                prompts[asked] = question
     _refuse(problems)
     if not pairs:
         raise UserError(f"--preference_file {file} holds no pairs.")
@@ -249,7 +264,7 @@ def _required_strings(row: dict[str, Any]) -> list[list[str]] | None:
     """Raises RowError where `meta.required` is there and is no list of lists of strings."""
     meta = row.get("meta")
     required = meta.get("required") if isinstance(meta, dict) else None
-    if required is None:
+    if required is None or required == []:
         return None
     groups = required if isinstance(required, list) else [None]
     if not all(isinstance(group, list) and group and all(isinstance(text, str) for text in group) for group in groups):
@@ -259,6 +274,35 @@ def _required_strings(row: dict[str, Any]) -> list[list[str]] | None:
             required,
         )
     return required
+
+
+def read_tasks(file: str, ignore_fields: str = "") -> list[Question]:
+    """Return the tasks of a file; the category of each is its `type`.
+
+    Raises:
+        UserError: rows that are no prompts, or have no `answer` (all of them, by file:line).
+    """
+    ignore = frozenset(filter(None, ignore_fields.replace(" ", "").split(",")))
+    tasks, problems = [], []
+    for path in data_files.find_files(file):
+        for row in data_files.read_rows(path):
+            if isinstance(row, data_files.Problem):
+                problems.append(row)
+                continue
+            try:
+                task = data_files.to_task(row.value, ignore)
+                columns = task["columns"]
+                if "answer" not in columns:
+                    raise data_files.RowError("no answer to compare with", "Put the right one into `answer`.")
+            except data_files.RowError as error:
+                problems.append(data_files.Problem(row.place, error.reason, error.remedy, error.value))
+                continue
+            kind, answer = str(columns.get("type", "no type")), str(columns["answer"])
+            tasks.append(Question(row.place, kind, task["messages"], task["tools"], answer, columns=columns))
+    _refuse(problems)
+    if not tasks:
+        raise UserError(f"--task_file {file} holds no tasks.")
+    return tasks
 
 
 def pick_examples(questions: Sequence[Question], count: int) -> list[int]:
@@ -388,25 +432,50 @@ def is_exact(answer: str, question: Question) -> bool:
     return is_match(answer, question.reference)
 
 
-def is_good(answer: str, question: Question) -> bool:
-    """Whether the answer holds at least one string of each group that the question requires, in capitals or not."""
+def is_good(answer: str, question: Question) -> bool | None:
+    """Whether the answer holds at least one string of each group that the question requires, in capitals or not.
+
+    None for a question that does not say what it requires.
+    """
+    if question.required is None:
+        return None
     said = answer.casefold()
     return all(any(text.casefold() in said for text in group) for group in question.required)
 
 
-def count_answers(
-    questions: Sequence[Question], answers: Sequence[Any], is_right: Callable[[str, Question], bool] = is_exact
-) -> ChatScore:
+def task_rewards() -> tuple[str, dict[str, Judge]]:
+    """Return the system prompt with which GRPO asks for replies, and what judges them, by the name of what is counted.
+
+    A reply is right if it gets the whole reward, 1; half of one does not count.
+    """
+    import grpo_training
+
+    def judged_by(reward: Callable[..., list[float | None]]) -> Judge:
+        def is_right(reply: str, task: Question) -> bool | None:
+            columns = {name: [value] for name, value in task.columns.items()}
+            (score,) = reward([[{"role": "assistant", "content": reply}]], prompts=[task.messages], **columns)
+            return None if score is None else score >= 1
+
+        return is_right
+
+    rewards = grpo_training.REWARDS
+    judges = {"right answers": judged_by(rewards["accuracy"]), "right format": judged_by(rewards["format"])}
+    return grpo_training.SYSTEM_PROMPT, judges
+
+
+def count_answers(questions: Sequence[Question], answers: Sequence[Any], is_right: Judge = is_exact) -> ChatScore:
     """Count right answers and answers that the model ended itself.
 
     Args:
         answers: one for each question, each with `text` and `finish_reason`.
-        is_right: takes the text of an answer, and its question.
+        is_right: takes the text of an answer, and its question; what it gives None for is not counted.
     """
     score = ChatScore()
     for question, answer in zip(questions, answers, strict=True):
-        category = score.by_category.setdefault(question.category, {"correct": 0, "stopped": 0, "total": 0})
         correct, stopped = is_right(answer.text, question), answer.finish_reason == "stop"
+        if correct is None:
+            continue
+        category = score.by_category.setdefault(question.category, {"correct": 0, "stopped": 0, "total": 0})
         category["correct"] += correct
         category["stopped"] += stopped
         category["total"] += 1
@@ -519,26 +588,29 @@ def evaluate_model(
         "preference": None,
         "good": None,
         "good_answers": None,
+        "prompt_answers": None,
+        "task": None,
+        "task_format": None,
+        "task_answers": None,
         "notes": [],
     }
     if held_out.documents is not None:
         measure_text(result, engine, held_out, args)
-    if (held_out.questions or held_out.pairs) and not engine.tokenizer.chat_template:
+    if (held_out.questions or held_out.pairs or held_out.tasks) and not engine.tokenizer.chat_template:
         engine = _lend_template(engine, last_model)
         result["notes"].append(f"it has no chat template; {last_model} lent its template and stop tokens")
     if held_out.questions is not None:
-        order = held_out.question_order[:limit]
-        what = "exact match"
-        result["chat"], result["answers"] = measure_answers(
-            result, engine, held_out.questions, order, held_out.question_examples, what, is_exact, args
-        )
+        questions, examples = held_out.questions, held_out.question_examples
+        order, judges = held_out.question_order[:limit], {"exact match": is_exact}
+        counts, answers = measure_answers(result, engine, questions, order, examples, judges, args)
+        result["chat"] = counts["exact match"]
+        result["answers"] = [_example_answer(answers[index], questions[index], is_exact) for index in examples]
     if held_out.pairs is not None:
         measure_preferences(result, engine, held_out.pairs, args)
     if held_out.prompts:
-        order = held_out.prompt_order[:limit]
-        result["good"], result["good_answers"] = measure_answers(
-            result, engine, held_out.prompts, order, held_out.prompt_examples, "good answers", is_good, args
-        )
+        measure_prompts(result, engine, held_out, limit, args)
+    if held_out.tasks:
+        measure_tasks(result, engine, held_out, limit, args)
     for note in result["notes"]:
         print(f"  {name}: {note}", flush=True)
     result["seconds"] = round(time.monotonic() - started, 1)
@@ -587,43 +659,78 @@ def measure_answers(
     questions: Sequence[Question],
     order: Sequence[int],
     examples: Sequence[int],
-    what: str,
-    is_right: Callable[[str, Question], bool],
+    judges: dict[str, Judge],
     args: argparse.Namespace,
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Ask questions; notes go into `result["notes"]`.
+    max_new_tokens: int | None = None,
+) -> tuple[dict[str, dict[str, Any]], dict[int, Any]]:
+    """Ask questions, each once; notes go into `result["notes"]`.
 
     Args:
         order: indices of the questions that count.
-        examples: indices of the questions whose answers are kept.
-        what: name of what is counted.
-        is_right: takes the text of an answer, and its question.
+        examples: indices of further questions whose answers are needed.
+        judges: by the name of what is counted.
+        max_new_tokens: unset: --max_new_tokens.
 
     Returns:
-        The counts, and the answers to the examples.
+        The counts of each of `judges`; and the answers by the index of their question, None where it is too long.
     """
-    name, sampled = result["name"], sorted(order)
+    name, sampled, what = result["name"], sorted(order), " and ".join(judges)
     asked = list(dict.fromkeys([*sampled, *examples]))
     with Progress(f"{name}: {what}, answers", len(asked)) as progress:
         replies = answer_questions(
-            engine, [questions[index] for index in asked], args.max_new_tokens, args.batch_size, progress
+            engine,
+            [questions[index] for index in asked],
+            max_new_tokens or args.max_new_tokens,
+            args.batch_size,
+            progress,
         )
-    by_index = dict(zip(asked, replies, strict=True))
-    counted = [index for index in sampled if by_index[index] is not None]
-    score = count_answers([questions[index] for index in counted], [by_index[index] for index in counted], is_right)
+    answers = dict(zip(asked, replies, strict=True))
+    counted = [index for index in sampled if answers[index] is not None]
     too_long = len(sampled) - len(counted)
     if too_long:
         result["notes"].append(f"{what}: {too_long} questions are longer than its context and were not counted")
     if len(sampled) < len(questions):
         result["notes"].append(f"{what}: asked {len(sampled):,} of {len(questions):,} questions (seed {args.seed})")
-    share = f" ({score.correct / score.total:.1%})" if score.total else ""
+    scores = {
+        label: count_answers([questions[index] for index in counted], [answers[index] for index in counted], is_right)
+        for label, is_right in judges.items()
+    }
+    shares = ", ".join(f"{label} {_share(vars(score))}" for label, score in scores.items())
+    stopped = sum(answers[index].finish_reason == "stop" for index in counted)
     print(
-        f"  {name}: {what} {score.correct}/{score.total}{share}, stopped by itself "
-        f"{score.stopped}/{score.total} ({progress.seconds:.1f} s)",
+        f"  {name}: {shares}, stopped by itself {stopped}/{len(counted)} ({progress.seconds:.1f} s)",
         flush=True,
     )
-    kept = [_example_answer(by_index[index], questions[index], is_right) for index in examples]
-    return {**vars(score), "asked": len(sampled), "prompt_too_long": too_long}, kept
+    counts = {
+        label: {**vars(score), "asked": len(sampled), "prompt_too_long": too_long} for label, score in scores.items()
+    }
+    return counts, answers
+
+
+def measure_prompts(
+    result: dict[str, Any], engine: Any, held_out: HeldOut, limit: int | None, args: argparse.Namespace
+) -> None:
+    """Put the counts of good answers, those to the examples, and the text of all that count, into `result`."""
+    prompts, order, examples = held_out.prompts, held_out.prompt_order[:limit], held_out.prompt_examples
+    judges = {"good answers": is_good}
+    counts, answers = measure_answers(result, engine, prompts, order, examples, judges, args)
+    result["good"] = counts["good answers"] if any(prompt.required for prompt in prompts) else None
+    result["good_answers"] = [_example_answer(answers[index], prompts[index], is_good) for index in examples]
+    counted = {index: answers[index].text for index in order if answers[index] is not None}
+    result["prompt_answers"] = [counted.get(index) for index in range(len(prompts))]
+
+
+def measure_tasks(
+    result: dict[str, Any], engine: Any, held_out: HeldOut, limit: int | None, args: argparse.Namespace
+) -> None:
+    """Put the counts of right answers and of right format, and the replies to the examples, into `result`."""
+    system_prompt, judges = task_rewards()
+    tasks = [_with_system_prompt(task, system_prompt) for task in held_out.tasks]
+    order, examples = held_out.task_order[:limit], held_out.task_examples
+    counts, answers = measure_answers(result, engine, tasks, order, examples, judges, args, args.task_max_new_tokens)
+    result["task"], result["task_format"] = counts["right answers"], counts["right format"]
+    is_right = judges["right answers"]
+    result["task_answers"] = [_example_answer(answers[index], tasks[index], is_right) for index in examples]
 
 
 def measure_preferences(
@@ -671,8 +778,21 @@ def encode_pairs(tokenizer: Any, pairs: Sequence[PreferencePair], max_length: in
     return encoded
 
 
-def evaluate_reward_model(path: str, pairs: Sequence[PreferencePair], args: argparse.Namespace) -> dict[str, Any]:
-    """Return what `count_preferences` gives for the scores of a reward model, and its path.
+def evaluate_reward_model(
+    path: str,
+    pairs: Sequence[PreferencePair],
+    prompts: Sequence[Question],
+    answers: dict[str, list[str | None]],
+    args: argparse.Namespace,
+) -> dict[str, Any]:
+    """Return what `count_preferences` gives for the scores of a reward model, its path, and what it thinks of answers.
+
+    Args:
+        answers: by the name of a model its answers to `prompts`; None where it was not asked.
+
+    Returns:
+        In `models`, by name: `scores`, one for each of `prompts` or None; `mean`, None without scores; `total` of
+        them; and `not_scored`, answers that cannot be encoded, counted by reason.
 
     Raises:
         UserError: it is no reward model, no pair fits into its context, or a score is no number.
@@ -695,15 +815,48 @@ def evaluate_reward_model(path: str, pairs: Sequence[PreferencePair], args: argp
         sequences += both
     if not fitting:
         raise UserError(f"--reward_model {path}: no pair fits into its context.")
-    with Progress("reward model: answers", len(sequences)) as progress:
+    with Progress("reward model: answers of pairs", len(sequences)) as progress:
         scores = scorer.score_ids(sequences, args.batch_size, progress.add)
     counts = count_preferences(fitting, list(zip(scores[::2], scores[1::2], strict=True)))
     print(
         f"  reward model: accuracy {_share(counts)}, margin {counts['margin']:.3g} ({progress.seconds:.1f} s)",
         flush=True,
     )
+    judged = {name: score_answers(scorer, name, prompts, texts, args) for name, texts in answers.items()}
     seconds = round(time.monotonic() - started, 1)
-    return {"path": path, **counts, "too_long": len(pairs) - len(fitting), "seconds": seconds}
+    too_long = len(pairs) - len(fitting)
+    return {"path": path, **counts, "too_long": too_long, "models": judged, "seconds": seconds}
+
+
+def score_answers(
+    scorer: Any, name: str, prompts: Sequence[Question], texts: Sequence[str | None], args: argparse.Namespace
+) -> dict[str, Any]:
+    """Return what a `RewardScorer` thinks of a model's answers; see `evaluate_reward_model`."""
+    from medicalgpt.encoding import EncodingError
+
+    encoded, not_scored = {}, {}
+    for index, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+        if text is None:
+            continue
+        try:
+            encoded[index] = scorer.encode([*prompt.messages, {"role": "assistant", "content": text}], prompt.tools)
+        except EncodingError as error:
+            # What a model writes is no fault of the data.
+            reason = "too long for the reward model" if error.too_long else error.reason
+            not_scored[reason] = not_scored.get(reason, 0) + 1
+    with Progress(f"reward model: answers of {name}", len(encoded)) as progress:
+        numbers = scorer.score_ids(list(encoded.values()), args.batch_size, progress.add)
+    scores = dict(zip(encoded, numbers, strict=True))
+    mean = math.fsum(numbers) / len(numbers) if numbers else None
+    left = "".join(f", {count} not scored: {reason}" for reason, count in not_scored.items())
+    shown = f"mean score {mean:.3f} of {len(numbers)}" if numbers else "none of its"
+    print(f"  reward model: {name}: {shown} own answers{left} ({progress.seconds:.1f} s)", flush=True)
+    return {
+        "mean": mean,
+        "total": len(numbers),
+        "not_scored": not_scored,
+        "scores": [scores.get(index) for index in range(len(prompts))],
+    }
 
 
 def _share(counts: dict[str, Any]) -> str:
@@ -733,13 +886,19 @@ def _lend_template(engine: Any, lender: str) -> Any:
     return ChatEngine(engine.model, engine.tokenizer)
 
 
-def _example_answer(answer: Any, question: Question, is_right: Callable[[str, Question], bool]) -> dict[str, Any]:
+def _with_system_prompt(task: Question, system_prompt: str) -> Question:
+    if task.messages[0]["role"] == "system":
+        return task
+    return replace(task, messages=[{"role": "system", "content": system_prompt}, *task.messages])
+
+
+def _example_answer(answer: Any, question: Question, is_right: Judge) -> dict[str, Any]:
     if answer is None:
         return {"text": None, "finish_reason": "prompt too long", "correct": False}
     return {
         "text": answer.text,
         "finish_reason": answer.finish_reason,
-        "correct": is_right(answer.text, question),
+        "correct": bool(is_right(answer.text, question)),
     }
 
 
@@ -769,12 +928,14 @@ def _write_json(file: Path, value: dict[str, Any]) -> None:
     partial.replace(file)
 
 
-def _code_hash() -> str:
+def _code_hash(tasks: bool) -> str:
     """Hash of the code that decides what is measured: results of other code are not reused."""
     import template
     from medicalgpt import chat, encoding, scoring
 
     files = [Path(__file__), *(Path(module.__file__) for module in (chat, data_files, encoding, scoring, template))]
+    if tasks:
+        files += [Path(__file__).with_name("grpo_training.py"), Path(data_files.__file__).with_name("math_worker.py")]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
@@ -813,7 +974,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--text_file_dir", help="Held-out text: a file, or a folder with files named validation*.")
     parser.add_argument("--chat_file", help="Held-out conversations; the last answer of each is the reference.")
     parser.add_argument("--preference_file", help="Held-out pairs of a better and a worse answer.")
-    parser.add_argument("--reward_model", metavar="DIR", help="A reward model, measured on --preference_file too.")
+    parser.add_argument(
+        "--reward_model",
+        metavar="DIR",
+        help="A reward model: measured on --preference_file too, and scores the answers of --models to its prompts.",
+    )
+    parser.add_argument("--task_file", help="Held-out tasks with right answers, as grpo_training.py takes them.")
     parser.add_argument("--output_file", required=True, type=Path, help="Where the results go, as JSON.")
     parser.add_argument(
         "--first_chat_model", metavar="NAME", help="The first of --models that was taught to answer; unset: the last."
@@ -827,6 +993,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--batch_size", type=_positive, default=64, help="It changes the speed, not the results.")
     parser.add_argument("--max_new_tokens", type=_positive, default=96, help="Most tokens of one answer.")
+    parser.add_argument(
+        "--task_max_new_tokens", type=_positive, help="Most tokens of one reply to --task_file; unset: 256."
+    )
     parser.add_argument("--block_size", type=_block_size, default=512, help="Most tokens of text scored at once.")
     parser.add_argument(
         "--document_unit",
@@ -838,10 +1007,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--examples", type=_positive, default=12, help="Questions whose answers are kept to be shown.")
     parser.add_argument("--seed", type=int, default=42, help="Chooses which questions are asked.")
     args = parser.parse_args()
-    if not (args.text_file_dir or args.chat_file or args.preference_file):
-        parser.error("nothing to measure: give --text_file_dir, --chat_file or --preference_file")
+    if not (args.text_file_dir or args.chat_file or args.preference_file or args.task_file):
+        parser.error("nothing to measure: give --text_file_dir, --chat_file, --preference_file or --task_file")
     if args.reward_model and not args.preference_file:
         parser.error("--reward_model is measured on pairs: give --preference_file")
+    if args.task_max_new_tokens and not args.task_file:
+        parser.error("--task_max_new_tokens has no effect without --task_file")
+    args.task_max_new_tokens = args.task_max_new_tokens or 256
     return args
 
 
@@ -851,7 +1023,7 @@ def read_held_out(args: argparse.Namespace) -> tuple[HeldOut, dict[str, list[Pat
     Raises:
         UserError: something is missing, or rows cannot be measured.
     """
-    files: dict[str, list[Path]] = {"text": [], "chat": [], "preference": []}
+    files: dict[str, list[Path]] = {"text": [], "chat": [], "preference": [], "task": []}
     left_out: dict[str, int] = {}
     found: dict[str, Any] = {}
     if args.text_file_dir:
@@ -875,6 +1047,10 @@ def read_held_out(args: argparse.Namespace) -> tuple[HeldOut, dict[str, list[Pat
         )
     if args.preference_file:
         pairs, prompts = read_preferences(args.preference_file, args.ignore_fields)
+        telling = [prompt for prompt in prompts if prompt.required]
+        if not args.reward_model:
+            # Other answers could not be judged.
+            prompts = telling
         files["preference"] = data_files.find_files(args.preference_file)
         found |= {
             "pairs": pairs,
@@ -883,10 +1059,19 @@ def read_held_out(args: argparse.Namespace) -> tuple[HeldOut, dict[str, list[Pat
             "prompt_examples": pick_examples(prompts, PROMPT_EXAMPLES),
         }
         print(
-            f"held-out preferences: {len(pairs):,} pairs in {args.preference_file}; {len(prompts):,} prompts say "
+            f"held-out preferences: {len(pairs):,} pairs in {args.preference_file}; {len(telling):,} prompts say "
             "what a good answer holds",
             flush=True,
         )
+    if args.task_file:
+        tasks = read_tasks(args.task_file, args.ignore_fields)
+        files["task"] = data_files.find_files(args.task_file)
+        found |= {
+            "tasks": tasks,
+            "task_order": _shuffled(len(tasks), args.seed),
+            "task_examples": pick_examples(tasks, TASK_EXAMPLES),
+        }
+        print(f"held-out tasks: {len(tasks):,} in {args.task_file}", flush=True)
     return HeldOut(**found), files, left_out
 
 
@@ -903,6 +1088,7 @@ def _shown_question(question: Question) -> dict[str, Any]:
         "category": question.category,
         "messages": question.messages,
         "reference": question.reference,
+        **({"required": question.required} if question.required else {}),
     }
 
 
@@ -914,7 +1100,7 @@ def main() -> None:
         raise UserError(f"--first_chat_model {args.first_chat_model} is none of --models: {', '.join(names)}.")
     started = time.monotonic()
     held_out, files, left_out = read_held_out(args)
-    questions, asks = held_out.questions, bool(held_out.questions or held_out.pairs)
+    questions, asks = held_out.questions, bool(held_out.questions or held_out.pairs or held_out.tasks)
 
     print("loading torch and transformers ...", flush=True)
     from medicalgpt.models import load_tokenizer
@@ -928,7 +1114,7 @@ def main() -> None:
     if asks and not tokenizers[last].chat_template:
         raise UserError(
             f"the last model, {models[last]}, has no chat template, so it cannot be asked questions. Give a model that "
-            "supervised_finetuning.py trained as the last one, or leave out --chat_file and --preference_file."
+            "supervised_finetuning.py trained as the last one, or measure nothing but --text_file_dir."
         )
     # A later stage may end its turns with another token; documents end with the one of pretraining for all models.
     held_out = replace(held_out, end_of_document=next(iter(tokenizers.values())).eos_token)
@@ -958,10 +1144,15 @@ def main() -> None:
         if held_out.pairs
         else None,
         "examples": [_shown_question(questions[index]) for index in held_out.question_examples],
-        "prompt_examples": [
-            {**_shown_question(held_out.prompts[index]), "required": held_out.prompts[index].required}
-            for index in held_out.prompt_examples
-        ],
+        "prompt_examples": [_shown_question(held_out.prompts[index]) for index in held_out.prompt_examples],
+        "task": {
+            "file": args.task_file,
+            "tasks": len(held_out.tasks),
+            "max_new_tokens": args.task_max_new_tokens,
+        }
+        if held_out.tasks
+        else None,
+        "task_examples": [_shown_question(held_out.tasks[index]) for index in held_out.task_examples],
         "models": [],
         "reward": None,
         "versions": {
@@ -974,7 +1165,7 @@ def main() -> None:
     def fingerprint(path: str, **settings: Any) -> dict[str, Any] | None:
         checkpoint = fingerprint_checkpoint(path)
         return checkpoint and {
-            "code": _code_hash(),
+            "code": _code_hash(bool(held_out.tasks)),
             "versions": evaluation["versions"],
             "checkpoint": checkpoint,
             "files": {kind: fingerprint_files(paths) for kind, paths in files.items()},
@@ -1009,15 +1200,21 @@ def main() -> None:
             seed=args.seed,
             limit=limit,
             examples=args.examples,
+            prompts=len(held_out.prompts),
+            task_max_new_tokens=args.task_max_new_tokens,
         )
         print(f"{name} ({path})", flush=True)
         result = reused(mark, name) or evaluate_model(name, path, held_out, limit, models[last], args)
         evaluation["models"].append({**result, "name": name, "fingerprint": mark})
         write()
     if args.reward_model:
-        mark = fingerprint(args.reward_model, reward=True)
+        answers = {result["name"]: result["prompt_answers"] for result in evaluation["models"]}
+        digest = hashlib.sha256(json.dumps(answers).encode()).hexdigest()
+        mark = fingerprint(args.reward_model, reward=True, answers=digest)
         print(f"reward model ({args.reward_model})", flush=True)
-        result = reused(mark, "reward model") or evaluate_reward_model(args.reward_model, held_out.pairs, args)
+        result = reused(mark, "reward model") or evaluate_reward_model(
+            args.reward_model, held_out.pairs, held_out.prompts, answers, args
+        )
         evaluation["reward"] = {**result, "name": REWARD, "fingerprint": mark}
         write()
     print(f"results: {args.output_file} ({time.monotonic() - started:.0f} s)", flush=True)

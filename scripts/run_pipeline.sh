@@ -1,27 +1,39 @@
 #!/usr/bin/env bash
-# The whole road on one machine: base model, pretraining, fine-tuning, preferences; then table, report and answers.
+# The whole road on one machine: base model, pretraining, fine-tuning, preferences, reinforcement learning; then table,
+# report and answers.
 #
 #   bash scripts/run_pipeline.sh                               a tiny model, on a laptop, without GPU, network or hub
 #   NAME=小医 AUTHOR=我 bash scripts/run_pipeline.sh --fresh     the model introduces itself by that name
 #   MODEL=Qwen/Qwen3-0.6B bash scripts/run_pipeline.sh         the same road with a real model on a GPU
-#   STAGES="pt sft rm" bash scripts/run_pipeline.sh            another road; unset: pt sft dpo
+#   STAGES="pt sft rm ppo" bash scripts/run_pipeline.sh        another road; unset: pt sft dpo
+#   STAGES="pt sft grpo" bash scripts/run_pipeline.sh          rewards that are computed, not learned
 #   bash scripts/run_pipeline.sh --fresh                       start over; without it, finished stages are kept
 #
-# Stages: pt (pretraining), sft (fine-tuning), rm (reward model), dpo, orpo (preferences), in this order. Each starts
-# from the model that the one before it left, with its adapter merged; a reward model is measured, and nothing starts
-# from it.
-# OUT=folder chooses another place than outputs (or outputs/<model> for a real one). DATA=folder takes your own data,
-# laid out as data/ is.
+# Stages: pt (pretraining), sft (fine-tuning), rm (reward model), dpo, orpo (preferences), ppo, grpo (reinforcement
+# learning), in this order. Each starts from the model that the one before it left, with its adapter merged; a reward
+# model is measured, and no stage goes on from it: ppo learns from its scores, and it scores the answers of all models.
+# Before grpo, the tiny model is shown the form of a reply (cold): a form that it never writes cannot be rewarded.
+# REWARD_MODEL=folder takes the place of the stage rm. OUT=folder chooses another place than outputs (or outputs/<model>
+# for a real one). DATA=folder takes your own data, laid out as data/ is.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-KNOWN="pt sft rm dpo orpo"
+KNOWN="pt sft rm dpo orpo ppo grpo"
 STAGES=${STAGES-pt sft dpo}
 
 # refuse TEXT: say what is wrong and stop.
 refuse() {
   echo "error: $1" >&2
   exit 2
+}
+
+# on_road STAGE: whether it is one of STAGES.
+on_road() {
+  local stage
+  for stage in $STAGES; do
+    [ "$stage" != "$1" ] || return 0
+  done
+  return 1
 }
 
 FRESH=no
@@ -45,6 +57,14 @@ for stage in $STAGES; do
   esac
 done
 [ -n "${STAGES// /}" ] || refuse "STAGES is empty; known, in this order: $KNOWN"
+REWARD_MODEL=${REWARD_MODEL:-}
+if [ -n "$REWARD_MODEL" ]; then
+  [ -d "$REWARD_MODEL" ] || refuse "REWARD_MODEL=$REWARD_MODEL: there is no such folder"
+  ! on_road rm || refuse "REWARD_MODEL=$REWARD_MODEL beside the stage rm: two reward models; leave one of them out"
+elif on_road ppo && ! on_road rm; then
+  refuse "STAGES=\"$STAGES\": ppo needs a reward model. Train it on the road, with the stage rm before ppo, or give the \
+folder of one: REWARD_MODEL=outputs/rm"
+fi
 
 VENV=${VENV:-.venv}
 bash scripts/setup.sh
@@ -106,6 +126,41 @@ if [ -z "$MODEL" ]; then
     --lr_scheduler_type cosine --warmup_ratio 0.1
     --model_max_length 256
   )
+  PPO=(
+    --max_steps 60                     # of 64 answers: each of the 1,277 prompts is answered three times
+    --learning_rate 3e-4               # as for DPO
+    --lora_rank 32 --lora_alpha 64
+    --per_device_train_batch_size 16 --num_mini_batches 4    # 64 answers a step, four updates of 16
+    --num_ppo_epochs 2                 # times that the answers of a step are learned from
+    --response_length 96               # as many tokens as the evaluation gives an answer
+    --kl_coef 0.05                     # the usual weight
+    --missing_eos_penalty 5.0          # scores lie between -10 and 10, so that 1 would hardly be felt
+    --whiten_advantages True           # so that the rate does not depend on the scale of the scores
+    --lr_scheduler_type constant       # the policy moves on; there is no end to come to rest at
+    --model_max_length 256
+  )
+  GRPO=(
+    --reward_funcs accuracy format     # right answers, and the form in which they are found
+    --max_steps 60                     # of 8 prompts with 8 answers each
+    --learning_rate 3e-4
+    --lora_rank 32 --lora_alpha 64
+    --num_generations 8                # answers to a prompt, which are compared with each other
+    --per_device_train_batch_size 64 --gradient_accumulation_steps 1    # 64 answers a step, to 8 prompts
+    --max_completion_length 96         # a short thought and an answer
+    --temperature 1.0                  # answers have to differ, or nothing is learned
+    --beta 0.0                         # no reference: rewards that are computed cannot be talked into anything
+    --lr_scheduler_type constant
+  )
+  COLD=(
+    --num_train_epochs 6               # 162 steps; after 40 of them the loss was still 2
+    --learning_rate 1e-3               # half of fine-tuning, of which it is to keep the facts
+    --lora_rank 32 --lora_alpha 64
+    --lora_dropout 0.0
+    --per_device_train_batch_size 16
+    --lr_scheduler_type cosine --warmup_ratio 0.1
+    --model_max_length 512             # the longest row has 333 tokens, half of them the system prompt
+  )
+  TASK_TOKENS=96
 else
   OUT=${OUT:-outputs/$(basename "$MODEL")}
   BASE="$MODEL"
@@ -156,33 +211,74 @@ else
     --warmup_ratio 0.05
     --model_max_length 1024
   )
+  PPO=(
+    --num_train_epochs 1               # each prompt is answered once
+    --learning_rate 1e-5               # half of DPO: each answer is learned from several times
+    --lora_rank 8 --lora_alpha 16
+    --per_device_train_batch_size 4 --gradient_accumulation_steps 4 --num_mini_batches 4    # 64 answers a step
+    --num_ppo_epochs 4                 # the usual number of times; clipping bounds how far they lead
+    --response_length 256
+    --rollout_forward_batch_size 32    # answers written at once, in the memory of one GPU
+    --kl_coef 0.05
+    --missing_eos_penalty 1.0
+    --gradient_checkpointing True
+    --model_max_length 1024
+  )
+  GRPO=(
+    --reward_funcs accuracy format
+    --num_train_epochs 1
+    --learning_rate 1e-5               # ten times the usual rate of all weights, as an adapter bears it
+    --lora_rank 8 --lora_alpha 16
+    --num_generations 8
+    --per_device_train_batch_size 8 --gradient_accumulation_steps 8    # 64 answers a step, to 8 prompts
+    --max_completion_length 512        # room to think
+    --temperature 1.0
+    --beta 0.0
+    --gradient_checkpointing True
+  )
+  TASK_TOKENS=512
 fi
 
-# plan STAGE: its program, the folder of its rows and its settings. (For a new stage: a line here, its settings above,
-# its name in KNOWN.)
+# plan STAGE: its program, the folder of its rows, its settings and how often it logs and saves. (For a new stage: a
+# line here, its settings above, its name in KNOWN.)
 plan() {
+  logging=50 saving=200
   case "$1" in
     pt) program=pretraining.py rows=pretrain settings=("${PT[@]}") ;;
     sft) program=supervised_finetuning.py rows=finetune settings=("${SFT[@]}") ;;
-    rm)
-      program=reward_modeling.py rows=reward settings=("${RM[@]}")
-      # It judges consultations; the pairs that tell when to be short are for models that answer.
-      if [ -f "$DATA/reward/train_short.jsonl" ]; then
-        rows=reward/train.jsonl settings+=(--validation_file_dir "$DATA/reward/validation.jsonl")
-      fi
-      ;;
+    rm) program=reward_modeling.py rows=reward settings=("${RM[@]}") ;;
     dpo) program=dpo_training.py rows=reward settings=("${DPO[@]}") ;;
     orpo) program=orpo_training.py rows=reward settings=("${ORPO[@]}") ;;
+    ppo)
+      program=ppo_training.py rows=reward settings=("${PPO[@]}" --reward_model_path "$REWARD_MODEL")
+      logging=1 saving=20
+      ;;
+    cold) program=supervised_finetuning.py rows=grpo_cold_start settings=("${COLD[@]}") ;;
+    grpo) program=grpo_training.py rows=grpo settings=("${GRPO[@]}") logging=1 saving=20 ;;
   esac
+  # A reward model judges consultations; the pairs that tell when to be short are for models that imitate.
+  if [[ "$1" = rm || "$1" = ppo ]] && [ -f "$DATA/reward/train_short.jsonl" ]; then
+    rows=reward/train.jsonl settings+=(--validation_file_dir "$DATA/reward/validation.jsonl")
+  fi
 }
 
 if [ "$FRESH" = yes ]; then
+  if [ -n "$REWARD_MODEL" ] && [ "$REWARD_MODEL" -ef "$OUT/rm" ]; then
+    refuse "--fresh would remove REWARD_MODEL=$REWARD_MODEL. Start over in another folder: OUT=outputs/other"
+  fi
   # Only what this script makes is removed.
   rm -rf "$OUT/tiny-base" "$OUT/data" "$OUT/stamps"
-  for stage in $KNOWN; do
+  for stage in $KNOWN cold; do
     rm -rf "$OUT/$stage" "$OUT/$stage-merged"
   done
   rm -f "$OUT/eval.json" "$OUT/report.html"
+fi
+# SCORING: what the scores of the reward model depend on.
+SCORING=
+if on_road rm; then
+  REWARD_MODEL="$OUT/rm"
+elif [ -n "$REWARD_MODEL" ]; then
+  SCORING=$(find "$REWARD_MODEL" -maxdepth 1 -type f -exec cksum {} + | LC_ALL=C sort)
 fi
 mkdir -p "$OUT/stamps"
 BEGAN=$(date +%s)
@@ -232,24 +328,30 @@ fi
 if [ -z "$MODEL" ]; then
   step base "$BASE" redo build_tiny_model.py --output_dir "$BASE" --data_dir "$DATA"
 fi
+ROAD=()
 for stage in $STAGES; do
+  [ "$stage$MODEL" != grpo ] || [ ! -e "$DATA/grpo_cold_start" ] || ROAD+=(cold)
+  ROAD+=("$stage")
+done
+for stage in "${ROAD[@]}"; do
   plan "$stage"
   [ -e "$DATA/$rows" ] || refuse "the stage $stage needs $DATA/$rows, which is not there"
 done
 
-common=(--logging_steps 50 --save_strategy steps --save_steps 200 --save_total_limit 1 --seed 42)
 POLICY="$BASE"
 models=(base="$BASE") runs=() measured=()
-for stage in $STAGES; do
+for stage in "${ROAD[@]}"; do
   plan "$stage"
   before=$PARENT
+  # What ppo learns depends on the reward model as well.
+  [ "$stage" != ppo ] || PARENT="$PARENT $SCORING"
   step "$stage" "$OUT/$stage" yes "$program" --model_name_or_path "$POLICY" --train_file_dir "$DATA/$rows" \
-    --output_dir "$OUT/$stage" "${settings[@]}" "${common[@]}"
+    --output_dir "$OUT/$stage" "${settings[@]}" \
+    --logging_steps $logging --save_strategy steps --save_steps $saving --save_total_limit 1 --seed 42
   runs+=("$stage=$OUT/$stage")
   if [ "$stage" = rm ]; then
     # The next stage starts from the model before it, and does not depend on it.
-    PARENT=$before
-    measured+=(--reward_model "$OUT/rm")
+    SCORING=$PARENT PARENT=$before
     continue
   fi
   POLICY="$OUT/$stage"
@@ -264,17 +366,22 @@ for stage in $STAGES; do
   fi
 done
 
-# held_out FILES FLAG PLACE: measure on PLACE if there are FILES, on which no stage was trained.
+# held_out FILES FLAG...: measure with these flags if there are FILES, on which no stage was trained.
 held_out() {
   if compgen -G "$1" >/dev/null; then
-    measured+=("$2" "$3")
+    measured+=("${@:2}")
   else
     echo "notice: there is no $1; what is measured on it is left out"
   fi
 }
 held_out "$DATA/pretrain/validation*" --text_file_dir "$DATA/pretrain"
 held_out "$DATA/finetune/validation.jsonl" --chat_file "$DATA/finetune/validation.jsonl"
-held_out "$DATA/reward/validation.jsonl" --preference_file "$DATA/reward/validation.jsonl"
+held_out "$DATA/reward/validation.jsonl" --preference_file "$DATA/reward/validation.jsonl" \
+  ${REWARD_MODEL:+--reward_model "$REWARD_MODEL"}
+# Other stages do not teach the form in which tasks are replied to.
+if on_road grpo; then
+  held_out "$DATA/grpo/validation.jsonl" --task_file "$DATA/grpo/validation.jsonl" --task_max_new_tokens "$TASK_TOKENS"
+fi
 echo "== evaluation"
 "$PYTHON" eval_pipeline.py --models "${models[@]}" "${measured[@]}" --output_file "$OUT/eval.json" --batch_size 64 \
   --max_chat_samples_before 200 --max_new_tokens 96

@@ -1,5 +1,6 @@
 """eval_pipeline.py: perplexity and pairs against direct computation, counts of answers, reuse of earlier results."""
 
+import argparse
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import eval_pipeline
+import grpo_training
 from eval_pipeline import (
     PreferencePair,
     Progress,
@@ -23,12 +25,16 @@ from eval_pipeline import (
     read_documents,
     read_preferences,
     read_questions,
+    read_tasks,
+    score_answers,
     score_documents,
     score_pairs,
+    task_rewards,
 )
 from medicalgpt.chat import Answer
 from medicalgpt.encoding import Pair
 from medicalgpt.errors import UserError
+from medicalgpt.scoring import RewardScorer
 from tests.tiny import END_OF_TEXT, make_tiny
 
 import pytest
@@ -186,6 +192,12 @@ def test_good_answers_may_have_capitals():
     assert is_good("Neurology. CALL AN AMBULANCE", asked)
 
 
+def test_a_question_that_requires_nothing_is_not_counted_among_good_answers():
+    questions = [question("zh"), Question("f:2", "zh", [], None, "", [["120"]])]
+    score = count_answers(questions, [Answer("拨打120", "stop", 1, 1), Answer("拨打120", "stop", 1, 1)], is_good)
+    assert (score.correct, score.total, score.by_category["zh"]["total"]) == (1, 1, 1)
+
+
 def pair_row(prompt, chosen="是的", rejected="不", required=None, **extra):
     meta = {} if required is None else {"meta": {"required": required}}
     return {**chat_row(prompt), "chosen": chosen, "rejected": rejected, **meta, **extra}
@@ -196,12 +208,14 @@ def test_prompts_of_preferences_are_asked_once(tmp_path):
         pair_row("q1", "a", "b", [["a"]], category="rude", language="zh"),
         pair_row("q1", "a", "c", [["a"]], category="wrong"),
         pair_row("q2", "a", "b"),
+        pair_row("q3", "a", "b", []),
         pair_row("q3", "a", "b", [["x", "y"], ["z"]]),
     ]
     pairs, prompts = read_preferences(str(write_rows(tmp_path / "validation.jsonl", rows)))
-    assert [pair.category for pair in pairs] == ["rude", "wrong", "no category", "no category"]
+    assert [pair.category for pair in pairs] == ["rude", "wrong", *["no category"] * 3]
     assert [(prompt.messages[-1]["content"], prompt.category, prompt.required) for prompt in prompts] == [
         ("q1", "zh", [["a"]]),
+        ("q2", "no language", None),
         ("q3", "no language", [["x", "y"], ["z"]]),
     ]
 
@@ -285,6 +299,48 @@ def test_all_rows_that_cannot_be_asked_are_named(tmp_path):
     with pytest.raises(UserError) as refused:
         read_questions(str(write_rows(tmp_path / "c.jsonl", rows)))
     assert "2 row(s)" in str(refused.value) and "c.jsonl:2" in str(refused.value) and "c.jsonl:3" in str(refused.value)
+
+
+def task_row(question, answer, kind, **extra):
+    return {"question": question, "answer": answer, "type": kind, "language": "zh", "category": "dose", **extra}
+
+
+def test_tasks_have_an_answer_and_what_judges_replies(tmp_path):
+    rows = [
+        task_row("5 mg/kg, 20 kg?", "100 mg", "number"),
+        {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}], "answer": "B"},
+    ]
+    first, second = read_tasks(str(write_rows(tmp_path / "validation.jsonl", rows)))
+    assert (first.category, first.reference) == ("number", "100 mg")
+    assert [turn["content"] for turn in first.messages] == ["5 mg/kg, 20 kg?"]
+    assert first.columns == {"answer": "100 mg", "type": "number", "language": "zh", "category": "dose"}
+    assert (second.category, [turn["role"] for turn in second.messages]) == ("no type", ["system", "user"])
+
+
+def test_tasks_without_an_answer_are_named(tmp_path):
+    rows = [task_row("q", "A", "choice"), {"question": "q", "type": "choice"}]
+    with pytest.raises(UserError, match=r"tasks\.jsonl:2: no answer to compare with"):
+        read_tasks(str(write_rows(tmp_path / "tasks.jsonl", rows)))
+
+
+@pytest.mark.parametrize(
+    "task, reply, right, formed",
+    [
+        (task_row("?", "B", "choice"), "<think>想</think><answer>选B</answer>", True, True),
+        (task_row("?", "B", "choice"), "<think>想</think><answer>C</answer>", False, True),
+        (task_row("?", "2.5 mL", "number"), "<think>a\nb</think>\n<answer>2.5毫升</answer>", True, True),
+        # Half of a reward is not right: the unit is missing, and the thinking.
+        (task_row("?", "2.5 mL", "number"), "<answer>2.5</answer>", False, False),
+        (task_row("?", "B", "choice"), "B", False, False),
+    ],
+)
+def test_replies_to_tasks_are_judged_by_the_rewards_of_grpo(tmp_path, task, reply, right, formed):
+    (asked,) = read_tasks(str(write_rows(tmp_path / "tasks.jsonl", [task])))
+    _, judges = task_rewards()
+    assert {name: judge(reply, asked) for name, judge in judges.items()} == {
+        "right answers": right,
+        "right format": formed,
+    }
 
 
 def test_held_out_text_is_found_by_its_name(tmp_path):
@@ -562,9 +618,120 @@ def test_a_reward_model_is_measured(workplace, preferences, reward_model):
     assert printed.count("reused") == 2 and "reward model: accuracy" in printed
 
 
+def test_a_reward_model_scores_what_each_model_answers(workplace, preferences, reward_model):
+    flags = ("--preference_file", preferences, "--reward_model", "rm")
+    results, printed = workplace(*flags)
+    base, sft = results["models"]
+    # Both prompts are asked, and one of them says what a good answer holds.
+    assert sft["prompt_answers"] == list(KNOWN.values()) and sft["good"]["total"] == 1
+    tokenizer = AutoTokenizer.from_pretrained("rm")
+    for model in (base, sft):
+        found = results["reward"]["models"][model["name"]]
+        for prompt, text, score in zip(KNOWN, model["prompt_answers"], found["scores"], strict=True):
+            turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
+            whole = tokenizer.apply_chat_template(turns, tokenize=False).rstrip("\n")
+            with torch.no_grad():
+                logits = reward_model(input_ids=torch.tensor([tokenizer(whole)["input_ids"]])).logits
+            assert score == pytest.approx(logits.item(), rel=1e-4, abs=1e-5)
+        assert (found["total"], found["not_scored"]) == (2, {})
+        assert found["mean"] == pytest.approx(sum(found["scores"]) / 2)
+        assert f"reward model: {model['name']}: mean score {found['mean']:.3f} of 2 own answers" in printed
+
+    # Other answers are scored anew, and the same ones are not.
+    results, printed = workplace(*flags, "--max_new_tokens", "2")
+    assert "reused" not in printed and results["reward"]["models"]["sft"]["scores"] != found["scores"]
+    results, printed = workplace(*flags, "--max_new_tokens", "2", "--max_chat_samples_before", "1")
+    base, sft = (results["reward"]["models"][name] for name in ("base", "sft"))
+    assert (base["total"], sft["total"], base["scores"].count(None)) == (1, 2, 1)
+    assert "sft: weights, data and settings are unchanged" in printed and "reward model: base: mean score" in printed
+
+
+def test_answers_that_cannot_be_scored_are_counted(workplace, reward_model):
+    prompts = [question("zh", place=f"f:{number}") for number in range(4)]
+    scorer = RewardScorer.from_pretrained("rm")
+    found = score_answers(
+        scorer, "sft", prompts, ["yes", None, "x" * 600, "a<|im_end|>b"], argparse.Namespace(batch_size=2)
+    )
+    assert [score is None for score in found["scores"]] == [False, True, True, True]
+    assert (found["total"], found["mean"]) == (1, pytest.approx(found["scores"][0]))
+    assert found["not_scored"].pop("too long for the reward model") == 1
+    assert list(found["not_scored"].values()) == [1]
+    nothing = score_answers(scorer, "base", prompts, [None] * 4, argparse.Namespace(batch_size=2))
+    assert (nothing["mean"], nothing["total"]) == (None, 0)
+
+
 def test_a_model_that_writes_is_no_reward_model(workplace, preferences):
     with pytest.raises(UserError, match="sft is a language model, without a head that scores"):
         workplace("--preference_file", preferences, "--reward_model", "sft")
+
+
+REPLIES = {
+    "A还是B？": "<think>是B</think><answer>B</answer>",
+    "20*5?": "<think>20*5</think><answer>90 mg</answer>",
+    "名称？": "<answer>发烧</answer>",
+}
+
+
+@pytest.fixture
+def tasks(workplace, monkeypatch):
+    """Tasks, and in the folder grpo a model that knows REPLIES by heart if it is asked with the system prompt."""
+    monkeypatch.setattr(grpo_training, "SYSTEM_PROMPT", "Think.")
+    tokenizer = AutoTokenizer.from_pretrained("base")
+    model = AutoModelForCausalLM.from_pretrained("base", dtype=torch.float32)
+    rows = []
+    for asked, reply in REPLIES.items():
+        turns = [{"role": "system", "content": "Think."}, {"role": "user", "content": asked}]
+        prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        rows.append((prompt, [*tokenizer(reply)["input_ids"], model.generation_config.eos_token_id[0]]))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(300):
+        losses = [
+            model(input_ids=torch.tensor([[*prompt, *reply]]), labels=torch.tensor([[-100] * len(prompt) + reply])).loss
+            for prompt, reply in rows
+        ]
+        loss = torch.stack(losses).mean()
+        if loss < 0.02:
+            break
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.05
+    model.save_pretrained("grpo")
+    tokenizer.save_pretrained("grpo")
+    kinds = zip(REPLIES, ("B", "100 mg", "发烧"), ("choice", "number", "text"), strict=True)
+    return str(write_rows(Path("tasks.jsonl").absolute(), [task_row(*each) for each in kinds]))
+
+
+def test_tasks_are_measured(workplace, tasks):
+    flags, models = ("--task_file", tasks, "--task_max_new_tokens", "80"), ("sft=sft", "grpo=grpo")
+    results, printed = workplace(*flags, models=models)
+    sft, grpo = results["models"]
+    assert (sft["task"]["correct"], grpo["task"]["correct"], grpo["task"]["total"]) == (0, 2, 3)
+    assert {kind: counts["correct"] for kind, counts in grpo["task"]["by_category"].items()} == {
+        "choice": 1,
+        "number": 0,
+        "text": 1,
+    }
+    assert {kind: counts["correct"] for kind, counts in grpo["task_format"]["by_category"].items()} == {
+        "choice": 1,
+        "number": 1,
+        "text": 0,
+    }
+    assert [answer["text"] for answer in grpo["task_answers"]] == list(REPLIES.values())
+    assert [answer["correct"] for answer in grpo["task_answers"]] == [True, False, True]
+    assert results["task"] == {"file": tasks, "tasks": 3, "max_new_tokens": 80}
+    assert [example["messages"][0]["role"] for example in results["task_examples"]] == ["user"] * 3
+    assert "grpo: right answers 2/3 (66.7%), right format 2/3 (66.7%), stopped by itself 3/3" in printed
+
+    _, printed = workplace(*flags, models=models)
+    assert printed.count("reused") == 2
+    results, printed = workplace("--task_file", tasks, "--max_chat_samples_before", "1", models=models)
+    assert [model["task"]["total"] for model in results["models"]] == [1, 3]
+    assert results["task"]["max_new_tokens"] == 256
+    with open(tasks, "a", encoding="utf-8") as file:
+        file.write(json.dumps(task_row("?", "C", "choice")) + "\n")
+    _, printed = workplace("--task_file", tasks, models=models)
+    assert "reused" not in printed
 
 
 @pytest.mark.parametrize("kind, flag", [("text", "--text_file_dir"), ("chat", "--chat_file")])
@@ -596,7 +763,14 @@ def test_unusable_models_are_named(workplace, models, message):
 
 
 @pytest.mark.parametrize(
-    "flags", [("--max_chat_sample", "3"), ("--block_size", "1"), ("--batch_size", "0"), ("--reward_model", "rm")]
+    "flags",
+    [
+        ("--max_chat_sample", "3"),
+        ("--block_size", "1"),
+        ("--batch_size", "0"),
+        ("--reward_model", "rm"),
+        ("--task_max_new_tokens", "8"),
+    ],
 )
 def test_flags_that_cannot_be_are_refused(workplace, flags):
     with pytest.raises(SystemExit) as stopped:

@@ -11,6 +11,7 @@ from build_report import (
     SAME,
     command_line,
     compare_perplexity,
+    compare_scores,
     compare_shares,
     display_width,
     terminal_summary,
@@ -121,6 +122,43 @@ def with_preferences(evaluation):
         ],
         "models": [*evaluation["models"], dpo],
         "reward": {"path": "outputs/rm", **pair_counts(rude=(100, 100, 4.0), wrong=(92, 100, 1.25))},
+    }
+
+
+def scored(*scores, not_scored=None):
+    known = [score for score in scores if score is not None]
+    mean = math.fsum(known) / len(known) if known else None
+    return {"mean": mean, "total": len(known), "not_scored": not_scored or {}, "scores": list(scores)}
+
+
+def with_reinforcement(evaluation):
+    """The same models after PPO and GRPO were measured: own answers scored, tasks replied to."""
+    base, sft, ppo = (evaluation["models"][index] for index in (0, 2, 2))
+    ppo = {**ppo, "name": "ppo", "path": "outputs/ppo-merged"}
+    for model, right, formed in ((base, 0, 0), (sft, 20, 30), (ppo, 150, 200)):
+        half = right // 2
+        model["task"] = chat_result(right, 200, 200, {"choice": (half, 100), "number": (right - half, 100)})
+        model["task_format"] = chat_result(formed, 200, 200, {"choice": (formed, 200)})
+        model["task_answers"] = [answer(f"<think>{right}</think><answer>B</answer>", correct=right > 100)]
+    scores = {
+        "base": scored(None, -4.0, None, -5.0, not_scored={"too long for the reward model": 1}),
+        "sft": scored(1.0, -1.0, 0.5, 0.0),
+        "ppo": scored(3.0, 1.2, 2.4, 2.1),
+    }
+    return {
+        **evaluation,
+        "preference": {"file": "data/reward/validation.jsonl", "pairs": 100, "prompts": 4},
+        "task": {"file": "data/grpo/validation.jsonl", "tasks": 200, "max_new_tokens": 96},
+        "task_examples": [
+            {
+                "place": "data/grpo/validation.jsonl:5",
+                "category": "choice",
+                "messages": [{"role": "user", "content": "体重20公斤，每公斤5毫克，共多少？"}],
+                "reference": "100 mg",
+            }
+        ],
+        "models": [base, sft, ppo],
+        "reward": {"path": "outputs/rm", **pair_counts(rude=(90, 100, 4.0)), "models": scores},
     }
 
 
@@ -365,6 +403,141 @@ def test_page_draws_curves_of_preference_stages(tmp_path, monkeypatch, keys):
     assert "held-out accuracy: 0.900" in accuracy["svg"]
     assert "train margin: 1.00 → 3.00" in margin["svg"] and "held-out margin: 2.00" in margin["svg"]
     assert build_report.read_run("sft", make_run(tmp_path / "sft"))["curves"] == []
+
+
+def test_scores_are_compared_prompt_by_prompt():
+    # The mean differs by less than the scores do among each other, and each prompt went up.
+    before = [-8.0, -2.0, 3.0, 7.0, None]
+    assert compare_scores(scored(*before), scored(-7.0, -1.1, 4.0, 7.9, 2.0)).text == "higher"
+    assert compare_scores(scored(-7.0, -1.1, 4.0, 7.9, 2.0), scored(*before)).text == "lower"
+    assert compare_scores(scored(*before), scored(-7.0, -3.1, 5.0, 6.0, 2.0)).text == SAME
+    assert compare_scores(scored(*before), scored(*before)).text == SAME
+    # One prompt in common says nothing about noise, whatever was scored beside it.
+    assert compare_scores(scored(1.0, None, 3.0), scored(9.0, 9.0, None)) is None
+
+
+def test_own_answers_and_tasks_are_rows_of_the_table():
+    evaluation = with_reinforcement(make_evaluation())
+    lines = terminal_summary(evaluation["models"], evaluation["reward"]).splitlines()
+    cells = {line.split("  ")[0]: re.split(r" {2,}", line)[1:] for line in lines if not line.startswith(" ")}
+    assert cells["reward model's score of own answers"] == ["-4.500", "0.1250", "2.175"]
+    assert cells["right answers (held-out tasks)"] == ["0/200 (0.0%)", "20/200 (10.0%)", "150/200 (75.0%)"]
+    assert cells["right format (held-out tasks)"] == ["0/200 (0.0%)", "30/200 (15.0%)", "200/200 (100.0%)"]
+    at = lines.index(next(line for line in lines if line.startswith("right answers (held-out tasks) ")))
+    assert re.split(r" {2,}", lines[at + 1])[1:] == ["choice", "0/100 (0.0%)", "10/100 (10.0%)", "75/100 (75.0%)"]
+    assert lines[at + 2].startswith("  number")
+    assert "reward model's score of own answers, base -> sft: higher" in lines
+    assert "reward model's score of own answers, sft -> ppo: higher" in lines
+    assert "right answers (held-out tasks), sft -> ppo: higher" in lines
+
+
+def test_page_shows_own_answers_and_tasks(report):
+    page, _ = report(evaluation=with_reinforcement(make_evaluation()))
+    text = " ".join(" ".join(Elements(page).text).split())
+    for expected in (
+        "-4.500 → 2.175 higher base → ppo",
+        "± 0.3750, 4 answers",
+        "± 0.5000, 2 answers",
+        "base: 1 of its answers were not scored: too long for the reward model",
+        "Tasks: right answers by type",
+        "Tasks: right format by type",
+        "体重20公斤，每公斤5毫克，共多少？",
+        "<think>150</think><answer>B</answer>",
+    ):
+        assert expected in text
+    assert text.count("✓ right") == 1
+    plain, _ = report()
+    assert "own answers" not in plain and "Tasks" not in plain
+
+
+def write_events(folder, events):
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events), encoding="utf-8")
+
+
+def ppo_event(step, **changes):
+    event = {"loss": 0.3, "score": -1 + step / 20, "score_std": 1.5, "reward": step / 30, "kl": step / 10}
+    return {"step": step, **event, "length": 60 - step, "end_rate": 0.5 + step / 100, "entropy": 1.0, **changes}
+
+
+def grpo_event(step, **changes):
+    event = {"loss": 0.01, "reward": step / 20, "reward_std": 0.2, "completions/mean_length": 30.0 + step}
+    rewards = {"rewards/accuracy/mean": step / 40, "rewards/format/mean": 0.5, "rewards/accuracy/std": 0.1}
+    return {"step": step, **event, **rewards, "frac_reward_zero_std": 0.4, **changes}
+
+
+def titled(curves):
+    return {re.search('aria-label="([^"]+)"', curve["svg"])[1]: curve["svg"] for curve in curves}
+
+
+def test_page_draws_curves_of_ppo(tmp_path):
+    folder = make_run(tmp_path / "ppo", stage="ppo_training")
+    write_events(folder, [*map(ppo_event, (10, 20, 30)), {"step": 30, "eval_score": 2.5, "eval_end_rate": 0.9}])
+    run = build_report.read_run("ppo", folder)
+    curves = titled(run["curves"])
+    assert list(curves) == [f"ppo: {label}" for label in ("score", "reward", "KL", "length", "end rate")]
+    assert "train score: -0.500 → 0.500" in curves["ppo: score"] and "held-out score: 2.50" in curves["ppo: score"]
+    assert "train KL: 1.00 → 3.00" in curves["ppo: KL"]
+    assert "train length: 50.0 → 30.0" in curves["ppo: length"]
+    assert "held-out end rate: 0.900" in curves["ppo: end rate"]
+    assert run["missing_signal"] is None
+
+
+def test_page_draws_curves_of_grpo(tmp_path):
+    folder = make_run(tmp_path / "grpo", stage="grpo_training")
+    write_events(
+        folder, [*map(grpo_event, (10, 20)), {"step": 20, "eval_reward": 0.7, "eval_rewards/format/mean": 1.0}]
+    )
+    run = build_report.read_run("grpo", folder)
+    curves = titled(run["curves"])
+    assert list(curves) == [f"grpo: {label}" for label in ("reward", "rewards", "length", "no signal")]
+    assert "train reward: 0.500 → 1.00" in curves["grpo: reward"] and "held-out reward: 0.700" in curves["grpo: reward"]
+    rewards = curves["grpo: rewards"]
+    assert "accuracy: 0.250 → 0.500" in rewards and "format: 0.500 → 0.500" in rewards
+    assert "held-out format: 1.00" in rewards and "std" not in rewards
+    assert "train length: 40.0 → 50.0" in curves["grpo: length"]
+    assert run["missing_signal"] is None
+
+
+@pytest.mark.parametrize(
+    "events, said",
+    [
+        ([grpo_event(1, frac_reward_zero_std=1.0), grpo_event(2, frac_reward_zero_std=1.0)], "in every group"),
+        ([ppo_event(1, score_std=0.0), ppo_event(2, score_std=2e-8)], "in every step"),
+        ([grpo_event(1, frac_reward_zero_std=1.0), grpo_event(2, frac_reward_zero_std=0.9)], None),
+        ([ppo_event(1, score_std=0.0), ppo_event(2)], None),
+        ([{"step": 1, "loss": 1.0}], None),
+    ],
+)
+def test_rewards_that_are_all_equal_are_called_so(report, monkeypatch, events, said):
+    made = make_run
+
+    def make(folder, **changes):
+        write_events(made(folder, **changes), events)
+        return folder
+
+    monkeypatch.setitem(globals(), "make_run", make)
+    page, printed = report()
+    wanted = [f"no learning signal: {said}"] if said else []
+    assert re.findall(r"no learning signal: in every \w+", " ".join(Elements(page).text)) == wanted
+    assert re.findall(r"notice: sft \(.*\): (no learning signal: in every \w+)", printed) == wanted
+
+
+def test_page_of_long_runs_is_small(tmp_path, monkeypatch, capsys):
+    wave = [math.sin(step) for step in range(1, 5001)]
+    functions = {f"rewards/function_{number}/mean" for number in range(8)}
+    long = {
+        "ppo": [ppo_event(step, score=y, kl=abs(y), length=50 + y) for step, y in enumerate(wave, start=1)],
+        "grpo": [grpo_event(step, reward=y, **dict.fromkeys(functions, y)) for step, y in enumerate(wave, start=1)],
+    }
+    for name, events in long.items():
+        write_events(make_run(tmp_path / name), events)
+    file, page = tmp_path / "eval.json", tmp_path / "report.html"
+    file.write_text(json.dumps(with_reinforcement(make_evaluation())), encoding="utf-8")
+    runs = [f"{name}={tmp_path / name}" for name in long]
+    command = ["build_report.py", "--eval_file", str(file), "--output_file", str(page), "--runs", *runs]
+    monkeypatch.setattr(sys, "argv", command)
+    build_report.main()
+    assert page.stat().st_size < build_report.MAX_BYTES and "notice" not in capsys.readouterr().out
 
 
 def test_long_answers_are_cut_with_a_count(report):

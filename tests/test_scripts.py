@@ -2,15 +2,19 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from argparse import ArgumentParser
 from pathlib import Path
 
 import pytest
 from helpers import ROOT
+from test_docs import Parsed, start
 from tiny import make_tiny
 
 SCRIPTS = sorted((ROOT / "scripts").glob("*.sh"))
+STAGE_SCRIPTS = [path for path in SCRIPTS if path.stem not in ("run_pipeline", "run_tests", "setup")]
 
 
 def bash(*command, timeout=300, **variables):
@@ -51,17 +55,35 @@ def test_a_stage_is_launched_with_further_flags(tmp_path, script, processes):
 @pytest.mark.parametrize(
     "stages, message",
     [
-        ("pt sftt", 'STAGES="pt sftt": unknown stage sftt; known, in this order: pt sft rm dpo orpo'),
+        ("pt sftt", 'STAGES="pt sftt": unknown stage sftt; known, in this order: pt sft rm dpo orpo ppo grpo'),
         ("sft pt", "pt stands twice or too late"),
         ("pt sft sft", "sft stands twice or too late"),
         ("pt dpo rm", "rm stands twice or too late"),
+        ("pt sft ppo rm", "rm stands twice or too late"),
         (" ", "STAGES is empty"),
+        ("pt sft ppo", 'STAGES="pt sft ppo": ppo needs a reward model. Train it on the road, with the stage rm before'),
     ],
 )
 def test_impossible_stages_are_refused_before_anything_is_done(tmp_path, stages, message):
     done = bash("scripts/run_pipeline.sh", STAGES=stages, VENV=str(tmp_path / "venv"), OUT=str(tmp_path / "out"))
     assert done.returncode == 2
     assert message in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "stages, message",
+    [
+        ("pt sft rm ppo", "beside the stage rm: two reward models"),
+        ("pt sft", "there is no such folder"),
+    ],
+)
+def test_an_impossible_reward_model_is_refused_before_anything_is_done(tmp_path, stages, message):
+    given = tmp_path if "rm" in stages else tmp_path / "none"
+    variables = {"STAGES": stages, "REWARD_MODEL": str(given), "VENV": str(tmp_path / "venv")}
+    done = bash("scripts/run_pipeline.sh", OUT=str(tmp_path / "out"), **variables)
+    assert done.returncode == 2
+    assert f"REWARD_MODEL={given}" in done.stderr and message in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
@@ -93,14 +115,33 @@ def pipeline(tmp_path):
     stamp = subprocess.run(["cksum"], input=requirements, capture_output=True, check=True).stdout
     (venv / ".installed-requirements.txt").write_bytes(stamp)
 
-    def run(*arguments, **variables):
+    def run(*arguments, script="scripts/run_pipeline.sh", **variables):
         commands.write_text("", encoding="utf-8")
         variables = {"VENV": str(venv), "OUT": str(tmp_path / "out"), "COMMANDS": str(commands), **variables}
-        done = bash("scripts/run_pipeline.sh", *arguments, **variables)
+        done = bash(script, *arguments, **variables)
         lines = [line.split() for line in commands.read_text(encoding="utf-8").splitlines()]
         return done, [(words[0], words[1:]) for words in lines]
 
     return run
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A folder laid out as data/ is, with files that hold nothing."""
+    folder = tmp_path / "data"
+    for name in ("pretrain", "finetune", "reward", "grpo"):
+        (folder / name).mkdir(parents=True)
+        for file in ("train.jsonl", "validation.jsonl"):
+            (folder / name / file).touch()
+    (folder / "reward" / "train_short.jsonl").touch()
+    (folder / "grpo_cold_start").mkdir()
+    return str(folder)
+
+
+def parse(program, flags):
+    """Let a program read its command line, and nothing more."""
+    with pytest.raises(Parsed):
+        start(ROOT / program, flags, ArgumentParser.parse_args)
 
 
 def value(flags, name):
@@ -121,11 +162,20 @@ def is_stage(program):
         ("sft", {"sft": "tiny-base"}),
         ("pt sft rm", {"pt": "tiny-base", "sft": "pt", "rm": "sft-merged"}),
         ("sft rm dpo", {"sft": "tiny-base", "rm": "sft-merged", "dpo": "sft-merged"}),
+        ("pt sft rm ppo", {"pt": "tiny-base", "sft": "pt", "rm": "sft-merged", "ppo": "sft-merged"}),
+        ("pt sft grpo", {"pt": "tiny-base", "sft": "pt", "cold": "sft-merged", "grpo": "cold-merged"}),
+        (
+            "sft rm dpo ppo grpo",
+            {
+                **{"sft": "tiny-base", "rm": "sft-merged", "dpo": "sft-merged", "ppo": "dpo-merged"},
+                **{"cold": "ppo-merged", "grpo": "cold-merged"},
+            },
+        ),
     ],
 )
-def test_each_stage_starts_from_the_last_model_of_the_road(tmp_path, pipeline, stages, road):
+def test_each_stage_starts_from_the_last_model_of_the_road(tmp_path, pipeline, data, stages, road):
     out = tmp_path / "out"
-    done, ran = pipeline(**({} if stages is None else {"STAGES": stages}))
+    done, ran = pipeline(DATA=data, **({} if stages is None else {"STAGES": stages}))
     assert done.returncode == 0, done.stderr
     starts = {
         value(flags, "--output_dir"): value(flags, "--model_name_or_path")
@@ -141,6 +191,7 @@ def test_each_stage_starts_from_the_last_model_of_the_road(tmp_path, pipeline, s
     assert [model.partition("=")[0] for model in models] == ["base", *(stage for stage in road if stage != "rm")]
     assert value(evaluation, "--first_chat_model") == next(stage for stage in road if stage != "pt")
     assert ("--reward_model" in evaluation) == ("rm" in road)
+    assert ("--task_file" in evaluation) == ("grpo" in road)
     (report,) = (flags for program, flags in ran if program == "build_report.py")
     assert [flag for flag in report if "=" in flag] == [f"{stage}={out / stage}" for stage in road]
     answering = {value(flags, "--model_name_or_path") for program, flags in ran if program == "inference.py"}
@@ -155,6 +206,74 @@ def test_a_reward_model_on_the_road_changes_no_other_stage(pipeline):
     assert "== dpo: finished before, kept" in done.stdout
 
 
+def test_ppo_learns_from_the_reward_model_of_the_road(tmp_path, pipeline, data):
+    done, ran = pipeline(STAGES="pt sft rm ppo", DATA=data)
+    assert done.returncode == 0, done.stderr
+    flags = dict(ran)["ppo_training.py"]
+    assert value(flags, "--reward_model_path") == str(tmp_path / "out" / "rm")
+    assert value(flags, "--train_file_dir") == f"{data}/reward/train.jsonl"
+    assert value(flags, "--validation_file_dir") == f"{data}/reward/validation.jsonl"
+
+
+def test_ppo_learns_from_a_reward_model_that_is_given(tmp_path, pipeline, data):
+    given = tmp_path / "my-rm"
+    given.mkdir()
+    (given / "model.safetensors").write_text("weights", encoding="utf-8")
+    road = {"STAGES": "pt sft ppo", "REWARD_MODEL": str(given), "DATA": data}
+    done, ran = pipeline(**road)
+    assert done.returncode == 0, done.stderr
+    assert value(dict(ran)["ppo_training.py"], "--reward_model_path") == str(given)
+    assert value(dict(ran)["eval_pipeline.py"], "--reward_model") == str(given)
+    assert "reward_modeling.py" not in dict(ran)
+
+    done, ran = pipeline(**road)
+    assert "== ppo: finished before, kept" in done.stdout and not any(is_stage(program) for program, _ in ran)
+    (given / "model.safetensors").write_text("weightS", encoding="utf-8")
+    done, ran = pipeline(**road)
+    assert done.returncode == 1
+    assert "ppo holds the result of other settings" in done.stderr
+    assert "== sft: finished before, kept" in done.stdout and not any(is_stage(program) for program, _ in ran)
+
+
+def test_ppo_does_not_outlive_its_reward_model(tmp_path, pipeline, data):
+    road = {"STAGES": "pt sft rm dpo ppo grpo", "DATA": data}
+    assert pipeline(**road)[0].returncode == 0
+    # The same tree with another reward model, which is trained anew.
+    tree, out = tmp_path / "tree", tmp_path / "out"
+    shutil.copytree(ROOT / "scripts", tree / "scripts")
+    for name in ("requirements.txt", "requirements-dev.txt"):
+        shutil.copy(ROOT / name, tree)
+    script = tree / "scripts" / "run_pipeline.sh"
+    before, _, after = script.read_text(encoding="utf-8").partition("  RM=(\n")
+    script.write_text(f"{before}  RM=(\n    --weight_decay 0.01\n{after}", encoding="utf-8")
+    shutil.rmtree(out / "rm")
+    (out / "stamps" / "rm").unlink()
+    done, ran = pipeline(script=script, **road)
+    assert done.returncode == 1
+    assert f"{out / 'ppo'} holds the result of other settings" in done.stderr
+    assert [program for program, _ in ran] == ["reward_modeling.py"]
+    assert "== dpo-merged: finished before, kept" in done.stdout
+
+
+def test_fresh_does_not_remove_the_reward_model_that_is_given(tmp_path, pipeline, data):
+    assert pipeline(STAGES="pt sft rm", DATA=data)[0].returncode == 0
+    rm = tmp_path / "out" / "rm"
+    done, ran = pipeline("--fresh", STAGES="pt sft ppo", REWARD_MODEL=str(rm), DATA=data)
+    assert done.returncode == 2
+    assert f"--fresh would remove REWARD_MODEL={rm}" in done.stderr
+    assert rm.is_dir() and ran == []
+
+
+def test_what_is_not_held_out_is_not_measured(pipeline, data):
+    for name in ("reward", "grpo"):
+        (Path(data) / name / "validation.jsonl").unlink()
+    done, ran = pipeline(STAGES="sft rm grpo", DATA=data)
+    assert done.returncode == 0, done.stderr
+    unmeasured = {"--preference_file", "--reward_model", "--task_file", "--task_max_new_tokens"}
+    assert not unmeasured & set(dict(ran)["eval_pipeline.py"])
+    assert f"there is no {data}/grpo/validation.jsonl; what is measured on it is left out" in done.stdout
+
+
 def test_a_stage_from_another_model_is_not_taken_for_the_same(pipeline):
     assert pipeline(STAGES="pt sft orpo")[0].returncode == 0
     done, ran = pipeline(STAGES="pt orpo")
@@ -163,8 +282,8 @@ def test_a_stage_from_another_model_is_not_taken_for_the_same(pipeline):
     assert ran == []
 
 
-def test_fresh_removes_only_what_the_script_makes(tmp_path, pipeline):
-    assert pipeline(STAGES="pt sft rm orpo")[0].returncode == 0
+def test_fresh_removes_only_what_the_script_makes(tmp_path, pipeline, data):
+    assert pipeline(STAGES="pt sft rm orpo ppo grpo", DATA=data)[0].returncode == 0
     own = tmp_path / "out" / "my-model"
     own.mkdir()
     (tmp_path / "out" / "eval.json").write_text("{}", encoding="utf-8")
@@ -183,13 +302,44 @@ def test_missing_rows_of_a_stage_are_named_before_training(tmp_path, pipeline):
     assert not any(is_stage(program) for program, _ in ran)
 
 
-def test_a_real_model_takes_every_stage_with_settings_of_its_own(pipeline):
-    done, ran = pipeline(STAGES="pt sft rm dpo orpo", MODEL="some/model")
+def test_own_tasks_without_a_cold_start_are_taken_as_they_are(tmp_path, pipeline, data):
+    (Path(data) / "grpo_cold_start").rmdir()
+    done, ran = pipeline(STAGES="sft grpo", DATA=data)
+    assert done.returncode == 0, done.stderr
+    assert value(dict(ran)["grpo_training.py"], "--model_name_or_path") == str(tmp_path / "out" / "sft-merged")
+
+
+def test_a_real_model_takes_every_stage_with_settings_of_its_own(pipeline, data):
+    done, ran = pipeline(STAGES="pt sft rm dpo orpo ppo grpo", MODEL="some/model", DATA=data)
     assert done.returncode == 0, done.stderr
     stages = {Path(value(flags, "--output_dir")).name: flags for name, flags in ran if is_stage(name)}
-    assert list(stages) == ["pt", "sft", "rm", "dpo", "orpo"]
+    assert list(stages) == ["pt", "sft", "rm", "dpo", "orpo", "ppo", "grpo"]
     assert value(stages["pt"], "--model_name_or_path") == "some/model"
     assert all(value(flags, "--gradient_checkpointing") == "True" for flags in stages.values())
+
+
+@pytest.mark.parametrize("model", ["", "some/model"])
+def test_programs_know_every_flag_that_the_pipeline_gives_them(pipeline, data, model):
+    done, ran = pipeline(STAGES="pt sft rm dpo orpo ppo grpo", MODEL=model, DATA=data)
+    assert done.returncode == 0, done.stderr
+    assert {"ppo_training.py", "grpo_training.py", "eval_pipeline.py", "build_report.py"} <= set(dict(ran))
+    for program, flags in dict(ran).items():
+        parse(program, flags)
+
+
+@pytest.mark.parametrize("script", STAGE_SCRIPTS, ids=lambda path: path.name)
+def test_programs_know_every_flag_that_scripts_give_them(tmp_path, script):
+    stand_in, commands = tmp_path / "python", tmp_path / "commands"
+    stand_in.write_text(STAND_IN, encoding="utf-8")
+    stand_in.chmod(0o755)
+    for processes in ("1", "2"):
+        variables = {"PYTHON": str(stand_in), "COMMANDS": str(commands), "NPROC": processes}
+        done = bash(script, "--deepspeed", "zero2.json", OUT=str(tmp_path / "out"), **variables)
+        assert done.returncode == 0, done.stderr
+    alone, both = (line.split() for line in commands.read_text(encoding="utf-8").splitlines())
+    assert is_stage(alone[0]) and alone[-2:] == ["--deepspeed", "zero2.json"]
+    assert both == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *alone]
+    parse(alone[0], alone[1:])
 
 
 @pytest.mark.slow
