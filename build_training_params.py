@@ -16,9 +16,11 @@ from types import NoneType, UnionType
 from typing import Any
 
 import dpo_training
+import grpo_training
 import inference
 import merge_peft_adapter
 import orpo_training
+import ppo_training
 import pretraining
 import reward_modeling
 import supervised_finetuning
@@ -93,6 +95,59 @@ OF_DPO = (
     "ref_model_mixup_alpha",
     "ref_model_sync_steps",
 )
+OF_GRPO = (
+    "num_generations",
+    "num_iterations",
+    "steps_per_generation",
+    "generation_batch_size",
+    "shuffle_dataset",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "cache_implementation",
+    "beta",
+    "use_bias_correction_kl",
+    "epsilon",
+    "epsilon_high",
+    "delta",
+    "mask_truncated_completions",
+    "off_policy_mask_threshold",
+    "top_entropy_quantile",
+    "entropy_coef",
+    "use_adaptive_entropy",
+    "entropy_target",
+    "entropy_coef_min",
+    "entropy_coef_max",
+    "entropy_coef_delta",
+    "sapo_temperature_pos",
+    "sapo_temperature_neg",
+    "vespo_k_pos",
+    "vespo_k_neg",
+    "vespo_lambda_pos",
+    "vespo_lambda_neg",
+    "log_completions",
+    "num_completions_to_print",
+    "log_unique_prompts",
+    "ds3_gather_for_generation",
+    "use_vllm",
+    "vllm_gpu_memory_utilization",
+    "vllm_enable_sleep_mode",
+    "vllm_max_model_length",
+    "vllm_tensor_parallel_size",
+    "vllm_model_impl",
+    "vllm_structured_outputs_regex",
+    "vllm_server_base_url",
+    "vllm_server_host",
+    "vllm_server_port",
+    "vllm_server_timeout",
+    "vllm_group_port",
+    "vllm_importance_sampling_correction",
+    "vllm_importance_sampling_mode",
+    "vllm_importance_sampling_clip_max",
+    "vllm_importance_sampling_clip_min",
+)
 # Where the words of the library do not say what happens in these scripts.
 MEANINGS = {
     "eval_on_start": "Evaluate before the first step. Here the default is True wherever --eval_strategy is given.",
@@ -118,6 +173,60 @@ MEANINGS = {
     "ref_model_sync_steps": "Steps from one such move to the next.",
     "center_rewards_coefficient": "Holds the mean of both scores near 0 (https://arxiv.org/abs/2312.09244); 0.01 is "
     "usual.",
+    "num_generations": "Answers to each prompt, which are compared with each other; at least 2.",
+    "num_iterations": "Times that each answer is learned from.",
+    "steps_per_generation": "Batches whose answers are sampled at once. Unset: --gradient_accumulation_steps, a step.",
+    "generation_batch_size": "The same in answers of all processes; say one of the two.",
+    "shuffle_dataset": "A new order of prompts in each epoch; False keeps theirs.",
+    "temperature": "Of the answers, and of all log-probabilities.",
+    "top_p": "Sample from the likeliest tokens that hold this share of the probability.",
+    "top_k": "Sample from so many of the likeliest tokens; 0: from all.",
+    "min_p": "Sample from tokens with at least this share of the probability of the likeliest one.",
+    "repetition_penalty": "Above 1: tokens of the prompt and of the answer so far become less likely.",
+    "cache_implementation": "The kind of cache with which transformers writes answers.",
+    "use_bias_correction_kl": "With --beta: weigh the KL by the ratio of the policies "
+    "(https://arxiv.org/abs/2512.02556).",
+    "epsilon": "Clip range of the ratio below 1.",
+    "epsilon_high": "Clip range above 1. Unset: --epsilon. DAPO (https://arxiv.org/abs/2503.14476): 0.28.",
+    "delta": "Highest ratio of an answer that was worse than the others, above 1 + --epsilon_high "
+    "(https://arxiv.org/abs/2505.07291).",
+    "mask_truncated_completions": "Answers that do not end within their tokens count for nothing.",
+    "off_policy_mask_threshold": "Leave out answers that were worse than the others and are further than this from the "
+    "policy by now (https://arxiv.org/abs/2512.02556).",
+    "top_entropy_quantile": "Learn from this share of the tokens, those that the model is least decided about "
+    "(https://arxiv.org/abs/2506.01939).",
+    "entropy_coef": "Weight of a bonus for being undecided.",
+    "use_adaptive_entropy": "Adapt that weight (https://arxiv.org/abs/2505.22312).",
+    "entropy_target": "Entropy in nats a token, below which the bonus grows.",
+    "entropy_coef_min": "Lowest weight.",
+    "entropy_coef_max": "Highest weight.",
+    "entropy_coef_delta": "By how much the weight changes in a step.",
+    "sapo_temperature_pos": "SAPO (https://arxiv.org/abs/2511.20347): sharpness for answers that were better.",
+    "sapo_temperature_neg": "The same for those that were worse.",
+    "vespo_k_pos": "VESPO (https://arxiv.org/abs/2602.10693): power of the weight of answers that were better.",
+    "vespo_k_neg": "The same for those that were worse.",
+    "vespo_lambda_pos": "Its decay for answers that were better.",
+    "vespo_lambda_neg": "The same for those that were worse.",
+    "log_completions": "Show answers with their rewards, and write them below --output_dir.",
+    "num_completions_to_print": "How many of them are shown. Unset: all.",
+    "log_unique_prompts": "Each prompt once only.",
+    "ds3_gather_for_generation": "Under ZeRO-3 gather all weights to write answers; False: slow, less memory.",
+    "use_vllm": "Let vLLM write the answers. It has to be installed.",
+    "vllm_gpu_memory_utilization": "Share of the GPU's memory for vLLM in this process.",
+    "vllm_enable_sleep_mode": "vLLM gives its memory back while weights are trained.",
+    "vllm_max_model_length": "Most tokens of a prompt with its answer in vLLM.",
+    "vllm_tensor_parallel_size": "GPUs over which vLLM spreads a model.",
+    "vllm_model_impl": "vLLM's own code for the model, or that of transformers.",
+    "vllm_structured_outputs_regex": "Regular expression that answers of vLLM have to match.",
+    "vllm_server_base_url": "Address of the server, such as http://127.0.0.1:8000.",
+    "vllm_server_host": "Its host, where no address is given.",
+    "vllm_server_port": "Its port, where no address is given.",
+    "vllm_server_timeout": "Seconds to wait for the server.",
+    "vllm_group_port": "Port by which it gets the new weights.",
+    "vllm_importance_sampling_correction": "Correct for vLLM's probabilities being a little different.",
+    "vllm_importance_sampling_mode": "How: by token or by sequence, cutting the ratio or leaving out what is beyond.",
+    "vllm_importance_sampling_clip_max": "Highest ratio of the correction.",
+    "vllm_importance_sampling_clip_min": "Lowest ratio of the correction.",
 }
 # Enumerations with more members than this are not listed.
 SHOWN_CHOICES = 16
@@ -146,7 +255,8 @@ def render() -> str:
         "the program, which names the nearest known flag.",
         "## The stages of training",
         "`pretraining.py`, `supervised_finetuning.py`, and, on pairs of preferences, `reward_modeling.py`, "
-        "`dpo_training.py` and `orpo_training.py`. What a stage has no use for it refuses; see the last section.",
+        "`dpo_training.py` and `orpo_training.py`; on prompts, `ppo_training.py` and `grpo_training.py`. What a stage "
+        "has no use for it refuses; see the last section.",
         "### Model",
         table(ModelArguments),
         "### Data",
@@ -175,6 +285,11 @@ def render() -> str:
         table(dpo_training.PreferenceArguments, also=OF_DPO),
         "### orpo_training.py only",
         table(orpo_training.OrpoArguments),
+        "### ppo_training.py only",
+        table(ppo_training.PolicyArguments),
+        table(ppo_training.PpoArguments),
+        "### grpo_training.py only",
+        table(grpo_training.GrpoArguments, also=OF_GRPO),
         "### From the trainer",
         "The ones used most; `--help` lists the others.",
         table(SFTConfig, also=INHERITED, own=False),
@@ -192,7 +307,11 @@ def render() -> str:
         "A flag that would have no effect stops the program.",
         _rows(("flag", "instead"), refusals({**GONE, **UNUSED_SFT_ARGUMENTS})),
         "In the stages on pairs these as well:",
-        _rows(("flag", "instead"), refusals(only_with_pairs())),
+        _rows(("flag", "instead"), refusals(only_in(UNUSED_PAIR_ARGUMENTS))),
+        "In `ppo_training.py`:",
+        _rows(("flag", "instead"), refusals(only_in(ppo_training.UNUSED_PPO_ARGUMENTS))),
+        "In `grpo_training.py`:",
+        _rows(("flag", "instead"), refusals(only_in(grpo_training.UNUSED_GRPO_ARGUMENTS))),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -215,6 +334,8 @@ def table(cls: type, *, own: bool = True, also: Iterable[str] = ()) -> str:
         aliases = [alias for alias in metadata.get("aliases", []) if "-" not in alias.lstrip("-")]
         names = "<br>".join(f"`{spelling}`" for spelling in (f"--{name}", *aliases, *older))
         meaning = (name in also and MEANINGS.get(name)) or metadata["help"].replace("%%", "%")
+        # <think> would be taken for a tag of HTML.
+        meaning = meaning.replace("<", "\\<")
         rows.append((names, type_name(types[name], metadata.get("choices")), default(fields[name]), meaning))
     return _rows(("flag", "value", "default", "meaning"), rows)
 
@@ -260,11 +381,11 @@ def refusals(reasons: Mapping[str, str]) -> list[tuple[str, str]]:
     return [("<br>".join(flags), reason) for reason, flags in names.items()]
 
 
-def only_with_pairs() -> dict[str, str]:
-    """What the stages on pairs refuse otherwise than the other stages, or alone."""
+def only_in(reasons: Mapping[str, str]) -> dict[str, str]:
+    """What stages with these reasons refuse otherwise than fine-tuning, or alone."""
     return {
         name: reason
-        for name, reason in UNUSED_PAIR_ARGUMENTS.items()
+        for name, reason in reasons.items()
         if UNUSED_SFT_ARGUMENTS.get(name) != reason and name != "max_length"
     }
 

@@ -989,6 +989,8 @@ def main() -> None:
         unused=UNUSED_PPO_ARGUMENTS,
     )
     check_flags(args)
+    if args.load_best_model_at_end and not args.given & {"metric_for_best_model", "greater_is_better"}:
+        args.metric_for_best_model, args.greater_is_better = "score", True
     training_defaults(args, adapter_rate=1e-5, full_rate=1e-6, use_peft=lora_args.use_peft)
     settle_dropout(args, lora_args)
     models.settle_length(args, "model_max_length", model_args, lora_args, attention_args)
@@ -1019,7 +1021,7 @@ def main() -> None:
     scorer = RewardScorer.from_pretrained(
         args.reward_model_path,
         dtype=model_args.dtype,
-        load_in_4bit=model_args.load_in_4bit,
+        load_in_4bit=model_args.load_in_4bit or model_args.qlora,
         load_in_8bit=model_args.load_in_8bit,
         hub=model_args.hub,
         cache_dir=model_args.cache_dir,
