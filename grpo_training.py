@@ -52,7 +52,6 @@ from medicalgpt.data import (
     Problem,
     RowError,
     hash_file,
-    listed,
     load_data,
     read_rows,
     shorten,
@@ -1509,18 +1508,6 @@ def reward_by_model(scorer: RewardScorer, batch_size: int) -> RewardFunction:
     return reward_model
 
 
-def require_readable_prompts(scorer: RewardScorer, rows: Sequence[dict[str, Any]]) -> None:
-    """Raises UserError, with their places, for prompts that the reward model cannot read."""
-    problems = []
-    for row in rows:
-        try:
-            scorer.encode([*row["messages"], {"role": "assistant", "content": "."}], row["tools"])
-        except EncodingError as error:
-            problems.append(Problem(row["place"], f"the reward model cannot read it: {error.reason}", error.remedy))
-    if problems:
-        raise UserError(f"{len(problems)} prompt(s) cannot be scored by --reward_model_path:\n{listed(problems)}")
-
-
 def frozen_copy(model: PreTrainedModel, args: GrpoArguments) -> PreTrainedModel:
     """The reference of a run that trains all weights.
 
@@ -1595,7 +1582,7 @@ def main() -> None:
     if args.reward_model_path:
         scorer = load_judge(args, model_args)
         for rows in (data.train, data.validation):
-            require_readable_prompts(scorer, rows)
+            scorer.require_readable(rows)
         judge = reward_by_model(scorer, args.per_device_train_batch_size)
         functions["reward_model"] = checked("reward_model", judge)
 

@@ -728,22 +728,17 @@ class PpoTrainer(StageTrainer):
         """What the reward model says of each answer, in its own words and tokens: (answers,), and which it cannot read.
 
         It cannot read what is too long for it, or spells one of its special tokens; that gets the lowest score that any
-        answer of the step has.
-
-        Raises:
-            UserError: on every process, if it can read no answer at all.
+        answer of the step has, or 0 where none has one.
         """
         encoded: list[list[int] | None] = []
-        reason = ""
         for task, answer in zip(tasks, answers, strict=True):
             reply: dict[str, Any] = {"role": "assistant", "content": answer.text}
             if answer.tool_calls:
                 reply["tool_calls"] = list(answer.tool_calls)
             try:
                 encoded.append(self.scorer.encode([*task["messages"], reply], task["tools"]))
-            except EncodingError as error:
+            except EncodingError:
                 encoded.append(None)
-                reason = reason or error.reason
         readable = [ids for ids in encoded if ids is not None]
         with self.compute_loss_context_manager():
             found = iter(self.scorer.score_ids(readable, self.args.rollout_forward_batch_size))
@@ -751,12 +746,7 @@ class PpoTrainer(StageTrainer):
         scores = scores.to(self.args.device)
         unreadable = scores.isinf()
         lowest = self.accelerator.gather(scores.min().reshape(1)).min()
-        if lowest.isinf():
-            raise UserError(
-                f"the reward model {self.args.reward_model_path} can read none of the answers: {reason}. Take one that "
-                "can, or prompts that suit it."
-            )
-        return scores.masked_fill(unreadable, float(lowest)), unreadable
+        return scores.masked_fill(unreadable, 0.0 if lowest.isinf() else float(lowest)), unreadable
 
     def _shaped(self, scores: torch.Tensor) -> torch.Tensor:
         """Scores as they are learned from: brought to mean 0 and variance 1 of all so far, and clipped, if asked to."""
@@ -864,7 +854,10 @@ class PpoTrainer(StageTrainer):
                 own = [parameter for parameter in group["params"] if id(parameter) in critic]
                 group["params"] = [parameter for parameter in group["params"] if id(parameter) not in critic]
                 settings = {name: value for name, value in group.items() if name not in ("params", "lr")}
-                optimizer.add_param_group({**settings, "params": own, "lr": rate})
+                # LoRA+ has rates of its own, which stay in proportion.
+                optimizer.add_param_group(
+                    {**settings, "params": own, "lr": rate * group["lr"] / self.args.learning_rate}
+                )
         return optimizer
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -966,8 +959,11 @@ def load_critic(
         )
     # A new head is drawn at random, the same in every process.
     set_seed(args.seed)
-    with suppress_seqcls_warning():
-        critic = models.load_base(AutoModelForSequenceClassification, model_args, lora_args, num_labels=1, **load)
+    try:
+        with suppress_seqcls_warning():
+            critic = models.load_base(AutoModelForSequenceClassification, model_args, lora_args, num_labels=1, **load)
+    except UserError as error:
+        raise UserError(f"the critic, from {flag} {path}: {error}") from error
     critic.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     new_rows = models.fit_embedding(critic, tokenizer, lora_args, cache_dir=model_args.cache_dir)
     critic = models.add_lora(critic, lora_args, TaskType.SEQ_CLS, start_from=adapter, new_rows=new_rows)
@@ -1026,6 +1022,7 @@ def main() -> None:
         hub=model_args.hub,
         cache_dir=model_args.cache_dir,
     )
+    scorer.require_readable(tasks[place] for rows in filter(None, (train, validation)) for place in rows["place"])
     critic = load_critic(tokenizer, scorer, args, model_args, lora_args, **load)
 
     # 5 trainer

@@ -635,7 +635,7 @@ class PlainProgress(TrainerCallback):
         elapsed = self.last_line - getattr(self, "began", self.last_line)
         done = state.global_step - getattr(self, "first_step", 0)
         parts = [f"step {state.global_step}/{state.max_steps} ({state.global_step / max(state.max_steps, 1):.0%})"]
-        parts += [f"{name} {logs[name]:.4g}" for name in SHOWN_METRICS if name in logs]
+        parts += [f"{name} {logs[name]:.4g}" for name in SHOWN_METRICS if logs.get(name) is not None]
         if "num_tokens" in logs and elapsed > 0:
             tokens = logs["num_tokens"] - getattr(self, "first_tokens", 0)
             parts.append(f"{tokens / elapsed:,.0f} tokens/s")

@@ -275,6 +275,21 @@ class RewardScorer:
             )
         return ids
 
+    def require_readable(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Raises UserError, with their places, for prompts that leave no room for an answer, or cannot be rendered.
+
+        Args:
+            rows: as `to_task` gives them, with `place`.
+        """
+        problems = []
+        for row in rows:
+            try:
+                self.encode([*row["messages"], {"role": "assistant", "content": "."}], row["tools"])
+            except EncodingError as error:
+                problems.append(Problem(row["place"], f"the reward model cannot read it: {error.reason}", error.remedy))
+        if problems:
+            raise UserError(f"{len(problems)} prompt(s) cannot be scored by --reward_model_path:\n{listed(problems)}")
+
     def score(
         self, conversations: Sequence[Messages], tools: Sequence[Tools | None] | None = None, batch_size: int = 8
     ) -> list[float]:

@@ -1,14 +1,15 @@
-"""Benchmarks of the preference stages: pairs are cut to fit, both sides get the same tokens, results are right."""
+"""Benchmarks: pairs are cut to fit, both sides get the same tokens, results are right, all tokens are counted."""
 
 import argparse
 import json
 import math
+import sys
 
-from benchmarks import preference_cpu, preference_gpu
+from benchmarks import preference_cpu, preference_gpu, rl_gpu
 
 import pytest
 import torch
-from helpers import write_jsonl
+from helpers import read_json, write_jsonl
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -105,3 +106,60 @@ def test_pairs_for_a_gpu_are_of_uneven_lengths_within_the_limit(args, tmp_path):
     lengths = [len(ids) for pair in preference_cpu.encoded(tokenizer, tmp_path / "train") for ids, _ in pair]
     assert max(lengths) <= 2048
     assert len(set(lengths)) > 4
+
+
+@pytest.fixture(scope="module")
+def rl_work(tmp_path_factory):
+    work = tmp_path_factory.mktemp("rl")
+    rows = [{"question": f"第{number}个问题：{LONG[:number]}", "answer": f"{number} mL"} for number in range(8)]
+    rl_gpu.prepare(work, argparse.Namespace(data=write_jsonl(work / "questions.jsonl", rows), shape="tiny"))
+    return work
+
+
+@pytest.mark.parametrize("name", ["base", "rm"])
+def test_whatever_random_weights_write_can_be_read_back(rl_work, name):
+    tokenizer = AutoTokenizer.from_pretrained(rl_work / name)
+    assert len(tokenizer) == rl_gpu.SHAPES["tiny"]["vocab_size"]
+    words = [number for number in range(len(tokenizer)) if tokenizer.convert_ids_to_tokens(number)[1:].islower()]
+    assert len(words) > 4000
+    for number in words[::50]:
+        assert tokenizer(tokenizer.decode([number])).input_ids == [number]
+
+
+@pytest.mark.parametrize(("stage", "passes"), [("ppo", 4), ("grpo", 1)])
+def test_every_token_of_a_step_is_counted_and_every_part_is_timed(rl_work, stage, passes, monkeypatch):
+    from grpo_training import GroupTrainer
+    from medicalgpt.chat import ChatEngine
+    from ppo_training import PpoTrainer
+
+    from transformers.trainer_callback import CallbackHandler
+    from trl import GRPOTrainer
+
+    for owner, name in (
+        (ChatEngine, "batch"),
+        (PpoTrainer, "roll_out"),
+        (GRPOTrainer, "_generate_single_turn"),
+        (GroupTrainer, "get_batch_samples"),
+        (CallbackHandler, "on_step_end"),
+    ):
+        # Put back at the end of the test, when they have been replaced.
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+    monkeypatch.setattr(sys, "argv", [])
+    options = argparse.Namespace(data=rl_work / "questions.jsonl", steps=1, length=1024, answer_length=6, batch=2)
+    flags = [*rl_gpu.stage_flags(stage, rl_work, options), "--output_dir", rl_work / stage]
+    rl_gpu.run_stage(stage, rl_work / stage, list(map(str, flags)))
+
+    steps = read_json(rl_work / stage / "steps.json")
+    logged = [row["num_tokens"] for row in lines(rl_work / stage / "metrics.jsonl") if "reward" in row]
+    assert [step["written"] for step in steps] == [48, 48]
+    assert [step["learned"] for step in steps] == [logged[0] * passes, (logged[1] - logged[0]) * passes]
+    for step in steps:
+        assert min(step.values()) > 0
+        assert step["generating"] + step["learning"] < step["seconds"]
+
+
+def test_a_line_of_the_table_has_the_sums_over_the_steps(capsys):
+    first = {"written": 100, "generating": 1.0, "learned": 2000, "learning": 2.0, "seconds": 3.5}
+    second = {"written": 300, "generating": 3.0, "learned": 7000, "learning": 4.0, "seconds": 8.5}
+    rl_gpu.report("ppo", [first, second], 1.25)
+    assert capsys.readouterr().out == "| ppo | 100 | 1,500 | 6.00 | 2.00 | 3.00 | 1.00 | 1.25 |\n"
