@@ -286,7 +286,8 @@ class RewardScorer:
             try:
                 self.encode([*row["messages"], {"role": "assistant", "content": "."}], row["tools"])
             except EncodingError as error:
-                problems.append(Problem(row["place"], f"the reward model cannot read it: {error.reason}", error.remedy))
+                reason = f"the reward model cannot read it: {error.reason}"
+                problems.append(Problem(row["place"], reason, "Shorten or remove the row."))
         if problems:
             raise UserError(f"{len(problems)} prompt(s) cannot be scored by --reward_model_path:\n{listed(problems)}")
 
