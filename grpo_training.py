@@ -1310,6 +1310,7 @@ class GrpoArguments(TemplateArguments, StageDefaults, GRPOConfig):
         self.num_generations_eval = 1
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "reward"
+        self._refuse_idle_training()
         self._refuse_torn_groups()
         super().__post_init__()
 

@@ -6,7 +6,9 @@ import re
 from dataclasses import dataclass, field
 
 import dpo_training
+import grpo_training
 import orpo_training
+import ppo_training
 import pretraining
 import reward_modeling
 import supervised_finetuning
@@ -36,6 +38,8 @@ STAGES = {
     "pretraining": pretraining.PretrainingArguments,
     "supervised_finetuning": supervised_finetuning.FinetuningArguments,
     **PAIR_STAGES,
+    "ppo_training": ppo_training.PpoArguments,
+    "grpo_training": grpo_training.GrpoArguments,
 }
 
 
@@ -245,6 +249,20 @@ def test_every_flag_refused_with_pairs_exists_somewhere_and_has_a_sentence(name)
     assert re.fullmatch(r"[A-Z].*[.]", UNUSED_PAIR_ARGUMENTS[name])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "unused"),
+    [
+        (ppo_training.PpoArguments, ppo_training.UNUSED_PPO_ARGUMENTS),
+        (grpo_training.GrpoArguments, grpo_training.UNUSED_GRPO_ARGUMENTS),
+    ],
+)
+def test_every_flag_refused_in_reinforcement_exists_somewhere_and_has_a_sentence(arguments, unused):
+    known = {f.name for cls in (arguments, DataArguments, SFTConfig) for f in dataclasses.fields(cls)} | {"block_size"}
+    assert set(unused) <= known
+    for reason in unused.values():
+        assert re.fullmatch(r"[A-Z].*[.]", reason)
+
+
 def test_one_stage_refuses_what_the_other_has():
     pt = run_program("pretraining.py", "--model_name_or_path", "m", "--template_name", "qwen", check=False)
     sft = run_program("supervised_finetuning.py", "--model_name_or_path", "m", "--block_size", 64, check=False)
@@ -253,7 +271,7 @@ def test_one_stage_refuses_what_the_other_has():
     assert "--block_size has no effect" in sft.stderr and "--model_max_length" in sft.stderr
 
 
-@pytest.mark.parametrize("stage", ["pretraining", "supervised_finetuning", *PAIR_STAGES])
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize(
     ("argv", "reason"),
     [
@@ -383,6 +401,8 @@ TRAINING = {
     "reward_modeling.py": UNUSED_PAIR_ARGUMENTS,
     "dpo_training.py": UNUSED_PAIR_ARGUMENTS,
     "orpo_training.py": UNUSED_PAIR_ARGUMENTS,
+    "ppo_training.py": ppo_training.UNUSED_PPO_ARGUMENTS,
+    "grpo_training.py": grpo_training.UNUSED_GRPO_ARGUMENTS,
 }
 
 
@@ -392,7 +412,7 @@ def test_help_names_every_flag_with_its_help(script):
     tree = ast.parse((ROOT / script).read_text(encoding="utf-8"))
     assert ast.get_docstring(tree).splitlines()[0] in text
     shown = set(re.findall(r"^  (--\w+)", text, re.MULTILINE))
-    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name.endswith("Arguments")]
     own = {node.target.id for cls in classes for node in cls.body if isinstance(node, ast.AnnAssign)}
     if script in TRAINING:
         unused = TRAINING[script]
