@@ -12,7 +12,6 @@
 # Stages: pt (pretraining), sft (fine-tuning), rm (reward model), dpo, orpo (preferences), ppo, grpo (reinforcement
 # learning), in this order. Each starts from the model that the one before it left, with its adapter merged; a reward
 # model is measured, and no stage goes on from it: ppo learns from its scores, and it scores the answers of all models.
-# Before grpo, the tiny model is shown the form of a reply (cold): a form that it never writes cannot be rewarded.
 # REWARD_MODEL=folder takes the place of the stage rm. OUT=folder chooses another place than outputs (or outputs/<model>
 # for a real one). DATA=folder takes your own data, laid out as data/ is.
 set -euo pipefail
@@ -139,29 +138,22 @@ if [ -z "$MODEL" ]; then
     --missing_eos_penalty 5.0          # scores lie between -10 and 10, so that 1 would hardly be felt
     --model_max_length 256
   )
+  # It answers consultations, and a program looks whether department and call for help are there; data/grpo is for larger
+  # models, as this one never writes the form that is asked for there.
   GRPO=(
-    --reward_funcs accuracy format     # right answers, and the form in which they are found
-    --reward_weights 2 1               # the form is learned first anyway
-    --max_steps 60                     # of 8 prompts with 8 answers each
-    --learning_rate 5e-4
+    --reward_funcs safety repetition   # department and call for help named, and nothing said over and over
+    --system_prompt none               # fine-tuning has shown this model none
+    --ignore_fields chosen,rejected    # it is to find good answers by itself
+    --max_steps 100                    # of 2 prompts with 32 answers each
+    --learning_rate 1e-3               # half of fine-tuning; at 1.5e-3 it forgot how to answer
     --lora_rank 32 --lora_alpha 64
-    --num_generations 8                # answers to a prompt, which are compared with each other
-    --per_device_train_batch_size 64 --gradient_accumulation_steps 1    # 64 answers a step, to 8 prompts
-    --max_completion_length 64         # a short thought and an answer
-    --temperature 0.6                  # at 0.9 no answer of so small a model was rewarded
+    --num_generations 32               # of hundred answers one is good at first; among 8 there is often none
+    --per_device_train_batch_size 64 --gradient_accumulation_steps 1
+    --max_completion_length 48         # the longest good answer has about 40 tokens
+    --temperature 0.9
     --beta 0.0                         # no reference: rewards that are computed cannot be talked into anything
-    --model_max_length 512
+    --model_max_length 256
   )
-  COLD=(
-    --num_train_epochs 8               # 216 steps, after which three of four greedy replies have the right form
-    --learning_rate 2e-3               # as in fine-tuning
-    --lora_rank 32 --lora_alpha 64
-    --lora_dropout 0.0
-    --per_device_train_batch_size 16
-    --lr_scheduler_type cosine --warmup_ratio 0.1
-    --model_max_length 512             # the longest row has 333 tokens, half of them the system prompt
-  )
-  TASK_TOKENS=96
 else
   OUT=${OUT:-outputs/$(basename "$MODEL")}
   BASE="$MODEL"
@@ -237,7 +229,6 @@ else
     --beta 0.0
     --gradient_checkpointing True
   )
-  TASK_TOKENS=512
 fi
 
 # plan STAGE: its program, the folder of its rows, its settings and how often it logs and saves. (For a new stage: a
@@ -254,12 +245,13 @@ plan() {
       program=ppo_training.py rows=reward settings=("${PPO[@]}" --reward_model_path "$REWARD_MODEL")
       logging=1 saving=20
       ;;
-    cold) program=supervised_finetuning.py rows=grpo_cold_start settings=("${COLD[@]}") ;;
     grpo) program=grpo_training.py rows=grpo settings=("${GRPO[@]}") logging=1 saving=20 ;;
   esac
-  # A reward model judges consultations; the pairs that tell when to be short are for models that imitate.
-  if [[ "$1" = rm || "$1" = ppo ]] && [ -f "$DATA/reward/train_short.jsonl" ]; then
-    rows=reward/train.jsonl settings+=(--validation_file_dir "$DATA/reward/validation.jsonl")
+  [ "$1$MODEL" != grpo ] || rows=reward
+  # Rewards are of consultations; the pairs that tell when to be short are for models that imitate.
+  if [[ "$1" = rm || "$1" = ppo || "$1$MODEL" = grpo ]] && [ -f "$DATA/reward/train_short.jsonl" ]; then
+    rows=reward/train.jsonl
+    [ ! -f "$DATA/reward/validation.jsonl" ] || settings+=(--validation_file_dir "$DATA/reward/validation.jsonl")
   fi
 }
 
@@ -269,7 +261,7 @@ if [ "$FRESH" = yes ]; then
   fi
   # Only what this script makes is removed.
   rm -rf "$OUT/tiny-base" "$OUT/data" "$OUT/stamps"
-  for stage in $KNOWN cold; do
+  for stage in $KNOWN; do
     rm -rf "$OUT/$stage" "$OUT/$stage-merged"
   done
   rm -f "$OUT/eval.json" "$OUT/report.html"
@@ -329,19 +321,14 @@ fi
 if [ -z "$MODEL" ]; then
   step base "$BASE" redo build_tiny_model.py --output_dir "$BASE" --data_dir "$DATA"
 fi
-ROAD=()
 for stage in $STAGES; do
-  [ "$stage$MODEL" != grpo ] || [ ! -e "$DATA/grpo_cold_start" ] || ROAD+=(cold)
-  ROAD+=("$stage")
-done
-for stage in "${ROAD[@]}"; do
   plan "$stage"
   [ -e "$DATA/$rows" ] || refuse "the stage $stage needs $DATA/$rows, which is not there"
 done
 
 POLICY="$BASE"
 models=(base="$BASE") runs=() measured=()
-for stage in "${ROAD[@]}"; do
+for stage in $STAGES; do
   plan "$stage"
   before=$PARENT
   # What ppo learns depends on the reward model as well.
@@ -380,8 +367,8 @@ held_out "$DATA/finetune/validation.jsonl" --chat_file "$DATA/finetune/validatio
 held_out "$DATA/reward/validation.jsonl" --preference_file "$DATA/reward/validation.jsonl" \
   ${REWARD_MODEL:+--reward_model "$REWARD_MODEL"}
 # Other stages do not teach the form in which tasks are replied to.
-if on_road grpo; then
-  held_out "$DATA/grpo/validation.jsonl" --task_file "$DATA/grpo/validation.jsonl" --task_max_new_tokens "$TASK_TOKENS"
+if [ -n "$MODEL" ] && on_road grpo; then
+  held_out "$DATA/grpo/validation.jsonl" --task_file "$DATA/grpo/validation.jsonl" --task_max_new_tokens 512
 fi
 echo "== evaluation"
 "$PYTHON" eval_pipeline.py --models "${models[@]}" "${measured[@]}" --output_file "$OUT/eval.json" --batch_size 64 \

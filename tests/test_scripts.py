@@ -134,7 +134,6 @@ def data(tmp_path):
         for file in ("train.jsonl", "validation.jsonl"):
             (folder / name / file).touch()
     (folder / "reward" / "train_short.jsonl").touch()
-    (folder / "grpo_cold_start").mkdir()
     return str(folder)
 
 
@@ -163,12 +162,12 @@ def is_stage(program):
         ("pt sft rm", {"pt": "tiny-base", "sft": "pt", "rm": "sft-merged"}),
         ("sft rm dpo", {"sft": "tiny-base", "rm": "sft-merged", "dpo": "sft-merged"}),
         ("pt sft rm ppo", {"pt": "tiny-base", "sft": "pt", "rm": "sft-merged", "ppo": "sft-merged"}),
-        ("pt sft grpo", {"pt": "tiny-base", "sft": "pt", "cold": "sft-merged", "grpo": "cold-merged"}),
+        ("pt sft grpo", {"pt": "tiny-base", "sft": "pt", "grpo": "sft-merged"}),
         (
             "sft rm dpo ppo grpo",
             {
                 **{"sft": "tiny-base", "rm": "sft-merged", "dpo": "sft-merged", "ppo": "dpo-merged"},
-                **{"cold": "ppo-merged", "grpo": "cold-merged"},
+                **{"grpo": "ppo-merged"},
             },
         ),
     ],
@@ -191,7 +190,7 @@ def test_each_stage_starts_from_the_last_model_of_the_road(tmp_path, pipeline, d
     assert [model.partition("=")[0] for model in models] == ["base", *(stage for stage in road if stage != "rm")]
     assert value(evaluation, "--first_chat_model") == next(stage for stage in road if stage != "pt")
     assert ("--reward_model" in evaluation) == ("rm" in road)
-    assert ("--task_file" in evaluation) == ("grpo" in road)
+    assert "--task_file" not in evaluation
     (report,) = (flags for program, flags in ran if program == "build_report.py")
     assert [flag for flag in report if "=" in flag] == [f"{stage}={out / stage}" for stage in road]
     answering = {value(flags, "--model_name_or_path") for program, flags in ran if program == "inference.py"}
@@ -267,8 +266,9 @@ def test_fresh_does_not_remove_the_reward_model_that_is_given(tmp_path, pipeline
 def test_what_is_not_held_out_is_not_measured(pipeline, data):
     for name in ("reward", "grpo"):
         (Path(data) / name / "validation.jsonl").unlink()
-    done, ran = pipeline(STAGES="sft rm grpo", DATA=data)
+    done, ran = pipeline(STAGES="sft rm grpo", DATA=data, MODEL="some/model")
     assert done.returncode == 0, done.stderr
+    assert not any("--validation_file_dir" in flags for _, flags in ran)
     unmeasured = {"--preference_file", "--reward_model", "--task_file", "--task_max_new_tokens"}
     assert not unmeasured & set(dict(ran)["eval_pipeline.py"])
     assert f"there is no {data}/grpo/validation.jsonl; what is measured on it is left out" in done.stdout
@@ -302,11 +302,12 @@ def test_missing_rows_of_a_stage_are_named_before_training(tmp_path, pipeline):
     assert not any(is_stage(program) for program, _ in ran)
 
 
-def test_own_tasks_without_a_cold_start_are_taken_as_they_are(tmp_path, pipeline, data):
-    (Path(data) / "grpo_cold_start").rmdir()
-    done, ran = pipeline(STAGES="sft grpo", DATA=data)
+@pytest.mark.parametrize(("model", "rows"), [("", "reward/train.jsonl"), ("some/model", "grpo")])
+def test_the_tiny_model_learns_from_consultations_and_a_real_one_from_tasks(pipeline, data, model, rows):
+    done, ran = pipeline(STAGES="sft grpo", DATA=data, MODEL=model)
     assert done.returncode == 0, done.stderr
-    assert value(dict(ran)["grpo_training.py"], "--model_name_or_path") == str(tmp_path / "out" / "sft-merged")
+    assert value(dict(ran)["grpo_training.py"], "--train_file_dir") == f"{data}/{rows}"
+    assert ("--task_file" in dict(ran)["eval_pipeline.py"]) == bool(model)
 
 
 def test_a_real_model_takes_every_stage_with_settings_of_its_own(pipeline, data):
