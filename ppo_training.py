@@ -455,6 +455,13 @@ class Rollout:
         return {name: values[chosen, : ends.get(name, length - 1)] for name, values in vars(self).items()}
 
 
+# Sums over tokens, in the order of `PpoTrainer.compute_loss`.
+LEARNED = ("policy_loss", "value_loss", "ratio", "clip_fraction", "value_clip_fraction", "policy_kl", "tokens")
+# Rounding to bfloat16 makes a tenth of it.
+LARGEST_SAMPLING_GAP = 0.2
+CHECKPOINT_WEIGHTS, CHECKPOINT_STATE = "actor_critic.safetensors", "ppo_state.json"
+
+
 class PpoTrainer(StageTrainer):
     """PPO on `transformers.Trainer`, which is left to build the optimizer, to log, to save and to resume.
 
@@ -535,6 +542,7 @@ class PpoTrainer(StageTrainer):
             state = json.loads((Path(resume_from_checkpoint) / CHECKPOINT_STATE).read_text(encoding="utf-8"))
             self.kl_coef = state["kl_coef"]
             self.scores_seen = torch.tensor(state["scores_seen"], dtype=torch.float64)
+            self._forget_later_answers()
         began = time.time()
         self._initial_num_input_tokens_seen = self.state.num_input_tokens_seen
         self._tr_loss = torch.tensor(0.0, device=args.device)
@@ -837,12 +845,20 @@ class PpoTrainer(StageTrainer):
         super().log(logs, start_time)
 
     def _write_answers(self) -> None:
-        file = Path(self.args.output_dir) / "answers.jsonl"
-        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-        # What a stopped run wrote beyond its checkpoint is written once more.
-        lines = [line for line in lines if json.loads(line)["step"] < self.state.global_step]
-        lines += [json.dumps({"step": self.state.global_step, **answer}, ensure_ascii=False) for answer in self._shown]
-        file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        with open(self._answers_file, "a", encoding="utf-8") as file:
+            for answer in self._shown:
+                file.write(json.dumps({"step": self.state.global_step, **answer}, ensure_ascii=False) + "\n")
+
+    def _forget_later_answers(self) -> None:
+        """What a stopped run wrote beyond its checkpoint will be written once more."""
+        if is_main_process() and self._answers_file.is_file():
+            lines = self._answers_file.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if json.loads(line)["step"] <= self.state.global_step]
+            self._answers_file.write_text("".join(kept), encoding="utf-8")
+
+    @property
+    def _answers_file(self) -> Path:
+        return Path(self.args.output_dir) / "answers.jsonl"
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         is_new = self.optimizer is None
@@ -888,13 +904,6 @@ class PpoTrainer(StageTrainer):
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-
-# Sums over tokens, in the order of `PpoTrainer.compute_loss`.
-LEARNED = ("policy_loss", "value_loss", "ratio", "clip_fraction", "value_clip_fraction", "policy_kl", "tokens")
-# Rounding to bfloat16 makes a tenth of it.
-LARGEST_SAMPLING_GAP = 0.2
-CHECKPOINT_WEIGHTS, CHECKPOINT_STATE = "actor_critic.safetensors", "ppo_state.json"
 
 
 class ScoredAnswers:
