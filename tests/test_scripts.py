@@ -374,6 +374,16 @@ def test_the_pipeline_learns_and_a_second_call_keeps_what_is_finished(tmp_path):
     assert share(preferred, "preference") >= 0.85
     assert share(preferred, "chat") >= share(tuned, "chat") - 0.05
 
+    ppo = bash("scripts/run_pipeline.sh", timeout=1800, STAGES="pt sft rm ppo", **variables)
+    assert ppo.returncode == 0, ppo.stderr[-2000:]
+    scores = json.loads((tmp_path / "out" / "eval.json").read_text(encoding="utf-8"))["reward"]["models"]
+    assert scores["ppo"]["mean"] > scores["sft"]["mean"] + 2
+
+    grpo = bash("scripts/run_pipeline.sh", timeout=1800, STAGES="pt sft grpo", **variables)
+    assert grpo.returncode == 0, grpo.stderr[-2000:]
+    tuned, rewarded = json.loads((tmp_path / "out" / "eval.json").read_text(encoding="utf-8"))["models"][2:]
+    assert share(rewarded, "good") >= share(tuned, "good") + 0.1
+
     renamed = bash("scripts/run_pipeline.sh", timeout=300, **{**variables, "NAME": "大医"})
     assert renamed.returncode == 1
     assert "--fresh" in renamed.stderr
