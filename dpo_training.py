@@ -323,7 +323,7 @@ def main() -> None:
     stop = apply_template(tokenizer, args.template_name, args.system_prompt, args.tool_format)
 
     # 3 data: both answers follow the same prompt; pairs that do not fit are refused, not cut
-    data = load_data(data_args, to_preference, seed=args.data_seed or args.seed)
+    data = load_data(data_args, to_preference, seed=args.order_seed)
     encode = partial(
         encode_preference,
         tokenizer,
@@ -331,7 +331,7 @@ def main() -> None:
         max_source_length=args.max_source_length,
         max_target_length=args.max_target_length,
     )
-    train, validation = encode_sides(data, encode, data_args, args.data_seed or args.seed, Pair)
+    train, validation = encode_sides(data, encode, data_args, args.order_seed, Pair)
     run.add_data(data)
     run.preview(tokenizer, train)
 

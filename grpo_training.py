@@ -972,7 +972,7 @@ class GroupTrainer(StageTrainer, GRPOTrainer):
             answers=self.num_generations,
             prompts=args.generation_batch_size // self.num_generations,
             times=self.num_iterations * args.steps_per_generation,
-            seed=args.seed if args.data_seed is None else args.data_seed,
+            seed=args.order_seed,
             shuffle=self.shuffle_dataset,
         )
 
@@ -1559,7 +1559,7 @@ def main() -> None:
     stop_ids = stop_token_ids(tokenizer, stop)
 
     # 3 data: prompts that leave room for an answer; the other fields of a row are for the rewards
-    seed = args.data_seed or args.seed
+    seed = args.order_seed
     data = load_data(data_args, to_task, seed=seed)
     names = column_names(data)
     encode = partial(encode_prompt, tokenizer, max_length=args.model_max_length - args.max_completion_length)

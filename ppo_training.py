@@ -713,8 +713,7 @@ class PpoTrainer(StageTrainer):
     def _prompt_at(self, number: int) -> int:
         """The row that comes at this place of an endless row of epochs, each in an order of its own."""
         epoch, place = divmod(number, len(self.train_dataset))
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        generator = torch.Generator().manual_seed(seed + epoch)
+        generator = torch.Generator().manual_seed(self.args.order_seed + epoch)
         return int(torch.randperm(len(self.train_dataset), generator=generator)[place])
 
     def answer(self, tasks: Sequence[dict[str, Any]], temperature: float, seed: int | None = None) -> list[Answer]:
@@ -1006,9 +1005,9 @@ def main() -> None:
     stop = apply_template(tokenizer, args.template_name, args.system_prompt, args.tool_format)
 
     # 3 data: prompts; answers in the rows are not used
-    data = load_data(data_args, to_task, seed=args.data_seed or args.seed)
+    data = load_data(data_args, to_task, seed=args.order_seed)
     encode = partial(encode_prompt, tokenizer, max_length=args.model_max_length - args.response_length)
-    train, validation = encode_sides(data, encode, data_args, args.data_seed or args.seed, Prompt)
+    train, validation = encode_sides(data, encode, data_args, args.order_seed, Prompt)
     run.add_data(data)
     run.preview(tokenizer, train)
     tasks = {row["place"]: row for rows in (data.train, data.validation) for row in rows}

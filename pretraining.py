@@ -92,9 +92,9 @@ def main() -> None:
 
     # 3 data: documents become pieces of at most one block; no token is lost
     load = check_data if data_args.streaming else load_data
-    data = load(data_args, to_text, document_unit=args.document_unit, seed=args.data_seed or args.seed)
+    data = load(data_args, to_text, document_unit=args.document_unit, seed=args.order_seed)
     encode = partial(encode_document, tokenizer, block_size=args.block_size)
-    train, validation = encode_sides(data, encode, data_args, args.data_seed or args.seed)
+    train, validation = encode_sides(data, encode, data_args, args.order_seed)
     run.add_data(data)
     run.preview(tokenizer, train)
 

@@ -103,7 +103,7 @@ def main() -> None:
 
     # 3 data: each conversation is rendered by the template and masked; rows that do not fit are refused, not cut
     load = check_data if data_args.streaming else load_data
-    data = load(data_args, to_messages, seed=args.data_seed or args.seed)
+    data = load(data_args, to_messages, seed=args.order_seed)
     encode = partial(
         encode_chat,
         tokenizer,
@@ -111,7 +111,7 @@ def main() -> None:
         train_on_inputs=args.train_on_inputs,
         mask_history=args.mask_history,
     )
-    train, validation = encode_sides(data, encode, data_args, args.data_seed or args.seed)
+    train, validation = encode_sides(data, encode, data_args, args.order_seed)
     run.add_data(data)
     run.preview(tokenizer, train)
 

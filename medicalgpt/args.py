@@ -351,6 +351,11 @@ class StageDefaults:
     # No tracker talks to a network unless it is named.
     report_to: str = field(default="none", metadata={"help": "Tracker: tensorboard, wandb, ..."})
 
+    @property
+    def order_seed(self) -> int:
+        """Of splits, of mixtures, and of the order of rows."""
+        return self.seed if self.data_seed is None else self.data_seed
+
     def __post_init__(self):
         import torch
 

@@ -288,6 +288,15 @@ def test_numbers_that_train_nothing_are_refused(refusal, stage, argv, reason):
     assert argv[0] in message and reason in message
 
 
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    ("argv", "seed"), [([], 42), (["--seed", 7], 7), (["--seed", 7, "--data_seed", 0], 0), (["--data_seed", 5], 5)]
+)
+def test_the_order_of_rows_has_a_seed_of_its_own(stage, argv, seed):
+    (args,) = parse_args(STAGES[stage], argv=list(map(str, argv)))
+    assert args.order_seed == seed
+
+
 @pytest.mark.parametrize("stage", sorted(PAIR_STAGES))
 @pytest.mark.parametrize("flag", ["--max_source_length", "--max_target_length"])
 def test_limits_of_pairs_are_at_least_one_token(refusal, stage, flag):
