@@ -3,6 +3,7 @@
     python inference.py --model_name_or_path outputs-sft --query 感冒了怎么办？
     python inference.py --model_name_or_path outputs-sft --interactive
     python inference.py --model_name_or_path outputs-sft --data_file questions.jsonl --output_file answers.jsonl
+    torchrun --nproc_per_node 2 inference.py --model_name_or_path outputs-sft --data_file questions.jsonl
 
 The model may be a hub name, a folder of whole weights, or the folder of an adapter (its base is found by itself);
 --lora_model puts an adapter on top. The chat template and the stop tokens come with the checkpoint.
@@ -13,31 +14,53 @@ as `reference`:
 
     {"question": "怎么办？", "answer": "休息。"}
  -> {"question": "怎么办？", "answer": "休息。", "reference": "休息。", "response": "…", "finish_reason": "stop"}
+
+Until all rows are answered, the first ones stand in OUTPUT_FILE.partial. Under torchrun each process has the model on a
+GPU of its own and takes the next batch when it is ready for one; the file is the same with any number of processes.
 """
 
 import json
+import os
+import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from medicalgpt.args import ModelArguments, parse_args
-from medicalgpt.chat import Answer, ChatEngine, ChatTemplateError, PromptTooLongError, Sampling
+from medicalgpt.args import UNUSED_CHAT_ARGUMENTS, ChatArguments, parse_args
+from medicalgpt.chat import (
+    Answer,
+    ChatEngine,
+    ChatTemplateError,
+    PromptTooLongError,
+    Request,
+    Sampling,
+    SpecialTokenError,
+    sampling_from,
+)
 from medicalgpt.data import Problem, Row, RowError, listed, read_rows, to_prompt
 from medicalgpt.errors import UserError, run_main
-from medicalgpt.logs import setup_logging
+from medicalgpt.logs import is_main_process, setup_logging
 
+import torch
 from loguru import logger
+from torch.distributed import HashStore, Store
+from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
 # A signal of life at least this often where no progress bar can be drawn.
 SECONDS_BETWEEN_LINES = 30
-# Rows are written after so many batches: enough to sort by length, little to lose.
-BATCHES_PER_WRITE = 16
+# Rows are sorted by length within so many batches: enough to pad little, and rows are written in order, so that few
+# of those that are answered have to wait for one that is not.
+BATCHES_PER_SORT = 16
+# A process that waits for the answers of the others looks for them this often.
+SECONDS_BETWEEN_LOOKS = 0.05
+# For the first process to report an error that all have met, and to end, before another one reports it.
+SECONDS_TO_SPEAK = 10
 
 HELP = """/clear        forget the conversation
 /system TEXT  set the system prompt (without TEXT: show it)
@@ -47,16 +70,9 @@ Ctrl-C stops an answer; what was said of it stays in the conversation."""
 
 
 @dataclass
-class InferenceArguments(ModelArguments):
-    """What is asked, and how the answer is sampled."""
+class InferenceArguments(ChatArguments):
+    """What is asked."""
 
-    model_name_or_path: str = field(
-        metadata={
-            "help": "Hub name, local folder, or the folder of an adapter (its base is found by itself).",
-            "aliases": ["--base_model"],
-        }
-    )
-    lora_model: str | None = field(default=None, metadata={"help": "Adapter to put on top of the model."})
     query: str | None = field(default=None, metadata={"help": "Answer this one question."})
     interactive: bool = field(
         default=False, metadata={"help": "Talk in the terminal. The default if nothing else is asked for."}
@@ -72,64 +88,29 @@ class InferenceArguments(ModelArguments):
         default=None, metadata={"help": "Fields of --data_file's rows that are no part of the question, with commas."}
     )
     batch_size: int = field(default=8, metadata={"help": "Rows answered at a time.", "aliases": ["--eval_batch_size"]})
-    system_prompt: str | None = field(
-        default=None, metadata={"help": "System prompt for conversations that have none of their own."}
-    )
-    max_new_tokens: int = field(default=512, metadata={"help": "Most tokens of one answer."})
-    temperature: float = field(default=0.0, metadata={"help": "0: the best token every time; above: sampled."})
-    top_p: float = field(default=1.0, metadata={"help": "Sample from the likeliest tokens of this total probability."})
-    top_k: int = field(default=0, metadata={"help": "Sample from the k likeliest tokens; 0: from all."})
-    repetition_penalty: float = field(
-        default=1.0, metadata={"help": "Above 1: tokens that occurred already become less likely."}
-    )
-    seed: int | None = field(default=None, metadata={"help": "The same seed samples the same answers."})
 
 
 def main() -> None:
-    (arguments,) = parse_args(
-        InferenceArguments,
-        description=__doc__,
-        unused={"qlora": "It is a way to train; --load_in_4bit loads the weights in 4 bits."},
-    )
+    (arguments,) = parse_args(InferenceArguments, description=__doc__, unused=UNUSED_CHAT_ARGUMENTS)
     setup_logging()
-    mode = choose_mode(arguments)
-    try:
-        sampling = Sampling(
-            max_new_tokens=arguments.max_new_tokens,
-            temperature=arguments.temperature,
-            top_p=arguments.top_p,
-            top_k=arguments.top_k,
-            repetition_penalty=arguments.repetition_penalty,
-            seed=arguments.seed,
-        )
-    except ValueError as error:
-        raise UserError(f"--{error}") from error
+    with one_of_several() if processes() > 1 else nullcontext():
+        mode = choose_mode(arguments)
+        sampling = sampling_from(arguments)
 
-    # Everything that can be wrong with the files shows before minutes are spent on loading a model.
-    questions = []
-    if mode == "data_file":
-        check_output_file(arguments)
-        questions = read_questions(arguments)
+        # Everything that can be wrong with the files shows before minutes are spent on loading a model.
+        questions = []
+        if mode == "data_file":
+            check_output_file(arguments)
+            questions = read_questions(arguments)
 
-    engine = ChatEngine.from_pretrained(
-        arguments.model_name_or_path,
-        lora_model=arguments.lora_model,
-        tokenizer_name_or_path=arguments.tokenizer_name_or_path,
-        dtype=arguments.dtype,
-        load_in_4bit=arguments.load_in_4bit,
-        load_in_8bit=arguments.load_in_8bit,
-        device_map=arguments.device_map,
-        hub=arguments.hub,
-        revision=arguments.model_revision,
-        cache_dir=arguments.cache_dir,
-    )
-    if mode == "query":
-        messages = [*system_message(arguments.system_prompt), {"role": "user", "content": arguments.query}]
-        say(engine, messages, sampling)
-    elif mode == "interactive":
-        talk(engine, sampling, arguments.system_prompt)
-    else:
-        answer_file(engine, sampling, questions, arguments)
+        engine = ChatEngine.from_arguments(arguments)
+        if mode == "query":
+            messages = [*system_message(arguments.system_prompt), {"role": "user", "content": arguments.query}]
+            say(engine, messages, sampling)
+        elif mode == "interactive":
+            talk(engine, sampling, arguments.system_prompt)
+        else:
+            answer_file(engine, sampling, questions, arguments)
 
 
 def choose_mode(arguments: InferenceArguments) -> str:
@@ -147,6 +128,8 @@ def choose_mode(arguments: InferenceArguments) -> str:
         found = " and ".join(f"--{name}" for name in modes) or "none, and the input is no terminal"
         raise UserError(f"choose exactly one of --query TEXT, --interactive and --data_file FILE (found: {found}).")
     problems = []
+    if processes() > 1 and modes != ["data_file"]:
+        problems.append(f"--{modes[0]} is for one process: start it with python, not torchrun.")
     if modes != ["data_file"]:
         for name in ("output_file", "overwrite_output_file", "ignore_fields", "batch_size"):
             if name in arguments.given:
@@ -258,6 +241,8 @@ def unfinished(output_file: str) -> Path:
 
 def check_output_file(arguments: InferenceArguments) -> None:
     """Raises UserError if the answers would replace a file that nobody gave up."""
+    if not is_main_process():
+        return  # By now the first process may have begun to write.
     target, partial = Path(arguments.output_file), unfinished(arguments.output_file)
     if target.resolve() == Path(arguments.data_file).resolve():
         raise UserError(f"--output_file {target} is the data file itself; give it another name.")
@@ -321,14 +306,17 @@ def refuse(problems: list[Problem]) -> None:
         raise UserError(f"{len(problems)} row(s) cannot be answered; nothing was generated:\n{listed(problems)}")
 
 
-def answer_file(
-    engine: ChatEngine, sampling: Sampling, questions: list[Question], arguments: InferenceArguments
-) -> None:
-    """Answer all questions and write them in the order of the data file."""
-    problems = []
+def prompt_lengths(engine: ChatEngine, questions: list[Question]) -> list[int]:
+    """Count the tokens of each prompt.
+
+    Raises:
+        UserError: any of them cannot be asked; all of these are named.
+    """
+    lengths: list[int] = []
+    problems: list[Problem] = []
     for question in questions:
         try:
-            engine.prompt_ids(question.messages, question.tools)
+            lengths.append(len(engine.prompt_ids(question.messages, question.tools)))
         except PromptTooLongError as error:
             problems.append(
                 Problem(
@@ -337,30 +325,57 @@ def answer_file(
                     "Shorten the row.",
                 )
             )
-        except ChatTemplateError as error:
+        except (ChatTemplateError, SpecialTokenError) as error:
             problems.append(Problem(question.row.place, str(error).rstrip("."), "Change the row."))
     refuse(problems)
+    return lengths
 
+
+def in_batches(lengths: list[int], batch_size: int) -> list[list[int]]:
+    """Put the numbers of neighbouring rows of like length together, the longest first."""
+    width = batch_size * BATCHES_PER_SORT
+    batches = []
+    for first in range(0, len(lengths), width):
+        rows = sorted(range(first, min(first + width, len(lengths))), key=lambda row: lengths[row], reverse=True)
+        batches += [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    return batches
+
+
+def answer_file(
+    engine: ChatEngine, sampling: Sampling, questions: list[Question], arguments: InferenceArguments
+) -> None:
+    """Answer all questions, together with the other processes; the first one writes them in the data file's order."""
+    batches = in_batches(prompt_lengths(engine, questions), arguments.batch_size)
+    store: Store = next(rendezvous("env://"))[0] if processes() > 1 else HashStore()
+    own_work = answer_batches(engine, sampling, questions, batches, store)
+    if not is_main_process():
+        for _ in own_work:
+            pass
+        return
+
+    if len(batches) < processes():
+        logger.warning(
+            f"{len(questions)} rows are {len(batches)} batch(es) of --batch_size {arguments.batch_size}, so that "
+            f"{processes() - len(batches)} of {processes()} processes have nothing to do"
+        )
     target, partial = Path(arguments.output_file), unfinished(arguments.output_file)
     target.parent.mkdir(parents=True, exist_ok=True)
-    started, tokens, written = time.monotonic(), 0, 0
-    rows_per_write = arguments.batch_size * BATCHES_PER_WRITE
+    started, tokens, written, shown = time.monotonic(), 0, 0, 0
     try:
         with open(partial, "w", encoding="utf-8") as file, progress(len(questions)) as advance:
-            for first in range(0, len(questions), rows_per_write):
-                chosen = questions[first : first + rows_per_write]
-                answers = engine.batch(
-                    [question.messages for question in chosen],
-                    # A row's draw depends on its number, not on how rows are grouped.
-                    replace(sampling, seed=sampling.seed + first) if sampling.seed is not None else sampling,
-                    batch_size=arguments.batch_size,
-                    progress=advance,
-                    tools=[question.tools for question in chosen],
-                )
-                file.writelines(map(output_line, chosen, answers))
+            while written < len(questions):
+                if not next(own_work, False):
+                    time.sleep(SECONDS_BETWEEN_LOOKS)
+                while store.check([f"row {written}"]):
+                    answer = json.loads(store.get(f"row {written}"))
+                    store.delete_key(f"row {written}")
+                    file.write(output_line(questions[written], answer["reply"]))
+                    tokens += answer["tokens"]
+                    written += 1
                 file.flush()
-                written += len(chosen)
-                tokens += sum(answer.completion_tokens for answer in answers)
+                answered = store.add("answered", 0)
+                advance(answered - shown)
+                shown = answered
     finally:
         if written < len(questions):
             logger.warning(f"unfinished: the first {written} of {len(questions)} answers are in {partial}")
@@ -369,12 +384,36 @@ def answer_file(
     logger.info(f"{len(questions)} answers, {tokens} tokens in {seconds:.1f} s ({tokens / seconds:.1f}/s): {target}")
 
 
-def output_line(question: Question, answer: Answer) -> str:
+def answer_batches(
+    engine: ChatEngine, sampling: Sampling, questions: list[Question], batches: list[list[int]], store: Store
+) -> Iterator[bool]:
+    """Take batches that no process has taken yet, until none is left; yields True after each.
+
+    Which rows are computed together, and with which seed a row is drawn, does not depend on who does it. So answers
+    are the same from any number of processes, in 16 bits too, where sums round by the shape of a batch.
+    """
+    while (number := store.add("taken", 1) - 1) < len(batches):
+        requests = []
+        for row in batches[number]:
+            prompt_ids = engine.prompt_ids(questions[row].messages, questions[row].tools)
+            seed = None if sampling.seed is None else sampling.seed + row
+            requests.append(Request(prompt_ids, replace(sampling, seed=seed), questions[row].tools))
+        for row, answer in zip(batches[number], engine.generate(requests), strict=True):
+            store.set(f"row {row}", json.dumps({"reply": reply_of(answer), "tokens": answer.completion_tokens}))
+        store.add("answered", len(batches[number]))
+        yield True
+
+
+def reply_of(answer: Answer) -> dict[str, Any]:
+    """The fields that an answer adds to its row."""
+    calls = {"tool_calls": answer.tool_calls} if answer.tool_calls else {}
+    return {"response": answer.text, **calls, "finish_reason": answer.finish_reason}
+
+
+def output_line(question: Question, reply: dict[str, Any]) -> str:
     row = question.row.value if isinstance(question.row.value, dict) else {"prompt": question.row.value}
     reference = {} if question.reference is None else {"reference": question.reference}
-    calls = {"tool_calls": answer.tool_calls} if answer.tool_calls else {}
-    row = {**row, **reference, "response": answer.text, **calls, "finish_reason": answer.finish_reason}
-    return json.dumps(row, ensure_ascii=False) + "\n"
+    return json.dumps({**row, **reference, **reply}, ensure_ascii=False) + "\n"
 
 
 @contextmanager
@@ -399,6 +438,61 @@ def progress(total: int) -> Iterator[Callable[[int], Any]]:
     finally:
         finished.set()
         reporter.join()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Under torchrun
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def processes() -> int:
+    """How many processes share the work."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def one_of_several() -> Iterator[None]:
+    """Give this process a GPU of its own, and see to it that no failed run ends without a word.
+
+    Raises:
+        UserError: there are fewer GPUs than processes.
+    """
+    signal.signal(signal.SIGTERM, stop_with_the_others)
+    try:
+        choose_gpu()
+        yield
+    except UserError as error:
+        if not is_main_process():
+            # Most errors are met by all processes. If this one is, the first one's end ends this one in the meantime.
+            time.sleep(SECONDS_TO_SPEAK)
+            print(f"\nerror in process {os.environ['RANK']}: {error}", file=sys.stderr, flush=True)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def choose_gpu() -> None:
+    if not torch.accelerator.is_available():
+        return
+    local_rank, devices = int(os.environ.get("LOCAL_RANK", "0")), torch.accelerator.device_count()
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
+    if here > devices:
+        raise UserError(
+            f"{here} processes were started on this machine, which has {devices} GPU(s), and each process needs one of "
+            f"its own. Start it with --nproc_per_node {devices}."
+        )
+    torch.accelerator.set_device_index(local_rank)
+
+
+def stop_with_the_others(*_: object) -> NoReturn:
+    if is_main_process():
+        print(
+            "\nerror: this run was ended (SIGTERM). torchrun does so when another process has failed or was killed; "
+            "what happened to it stands beside this message.",
+            file=sys.stderr,
+            flush=True,
+        )
+    sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -92,6 +92,9 @@ UNUSED_PAIR_ARGUMENTS = {
     "include_for_metrics": "The trainer knows what it evaluates.",
 }
 
+# Flags that front ends have no use for.
+UNUSED_CHAT_ARGUMENTS = {"qlora": "It is a way to train; --load_in_4bit loads the weights in 4 bits."}
+
 
 @dataclass
 class TemplateArguments:
@@ -195,6 +198,54 @@ class ModelArguments:
         default=False,
         metadata={"help": "The QLoRA recipe: 4-bit NF4 with double quantization. Implies --load_in_4bit."},
     )
+
+
+@dataclass
+class ChatArguments(ModelArguments):
+    """A model to talk to, and how its answers are chosen; a base of the arguments of every front end."""
+
+    model_name_or_path: str = field(
+        metadata={
+            "help": "Hub name, local folder, or the folder of an adapter (its base is found by itself).",
+            "aliases": ["--base_model"],
+        }
+    )
+    lora_model: str | None = field(default=None, metadata={"help": "Adapter to put on top of the model."})
+    system_prompt: str | None = field(
+        default=None, metadata={"help": "System prompt for conversations that have none of their own."}
+    )
+    max_new_tokens: int = field(default=512, metadata={"help": "Most tokens of one answer."})
+    temperature: float = field(default=0.0, metadata={"help": "0: the best token every time; above: sampled."})
+    top_p: float = field(default=1.0, metadata={"help": "Sample from the likeliest tokens of this total probability."})
+    top_k: int = field(default=0, metadata={"help": "Sample from the k likeliest tokens; 0: from all."})
+    repetition_penalty: float = field(
+        default=1.0, metadata={"help": "Above 1: tokens that occurred already become less likely."}
+    )
+    seed: int | None = field(default=None, metadata={"help": "The same seed samples the same answers."})
+
+
+@dataclass
+class ServeArguments(ChatArguments):
+    """A front end for several people at a time. The settings of ChatArguments hold where a request says none."""
+
+    host: str = field(
+        default="127.0.0.1",
+        metadata={"help": "Address to listen on. The default is for this machine alone.", "aliases": ["--server_name"]},
+    )
+    port: int = field(
+        default=8000, metadata={"help": "Port to listen on; 0 takes a free one.", "aliases": ["--server_port"]}
+    )
+    max_batch_size: int = field(default=16, metadata={"help": "Most answers that are computed together."})
+    max_waiting: int = field(default=64, metadata={"help": "Most requests that may wait; more are turned away."})
+    batching: str = field(
+        default="auto",
+        metadata={
+            "help": "static: waiting requests are admitted when the running ones are answered. continuous: at every "
+            "token, for CUDA. auto: continuous on CUDA where the model can, static elsewhere.",
+            "choices": ["auto", "static", "continuous"],
+        },
+    )
+    request_timeout: float = field(default=300.0, metadata={"help": "Most seconds from a request to its answer."})
 
 
 @dataclass

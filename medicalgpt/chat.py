@@ -6,18 +6,21 @@ renders, an answer does not depend on the answers that are computed beside it, a
 """
 
 import dataclasses
+import json
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from concurrent.futures import Future, InvalidStateError
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from medicalgpt import models
+from medicalgpt.args import ChatArguments
 from medicalgpt.attention import context_length
 from medicalgpt.errors import UserError
+from medicalgpt.tools import ToolFormat, beginning_at_end
 from template import tool_format_of
 
 import torch
@@ -37,6 +40,8 @@ Tools = Sequence[Any]
 
 # torch takes seeds below 2**63; half of that leaves room to add a row number.
 MAX_SEED = 2**62
+# As many likely tokens beside the chosen one as can be asked for.
+MAX_TOP_LOG_PROBS = 20
 
 # What a decoder writes for bytes that are no character, or not yet one.
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -56,6 +61,8 @@ class Sampling:
         stop: strings that end the answer and are not part of it.
         seed: the same seed gives the same text. Unset: drawn from torch's global generator.
         log_probs: note how probable each token was in the draw; not for temperature 0.
+        top_log_probs: note how probable the model finds each token, before all of the above, and so many of the
+            likeliest ones beside it. Unset: nothing is noted.
 
     Raises:
         ValueError: a value is outside of its range.
@@ -69,6 +76,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
     seed: int | None = None
     log_probs: bool = False
+    top_log_probs: int | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
@@ -80,10 +88,42 @@ class Sampling:
             ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "above 0"),
             ("stop", all(self.stop), "without empty strings"),
             ("log_probs", not self.log_probs or self.temperature > 0, "False where nothing is drawn"),
+            (
+                "top_log_probs",
+                self.top_log_probs is None or 0 <= self.top_log_probs <= MAX_TOP_LOG_PROBS,
+                f"from 0 to {MAX_TOP_LOG_PROBS}",
+            ),
             ("seed", self.seed is None or 0 <= self.seed < MAX_SEED, "at least 0 and below 2**62"),
         ):
             if not right:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, it must be {wanted}.")
+
+
+def sampling_from(arguments: ChatArguments) -> Sampling:
+    """What the flags say of sampling.
+
+    Raises:
+        UserError: a value is outside of its range.
+    """
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
+    try:
+        return Sampling(**{name: getattr(arguments, name) for name in names})
+    except ValueError as error:
+        raise UserError(f"--{error}") from error
+
+
+@dataclass(frozen=True)
+class TokenScore:
+    """How probable the model found a token of its answer.
+
+    Attributes:
+        log_prob: its log-probability under the model, before temperature, penalties and the like.
+        top: the likeliest tokens in its place, each with its log-probability, the best first.
+    """
+
+    token_id: int
+    log_prob: float
+    top: tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)
@@ -99,6 +139,7 @@ class Answer:
             `text`. What is no well-formed call of an offered tool stays in `text`.
         token_ids: what the model wrote, the stop token among it.
         log_probs: of each of these tokens, as it was drawn, if that was asked for.
+        scores: of each of these tokens, if `top_log_probs` was set.
     """
 
     text: str
@@ -108,6 +149,28 @@ class Answer:
     tool_calls: tuple[dict[str, Any], ...] = ()
     token_ids: tuple[int, ...] = ()
     log_probs: tuple[float, ...] = ()
+    scores: tuple[TokenScore, ...] = ()
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt that waits for its answer, for `ChatEngine.generate`.
+
+    Args:
+        prompt_ids: the rendered prompt.
+        sampling: how it is answered.
+        tools: what was offered in it.
+        on_text: called with each piece of text that has become certain, in the thread that generates.
+        on_end: called with the answer as soon as it is there, which may be before those beside it.
+        cancelled: asked at every token; True ends the answer, and `on_end` is not called.
+    """
+
+    prompt_ids: Sequence[int]
+    sampling: Sampling
+    tools: Tools | None = None
+    on_text: Callable[[str], Any] = lambda text: None
+    on_end: Callable[[Answer], Any] = lambda answer: None
+    cancelled: Callable[[], bool] = lambda: False
 
 
 class PromptTooLongError(UserError, ValueError):
@@ -130,6 +193,10 @@ class ChatTemplateError(UserError, ValueError):
     """The tokenizer's chat template refuses a conversation."""
 
 
+class SpecialTokenError(UserError, ValueError):
+    """A text in a conversation spells a special token, so that the tokenizer would not read it as text."""
+
+
 class ChatEngine:
     """A model and its tokenizer, ready to answer.
 
@@ -139,19 +206,25 @@ class ChatEngine:
     Args:
         model: a causal language model, with or without adapters.
         tokenizer: its tokenizer, with a chat template.
+
+    Attributes:
+        context_length: tokens of a prompt and its answer that the model can hold; None where it says none.
+        special_ids: special tokens of the tokenizer, from text to id.
+        stop_ids: tokens that end an answer.
+        stop_strings: texts that end an answer.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
         self.model = model
         self.tokenizer = tokenizer
         self.context_length = context_length(model.config)
-        self._special_ids = {
+        self.special_ids = {
             token.content: token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
         }
         ends = model.generation_config.eos_token_id
         ends = list(ends) if isinstance(ends, Sequence) else [ends]
-        self._stop_ids = frozenset(int(end) for end in (*ends, tokenizer.eos_token_id) if end is not None)
-        self._stop_strings = tuple(model.generation_config.stop_strings or ())
+        self.stop_ids = frozenset(int(end) for end in (*ends, tokenizer.eos_token_id) if end is not None)
+        self.stop_strings = tuple(model.generation_config.stop_strings or ())
 
     @classmethod
     def from_pretrained(
@@ -212,6 +285,22 @@ class ChatEngine:
             model = models.attach_adapter(model, adapter)
         return cls(model, tokenizer)
 
+    @classmethod
+    def from_arguments(cls, arguments: ChatArguments) -> "ChatEngine":
+        """Load what the flags say. Errors are those of `from_pretrained`."""
+        return cls.from_pretrained(
+            arguments.model_name_or_path,
+            lora_model=arguments.lora_model,
+            tokenizer_name_or_path=arguments.tokenizer_name_or_path,
+            dtype=arguments.dtype,
+            load_in_4bit=arguments.load_in_4bit,
+            load_in_8bit=arguments.load_in_8bit,
+            device_map=arguments.device_map,
+            hub=arguments.hub,
+            revision=arguments.model_revision,
+            cache_dir=arguments.cache_dir,
+        )
+
     def prompt_ids(self, messages: Messages, tools: Tools | None = None) -> list[int]:
         """Render a conversation up to the point where the answer begins.
 
@@ -222,11 +311,20 @@ class ChatEngine:
             PromptTooLongError: no room is left for an answer.
             NoChatTemplateError: the tokenizer has no chat template.
             ChatTemplateError: the template refuses these messages.
+            SpecialTokenError: a text would be read as a special token, the end of a turn for example.
         """
         if not self.tokenizer.chat_template:
             raise NoChatTemplateError(
                 "The tokenizer has no chat template, so a conversation cannot be put into tokens. Train one in: "
                 "supervised_finetuning.py installs a template and saves it with the model; --template_name chooses it."
+            )
+        spelled = models.special_tokens_in(
+            self.tokenizer, json.dumps([list(messages), tools], ensure_ascii=False, default=str)
+        )
+        if spelled:
+            raise SpecialTokenError(
+                f"The conversation holds {', '.join(spelled)}, which this model's tokenizer reads as a special token. "
+                "Take it out of the text, or write it in another way."
             )
         try:
             ids = self.tokenizer.apply_chat_template(
@@ -234,6 +332,21 @@ class ChatEngine:
             )
         except Exception as error:
             raise ChatTemplateError(f"The chat template cannot render these messages: {error}") from error
+        return self._that_fit(ids)
+
+    def completion_ids(self, text: str) -> list[int]:
+        """Tokens of a raw text that the model shall go on with, without any chat template.
+
+        Raises:
+            PromptTooLongError: no room is left for an answer.
+            ValueError: the text has no tokens.
+        """
+        ids = self.tokenizer(text, verbose=False)["input_ids"]
+        if not ids:
+            raise ValueError("The text is empty, so there is nothing to go on with.")
+        return self._that_fit(ids)
+
+    def _that_fit(self, ids: list[int]) -> list[int]:
         if self.context_length is not None and len(ids) >= self.context_length:
             raise PromptTooLongError(len(ids), self.context_length)
         return ids
@@ -247,22 +360,38 @@ class ChatEngine:
             tools: what the template may offer to the model: JSON schemas or Python functions.
 
         Raises:
-            PromptTooLongError, NoChatTemplateError, ChatTemplateError: see `prompt_ids`.
+            PromptTooLongError, NoChatTemplateError, ChatTemplateError, SpecialTokenError: see `prompt_ids`.
         """
-        return self._generate([self.prompt_ids(messages, tools)], [sampling or Sampling()], [tools])[0].answer()
+        request = Request(self.prompt_ids(messages, tools), sampling or Sampling(), tools)
+        return self.generate([request])[0]
 
     def stream(
         self, messages: Messages, sampling: Sampling | None = None, tools: Tools | None = None
     ) -> "AnswerStream":
         """Answer one conversation piece by piece. Arguments and errors are those of `chat`.
 
-        The pieces are the text as it is generated. The calls of tools in it are known when it is whole: they are in the
-        answer at the end, and no longer in its text.
+        The pieces are the text of the answer. Calls of tools are known when it is whole: they are in the answer at the
+        end, and what may become a call is held back until then.
         """
         prompt, sampling = self.prompt_ids(messages, tools), sampling or Sampling()
-        return AnswerStream(
-            lambda on_text, cancelled: self._generate([prompt], [sampling], [tools], on_text, cancelled)[0]
-        )
+
+        def start(on_text: Callable[[str], Any]) -> tuple["Future[Answer]", Callable[[], Any]]:
+            future: Future[Answer] = Future()
+
+            def work() -> None:
+                request = Request(prompt, sampling, tools, on_text, cancelled=future.cancelled)
+                try:
+                    (answer,) = self.generate([request])
+                except BaseException as error:
+                    settle(future, error=error)
+                else:
+                    settle(future, answer)
+
+            thread = threading.Thread(target=work, name="ChatEngine.stream", daemon=True)
+            thread.start()
+            return future, thread.join
+
+        return AnswerStream(start)
 
     def batch(
         self,
@@ -286,8 +415,8 @@ class ChatEngine:
             Answers in the order of `conversations`.
 
         Raises:
-            PromptTooLongError, NoChatTemplateError, ChatTemplateError: for any conversation, before the first is
-                answered.
+            PromptTooLongError, NoChatTemplateError, ChatTemplateError, SpecialTokenError: for any conversation,
+                before the first is answered.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, it must be at least 1.")
@@ -300,88 +429,80 @@ class ChatEngine:
         answers: dict[int, Answer] = {}
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            replies = self._generate(
-                [prompts[index] for index in chosen],
-                [dataclasses.replace(sampling, seed=seed + index) for index in chosen],
-                [tools[index] for index in chosen],
-            )
-            answers.update(zip(chosen, (reply.answer() for reply in replies), strict=True))
+            requests = [
+                Request(prompts[index], dataclasses.replace(sampling, seed=seed + index), tools[index])
+                for index in chosen
+            ]
+            answers.update(zip(chosen, self.generate(requests), strict=True))
             if progress is not None:
                 progress(len(chosen))
         return [answers[index] for index in range(len(prompts))]
 
-    def _generate(
-        self,
-        prompts: Sequence[list[int]],
-        samplings: Sequence[Sampling],
-        tools: Sequence[Tools | None],
-        on_text: Callable[[str], Any] | None = None,
-        cancelled: threading.Event | None = None,
-    ) -> list["_Reply"]:
-        """Run the model on prompts of any lengths until each has its answer, or until `cancelled` is set."""
+    def generate(self, requests: Sequence[Request]) -> list[Answer | None]:
+        """Run the model on prompts of any lengths until each has its answer. No answer depends on another.
+
+        Returns:
+            The answers, None where a request was cancelled.
+        """
         device = self.model.device
-        replies = [self._reply_to(*each) for each in zip(prompts, samplings, tools, strict=True)]
-        width = max(len(prompt) for prompt in prompts)
+        rows = [self.row(request) for request in requests]
+        width = max(len(row.prompt_ids) for row in rows)
         # Any token will do as padding, since the attention mask hides it; a prompt's own is sure to be in the model.
-        input_ids = torch.full((len(prompts), width), prompts[0][0], dtype=torch.long)
+        padding = rows[0].prompt_ids[0]
+        input_ids = torch.full((len(rows), width), padding, dtype=torch.long)
         attention_mask = torch.zeros_like(input_ids)
-        for row, prompt in enumerate(prompts):
-            input_ids[row, width - len(prompt) :] = torch.tensor(prompt)
-            attention_mask[row, width - len(prompt) :] = 1
+        for number, row in enumerate(rows):
+            input_ids[number, width - len(row.prompt_ids) :] = torch.tensor(row.prompt_ids)
+            attention_mask[number, width - len(row.prompt_ids) :] = 1
         # The current CUDA device belongs to a thread, and custom kernels run on it wherever their tensors are.
-        sampler = _Sampler(samplings, prompts, device)
         on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
         with on_device, _evaluation_mode(self.model):
             self.model.generate(
                 input_ids=input_ids.to(device),
                 attention_mask=attention_mask.to(device),
-                max_new_tokens=max(reply.max_tokens for reply in replies),
-                eos_token_id=sorted(self._stop_ids) or None,
-                pad_token_id=prompts[0][0],
+                max_new_tokens=max(row.max_tokens for row in rows),
+                eos_token_id=sorted(self.stop_ids) or None,
+                pad_token_id=padding,
                 use_cache=True,
-                # Choosing the token is the work of _Sampler: whatever the model's generation_config says about
+                # Choosing the token is the work of the rows: whatever the model's generation_config says about
                 # sampling would come on top, and would see the padding.
                 do_sample=False,
                 num_beams=1,
                 repetition_penalty=1.0,
                 stop_strings=None,
-                logits_processor=LogitsProcessorList([sampler]),
-                stopping_criteria=StoppingCriteriaList([_Recorder(replies, on_text, cancelled)]),
+                logits_processor=LogitsProcessorList([_Chooser(rows, width)]),
+                stopping_criteria=StoppingCriteriaList([_Recorder(rows)]),
             )
-        for reply, log_probs in zip(replies, sampler.log_probs, strict=True):
-            reply.log_probs = torch.stack(log_probs).tolist() if log_probs else []
-        return replies
+        return [row.answer for row in rows]
 
-    def _reply_to(self, prompt: list[int], sampling: Sampling, tools: Tools | None = None) -> "_Reply":
-        form = tool_format_of(self.tokenizer) if tools else None
-        # Without its marks, a call could not be told from text.
-        marks = {self._special_ids[mark] for mark in form.marks if mark in self._special_ids} if form else None
-        stop = (*sampling.stop, *self._stop_strings)
-        room = sampling.max_new_tokens
-        if self.context_length is not None:
-            room = min(room, self.context_length - len(prompt))
-        return _Reply(
-            tokenizer=self.tokenizer,
-            prompt_tokens=len(prompt),
-            max_tokens=room,
-            # Special tokens are left out of decoded text, where they could not be found as strings.
-            stop_ids=self._stop_ids.union(self._special_ids[text] for text in stop if text in self._special_ids),
-            stop_strings=tuple(text for text in stop if text not in self._special_ids),
-            read_calls=partial(form.parse, tools=tools) if form else None,
-            hidden_ids=frozenset(self._special_ids.values()) - marks if marks else None,
-        )
+    def row(self, request: Request) -> "Row":
+        """The growing answer to a request."""
+        return Row(self, request)
+
+
+def settle(future: "Future[Answer]", answer: Answer | None = None, error: BaseException | None = None) -> None:
+    """Give a future its answer or error, unless it was cancelled meanwhile."""
+    with suppress(InvalidStateError):
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(answer)
 
 
 class AnswerStream(Iterator[str]):
-    """The pieces of an answer while it is generated; joined, they are the text of the answer and its tool calls.
+    """The pieces of an answer while it is generated; joined, they are the text of the answer.
 
-    Generation runs in a thread of its own from the first piece on. It stops when the stream is closed, left as a
-    context manager, or no longer referenced. An error in it is raised by `next`.
+    Generation begins with the first piece that is asked for. It stops when the stream is closed, left as a context
+    manager, or no longer referenced. An error in it is raised by `next`.
+
+    Args:
+        start: begins to generate. Given what is to be called with each piece, it returns the future answer, which may
+            be cancelled, and a function that waits until nothing is generated any more.
     """
 
-    def __init__(self, generate: Callable[[Callable[[str], Any], threading.Event], "_Reply"]):
+    def __init__(self, start: Callable[[Callable[[str], Any]], tuple["Future[Answer]", Callable[[], Any]]]):
         self._finished: list[Answer] = []
-        self._pieces = _run_in_thread(generate, self._finished)
+        self._pieces = _pieces(start, self._finished)
 
     @property
     def answer(self) -> Answer | None:
@@ -392,7 +513,7 @@ class AnswerStream(Iterator[str]):
         return next(self._pieces)
 
     def close(self) -> None:
-        """Stop generating; returns when the thread has ended, which takes up to one step of the model."""
+        """Stop generating, which takes up to one step of the model."""
         self._pieces.close()
 
     def __enter__(self) -> "AnswerStream":
@@ -403,64 +524,66 @@ class AnswerStream(Iterator[str]):
 
 
 # A function, not a method: without a reference to the stream, it ends as soon as the stream is dropped.
-def _run_in_thread(
-    generate: Callable[[Callable[[str], Any], threading.Event], "_Reply"], finished: list[Answer]
+def _pieces(
+    start: Callable[[Callable[[str], Any]], tuple["Future[Answer]", Callable[[], Any]]], finished: list[Answer]
 ) -> Iterator[str]:
-    events: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
-    cancelled = threading.Event()
-
-    def work() -> None:
-        try:
-            reply = generate(events.put, cancelled)
-            if not cancelled.is_set():
-                finished.append(reply.answer())
-            events.put(None)
-        except BaseException as error:
-            events.put(error)
-
-    thread = threading.Thread(target=work, name="ChatEngine.stream", daemon=True)
-    thread.start()
+    events: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    future, wait = start(events.put)
+    future.add_done_callback(lambda _: events.put(None))
     try:
-        while (event := events.get()) is not None:
-            if isinstance(event, BaseException):
-                raise event
-            yield event
+        while (piece := events.get()) is not None:
+            yield piece
+        finished.append(future.result())
     finally:
-        cancelled.set()
-        thread.join()
+        future.cancel()
+        wait()
 
 
-class _Reply:
-    """One growing answer: decodes whole characters, finds stop strings, knows when it has ended.
+class Row:
+    """One growing answer: chooses its tokens, decodes whole characters, finds stop strings, knows when it has ended.
+
+    The draw of a token is the Gumbel-max trick (https://arxiv.org/abs/1411.0030): `argmax(score + Gumbel noise)` is
+    distributed like a draw from `softmax(score)`. With a generator of its own, a row is the same alone and in any
+    batch.
 
     Attributes:
-        text: what is certain to be in the answer.
-        finish_reason: None while it grows.
+        max_tokens: most tokens that it may have.
+        ended: whether it needs no further token.
+        answer: once it has ended, unless it was cancelled.
+        token_ids: the answer so far, its stop token among it.
     """
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        prompt_tokens: int,
-        max_tokens: int,
-        stop_ids: frozenset[int],
-        stop_strings: tuple[str, ...],
-        read_calls: Callable[[str], tuple[str, list[dict[str, Any]]]] | None = None,
-        hidden_ids: frozenset[int] | None = None,
-    ):
-        self.max_tokens = max_tokens
-        self.text = ""
-        self.finish_reason: Literal["stop", "length"] | None = None
-        self._tokenizer = tokenizer
-        self._prompt_tokens = prompt_tokens
-        self._token_ids: list[int] = []
-        self.log_probs: list[float] = []
-        self._stop_ids = stop_ids
-        self._stop_strings = stop_strings
-        self._read_calls = read_calls
-        # Unset: all special tokens are left out of the text.
-        self._hidden_ids = hidden_ids
-        # Text that may be the beginning of a stop string.
+    def __init__(self, engine: ChatEngine, request: Request):
+        self.prompt_ids = request.prompt_ids
+        self.max_tokens = request.sampling.max_new_tokens
+        if engine.context_length is not None:
+            self.max_tokens = min(self.max_tokens, engine.context_length - len(self.prompt_ids))
+        self.ended = False
+        self.answer: Answer | None = None
+        self._request = request
+        self._sampling = request.sampling
+        self._generator = None
+        if self._sampling.temperature > 0:
+            self._generator = torch.Generator(engine.model.device).manual_seed(_seed_of(self._sampling))
+
+        special = engine.special_ids
+        self._tools: ToolFormat | None = tool_format_of(engine.tokenizer) if request.tools else None
+        # Special tokens are left out of the text, where they could not be found as strings. The marks of a call are
+        # kept: without them, it could not be told from text.
+        stop = (*self._sampling.stop, *engine.stop_strings)
+        self._stop_ids = engine.stop_ids.union(special[text] for text in stop if text in special)
+        self._stop_strings = tuple(text for text in stop if text not in special)
+        marks = self._tools.marks if self._tools else ()
+        self._hidden_ids = frozenset(special.values()) - {special[mark] for mark in marks if mark in special}
+
+        self._tokenizer = engine.tokenizer
+        self.token_ids: list[int] = []
+        # On the device until the end, since reading a number there makes the device wait.
+        self._log_probs: list[torch.Tensor] = []
+        self._scores: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        # Text that is certain, how much of it was passed on, and text that may be the beginning of a stop string.
+        self._text = ""
+        self._passed_on = 0
         self._held = ""
         # A token's text can depend on the token before (spaces, bytes of a character), so that decoding starts at
         # `_context`, tokens before `_fresh` are decoded already, and `_seen` characters after them too.
@@ -469,30 +592,82 @@ class _Reply:
         self._fresh = 0
         self._seen = 0
 
-    def add(self, token_id: int) -> str:
-        """Take in the next token and return the text that became certain."""
-        self._token_ids.append(token_id)
+    def choose(self, scores: torch.Tensor, before: torch.Tensor) -> None:
+        """Change scores in place so that the best one is the next token.
+
+        Args:
+            scores: of the whole vocabulary, (vocabulary,), float32.
+            before: tokens of the prompt and of the answer so far, (length,).
+        """
+        sampling = self._sampling
+        plain = None if sampling.top_log_probs is None else scores.log_softmax(-1)
+        if sampling.repetition_penalty != 1:
+            said = before.unique()
+            penalty = sampling.repetition_penalty
+            scores[said] = torch.where(scores[said] > 0, scores[said] / penalty, scores[said] * penalty)
+        if self._generator is not None:
+            likely = _kept(scores, sampling)
+            scores.copy_(_draw(likely, self._generator))
+            if sampling.log_probs:
+                self._log_probs.append(likely.log_softmax(-1)[scores.argmax()])
+        if plain is not None:
+            top = plain.topk(min(sampling.top_log_probs, len(plain)))
+            self._scores.append((plain[scores.argmax()], top.indices, top.values))
+
+    def add(self, token_id: int) -> None:
+        """Take in the next token and pass on the text that became certain."""
+        if self._request.cancelled():
+            self.ended = True
+            return
+        self.token_ids.append(token_id)
         if token_id in self._stop_ids:
-            return self._release(len(self._held), "stop")
+            self._end(len(self._held), "stop")
+            return
         self._ids.append(token_id)
         self._held += self._decode()
         found = [at for at in map(self._held.find, self._stop_strings) if at >= 0]
         if found:
-            return self._release(min(found), "stop")
-        if len(self._token_ids) == self.max_tokens:
-            return self._release(len(self._held), "length")
-        return self._release(len(self._held) - self._unsure(), None)
+            self._end(min(found), "stop")
+        elif len(self.token_ids) == self.max_tokens:
+            self._end(len(self._held), "length")
+        else:
+            unsure = max((beginning_at_end(self._held, stop) for stop in self._stop_strings), default=0)
+            self._release(len(self._held) - unsure)
+            self._pass_on(self._text[: self._tools.certain(self._text)] if self._tools else self._text)
 
-    def answer(self) -> Answer:
-        text, calls = self._read_calls(self.text) if self._read_calls else (self.text, [])
-        ids = tuple(self._token_ids)
-        # A row that has ended is drawn for until the last one of its batch has.
-        log_probs = tuple(self.log_probs[: len(ids)])
-        return Answer(text, self.finish_reason, self._prompt_tokens, len(ids), tuple(calls), ids, log_probs)
+    def _end(self, length: int, finish_reason: Literal["stop", "length"]) -> None:
+        self._release(length)
+        tools = self._request.tools
+        text, calls = self._tools.parse(self._text, tools) if self._tools else (self._text, [])
+        self._pass_on(text)
+        self.ended = True
+        self.answer = Answer(
+            text=text,
+            finish_reason=finish_reason,
+            prompt_tokens=len(self.prompt_ids),
+            completion_tokens=len(self.token_ids),
+            tool_calls=tuple(calls),
+            token_ids=tuple(self.token_ids),
+            log_probs=tuple(torch.stack(self._log_probs).tolist()) if self._log_probs else (),
+            scores=tuple(
+                TokenScore(token_id, log_prob.item(), tuple(zip(top_ids.tolist(), top.tolist(), strict=True)))
+                for token_id, (log_prob, top_ids, top) in zip(self.token_ids, self._scores, strict=False)
+            ),
+        )
+        self._request.on_end(self.answer)
+
+    def _release(self, length: int) -> None:
+        self._text += self._held[:length]
+        self._held = self._held[length:]
+
+    def _pass_on(self, text: str) -> None:
+        if len(text) > self._passed_on:
+            self._request.on_text(text[self._passed_on :])
+            self._passed_on = len(text)
 
     def _decode(self) -> str:
-        known = self._text(self._ids[self._context : self._fresh])
-        fresh = self._text(self._ids[self._context :])[len(known) :]
+        known = self._decoded(self._ids[self._context : self._fresh])
+        fresh = self._decoded(self._ids[self._context :])[len(known) :]
         whole = fresh.rstrip(REPLACEMENT)
         piece = whole[self._seen :]
         self._seen = max(self._seen, len(whole))
@@ -500,90 +675,48 @@ class _Reply:
             self._context, self._fresh, self._seen = self._fresh, len(self._ids), 0
         return piece
 
-    def _text(self, ids: list[int]) -> str:
-        if self._hidden_ids is not None:
-            ids = [token_id for token_id in ids if token_id not in self._hidden_ids]
-        return self._tokenizer.decode(
-            ids, skip_special_tokens=self._hidden_ids is None, clean_up_tokenization_spaces=False
-        )
-
-    def _unsure(self) -> int:
-        """Length of the longest end of the held text that a stop string begins with."""
-        return max(
-            (
-                length
-                for stop in self._stop_strings
-                for length in range(1, len(stop))
-                if self._held.endswith(stop[:length])
-            ),
-            default=0,
-        )
-
-    def _release(self, length: int, finish_reason: Literal["stop", "length"] | None) -> str:
-        text, self._held = self._held[:length], self._held[length:]
-        self.text += text
-        self.finish_reason = finish_reason
-        return text
+    def _decoded(self, ids: list[int]) -> str:
+        ids = [token_id for token_id in ids if token_id not in self._hidden_ids]
+        return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-class _Recorder(StoppingCriteria):
-    """Hands each new token to its reply, and ends the rows whose reply has ended."""
+class _Chooser(LogitsProcessor):
+    """Lets each row choose among the scores of its next token."""
 
-    def __init__(
-        self, replies: Sequence[_Reply], on_text: Callable[[str], Any] | None, cancelled: threading.Event | None
-    ):
-        self.replies = replies
-        self.on_text = on_text
-        self.cancelled = cancelled
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        """input_ids: (batch, length). Returns (batch,), True where a row has ended."""
-        for reply, token_id in zip(self.replies, input_ids[:, -1].tolist(), strict=True):
-            if reply.finish_reason is None:
-                text = reply.add(token_id)
-                if text and self.on_text is not None:
-                    self.on_text(text)
-        stopped = self.cancelled is not None and self.cancelled.is_set()
-        ended = [stopped or reply.finish_reason is not None for reply in self.replies]
-        return torch.tensor(ended, device=input_ids.device)
-
-
-class _Sampler(LogitsProcessor):
-    """Changes scores so that the best one is a fair draw, each row with its own settings and its own generator.
-
-    The draw is the Gumbel-max trick (https://arxiv.org/abs/1411.0030): `argmax(score + Gumbel noise)` is distributed
-    like a draw from `softmax(score)`. A row is therefore the same alone and in any batch.
-    """
-
-    def __init__(self, samplings: Sequence[Sampling], prompts: Sequence[list[int]], device: torch.device):
-        width = max(len(prompt) for prompt in prompts)
-        self.padding = [width - len(prompt) for prompt in prompts]
-        self.samplings = samplings
-        self.generators = [
-            torch.Generator(device).manual_seed(_seed_of(sampling)) if sampling.temperature > 0 else None
-            for sampling in samplings
-        ]
-        self.log_probs: list[list[torch.Tensor]] = [[] for _ in samplings]
+    def __init__(self, rows: Sequence[Row], width: int):
+        self.rows = rows
+        self.padding = [width - len(row.prompt_ids) for row in rows]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """input_ids: (batch, length); scores: (batch, vocabulary), float32."""
-        if scores.isnan().any():
-            raise UserError(
-                "The model's scores are not numbers (NaN), so no token can be chosen. Weights in float16 overflow in "
-                "many models: load them with --dtype bfloat16 or float32. If that is no cure, the weights are broken."
-            )
-        for row, sampling in enumerate(self.samplings):
-            if sampling.repetition_penalty != 1:
-                said = input_ids[row, self.padding[row] :].unique()
-                before = scores[row, said]
-                penalty = sampling.repetition_penalty
-                scores[row, said] = torch.where(before > 0, before / penalty, before * penalty)
-            if sampling.temperature > 0:
-                likely = _kept(scores[row], sampling)
-                scores[row] = _draw(likely, self.generators[row])
-                if sampling.log_probs:
-                    self.log_probs[row].append(likely.log_softmax(-1)[scores[row].argmax()])
+        refuse_nan(scores)
+        for number, row in enumerate(self.rows):
+            if not row.ended:
+                row.choose(scores[number], input_ids[number, self.padding[number] :])
         return scores
+
+
+class _Recorder(StoppingCriteria):
+    """Hands each new token to its row, and ends the rows that have their answer."""
+
+    def __init__(self, rows: Sequence[Row]):
+        self.rows = rows
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        """input_ids: (batch, length). Returns (batch,), True where a row has ended."""
+        for row, token_id in zip(self.rows, input_ids[:, -1].tolist(), strict=True):
+            if not row.ended:
+                row.add(token_id)
+        return torch.tensor([row.ended for row in self.rows], device=input_ids.device)
+
+
+def refuse_nan(scores: torch.Tensor) -> None:
+    """Raises UserError if a score is not a number."""
+    if scores.isnan().any():
+        raise UserError(
+            "The model's scores are not numbers (NaN), so no token can be chosen. Weights in float16 overflow in "
+            "many models: load them with --dtype bfloat16 or float32. If that is no cure, the weights are broken."
+        )
 
 
 def _kept(scores: torch.Tensor, sampling: Sampling) -> torch.Tensor:

@@ -23,6 +23,7 @@ from medicalgpt.args import DataArguments
 from medicalgpt.cache import Unknown, through_cache, token_key
 from medicalgpt.data import LoadedData, Problem, signs_of_life
 from medicalgpt.errors import UserError
+from medicalgpt.models import special_tokens_in
 from medicalgpt.rows import Rows, on_disk
 
 import datasets
@@ -249,12 +250,10 @@ def _check_prompt(text: str, prompt: str, start: int) -> None:
 def refuse_special_tokens(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None
 ) -> None:
-    """A text that spells a special token would be read as that token: as the end of a turn in the middle of it, say."""
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    """Raises EncodingError if a text spells a special token: as the end of a turn in the middle of it, say."""
     texts = [(f"turn {number}", message) for number, message in enumerate(messages, start=1)]
     for where, value in [*texts, ("the column `tools`", tools or [])]:
-        text = json.dumps(value, ensure_ascii=False)
-        if found := [token for token in special if token in text]:
+        if found := special_tokens_in(tokenizer, json.dumps(value, ensure_ascii=False)):
             raise EncodingError(
                 f"{where} holds {', '.join(found)}, which this tokenizer reads as a special token",
                 "Take it out of the text, or write it in another way",

@@ -203,6 +203,12 @@ def stage_tokenizer(arguments: ModelArguments, lora: LoraArguments) -> PreTraine
     return tokenizer
 
 
+def special_tokens_in(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
+    """The special tokens that a text spells: a tokenizer reads them as the end of a turn, say, wherever they stand."""
+    special = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    return [token for token in special if token in text]
+
+
 def _quantizing_flag(load_in_4bit: bool, load_in_8bit: bool) -> str | None:
     return "--load_in_4bit" if load_in_4bit else "--load_in_8bit" if load_in_8bit else None
 

@@ -29,6 +29,7 @@ class ToolFormat:
         result: Jinja for one tool `message`, part of a user turn.
         marks: strings that the form is made of. A vocabulary may have them as special tokens.
         find: finds the calls of an answer, in order.
+        opening: what every call begins with, white space aside; None where a call may begin with anything.
         gap: what stands between the text of an answer and its calls.
         typed: whether the text says of what type an argument is. Where not, the tool's JSON schema does.
         family_only: whether only templates of its family may have it.
@@ -40,6 +41,7 @@ class ToolFormat:
     result: str
     marks: tuple[str, ...]
     find: Callable[[str], list[Found]]
+    opening: str | None = None
     gap: str = "\n"
     typed: bool = True
     family_only: bool = False
@@ -52,6 +54,15 @@ class ToolFormat:
             f"{{%- macro tool_calls(message, content, number) %}}{self.calls}{{%- endmacro %}}\n"
             f"{{%- macro tool_result(message) %}}{self.result}{{%- endmacro %}}\n"
         )
+
+    def certain(self, text: str) -> int:
+        """How much of a growing answer is sure to stay text beside calls, whatever follows: a number of characters."""
+        if self.opening is None:
+            return 0
+        end = text.find(self.opening)
+        if end < 0:
+            end = len(text) - beginning_at_end(text, self.opening)
+        return len(text[:end].rstrip())
 
     def parse(self, text: str, tools: Sequence[Any] | None = None) -> tuple[str, list[dict[str, Any]]]:
         """Read the calls out of an answer. A call inside of the model's thoughts (before `</think>`) is none.
@@ -83,6 +94,11 @@ class ToolFormat:
                 at = offset + end
         beside = "".join((*pieces, text[at:]))
         return ("" if calls and beside.isspace() else beside), calls
+
+
+def beginning_at_end(text: str, wanted: str) -> int:
+    """Length of the longest end of a text that `wanted` begins with, the whole of it aside."""
+    return next((length for length in range(len(wanted) - 1, 0, -1) if text.endswith(wanted[:length])), 0)
 
 
 def _schemas(tools: Sequence[Any]) -> dict[str, Any]:
@@ -363,6 +379,7 @@ _DEFAULT = ToolFormat(
     result="{{- 'Observation: ' ~ message.content }}",
     marks=("Action:", "Action Input:", "Observation:"),
     find=lambda text: _find_at_end(text, _action_at),
+    opening="Action:",
 )
 
 # Of Qwen2.5 and Qwen3, as Hermes made it (https://github.com/NousResearch/Hermes-Function-Calling).
@@ -385,6 +402,7 @@ _QWEN = ToolFormat(
     result=r"{{- '<tool_response>\n' ~ message.content ~ '\n</tool_response>' }}",
     marks=("<tools>", "</tools>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"),
     find=lambda text: _find_between(text, "<tool_call>", "</tool_call>", _tagged_at),
+    opening="<tool_call>",
 )
 
 # Of Llama 3.1 (https://www.llama.com/docs/model-cards-and-prompt-formats/llama3_1), which makes one call per turn and
@@ -408,6 +426,7 @@ _LLAMA3 = ToolFormat(
     result="{{- message.content | tojson }}",
     marks=('{"name":', '"parameters":'),
     find=lambda text: _find_at_end(text, _object_at),
+    opening="{",
 )
 
 # Of GLM-4 (https://github.com/THUDM/GLM-4), which makes one call per turn.
@@ -446,6 +465,7 @@ _MISTRAL = ToolFormat(
     result="{{- '[TOOL_RESULTS] {\"content\": ' ~ message.content | tojson ~ '}[/TOOL_RESULTS]' }}",
     marks=("[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"),
     find=_find_listed,
+    opening="[TOOL_CALLS]",
 )
 
 # Of Qwen3.5 (https://huggingface.co/Qwen/Qwen3.5-4B), which writes each argument by itself: text as it is, lists and
@@ -494,6 +514,7 @@ _QWEN3_5 = ToolFormat(
     result=r"{{- '<tool_response>\n' ~ message.content | trim ~ '\n</tool_response>' }}",
     marks=_QWEN.marks,
     find=lambda text: _find_between(text, "<tool_call>", "</tool_call>", _xml_at),
+    opening="<tool_call>",
     gap="\n\n",
     typed=False,
     family_only=True,
@@ -527,6 +548,7 @@ _DEEPSEEK3 = ToolFormat(
         "<｜tool▁sep｜>",
     ),
     find=lambda text: _find_between(text, _deepseek("calls▁begin"), _deepseek("calls▁end"), _fenced_at),
+    opening="<｜tool",
     gap="",
     family_only=True,
 )

@@ -4,11 +4,21 @@ import copy
 import dataclasses
 import gc
 import itertools
+import re
 import threading
 import time
 from collections import Counter
 
-from medicalgpt.chat import ChatEngine, ChatTemplateError, PromptTooLongError, Sampling, _draw, _kept
+from medicalgpt.chat import (
+    ChatEngine,
+    ChatTemplateError,
+    PromptTooLongError,
+    Request,
+    Sampling,
+    SpecialTokenError,
+    _draw,
+    _kept,
+)
 from medicalgpt.errors import UserError
 
 import pytest
@@ -274,6 +284,25 @@ def test_batch_with_tools(taught):
     assert offered.prompt_tokens == len(taught.prompt_ids(ask("你好"), tools)) > plain.prompt_tokens
 
 
+@pytest.mark.parametrize("role", ["system", "user", "assistant"])
+def test_a_text_that_spells_a_special_token_is_refused(taught, role):
+    messages = [{"role": role, "content": f"hello{TURN_END} there"}, *ask("你好")]
+    with pytest.raises(SpecialTokenError, match=re.escape(TURN_END)):
+        taught.chat(messages)
+    tools = [{"type": "function", "function": {"name": "look_up", "description": TURN_END}}]
+    with pytest.raises(SpecialTokenError):
+        taught.prompt_ids(ask("你好"), tools)
+
+
+def test_raw_text_is_gone_on_with(taught):
+    (answer,) = taught.generate([Request(taught.completion_ids("你好"), Sampling(max_new_tokens=4))])
+    assert answer.prompt_tokens == len("你好".encode())
+    with pytest.raises(ValueError, match="empty"):
+        taught.completion_ids("")
+    with pytest.raises(PromptTooLongError, match="context of 512"):
+        taught.completion_ids("x" * 512)
+
+
 # --- stop strings ----------------------------------------------------------------------------------------------------
 
 
@@ -438,6 +467,26 @@ def test_answers_come_with_their_tokens_and_how_probable_these_were(random):
     assert random.chat(ask("hello"), Sampling(max_new_tokens=3)).log_probs == ()
     with pytest.raises(ValueError, match="log_probs"):
         Sampling(log_probs=True)
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.3, "seed": 4, "repetition_penalty": 1.5, "top_k": 5}])
+def test_scores_are_those_of_the_model_before_any_sampling(random, settings):
+    question = ask("hello")
+    answer = random.chat(question, Sampling(max_new_tokens=12, top_log_probs=3, **settings))
+    prompt = random.prompt_ids(question)
+    with torch.no_grad():
+        logits = random.model(torch.tensor([[*prompt, *answer.token_ids]])).logits[0, len(prompt) - 1 : -1]
+    # The checkpoint of the fixture forbids these.
+    logits[:, random.model.generation_config.suppress_tokens] = float("-inf")
+    expected = logits.log_softmax(-1)
+    assert [score.token_id for score in answer.scores] == list(answer.token_ids)
+    for score, row in zip(answer.scores, expected, strict=True):
+        assert score.log_prob == pytest.approx(row[score.token_id].item(), abs=1e-4)
+        best = row.topk(3)
+        assert [token for token, _ in score.top] == best.indices.tolist()
+        assert [value for _, value in score.top] == pytest.approx(best.values.tolist(), abs=1e-4)
+    assert random.chat(question, Sampling(max_new_tokens=3, top_log_probs=0)).scores[0].top == ()
+    assert random.chat(question, Sampling(max_new_tokens=3)).scores == ()
 
 
 def draws(scores: list[float], count: int = 4000, **settings) -> dict[int, float]:

@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ import inference
 from medicalgpt.errors import UserError
 
 import pytest
+import torch
 from tiny import make_tiny
 
 ROOT = Path(__file__).parent.parent
@@ -126,7 +128,7 @@ def test_data_file_answers_every_row_in_order(taught, tmp_path):
 
 def test_text_file_and_many_small_writes(taught, tmp_path, monkeypatch):
     """More rows than are written at once, and one question to a line, blank lines aside."""
-    monkeypatch.setattr(inference, "BATCHES_PER_WRITE", 1)
+    monkeypatch.setattr(inference, "BATCHES_PER_SORT", 1)
     questions = list(ANSWERS) * 3
     data = write_rows(tmp_path / "in.txt", [*questions[:4], "", *questions[4:]])
     output = tmp_path / "out.jsonl"
@@ -136,10 +138,11 @@ def test_text_file_and_many_small_writes(taught, tmp_path, monkeypatch):
 
 
 def test_seeded_answers_do_not_depend_on_grouping(endless, tmp_path, monkeypatch):
-    data = write_rows(tmp_path / "in.txt", ["one", "two three", "four", "five five five five", "six"])
+    questions = ["one", "two three", "four", "five five five five", "six"]
+    data = write_rows(tmp_path / "in.txt", questions)
     found = []
-    for batch_size, batches_per_write in ((1, 1), (2, 1), (5, 16)):
-        monkeypatch.setattr(inference, "BATCHES_PER_WRITE", batches_per_write)
+    for batch_size, batches_per_sort in ((1, 1), (2, 1), (5, 16)):
+        monkeypatch.setattr(inference, "BATCHES_PER_SORT", batches_per_sort)
         output = tmp_path / f"{batch_size}.jsonl"
         main(
             monkeypatch,
@@ -148,12 +151,17 @@ def test_seeded_answers_do_not_depend_on_grouping(endless, tmp_path, monkeypatch
         )
         found.append(read_rows(output))
     assert found[0] == found[1] == found[2]
+    engine = inference.ChatEngine.from_pretrained(endless)
+    for number, question in enumerate(questions):
+        sampling = inference.Sampling(max_new_tokens=20, temperature=1, seed=5 + number)
+        answer = engine.chat([{"role": "user", "content": question}], sampling)
+        assert found[0][number]["response"] == answer.text
     assert len({row["response"] for row in found[0]}) == 5
 
 
 def test_interrupted_file_keeps_what_was_written(endless, tmp_path, monkeypatch):
     """Ctrl-C during the second write: the first rows are there, under a name that says that they are not all."""
-    monkeypatch.setattr(inference, "BATCHES_PER_WRITE", 1)
+    monkeypatch.setattr(inference, "BATCHES_PER_SORT", 1)
     load, steps = inference.ChatEngine.from_pretrained, iter(range(1000))
 
     def load_and_interrupt(*arguments, **options):
@@ -265,6 +273,140 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch):
         inference.logger.remove(sink)
     assert len(lines) == ended
     assert lines[0].startswith("0/10 rows") and lines[-1].startswith("4/10 rows") and "s left" in lines[-1]
+
+
+# --- several processes -----------------------------------------------------------------------------------------------
+
+QUESTIONS = [f"question {number} {'x' * (number * 7 % 40)}" for number in range(11)]
+SAMPLED = ("--temperature", 1, "--seed", 5, "--repetition_penalty", 1.1)
+# What two processes are asked: questions and further flags.
+SHARED = {"greedy": (QUESTIONS, ()), "sampled": (QUESTIONS, SAMPLED), "one-row": (QUESTIONS[:1], SAMPLED)}
+
+# Runs inference.main several times in each process, each time with a store of its own, since torchrun's start takes
+# longer than all of them. A process holds its first batch until the other one has a batch too. At last the second
+# process meets an error, which it reports, and after this one it is killed as soon as there are answers in the file.
+DRIVER = """
+import json, os, signal, sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+import inference
+from medicalgpt.errors import UserError
+
+rank, generate = os.environ["RANK"], inference.ChatEngine.generate
+os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+inference.SECONDS_TO_SPEAK = 0.2
+
+def wait_for(condition):
+    while not condition():
+        time.sleep(0.01)
+
+def together(engine, requests):
+    output = sys.argv[-1]
+    with open(f"{output}.took{rank}", "a") as file:
+        file.write("a batch")
+    if "one-row" not in output:
+        wait_for(Path(f"{output}.took{1 - int(rank)}").exists)
+    if "killed" in output and rank == "1":
+        try:
+            with inference.one_of_several():
+                raise UserError("the scores of this process are no numbers")
+        except UserError:
+            wait_for(lambda: Path(f"{output}.partial").stat().st_size)
+            os.kill(os.getpid(), signal.SIGKILL)
+    return generate(engine, requests)
+
+inference.ChatEngine.generate = together
+for os.environ["MASTER_PORT"], *argv in json.loads(Path(sys.argv[1]).read_text()):
+    sys.argv = ["inference.py", *argv]
+    inference.main()
+"""
+
+
+def shared_command(model: str, folder: Path, name: str, output: Path) -> list[object]:
+    questions, more = SHARED[name]
+    data = write_rows(folder / f"{name}.txt", questions)
+    flags = ("--batch_size", 2, "--max_new_tokens", 12, *more)
+    return ["--model_name_or_path", model, "--data_file", data, *flags, "--output_file", output]
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
+
+
+def launch(*command: object) -> subprocess.Popen:
+    """Under torchrun, in two processes."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *command]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(list(map(str, launcher)), env=environment, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture(scope="module")
+def shared(endless, tmp_path_factory) -> tuple[Path, str]:
+    """Where two processes have written their answers, and what they printed. In their last run, one was killed."""
+    folder = tmp_path_factory.mktemp("shared")
+    runs = [shared_command(endless, folder, name, folder / f"{name}.jsonl") for name in SHARED]
+    runs.append(shared_command(endless, folder, "greedy", folder / "killed.jsonl"))
+    runs = [[str(free_port()), *map(str, run)] for run in runs]
+    (folder / "runs.json").write_text(json.dumps(runs), encoding="utf-8")
+    (folder / "driver.py").write_text(DRIVER, encoding="utf-8")
+    process = launch(folder / "driver.py", folder / "runs.json", ROOT)
+    try:
+        printed = process.communicate(timeout=120)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 1, printed
+    return folder, printed
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_two_processes_write_the_file_of_one(name, shared, endless, tmp_path, monkeypatch):
+    folder, printed = shared
+    alone = tmp_path / "alone.jsonl"
+    main(monkeypatch, *shared_command(endless, tmp_path, name, alone))
+    assert (folder / f"{name}.jsonl").read_bytes() == alone.read_bytes(), printed
+    # Both have had a part in it, where there is enough for both, and none has done what the other did.
+    taken = [path.read_text().count("a batch") for path in folder.glob(f"{name}.jsonl.took*")]
+    assert (len(taken), sum(taken)) == ((1, 1) if name == "one-row" else (2, 6))
+    assert len({row["response"] for row in read_rows(alone)}) == len(SHARED[name][0])
+
+
+def test_processes_without_work_are_told(shared):
+    assert "1 rows are 1 batch(es) of --batch_size 2, so that 1 of 2 processes have nothing to do" in shared[1]
+
+
+def test_killed_process_ends_all_and_leaves_no_whole_file(shared):
+    folder, printed = shared
+    assert "error in process 1: the scores of this process are no numbers" in printed
+    assert printed.count("this run was ended (SIGTERM)") == 1 and "SIGKILL" in printed
+    partial = folder / "killed.jsonl.partial"
+    written = [row["prompt"] for row in read_rows(partial)]
+    assert f"the first {len(written)} of {len(QUESTIONS)} answers are in {partial}" in printed
+    assert written == QUESTIONS[: len(written)] and len(written) < len(QUESTIONS)
+    assert not (folder / "killed.jsonl").exists()
+
+
+@pytest.mark.parametrize("flags, mode", [(("--query", "x"), "query"), (("--interactive",), "interactive")])
+def test_one_question_is_for_one_process(flags, mode, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(UserError, match=f"--{mode} is for one process: start it with python"):
+        main(monkeypatch, "--model_name_or_path", "./no/such/model", *flags)
+
+
+def test_each_process_takes_a_gpu_of_its_own(monkeypatch):
+    taken: list[int] = []
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", taken.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    inference.choose_gpu()
+    assert taken == [1]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(UserError, match="3 processes .* 2 GPU.*--nproc_per_node 2"):
+        inference.choose_gpu()
 
 
 # --- choosing --------------------------------------------------------------------------------------------------------

@@ -330,7 +330,7 @@ def test_the_result_is_merged_and_answers(work, alone, tmp_path):
     answers = [answer.token_ids for answer in adapted.batch(asked)]
     assert answers == [answer.token_ids for answer in merged.batch(asked)]
     assert answers != [answer.token_ids for answer in ChatEngine.from_pretrained(str(work / "policy")).batch(asked)]
-    assert TURN_END in adapted.tokenizer.decode(sorted(adapted._stop_ids))
+    assert TURN_END in adapted.tokenizer.decode(sorted(adapted.stop_ids))
 
 
 def test_the_held_out_score_is_that_of_the_reward_model(work, tmp_path):

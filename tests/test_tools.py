@@ -4,7 +4,7 @@ import json
 import random
 import re
 
-from medicalgpt.chat import ChatEngine, Sampling
+from medicalgpt.chat import ChatEngine, Request, Sampling
 from medicalgpt.encoding import EncodingError, encode_chat
 from medicalgpt.tools import TOOL_FORMATS
 from template import (
@@ -108,12 +108,16 @@ def answer_to(model, tokenizer, messages, stop, tools=TOOLS):
     model.generation_config.eos_token_id = stop_token_ids(tokenizer, stop)
     sample = encode_chat(tokenizer, chat(messages, tools))[-1]
     ids = [label for label in sample.labels if label != -100]
-    reply = ChatEngine(model, tokenizer)._reply_to(sample.input_ids, Sampling(max_new_tokens=4000), tools)
+    pieces = []
+    row = ChatEngine(model, tokenizer).row(
+        Request(sample.input_ids, Sampling(max_new_tokens=4000), tools, on_text=pieces.append)
+    )
     for token in ids:
-        reply.add(token)
-    answer = reply.answer()
-    assert answer.finish_reason == "stop"
-    return answer
+        row.add(token)
+    assert row.answer.finish_reason == "stop"
+    # A stream shows the text and nothing of the calls.
+    assert "".join(pieces) == row.answer.text
+    return row.answer
 
 
 def written(tokenizer, messages, stop: tuple[str, ...]) -> str:
@@ -744,7 +748,7 @@ def test_trained_call_is_served_as_a_call(tmp_path):
     )
     assert (after.text, after.tool_calls) == ("One.", ())
     with engine.stream([user("Dose?")], tools=offered) as stream:
-        assert "".join(stream).startswith("[TOOL_CALLS]")
+        assert list(stream) == []
     assert stream.answer == answer
     assert engine.batch([[user("Dose?")]] * 2, tools=[offered, None])[0] == answer
 

@@ -1,6 +1,6 @@
 """What stands before an answer in training is, id by id, what serving puts before the model when it is to answer."""
 
-from medicalgpt.chat import ChatEngine, ChatTemplateError, Sampling
+from medicalgpt.chat import ChatEngine, ChatTemplateError, Request, Sampling
 from medicalgpt.data import to_messages
 from medicalgpt.encoding import EncodingError, encode_chat, render_prompts
 from template import TEMPLATES
@@ -126,8 +126,8 @@ def test_answer_put_into_the_history_reads_as_it_was_trained(folders, model, nam
     messages = to_messages(sharegpt("I have a headache.", "Drink water. ", "And then?", "Sleep."))["messages"]
     first, last = (encode_chat(tokenizer, chat(messages[:end]))[-1] for end in (2, 4))
     ((start, ids),) = supervised_runs(first.labels)
-    reply = engine._reply_to(first.input_ids[:start], Sampling())
+    row = engine.row(Request(first.input_ids[:start], Sampling()))
     for token in ids:
-        reply.add(token)
-    history = [messages[0], {"role": "assistant", "content": reply.answer().text}, messages[2]]
+        row.add(token)
+    history = [messages[0], {"role": "assistant", "content": row.answer.text}, messages[2]]
     assert engine.prompt_ids(history) == last.input_ids[: supervised_runs(last.labels)[-1][0]]

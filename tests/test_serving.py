@@ -1,0 +1,274 @@
+"""Batchers: concurrent requests get the answers they would get alone; places, limits, errors and ends."""
+
+import threading
+import time
+from concurrent.futures import CancelledError, wait
+
+from medicalgpt.chat import ChatEngine, Sampling
+from medicalgpt.errors import UserError
+from medicalgpt.serving import BatcherClosedError, QueueFullError, make_batcher
+from tests.families import FAMILIES, make_family
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from tiny import make_tiny
+
+KINDS = ["static", "continuous"]
+GREEDY = Sampling(max_new_tokens=12)
+LONG = Sampling(max_new_tokens=1500)
+# Every setting, beside each other in one batch; three requests of each.
+SETTINGS = [
+    Sampling(max_new_tokens=20),
+    Sampling(max_new_tokens=9, repetition_penalty=1.4, top_log_probs=2),
+    Sampling(max_new_tokens=30, temperature=1.2, top_k=40, top_p=0.9, seed=11, log_probs=True),
+    Sampling(max_new_tokens=25, temperature=0.7, repetition_penalty=1.2, seed=5, stop=("a", "是")),
+]
+
+
+def ask(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+QUESTIONS = [ask(text) for text in ("咳", "我昨天开始发烧" * 4, "hello", "x" * 60, "What?", "头痛怎么办？")]
+
+
+def endless(folder) -> ChatEngine:
+    engine = ChatEngine.from_pretrained(make_tiny(folder))
+    engine.stop_ids = frozenset()
+    engine.model.generation_config.eos_token_id = None
+    return engine
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory) -> ChatEngine:
+    """Says anything, forever."""
+    return endless(tmp_path_factory.mktemp("random"))
+
+
+@pytest.fixture(params=KINDS)
+def batcher(request, engine):
+    batcher = make_batcher(engine, batching=request.param, max_batch_size=3, max_waiting=4)
+    yield batcher
+    batcher.close(finish=False)
+
+
+@pytest.fixture(scope="module")
+def alone(engine) -> dict[str, str]:
+    """What the engine says to each text by itself."""
+    return {text: engine.chat(ask(text), GREEDY).text for text in ("one", "two", "three 三", "4" * 30, "hello")}
+
+
+def until(condition, seconds: float = 20) -> None:
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < limit, "it did not happen"
+        time.sleep(0.005)
+
+
+def start(batcher, text: str = "hello", sampling: Sampling = LONG):
+    """A request of which something is computed already."""
+    begun = threading.Event()
+    future = batcher.submit(batcher.engine.prompt_ids(ask(text)), sampling, on_text=lambda piece: begun.set())
+    assert begun.wait(20)
+    return future
+
+
+def same(answer, alone) -> None:
+    assert (answer.text, answer.token_ids, answer.finish_reason) == (alone.text, alone.token_ids, alone.finish_reason)
+    assert answer.prompt_tokens == alone.prompt_tokens
+    assert answer.log_probs == pytest.approx(alone.log_probs, abs=1e-4)
+    for score, expected in zip(answer.scores, alone.scores, strict=True):
+        assert score.token_id == expected.token_id
+        assert score.log_prob == pytest.approx(expected.log_prob, abs=1e-4)
+        assert [value for _, value in score.top] == pytest.approx([value for _, value in expected.top], abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_answers_are_those_given_alone_whatever_stands_beside_them(engine, kind):
+    jobs = [(messages, sampling) for sampling in SETTINGS for messages in QUESTIONS]
+    alone = [engine.chat(messages, sampling) for messages, sampling in jobs]
+    assert len({answer.text for answer in alone}) > len(QUESTIONS)
+    pieces = [[] for _ in jobs]
+    with make_batcher(engine, batching=kind, max_batch_size=5, max_waiting=len(jobs)) as batcher:
+        futures = [
+            batcher.submit(engine.prompt_ids(messages), sampling, on_text=pieces[number].append)
+            for number, (messages, sampling) in enumerate(jobs)
+        ]
+        for future, expected, shown in zip(futures, alone, pieces, strict=True):
+            same(future.result(30), expected)
+            assert "".join(shown) == expected.text
+
+
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(name, marks=() if name in ("llama", "gemma2", "mixtral") else pytest.mark.slow) for name in FAMILIES],
+)
+def test_continuous_batching_of_every_family(tmp_path, family):
+    engine = ChatEngine.from_pretrained(make_family(tmp_path, family, tie_word_embeddings=False))
+    alone = [engine.chat(messages, GREEDY) for messages in QUESTIONS]
+    with make_batcher(engine, batching="continuous", max_batch_size=4) as batcher:
+        futures = [batcher.submit(engine.prompt_ids(messages), GREEDY) for messages in QUESTIONS]
+        for future, expected in zip(futures, alone, strict=True):
+            same(future.result(30), expected)
+    # The model attends as before.
+    assert engine.chat(QUESTIONS[1], GREEDY) == alone[1]
+
+
+def test_continuous_batching_with_an_adapter(engine, tmp_path):
+    base = endless(tmp_path)
+    config = LoraConfig(target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    adapted = ChatEngine(get_peft_model(base.model, config).eval(), base.tokenizer)
+    adapted.stop_ids = frozenset()
+    alone = adapted.chat(QUESTIONS[1], GREEDY)
+    assert alone.text != engine.chat(QUESTIONS[1], GREEDY).text
+    with make_batcher(adapted, batching="continuous") as batcher:
+        same(batcher.chat(QUESTIONS[1], GREEDY), alone)
+
+
+def test_many_threads(alone, batcher):
+    got = []
+
+    def client(text: str) -> None:
+        while len(got) < 24:
+            try:
+                got.append((text, batcher.chat(ask(text), GREEDY).text))
+            except QueueFullError:
+                time.sleep(0.01)
+
+    threads = [threading.Thread(target=client, args=[text]) for text in (*alone, *alone)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(got) >= 24 and all(alone[text] == answer for text, answer in got)
+
+
+def test_who_is_admitted_when(engine):
+    """A short request behind a long one: static batching waits for the long one, continuous batching does not."""
+    for kind in KINDS:
+        with make_batcher(engine, batching=kind, max_batch_size=2) as batcher:
+            long = start(batcher)
+            short = batcher.submit(engine.prompt_ids(ask("hi")), GREEDY)
+            if kind == "static":
+                assert (batcher.running, batcher.waiting) == (1, 1)
+            else:
+                short.result(20)
+                assert not long.done()
+            long.cancel()
+            assert short.result(20).completion_tokens == 12
+
+
+def test_cancelled_requests_free_their_places(batcher):
+    running = [start(batcher)]
+    waiting = [batcher.submit(batcher.engine.prompt_ids(ask("hi")), LONG) for _ in range(4)]
+    until(lambda: batcher.running + batcher.waiting == 5)
+    for future in (*waiting, *running):
+        assert future.cancel()
+    assert batcher.waiting == 0
+    until(lambda: batcher.running == 0)
+    with pytest.raises(CancelledError):
+        running[0].result()
+    assert batcher.chat(ask("hi"), GREEDY).completion_tokens == 12
+
+
+def test_a_closed_stream_is_a_cancelled_request(alone, batcher):
+    with batcher.stream(ask("hello"), LONG) as stream:
+        pieces = [next(stream), next(stream)]
+    assert all(pieces) and stream.answer is None
+    until(lambda: batcher.running == 0)
+    with batcher.stream(ask("hello"), GREEDY) as stream:
+        assert "".join(stream) == stream.answer.text == alone["hello"]
+
+
+def test_queue_limit(batcher):
+    ids = batcher.engine.prompt_ids(ask("hi"))
+    first = start(batcher)
+    futures = []
+    with pytest.raises(QueueFullError) as error:
+        for _ in range(20):
+            futures.append(batcher.submit(ids, LONG))
+    # Three run together and four wait.
+    assert len(futures) == 6 and error.value.waiting >= 4
+    job = (ids, GREEDY, None, None)
+    for future in futures[:3]:
+        future.cancel()
+    with pytest.raises(QueueFullError):
+        batcher.submit_many([job] * 4)
+    several = batcher.submit_many([job] * 3)
+    for future in (first, *futures):
+        future.cancel()
+    assert all(future.result(20).completion_tokens == 12 for future in several)
+
+
+def test_close_finishes_or_cancels(engine):
+    for kind in KINDS:
+        ids = engine.prompt_ids(ask("hi"))
+        batcher = make_batcher(engine, batching=kind, max_batch_size=2)
+        futures = [batcher.submit(ids, Sampling(max_new_tokens=60)) for _ in range(5)]
+        batcher.close()
+        assert [future.result(0).completion_tokens for future in futures] == [60] * 5
+        with pytest.raises(BatcherClosedError):
+            batcher.submit(ids, GREEDY)
+
+        batcher = make_batcher(engine, batching=kind, max_batch_size=2)
+        futures = [start(batcher), *(batcher.submit(ids, LONG) for _ in range(3))]
+        batcher.close(finish=False)
+        assert all(future.cancelled() for future in futures)
+
+
+def test_an_error_reaches_the_caller_and_the_next_request_is_answered(engine):
+    batcher = make_batcher(engine, batching="static")
+    count = 0
+
+    def fail(*_):
+        nonlocal count
+        count += 1
+        if count == 5:
+            raise RuntimeError("the graphics card caught fire")
+
+    handle = engine.model.register_forward_pre_hook(fail)
+    try:
+        futures = [batcher.submit(engine.prompt_ids(ask("hi")), GREEDY) for _ in range(2)]
+        wait(futures, 20)
+        assert any("caught fire" in str(future.exception()) for future in futures)
+        assert batcher.chat(ask("hi"), GREEDY).completion_tokens == 12
+    finally:
+        handle.remove()
+        batcher.close()
+
+
+def test_an_error_of_continuous_batching_reaches_every_caller(engine):
+    batcher = make_batcher(engine, batching="continuous", max_batch_size=2)
+    futures = [start(batcher), *(batcher.submit(engine.prompt_ids(ask("hi")), LONG) for _ in range(3))]
+
+    def fail(*_):
+        raise RuntimeError("the graphics card caught fire")
+
+    handle = engine.model.register_forward_pre_hook(fail)
+    try:
+        for future in futures:
+            with pytest.raises(RuntimeError, match="caught fire"):
+                future.result(20)
+        # The manager has ended: a request that comes later must not wait forever.
+        with pytest.raises(BatcherClosedError):
+            batcher.submit(engine.prompt_ids(ask("hi")), GREEDY)
+    finally:
+        handle.remove()
+        batcher.close()
+
+
+def test_layers_that_continuous_batching_does_not_know(engine, monkeypatch):
+    monkeypatch.setattr(engine.model.config, "layer_types", ["full_attention", "linear_attention"])
+    with pytest.raises(UserError, match="linear_attention.*--batching static"):
+        make_batcher(engine, batching="continuous")
+
+
+def test_settings_that_continuous_batching_would_not_follow(engine, monkeypatch):
+    monkeypatch.setattr(engine.model.generation_config, "no_repeat_ngram_size", 3)
+    with pytest.raises(UserError, match="NoRepeatNGram.*--batching static"):
+        make_batcher(engine, batching="continuous")
+
+
+def test_limits(engine):
+    with pytest.raises(UserError, match="--max_batch_size is 0"):
+        make_batcher(engine, max_batch_size=0)
