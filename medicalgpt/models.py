@@ -73,6 +73,12 @@ def resolve_checkpoint(name_or_path: str) -> tuple[str, str | None]:
         base = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
         if not base:
             raise CheckpointError(f"{folder / ADAPTER_CONFIG} does not name its base model.")
+        if not Path(base).is_dir():
+            # A path below the folder where it was trained, from which the adapter may be looked at from elsewhere.
+            found = next((parent / base for parent in folder.resolve().parents if (parent / base).is_dir()), None)
+            if found:
+                logger.info(f"base of the adapter: {found}")
+                return str(found), name_or_path
         if _looks_local(base) and not Path(base).is_dir():
             raise CheckpointError(
                 f"the adapter {folder} was trained on {base}, which is not there (looked in {Path.cwd()}). "

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 import time
 
 from medicalgpt.args import LoraArguments, ModelArguments
@@ -109,6 +110,18 @@ def test_a_folder_that_is_no_checkpoint_names_one_inside(base, tmp_path):
     shutil.copytree(base, tmp_path / "run" / "model")
     with pytest.raises(CheckpointError, match=f"Did you mean {tmp_path / 'run' / 'model'}"):
         resolve_checkpoint(str(tmp_path / "run"))
+
+
+def test_the_base_is_found_from_another_folder(base, adapter, tmp_path, monkeypatch):
+    """An adapter trained as outputs/x on outputs/base, looked at from elsewhere."""
+    shutil.copytree(base, tmp_path / "outputs" / "base")
+    folder = Path(shutil.copytree(adapter, tmp_path / "outputs" / "x"))
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "outputs/base"}))
+    monkeypatch.chdir(tmp_path.parent)
+    assert resolve_checkpoint(str(folder)) == (str(tmp_path / "outputs" / "base"), str(folder))
+    monkeypatch.chdir(tmp_path)
+    assert resolve_checkpoint(str(folder)) == ("outputs/base", str(folder))
 
 
 @pytest.mark.parametrize(
