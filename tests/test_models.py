@@ -2,8 +2,8 @@
 
 import json
 import shutil
-from pathlib import Path
 import time
+from pathlib import Path
 
 from medicalgpt.args import LoraArguments, ModelArguments
 from medicalgpt.errors import UserError
