@@ -351,6 +351,7 @@ def answer_file(
     if not is_main_process():
         for _ in own_work:
             pass
+        store.add("finished", 1)
         return
 
     if len(batches) < processes():
@@ -376,6 +377,9 @@ def answer_file(
                 answered = store.add("answered", 0)
                 advance(answered - shown)
                 shown = answered
+        # The store may be this process's own, and the others must not find it gone.
+        while store.add("finished", 0) < processes() - 1:
+            time.sleep(SECONDS_BETWEEN_LOOKS)
     finally:
         if written < len(questions):
             logger.warning(f"unfinished: the first {written} of {len(questions)} answers are in {partial}")
