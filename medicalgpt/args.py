@@ -93,7 +93,14 @@ UNUSED_PAIR_ARGUMENTS = {
 }
 
 # Flags that front ends have no use for.
-UNUSED_CHAT_ARGUMENTS = {"qlora": "It is a way to train; --load_in_4bit loads the weights in 4 bits."}
+UNUSED_CHAT_ARGUMENTS = {
+    "qlora": "It is a way to train; --load_in_4bit loads the weights in 4 bits.",
+    "template_name": "The chat template is saved with the model; a stage of training installs another.",
+    "resize_emb": "An adapter with new tokens brings their rows along.",
+    "only_cpu": "Hide the GPUs: CUDA_VISIBLE_DEVICES= in front of the command.",
+    "context_len": "A prompt may be as long as the model's context; --max_new_tokens limits the answer.",
+    "single_tune": "A conversation goes on until /clear.",
+}
 
 
 @dataclass
@@ -168,7 +175,7 @@ class ModelArguments:
         metadata={"help": "Hub name, local folder, or the folder of an adapter (its base is found by itself)."}
     )
     tokenizer_name_or_path: str | None = field(
-        default=None, metadata={"help": "Tokenizer, if it is not the model's own."}
+        default=None, metadata={"help": "Tokenizer, if it is not the model's own.", "aliases": ["--tokenizer_path"]}
     )
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the hub."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
@@ -222,6 +229,9 @@ class ChatArguments(ModelArguments):
         default=1.0, metadata={"help": "Above 1: tokens that occurred already become less likely."}
     )
     seed: int | None = field(default=None, metadata={"help": "The same seed samples the same answers."})
+    stop_str: str | None = field(
+        default=None, metadata={"help": "An answer also ends before this text. The model's own ends are known."}
+    )
 
 
 @dataclass

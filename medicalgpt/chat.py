@@ -106,8 +106,9 @@ def sampling_from(arguments: ChatArguments) -> Sampling:
         UserError: a value is outside of its range.
     """
     names = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
+    stop = () if arguments.stop_str is None else (arguments.stop_str,)
     try:
-        return Sampling(**{name: getattr(arguments, name) for name in names})
+        return Sampling(stop=stop, **{name: getattr(arguments, name) for name in names})
     except ValueError as error:
         raise UserError(f"--{error}") from error
 

@@ -82,6 +82,11 @@ def test_cut_answer_says_so(taught, monkeypatch, capsys):
     assert "cut after 6 tokens" in captured.err
 
 
+def test_stop_string_ends_the_answer(taught, monkeypatch, capsys):
+    main(monkeypatch, "--model_name_or_path", taught, "--query", "头痛怎么办？", "--stop_str", "喝水")
+    assert capsys.readouterr().out == "多休息，多\n"
+
+
 def test_sampling_flags_arrive(endless, monkeypatch, capsys):
     def answer(*more: object) -> str:
         main(monkeypatch, "--model_name_or_path", endless, "--query", "hi", "--max_new_tokens", 40, *more)
