@@ -164,6 +164,7 @@ class Request:
         on_text: called with each piece of text that has become certain, in the thread that generates.
         on_end: called with the answer as soon as it is there, which may be before those beside it.
         cancelled: asked at every token; True ends the answer, and `on_end` is not called.
+        on_error: called if this answer fails, while those beside it go on. Unset: the error is raised for all.
     """
 
     prompt_ids: Sequence[int]
@@ -172,6 +173,7 @@ class Request:
     on_text: Callable[[str], Any] = lambda text: None
     on_end: Callable[[Answer], Any] = lambda answer: None
     cancelled: Callable[[], bool] = lambda: False
+    on_error: Callable[[Exception], Any] | None = None
 
 
 class PromptTooLongError(UserError, ValueError):
@@ -443,7 +445,7 @@ class ChatEngine:
         """Run the model on prompts of any lengths until each has its answer. No answer depends on another.
 
         Returns:
-            The answers, None where a request was cancelled.
+            The answers, None where a request was cancelled or failed by itself.
         """
         device = self.model.device
         rows = [self.row(request) for request in requests]
@@ -620,6 +622,15 @@ class Row:
         if self._request.cancelled():
             self.ended = True
             return
+        try:
+            self._add(token_id)
+        except Exception as error:
+            if self._request.on_error is None:
+                raise
+            self.ended = True
+            self._request.on_error(error)
+
+    def _add(self, token_id: int) -> None:
         self.token_ids.append(token_id)
         if token_id in self._stop_ids:
             self._end(len(self._held), "stop")

@@ -129,8 +129,9 @@ class Batcher(ABC):
                 sampling,
                 tools,
                 on_text or (lambda text: None),
-                lambda answer, future=future: settle(future, answer),
-                future.cancelled,
+                on_end=lambda answer, future=future: settle(future, answer),
+                cancelled=future.cancelled,
+                on_error=lambda error, future=future: settle(future, error=error),
             )
             admitted.append((request, future))
         with self._changed:
@@ -320,13 +321,10 @@ class ContinuousBatcher(Batcher):
         if output.error is not None:
             settle(future, error=RuntimeError(output.error))
             return
-        try:
-            # Under load, an output may hold more than one new token.
-            for token_id in output.generated_tokens[len(row.token_ids) :]:
-                if not row.ended:
-                    row.add(token_id)
-        except BaseException as error:
-            settle(future, error=error)
+        # Under load, an output may hold more than one new token.
+        for token_id in output.generated_tokens[len(row.token_ids) :]:
+            if not row.ended:
+                row.add(token_id)
         with self._changed:
             self._changed.notify_all()
 

@@ -330,7 +330,7 @@ def _types(schema: Any, root: Any, seen: set[str]) -> set[str]:
         return set()
     named = schema.get("type")
     if isinstance(named, str | list):
-        return {named} if isinstance(named, str) else set(named)
+        return {name for name in ([named] if isinstance(named, str) else named) if isinstance(name, str)}
     if isinstance(schema.get("enum"), list):
         return set().union(*map(_types_of, schema["enum"]))
     reference = schema.get("$ref")
@@ -340,7 +340,8 @@ def _types(schema: Any, root: Any, seen: set[str]) -> set[str]:
         for key in reference.removeprefix("#/").split("/"):
             target = target.get(key) if isinstance(target, dict) else None
         return _types(target, root, seen)
-    choices = [each for key in ("anyOf", "oneOf", "allOf") for each in schema.get(key) or []]
+    lists = [schema.get(key) for key in ("anyOf", "oneOf", "allOf")]
+    choices = [each for choices in lists if isinstance(choices, list) for each in choices]
     return set().union(*(_types(each, root, seen) for each in choices))
 
 

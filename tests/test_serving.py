@@ -237,6 +237,18 @@ def test_an_error_reaches_the_caller_and_the_next_request_is_answered(engine):
         batcher.close()
 
 
+def test_an_answer_that_fails_by_itself_does_not_fail_its_neighbours(alone, batcher):
+    def fail(piece):
+        raise RuntimeError("nobody can read this")
+
+    ids = batcher.engine.prompt_ids(ask("hello"))
+    bad, good = batcher.submit_many([(ids, LONG, None, fail), (ids, GREEDY, None, None)])
+    assert good.result(20).text == alone["hello"]
+    with pytest.raises(RuntimeError, match="nobody can read this"):
+        bad.result(20)
+    until(lambda: batcher.running == 0)
+
+
 def test_an_error_of_continuous_batching_reaches_every_caller(engine):
     batcher = make_batcher(engine, batching="continuous", max_batch_size=2)
     futures = [start(batcher), *(batcher.submit(engine.prompt_ids(ask("hi")), LONG) for _ in range(3))]

@@ -325,6 +325,7 @@ def test_value_that_is_none_of_its_type_stays_text(key, text):
     [
         *[None, [], "x", {}, {"properties": None}, {"properties": []}, {"properties": {"a": None}}],
         *[{"properties": {"a": {"type": 1}}}, {"properties": {"a": {"$ref": 1}}}, {"properties": {"a": {"anyOf": {}}}}],
+        *[{"properties": {"a": {"anyOf": 5}}}, {"properties": {"a": {"type": [{}]}}}],
     ],
 )
 def test_values_stay_text_without_a_schema(parameters):

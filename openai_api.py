@@ -1,0 +1,1416 @@
+"""Serve a trained model to every program that speaks the OpenAI API.
+
+    python openai_api.py --model_name_or_path outputs-sft
+    MEDICALGPT_API_KEY=choose-one python openai_api.py --model_name_or_path outputs-sft --host 0.0.0.0
+
+Then, from Python (`pip install openai`), with the name of the model's folder as its name:
+
+    client = OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
+    client.chat.completions.create(model="outputs-sft", messages=[{"role": "user", "content": "感冒了怎么办？"}])
+
+Routes: POST /v1/chat/completions and /v1/completions, whole or streamed; GET /v1/models, /health, /metrics (for
+Prometheus) and /openapi.json. What a request does not say, temperature for example, is what the flags say. A field that
+this server cannot honour is refused, never ignored. Prompts and answers are not logged.
+
+With a key, every route asks for it. Without one, the server listens on this machine only, and only to requests that
+are addressed to it by a name of this machine: no page in a browser can then reach the model under another name.
+"""
+
+import asyncio
+import codecs
+import dataclasses
+import difflib
+import hmac
+import ipaddress
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import socket
+import time
+import traceback
+import uuid
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import Future
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from medicalgpt.args import UNUSED_CHAT_ARGUMENTS, ServeArguments, parse_args
+from medicalgpt.chat import MAX_SEED, REPLACEMENT, Answer, ChatEngine, PromptTooLongError, Sampling, sampling_from
+from medicalgpt.errors import UserError, run_main
+from medicalgpt.logs import setup_logging
+from medicalgpt.serving import Batcher, BatcherClosedError, QueueFullError, make_batcher
+from template import tool_format_of
+
+import uvicorn
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.routing import APIRoute
+from loguru import logger
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WrapValidator, model_validator
+from pydantic_core import PydanticCustomError, from_json
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+# Answers to one prompt, and strings that end an answer, that a request may ask for.
+MAX_CHOICES = 16
+MAX_STOPS = 16
+# How often a sampled answer that fails its check is drawn again.
+RETRIES = 2
+# How long connections may take to close after the last answer.
+SECONDS_TO_CLOSE = 5
+# What a log-probability of minus infinity is written as, which JSON has no number for.
+LEAST_LOG_PROB = -9999.0
+# Where many programs end a line, although JSON leaves these characters in a string as they are.
+LINE_ENDS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
+# Seconds, for the histograms of /metrics.
+BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
+
+
+@dataclass
+class ApiArguments(ServeArguments):
+    """Who may ask, and how much."""
+
+    api_key: str | None = field(
+        default=None,
+        metadata={
+            "help": "Key that every request must bear. Better: the variable MEDICALGPT_API_KEY, since other users of a "
+            "machine can read command lines."
+        },
+    )
+    served_model_name: str | None = field(
+        default=None, metadata={"help": "Name of the model in requests. Default: the last part of its path."}
+    )
+    allow_origins: str | None = field(
+        default=None,
+        metadata={"help": "Web sites whose pages may ask from a browser, with commas (https://a.org,https://b.org)."},
+    )
+    max_request_bytes: int = field(default=2_000_000, metadata={"help": "Most bytes of a request's body."})
+    max_tokens_limit: int = field(default=4096, metadata={"help": "Most tokens that a request may ask for."})
+    stop_timeout: float = field(
+        default=60.0, metadata={"help": "Seconds that running answers have to end when the server is stopped."}
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a request may say
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Body(BaseModel):
+    """Strict: no value is converted, no field is unknown."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, value: Any) -> Any:
+        for name in value if isinstance(value, dict) else ():
+            if name not in cls.model_fields:
+                near = difflib.get_close_matches(name, cls.model_fields, n=1, cutoff=0.5)
+                hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(cls.model_fields)}."
+                raise PydanticCustomError("unknown_field", "{text}", {"text": f"unknown field: {hint}", "field": name})
+        return value
+
+
+def refused_unless(neutral: Any, reason: str) -> AfterValidator:
+    """A field of the OpenAI API that may only have the value that changes nothing."""
+
+    def check(value: Any) -> Any:
+        if value is not None and value != neutral:
+            raise ValueError(reason)
+        return value
+
+    return AfterValidator(check)
+
+
+def _as_it_came(value: Any, validate: Callable[[Any], Any]) -> Any:
+    validate(value)
+    return value
+
+
+class TextPart(Body):
+    type: Literal["text"]
+    text: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _text_only(cls, value: Any) -> Any:
+        kind = value.get("type") if isinstance(value, dict) else None
+        if isinstance(kind, str) and kind != "text":
+            raise ValueError(f"a part of type {kind!r} cannot be read: the model takes text only.")
+        return value
+
+
+Content = str | list[TextPart]
+
+
+class CalledFunction(Body):
+    name: str
+    arguments: str
+
+
+class ToolCall(Body):
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
+class SystemMessage(Body):
+    role: Literal["system", "developer"]
+    content: Content
+
+
+class UserMessage(Body):
+    role: Literal["user"]
+    content: Content
+
+
+class AssistantMessage(Body):
+    role: Literal["assistant"]
+    content: Content | None = None
+    tool_calls: list[ToolCall] | None = None
+    # Empty in answers of this server; clients send them back with the message.
+    refusal: None = None
+    annotations: Annotated[list[Any] | None, Field(max_length=0)] = None
+    audio: None = None
+    function_call: None = None
+
+
+class ToolMessage(Body):
+    role: Literal["tool"]
+    content: Content
+    tool_call_id: str
+
+
+class OfferedFunction(Body):
+    name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: Annotated[bool | None, refused_unless(False, "arguments cannot be held to the schema.")] = None
+
+
+class Tool(Body):
+    type: Literal["function"]
+    function: OfferedFunction
+
+
+class FunctionName(Body):
+    name: str
+
+
+class NamedTool(Body):
+    type: Literal["function"]
+    function: FunctionName
+
+
+class ResponseFormat(Body):
+    type: Literal["text", "json_object"]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_schema(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("type") == "json_schema":
+            raise ValueError("answers cannot be held to a schema. Say json_object, and put the schema into the prompt.")
+        return value
+
+
+class StreamOptions(Body):
+    include_usage: bool | None = None
+
+
+Penalty = Annotated[float | None, refused_unless(0, "only 0 is known; there is repetition_penalty.")]
+Stop = Annotated[str, Field(min_length=1)]
+
+
+class Generation(Body):
+    """What both kinds of requests say of their answers."""
+
+    model: str
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=0, description="An extension: sample from the k likeliest tokens; 0: from all.")
+    repetition_penalty: float | None = Field(None, gt=0, le=10, description="An extension.")
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    seed: int | None = Field(None, ge=0, lt=MAX_SEED)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    frequency_penalty: Penalty = None
+    presence_penalty: Penalty = None
+    logit_bias: Annotated[dict[str, float] | None, refused_unless({}, "scores cannot be changed here.")] = None
+    user: str | None = Field(None, description="Without effect, as in the OpenAI API itself.")
+
+
+class ChatRequest(Generation):
+    messages: list[
+        Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
+    ] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    # Templates show a tool as it was written, in training and here.
+    tools: Annotated[list[Annotated[Tool, WrapValidator(_as_it_came)]] | None, Field(min_length=1)] = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    metadata: dict[str, str] | None = Field(None, description="Without effect, as in the OpenAI API itself.")
+    store: Annotated[bool | None, refused_unless(False, "this server keeps nothing.")] = None
+
+
+class CompletionRequest(Generation):
+    prompt: str | list[str] | list[int] | list[list[int]]
+    logprobs: int | None = Field(None, ge=0, le=20)
+    echo: Annotated[bool | None, refused_unless(False, "an answer never repeats its prompt here.")] = None
+    suffix: Annotated[str | None, refused_unless("", "the model can only go on, not fill in.")] = None
+    best_of: int | None = Field(None, ge=1)
+
+
+class ErrorInfo(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    error: ErrorInfo
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors, in the form of the OpenAI API
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class ApiError(HTTPException):
+    """An answer that is a refusal.
+
+    Args:
+        param: the field that is to blame, `messages[0].content` for example.
+        code: a word that programs can tell it by.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        type: str = "invalid_request_error",
+        headers: dict[str, str] | None = None,
+    ):
+        super().__init__(status, message, headers)
+        self.body = {"error": {"message": message, "type": type, "param": param, "code": code}}
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body, self.status_code, self.headers)
+
+
+class ClientLeft(Exception):
+    """Nobody waits for the answer any more."""
+
+
+def to_api_error(error: Exception) -> ApiError:
+    """The refusal or failure that an exception means."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, RequestValidationError):
+        return invalid_body(error)
+    if isinstance(error, HTTPException):
+        message = f"{error.detail}: GET /openapi.json lists the routes."
+        return ApiError(error.status_code, message, headers=error.headers)
+    # Without the values of variables, which hold prompts.
+    logger.error("".join(traceback.format_exception(error)))
+    # What is not written for people may show what is nobody's business.
+    message = str(error) if isinstance(error, UserError) else "The answer failed; the server's log says more."
+    return ApiError(500, message, code="internal_error", type="server_error")
+
+
+def invalid_body(error: RequestValidationError) -> ApiError:
+    """Say what is wrong with a body; of a field with alternatives, by the one that comes nearest."""
+    problem = max(error.errors(), key=lambda problem: (len(problem["loc"]), not problem["type"].endswith("_type")))
+    path, value = "", error.body
+    for key in (*problem["loc"][1:], problem.get("ctx", {}).get("field")):
+        # Names of alternatives stand between the keys.
+        if isinstance(key, int) and isinstance(value, list):
+            path += f"[{key}]"
+            value = value[key] if key < len(value) else None
+        elif isinstance(value, dict) and (key in value or (problem["type"] == "missing" and key == problem["loc"][-1])):
+            path += f".{key}" if path else key
+            value = value.get(key)
+    message = problem["msg"].removeprefix("Value error, ")
+    return ApiError(400, f"{path or 'the body'}: {message}", param=path or None)
+
+
+class StrictRequest(Request):
+    """JSON as its standard has it: no NaN, no half of a surrogate pair."""
+
+    async def json(self) -> Any:
+        try:
+            return from_json(await self.body(), allow_inf_nan=False)
+        except ValueError as error:
+            raise ApiError(400, f"The body is no valid JSON: {error}.") from error
+
+
+class StrictRoute(APIRoute):
+    def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:
+        handle = super().get_route_handler()
+
+        async def handle_strictly(request: Request) -> Response:
+            kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+            # A page in a browser may post any other kind to any address without asking the server first.
+            if request.method == "POST" and kind != "application/json":
+                raise ApiError(415, f"The content type is {kind!r}; send JSON with Content-Type: application/json.")
+            return await handle(StrictRequest(request.scope, request.receive))
+
+        return handle_strictly
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The gate that every request passes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Metrics:
+    """What /metrics tells."""
+
+    def __init__(self, batcher: Batcher):
+        disable_created_metrics()
+        self.registry = CollectorRegistry()
+        make = partial(Histogram, buckets=BUCKETS, registry=self.registry)
+        count = partial(Counter, registry=self.registry)
+        self.requests = count("medicalgpt_requests", "Requests. 499: the client left.", ["route", "status"])
+        self.prompt_tokens = count("medicalgpt_prompt_tokens", "Tokens of answered prompts.")
+        self.completion_tokens = count("medicalgpt_completion_tokens", "Tokens generated in whole answers.")
+        self.seconds = make("medicalgpt_request_seconds", "From a request to the end of its answer.", ["route"])
+        self.first_token = make("medicalgpt_time_to_first_token_seconds", "From a request to its answer's first text.")
+        for name, what in (("running", "Answers that are being computed."), ("waiting", "Requests that wait.")):
+            gauge = Gauge(f"medicalgpt_{name}", what, registry=self.registry)
+            gauge.set_function(lambda name=name: getattr(batcher, name))
+
+
+class Service:
+    """What the routes share.
+
+    Attributes:
+        sampling: what holds where a request says nothing.
+        takes_tools: whether the chat template can show tools.
+        stopping: no new requests are taken.
+        recent_seconds: how long the last answers took.
+        open: answers that are being waited for.
+    """
+
+    def __init__(self, arguments: ApiArguments, engine: ChatEngine, batcher: Batcher, key: str | None):
+        self.arguments = arguments
+        self.engine = engine
+        self.batcher = batcher
+        self.key = key
+        self.sampling = sampling_from(arguments)
+        self.model_name = model_name(arguments)
+        self.takes_tools = tool_format_of(engine.tokenizer) is not None
+        self.created = int(time.time())
+        self.stopping = False
+        self.metrics = Metrics(batcher)
+        self.recent_seconds: deque[float] = deque(maxlen=32)
+        self.open: set[Future[Answer]] = set()
+        self.bytes_of = lru_cache(maxsize=None)(partial(token_bytes, engine.tokenizer))
+
+    def seconds_to_wait(self) -> int:
+        """After how long one of the running answers may have ended."""
+        mean = sum(self.recent_seconds) / len(self.recent_seconds) if self.recent_seconds else 1.0
+        return min(60, max(1, math.ceil(mean)))
+
+    def give_up(self) -> None:
+        """End what waits and runs, each with an error to its client."""
+        for future in list(self.open):
+            future.cancel()
+
+
+class Gate:
+    """Lets in who may ask, limits body and time, counts, and frees the places of requests that have ended anyhow."""
+
+    def __init__(self, app: ASGIApp, service: Service):
+        self.app = app
+        self.service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started, status, request_id = time.monotonic(), 499, f"req-{uuid.uuid4().hex}"
+        scope["started"] = started
+        scope["deadline"] = asyncio.get_running_loop().time() + self.service.arguments.request_timeout
+        # Answers that were asked for, to be cancelled if they are not there when the request ends.
+        scope["futures"] = []
+        response_started = False
+
+        async def note_status(message: Message) -> None:
+            nonlocal status, response_started
+            if message["type"] == "http.response.start":
+                status, response_started = message["status"], True
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        try:
+            self._let_in(scope)
+            await self.app(scope, self._limited(scope, receive), note_status)
+        except ClientLeft:
+            pass
+        except Exception as error:
+            refusal = to_api_error(error)
+            if not response_started:
+                await refusal.response()(scope, receive, note_status)
+        finally:
+            for future in scope["futures"]:
+                future.cancel()
+            seconds = time.monotonic() - started
+            route = getattr(scope.get("route"), "path", "other")
+            self.service.metrics.requests.labels(route, status).inc()
+            self.service.metrics.seconds.labels(route).observe(seconds)
+            if scope["futures"] and status == 200:
+                self.service.recent_seconds.append(seconds)
+            if scope["method"] == "POST" or status >= 400:
+                logger.info(f"{scope['method']} {route} {status} in {seconds:.2f} s ({request_id})")
+
+    def _let_in(self, scope: Scope) -> None:
+        """Raises ApiError for requests that have no business here."""
+        headers = dict(scope["headers"])
+        if self.service.stopping:
+            raise stopping()
+        if self.service.key is not None:
+            scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+            if scheme.lower() != b"bearer" or not hmac.compare_digest(key.strip(), self.service.key.encode()):
+                raise ApiError(
+                    401,
+                    "The API key is missing or wrong; send the header Authorization: Bearer KEY.",
+                    code="invalid_api_key",
+                    headers={"WWW-Authenticate": "Bearer"},
+                )
+        elif not is_loopback(host_of(headers.get(b"host", b""))):
+            raise ApiError(
+                403,
+                "The Host header names another machine. Ask by 127.0.0.1 or localhost, or start the server with a key.",
+                code="wrong_host",
+            )
+
+    def _limited(self, scope: Scope, receive: Receive) -> Receive:
+        """Pass the body on up to its limits of size and time, whatever its headers say of its length."""
+        size, complete = 0, False
+
+        async def receive_limited() -> Message:
+            nonlocal size, complete
+            if complete:
+                return await receive()
+            try:
+                async with asyncio.timeout_at(scope["deadline"]):
+                    message = await receive()
+            except TimeoutError as error:
+                raise ApiError(408, "The body did not arrive in time.", code="timeout") from error
+            size += len(message.get("body", b""))
+            complete = not message.get("more_body", False)
+            limit = self.service.arguments.max_request_bytes
+            if size > limit:
+                raise ApiError(413, f"The body has more than {limit} bytes.", code="request_too_large")
+            return message
+
+        return receive_limited
+
+
+def host_of(header: bytes) -> str:
+    """The name or address in a Host header, or an empty string."""
+    try:
+        return urlsplit(f"//{header.decode('ascii')}").hostname or ""
+    except ValueError:
+        return ""
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can be meant."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From a request to what the model is asked
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """One answer to compute."""
+
+    prompt_ids: list[int]
+    sampling: Sampling
+    tools: list[dict[str, Any]] | None = None
+
+    def again(self, attempt: int) -> "Job":
+        """The same question with another draw."""
+        if self.sampling.seed is None or not attempt:
+            return self
+        seed = (self.sampling.seed + attempt * MAX_CHOICES) % MAX_SEED
+        return dataclasses.replace(self, sampling=dataclasses.replace(self.sampling, seed=seed))
+
+
+def jobs_for(
+    prompts: Sequence[list[int]], body: Generation, sampling: Sampling, tools: list[dict[str, Any]] | None = None
+) -> list[Job]:
+    """`n` answers to each prompt, the i-th of them drawn with seed + i."""
+    samplings = [
+        dataclasses.replace(sampling, seed=None if sampling.seed is None else (sampling.seed + i) % MAX_SEED)
+        for i in range(body.n or 1)
+    ]
+    return [Job(ids, each, tools) for ids in prompts for each in samplings]
+
+
+def check_common(service: Service, body: Generation) -> None:
+    """Raises ApiError for what both kinds of requests can have wrong beside their types."""
+    if body.model != service.model_name:
+        raise unknown_model(service, body.model)
+    if body.stream_options is not None and not body.stream:
+        raise ApiError(400, "stream_options: it has no effect without stream.", param="stream_options")
+    if body.temperature is None and service.sampling.temperature == 0:
+        for name, idle in (("top_p", 1), ("top_k", 0), ("n", 1)):
+            if getattr(body, name) not in (None, idle):
+                raise ApiError(
+                    400,
+                    f"{name}: it has no effect at temperature 0, which this server takes if a request says none; "
+                    "say a temperature.",
+                    param=name,
+                )
+
+
+def unknown_model(service: Service, name: str) -> ApiError:
+    message = f"There is no model {name!r} here; this server has {service.model_name!r}."
+    return ApiError(404, message, code="model_not_found", param="model")
+
+
+def sampling_for(service: Service, body: Generation, top_log_probs: int | None) -> Sampling:
+    """How an answer is chosen: what the request says, on top of what the flags say."""
+    limit = service.arguments.max_tokens_limit
+    said = [(name, getattr(body, name, None)) for name in ("max_tokens", "max_completion_tokens")]
+    wanted = {value for _, value in said if value is not None}
+    if len(wanted) > 1:
+        raise ApiError(400, "max_tokens and max_completion_tokens differ; say one of them.", param="max_tokens")
+    for name, value in said:
+        if value is not None and value > limit:
+            raise ApiError(400, f"{name}: {value} is above this server's limit of {limit} tokens.", param=name)
+    settings = {name: getattr(body, name) for name in ("temperature", "top_p", "top_k", "repetition_penalty", "seed")}
+    return dataclasses.replace(
+        service.sampling,
+        max_new_tokens=wanted.pop() if wanted else service.sampling.max_new_tokens,
+        stop=service.sampling.stop if body.stop is None else body.stop,
+        top_log_probs=top_log_probs,
+        **{name: value for name, value in settings.items() if value is not None},
+    )
+
+
+def text_of(content: Content | None) -> str:
+    if content is None or isinstance(content, str):
+        return content or ""
+    return "".join(part.text for part in content)
+
+
+def to_template(messages: Sequence[Any], system_prompt: str | None) -> list[dict[str, Any]]:
+    """Messages as the chat template takes them, which is how they are trained on.
+
+    Templates know results of tools by their order, the API knows them by the ids of calls: results are put in the order
+    of the calls.
+
+    Raises:
+        ApiError: a call has no result, or a result no call, or something cannot be read.
+    """
+
+    def refuse(number: int, message: str, where: str = "") -> ApiError:
+        return ApiError(400, f"messages[{number}]{where}: {message}", param=f"messages[{number}]{where}")
+
+    rendered: list[dict[str, Any]] = []
+    if system_prompt and not isinstance(messages[0], SystemMessage):
+        rendered.append({"role": "system", "content": system_prompt})
+    results: dict[str, dict[str, Any] | None] = {}
+    for number, message in enumerate(messages):
+        if isinstance(message, ToolMessage):
+            if results.get(message.tool_call_id, ...) is not None:
+                raise refuse(number, "it answers no call of the assistant before it.", ".tool_call_id")
+            results[message.tool_call_id] = {"role": "tool", "content": text_of(message.content)}
+            if None not in results.values():
+                rendered += results.values()
+                results = {}
+            continue
+        if results:
+            raise refuse(number, f"the results of {_missing(results)} must come first, each with role tool.")
+        role = "system" if isinstance(message, SystemMessage) else message.role
+        entry: dict[str, Any] = {"role": role, "content": text_of(message.content)}
+        if isinstance(message, AssistantMessage):
+            if message.content is None and not message.tool_calls:
+                raise refuse(number, "it has neither content nor tool_calls.")
+            calls = message.tool_calls or []
+            results = dict.fromkeys(call.id for call in calls)
+            if len(results) < len(calls):
+                raise refuse(number, "two calls have one id.", ".tool_calls")
+            for position, call in enumerate(calls):
+                where = f".tool_calls[{position}].function.arguments"
+                arguments = read_object(call.function.arguments)
+                if arguments is None:
+                    raise refuse(number, "it must be a string that holds a JSON object.", where)
+                entry.setdefault("tool_calls", []).append(
+                    {"type": "function", "function": {"name": call.function.name, "arguments": arguments}}
+                )
+        rendered.append(entry)
+    if results:
+        raise refuse(len(messages) - 1, f"the results of {_missing(results)} must follow, each with role tool.")
+    return rendered
+
+
+def _missing(results: dict[str, Any]) -> str:
+    return ", ".join(repr(name) for name, result in results.items() if result is None)
+
+
+def read_object(text: str) -> dict[str, Any] | None:
+    """The JSON object that is the whole of a text, or None."""
+    try:
+        value = from_json(text.strip(), allow_inf_nan=False)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def tools_for(service: Service, body: ChatRequest) -> list[dict[str, Any]] | None:
+    """The tools that the model is shown.
+
+    Raises:
+        ApiError: the model has no form for tools, or a field has no effect, or a tool is not there.
+    """
+    if body.tools is None:
+        for name in ("tool_choice", "parallel_tool_calls"):
+            if getattr(body, name) not in (None, "none"):
+                raise ApiError(400, f"{name}: it has no effect without tools.", param=name)
+        return None
+    if not service.takes_tools:
+        raise ApiError(400, "tools: this model's chat template has no form for tools.", param="tools")
+    if body.tool_choice == "none":
+        return None
+    # `strict` is of the API, the rest is what the model was trained to read.
+    tools = [
+        {**tool, "function": {key: value for key, value in tool["function"].items() if key != "strict"}}
+        for tool in body.tools
+    ]
+    if isinstance(body.tool_choice, NamedTool):
+        name = body.tool_choice.function.name
+        tools = [tool for tool in tools if tool["function"]["name"] == name]
+        if not tools:
+            raise ApiError(400, f"tool_choice: there is no tool {name!r} in tools.", param="tool_choice")
+    return tools
+
+
+def check_for(body: ChatRequest) -> Callable[[Answer], str | None] | None:
+    """What an answer has to be: a function that says what is wrong with one, or None if nothing is asked for."""
+    must_call = body.tool_choice == "required" or isinstance(body.tool_choice, NamedTool)
+    one_call = body.parallel_tool_calls is False
+    must_be_json = body.response_format is not None and body.response_format.type == "json_object"
+
+    def problem(answer: Answer) -> str | None:
+        if must_call and not answer.tool_calls:
+            return "calls no tool, which tool_choice asks for"
+        if one_call and len(answer.tool_calls) > 1:
+            return f"calls {len(answer.tool_calls)} tools, and parallel_tool_calls is false"
+        if must_be_json and not answer.tool_calls and read_object(answer.text) is None:
+            return "is no JSON object, which response_format asks for"
+        return None
+
+    return problem if must_call or one_call or must_be_json else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Asking the model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def submit(
+    service: Service, request: Request, jobs: Sequence[Job], on_text: Callable[[int, str], Any] | None = None
+) -> list["Future[Answer]"]:
+    """Ask for answers, all of them or none. `on_text` is called from another thread, with the number of the job.
+
+    Raises:
+        ApiError: too many requests wait, or the server is stopping.
+    """
+    arguments, metrics, seen = service.arguments, service.metrics, []
+    most = arguments.max_waiting + arguments.max_batch_size
+    if len(jobs) > most:
+        raise ApiError(
+            400, f"The request asks for {len(jobs)} answers; this server takes in at most {most}.", param="n"
+        )
+
+    def take(number: int, text: str) -> None:
+        if not seen:
+            seen.append(number)
+            metrics.first_token.observe(time.monotonic() - request.scope["started"])
+        if on_text is not None:
+            on_text(number, text)
+
+    def count(future: "Future[Answer]") -> None:
+        service.open.discard(future)
+        if not future.cancelled() and future.exception() is None:
+            metrics.prompt_tokens.inc(future.result().prompt_tokens)
+            metrics.completion_tokens.inc(future.result().completion_tokens)
+
+    try:
+        futures = service.batcher.submit_many(
+            [(job.prompt_ids, job.sampling, job.tools, partial(take, number)) for number, job in enumerate(jobs)]
+        )
+    except QueueFullError as error:
+        raise ApiError(
+            429,
+            f"{error}",
+            code="queue_full",
+            type="rate_limit_error",
+            headers={"Retry-After": str(service.seconds_to_wait())},
+        ) from error
+    except BatcherClosedError as error:
+        raise stopping() from error
+    request.scope["futures"] += futures
+    service.open.update(futures)
+    for future in futures:
+        future.add_done_callback(count)
+    return futures
+
+
+async def until_client_leaves(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def stopping() -> ApiError:
+    return ApiError(503, "The server is stopping.", code="stopping", type="server_error")
+
+
+def time_is_up(service: Service) -> ApiError:
+    message = f"The answer took longer than {service.arguments.request_timeout:g} s."
+    return ApiError(504, message, code="timeout", type="server_error")
+
+
+async def wait_for(service: Service, request: Request, futures: Sequence["Future[Answer]"]) -> list[Answer]:
+    """Raises ApiError after the time limit, ClientLeft, or what went wrong in an answer."""
+    answers = asyncio.gather(*map(asyncio.wrap_future, futures))
+    leaving = asyncio.ensure_future(until_client_leaves(request))
+    try:
+        async with asyncio.timeout_at(request.scope["deadline"]):
+            await asyncio.wait((answers, leaving), return_when=asyncio.FIRST_COMPLETED)
+    except TimeoutError as error:
+        raise time_is_up(service) from error
+    else:
+        if not answers.done():
+            raise ClientLeft
+        try:
+            return answers.result()
+        except asyncio.CancelledError as error:
+            raise stopping() from error
+    finally:
+        answers.cancel()
+        leaving.cancel()
+
+
+async def answers_for(
+    service: Service, request: Request, jobs: Sequence[Job], check: Callable[[Answer], str | None] | None
+) -> list[Answer]:
+    """All answers; those that fail the check are drawn again, as long as there is anything to draw.
+
+    Raises:
+        ApiError: an answer fails the check in the end; and what `wait_for` raises.
+    """
+    answers: dict[int, Answer] = {}
+    missing = list(range(len(jobs)))
+    attempts = 1 + RETRIES if check and jobs[0].sampling.temperature > 0 else 1
+    for attempt in range(attempts):
+        futures = submit(service, request, [jobs[number].again(attempt) for number in missing])
+        answers.update(zip(missing, await wait_for(service, request, futures), strict=True))
+        missing = [number for number in missing if check and check(answers[number])]
+        if not missing:
+            return [answers[number] for number in range(len(jobs))]
+    failed = answers[missing[0]]
+    cut = " It was cut by max_tokens." if failed.finish_reason == "length" else ""
+    tried = f" (tried {attempts} times)" if attempts > 1 else ""
+    message = f"The model's answer {check(failed)}{tried}.{cut}"
+    raise ApiError(422, message, code="answer_failed_check", type="invalid_answer_error")
+
+
+async def pieces_of(service: Service, request: Request, jobs: Sequence[Job]) -> AsyncIterator[tuple[int, str | Answer]]:
+    """Pieces of text with the number of their job as they are generated, and each answer after its last piece.
+
+    Raises:
+        ApiError: after the time limit; ClientLeft; or what went wrong in an answer.
+    """
+    loop = asyncio.get_running_loop()
+    events: asyncio.Queue[tuple[int, str | Future[Answer] | None]] = asyncio.Queue()
+
+    def tell(number: int, event: Any) -> None:
+        loop.call_soon_threadsafe(events.put_nowait, (number, event))
+
+    futures = submit(service, request, jobs, tell)
+    for number, future in enumerate(futures):
+        future.add_done_callback(partial(tell, number))
+    leaving = asyncio.ensure_future(until_client_leaves(request))
+    leaving.add_done_callback(lambda _: events.put_nowait((-1, None)))
+    open_jobs = len(jobs)
+    try:
+        while open_jobs:
+            try:
+                async with asyncio.timeout_at(request.scope["deadline"]):
+                    number, event = await events.get()
+            except TimeoutError as error:
+                raise time_is_up(service) from error
+            if event is None:
+                raise ClientLeft
+            if isinstance(event, Future):
+                if event.cancelled():
+                    raise stopping()
+                open_jobs -= 1
+                event = event.result()
+            yield number, event
+    finally:
+        leaving.cancel()
+
+
+async def pieces_again(answers: Sequence[Answer]) -> AsyncIterator[tuple[int, str | Answer]]:
+    """Whole answers in the form of `pieces_of`."""
+    for number, answer in enumerate(answers):
+        if answer.text:
+            yield number, answer.text
+        yield number, answer
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Answers, in the form of the OpenAI API
+# ---------------------------------------------------------------------------------------------------------------------
+
+BYTES = {char: byte for byte, char in bytes_to_unicode().items()}
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerBase, token_id: int) -> bytes | None:
+    """What a token stands for. A character may have several tokens, whose bytes make it up; None: nobody knows."""
+    name = tokenizer.convert_ids_to_tokens(token_id) or ""
+    if byte := re.fullmatch("<0x([0-9A-F]{2})>", name):
+        return bytes.fromhex(byte[1])
+    text = tokenizer.decode([token_id], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    if REPLACEMENT not in text:
+        # The space before a first word is not decoded.
+        return (" " + text if name.startswith("▁") and not text.startswith(" ") else text).encode()
+    return bytes(BYTES[char] for char in name) if all(char in BYTES for char in name) else None
+
+
+def token_text(known: bytes | None) -> str:
+    try:
+        return (known or b"").decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in known)
+
+
+class Form:
+    """What answers look like, whole and streamed: what the two kinds of requests have in common.
+
+    Args:
+        prompts: how many prompts the answers belong to, equally many to each.
+    """
+
+    def __init__(self, service: Service, body: Generation, prompts: int = 1):
+        self.service = service
+        self.body = body
+        self.prompts = prompts
+        self.id = f"{self.id_prefix}-{uuid.uuid4().hex}"
+        self.created = int(time.time())
+
+    def framed(self, object_name: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        head = {"id": self.id, "object": object_name, "created": self.created, "model": self.service.model_name}
+        return {**head, "choices": choices}
+
+    def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        choices = [self.choice(number, answer) for number, answer in enumerate(answers)]
+        return self.framed(self.object_name, choices) | {"usage": self.usage(answers)}
+
+    def usage(self, answers: Sequence[Answer]) -> dict[str, int]:
+        prompt = sum(answer.prompt_tokens for answer in answers[:: len(answers) // self.prompts])
+        completion = sum(answer.completion_tokens for answer in answers)
+        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+    def scored(self, answer: Answer) -> list[tuple[bytes | None, float, list[tuple[bytes | None, float]]]]:
+        """Each token of the text with its log-probability and the likeliest tokens in its place."""
+        scores = answer.scores
+        # The token that ends a turn is no part of the text.
+        if scores and answer.finish_reason == "stop" and scores[-1].token_id in self.service.engine.stop_ids:
+            scores = scores[:-1]
+        bytes_of = self.service.bytes_of
+        return [
+            (
+                bytes_of(score.token_id),
+                max(score.log_prob, LEAST_LOG_PROB),
+                [(bytes_of(token_id), max(log_prob, LEAST_LOG_PROB)) for token_id, log_prob in score.top],
+            )
+            for score in scores
+        ]
+
+
+class ChatForm(Form):
+    object_name = "chat.completion"
+    chunk_name = "chat.completion.chunk"
+    id_prefix = "chatcmpl"
+
+    def choice(self, number: int, answer: Answer) -> dict[str, Any]:
+        """A whole answer."""
+        calls = self._calls(answer)
+        message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
+        if calls:
+            message |= {"content": answer.text or None, "tool_calls": calls}
+        return {
+            "index": number,
+            "message": message,
+            "logprobs": self._log_probs(answer),
+            "finish_reason": "tool_calls" if calls else answer.finish_reason,
+        }
+
+    def opening(self, number: int) -> list[dict[str, Any]]:
+        """What comes before the first piece of a stream."""
+        return [self._chunk(number, {"role": "assistant", "content": ""})]
+
+    def piece(self, number: int, text: str) -> dict[str, Any]:
+        return self._chunk(number, {"content": text})
+
+    def ending(self, number: int, answer: Answer) -> list[dict[str, Any]]:
+        """What comes after the last piece: calls, which are known when the text is whole, and all else."""
+        calls = self._calls(answer)
+        chunks = [
+            self._chunk(number, {"tool_calls": [{"index": position, **call}]}) for position, call in enumerate(calls)
+        ]
+        last = {"finish_reason": "tool_calls" if calls else answer.finish_reason, "logprobs": self._log_probs(answer)}
+        return [*chunks, self._chunk(number, {}) | last]
+
+    def _chunk(self, number: int, delta: dict[str, Any]) -> dict[str, Any]:
+        return {"index": number, "delta": delta, "logprobs": None, "finish_reason": None}
+
+    def _calls(self, answer: Answer) -> list[dict[str, Any]]:
+        return [
+            {
+                "id": call.get("id") or f"call_{uuid.uuid4().hex[:24]}",
+                "type": "function",
+                "function": {
+                    "name": call["function"]["name"],
+                    "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False),
+                },
+            }
+            for call in answer.tool_calls
+        ]
+
+    def _log_probs(self, answer: Answer) -> dict[str, Any] | None:
+        def entry(known: bytes | None, log_prob: float) -> dict[str, Any]:
+            return {"token": token_text(known), "logprob": log_prob, "bytes": None if known is None else list(known)}
+
+        if not self.body.logprobs:
+            return None
+        content = [
+            {**entry(known, log_prob), "top_logprobs": [entry(*each) for each in top]}
+            for known, log_prob, top in self.scored(answer)
+        ]
+        return {"content": content, "refusal": None}
+
+
+class CompletionForm(Form):
+    object_name = "text_completion"
+    chunk_name = "text_completion"
+    id_prefix = "cmpl"
+
+    def choice(self, number: int, answer: Answer) -> dict[str, Any]:
+        return {
+            "index": number,
+            "text": answer.text,
+            "logprobs": self._log_probs(answer),
+            "finish_reason": answer.finish_reason,
+        }
+
+    def opening(self, number: int) -> list[dict[str, Any]]:
+        return []
+
+    def piece(self, number: int, text: str) -> dict[str, Any]:
+        return {"index": number, "text": text, "logprobs": None, "finish_reason": None}
+
+    def ending(self, number: int, answer: Answer) -> list[dict[str, Any]]:
+        return [{**self.choice(number, answer), "text": ""}]
+
+    def _log_probs(self, answer: Answer) -> dict[str, Any] | None:
+        if self.body.logprobs is None:
+            return None
+        scored, decoder, offsets, length = self.scored(answer), codecs.getincrementaldecoder("utf-8")("replace"), [], 0
+        for known, _, _ in scored:
+            offsets.append(length)
+            length += len(decoder.decode(known or b""))
+        return {
+            "tokens": [token_text(known) for known, _, _ in scored],
+            "token_logprobs": [log_prob for _, log_prob, _ in scored],
+            "top_logprobs": [{token_text(known): log_prob for known, log_prob in top} for _, _, top in scored],
+            "text_offset": offsets,
+        }
+
+
+async def respond(
+    service: Service,
+    request: Request,
+    jobs: Sequence[Job],
+    form: Form,
+    check: Callable[[Answer], str | None] | None = None,
+) -> Response:
+    """Answer whole or as a stream, as the request says. What has to be checked is not sent before."""
+    if not form.body.stream:
+        return JSONResponse(form.whole(await answers_for(service, request, jobs, check)))
+    if check:
+        events = pieces_again(await answers_for(service, request, jobs, check))
+    else:
+        events = pieces_of(service, request, jobs)
+    # An error that comes before any text still gets its own status.
+    first = await anext(events)
+    return StreamingResponse(
+        stream_of(form, len(jobs), first, events),
+        media_type="text/event-stream",
+        headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+    )
+
+
+async def stream_of(
+    form: Form, jobs: int, first: tuple[int, str | Answer], events: AsyncIterator[tuple[int, str | Answer]]
+) -> AsyncIterator[bytes]:
+    """Events of a stream (https://html.spec.whatwg.org/multipage/server-sent-events.html), each of one line."""
+    with_usage = form.body.stream_options is not None and bool(form.body.stream_options.include_usage)
+    answers: dict[int, Answer] = {}
+
+    def line(choices: list[dict[str, Any]], usage: dict[str, int] | None = None) -> bytes:
+        return event_line(form.framed(form.chunk_name, choices) | ({"usage": usage} if with_usage else {}))
+
+    async def all_events() -> AsyncIterator[tuple[int, str | Answer]]:
+        yield first
+        async for event in events:
+            yield event
+
+    try:
+        async with aclosing(events):
+            for number in range(jobs):
+                for choice in form.opening(number):
+                    yield line([choice])
+            async for number, event in all_events():
+                if isinstance(event, str):
+                    yield line([form.piece(number, event)])
+                    continue
+                answers[number] = event
+                for choice in form.ending(number, event):
+                    yield line([choice])
+        if with_usage:
+            yield line([], form.usage([answers[number] for number in range(jobs)]))
+        yield b"data: [DONE]\n\n"
+    except ClientLeft:
+        pass
+    except Exception as error:
+        yield event_line(to_api_error(error).body)
+
+
+def event_line(value: dict[str, Any]) -> bytes:
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return f"data: {text.translate(LINE_ENDS)}\n\n".encode()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Routes
+# ---------------------------------------------------------------------------------------------------------------------
+
+ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
+router = APIRouter(route_class=StrictRoute, responses=ERRORS)
+
+
+@router.post("/v1/chat/completions")
+async def chat_completions(request: Request, body: ChatRequest) -> Any:
+    """Answer a conversation."""
+    service: Service = request.app.state.service
+    check_common(service, body)
+    if body.top_logprobs is not None and not body.logprobs:
+        raise ApiError(400, "top_logprobs: it has no effect without logprobs.", param="top_logprobs")
+    sampling = sampling_for(service, body, (body.top_logprobs or 0) if body.logprobs else None)
+    tools = tools_for(service, body)
+    messages = to_template(body.messages, service.arguments.system_prompt)
+    prompt_ids = await tokenized("messages", service.engine.prompt_ids, messages, tools)
+    jobs = jobs_for([prompt_ids], body, sampling, tools)
+    return await respond(service, request, jobs, ChatForm(service, body), check_for(body))
+
+
+@router.post("/v1/completions")
+async def completions(request: Request, body: CompletionRequest) -> Any:
+    """Go on with a raw text, without the chat template."""
+    service: Service = request.app.state.service
+    check_common(service, body)
+    if body.best_of not in (None, body.n or 1):
+        raise ApiError(400, "best_of: answers are not ranked here; say n.", param="best_of")
+    sampling = sampling_for(service, body, body.logprobs)
+    several = isinstance(body.prompt, list) and (not body.prompt or not isinstance(body.prompt[0], int))
+    prompts = body.prompt if several else [body.prompt]
+    if not prompts:
+        raise ApiError(400, "prompt: it is empty.", param="prompt")
+    ids = [await tokenized("prompt", completion_ids, service.engine, prompt) for prompt in prompts]
+    return await respond(service, request, jobs_for(ids, body, sampling), CompletionForm(service, body, len(ids)))
+
+
+async def tokenized(param: str, function: Callable[..., list[int]], *args: Any) -> list[int]:
+    """Token ids of a prompt, made in a thread of its own, since a long one takes a while.
+
+    Raises:
+        ApiError: the prompt is too long, or cannot be rendered.
+    """
+    try:
+        return await asyncio.to_thread(function, *args)
+    except PromptTooLongError as error:
+        raise ApiError(400, f"{error}", code="context_length_exceeded", param=param) from error
+    except (UserError, ValueError) as error:
+        raise ApiError(400, f"{error}", param=param) from error
+
+
+def completion_ids(engine: ChatEngine, prompt: str | list[int]) -> list[int]:
+    """Raises ValueError if there is nothing to go on with, or too much."""
+    if isinstance(prompt, str):
+        return engine.completion_ids(prompt)
+    known = engine.model.get_input_embeddings().weight.shape[0]
+    if not prompt or not all(0 <= token_id < known for token_id in prompt):
+        raise ValueError(f"A prompt of token ids has at least one, and each is from 0 to {known - 1}.")
+    if engine.context_length is not None and len(prompt) >= engine.context_length:
+        raise PromptTooLongError(len(prompt), engine.context_length)
+    return prompt
+
+
+@router.get("/v1/models")
+async def models(request: Request) -> Any:
+    """The one model that is served."""
+    return {"object": "list", "data": [described(request.app.state.service)]}
+
+
+@router.get("/v1/models/{model:path}")
+async def one_model(request: Request, model: str) -> Any:
+    """The model, if that is its name."""
+    service: Service = request.app.state.service
+    if model != service.model_name:
+        raise unknown_model(service, model)
+    return described(service)
+
+
+def described(service: Service) -> dict[str, Any]:
+    return {
+        "id": service.model_name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "medicalgpt",
+        "max_model_len": service.engine.context_length,
+    }
+
+
+@router.get("/health")
+async def health() -> Any:
+    """Answers as soon as questions can be answered."""
+    return {"status": "ok"}
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """Numbers for Prometheus."""
+    return Response(generate_latest(request.app.state.service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+def make_app(service: Service, origins: Sequence[str] = ()) -> FastAPI:
+    # The pages that show an API in a browser would load scripts from elsewhere.
+    app = FastAPI(title="MedicalGPT", docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.state.service = service
+    app.include_router(router)
+    for kind in (HTTPException, RequestValidationError):
+        app.add_exception_handler(kind, answer_error)
+    app.add_middleware(Gate, service=service)
+    if origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(origins), allow_methods=["GET", "POST"], allow_headers=["*"]
+        )
+    return app
+
+
+async def answer_error(request: Request, error: Exception) -> Response:
+    return to_api_error(error).response()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Start and stop
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    (arguments,) = parse_args(ApiArguments, description=__doc__, unused=UNUSED_CHAT_ARGUMENTS)
+    setup_logging()
+    # Everything that can be wrong shows before minutes are spent on loading a model.
+    key, origins = key_from(arguments), origins_from(arguments)
+    check_limits(arguments)
+    with bound_socket(arguments) as listener:
+        engine = ChatEngine.from_arguments(arguments)
+        batcher = make_batcher(
+            engine,
+            batching=arguments.batching,
+            max_batch_size=arguments.max_batch_size,
+            max_waiting=arguments.max_waiting,
+        )
+        service = Service(arguments, engine, batcher, key)
+        try:
+            Server(service, origins, listener).run()
+        finally:
+            batcher.close(finish=False)
+    logger.info("stopped")
+
+
+def model_name(arguments: ApiArguments) -> str:
+    if arguments.served_model_name:
+        return arguments.served_model_name
+    path = Path(arguments.model_name_or_path)
+    return path.resolve().name if path.is_dir() else path.name
+
+
+def key_from(arguments: ApiArguments) -> str | None:
+    """The key that requests must bear, or None.
+
+    Raises:
+        UserError: the server would listen to other machines without one, or no client could send it.
+    """
+    key = arguments.api_key if arguments.api_key is not None else os.environ.get("MEDICALGPT_API_KEY")
+    if key is None and not is_loopback(arguments.host):
+        raise UserError(
+            f"--host {arguments.host} would let other machines ask this model without a key.\nSet one "
+            "(MEDICALGPT_API_KEY=... in the environment), or leave --host out to serve this machine alone."
+        )
+    if key is not None and not re.fullmatch("[!-~]+", key):
+        raise UserError("The API key must be letters, digits and signs of ASCII, without spaces, and at least one.")
+    return key
+
+
+def origins_from(arguments: ApiArguments) -> list[str]:
+    """Raises UserError if an origin is none."""
+    origins = [origin.strip() for origin in (arguments.allow_origins or "").split(",") if origin.strip()]
+    for origin in origins:
+        if not re.fullmatch(r"https?://[^/*\s]+", origin):
+            raise UserError(
+                f"--allow_origins: {origin!r} is no origin. Name each site as a browser does, https://example.org or "
+                "http://localhost:3000; a wildcard would let every page ask."
+            )
+    return origins
+
+
+def check_limits(arguments: ApiArguments) -> None:
+    """Raises UserError for limits that nothing could keep."""
+    sampling_from(arguments)
+    for name in ("max_request_bytes", "max_tokens_limit", "request_timeout"):
+        if not getattr(arguments, name) > 0:
+            raise UserError(f"--{name} is {getattr(arguments, name)}, it must be above 0.")
+    if not arguments.stop_timeout >= 0:
+        raise UserError(f"--stop_timeout is {arguments.stop_timeout}, it must be 0 or more.")
+    if arguments.max_new_tokens > arguments.max_tokens_limit:
+        raise UserError(
+            f"--max_new_tokens {arguments.max_new_tokens} is above --max_tokens_limit {arguments.max_tokens_limit}; "
+            "lower the first or raise the second."
+        )
+
+
+def bound_socket(arguments: ApiArguments) -> socket.socket:
+    """Take the port, without listening yet.
+
+    Raises:
+        UserError: it is taken, or not to be had.
+    """
+    family = socket.AF_INET6 if ":" in arguments.host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((arguments.host, arguments.port))
+    except (OSError, OverflowError) as error:
+        listener.close()
+        raise UserError(
+            f"--host {arguments.host} --port {arguments.port} cannot be listened on: {error}.\nGive another --port, or "
+            "0 for a free one."
+        ) from error
+    return listener
+
+
+class Server(uvicorn.Server):
+    """uvicorn that says when it serves, and ends quietly once the running answers are there."""
+
+    def __init__(self, service: Service, origins: Sequence[str], listener: socket.socket):
+        arguments = service.arguments
+        config = uvicorn.Config(
+            make_app(service, origins),
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            ws="none",
+            lifespan="off",
+            timeout_graceful_shutdown=arguments.stop_timeout + SECONDS_TO_CLOSE,
+        )
+        super().__init__(config)
+        self.service = service
+        self.listener = listener
+
+    def run(self) -> None:
+        # A second signal may come at any time until the program has ended.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: None)
+        super().run([self.listener])
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self.loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+        announce(self.service, self.listener.getsockname()[1])
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        # A second signal says that the running answers are not worth the wait.
+        if self.service.stopping:
+            self.loop.call_soon_threadsafe(self.service.give_up)
+        self.service.stopping = self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        patience = self.loop.call_later(self.service.arguments.stop_timeout, self.service.give_up)
+        await super().shutdown(sockets)
+        patience.cancel()
+
+
+def announce(service: Service, port: int) -> None:
+    """Say where the model is, with a command that asks it."""
+    host = service.arguments.host
+    # All addresses of a machine are no address to ask.
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    question = {"model": service.model_name, "messages": [{"role": "user", "content": "感冒了怎么办？"}]}
+    key = ' -H "Authorization: Bearer $MEDICALGPT_API_KEY"' if service.key else ""
+    print(
+        f"Serving {service.model_name} on {url}/v1 (Ctrl-C stops). Ask it:\n\n"
+        f"    curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' \\\n"
+        f"        -d {shlex.quote(json.dumps(question, ensure_ascii=False))}\n",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,66 @@
+"""openai_api.py against its own OpenAPI schema: whatever is sent, it is answered or refused, never an error inside."""
+
+from collections import Counter
+from collections.abc import Iterator
+
+from medicalgpt.chat import ChatEngine
+from medicalgpt.serving import make_batcher
+from openai_api import ApiArguments, Service, make_app
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from hypothesis.strategies import sampled_from
+from starlette.testclient import TestClient
+from tiny import make_tiny
+
+LOCAL = {"Host": "localhost"}
+MODEL = {"model": "tiny"}
+# What is put right in generated bodies: a model that is not there, say, hides all that lies behind it.
+RIGHT = {
+    "/v1/chat/completions": [{}, MODEL, {**MODEL, "messages": [{"role": "user", "content": "x"}]}],
+    "/v1/completions": [{}, MODEL, {**MODEL, "prompt": "x"}],
+    **{path: [{}] for path in ("/v1/models", "/v1/models/{model}", "/health", "/metrics")},
+}
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory) -> Iterator[TestClient]:
+    engine = ChatEngine.from_pretrained(make_tiny(tmp_path_factory.mktemp("model")))
+    batcher = make_batcher(engine)
+    arguments = ApiArguments(model_name_or_path="tiny", max_new_tokens=3, max_tokens_limit=8)
+    yield TestClient(make_app(Service(arguments, engine, batcher, None)), "http://localhost")
+    batcher.close(finish=False)
+
+
+@pytest.fixture(scope="module")
+def operations(client) -> dict[str, schemathesis.schemas.APIOperation]:
+    schema = schemathesis.openapi.from_asgi("/openapi.json", client.app, headers=LOCAL)
+    return {operation.ok().path: operation.ok() for operation in schema.get_all_operations()}
+
+
+def test_every_route_is_tried(operations):
+    assert sorted(operations) == sorted(RIGHT)
+
+
+@pytest.mark.parametrize("route", RIGHT)
+def test_no_error_inside(client, operations, route):
+    statuses = Counter()
+    operation = operations[route]
+    cases = operation.as_strategy()
+    if operation.method == "post":
+        cases |= operation.as_strategy(generation_mode=schemathesis.GenerationMode.NEGATIVE)
+
+    @given(case=cases, right=sampled_from(RIGHT[route]))
+    @settings(max_examples=120, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    def send(case, right):
+        if isinstance(case.body, dict):
+            case.body = case.body | right
+        response = case.call(headers=LOCAL)
+        case.validate_response(response, checks=[schemathesis.checks.not_a_server_error])
+        statuses[response.status_code] += 1
+        if response.status_code >= 400:
+            assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+    send()
+    assert statuses[404 if route == "/v1/models/{model}" else 200] > 0, statuses
