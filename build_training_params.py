@@ -15,10 +15,14 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any
 
+import chatpdf
 import dpo_training
+import fastapi_server_demo
+import gradio_demo
 import grpo_training
 import inference
 import merge_peft_adapter
+import openai_api
 import orpo_training
 import ppo_training
 import pretraining
@@ -31,11 +35,13 @@ from medicalgpt.args import (
     RENAMED_VALUES,
     UNUSED_PAIR_ARGUMENTS,
     UNUSED_SFT_ARGUMENTS,
+    ApiArguments,
     AttentionArguments,
     ChatArguments,
     DataArguments,
     LoraArguments,
     ModelArguments,
+    PageArguments,
     PairArguments,
     RunArguments,
     ServeArguments,
@@ -304,6 +310,18 @@ def render() -> str:
         table(ServeArguments),
         "### inference.py only",
         table(inference.InferenceArguments),
+        "### openai_api.py, fastapi_server_demo.py",
+        table(ApiArguments),
+        "### openai_api.py only",
+        table(openai_api.OpenAIArguments),
+        "### fastapi_server_demo.py only",
+        table(fastapi_server_demo.ServerArguments),
+        "### gradio_demo.py, chatpdf.py",
+        table(PageArguments),
+        "### gradio_demo.py only",
+        table(gradio_demo.DemoArguments),
+        "### chatpdf.py only",
+        table(chatpdf.FileArguments),
         "## validate_jsonl.py",
         table(validate_jsonl.ValidationArguments),
         "## Spellings of MedicalGPT and of older libraries",

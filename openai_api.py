@@ -21,10 +21,8 @@ import codecs
 import dataclasses
 import difflib
 import hmac
-import ipaddress
 import json
 import math
-import os
 import re
 import shlex
 import signal
@@ -42,11 +40,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from medicalgpt.args import UNUSED_CHAT_ARGUMENTS, ServeArguments, parse_args
+from medicalgpt.args import UNUSED_CHAT_ARGUMENTS, ApiArguments, parse_args
 from medicalgpt.chat import MAX_SEED, REPLACEMENT, Answer, ChatEngine, PromptTooLongError, Sampling, sampling_from
 from medicalgpt.errors import UserError, run_main
 from medicalgpt.logs import setup_logging
-from medicalgpt.serving import Batcher, BatcherClosedError, QueueFullError, make_batcher
+from medicalgpt.serving import Batcher, BatcherClosedError, QueueFullError, batcher_from, is_loopback, key_from
 from template import tool_format_of
 
 import uvicorn
@@ -88,16 +86,9 @@ BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
 
 
 @dataclass
-class ApiArguments(ServeArguments):
+class OpenAIArguments(ApiArguments):
     """Who may ask, and how much."""
 
-    api_key: str | None = field(
-        default=None,
-        metadata={
-            "help": "Key that every request must bear. Better: the variable MEDICALGPT_API_KEY, since other users of a "
-            "machine can read command lines."
-        },
-    )
     served_model_name: str | None = field(
         default=None, metadata={"help": "Name of the model in requests. Default: the last part of its path."}
     )
@@ -422,7 +413,7 @@ class Service:
         open: answers that are being waited for.
     """
 
-    def __init__(self, arguments: ApiArguments, engine: ChatEngine, batcher: Batcher, key: str | None):
+    def __init__(self, arguments: OpenAIArguments, engine: ChatEngine, batcher: Batcher, key: str | None):
         self.arguments = arguments
         self.engine = engine
         self.batcher = batcher
@@ -544,14 +535,6 @@ def host_of(header: bytes) -> str:
         return urlsplit(f"//{header.decode('ascii')}").hostname or ""
     except ValueError:
         return ""
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can be meant."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1263,19 +1246,14 @@ async def answer_error(request: Request, error: Exception) -> Response:
 
 
 def main() -> None:
-    (arguments,) = parse_args(ApiArguments, description=__doc__, unused=UNUSED_CHAT_ARGUMENTS)
+    (arguments,) = parse_args(OpenAIArguments, description=__doc__, unused=UNUSED_CHAT_ARGUMENTS)
     setup_logging()
     # Everything that can be wrong shows before minutes are spent on loading a model.
     key, origins = key_from(arguments), origins_from(arguments)
     check_limits(arguments)
     with bound_socket(arguments) as listener:
         engine = ChatEngine.from_arguments(arguments)
-        batcher = make_batcher(
-            engine,
-            batching=arguments.batching,
-            max_batch_size=arguments.max_batch_size,
-            max_waiting=arguments.max_waiting,
-        )
+        batcher = batcher_from(engine, arguments)
         service = Service(arguments, engine, batcher, key)
         try:
             Server(service, origins, listener).run()
@@ -1284,31 +1262,14 @@ def main() -> None:
     logger.info("stopped")
 
 
-def model_name(arguments: ApiArguments) -> str:
+def model_name(arguments: OpenAIArguments) -> str:
     if arguments.served_model_name:
         return arguments.served_model_name
     path = Path(arguments.model_name_or_path)
     return path.resolve().name if path.is_dir() else path.name
 
 
-def key_from(arguments: ApiArguments) -> str | None:
-    """The key that requests must bear, or None.
-
-    Raises:
-        UserError: the server would listen to other machines without one, or no client could send it.
-    """
-    key = arguments.api_key if arguments.api_key is not None else os.environ.get("MEDICALGPT_API_KEY")
-    if key is None and not is_loopback(arguments.host):
-        raise UserError(
-            f"--host {arguments.host} would let other machines ask this model without a key.\nSet one "
-            "(MEDICALGPT_API_KEY=... in the environment), or leave --host out to serve this machine alone."
-        )
-    if key is not None and not re.fullmatch("[!-~]+", key):
-        raise UserError("The API key must be letters, digits and signs of ASCII, without spaces, and at least one.")
-    return key
-
-
-def origins_from(arguments: ApiArguments) -> list[str]:
+def origins_from(arguments: OpenAIArguments) -> list[str]:
     """Raises UserError if an origin is none."""
     origins = [origin.strip() for origin in (arguments.allow_origins or "").split(",") if origin.strip()]
     for origin in origins:
@@ -1320,7 +1281,7 @@ def origins_from(arguments: ApiArguments) -> list[str]:
     return origins
 
 
-def check_limits(arguments: ApiArguments) -> None:
+def check_limits(arguments: OpenAIArguments) -> None:
     """Raises UserError for limits that nothing could keep."""
     sampling_from(arguments)
     for name in ("max_request_bytes", "max_tokens_limit", "request_timeout"):
@@ -1335,7 +1296,7 @@ def check_limits(arguments: ApiArguments) -> None:
         )
 
 
-def bound_socket(arguments: ApiArguments) -> socket.socket:
+def bound_socket(arguments: OpenAIArguments) -> socket.socket:
     """Take the port, without listening yet.
 
     Raises:

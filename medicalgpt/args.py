@@ -259,6 +259,30 @@ class ServeArguments(ChatArguments):
 
 
 @dataclass
+class ApiArguments(ServeArguments):
+    """A server that programs ask."""
+
+    api_key: str | None = field(
+        default=None,
+        metadata={
+            "help": "Key that every request must bear. Better: the variable MEDICALGPT_API_KEY, since other users of a "
+            "machine can read command lines."
+        },
+    )
+
+
+@dataclass
+class PageArguments(ServeArguments):
+    """A page that people look at in a browser."""
+
+    auth: str | None = field(
+        default=None,
+        metadata={"help": "user:password that the page asks for. In the environment, MEDICALGPT_AUTH, it is safer."},
+    )
+    share: bool = field(default=False, metadata={"help": "A public link through the servers of Gradio."})
+
+
+@dataclass
 class AttentionArguments:
     """How attention is computed, and how far the positions reach."""
 

@@ -6,7 +6,10 @@ each one a future. `StaticBatcher` answers those that wait together, and admits 
 """
 
 import copy
+import ipaddress
 import itertools
+import os
+import re
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
@@ -14,6 +17,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
+from medicalgpt.args import ApiArguments, ServeArguments
 from medicalgpt.chat import (
     Answer,
     AnswerStream,
@@ -382,6 +386,41 @@ def against_continuous(engine: ChatEngine) -> list[str]:
     if names:
         reasons.append(f"its generation_config.json asks for {', '.join(names)}")
     return reasons
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can be meant."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def key_from(arguments: ApiArguments) -> str | None:
+    """The key that requests must bear, or None.
+
+    Raises:
+        UserError: the server would listen to other machines without one, or no client could send it.
+    """
+    key = arguments.api_key if arguments.api_key is not None else os.environ.get("MEDICALGPT_API_KEY")
+    if key is None and not is_loopback(arguments.host):
+        raise UserError(
+            f"--host {arguments.host} would let other machines ask this model without a key.\nSet one "
+            "(MEDICALGPT_API_KEY=... in the environment), or leave --host out to serve this machine alone."
+        )
+    if key is not None and not re.fullmatch("[!-~]+", key):
+        raise UserError("The API key must be letters, digits and signs of ASCII, without spaces, and at least one.")
+    return key
+
+
+def batcher_from(engine: ChatEngine, arguments: ServeArguments) -> Batcher:
+    """The batcher that the flags ask for. Errors are those of `make_batcher`."""
+    return make_batcher(
+        engine,
+        batching=arguments.batching,
+        max_batch_size=arguments.max_batch_size,
+        max_waiting=arguments.max_waiting,
+    )
 
 
 def make_batcher(

@@ -17,7 +17,7 @@ from medicalgpt.chat import ChatEngine, Sampling
 from medicalgpt.errors import UserError
 from medicalgpt.serving import make_batcher
 from medicalgpt.tools import TOOL_FORMATS
-from openai_api import ApiArguments, Service, make_app, token_bytes, token_text
+from openai_api import OpenAIArguments, Service, make_app, token_bytes, token_text
 
 import openai
 import pytest
@@ -745,7 +745,7 @@ class local:
 
     def __init__(self, engine: ChatEngine, **flags):
         self.batcher = make_batcher(engine)
-        arguments = ApiArguments(model_name_or_path="tiny", **flags)
+        arguments = OpenAIArguments(model_name_or_path="tiny", **flags)
         self.client = TestClient(make_app(Service(arguments, engine, self.batcher, None)), "http://localhost")
 
     def __enter__(self) -> TestClient:

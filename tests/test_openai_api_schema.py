@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from medicalgpt.chat import ChatEngine
 from medicalgpt.serving import make_batcher
-from openai_api import ApiArguments, Service, make_app
+from openai_api import OpenAIArguments, Service, make_app
 
 import pytest
 import schemathesis
@@ -28,7 +28,7 @@ RIGHT = {
 def client(tmp_path_factory) -> Iterator[TestClient]:
     engine = ChatEngine.from_pretrained(make_tiny(tmp_path_factory.mktemp("model")))
     batcher = make_batcher(engine)
-    arguments = ApiArguments(model_name_or_path="tiny", max_new_tokens=3, max_tokens_limit=8)
+    arguments = OpenAIArguments(model_name_or_path="tiny", max_new_tokens=3, max_tokens_limit=8)
     yield TestClient(make_app(Service(arguments, engine, batcher, None)), "http://localhost")
     batcher.close(finish=False)
 

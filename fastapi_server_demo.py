@@ -1,0 +1,216 @@
+"""A small server for a trained model, to be read and changed: questions in, answers out, all in JSON.
+
+    python fastapi_server_demo.py --model_name_or_path outputs-sft --port 8008
+    curl http://127.0.0.1:8008/chat -H "Content-Type: application/json" -d '{"input": "感冒了怎么办？"}'
+
+    POST /chat   {"input": "再见", "history": [["你好", "您好"]], "system_prompt": "…", "temperature": 0.7}
+              -> {"response": "…", "history": [["你好", "您好"], ["再见", "…"]], "finish_reason": "stop", …}
+    POST /batch  {"inputs": ["你好", "再见"]} -> {"answers": [{"response": "…", …}, {"response": "…", …}]}
+    GET  /health {"status": "ok", "running": 0, "waiting": 0}
+
+Only the question is required. What is wrong is told as {"detail": "…"}: 400 the model cannot be asked that, 401 no key,
+411 and 413 the body is of unknown or too great length, 422 other fields or values than these, 429 too many are waiting,
+500 the model failed, 504 it took too long.
+
+Anything more is in openai_api.py, with the same engine and the same answers: streams, tools, stop strings,
+probabilities, metrics, and the protocol that client programs know.
+"""
+
+import asyncio
+import hmac
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any
+
+from medicalgpt.args import UNUSED_CHAT_ARGUMENTS, ApiArguments, parse_args
+from medicalgpt.chat import Answer, ChatEngine, sampling_from
+from medicalgpt.errors import UserError, run_main
+from medicalgpt.logs import setup_logging
+from medicalgpt.serving import Batcher, QueueFullError, batcher_from, key_from
+
+import uvicorn
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from loguru import logger
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+from starlette.datastructures import Headers
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+MAX_BODY_BYTES = 1_000_000
+
+Text = Annotated[str, Field(min_length=1)]
+
+
+@dataclass
+class ServerArguments(ApiArguments):
+    """Where it listens."""
+
+    port: int = field(
+        default=8008, metadata={"help": "Port to listen on; 0 takes a free one.", "aliases": ["--server_port"]}
+    )
+
+
+class Settings(BaseModel):
+    """How to answer; what is left out is as on the command line."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    system_prompt: str | None = None
+    max_new_tokens: int = Field(None, ge=1)
+    temperature: float = Field(None, ge=0, allow_inf_nan=False)
+    top_p: float = Field(None, gt=0, le=1)
+    top_k: int = Field(None, ge=0)
+    repetition_penalty: float = Field(None, gt=0, allow_inf_nan=False)
+    seed: int = Field(None, ge=0, lt=2**61)
+
+
+class ChatRequest(Settings):
+    input: Text = Field(validation_alias=AliasChoices("input", "query"))
+    history: list[Annotated[list[str], Field(min_length=2, max_length=2)]] = []
+
+
+class BatchRequest(Settings):
+    inputs: list[Text] = Field(validation_alias=AliasChoices("inputs", "queries"), min_length=1)
+
+
+class Reply(BaseModel):
+    response: str
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class ChatReply(Reply):
+    history: list[list[str]]
+
+
+class BatchReply(BaseModel):
+    answers: list[Reply]
+
+
+class Problem(BaseModel):
+    detail: str
+
+
+def main() -> None:
+    (arguments,) = parse_args(ServerArguments, description=__doc__, unused=UNUSED_CHAT_ARGUMENTS)
+    setup_logging()
+    sampling_from(arguments)
+    key = key_from(arguments)
+    batcher = batcher_from(ChatEngine.from_arguments(arguments), arguments)
+    # Asked to end, it takes no more requests and finishes those that it has.
+    uvicorn.run(build_app(batcher, arguments, key), host=arguments.host, port=arguments.port)
+
+
+def guarded(app: ASGIApp, key: str | None) -> ASGIApp:
+    """Let nothing through to the application without the key, or of a great or unknown length."""
+
+    async def guard(scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope) if scope["type"] == "http" else Headers()
+        given = headers.get("authorization", "").removeprefix("Bearer ").encode("latin-1")
+        length = headers.get("content-length")
+        if scope["type"] == "http" and key and not hmac.compare_digest(given, key.encode()):
+            answer = refusal(401, "The key is missing or wrong; send it as `Authorization: Bearer KEY`.")
+        elif length is None and "transfer-encoding" in headers:
+            answer = refusal(411, "Say how long the body is, with Content-Length.")
+        elif int(length or 0) > MAX_BODY_BYTES:
+            answer = refusal(413, f"The body has {length} bytes; {MAX_BODY_BYTES} is the most.")
+        else:
+            answer = app
+        await answer(scope, receive, send)
+
+    return guard
+
+
+def build_app(batcher: Batcher, arguments: ServerArguments, key: str | None) -> FastAPI:
+    # The usual page of documentation would load scripts from another host.
+    problems = {"4XX": {"model": Problem}, "5XX": {"model": Problem}}
+    app = FastAPI(title="MedicalGPT", docs_url=None, redoc_url=None, responses=problems)
+
+    app.add_middleware(guarded, key=key)
+    if not key:
+        # A page of another site may give its own name the address of this machine, and ask through the browser here.
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", arguments.host])
+
+    @app.exception_handler(RequestValidationError)
+    async def wrong_fields(request: Request, error: RequestValidationError) -> JSONResponse:
+        # The values themselves are not repeated: JSON cannot say all of them (NaN).
+        told = [f"{'.'.join(map(str, each['loc'][1:]))}: {each['msg']}" for each in error.errors()]
+        return refusal(422, "; ".join(told).encode(errors="replace").decode())
+
+    @app.exception_handler(QueueFullError)
+    async def too_many(request: Request, error: QueueFullError) -> JSONResponse:
+        return refusal(429, str(error), {"Retry-After": "1"})
+
+    @app.exception_handler(TimeoutError)
+    async def too_late(request: Request, error: TimeoutError) -> JSONResponse:
+        return refusal(504, f"There was no answer after {arguments.request_timeout} seconds.")
+
+    @app.get("/")
+    async def index() -> dict[str, str]:
+        return {"message": "POST /chat, POST /batch, GET /health; /openapi.json describes them"}
+
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        return {"status": "ok", "running": batcher.running, "waiting": batcher.waiting}
+
+    @app.post("/chat")
+    async def chat(request: Request, asked: ChatRequest) -> ChatReply:
+        (answer,) = await answers_to(request, asked, [asked.input], asked.history)
+        return ChatReply(**as_reply(answer), history=[*asked.history, [asked.input, answer.text]])
+
+    @app.post("/batch")
+    async def batch(request: Request, asked: BatchRequest) -> BatchReply:
+        if len(asked.inputs) > arguments.max_waiting:
+            raise HTTPException(400, f"{len(asked.inputs)} questions; {arguments.max_waiting} is the most.")
+        return BatchReply(answers=[as_reply(answer) for answer in await answers_to(request, asked, asked.inputs)])
+
+    async def answers_to(
+        request: Request, asked: Settings, questions: Sequence[str], history: Sequence[Sequence[str]] = ()
+    ) -> list[Answer]:
+        """Answer questions that are asked at the same time, each after the same history."""
+        given = asked.model_dump(include=set(Settings.model_fields), exclude_unset=True)
+        system = given.pop("system_prompt", arguments.system_prompt)
+        turns = [{"role": "system", "content": system}] if system else []
+        for question, answer in history:
+            turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        sampling = replace(sampling_from(arguments), **given)
+        try:
+            prompts = [batcher.engine.prompt_ids([*turns, {"role": "user", "content": text}]) for text in questions]
+        except UserError as error:
+            raise HTTPException(400, str(error)) from error
+        seeds = [None if sampling.seed is None else sampling.seed + number for number in range(len(prompts))]
+        futures = batcher.submit_many(
+            [(prompt, replace(sampling, seed=seed), None, None) for prompt, seed in zip(prompts, seeds, strict=True)]
+        )
+        answers = asyncio.gather(*map(asyncio.wrap_future, futures))
+        try:
+            async with asyncio.timeout(arguments.request_timeout):
+                while not (await asyncio.wait([answers], timeout=0.5))[0]:
+                    if await request.is_disconnected():
+                        raise HTTPException(499, "The client has left.")
+        finally:
+            # Whoever does not wait any longer gives the place free.
+            for future in futures:
+                future.cancel()
+        if error := answers.exception():
+            logger.opt(exception=error).error("no answer")
+            raise HTTPException(500, "The model failed; the server's log says why.")
+        return answers.result()
+
+    return app
+
+
+def as_reply(answer: Answer) -> dict[str, Any]:
+    same = {name: getattr(answer, name) for name in ("finish_reason", "prompt_tokens", "completion_tokens")}
+    return {"response": answer.text, **same}
+
+
+def refusal(status: int, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:
+    return JSONResponse({"detail": detail}, status, headers)
+
+
+if __name__ == "__main__":
+    run_main(main)

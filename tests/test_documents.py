@@ -1,0 +1,348 @@
+"""Documents: text with its page and headings, and documents that are made to hurt."""
+
+import io
+import socket
+import zipfile
+import zlib
+from pathlib import Path
+
+from medicalgpt.documents import MAX_TAGS, DocumentError, Limits, Unit, read_document
+
+import docx
+import pytest
+from docx.oxml import parse_xml
+from docx.oxml.ns import nsdecls, qn
+from loguru import logger
+from pypdf import PdfReader, PdfWriter
+
+MEGABYTE = 1 << 20
+
+
+@pytest.fixture
+def log():
+    lines: list[str] = []
+    sink = logger.add(lines.append, format="{message}")
+    yield lines
+    logger.remove(sink)
+
+
+def read(path: Path, content: str | bytes, **limits) -> tuple[Unit, ...]:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return read_document(path, Limits(**limits)).units
+
+
+def refusal(path: Path, **limits) -> str:
+    """What is said of a file that cannot be read; the path stands in front."""
+    with pytest.raises(DocumentError) as caught:
+        read_document(path, Limits(**limits))
+    text = str(caught.value)
+    assert text.startswith(f"{path}: ") and text.count("\n") < 4, text
+    return text
+
+
+def pdf(*pages: str | bytes, compress: bool = False) -> bytes:
+    """A PDF file with a page for each text; lines are lines. Bytes are a content stream as it is."""
+    objects = ["<< /Type /Catalog /Pages 2 0 R >>", "", "<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>"]
+    kids = []
+    for page in pages:
+        stream = page
+        if isinstance(page, str):
+            lines = " T* ".join(f"({line}) Tj" for line in page.split("\n")) if page else ""
+            stream = f"BT /F1 12 Tf 72 720 Td 14 TL {lines} ET".encode()
+        kids.append(f"{len(objects) + 1} 0 R")
+        filtered = " /Filter /FlateDecode" if compress else ""
+        objects.append(
+            f"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Contents {len(objects) + 2} 0 R "
+            "/Resources << /Font << /F1 3 0 R >> >> >>"
+        )
+        objects.append((f"<< /Length {len(stream)}{filtered} >>\nstream\n".encode(), stream, b"\nendstream"))
+    objects[1] = f"<< /Type /Pages /Kids [{' '.join(kids)}] /Count {len(kids)} >>"
+    out = b"%PDF-1.4\n"
+    places = []
+    for number, body in enumerate(objects, start=1):
+        places.append(len(out))
+        out += (
+            f"{number} 0 obj\n".encode()
+            + (b"".join(body) if isinstance(body, tuple) else body.encode())
+            + b"\nendobj\n"
+        )
+    table = "".join(f"{place:010} 00000 n \n" for place in places)
+    end = (
+        f"xref\n0 {len(objects) + 1}\n0000000000 65535 f \n{table}trailer << /Size {len(objects) + 1} /Root 1 0 R >>\n"
+    )
+    return out + f"{end}startxref\n{len(out)}\n%%EOF\n".encode()
+
+
+def saved(document) -> bytes:
+    file = io.BytesIO()
+    document.save(file)
+    return file.getvalue()
+
+
+# --- what is read ----------------------------------------------------------------------------------------------------
+
+
+def test_pdf_pages_and_lines_that_only_the_margin_broke(tmp_path):
+    full = "The tablets are taken in the morning with a full glass of water and"
+    units = read(tmp_path / "a.pdf", pdf(f"Dose\n{full}\nnever with milk.\nKeep cool.", "Side effects"))
+    assert units == (
+        Unit(f"Dose\n{full} never with milk.\nKeep cool.", page=1),
+        Unit("Side effects", page=2),
+    )
+
+
+def test_pages_without_text_are_counted_and_a_scan_is_refused(tmp_path):
+    (tmp_path / "a.pdf").write_bytes(pdf("text", "", ""))
+    document = read_document(tmp_path / "a.pdf")
+    assert [unit.page for unit in document.units] == [1]
+    assert "2 of 3 pages have no text" in document.notices[0] and "ocrmypdf" in document.notices[0]
+    (tmp_path / "scan.pdf").write_bytes(pdf("", ""))
+    assert "2 of 2 pages have no text" in refusal(tmp_path / "scan.pdf")
+
+
+@pytest.mark.parametrize(("password", "readable"), [("secret", False), ("", True)])
+def test_encrypted_pdf(tmp_path, password, readable):
+    """One that only forbids printing opens without a password."""
+    writer = PdfWriter(PdfReader(io.BytesIO(pdf("private"))))
+    writer.encrypt(password, "owner", algorithm="RC4-128")
+    writer.write(tmp_path / "a.pdf")
+    if readable:
+        assert read_document(tmp_path / "a.pdf").units[0].text == "private"
+    else:
+        assert "encrypted" in refusal(tmp_path / "a.pdf")
+
+
+def test_docx_headings_tables_boxes_notes_and_what_is_hidden(tmp_path):
+    document = docx.Document()
+    document.add_heading("出院小结", 0)
+    document.add_heading("用药", 1)
+    paragraph = document.add_paragraph("阿司匹林\t每日一次")
+    paragraph.add_run("看不见").font.hidden = True
+    table = document.add_table(2, 3)
+    for cell, text in zip(table.rows[0].cells, ("药", "", "次数"), strict=True):
+        cell.text = text
+    table.cell(1, 0).add_table(1, 1).cell(0, 0).text = "内"
+    document.add_heading("复查", 1)
+    box = "".join(
+        f"<{kind}><w:txbxContent><w:p><w:r><w:t>框里</w:t></w:r></w:p></w:txbxContent></{kind}>"
+        for kind in ("mc:Choice", "mc:Fallback")
+    )
+    space = 'xmlns:mc="http://schemas.openxmlformats.org/markup-compatibility/2006"'
+    alternate = parse_xml(f"<mc:AlternateContent {space} {nsdecls('w')}>{box}</mc:AlternateContent>")
+    document.add_paragraph("框外").runs[0]._r.append(alternate)
+    control = parse_xml(
+        f"<w:sdt {nsdecls('w')}><w:sdtContent><w:p><w:r><w:t>控件</w:t></w:r></w:p></w:sdtContent></w:sdt>"
+    )
+    document.element.body.find(qn("w:sectPr")).addprevious(control)
+    assert read(tmp_path / "a.docx", saved(document)) == (
+        Unit("阿司匹林 每日一次", ("出院小结", "用药")),
+        Unit("药 |  | 次数\n内 |  | ", ("出院小结", "用药")),
+        Unit("框外", ("出院小结", "复查")),
+        Unit("框里", ("出院小结", "复查")),
+        Unit("控件", ("出院小结", "复查")),
+    )
+
+
+def test_docx_pictures_are_said_to_be_left_out(tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
+    document = docx.Document()
+    document.add_paragraph("text")
+    document.add_picture(str(tmp_path / "a.png"))
+    (tmp_path / "a.docx").write_bytes(saved(document))
+    assert read_document(tmp_path / "a.docx").notices == ("1 pictures and 0 embedded files in it are not read.",)
+
+
+def test_html_shows_what_a_reader_sees(tmp_path):
+    page = """<html><head><title>T</title><style>p{}</style></head><body><h1>Heart &amp; lungs</h1>
+    <script>alert(1)</script><noscript>no script</noscript><template>later</template><!-- comment -->
+    <p>One <b>two</b>
+    three<br>four</p><p style="color:red; DISPLAY : none">hidden <i>deeper</i></p><p hidden>h</p>
+    <div aria-hidden="true">icon</div><div>direct<p>inner</p>after</div>
+    <table><thead><tr><th>a</th><th></th><th>c</th></tr></thead><tr><td>1<br>x</td><td>2</td><td><p>3</p></td></tr></table>
+    <table><tr><td><table><tr><td>in</td></tr></table></td><td>side</td></tr></table>
+    <h2>Sub</h2><pre>x
+  y</pre><ul><li>l1</li><li>l2</li></ul></body></html>"""
+    top, sub = ("Heart & lungs",), ("Heart & lungs", "Sub")
+    assert read(tmp_path / "a.html", page) == (
+        Unit("One two three\nfour", top),
+        Unit("direct", top),
+        Unit("inner", top),
+        Unit("after", top),
+        Unit("a | | c\n1 x | 2 | 3", top),
+        Unit("in", top),
+        Unit("side", top),
+        Unit("x\n  y", sub),
+        Unit("l1", sub),
+        Unit("l2", sub),
+    )
+
+
+def test_nothing_is_fetched(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+        tags = f'<img src="{address}/a"><iframe src="{address}/b"></iframe><script src="{address}/c"></script>'
+        read(tmp_path / "a.html", f'<base href="{address}"><link rel="stylesheet" href="{address}/d">{tags}<p>text')
+        server.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            server.accept()
+
+
+def test_markdown_structure(tmp_path):
+    text = """Top
+===
+one
+goes on
+- item
+  of two lines
+
+## 剂量
+第一行很
+长。
+
+| 药 | 次 |
+|---|---|
+| a | b |
+
+```
+# no heading
+```
+## Empty
+## Last #
+end
+"""
+    assert read(tmp_path / "a.md", text) == (
+        Unit("one goes on\n- item of two lines", ("Top",)),
+        Unit("第一行很长。", ("Top", "剂量")),
+        Unit("| 药 | 次 |\n|---|---|\n| a | b |", ("Top", "剂量")),
+        Unit("# no heading", ("Top", "剂量")),
+        # A heading under which nothing stands is text itself.
+        Unit("Empty", ("Top",)),
+        Unit("end", ("Top", "Last")),
+    )
+
+
+def test_text_in_gb18030_is_read_with_a_notice(tmp_path, log):
+    assert read(tmp_path / "a.txt", "发热三天。\r\n\r\n咳嗽。".encode("gb18030")) == (
+        Unit("发热三天。"),
+        Unit("咳嗽。"),
+    )
+    assert any("read as gb18030" in line for line in log)
+
+
+def test_html_in_the_encoding_it_declares(tmp_path):
+    page = '<meta charset="gb2312"><p>病人：镕'
+    assert read(tmp_path / "a.html", page.encode("gb18030"))[0].text == "病人：镕"
+    (tmp_path / "b.html").write_bytes('<meta charset="ascii"><p>病人'.encode())
+    assert "declares the encoding ascii" in refusal(tmp_path / "b.html")
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.doc", b"x", "the suffix is none of"),
+        ("a.pdf", b"hello", "damaged, or no pdf file"),
+        ("a.docx", b"hello", "damaged, or no docx file"),
+        ("a.txt", b"\xff\xff\xff", "neither UTF-8 nor gb18030"),
+        ("b.txt", "发热".encode("utf-16"), "UTF-16|neither"),
+        ("a.md", b" \n\n", "no text"),
+    ],
+)
+def test_unreadable(tmp_path, name, content, reason):
+    (tmp_path / name).write_bytes(content)
+    assert any(part in refusal(tmp_path / name) for part in reason.split("|"))
+
+
+def test_missing_file(tmp_path):
+    assert "No such file" in refusal(tmp_path / "a.pdf")
+
+
+def bomb(parts: dict[str, bytes]) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in parts.items():
+            archive.writestr(name, content)
+    return file.getvalue()
+
+
+def test_zip_bomb_is_refused_by_its_directory(tmp_path):
+    path = tmp_path / "a.docx"
+    path.write_bytes(bomb({"word/document.xml": bytes(20 * MEGABYTE)}))
+    # With so little memory, it could not be unpacked.
+    assert "would unpack to 20 MB" in refusal(path, memory_bytes=60 * MEGABYTE)
+    path.write_bytes(bomb({f"{n}.xml": b"" for n in range(10_001)}))
+    assert "10001 parts" in refusal(path)
+    noise = zlib.compress(bytes(MEGABYTE), 0)
+    path.write_bytes(bomb({f"{n}.xml": noise for n in range(3)}))
+    assert "would unpack to 3 MB" in refusal(path, unpacked_bytes=2 * MEGABYTE)
+
+
+def test_a_directory_that_lies_about_sizes(tmp_path):
+    data = bytearray(bomb({"word/document.xml": bytes(20 * MEGABYTE)}))
+    size = (20 * MEGABYTE).to_bytes(4, "little")
+    while (at := data.find(size)) >= 0:
+        data[at : at + 4] = (1000).to_bytes(4, "little")
+    (tmp_path / "a.docx").write_bytes(data)
+    assert "damaged" in refusal(tmp_path / "a.docx", memory_bytes=200 * MEGABYTE)
+
+
+def test_a_nested_bomb_stays_packed(tmp_path):
+    document = docx.Document()
+    document.add_paragraph("text")
+    data = saved(document)
+    inner = bomb({"zeros": bytes(50 * MEGABYTE)})
+    with zipfile.ZipFile(file := io.BytesIO(data), "a") as archive:
+        archive.writestr("word/embeddings/bomb.zip", inner)
+    (tmp_path / "a.docx").write_bytes(file.getvalue())
+    document = read_document(tmp_path / "a.docx", Limits(memory_bytes=300 * MEGABYTE))
+    assert document.notices == ("0 pictures and 1 embedded files in it are not read.",)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_entity_bomb(tmp_path, encoding):
+    entities = "".join(f'<!ENTITY a{n} "{f"&a{n - 1};" * 10}">' for n in range(1, 12))
+    text = f'<?xml version="1.0" encoding="{encoding}"?><!DOCTYPE d [<!ENTITY a0 "ha">{entities}]><d>&a11;</d>'
+    (tmp_path / "a.docx").write_bytes(bomb({"word/document.xml": text.encode(encoding)}))
+    assert "declares a document type" in refusal(tmp_path / "a.docx")
+
+
+def test_pdf_bomb(tmp_path):
+    packed = zlib.compressobj(9)
+    stream = b"".join(packed.compress(bytes(MEGABYTE)) for _ in range(150)) + packed.flush()
+    (tmp_path / "a.pdf").write_bytes(pdf(stream, compress=True))
+    assert any(part in refusal(tmp_path / "a.pdf") for part in ("damaged", "MB of memory"))
+
+
+def test_html_of_a_million_tags(tmp_path):
+    (tmp_path / "a.html").write_text("<div>" * 10**6)
+    assert f"1000000 tags, at most {MAX_TAGS}" in refusal(tmp_path / "a.html")
+    deep = 20_000
+    assert read(tmp_path / "b.html", "<div>" * deep + "deep")[0].text == "deep"
+
+
+MANY_TAGS = "<b>x" * 190_000
+
+
+@pytest.mark.parametrize(
+    ("limits", "reason"),
+    [
+        ({"input_bytes": 1000}, "it has 0.7 MB"),
+        ({"memory_bytes": 100 * MEGABYTE}, "more than 100 MB of memory"),
+        ({"cpu_seconds": 1}, "more than 1 s of computing"),
+        ({"wall_seconds": 0.2}, "takes more than 0.2 s"),
+        ({"memory_bytes": 10 * MEGABYTE}, "the process that reads it died|10 MB of memory"),
+    ],
+)
+def test_each_limit(tmp_path, limits, reason):
+    """A page of almost as many tags as are read: two seconds, and more than a hundred megabytes."""
+    (tmp_path / "a.html").write_text(MANY_TAGS)
+    assert any(part in refusal(tmp_path / "a.html", **limits) for part in reason.split("|"))
+
+
+def test_limit_of_the_output(tmp_path):
+    (tmp_path / "a.txt").write_text("a\n\n" * 1000)
+    assert "its text has more than" in refusal(tmp_path / "a.txt", output_bytes=10_000)
