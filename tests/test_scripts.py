@@ -14,7 +14,7 @@ from test_docs import Parsed, start
 from tiny import make_tiny
 
 SCRIPTS = sorted((ROOT / "scripts").glob("*.sh"))
-STAGE_SCRIPTS = [path for path in SCRIPTS if path.stem not in ("run_pipeline", "run_tests", "setup")]
+STAGE_SCRIPTS = [path for path in SCRIPTS if path.stem not in ("run_pipeline", "run_tests", "setup", "vllm_deployment")]
 
 
 def bash(*command, timeout=300, **variables):
