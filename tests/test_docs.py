@@ -185,6 +185,18 @@ def test_the_error_that_the_readme_shows_is_the_one_that_comes(tmp_path):
     assert done.stdout + done.stderr in [text for _, text in code_blocks(ROOT / "README.md")]
 
 
+def test_the_measures_that_the_guide_shows_are_those_that_come(tmp_path):
+    done = subprocess.run(
+        [sys.executable, ROOT / "chatpdf.py", "--evaluate", "--index_dir", tmp_path],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout in [text for _, text in code_blocks(ROOT / "docs" / "chatpdf.md")]
+
+
 def test_the_page_of_flags_is_current():
     page = build_training_params.PAGE.read_text(encoding="utf-8")
     assert page == build_training_params.render(), "run: python build_training_params.py"
