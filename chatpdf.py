@@ -300,20 +300,20 @@ def read_collection(arguments: FileArguments) -> "Collection":
         except UserError as error:
             return error
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool, signs_of_life(lambda: f"reading {len(files)} files"):
+    with ThreadPoolExecutor(os.cpu_count()) as pool, signs_of_life(lambda: f"reading {len(files)} file(s)"):
         results = list(pool.map(read, files))
     errors = [result for result in results if isinstance(result, UserError)]
     if errors:
-        raise UserError(f"{len(errors)} of {len(files)} files cannot be read:\n  " + "\n  ".join(map(str, errors)))
+        raise UserError(f"{len(errors)} of {len(files)} file(s) cannot be read:\n  " + "\n  ".join(map(str, errors)))
     for path, (_, notices, _) in zip(files, results, strict=True):
         for notice in notices:
             logger.warning(f"{path}: {notice}")
     passages = [passage for found, _, _ in results for passage in found]
     known = sum(kept for _, _, kept in results)
-    logger.info(f"{len(files)} files ({known} from the index at {shelf.folder}), {len(passages)} passages")
+    logger.info(f"{len(files)} file(s) ({known} from the index at {shelf.folder}), {len(passages)} passages")
     vectors = None
     if embedder:
-        with signs_of_life(lambda: f"embedding the passages of {len(files)} files"):
+        with signs_of_life(lambda: f"embedding the passages of {len(files)} file(s)"):
             rows = [shelf.vectors(path, found, embedder) for path, (found, _, _) in zip(files, results, strict=True)]
         vectors = np.concatenate(rows)
     return Collection(passages, embedder, vectors)
@@ -433,7 +433,7 @@ def prompt_of(
     if len(sources) < given or len(history) < turns:
         logger.warning(
             f"the model's context of {engine.context_length} tokens is too short: {given - len(sources)} of {given} "
-            f"passages and {(turns - len(history)) // 2} earlier turns were left out"
+            f"passages and {(turns - len(history)) // 2} earlier turn(s) were left out"
         )
     if marks:
         logger.warning(f"the files spell {marks} special tokens of this model; in the prompt they are plain text")

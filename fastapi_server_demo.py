@@ -26,7 +26,7 @@ from medicalgpt.args import UNUSED_CHAT_ARGUMENTS, ApiArguments, parse_args
 from medicalgpt.chat import Answer, ChatEngine, sampling_from
 from medicalgpt.errors import UserError, run_main
 from medicalgpt.logs import setup_logging
-from medicalgpt.serving import Batcher, QueueFullError, batcher_from, key_from
+from medicalgpt.serving import Batcher, QueueFullError, batcher_from, bound_socket, key_from
 
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
@@ -99,6 +99,8 @@ def main() -> None:
     setup_logging()
     sampling_from(arguments)
     key = key_from(arguments)
+    # A port that is taken shows before minutes are spent on loading a model.
+    bound_socket(arguments).close()
     batcher = batcher_from(ChatEngine.from_arguments(arguments), arguments)
     # Asked to end, it takes no more requests and finishes those that it has.
     uvicorn.run(build_app(batcher, arguments, key), host=arguments.host, port=arguments.port)
@@ -137,7 +139,7 @@ def build_app(batcher: Batcher, arguments: ServerArguments, key: str | None) -> 
     @app.exception_handler(RequestValidationError)
     async def wrong_fields(request: Request, error: RequestValidationError) -> JSONResponse:
         # The values themselves are not repeated: JSON cannot say all of them (NaN).
-        told = [f"{'.'.join(map(str, each['loc'][1:]))}: {each['msg']}" for each in error.errors()]
+        told = [f"{'.'.join(map(str, each['loc'][1:])) or 'the body'}: {each['msg']}" for each in error.errors()]
         return refusal(422, "; ".join(told).encode(errors="replace").decode())
 
     @app.exception_handler(QueueFullError)
@@ -177,6 +179,8 @@ def build_app(batcher: Batcher, arguments: ServerArguments, key: str | None) -> 
         for question, answer in history:
             turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         sampling = replace(sampling_from(arguments), **given)
+        if idle := {"top_p", "top_k", "seed"}.intersection(given) if sampling.temperature == 0 else None:
+            raise HTTPException(400, f"{', '.join(sorted(idle))}: without effect at temperature 0; give a temperature.")
         try:
             prompts = [batcher.engine.prompt_ids([*turns, {"role": "user", "content": text}]) for text in questions]
         except UserError as error:

@@ -44,7 +44,15 @@ from medicalgpt.args import UNUSED_CHAT_ARGUMENTS, ApiArguments, parse_args
 from medicalgpt.chat import MAX_SEED, REPLACEMENT, Answer, ChatEngine, PromptTooLongError, Sampling, sampling_from
 from medicalgpt.errors import UserError, run_main
 from medicalgpt.logs import setup_logging
-from medicalgpt.serving import Batcher, BatcherClosedError, QueueFullError, batcher_from, is_loopback, key_from
+from medicalgpt.serving import (
+    Batcher,
+    BatcherClosedError,
+    QueueFullError,
+    batcher_from,
+    bound_socket,
+    is_loopback,
+    key_from,
+)
 from template import tool_format_of
 
 import uvicorn
@@ -1294,26 +1302,6 @@ def check_limits(arguments: OpenAIArguments) -> None:
             f"--max_new_tokens {arguments.max_new_tokens} is above --max_tokens_limit {arguments.max_tokens_limit}; "
             "lower the first or raise the second."
         )
-
-
-def bound_socket(arguments: OpenAIArguments) -> socket.socket:
-    """Take the port, without listening yet.
-
-    Raises:
-        UserError: it is taken, or not to be had.
-    """
-    family = socket.AF_INET6 if ":" in arguments.host else socket.AF_INET
-    listener = socket.socket(family)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((arguments.host, arguments.port))
-    except (OSError, OverflowError) as error:
-        listener.close()
-        raise UserError(
-            f"--host {arguments.host} --port {arguments.port} cannot be listened on: {error}.\nGive another --port, or "
-            "0 for a free one."
-        ) from error
-    return listener
 
 
 class Server(uvicorn.Server):

@@ -381,7 +381,7 @@ def _read_pdf(data: bytes, notices: list[str]) -> Iterator[Unit]:
     except DependencyError:
         locked = True
     if locked:
-        raise Refused("it is encrypted. Save it without a password: qpdf --decrypt --password=... IN.pdf OUT.pdf")
+        raise Refused("it is encrypted. Save it without a password: qpdf --decrypt --password=... IN.pdf OUT.pdf.")
     empty = 0
     for number, page in enumerate(reader.pages, start=1):
         lines = [line.rstrip() for line in page.extract_text().split("\n")]
@@ -391,7 +391,7 @@ def _read_pdf(data: bytes, notices: list[str]) -> Iterator[Unit]:
     if empty:
         notices.append(
             f"{empty} of {len(reader.pages)} pages have no text, as scanned pages have none; to read such pages: "
-            "ocrmypdf -l chi_sim+eng IN.pdf OUT.pdf"
+            "ocrmypdf -l chi_sim+eng IN.pdf OUT.pdf."
         )
 
 

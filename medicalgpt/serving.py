@@ -10,6 +10,7 @@ import ipaddress
 import itertools
 import os
 import re
+import socket
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
@@ -411,6 +412,26 @@ def key_from(arguments: ApiArguments) -> str | None:
     if key is not None and not re.fullmatch("[!-~]+", key):
         raise UserError("The API key must be letters, digits and signs of ASCII, without spaces, and at least one.")
     return key
+
+
+def bound_socket(arguments: ServeArguments) -> socket.socket:
+    """Take the port, without listening yet.
+
+    Raises:
+        UserError: it is taken, or not to be had.
+    """
+    family = socket.AF_INET6 if ":" in arguments.host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((arguments.host, arguments.port))
+    except (OSError, OverflowError) as error:
+        listener.close()
+        raise UserError(
+            f"--host {arguments.host} --port {arguments.port} cannot be listened on: {error}.\nGive another --port, or "
+            "0 for a free one."
+        ) from error
+    return listener
 
 
 def batcher_from(engine: ChatEngine, arguments: ServeArguments) -> Batcher:

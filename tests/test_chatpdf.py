@@ -233,7 +233,7 @@ def test_what_does_not_fit_is_left_out_whole_and_said(engine, log):
     assert [message["content"] for message in messages[:-1]] == [] and len(kept) == 2
     assert kept[1].text in messages[-1]["content"] and "three" not in messages[-1]["content"]
     assert len(engine.prompt_ids(messages)) + 300 <= engine.context_length
-    assert any("1 of 3 passages and 1 earlier turns were left out" in line for line in log)
+    assert any("1 of 3 passages and 1 earlier turn(s) were left out" in line for line in log)
     with pytest.raises(PromptTooLongError):
         prompt_of(engine, Sampling(), None, [], "What?", sources([Passage("a", "x" * 3000)], (0,)))
 
@@ -287,7 +287,7 @@ def test_all_unreadable_files_are_named_at_once(notes):
     folder, flags = notes
     (folder / "a.pdf").write_text("x")
     (folder / "b.docx").write_text("x")
-    with pytest.raises(UserError, match="(?s)2 of 4 files.*a.pdf: .*b.docx: "):
+    with pytest.raises(UserError, match="(?s)2 of 4 file.s..*a.pdf: .*b.docx: "):
         run_here("chatpdf.py", *flags, "--search", "x")
 
 
