@@ -605,7 +605,10 @@ def evaluate(
             }
     table = {language: measures(rows, language) for language in sorted({row["language"] for row in rows})}
     for name in dict.fromkeys(chain.from_iterable(table.values())):
-        cells = (f"{language} {numbers[name]:.3f}" for language, numbers in table.items() if name in numbers)
+        found = [(language, numbers[name]) for language, numbers in table.items() if name in numbers]
+        cells = (
+            f"{language} {value}" if isinstance(value, int) else f"{language} {value:.3f}" for language, value in found
+        )
         print(f"{name:<44}" + "   ".join(cells))
     if arguments.output_file:
         settings = {name: getattr(arguments, name) for name in ("chunk_size", "chunk_overlap", "num_passages")}
