@@ -176,6 +176,7 @@ def test_the_numbers_of_a_few_requests_by_hand():
     assert found["details"] == {"wrong: x": 2}
 
 
+@pytest.mark.slow
 def test_openai_api_under_load(tmp_path, monkeypatch, capsys):
     """The whole of it, as it is called, with clients that hang up."""
     rows = [{"question": text, "answer": "-"} for text in ("你好", "头痛怎么办？", "Is it a cold?", "咳", "ab", "Why?")]

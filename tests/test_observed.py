@@ -214,6 +214,7 @@ def stop_after(trainer, step):
     trainer._save_checkpoint = save_and_stop
 
 
+@pytest.mark.slow
 def test_two_processes(flags, tmp_path):
     run_program("supervised_finetuning.py", *flags("run", "--max_steps", 1), processes=2)
     lines = table(tmp_path / "run")

@@ -365,6 +365,7 @@ def test_as_a_person_starts_it(model, tmp_path):
     assert "held out" in done.stderr + done.stdout
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_step_of_one(model, tmp_path):
     """One step of SGD at rate 1 writes the gradient into the weights."""
     from safetensors.torch import load_file

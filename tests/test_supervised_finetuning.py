@@ -333,6 +333,7 @@ def test_quantized_bases(work, flags):
 # --- stopped and resumed ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_the_run_that_was_not_killed(work):
     """Per-step losses, rates and final weights; a checkpoint that is not whole is passed over and named."""
     flags = (
@@ -382,6 +383,7 @@ def test_killed_and_resumed_is_the_run_that_was_not_killed(work):
 # --- several processes -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_adapter(work):
     flags = ("--max_steps", 3, "--per_device_train_batch_size", 2, "--logging_steps", 1, "--learning_rate", 0.02)
     done = train(work, "two", *flags, "--save_steps", 2, processes=2)
@@ -415,6 +417,7 @@ def test_deepspeed(work, stage, peft):
     check_sharded(work, output, peft, done, sharded=stage == 3)
 
 
+@pytest.mark.slow
 def test_fsdp_that_would_not_come_about_stops_the_run(work):
     """accelerate leaves FSDP out on CPUs without a word, whether a flag or its own launcher asks for it."""
     flagged = train(work, "fsdp", "--fsdp", "full_shard auto_wrap", check=False)
