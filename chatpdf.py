@@ -32,7 +32,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from inference import note, say, system_message
+from inference import note, say, system_message, typed_lines
 from medicalgpt import documents
 from medicalgpt.args import UNUSED_CHAT_ARGUMENTS, ChatArguments, PageArguments, parse_args
 from medicalgpt.chat import ChatEngine, PromptTooLongError, Sampling, sampling_from
@@ -481,17 +481,8 @@ def reply(
 
 def talk(engine: ChatEngine, sampling: Sampling, collection: Collection, arguments: FileArguments) -> None:
     """A conversation about the files, until /exit, Ctrl-D, or the end of the input."""
-    if sys.stdin.isatty():
-        import readline  # noqa: F401  (gives `input` line editing that knows wide characters)
-
-        note("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves.")
     history: list[dict[str, str]] = []
-    while True:
-        try:
-            line = input("\n> " if sys.stdin.isatty() else "").strip()
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
+    for line in typed_lines():
         if line == "/exit":
             return
         elif line == "/clear":

@@ -178,19 +178,25 @@ def note(text: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def talk(engine: ChatEngine, sampling: Sampling, system_prompt: str | None) -> None:
-    """A conversation of many turns, until /exit, Ctrl-D, the end of the input, or Ctrl-C at the prompt."""
+def typed_lines() -> Iterator[str]:
+    """What a person types, line by line, until Ctrl-D, the end of the input, or Ctrl-C at the prompt."""
     if sys.stdin.isatty():
         import readline  # noqa: F401  (gives `input` line editing that knows wide characters)
 
         note("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves.")
-    history: list[dict[str, str]] = []
     while True:
         try:
-            line = input("\n> " if sys.stdin.isatty() else "").strip()
+            line = input("\n> " if sys.stdin.isatty() else "")
         except (EOFError, KeyboardInterrupt):
             print()
             return
+        yield line.strip()
+
+
+def talk(engine: ChatEngine, sampling: Sampling, system_prompt: str | None) -> None:
+    """A conversation of many turns, until /exit, Ctrl-D, the end of the input, or Ctrl-C at the prompt."""
+    history: list[dict[str, str]] = []
+    for line in typed_lines():
         command, _, rest = line.partition(" ")
         if not line:
             continue
