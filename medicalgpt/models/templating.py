@@ -367,8 +367,8 @@ def install_template(
     if template is not None:
         if missing := _missing(tokenizer, template):
             raise TemplateError(
-                f"the template {template.name} needs {', '.join(missing)}, which this tokenizer does not have as single "
-                f"tokens: add them, or use --template_name with one of: {usable(tokenizer, catalogue)}"
+                f"the template {template.name} needs {', '.join(missing)}, which this tokenizer does not have as "
+                f"single tokens: add them, or use --template_name with one of: {usable(tokenizer, catalogue)}"
             )
     elif not own:
         raise TemplateError(
