@@ -31,7 +31,7 @@ from medicalgpt.evaluation.significance import (
 )
 from medicalgpt.training.plots import loss_series, read_metrics, svg_curve
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 MAX_BYTES = 500_000
@@ -376,11 +376,17 @@ def build_html(evaluation: dict, runs: list[dict], report_command: str) -> str:
     commands = [(run["stage"], run["command"]) for run in runs if run["command"]]
     commands.append(("evaluation", command_line(evaluation.get("command") or [])))
     commands.append(("this report", report_command))
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    environment = Environment(
+        loader=PackageLoader("medicalgpt.evaluation", "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
     environment.filters["shown"] = _shown
     environment.filters["duration"] = _duration
     environment.filters["count"] = "{:,}".format
-    return environment.from_string(PAGE).render(
+    return environment.get_template("report.html").render(
         title="Before and after: " + " → ".join(names),
         written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %z"),
         models=models,
@@ -530,295 +536,6 @@ def main() -> None:
             print(f"\nCHECK FAILED  {counts}, expected at least {args.expect_exact_match:.1%}", flush=True)
             sys.exit(1)
         print(f"check passed  {counts}, expected at least {args.expect_exact_match:.1%}")
-
-
-PAGE = """\
-<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{{ title }}</title>
-<style>
-:root {
-  --page: #f6f7f9; --card: #fff; --text: #1b2330; --soft: #5b6675; --line: #dfe3e9; --accent: #2563eb;
-  --good: #15803d; --good-back: #dcfce7; --bad: #b91c1c; --bad-back: #fee2e2; --same: #4b5563; --same-back: #e9ecf1;
-}
-@media (prefers-color-scheme: dark) { :root {
-  --page: #10141b; --card: #181e28; --text: #e4e9f1; --soft: #9aa6b6; --line: #2c3543; --accent: #7aa7ff;
-  --good: #6ee7a0; --good-back: #123524; --bad: #fda4a4; --bad-back: #421c1f; --same: #aab4c3; --same-back: #272f3c;
-} }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--text); line-height: 1.55; font-size: 16px;
-  font-family: system-ui, -apple-system, "Segoe UI", Roboto, "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC",
-  sans-serif; }
-main { max-width: 1080px; margin: 0 auto; padding: 28px 16px 48px; }
-h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 4px; letter-spacing: -.01em; }
-h2 { font-size: 1.15rem; margin: 40px 0 12px; }
-p { margin: 0 0 12px; }
-.soft, figcaption, small { color: var(--soft); font-size: .86rem; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(230px, 1fr)); gap: 12px; margin: 24px 0 0; }
-.box { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 16px; }
-.big { font-size: 1.75rem; font-weight: 650; line-height: 1.2; margin: 6px 0 8px; font-variant-numeric: tabular-nums; }
-.big .from { color: var(--soft); font-weight: 400; font-size: 1.15rem; }
-.tag { display: inline-block; border-radius: 999px; padding: 1px 9px; font-size: .78rem; white-space: nowrap;
-  background: var(--same-back); color: var(--same); }
-.better { background: var(--good-back); color: var(--good); }
-.worse { background: var(--bad-back); color: var(--bad); }
-.scroll { overflow-x: auto; background: var(--card); border: 1px solid var(--line); border-radius: 12px; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: 10px 14px; text-align: right; vertical-align: top; border-top: 1px solid var(--line); }
-thead th { border-top: 0; color: var(--soft); font-weight: 600; font-size: .86rem; }
-th:first-child, td:first-child { text-align: left; }
-tbody th { font-weight: 500; }
-td small, th small { display: block; font-weight: 400; overflow-wrap: anywhere; }
-td small { font-size: .8rem; margin: 1px 0 4px; }
-.nowrap { white-space: nowrap; }
-.bar { height: 4px; border-radius: 2px; background: var(--same-back); margin-top: 6px; overflow: hidden; }
-.bar i { display: block; height: 100%; background: var(--accent); }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 400px), 1fr)); gap: 12px; }
-figure { margin: 0; }
-.curve { display: block; width: 100%; max-width: 620px; height: auto; }
-figcaption { margin-top: 8px; }
-.example { margin-bottom: 12px; }
-.turn { margin: 0 0 6px; white-space: pre-wrap; overflow-wrap: anywhere; }
-.turn b { color: var(--soft); font-weight: 500; font-size: .86rem; margin-right: 6px; }
-.answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 230px), 1fr)); gap: 10px;
-  margin-top: 10px; }
-.answer { border: 1px solid var(--line); border-radius: 9px; padding: 10px 12px; min-width: 0; }
-.answer.hit { border-color: var(--good); }
-.answer header { display: flex; flex-wrap: wrap; gap: 6px; align-items: center; margin-bottom: 6px; }
-.answer header b { margin-right: auto; }
-.said { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .94rem; max-height: 8.2em; overflow-y: auto; }
-.empty { color: var(--soft); font-style: italic; }
-pre { margin: 0; padding: 14px 16px; overflow-x: auto; font-size: .82rem; line-height: 1.6;
-  font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
-code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: .86em; }
-summary { cursor: pointer; }
-details { margin-top: 12px; }
-footer { margin-top: 40px; }
-@media (max-width: 560px) {
-  h1 { font-size: 1.35rem; }
-  th, td { padding: 8px 10px; font-size: .88rem; }
-  .big { font-size: 1.5rem; }
-  .nowrap, td .tag { white-space: normal; }
-  td .tag { border-radius: 9px; }
-  .fold tr { display: grid; grid-template-columns: repeat(var(--models), minmax(0, 1fr));
-    border-top: 1px solid var(--line); }
-  .fold thead tr { border-top: 0; }
-  .fold th, .fold td { border-top: 0; text-align: left; overflow-wrap: anywhere; }
-  .fold tr > :first-child { grid-column: 1 / -1; padding-bottom: 0; }
-  .fold thead tr > :first-child { display: none; }
-}
-</style>
-</head>
-<body>
-<main>
-<h1>{{ title }}</h1>
-<p class="soft">Written {{ written }}</p>
-{% for run in runs if run.status != "finished" %}
-<p><span class="tag worse">{{ run.name }}: the run's status is “{{ run.status }}”, not “finished”</span></p>
-{% endfor %}
-{% for run in runs if run.missing_signal %}
-<p><span class="tag worse">{{ run.name }}: {{ run.missing_signal }}</span></p>
-{% endfor %}
-
-<div class="cards">
-{% for card in cards %}
-<div class="box">
-<div class="soft">{{ card.label }}</div>
-<div class="big">
-{% if card.before is not none and names|length > 1 %}<span class="from">{{ card.before }} → </span>{% endif %}
-{{ card.after }}</div>
-{% if card.verdict %}<span class="tag {{ card.verdict.tone }}">{{ card.verdict.text }}</span>
-<small>{{ names[0] }} → {{ names[-1] }}</small>{% endif %}
-</div>
-{% endfor %}
-</div>
-
-<h2>Each model beside the one before it</h2>
-<div class="scroll"><table class="fold" style="--models: {{ names|length }}">
-<thead><tr><th></th>{% for model in models %}<th>{{ model.name }}<small><code>{{ model.path }}</code></small>
-{% if model.parameters %}<small>{{ model.parameters|count }} parameters</small>{% endif %}</th>{% endfor %}</tr></thead>
-<tbody>
-{% for row in rows %}
-<tr><th>{{ row.label }}</th>
-{% for cell in row.cells %}
-<td><span class="nowrap">{{ cell }}</span>
-{% if row.details[loop.index0] %}<small>{{ row.details[loop.index0] }}</small>{% endif %}
-{% set verdict = row.verdicts[loop.index0] %}
-{% if verdict %}<span class="tag {{ verdict.tone }}">{{ verdict.text }}</span>{% endif %}</td>
-{% endfor %}
-</tr>
-{% endfor %}
-</tbody></table></div>
-<p class="soft" style="margin-top:10px">“no measurable change” means that the two values lie within the noise of the
-measurement: 95% intervals that overlap, or a paired difference per document or prompt that its error can explain. An
-exact match is an answer equal to the reference, character by character, but for white space at its ends.
-{% if preferences %}<br>A model prefers the chosen answer of a pair if it gives it the higher log-probability per
-token. A good answer holds what its prompt calls for, such as the right department and emergency advice.{% endif %}
-{% if reward and reward.get("models") %}<br>The reward model <code>{{ reward.path }}</code> scores what each model
-itself answers to the held-out prompts of preferences; beside the mean stands its standard error.{% endif %}
-{% if evaluation.get("task") %}<br>Tasks are those of <code>{{ evaluation.task.file }}</code>; the rewards of
-grpo_training.py judge the replies.{% endif %}
-{% for name, note in notes %}<br>{{ name }}: {{ note }}{% endfor %}</p>
-
-{% if runs %}
-<h2>Curves of the training</h2>
-<div class="grid">
-{% for run in runs %}
-<figure class="box">{{ run.svg }}
-<figcaption>{{ run.stage }} in <code>{{ run.folder }}</code>: {{ run.steps|count }} steps
-{%- if run.seconds is not none %} in {{ run.seconds|duration }}{% endif %}
-{%- for key, value in run.metrics.items() %}{{ " · " if loop.first else ", " }}{{ key }} {{ value }}{% endfor %}
-</figcaption>
-</figure>
-{% for curve in run.curves %}
-<figure class="box">{{ curve.svg }}
-<figcaption>{{ run.stage }}: {{ curve.caption }}</figcaption>
-</figure>
-{% endfor %}
-{% endfor %}
-</div>
-{% endif %}
-
-{% macro compared(example, mark) %}
-<section class="box example">
-{% for turn in example.messages %}
-<p class="turn"><b>{{ turn.role }}</b>{{ turn.content|shown }}</p>
-{% endfor %}
-<small>{{ example.category }} · {{ example.place }} ·
-{% if example.required is defined and example.required %}
-required: {% for group in example.required %}{{ group|join(" or ") }}{{ "" if loop.last else ", and " }}{% endfor %} ·
-{% endif %}
-reference: {{ example.reference|shown }}</small>
-<div class="answers">
-{% for answer in example.answers %}
-<div class="answer{{ ' hit' if answer.correct }}"><header><b>{{ answer.name }}</b>
-{% if answer.correct %}<span class="tag better">✓ {{ mark }}</span>{% endif %}
-{% if answer.mark %}<span class="tag">{{ answer.mark }}</span>{% endif %}
-</header>
-<div class="said{{ ' empty' if not answer.text }}" tabindex="0">{{ answer.text or "(empty)" }}</div>
-</div>
-{% endfor %}
-</div>
-</section>
-{% endmacro %}
-{% if preferences %}
-<h2>Preferences: right pairs by category of the worse answer</h2>
-{% set columns = names + (["reward model"] if reward else []) %}
-<div class="scroll"><table class="fold" style="--models: {{ columns|length }}">
-<thead><tr><th>category</th>{% for name in columns %}<th>{{ name }}</th>{% endfor %}</tr></thead>
-<tbody>
-{% for row in preferences %}
-<tr><th>{{ row.label }}</th>
-{% for cell in row.cells %}
-<td><span class="nowrap">{{ cell }}</span>
-{% if reward and loop.last and row.details[loop.index0] %}<small>{{ row.details[loop.index0] }}</small>{% endif %}
-{% if row.shares[loop.index0] is not none %}
-<div class="bar"><i style="width:{{ '%.1f' % (100 * row.shares[loop.index0]) }}%"></i></div>
-{% endif %}</td>
-{% endfor %}
-</tr>
-{% endfor %}
-</tbody></table></div>
-<p class="soft" style="margin-top:10px">Held-out pairs of <code>{{ evaluation.preference.file }}</code>.
-{% if reward %}The reward model <code>{{ reward.path }}</code> gives each answer a score: {{ reward_text }}.
-{% endif %}</p>
-{% endif %}
-
-{% if prompt_examples %}
-<h2>Prompts of preferences, before and after</h2>
-<p class="soft">Greedy answers to held-out prompts. A good answer holds one string of each group that is required.</p>
-{% for example in prompt_examples %}{{ compared(example, "good") }}{% endfor %}
-{% endif %}
-
-{% if task_examples %}
-<h2>Tasks, before and after</h2>
-<p class="soft">Greedy replies to held-out tasks. The reward <code>accuracy</code> says which are right.</p>
-{% for example in task_examples %}{{ compared(example, "right") }}{% endfor %}
-{% endif %}
-
-{% if examples %}
-<h2>The same questions, before and after</h2>
-<p class="soft">Fixed rows of <code>{{ evaluation.chat.file }}</code>, spread over its categories. Every token of an
-answer is the model's most likely one (greedy).</p>
-{% for example in examples %}{{ compared(example, "exact") }}{% endfor %}
-{% endif %}
-
-{% macro by_category(title, what, rows) %}
-<h2>{{ title }}</h2>
-<div class="scroll"><table class="fold" style="--models: {{ names|length }}">
-<thead><tr><th>{{ what }}</th>{% for name in names %}<th>{{ name }}</th>{% endfor %}</tr></thead>
-<tbody>
-{% for row in rows %}
-<tr><th>{{ row.label }}</th>
-{% for cell in row.cells %}
-<td><span class="nowrap">{{ cell }}</span>
-{% if row.shares[loop.index0] is not none %}
-<div class="bar"><i style="width:{{ '%.1f' % (100 * row.shares[loop.index0]) }}%"></i></div>
-{% endif %}</td>
-{% endfor %}
-</tr>
-{% endfor %}
-</tbody></table></div>
-{% endmacro %}
-{% if categories %}{{ by_category("Exact match by category", "category", categories) }}{% endif %}
-{% for label, rows in task_types if rows %}
-{{ by_category("Tasks: right " ~ label ~ " by type", "type", rows) }}
-{% endfor %}
-
-{% if runs %}
-<h2>Data: every row accounted for</h2>
-<div class="scroll"><table>
-<thead><tr><th>run</th><th style="text-align:left">file</th><th>rows</th><th>used</th><th>left out</th>
-<th>sha256</th></tr></thead>
-<tbody>
-{% for run in runs %}{% for file in run.files %}
-<tr><td>{{ run.name }}{% if file.side %} <small>{{ file.side }}</small>{% endif %}</td>
-<td style="text-align:left"><code>{{ file.file }}</code></td>
-<td>{{ file.rows|count if file.rows is not none else "-" }}</td>
-<td>{{ file.used|count if file.used is not none else "-" }}</td>
-<td>{% for reason, count in file.left_out.items() %}{{ count|count }} {{ reason }}<br>{% else %}0{% endfor %}
-{% if not file.adds_up %}<span class="tag worse">used and left out do not add up</span>{% endif %}</td>
-<td><code>{{ file.sha256 or "-" }}</code></td></tr>
-{% else %}
-<tr><td>{{ run.name }}</td><td style="text-align:left" colspan="5">no data files were recorded</td></tr>
-{% endfor %}{% endfor %}
-</tbody></table></div>
-{% for run in runs if run.samples %}
-<details class="box"><summary>{{ run.name }}: answers recorded by the run itself</summary>
-{% for sample in run.samples %}
-<div class="example" style="margin-top:14px"><p class="turn"><b>prompt</b>{{ sample.prompt|shown }}</p>
-<div class="answers">
-<div class="answer"><header><b>before</b></header><div class="said">{{ sample.before|shown }}</div></div>
-<div class="answer"><header><b>after</b></header><div class="said">{{ sample.after|shown }}</div></div>
-</div></div>
-{% endfor %}
-{% if run.samples_left %}<small>{{ run.samples_left }} more in {{ run.folder }}/samples.jsonl</small>{% endif %}
-</details>
-{% endfor %}
-{% endif %}
-
-<h2>Commands</h2>
-<div class="scroll"><pre>{% for label, command in commands %}# {{ label }}
-{{ command }}
-{{ "" if loop.last else "\\n" }}{% endfor %}</pre></div>
-
-{% if versions %}
-<h2>Versions</h2>
-<p class="soft">
-{% for library, version in versions.items() %}{{ library }} {{ version }}{{ "" if loop.last else " · " }}{% endfor %}
-</p>
-{% endif %}
-
-<footer class="soft">A trained model can be wrong. Its answers are no medical advice.</footer>
-</main>
-</body>
-</html>
-"""
 
 
 if __name__ == "__main__":
