@@ -40,7 +40,8 @@ from medicalgpt.data.formats import to_preference
 from medicalgpt.data.loading import load_data
 from medicalgpt.data.tokenizing import encode_sides
 from medicalgpt.errors import UserError, run_main
-from medicalgpt.models import adapters, hub, loading
+from medicalgpt.models import adapters, loading
+from medicalgpt.models.hub import Adapter, Checkpoint
 from medicalgpt.models.templating import stop_token_ids
 from medicalgpt.parser import parse_args
 from medicalgpt.refusals import UNUSED_PAIR_ARGUMENTS
@@ -52,7 +53,7 @@ from template import apply_template
 import datasets
 import torch
 from datasets import Dataset
-from peft import PeftModel, TaskType
+from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -162,7 +163,7 @@ class PreferenceTrainer(PairTrainer, DPOTrainer):
         start_from: the adapter that is trained on, if there is one; the reference is the base with that adapter.
     """
 
-    def __init__(self, *, start_from: str | None, **kwargs: Any):
+    def __init__(self, *, start_from: Adapter | None, **kwargs: Any):
         self.start_from, self.ready = start_from, False
         super().__init__(**kwargs)
         self._make_ready()
@@ -258,6 +259,7 @@ def load_reference(
     policy: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     args: PreferenceArguments,
+    checkpoint: Checkpoint,
     model_args: ModelArguments,
     lora_args: LoraArguments,
     **load: Any,
@@ -265,9 +267,10 @@ def load_reference(
     """The reference model, frozen; None where it is the policy without its adapter, or as it is before training.
 
     Args:
-        policy: as training starts from it, before any adapter is put on.
+        policy: as training starts from it.
         tokenizer: of the policy.
-        load: further arguments of `models.load_base`.
+        checkpoint: of the policy.
+        load: further arguments of `loading.load_base`.
 
     Raises:
         UserError: `--reference_model` has another tokenizer, or is an adapter where the base is quantized.
@@ -277,29 +280,31 @@ def load_reference(
             return None
         if not is_deepspeed_zero3_enabled():
             return copy.deepcopy(policy).requires_grad_(False)
-        reference = loading.load_base(AutoModelForCausalLM, model_args, lora_args, **load)
+        reference = loading.load_base(AutoModelForCausalLM, checkpoint, model_args, lora_args, **load)
         reference.resize_token_embeddings(policy.get_input_embeddings().num_embeddings, mean_resizing=False)
         # New rows of an embedding are drawn at random, so each process copies its part of every weight.
         for ours, theirs in zip(reference.parameters(), policy.parameters(), strict=True):
             getattr(ours, "ds_tensor", ours).data.copy_(getattr(theirs, "ds_tensor", theirs).data)
         return reference.requires_grad_(False)
-    base, adapter = hub.resolve_checkpoint(args.reference_model)
-    if adapter and (model_args.load_in_4bit or model_args.load_in_8bit or model_args.qlora):
+    model_args = replace(
+        model_args, model_name_or_path=args.reference_model, tokenizer_name_or_path=None, model_revision=None
+    )
+    own = Checkpoint.from_arguments(model_args)
+    if own.adapter and (model_args.load_in_4bit or model_args.load_in_8bit or model_args.qlora):
         raise UserError(
             f"--reference_model {args.reference_model} is an adapter, which cannot be merged into a quantized base. "
             f"Merge it first: python merge_peft_adapter.py --lora_model {args.reference_model}"
         )
-    model_args = replace(model_args, model_name_or_path=args.reference_model, model_revision=None)
-    theirs = loading.stage_tokenizer(replace(model_args, tokenizer_name_or_path=None), LoraArguments())
+    theirs = loading.stage_tokenizer(own, model_args)
     if differing := sorted(set(tokenizer.get_vocab().items()) - set(theirs.get_vocab().items())):
         token, row = differing[0]
         raise UserError(
             f"--reference_model {args.reference_model} reads other tokens than the model: {len(differing)} of them "
             f"differ, such as {token!r} with id {row}. Name a reference with the same tokenizer."
         )
-    reference = loading.load_base(AutoModelForCausalLM, model_args, LoraArguments(), **load)
-    if adapter:
-        reference = adapters.attach_adapter(reference, adapter).merge_and_unload()
+    reference = loading.load_base(AutoModelForCausalLM, own, model_args, LoraArguments(), **load)
+    if own.adapter:
+        reference = adapters.attach_adapter(reference, own.adapter).merge_and_unload()
     return reference.requires_grad_(False)
 
 
@@ -318,11 +323,12 @@ def main() -> None:
     check_flags(args, lora_args.use_peft)
     training_defaults(args, adapter_rate=2e-5, full_rate=1e-6, use_peft=lora_args.use_peft)
     settle_dropout(args, lora_args)
-    loading.settle_length(args, "model_max_length", model_args, lora_args, attention_args)
-    run = Run("dpo_training", args, model_args, run_args, attention_args, data_args, lora_args)
+    checkpoint = loading.stage_checkpoint(model_args, lora_args)
+    loading.resolve_length(args, "model_max_length", checkpoint, attention_args)
+    run = Run("dpo_training", args, checkpoint, run_args, model_args, attention_args, data_args, lora_args)
 
     # 2 tokenizer and template
-    tokenizer = loading.stage_tokenizer(model_args, lora_args)
+    tokenizer = loading.stage_tokenizer(checkpoint, model_args)
     stop = apply_template(tokenizer, args.template_name, args.system_prompt, args.tool_format)
 
     # 3 data: both answers follow the same prompt; pairs that do not fit are refused, not cut
@@ -340,11 +346,8 @@ def main() -> None:
 
     # 4 model, and the reference where it is not the same weights without the adapter
     load = {"attending": attention_args, "max_length": args.model_max_length, "bf16": args.bf16}
-    model = loading.load_base(AutoModelForCausalLM, model_args, lora_args, **load)
-    new_rows = loading.fit_embedding(model, tokenizer, lora_args, cache_dir=model_args.cache_dir)
-    reference = load_reference(model, tokenizer, args, model_args, lora_args, **load)
-    _, adapter = hub.resolve_checkpoint(model_args.model_name_or_path)
-    model = adapters.add_lora(model, lora_args, TaskType.CAUSAL_LM, start_from=adapter, new_rows=new_rows)
+    model = loading.load_trainable(AutoModelForCausalLM, checkpoint, tokenizer, model_args, lora_args, **load)
+    reference = load_reference(model, tokenizer, args, checkpoint, model_args, lora_args, **load)
 
     # 5 trainer
     trainer = PreferenceTrainer(
@@ -355,9 +358,8 @@ def main() -> None:
         eval_dataset=validation,
         processing_class=tokenizer,
         loraplus_lr_ratio=lora_args.loraplus_lr_ratio,
-        start_from=(lora_args.peft_path or adapter) if lora_args.use_peft else None,
+        start_from=checkpoint.adapter if lora_args.use_peft else None,
     )
-    adapters.adapters_to_float32(model)
 
     # 6 train, save
     run.announce(model, trainer.train_dataset, validation)

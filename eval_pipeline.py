@@ -188,7 +188,7 @@ def fingerprint_checkpoint(folder: str) -> list[list] | None:
     from medicalgpt.models.hub import resolve_checkpoint
 
     base, adapter = resolve_checkpoint(folder)
-    folders = [Path(place) for place in (base, adapter) if place]
+    folders = [Path(base), *([Path(adapter.path)] if adapter else [])]
     if not all(place.is_dir() for place in folders):
         return None
     return fingerprint_files([file for place in folders for kind in CHECKPOINT_FILES for file in place.glob(kind)])

@@ -44,7 +44,8 @@ from medicalgpt.data.sources import hash_file
 from medicalgpt.data.tokenizing import encode_sides
 from medicalgpt.errors import UserError, run_main
 from medicalgpt.logs import signs_of_life
-from medicalgpt.models import adapters, hub, loading
+from medicalgpt.models import adapters, loading
+from medicalgpt.models.hub import Adapter
 from medicalgpt.models.templating import stop_token_ids
 from medicalgpt.parser import parse_args
 from medicalgpt.refusals import UNUSED_GRPO_ARGUMENTS
@@ -59,7 +60,7 @@ from template import apply_template
 import torch
 from datasets import Dataset
 from loguru import logger
-from peft import PeftModel, TaskType
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
@@ -192,7 +193,7 @@ class GroupTrainer(StageTrainer, GRPOTrainer):
     """
 
     def __init__(
-        self, *, stop_ids: Sequence[int], reference: PreTrainedModel | None, start_from: str | None, **kwargs: Any
+        self, *, stop_ids: Sequence[int], reference: PreTrainedModel | None, start_from: Adapter | None, **kwargs: Any
     ):
         args, model = kwargs["args"], kwargs["model"]
         model.generation_config.eos_token_id = list(stop_ids)
@@ -220,7 +221,7 @@ class GroupTrainer(StageTrainer, GRPOTrainer):
             base = model.get_base_model() if isinstance(model, PeftModel) else model
             add_cpu_head(base, measured=measured, temperature=self.temperature)
 
-    def _add_reference(self, reference: PreTrainedModel | None, start_from: str | None) -> None:
+    def _add_reference(self, reference: PreTrainedModel | None, start_from: Adapter | None) -> None:
         if isinstance(self.model, PeftModel):
             if start_from:
                 adapters.add_reference_adapter(self.model, start_from)
@@ -776,12 +777,13 @@ def main() -> None:
     check_flags(args)
     training_defaults(args, adapter_rate=1e-5, full_rate=1e-6, use_peft=lora_args.use_peft)
     settle_dropout(args, lora_args)
-    loading.settle_length(args, "model_max_length", model_args, lora_args, attention_args)
+    checkpoint = loading.stage_checkpoint(model_args, lora_args)
+    loading.resolve_length(args, "model_max_length", checkpoint, attention_args)
     settle_completion_length(args)
-    run = Run("grpo_training", args, model_args, run_args, attention_args, data_args, lora_args)
+    run = Run("grpo_training", args, checkpoint, run_args, model_args, attention_args, data_args, lora_args)
 
     # 2 tokenizer and template, with the system prompt that asks for the form which the rewards read
-    tokenizer = loading.stage_tokenizer(model_args, lora_args)
+    tokenizer = loading.stage_tokenizer(checkpoint, model_args)
     asked = {None: SYSTEM_PROMPT, "none": None}.get(args.system_prompt, args.system_prompt)
     stop = apply_template(tokenizer, args.template_name, asked, args.tool_format)
     stop_ids = stop_token_ids(tokenizer, stop)
@@ -796,18 +798,17 @@ def main() -> None:
     run.preview(tokenizer, train)
 
     # 4 models: policy, reference where it is not the policy without its adapter, judge
-    model = loading.load_base(
+    model = loading.load_trainable(
         AutoModelForCausalLM,
+        checkpoint,
+        tokenizer,
         model_args,
         lora_args,
         attention_args,
         max_length=args.model_max_length,
         bf16=args.bf16,
     )
-    new_rows = loading.fit_embedding(model, tokenizer, lora_args, cache_dir=model_args.cache_dir)
     reference = frozen_copy(model, args) if args.beta and not lora_args.use_peft else None
-    _, adapter = hub.resolve_checkpoint(model_args.model_name_or_path)
-    model = adapters.add_lora(model, lora_args, TaskType.CAUSAL_LM, start_from=adapter, new_rows=new_rows)
     if args.reward_model_path:
         scorer = load_judge(args, model_args)
         for rows in (data.train, data.validation):
@@ -826,9 +827,8 @@ def main() -> None:
         loraplus_lr_ratio=lora_args.loraplus_lr_ratio,
         stop_ids=stop_ids,
         reference=reference,
-        start_from=(lora_args.peft_path or adapter) if lora_args.use_peft else None,
+        start_from=checkpoint.adapter if lora_args.use_peft else None,
     )
-    adapters.adapters_to_float32(model)
 
     # 6 train, save
     weights = args.reward_weights or [1.0] * len(functions)

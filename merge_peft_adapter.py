@@ -16,11 +16,14 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from medicalgpt.errors import UserError, run_main
 from medicalgpt.logs import setup_logging
 from medicalgpt.parser import parse_args
+
+if TYPE_CHECKING:
+    from medicalgpt.models.hub import Adapter, Checkpoint
 
 # Difference of logits, relative to the largest, that rounding explains: sums are done in another order after merging.
 ROUNDING = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
@@ -68,34 +71,30 @@ def main() -> None:
     from trl.trainer.reward_trainer import suppress_seqcls_warning
 
     setup_logging()
-    adapter = Path(args.lora_model)
-    if not (adapter / hub.ADAPTER_CONFIG).is_file():
-        raise UserError(f"{adapter} is no adapter: it has no {hub.ADAPTER_CONFIG}. Check --lora_model.")
-    base = args.model_name_or_path or hub.resolve_checkpoint(str(adapter))[0]
-    config = hub.config_of(base, cache_dir=args.cache_dir)
+    checkpoint = resolve(args)
+    base, adapter, config = checkpoint.source, checkpoint.adapter, checkpoint.config
     refuse_quantized(base, config)
-    replaced = refuse_occupied(Path(args.output_dir), args.overwrite_output_dir, sources=(base, adapter))
-    hub.check_base(str(adapter), base)
+    replaced = refuse_occupied(Path(args.output_dir), args.overwrite_output_dir, sources=(base, adapter.path))
+    hub.check_base(adapter, base)
 
     auto_class, options = model_class(adapter)
-    options |= hub.recorded_positions(str(adapter))
     dtype = getattr(torch, args.dtype) if args.dtype != "auto" else config.dtype or torch.float32
     # The head that the base lacks comes with the adapter; the library would report it as random numbers.
     with suppress_seqcls_warning() if "num_labels" in options else nullcontext():
-        model = auto_class.from_pretrained(base, dtype=dtype, cache_dir=args.cache_dir, **options)
-    tokenizer = loading.load_tokenizer(args.tokenizer_path or str(adapter), cache_dir=args.cache_dir)
-    model = adapters.attach_adapter(model, str(adapter))
+        for name, value in options.items():
+            setattr(config, name, value)
+        model = auto_class.from_pretrained(base, config=config, dtype=dtype, cache_dir=args.cache_dir)
+    tokenizer = loading.checkpoint_tokenizer(checkpoint)
+    model = adapters.attach_adapter(model, adapter)
     if is_classifier := auto_class is transformers.AutoModelForSequenceClassification:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    logger.info(f"merging {adapter} into {base} as {model.base_model.model.__class__.__name__}, {dtype}")
-    new_rows = adapters.token_rows(getattr(model.peft_config["default"], "trainable_token_indices", None))
+    logger.info(f"merging {adapter.path} into {base} as {model.base_model.model.__class__.__name__}, {dtype}")
+    new_rows = adapters.token_rows(adapter.config.get("trainable_token_indices"))
     before = probe(model, tokenizer, new_rows, padded=is_classifier)
 
     model = model.merge_and_unload()
-    if (adapter / "generation_config.json").is_file():
-        from transformers import GenerationConfig
-
-        model.generation_config = GenerationConfig.from_pretrained(adapter)
+    if Path(adapter.path, "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(adapter.path)
     for path in replaced:
         path.unlink()
     model.save_pretrained(args.output_dir, max_shard_size=args.max_shard_size)
@@ -124,9 +123,29 @@ def main() -> None:
             "the merged model does not compute what adapter and base did (relative difference "
             f"{difference['relative']:.3g}, rounding explains {limit:g}). Do not use {args.output_dir}."
         )
-    write_record(args, adapter, base, difference)
+    write_record(args, checkpoint, difference)
     for command in runs.next_commands(Path(args.output_dir)):
         logger.info(f"next: {command}")
+
+
+def resolve(args: MergeArguments) -> "Checkpoint":
+    """The adapter on the base that it was trained on, or on the one that `--model_name_or_path` names.
+
+    Raises:
+        UserError: it is not an adapter, or its base is not found.
+    """
+    from medicalgpt.models import hub
+
+    if not Path(args.lora_model, hub.ADAPTER_CONFIG).is_file():
+        raise UserError(f"{args.lora_model} is no adapter: it has no {hub.ADAPTER_CONFIG}. Check --lora_model.")
+    base = args.model_name_or_path
+    return hub.Checkpoint.resolve(
+        base or args.lora_model,
+        adapter=args.lora_model if base else None,
+        adapter_flag="--lora_model",
+        tokenizer=args.tokenizer_path,
+        cache_dir=args.cache_dir,
+    )
 
 
 def refuse_quantized(base: str, config: Any) -> None:
@@ -156,7 +175,7 @@ def refuse_occupied(output_dir: Path, overwrite: bool, sources: Sequence[str | P
     return present
 
 
-def model_class(adapter: Path) -> tuple[Any, dict[str, Any]]:
+def model_class(adapter: "Adapter") -> tuple[Any, dict[str, Any]]:
     """The class that the adapter's task needs, and the number of labels where there is a head.
 
     Raises:
@@ -174,14 +193,16 @@ def model_class(adapter: Path) -> tuple[Any, dict[str, Any]]:
         "FEATURE_EXTRACTION": transformers.AutoModel,
         None: transformers.AutoModelForCausalLM,
     }
-    task = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("task_type")
+    task = adapter.config.get("task_type")
     if task not in classes:
-        raise UserError(f"{adapter} is for the task {task}; this tool merges {', '.join(filter(None, classes))}.")
+        raise UserError(f"{adapter.path} is for the task {task}; this tool merges {', '.join(filter(None, classes))}.")
     options: dict[str, Any] = {}
     if task in ("SEQ_CLS", "TOKEN_CLS"):
-        options["num_labels"] = adapters.head_outputs(str(adapter))
+        options["num_labels"] = adapters.head_outputs(adapter)
         if options["num_labels"] is None:
-            raise UserError(f"{adapter} holds no head, so that what it gives would be random. It cannot be merged.")
+            raise UserError(
+                f"{adapter.path} holds no head, so that what it gives would be random. It cannot be merged."
+            )
     return classes[task], options
 
 
@@ -217,16 +238,16 @@ def compare(before: list[Any], after: list[Any]) -> dict[str, float]:
     }
 
 
-def write_record(args: MergeArguments, adapter: Path, base: str, difference: dict[str, float]) -> None:
+def write_record(args: MergeArguments, checkpoint: "Checkpoint", difference: dict[str, float]) -> None:
     """run.json: where the merged model comes from, and that the merge went to its end."""
     from medicalgpt.models import hub
 
-    trained = adapter / hub.RUN_FILE
+    trained = Path(args.lora_model, hub.RUN_FILE)
     record = {
         "stage": "merge_peft_adapter",
         "status": "finished",
-        "adapter": str(adapter),
-        "base": {"name": base, "fingerprint": hub.fingerprint(base)},
+        "adapter": args.lora_model,
+        "base": {"name": checkpoint.base, "fingerprint": checkpoint.fingerprint},
         "fingerprint": hub.fingerprint(args.output_dir),
         "logit_difference": difference,
         "adapter_run": json.loads(trained.read_text(encoding="utf-8")) if trained.is_file() else None,

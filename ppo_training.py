@@ -47,7 +47,8 @@ from medicalgpt.data.loading import load_data
 from medicalgpt.data.tokenizing import encode_sides
 from medicalgpt.errors import UserError, run_main
 from medicalgpt.logs import is_main_process
-from medicalgpt.models import adapters, hub, loading
+from medicalgpt.models import adapters, loading
+from medicalgpt.models.hub import HEADS, Checkpoint
 from medicalgpt.models.templating import stop_token_ids
 from medicalgpt.parser import parse_args
 from medicalgpt.refusals import UNUSED_PPO_ARGUMENTS
@@ -63,7 +64,7 @@ import torch
 from accelerate.utils import DistributedType, gather_object
 from datasets import Dataset
 from loguru import logger
-from peft import PeftModel, TaskType
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -384,7 +385,7 @@ def token_values(critic: torch.nn.Module, input_ids: torch.Tensor, attention_mas
     """(sequences, length - 1): before each token 1, 2, … what the critic thinks is to come."""
     model = critic.get_base_model() if isinstance(critic, PeftModel) else critic
     hidden = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-    head = next(getattr(model, name) for name in hub.HEADS if hasattr(model, name))
+    head = next(getattr(model, name) for name in HEADS if hasattr(model, name))
     return head(hidden[:, :-1]).squeeze(-1).float()
 
 
@@ -890,6 +891,7 @@ class ScoredAnswers:
 def load_critic(
     tokenizer: PreTrainedTokenizerBase,
     scorer: RewardScorer,
+    judge: Checkpoint,
     args: PpoArguments,
     model_args: ModelArguments,
     lora_args: LoraArguments,
@@ -899,24 +901,27 @@ def load_critic(
 
     Args:
         tokenizer: of the policy.
-        load: further arguments of `models.load_base`.
+        scorer, judge: the reward model and its checkpoint.
+        load: further arguments of `loading.load_trainable`.
 
     Raises:
         UserError: it reads other tokens than the policy, or is an adapter of a language model.
     """
     flag = "--reward_model_path" if args.value_model_path is None else "--value_model_path"
     path, policy = args.value_model_path or args.reward_model_path, model_args.model_name_or_path
-    model_args = replace(model_args, model_name_or_path=path, tokenizer_name_or_path=None, model_revision=None)
+    if args.value_model_path is None:
+        start, theirs = judge, scorer.tokenizer
+    else:
+        start = Checkpoint.resolve(path, hub=model_args.hub, cache_dir=model_args.cache_dir)
+        theirs = loading.stage_tokenizer(start, model_args)
     # What the adapter of the policy is shaped by, that of a reward model is not: it goes on in its own shape.
     lora_args = replace(lora_args, peft_path=None)
-    theirs = scorer.tokenizer if args.value_model_path is None else loading.stage_tokenizer(model_args, lora_args)
     if theirs.get_vocab() != tokenizer.get_vocab():
         raise UserError(
             f"the critic judges the policy's tokens, and {flag} {path} reads other ones. Name a model with the "
             f"policy's tokenizer, whose head will be new: --value_model_path {policy}"
         )
-    _, adapter = hub.resolve_checkpoint(path)
-    if adapter and not is_reward_adapter(adapter):
+    if start.adapter and not is_reward_adapter(start.adapter):
         raise UserError(
             f"{flag} {path} is an adapter of a language model. Merge it, and name the result: python "
             f"merge_peft_adapter.py --lora_model {path} --output_dir {path}-merged"
@@ -925,13 +930,12 @@ def load_critic(
     set_seed(args.seed)
     try:
         with suppress_seqcls_warning():
-            critic = loading.load_base(AutoModelForSequenceClassification, model_args, lora_args, num_labels=1, **load)
+            critic = loading.load_trainable(
+                AutoModelForSequenceClassification, start, tokenizer, model_args, lora_args, num_labels=1, **load
+            )
     except UserError as error:
         raise UserError(f"the critic, from {flag} {path}: {error}") from error
     critic.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    new_rows = loading.fit_embedding(critic, tokenizer, lora_args, cache_dir=model_args.cache_dir)
-    critic = adapters.add_lora(critic, lora_args, TaskType.SEQ_CLS, start_from=adapter, new_rows=new_rows)
-    adapters.adapters_to_float32(critic)
     score_in_float32(critic)
     return critic
 
@@ -953,11 +957,12 @@ def main() -> None:
         args.metric_for_best_model, args.greater_is_better = "score", True
     training_defaults(args, adapter_rate=1e-5, full_rate=1e-6, use_peft=lora_args.use_peft)
     settle_dropout(args, lora_args)
-    loading.settle_length(args, "model_max_length", model_args, lora_args, attention_args)
-    run = Run("ppo_training", args, model_args, run_args, attention_args, data_args, lora_args)
+    checkpoint = loading.stage_checkpoint(model_args, lora_args)
+    loading.resolve_length(args, "model_max_length", checkpoint, attention_args)
+    run = Run("ppo_training", args, checkpoint, run_args, model_args, attention_args, data_args, lora_args)
 
     # 2 tokenizer and template
-    tokenizer = loading.stage_tokenizer(model_args, lora_args)
+    tokenizer = loading.stage_tokenizer(checkpoint, model_args)
     stop = apply_template(tokenizer, args.template_name, args.system_prompt, args.tool_format)
 
     # 3 data: prompts; answers in the rows are not used
@@ -970,24 +975,19 @@ def main() -> None:
 
     # 4 models: policy, reference where it is not the policy without its adapter, reward model, critic
     load = {"attending": attention_args, "max_length": args.model_max_length, "bf16": args.bf16}
-    policy = loading.load_base(AutoModelForCausalLM, model_args, lora_args, **load)
-    new_rows = loading.fit_embedding(policy, tokenizer, lora_args, cache_dir=model_args.cache_dir)
+    policy = loading.load_trainable(AutoModelForCausalLM, checkpoint, tokenizer, model_args, lora_args, **load)
     reference = None if lora_args.use_peft else copy.deepcopy(policy).requires_grad_(False)
-    _, adapter = hub.resolve_checkpoint(model_args.model_name_or_path)
-    policy = adapters.add_lora(policy, lora_args, TaskType.CAUSAL_LM, start_from=adapter, new_rows=new_rows)
-    if lora_args.use_peft and (started_from := lora_args.peft_path or adapter):
-        adapters.add_reference_adapter(policy, started_from)
-    adapters.adapters_to_float32(policy)
-    scorer = RewardScorer.from_pretrained(
-        args.reward_model_path,
+    if lora_args.use_peft and checkpoint.adapter:
+        adapters.add_reference_adapter(policy, checkpoint.adapter)
+    judge = Checkpoint.resolve(args.reward_model_path, hub=model_args.hub, cache_dir=model_args.cache_dir)
+    scorer = RewardScorer.from_checkpoint(
+        judge,
         dtype=model_args.dtype,
         load_in_4bit=model_args.load_in_4bit or model_args.qlora,
         load_in_8bit=model_args.load_in_8bit,
-        hub=model_args.hub,
-        cache_dir=model_args.cache_dir,
     )
     scorer.require_readable(tasks[place] for rows in filter(None, (train, validation)) for place in rows["place"])
-    critic = load_critic(tokenizer, scorer, args, model_args, lora_args, **load)
+    critic = load_critic(tokenizer, scorer, judge, args, model_args, lora_args, **load)
 
     # 5 trainer
     trainer = PpoTrainer(

@@ -38,7 +38,8 @@ from medicalgpt.data.loading import load_data
 from medicalgpt.data.tokenizing import encode_sides
 from medicalgpt.errors import UserError, run_main
 from medicalgpt.logs import is_main_process, setup_logging
-from medicalgpt.models import adapters, hub, loading
+from medicalgpt.models import loading
+from medicalgpt.models.hub import Checkpoint
 from medicalgpt.models.templating import stop_token_ids
 from medicalgpt.parser import parse_args
 from medicalgpt.refusals import UNUSED_PAIR_ARGUMENTS
@@ -59,7 +60,6 @@ from template import apply_template
 import torch
 from datasets import Dataset
 from loguru import logger
-from peft import TaskType
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase, Trainer, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
@@ -177,14 +177,15 @@ def main() -> None:
         return
     if score_args.given:
         raise UserError(f"--{', --'.join(sorted(score_args.given))} would have no effect without --score_file FILE.")
-    head = starting_head(model_args, lora_args)
+    checkpoint = loading.stage_checkpoint(model_args, lora_args)
+    head = starting_head(checkpoint)
     training_defaults(args, adapter_rate=1e-4, full_rate=1e-5, use_peft=lora_args.use_peft)
     settle_dropout(args, lora_args)
-    loading.settle_length(args, "model_max_length", model_args, lora_args, attention_args)
-    run = Run("reward_modeling", args, model_args, run_args, attention_args, data_args, lora_args)
+    loading.resolve_length(args, "model_max_length", checkpoint, attention_args)
+    run = Run("reward_modeling", args, checkpoint, run_args, model_args, attention_args, data_args, lora_args)
 
     # 2 tokenizer and template; the padding must not be what answers end with, or the end would not be found
-    tokenizer = loading.stage_tokenizer(model_args, lora_args)
+    tokenizer = loading.stage_tokenizer(checkpoint, model_args)
     stop = apply_template(tokenizer, args.template_name, args.system_prompt, args.tool_format)
     stop_ids = stop_token_ids(tokenizer, stop)
     tokenizer.pad_token = scoring_pad(tokenizer, stop_ids)
@@ -206,8 +207,10 @@ def main() -> None:
     # 4 model; a new head is drawn at random, the same in every process
     set_seed(args.seed)
     with suppress_seqcls_warning():
-        model = loading.load_base(
+        model = loading.load_trainable(
             AutoModelForSequenceClassification,
+            checkpoint,
+            tokenizer,
             model_args,
             lora_args,
             attention_args,
@@ -215,9 +218,6 @@ def main() -> None:
             bf16=args.bf16,
             num_labels=1,
         )
-    new_rows = loading.fit_embedding(model, tokenizer, lora_args, cache_dir=model_args.cache_dir)
-    _, adapter = hub.resolve_checkpoint(model_args.model_name_or_path)
-    model = adapters.add_lora(model, lora_args, TaskType.SEQ_CLS, start_from=adapter, new_rows=new_rows)
 
     # 5 trainer; it writes the padding token into the model's configuration, where the model looks for it
     trainer = PairRewardTrainer(
@@ -229,7 +229,6 @@ def main() -> None:
         data_collator=ScoreCollator(tokenizer.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of),
         loraplus_lr_ratio=lora_args.loraplus_lr_ratio,
     )
-    adapters.adapters_to_float32(model)
     score_in_float32(model)
 
     # 6 train, save
@@ -243,27 +242,26 @@ def main() -> None:
     )
 
 
-def starting_head(model_args: ModelArguments, lora_args: LoraArguments) -> str:
+def starting_head(checkpoint: Checkpoint) -> str:
     """Say where the head comes from.
 
     Raises:
         UserError: a checkpoint from which no reward model can be trained.
     """
-    config = loading.base_config(model_args, lora_args)
+    config, adapter = checkpoint.config, checkpoint.adapter
     if config.model_type not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
         raise UserError(
-            f"{model_args.model_name_or_path} is of the type {config.model_type}, for which transformers has no model "
+            f"{checkpoint.name} is of the type {config.model_type}, for which transformers has no model "
             "with a head that scores. Take another base for the reward model, such as Qwen/Qwen3-0.6B: PPO and GRPO "
             "can use it with any policy."
         )
-    _, adapter = hub.resolve_checkpoint(model_args.model_name_or_path)
-    for path in filter(None, (adapter, lora_args.peft_path)):
-        if not is_reward_adapter(path):
-            raise UserError(
-                f"{path} is an adapter of a language model, which has no head that scores. Merge it, and start from "
-                f"the result: python merge_peft_adapter.py --lora_model {path} --output_dir {path}-merged"
-            )
-    has_head = bool(is_reward_model(config) or adapter or lora_args.peft_path)
+    if adapter and not is_reward_adapter(adapter):
+        raise UserError(
+            f"{adapter.path} is an adapter of a language model, which has no head that scores. Merge it, and start "
+            f"from the result: python merge_peft_adapter.py --lora_model {adapter.path} --output_dir "
+            f"{adapter.path}-merged"
+        )
+    has_head = is_reward_model(config) or adapter is not None
     return "going on with the head of the checkpoint" if has_head else "a new head, random numbers at first"
 
 

@@ -97,9 +97,10 @@ def encoded_lengths(args: ValidationArguments, data: "LoadedData", name: str) ->
     from medicalgpt.models import attention, hub, loading
     from template import apply_template
 
-    tokenizer = loading.load_tokenizer(args.model_name_or_path)
+    checkpoint = hub.Checkpoint.resolve(args.model_name_or_path)
+    tokenizer = loading.checkpoint_tokenizer(checkpoint)
     apply_template(tokenizer, args.template_name, args.system_prompt, args.tool_format)
-    known = attention.context_length(hub.config_of(args.model_name_or_path))
+    known = attention.context_length(checkpoint.config)
     if "model_max_length" not in args.given and known:
         # As training does.
         args.model_max_length = min(args.model_max_length, known)

@@ -5,7 +5,8 @@ import re
 
 from medicalgpt.args import LoraArguments
 from medicalgpt.errors import UserError
-from medicalgpt.models.adapters import add_lora, attach_adapter
+from medicalgpt.models.adapters import add_lora, attach_adapter, check_flags
+from medicalgpt.models.hub import Adapter
 from medicalgpt.models.loading import fit_embedding, load_tokenizer
 from medicalgpt.training.trainers import TokenTrainer, check_optimizer
 from tests.helpers import open_stage, read_json, run_here, run_program, save_model, write_jsonl
@@ -165,12 +166,15 @@ def test_dora_has_a_length_for_each_row(folders):
     torch.testing.assert_close(lengths, layer.base_layer.weight.norm(dim=1))
 
 
+@pytest.mark.parametrize(("flag", "value"), [("use_dora", True), ("use_rslora", True), ("loraplus_lr_ratio", 16.0)])
+def test_flags_of_adapters_have_no_effect_on_full_training(flag, value):
+    with pytest.raises(UserError, match=f"--{flag} would have no effect"):
+        check_flags(given(use_peft=False, **{flag: value}), None)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"use_peft": False, "use_dora": True}, "--use_dora would have no effect"),
-        ({"use_peft": False, "use_rslora": True}, "--use_rslora would have no effect"),
-        ({"use_peft": False, "loraplus_lr_ratio": 16.0}, "--loraplus_lr_ratio would have no effect"),
         ({"freeze_layers": "2"}, "--freeze_layers 2: there is no layer 2; the model has 2 layers, 0 to 1"),
         ({"freeze_layers": "0-99999999999999"}, "there is no layer 99999999999999"),
         ({"freeze_layers": "1-0"}, "'1-0' is no number and no range"),
@@ -189,8 +193,7 @@ def test_flags_that_cannot_be(folders, values, message):
 def test_the_shape_of_a_continued_adapter_is_its_own(folders, tmp_path):
     add_lora(load(folders[False]), LoraArguments(), TaskType.CAUSAL_LM).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="--freeze_layers, --use_dora, --use_rslora would have no effect"):
-        lora = given(peft_path=str(tmp_path), use_dora=True, use_rslora=True, freeze_layers="0")
-        add_lora(load(folders[False]), lora, TaskType.CAUSAL_LM)
+        check_flags(given(use_dora=True, use_rslora=True, freeze_layers="0"), Adapter.read(str(tmp_path)))
 
 
 def test_layers_are_found_whatever_they_are_called():
@@ -271,7 +274,7 @@ def test_a_continued_adapter_has_to_train_the_new_rows(folders, tmp_path):
     model = load(folders[False])
     rows = fit_embedding(model, extended(), LoraArguments())
     with pytest.raises(UserError, match="has 2 tokens .the first has id 260. that the adapter .* does not train"):
-        add_lora(model, given(peft_path=str(tmp_path)), TaskType.CAUSAL_LM, new_rows=rows)
+        add_lora(model, given(), TaskType.CAUSAL_LM, adapter=Adapter.read(str(tmp_path)), new_rows=rows)
 
 
 def test_new_rows_of_a_model_without_a_language_head(folders):
@@ -402,7 +405,7 @@ def test_a_merged_adapter_computes_the_same(folders, tmp_path, case, tied):
     flags = [str(flag).format(extended=tmp_path / "extended") for flag in MERGED[case]]
     start(folders[tied], tmp_path, *flags, "--learning_rate", 1e-2, "--max_steps", 4).finish()
     ids = torch.arange(4, 120)[None]
-    adapter = attach_adapter(load(folders[tied]), str(tmp_path / "out"))
+    adapter = attach_adapter(load(folders[tied]), Adapter.read(str(tmp_path / "out")))
     expected = logits(adapter, ids)
     rows = min(expected.shape[-1], 260)
     assert (expected[..., :rows] - logits(load(folders[tied]), ids)).abs().max() > 0.05

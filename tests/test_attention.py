@@ -16,8 +16,8 @@ from medicalgpt.models.attention import (
     context_length,
     shifted_attention,
 )
-from medicalgpt.models.hub import CheckpointError
-from medicalgpt.models.loading import base_config, load_base, load_model
+from medicalgpt.models.hub import Adapter, Checkpoint, CheckpointError
+from medicalgpt.models.loading import load_base, load_model
 from medicalgpt.serving.chat import ChatEngine
 from medicalgpt.training.trainers import sequence_lengths
 from tests.helpers import open_stage, read_json, run_here, write_jsonl
@@ -310,6 +310,7 @@ def test_where_shifted_attention_is_refused(work, tmp_path):
     def load(path: Path, length: int = 64, **more) -> None:
         load_base(
             AutoModelForCausalLM,
+            Checkpoint.resolve(str(path)),
             ModelArguments(model_name_or_path=str(path)),
             LoraArguments(),
             AttentionArguments(shift_attn=True, **more),
@@ -355,6 +356,7 @@ def published(kind: str, width: int, theta: float, known: int, factor: float, se
 def load_scaled(path: Path, kind: str, length: int) -> torch.nn.Module:
     return load_base(
         AutoModelForCausalLM,
+        Checkpoint.resolve(str(path)),
         ModelArguments(model_name_or_path=str(path)),
         LoraArguments(),
         AttentionArguments(rope_scaling=kind),
@@ -415,7 +417,7 @@ def test_an_adapter_is_never_used_with_other_positions(work, stretched):
     kind = stretched.name
     assert read_json(Path(adapter) / "run.json")["base"]["rope_parameters"]["rope_type"] == kind
     with pytest.raises(CheckpointError, match=f"trained with other positions.*{kind}"):
-        attach_adapter(load_model(AutoModelForCausalLM, str(work / "base")), adapter)
+        attach_adapter(load_model(AutoModelForCausalLM, str(work / "base")), Adapter.read(adapter))
 
     engine = ChatEngine.from_pretrained(adapter)
     named = ChatEngine.from_pretrained(str(work / "base"), lora_model=adapter)
@@ -499,9 +501,7 @@ def test_a_length_beyond_the_positions(work, tmp_path, script, flag, data):
 def test_no_scaling_is_offered_where_there_is_none(tmp_path):
     GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=8, n_layer=1, n_head=2)).save_pretrained(tmp_path / "gpt2")
     with pytest.raises(UserError, match="the model has 1024 positions") as error:
-        attention.position_options(
-            base_config(ModelArguments(model_name_or_path=str(tmp_path / "gpt2")), LoraArguments()), None, 2000
-        )
+        attention.position_options(Checkpoint.resolve(str(tmp_path / "gpt2")).config, None, 2000)
     assert "--rope_scaling" not in str(error.value)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from medicalgpt.args import LoraArguments
 from medicalgpt.errors import UserError
 from medicalgpt.models.adapters import add_lora, attach_adapter
-from medicalgpt.models.hub import CheckpointError, fingerprint
+from medicalgpt.models.hub import Adapter, CheckpointError, fingerprint
 from medicalgpt.models.loading import load_model
 from template import apply_template
 
@@ -67,7 +67,7 @@ def merged(work):
 
 
 def test_the_merged_files_compute_what_adapter_and_base_did(work, merged):
-    live = attach_adapter(load_model(AutoModelForCausalLM, str(work / "base")), str(work / "adapter"))
+    live = attach_adapter(load_model(AutoModelForCausalLM, str(work / "base")), Adapter.read(str(work / "adapter")))
     loaded = AutoModelForCausalLM.from_pretrained(work / "merged")
     assert not isinstance(loaded, PeftModel)
     torch.testing.assert_close(logits(loaded), logits(live), atol=1e-4, rtol=0)
@@ -128,7 +128,7 @@ def test_a_head_for_labels(work):
     assert "Qwen3ForSequenceClassification" in done.stderr and "largest score) in 3 texts" in done.stderr
     assert "LOAD REPORT" not in done.stderr
     merged = AutoModelForSequenceClassification.from_pretrained(work / "classifier-merged")
-    live = attach_adapter(load_model(AutoModelForSequenceClassification, base, num_labels=3), adapter)
+    live = attach_adapter(load_model(AutoModelForSequenceClassification, base, num_labels=3), Adapter.read(adapter))
     live.config.pad_token_id = tiny_tokenizer().pad_token_id
     assert logits(merged).shape == (1, 3)
     torch.testing.assert_close(logits(merged), logits(live), atol=1e-4, rtol=0)

@@ -11,11 +11,28 @@ from medicalgpt.models.adapters import (
     adapters_to_float32,
     add_lora,
     attach_adapter,
+    check_flags,
     total_parameters,
     trainable_by_module,
 )
-from medicalgpt.models.hub import CheckpointError, check_base, config_of, fetch, fingerprint, resolve_checkpoint
-from medicalgpt.models.loading import fit_embedding, load_base, load_model, load_tokenizer, quantization_config
+from medicalgpt.models.hub import (
+    Adapter,
+    Checkpoint,
+    CheckpointError,
+    check_base,
+    fetch,
+    fingerprint,
+    resolve_checkpoint,
+)
+from medicalgpt.models.loading import (
+    checkpoint_tokenizer,
+    fit_embedding,
+    load_base,
+    load_model,
+    load_tokenizer,
+    quantization_config,
+    stage_checkpoint,
+)
 
 import pytest
 import torch
@@ -83,9 +100,14 @@ def logits(model) -> torch.Tensor:
 
 def test_a_folder_an_adapter_and_a_hub_name(base, adapter):
     assert resolve_checkpoint(base) == (base, None)
-    assert resolve_checkpoint(adapter) == (base, adapter)
+    assert resolve_checkpoint(adapter) == (base, Adapter.read(adapter))
     assert resolve_checkpoint("Qwen/Qwen3-0.6B") == ("Qwen/Qwen3-0.6B", None)
-    assert config_of(adapter).hidden_size == HIDDEN
+    checkpoint = Checkpoint.resolve(adapter)
+    assert (checkpoint.name, checkpoint.base, checkpoint.source, checkpoint.tokenizer) == (adapter, base, base, base)
+    assert checkpoint.adapter == Adapter.read(adapter) and checkpoint.config.hidden_size == HIDDEN
+    assert checkpoint.adapter.recorded_base == {"name": base, "fingerprint": checkpoint.fingerprint}
+    on_top = Checkpoint.resolve(base, adapter=adapter)
+    assert (on_top.name, on_top.adapter) == (base, checkpoint.adapter)
 
 
 @pytest.mark.parametrize("place", ["./nowhere", "a/b/c", "/no/such", "outputs/nowhere/", "../up"])
@@ -110,9 +132,9 @@ def test_the_base_is_found_from_another_folder(base, adapter, tmp_path, monkeypa
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "outputs/base"}))
     monkeypatch.chdir(tmp_path.parent)
-    assert resolve_checkpoint(str(folder)) == (str(tmp_path / "outputs" / "base"), str(folder))
+    assert resolve_checkpoint(str(folder)) == (str(tmp_path / "outputs" / "base"), Adapter.read(str(folder)))
     monkeypatch.chdir(tmp_path)
-    assert resolve_checkpoint(str(folder)) == ("outputs/base", str(folder))
+    assert resolve_checkpoint(str(folder)) == ("outputs/base", Adapter.read(str(folder)))
 
 
 @pytest.mark.parametrize(
@@ -170,15 +192,18 @@ def test_a_file_that_was_not_downloaded_whole_is_named(base, adapter, tmp_path, 
     weights = tmp_path / "adapter" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[: size // 2])
     with pytest.raises(CheckpointError, match=f"the adapter {adapter} does not fit"):
-        attach_adapter(load(base), adapter)
+        attach_adapter(load(base), Adapter.read(adapter))
 
 
 def test_the_tokenizer_of_an_adapter_is_its_own_or_its_bases(base, adapter, tmp_path):
     assert load_tokenizer(adapter).get_vocab() == load_tokenizer(base).get_vocab()
+    assert checkpoint_tokenizer(Checkpoint.resolve(adapter)).get_vocab() == load_tokenizer(base).get_vocab()
     extended = tiny_tokenizer()
     extended.add_tokens(["感冒"])
     extended.save_pretrained(adapter)
-    assert len(load_tokenizer(adapter)) == len(load_tokenizer(base)) + 1
+    for name, flags in ((adapter, {}), (base, {"adapter": adapter}), (base, {"tokenizer": adapter})):
+        tokenizer = checkpoint_tokenizer(Checkpoint.resolve(name, **flags))
+        assert len(tokenizer) == len(load_tokenizer(adapter)) == len(load_tokenizer(base)) + 1
 
 
 def test_a_tokenizer_without_padding_pads_with_its_end(tmp_path):
@@ -223,26 +248,28 @@ def test_there_is_none_without_weights_here(adapter, tmp_path):
 
 
 def test_an_adapter_goes_only_on_its_base(base, other, adapter, tmp_path, warnings):
-    check_base(adapter, base)
+    check_base(Adapter.read(adapter), base)
     shutil.copytree(base, tmp_path / "copy")
-    check_base(adapter, str(tmp_path / "copy"))
+    check_base(Adapter.read(adapter), str(tmp_path / "copy"))
     assert warnings == []
     with pytest.raises(CheckpointError, match=f"trained on {base} .*but {other} has other weights.*Give the base"):
-        check_base(adapter, other)
+        check_base(Adapter.read(adapter), other)
     with pytest.raises(CheckpointError, match="other weights"):
-        attach_adapter(load(other), adapter)
+        attach_adapter(load(other), Adapter.read(adapter))
 
 
 def test_a_checkpoint_of_a_run_is_checked_by_the_record_of_the_run(base, other, adapter, tmp_path):
-    (tmp_path / "adapter" / "checkpoint-3").mkdir()
-    check_base(str(tmp_path / "adapter" / "checkpoint-3"), base)
+    folder = shutil.copytree(adapter, tmp_path / "run" / "checkpoint-3")
+    (folder / "run.json").rename(tmp_path / "run" / "run.json")
+    saved = Adapter.read(str(folder))
+    check_base(saved, base)
     with pytest.raises(CheckpointError, match="other weights"):
-        check_base(str(tmp_path / "adapter" / "checkpoint-3"), other)
+        check_base(saved, other)
 
 
 def test_an_adapter_from_elsewhere_cannot_be_checked_and_says_so(other, adapter, tmp_path, warnings):
     (tmp_path / "adapter" / "run.json").unlink()
-    check_base(adapter, other)
+    check_base(Adapter.read(adapter), other)
     assert "whether" in warnings[0] and other in warnings[0]
 
 
@@ -255,7 +282,7 @@ def test_an_adapter_of_another_shape_is_refused(adapter, tmp_path):
     Qwen3ForCausalLM(config).save_pretrained(tmp_path / "narrow")
     (tmp_path / "adapter" / "run.json").unlink()
     with pytest.raises(CheckpointError, match="does not fit"):
-        attach_adapter(load(str(tmp_path / "narrow")), adapter)
+        attach_adapter(load(str(tmp_path / "narrow")), Adapter.read(adapter))
 
 
 # --- adapters --------------------------------------------------------------------------------------------------------
@@ -302,12 +329,16 @@ def test_a_tied_head_is_trained_once(base, tmp_path):
     [
         ({"target_modules": "q_proj,W_pack"}, "no module W_pack; its linear layers are .*k_proj, lm_head"),
         ({"modules_to_save": "embeddings"}, "no module embeddings"),
-        ({"use_peft": False, "peft_path": "x", "lora_rank": 8}, "--lora_rank, --peft_path would have no effect"),
     ],
 )
 def test_adapter_flags_that_cannot_be(base, values, message):
     with pytest.raises(UserError, match=message):
         add_lora(load(base), given(**values), TaskType.CAUSAL_LM)
+
+
+def test_flags_of_adapters_have_no_effect_on_full_training(base, adapter):
+    with pytest.raises(UserError, match="--lora_rank, --peft_path would have no effect"):
+        stage_checkpoint(ModelArguments(base), given(use_peft=False, peft_path=adapter, lora_rank=8))
 
 
 def test_full_training_trains_every_weight(base):
@@ -317,28 +348,39 @@ def test_full_training_trains_every_weight(base):
 
 
 def test_going_on_with_an_adapter(base, adapter):
-    for lora, start in ((given(peft_path=adapter), None), (given(), adapter)):
-        model = add_lora(load(base), lora, TaskType.CAUSAL_LM, start_from=start)
+    for name, lora in ((base, given(peft_path=adapter)), (adapter, given())):
+        checkpoint = stage_checkpoint(ModelArguments(name), lora)
+        model = add_lora(load(base), lora, TaskType.CAUSAL_LM, adapter=checkpoint.adapter)
         assert isinstance(model, PeftModel)
         assert set(trainable_by_module(model)) >= {"q_proj", "down_proj"}
-        torch.testing.assert_close(logits(model), logits(attach_adapter(load(base), adapter)))
+        torch.testing.assert_close(logits(model), logits(attach_adapter(load(base), Adapter.read(adapter))))
         assert not torch.allclose(logits(model), logits(load(base)), atol=1e-2)
-    assert sum(trainable_by_module(attach_adapter(load(base), adapter)).values()) == 0
+    assert sum(trainable_by_module(attach_adapter(load(base), Adapter.read(adapter))).values()) == 0
 
 
 def test_the_shape_of_a_continued_adapter_is_its_own(base, adapter):
     with pytest.raises(UserError, match="--lora_rank, --target_modules would have no effect"):
-        lora = given(peft_path=adapter, lora_rank=8, target_modules="all")
-        add_lora(load(base), lora, TaskType.CAUSAL_LM)
-    with pytest.raises(UserError, match="is an adapter already"):
-        add_lora(load(base), given(peft_path=adapter), TaskType.CAUSAL_LM, start_from=adapter)
+        check_flags(given(lora_rank=8, target_modules="all"), Adapter.read(adapter))
+    with pytest.raises(UserError, match=f"{adapter} is an adapter already, and --peft_path names another: {adapter}"):
+        stage_checkpoint(ModelArguments(adapter), given(peft_path=adapter))
+
+
+def test_a_folder_without_adapter_config_is_no_adapter(base):
+    with pytest.raises(
+        CheckpointError, match=f"{base} is no adapter: it has no adapter_config.json. Check --peft_path"
+    ):
+        stage_checkpoint(ModelArguments(base), given(peft_path=base))
 
 
 def test_full_training_of_an_adapter_folder_starts_from_the_merged_weights(base, adapter):
-    merged = load_base(AutoModelForCausalLM, ModelArguments(model_name_or_path=adapter), LoraArguments(use_peft=False))
+    arguments = ModelArguments(model_name_or_path=adapter)
+    checkpoint = Checkpoint.from_arguments(arguments)
+    merged = load_base(AutoModelForCausalLM, checkpoint, arguments, LoraArguments(use_peft=False))
     assert not isinstance(merged, PeftModel)
     assert sum(trainable_by_module(merged).values()) == total_parameters(merged)
-    torch.testing.assert_close(logits(merged), logits(attach_adapter(load(base), adapter)), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        logits(merged), logits(attach_adapter(load(base), Adapter.read(adapter))), atol=1e-4, rtol=0
+    )
 
 
 def test_new_tokens_get_rows_that_the_whole_embedding_brings_back(base, tmp_path):
@@ -355,7 +397,7 @@ def test_new_tokens_get_rows_that_the_whole_embedding_brings_back(base, tmp_path
     torch.testing.assert_close(new, mean.expand(2, -1), atol=1e-3, rtol=0)
     # The adapter that holds the new rows brings them back onto a base without them.
     add_lora(model, lora, TaskType.CAUSAL_LM).save_pretrained(tmp_path / "adapter")
-    again = attach_adapter(load(base), str(tmp_path / "adapter"))
+    again = attach_adapter(load(base), Adapter.read(str(tmp_path / "adapter")))
     torch.testing.assert_close(logits(again), logits(model))
     assert logits(again).shape[-1] == VOCABULARY + 2
 
@@ -403,7 +445,8 @@ def test_answers_before_training_leave_the_gradients_alone(base, flags):
     def gradients(answer_first: bool) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)
         lora = LoraArguments(lora_dropout=0.0)
-        model = load_base(AutoModelForCausalLM, ModelArguments(model_name_or_path=base, **flags), lora)
+        arguments = ModelArguments(model_name_or_path=base, **flags)
+        model = load_base(AutoModelForCausalLM, Checkpoint.resolve(base), arguments, lora)
         model = add_lora(model, lora, TaskType.CAUSAL_LM)
         for name, parameter in sorted(model.named_parameters()):
             if "lora_B" in name:

@@ -8,7 +8,7 @@ from pathlib import Path
 from medicalgpt.data.encoding import encode_document
 from medicalgpt.errors import UserError
 from medicalgpt.models.adapters import attach_adapter
-from medicalgpt.models.hub import fingerprint
+from medicalgpt.models.hub import Adapter, fingerprint
 from medicalgpt.models.loading import load_model
 
 import pytest
@@ -126,7 +126,7 @@ def test_perplexity_falls_and_warmup_is_a_twentieth(work, adapter):
 def test_new_rows_survive_saving_and_merging(work, adapter):
     run_here("merge_peft_adapter.py", "--lora_model", work / "adapter", "--output_dir", work / "merged")
     merged = load_model(AutoModelForCausalLM, str(work / "merged"))
-    live = attach_adapter(load_model(AutoModelForCausalLM, str(work / "base")), str(work / "adapter"))
+    live = attach_adapter(load_model(AutoModelForCausalLM, str(work / "base")), Adapter.read(str(work / "adapter")))
     torch.testing.assert_close(logits(merged), logits(live), atol=1e-4, rtol=0)
     rows = merged.get_input_embeddings().weight
     assert len(rows) == 262 and len(AutoTokenizer.from_pretrained(work / "merged")) == 262

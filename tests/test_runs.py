@@ -9,6 +9,7 @@ from medicalgpt.data.encoding import IGNORED, encode_chat
 from medicalgpt.data.formats import to_messages
 from medicalgpt.data.loading import load_data
 from medicalgpt.errors import UserError
+from medicalgpt.models.hub import Checkpoint
 from medicalgpt.training.callbacks import MetricsFile, PlainProgress
 from medicalgpt.training.checkpoints import (
     MANIFEST,
@@ -54,8 +55,9 @@ def start(base, tmp_path, log):
         return Run(
             "stage",
             training,
-            ModelArguments(model_name_or_path=base),
+            Checkpoint.resolve(base),
             RunArguments(overwrite_output_dir=overwrite),
+            ModelArguments(base),
             DataArguments(),
         )
 

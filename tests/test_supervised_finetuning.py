@@ -13,7 +13,7 @@ from pathlib import Path
 from medicalgpt.data.sources import DataError, hash_file
 from medicalgpt.errors import UserError
 from medicalgpt.models.adapters import attach_adapter
-from medicalgpt.models.hub import CheckpointError, fingerprint
+from medicalgpt.models.hub import Adapter, CheckpointError, fingerprint
 from medicalgpt.models.loading import load_model
 from medicalgpt.serving.chat import ChatEngine
 
@@ -247,7 +247,7 @@ def test_an_adapter_folder_goes_on_as_that_adapter(work, adapter):
     assert read_json(work / "second" / "adapter_config.json")["base_model_name_or_path"] == str(work / "base")
     run_here("merge_peft_adapter.py", "--lora_model", work / "second", "--output_dir", work / "second-merged")
     merged = load_model(AutoModelForCausalLM, str(work / "second-merged"))
-    live = attach_adapter(load_model(AutoModelForCausalLM, str(work / "base")), str(work / "second"))
+    live = attach_adapter(load_model(AutoModelForCausalLM, str(work / "base")), Adapter.read(str(work / "second")))
     torch.testing.assert_close(logits(merged), logits(live), atol=1e-4, rtol=0)
     # A checkpoint of the run is an adapter folder too, and the record of its run vouches for its base.
     run_here(SCRIPT, *evaluation(work, "from-checkpoint", "--model_name_or_path", work / "second" / "checkpoint-2"))

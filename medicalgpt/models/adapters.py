@@ -1,7 +1,6 @@
 """LoRA adapters: add them, attach trained ones, and check that they fit the base."""
 
 import functools
-import json
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from pathlib import Path
 from medicalgpt.args import LoraArguments
 from medicalgpt.errors import UserError
 from medicalgpt.models.families import fused_experts
-from medicalgpt.models.hub import ADAPTER_CONFIG, HEADS, CheckpointError, check_base, recorded_positions
+from medicalgpt.models.hub import HEADS, Adapter, CheckpointError, check_base
 
 import torch
 from loguru import logger
@@ -29,48 +28,57 @@ SHAPE_FLAGS = frozenset(
 )
 
 
+def check_flags(lora: LoraArguments, adapter: Adapter | None) -> None:
+    """Refuse flags without effect.
+
+    Args:
+        adapter: the one that training would resume.
+
+    Raises:
+        UserError: flags of adapters where all weights are trained, or of a new adapter where one is resumed.
+    """
+    given = getattr(lora, "given", frozenset())
+    if not lora.use_peft:
+        if idle := sorted((SHAPE_FLAGS | {"peft_path", "loraplus_lr_ratio"}) & given):
+            raise UserError(
+                f"--use_peft False trains every weight, so --{', --'.join(idle)} would have no effect. Leave them out, "
+                "or say --use_peft True."
+            )
+    elif adapter and (clash := sorted((SHAPE_FLAGS | {"freeze_layers"}) & given)):
+        raise UserError(
+            f"{adapter.path} goes on with its own shape, so --{', --'.join(clash)} would have no effect. Leave them "
+            f"out, or merge the adapter first: python merge_peft_adapter.py --lora_model {adapter.path}"
+        )
+
+
 def add_lora(
     model: PreTrainedModel,
     lora: LoraArguments,
     task_type: TaskType,
     *,
-    start_from: str | None = None,
+    adapter: Adapter | None = None,
     new_rows: Sequence[int] = (),
 ) -> PreTrainedModel | PeftModel:
-    """Put a new adapter on the model, or go on with the one at `--peft_path` or `start_from`.
+    """Put a new adapter on the model, or the one that training resumes.
 
     Args:
         model: the base; returned without an adapter if `lora.use_peft` is False.
         task_type: of peft.
-        start_from: the adapter that `--model_name_or_path` pointed to.
+        adapter: of the checkpoint that training starts from; where all weights are trained it is merged already.
         new_rows: ids from `fit_embedding`, whose rows of embedding and head are trained beside the adapter.
 
     Raises:
-        UserError: contradicting flags, modules or layers that the model does not have, new rows that would stay
-            untrained.
+        UserError: modules or layers that the model does not have, new rows that would stay untrained.
     """
     frozen = _frozen_layers(model, lora.freeze_layers) if lora.freeze_layers is not None else []
     if not lora.use_peft:
-        if idle := sorted((SHAPE_FLAGS | {"peft_path", "loraplus_lr_ratio"}) & getattr(lora, "given", frozenset())):
-            raise UserError(
-                f"--use_peft False trains every weight, so --{', --'.join(idle)} would have no effect. Leave them out, "
-                "or say --use_peft True."
-            )
         for name in frozen:
             model.get_submodule(name).requires_grad_(False)
         return model
-    if lora.peft_path and start_from:
-        raise UserError("--model_name_or_path is an adapter already; give its base there, or leave --peft_path out.")
-    continued = lora.peft_path or start_from
-    if continued:
-        if clash := sorted((SHAPE_FLAGS | {"freeze_layers"}) & getattr(lora, "given", frozenset())):
-            raise UserError(
-                f"{continued} goes on with its own shape, so --{', --'.join(clash)} would have no effect. Leave them "
-                "out, or merge the adapter first: python merge_peft_adapter.py --lora_model " + str(continued)
-            )
-        logger.info(f"going on with the adapter {continued}, in its own shape")
-        model = attach_adapter(model, continued, trainable=True)
-        _require_trained_rows(model, continued, new_rows)
+    if adapter:
+        logger.info(f"going on with the adapter {adapter.path}, in its own shape")
+        model = attach_adapter(model, adapter, trainable=True)
+        _require_trained_rows(model, adapter.path, new_rows)
         return model
     names = [name for name in lora.target_modules.replace(" ", "").split(",") if name]
     to_save = [name for name in (lora.modules_to_save or "").replace(" ", "").split(",") if name]
@@ -283,36 +291,36 @@ def _require_modules(model: torch.nn.Module, names: list[str]) -> None:
         raise UserError(f"the model has no module {', '.join(missing)}; its linear layers are {', '.join(linear)}.")
 
 
-def attach_adapter(model: PreTrainedModel, adapter_path: str, *, trainable: bool = False) -> PeftModel:
+def attach_adapter(model: PreTrainedModel, adapter: Adapter, *, trainable: bool = False) -> PeftModel:
     """Load an adapter onto its base.
 
     Raises:
         CheckpointError: it was trained on another base (shown by the fingerprint of the weights in run.json, or by
             shapes that do not fit).
     """
-    check_base(adapter_path, model.config._name_or_path)
-    _check_positions(adapter_path, model)
+    base = model.config._name_or_path
+    check_base(adapter, base)
+    _check_positions(adapter, model)
     try:
-        heads = head_outputs(adapter_path)
-        if heads and model.get_output_embeddings() is not None:
+        if head_outputs(adapter) and model.get_output_embeddings() is not None:
             raise CheckpointError(
-                f"the adapter {adapter_path} is a reward model: it scores texts and cannot write any. Scores: python "
-                f"reward_modeling.py --model_name_or_path {adapter_path} --score_file FILE"
+                f"the adapter {adapter.path} is a reward model: it scores texts and cannot write any. Scores: python "
+                f"reward_modeling.py --model_name_or_path {adapter.path} --score_file FILE"
             )
-        _grow_to_adapter(model, adapter_path)
-        attached = PeftModel.from_pretrained(model, adapter_path, is_trainable=trainable)
+        _grow_to_adapter(model, adapter)
+        attached = PeftModel.from_pretrained(model, adapter.path, is_trainable=trainable)
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"the adapter {adapter_path} does not fit {model.config._name_or_path}: {str(error).splitlines()[0]}"
+            f"the adapter {adapter.path} does not fit {base}: {str(error).splitlines()[0]}"
         ) from error
-    if getattr(attached.peft_config[attached.active_adapter], "trainable_token_indices", None):
+    if adapter.config.get("trainable_token_indices"):
         _save_rows_alone(attached)
     return attached
 
 
-def head_outputs(adapter_path: str) -> int | None:
-    """Number of outputs of the head that an adapter folder holds, as a reward model's does; None without a head."""
-    weights = Path(adapter_path) / "adapter_model.safetensors"
+def head_outputs(adapter: Adapter) -> int | None:
+    """Number of outputs of the head that an adapter's folder holds, as a reward model's does; None without a head."""
+    weights = Path(adapter.path) / "adapter_model.safetensors"
     if not weights.is_file():
         return None
     with safe_open(weights, "pt") as file:
@@ -320,12 +328,12 @@ def head_outputs(adapter_path: str) -> int | None:
         return file.get_slice(heads[0]).get_shape()[0] if heads else None
 
 
-def _grow_to_adapter(model: PreTrainedModel, adapter_path: str) -> None:
+def _grow_to_adapter(model: PreTrainedModel, adapter: Adapter) -> None:
     """Give the embedding the rows that the adapter needs, where tokens were added in its training.
 
     The adapter holds either a copy of the whole embedding or the new rows alone.
     """
-    weights = Path(adapter_path) / "adapter_model.safetensors"
+    weights = Path(adapter.path) / "adapter_model.safetensors"
     if not weights.is_file():
         return
     own = model.get_input_embeddings().num_embeddings
@@ -334,29 +342,28 @@ def _grow_to_adapter(model: PreTrainedModel, adapter_path: str) -> None:
         names = [name for name in file.keys() if name.endswith(ends)]
         rows = file.get_slice(names[0]).get_shape()[0] if names else None
     if rows is None:
-        config = json.loads((Path(adapter_path) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        rows = max([own, *(row + 1 for row in token_rows(config.get("trainable_token_indices")))])
+        rows = max([own, *(row + 1 for row in token_rows(adapter.config.get("trainable_token_indices")))])
     if rows != own:
         model.resize_token_embeddings(rows, mean_resizing=False)
 
 
-def _check_positions(adapter_path: str, model: PreTrainedModel) -> None:
-    for name, wanted in recorded_positions(adapter_path).items():
+def _check_positions(adapter: Adapter, model: PreTrainedModel) -> None:
+    for name, wanted in adapter.positions.items():
         found = getattr(model.config.get_text_config(), name, None)
         if found != wanted:
             raise CheckpointError(
-                f"the adapter {adapter_path} was trained with other positions ({wanted}) than its base was loaded "
+                f"the adapter {adapter.path} was trained with other positions ({wanted}) than its base was loaded "
                 f"with ({found}). Load the base with those, or merge: python merge_peft_adapter.py --lora_model "
-                f"{adapter_path}"
+                f"{adapter.path}"
             )
 
 
-def add_reference_adapter(model: PeftModel, start_from: str) -> None:
+def add_reference_adapter(model: PeftModel, adapter: Adapter) -> None:
     """Put the adapter that training starts from beside the one that is trained, frozen, under the name `ref`.
 
     It belongs to the run and not to its result: it is not saved.
     """
-    model.load_adapter(start_from, "ref", is_trainable=False)
+    model.load_adapter(adapter.path, "ref", is_trainable=False)
     for module in model.modules():
         if isinstance(module, LoraLayer):
             module.lora_dropout["ref"] = torch.nn.Identity()

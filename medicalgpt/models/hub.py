@@ -1,4 +1,4 @@
-"""Find a checkpoint: a folder or a hub name, an adapter and its base, and the base's fingerprint."""
+"""Resolve a checkpoint: a folder or a hub name, an adapter and its base, and the fingerprint of the base's weights."""
 
 import functools
 import hashlib
@@ -7,19 +7,24 @@ import re
 import socket
 import urllib.parse
 import urllib.request
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from medicalgpt.args import ModelArguments
 from medicalgpt.errors import UserError
 
 from huggingface_hub import constants
 from loguru import logger
 from safetensors import SafetensorError
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 from transformers import __version__ as transformers_version
+from transformers.utils import cached_file, find_adapter_config_file
 
 ADAPTER_CONFIG = "adapter_config.json"
 RUN_FILE = "run.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 # Names of the head of a model for sequences; peft trains and saves it in full beside an adapter.
 HEADS = ("score", "classifier")
 
@@ -28,8 +33,140 @@ class CheckpointError(UserError):
     """A checkpoint that is missing, incomplete, or does not fit the one it is used with."""
 
 
-def resolve_checkpoint(name_or_path: str) -> tuple[str, str | None]:
-    """(base model, adapter or None): the folder of an adapter stands for its base with the adapter on it.
+@dataclass(frozen=True)
+class Adapter:
+    """A trained adapter and what its folder says about it.
+
+    Attributes:
+        path: folder or hub name.
+        config: contents of adapter_config.json.
+        recorded_base: what run.json says about the base that it was trained on: `name`, `fingerprint` and, if its
+            positions were scaled, `rope_parameters`. Empty for an adapter that was not trained here.
+    """
+
+    path: str
+    config: dict[str, Any]
+    recorded_base: dict[str, Any]
+
+    @classmethod
+    def read(cls, path: str, cache_dir: str | None = None) -> "Adapter":
+        """Read the description of an adapter, not its weights.
+
+        Raises:
+            CheckpointError: there is no adapter_config.json.
+        """
+        found: str | Path | None = Path(path) / ADAPTER_CONFIG
+        if not Path(path).is_dir():
+            found = find_adapter_config_file(path, cache_dir=cache_dir, local_files_only=not _hub_is_reachable())
+        if found is None or not Path(found).is_file():
+            raise CheckpointError(f"{path} is no adapter: it has no {ADAPTER_CONFIG}.")
+        config = json.loads(Path(found).read_text(encoding="utf-8"))
+        # A checkpoint within a run has its record in the folder above.
+        records = (Path(path) / RUN_FILE, Path(path).parent / RUN_FILE)
+        record = next((json.loads(file.read_text(encoding="utf-8")) for file in records if file.is_file()), {})
+        return cls(path, config, record.get("base") or {})
+
+    @property
+    def positions(self) -> dict[str, Any]:
+        """The `rope_parameters` that its base must be loaded with; empty if they are the base's own."""
+        rope = self.recorded_base.get("rope_parameters")
+        return {"rope_parameters": rope} if rope else {}
+
+    @property
+    def has_tokenizer(self) -> bool:
+        return (Path(self.path) / TOKENIZER_CONFIG).is_file()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model as it was resolved at the start of a program; passed on, so that nothing is resolved or read again.
+
+    Attributes:
+        name: as it was given: a hub name, a folder, or the folder of an adapter.
+        base: hub name or folder of the base model.
+        source: what transformers loads the base from: `base`, or the folder that ModelScope downloaded it to.
+        config: configuration of the base, with the positions that the adapter was trained with.
+        adapter: the adapter on the base, if any.
+        tokenizer: hub name or folder of the tokenizer.
+        revision: branch, tag or commit of the base on the hub.
+        cache_dir: where downloads are kept.
+    """
+
+    name: str
+    base: str
+    source: str
+    config: PreTrainedConfig
+    adapter: Adapter | None
+    tokenizer: str
+    revision: str | None = None
+    cache_dir: str | None = None
+
+    @classmethod
+    def resolve(
+        cls,
+        name_or_path: str,
+        *,
+        adapter: str | None = None,
+        adapter_flag: str = "--peft_path",
+        tokenizer: str | None = None,
+        hub: str = "huggingface",
+        revision: str | None = None,
+        cache_dir: str | None = None,
+    ) -> "Checkpoint":
+        """Find base, adapter and tokenizer, and load the base's configuration, the only one that is ever loaded.
+
+        Args:
+            adapter: an adapter to put on the model.
+            adapter_flag: the flag that names it, for messages.
+            tokenizer: a tokenizer other than the adapter's or, if that has none, the base's.
+            hub: `huggingface` or `modelscope`.
+
+        Raises:
+            CheckpointError: not found, or not an adapter.
+            UserError: two adapters.
+        """
+        base, trained = resolve_checkpoint(name_or_path)
+        if trained and adapter:
+            raise UserError(
+                f"{name_or_path} is an adapter already, and {adapter_flag} names another: {adapter}. Leave "
+                f"{adapter_flag} out, or merge the first one into its base: python merge_peft_adapter.py --lora_model "
+                f"{name_or_path}"
+            )
+        if adapter:
+            try:
+                trained = Adapter.read(fetch(adapter, hub, cache_dir=cache_dir), cache_dir)
+            except CheckpointError as error:
+                raise CheckpointError(f"{error} Check {adapter_flag}.") from error
+        source = fetch(base, hub, revision, cache_dir)
+        config = load_pretrained(AutoConfig, source, revision=revision, cache_dir=cache_dir)
+        for name, value in trained.positions.items() if trained else ():
+            setattr(config.get_text_config(), name, value)
+        if tokenizer:
+            tokenizer = tokenizer_source(fetch(tokenizer, hub, revision, cache_dir))
+        else:
+            tokenizer = trained.path if trained and trained.has_tokenizer else source
+        return cls(name_or_path, base, source, config, trained, tokenizer, revision, cache_dir)
+
+    @classmethod
+    def from_arguments(cls, arguments: ModelArguments, adapter: str | None = None) -> "Checkpoint":
+        """The model that the flags name, with the adapter of `--peft_path`. Errors are those of `resolve`."""
+        return cls.resolve(
+            arguments.model_name_or_path,
+            adapter=adapter,
+            tokenizer=arguments.tokenizer_name_or_path,
+            hub=arguments.hub,
+            revision=arguments.model_revision,
+            cache_dir=arguments.cache_dir,
+        )
+
+    @cached_property
+    def fingerprint(self) -> str | None:
+        """That of the base's weights (see `fingerprint`). Ask for it when they are on this machine."""
+        return fingerprint(self.source)
+
+
+def resolve_checkpoint(name_or_path: str) -> tuple[str, Adapter | None]:
+    """(base model, adapter or None): the folder of an adapter means its base with the adapter on it.
 
     Raises:
         CheckpointError: a local path that is no checkpoint, or an adapter whose base is not there.
@@ -43,7 +180,8 @@ def resolve_checkpoint(name_or_path: str) -> tuple[str, str | None]:
             )
         return name_or_path, None
     if (folder / ADAPTER_CONFIG).is_file():
-        base = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        adapter = Adapter.read(name_or_path)
+        base = adapter.config.get("base_model_name_or_path")
         if not base:
             raise CheckpointError(f"{folder / ADAPTER_CONFIG} does not name its base model.")
         if not Path(base).is_dir():
@@ -51,19 +189,26 @@ def resolve_checkpoint(name_or_path: str) -> tuple[str, str | None]:
             found = next((parent / base for parent in folder.resolve().parents if (parent / base).is_dir()), None)
             if found:
                 logger.info(f"base of the adapter: {found}")
-                return str(found), name_or_path
+                return str(found), adapter
         if _looks_local(base) and not Path(base).is_dir():
             raise CheckpointError(
                 f"the adapter {folder} was trained on {base}, which is not there (looked in {Path.cwd()}). "
                 "Run from the folder where it was trained, or mend base_model_name_or_path in "
                 f"{folder / ADAPTER_CONFIG}."
             )
-        return base, name_or_path
+        return base, adapter
     if not (folder / "config.json").is_file():
         inner = sorted(child.parent for child in folder.glob("*/config.json"))
         hint = f" Did you mean {inner[0]}?" if inner else ""
         raise CheckpointError(f"{folder} holds neither config.json nor {ADAPTER_CONFIG}, so it is no checkpoint.{hint}")
     return name_or_path, None
+
+
+def tokenizer_source(name_or_path: str) -> str:
+    """Folder or hub name to load a tokenizer from: the base's for an adapter that has none."""
+    if (Path(name_or_path) / TOKENIZER_CONFIG).is_file():
+        return name_or_path
+    return resolve_checkpoint(name_or_path)[0]
 
 
 def _looks_local(name_or_path: str) -> bool:
@@ -132,35 +277,22 @@ def load_pretrained(loader: Any, name_or_path: str, **options: Any) -> Any:
         ) from error
 
 
-def check_base(adapter_path: str, base: str) -> None:
+def check_base(adapter: Adapter, base: str) -> None:
     """Compare the base that an adapter was trained on with `base`, by the fingerprints of their weights.
 
     Raises:
         CheckpointError: they differ. An adapter without run.json (not trained here) cannot be checked, and says so.
     """
-    recorded = _recorded_base(adapter_path)
+    recorded = adapter.recorded_base
     if not recorded.get("fingerprint"):
-        logger.warning(f"{adapter_path} does not record its base's weights; whether {base} is the right one is unknown")
+        logger.warning(f"{adapter.path} does not record its base's weights; whether {base} is the right one is unknown")
         return
     found = fingerprint(base)
     if found and found != recorded["fingerprint"]:
         raise CheckpointError(
-            f"the adapter {adapter_path} was trained on {recorded['name']} (weights {recorded['fingerprint'][:12]}), "
+            f"the adapter {adapter.path} was trained on {recorded['name']} (weights {recorded['fingerprint'][:12]}), "
             f"but {base} has other weights ({found[:12]}). Give the base that it was trained on."
         )
-
-
-def _recorded_base(adapter_path: str) -> dict[str, Any]:
-    for folder in (Path(adapter_path), Path(adapter_path).parent):
-        if (folder / RUN_FILE).is_file():
-            return json.loads((folder / RUN_FILE).read_text(encoding="utf-8")).get("base") or {}
-    return {}
-
-
-def recorded_positions(adapter_path: str | None) -> dict[str, Any]:
-    """What `from_pretrained` needs so that a base has the positions which the adapter was trained with."""
-    rope = _recorded_base(adapter_path).get("rope_parameters") if adapter_path else None
-    return {"rope_parameters": rope} if rope else {}
 
 
 def fingerprint(name_or_path: str) -> str | None:
@@ -174,8 +306,6 @@ def fingerprint(name_or_path: str) -> str | None:
     """
     folder = Path(name_or_path)
     if not folder.is_dir():
-        from transformers.utils import cached_file
-
         try:
             folder = Path(cached_file(name_or_path, "config.json", local_files_only=True)).parent
         except (OSError, TypeError):
@@ -202,9 +332,3 @@ def fingerprint(name_or_path: str) -> str | None:
     if not tensors:
         return None
     return hashlib.sha256(b"".join(tensors[name] for name in sorted(tensors))).hexdigest()
-
-
-def config_of(name_or_path: str, **options: Any) -> Any:
-    """The configuration of a checkpoint, or of an adapter's base."""
-    base, _ = resolve_checkpoint(name_or_path)
-    return load_pretrained(AutoConfig, base, **options)

@@ -1,5 +1,6 @@
 """Load tokenizers and models, place and quantize them, put adapters on them, and merge adapters into them."""
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -7,12 +8,20 @@ from typing import Any
 from medicalgpt.args import AttentionArguments, LoraArguments, ModelArguments, bf16_gpu
 from medicalgpt.errors import UserError
 from medicalgpt.models import attention
-from medicalgpt.models.adapters import attach_adapter
+from medicalgpt.models.adapters import adapters_to_float32, add_lora, attach_adapter, check_flags
 from medicalgpt.models.families import TESTED, check_family
-from medicalgpt.models.hub import HEADS, CheckpointError, fetch, load_pretrained, recorded_positions, resolve_checkpoint
+from medicalgpt.models.hub import (
+    HEADS,
+    TOKENIZER_CONFIG,
+    Checkpoint,
+    CheckpointError,
+    load_pretrained,
+    tokenizer_source,
+)
 
 import torch
 from loguru import logger
+from peft import PeftModel, TaskType
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -36,36 +45,63 @@ def load_tokenizer(
     Raises:
         CheckpointError: not found.
     """
-    has_own = (Path(name_or_path) / "tokenizer_config.json").is_file()
-    source = name_or_path if has_own else resolve_checkpoint(name_or_path)[0]
-    tokenizer = load_pretrained(AutoTokenizer, source, revision=None if has_own else revision, cache_dir=cache_dir)
+    source = tokenizer_source(name_or_path)
+    return _with_padding(load_pretrained(AutoTokenizer, source, revision=revision, cache_dir=cache_dir), source)
+
+
+def checkpoint_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint that is resolved already. For the rest see `load_tokenizer`."""
+    of_base = checkpoint.tokenizer == checkpoint.source
+    tokenizer = load_pretrained(
+        AutoTokenizer,
+        checkpoint.tokenizer,
+        # From it the library tells the tokenizer's class; it would load it again.
+        config=checkpoint.config if of_base else None,
+        revision=checkpoint.revision,
+        cache_dir=checkpoint.cache_dir,
+    )
+    return _with_padding(tokenizer, checkpoint.tokenizer)
+
+
+def _with_padding(tokenizer: PreTrainedTokenizerBase, source: str) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
-            raise CheckpointError(f"the tokenizer of {name_or_path} has neither a padding nor an end token.")
+            raise CheckpointError(f"the tokenizer of {source} has neither a padding nor an end token.")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def stage_tokenizer(arguments: ModelArguments, lora: LoraArguments) -> PreTrainedTokenizerBase:
-    """The tokenizer that a stage's flags name; that of an adapter knows its template and system prompt.
+def stage_checkpoint(arguments: ModelArguments, lora: LoraArguments) -> Checkpoint:
+    """Resolve the model that a stage's flags name, once, before anything large is loaded.
 
-    It is what a stage loads first, so a model that cannot be trained is refused here, before the data is read.
+    Raises:
+        CheckpointError: not found, or not an adapter (see `Checkpoint.resolve`).
+        UserError: flags without effect (see `check_flags`).
+    """
+    checkpoint = Checkpoint.from_arguments(arguments, lora.peft_path)
+    check_flags(lora, checkpoint.adapter)
+    return checkpoint
+
+
+def stage_tokenizer(checkpoint: Checkpoint, arguments: ModelArguments) -> PreTrainedTokenizerBase:
+    """The tokenizer that a stage trains with; that of an adapter knows its template and system prompt.
+
+    A model that cannot be trained is refused here, before the data is read.
 
     Raises:
         CheckpointError: not found, or a tokenizer that does not say where in the text its tokens are.
         UserError: a family that cannot be trained (see `check_family`).
     """
-    config = base_config(arguments, lora)
+    config = checkpoint.config
     check_family(config, _quantizing_flag(arguments.load_in_4bit or arguments.qlora, arguments.load_in_8bit))
     if config.model_type not in TESTED:
         logger.warning(f"{config.model_type} is not among the model families that were tested (docs/models.md)")
-    name = arguments.tokenizer_name_or_path or lora.peft_path or arguments.model_name_or_path
-    name = fetch(name, arguments.hub, arguments.model_revision, arguments.cache_dir)
-    tokenizer = load_tokenizer(name, revision=arguments.model_revision, cache_dir=arguments.cache_dir)
+    tokenizer = checkpoint_tokenizer(checkpoint)
     if not tokenizer.is_fast:
         raise CheckpointError(
-            f"the tokenizer of {name} ({type(tokenizer).__name__}) does not say where in a text its tokens are, so "
-            "that answers cannot be told from questions. Name one that has a tokenizer.json: --tokenizer_name_or_path."
+            f"the tokenizer of {checkpoint.tokenizer} ({type(tokenizer).__name__}) does not say where in a text its "
+            "tokens are, so that answers cannot be told from questions. Name one that has a tokenizer.json: "
+            "--tokenizer_name_or_path."
         )
     return tokenizer
 
@@ -97,6 +133,9 @@ def load_model(
     auto_class: Any,
     name_or_path: str,
     *,
+    config: PreTrainedConfig | None = None,
+    num_labels: int | None = None,
+    rope_parameters: dict[str, Any] | None = None,
     dtype: str = "auto",
     load_in_4bit: bool = False,
     load_in_8bit: bool = False,
@@ -113,6 +152,9 @@ def load_model(
     Args:
         auto_class: AutoModelForCausalLM, AutoModelForSequenceClassification, ...
         name_or_path: local folder or hub name.
+        config: its configuration, if it is loaded already.
+        num_labels: outputs of the head of a model for sequences.
+        rope_parameters: rotary positions other than those in the configuration.
         dtype: `auto` is bfloat16 on a GPU that has it, float32 otherwise; with `full_training` always float32, since
             updates of a usual size vanish in bfloat16 weights (autocast still computes in bfloat16).
         device_map: as accelerate has it; only in a single process.
@@ -134,10 +176,9 @@ def load_model(
         device_map = {"": int(os.environ.get("LOCAL_RANK", "0"))}
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
+    if config is None:
+        config = load_pretrained(AutoConfig, name_or_path, revision=revision, cache_dir=cache_dir)
     if auto_class is AutoModelForCausalLM:
-        config = options.get("config") or load_pretrained(
-            AutoConfig, name_or_path, revision=revision, cache_dir=cache_dir
-        )
         check_family(config, _quantizing_flag(load_in_4bit or qlora, load_in_8bit))
         if any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
             # The library would give it a head of random numbers, and say so in a line among others.
@@ -145,9 +186,15 @@ def load_model(
                 f"{name_or_path} is a model that scores texts and cannot write any: its head for words is gone. Name "
                 "the language model that it was made from; scores: python reward_modeling.py --score_file FILE."
             )
+    config = copy.deepcopy(config)
+    if num_labels is not None:
+        config.num_labels = num_labels
+    if rope_parameters is not None:
+        config.get_text_config().rope_parameters = rope_parameters
     return load_pretrained(
         auto_class,
         name_or_path,
+        config=config,
         dtype=_weights_dtype(dtype, full_training),
         quantization_config=quantization,
         device_map=device_map,
@@ -163,19 +210,7 @@ def _weights_dtype(dtype: str, full_training: bool) -> torch.dtype:
     return torch.bfloat16 if bf16_gpu() and not full_training else torch.float32
 
 
-def base_config(arguments: ModelArguments, lora: LoraArguments) -> PreTrainedConfig:
-    """The configuration of the base that the flags name, with the positions that its adapter was trained with."""
-    base, adapter = resolve_checkpoint(arguments.model_name_or_path)
-    source = fetch(base, arguments.hub, arguments.model_revision, arguments.cache_dir)
-    config = load_pretrained(AutoConfig, source, revision=arguments.model_revision, cache_dir=arguments.cache_dir)
-    for name, value in recorded_positions(adapter or lora.peft_path).items():
-        setattr(config.get_text_config(), name, value)
-    return config
-
-
-def settle_length(
-    training: Any, name: str, arguments: ModelArguments, lora: LoraArguments, attending: AttentionArguments
-) -> None:
+def resolve_length(training: Any, name: str, checkpoint: Checkpoint, attending: AttentionArguments) -> None:
     """Refuse a training length beyond the model's positions, before any time is spent; shorten a default that is.
 
     Args:
@@ -187,7 +222,7 @@ def settle_length(
     """
     if getattr(training, name) < 1:
         raise UserError(f"--{name} {getattr(training, name)} must be at least 1.")
-    config = base_config(arguments, lora)
+    config = checkpoint.config
     known = attention.context_length(config)
     if name not in training.given and not attending.rope_scaling and known:
         setattr(training, name, min(known, getattr(training, name)))
@@ -196,6 +231,7 @@ def settle_length(
 
 def load_base(
     auto_class: Any,
+    checkpoint: Checkpoint,
     arguments: ModelArguments,
     lora: LoraArguments,
     attending: AttentionArguments | None = None,
@@ -204,11 +240,13 @@ def load_base(
     bf16: bool = False,
     **options: Any,
 ) -> PreTrainedModel:
-    """The model that a stage starts from, by its flags: base, or base with `--model_name_or_path`'s adapter merged.
+    """The base of a checkpoint in the form that the flags ask for, with its adapter merged if all weights are trained.
 
-    An adapter stays separate where an adapter is trained on (see `add_lora`); it is merged where all weights are.
+    Where an adapter is trained, that of the checkpoint stays separate (see `add_lora`).
 
     Args:
+        auto_class, options: see `load_model`.
+        arguments: numeric form and placement; what names the model is resolved already.
         max_length: tokens of the longest training sequence.
         bf16: whether training computes in bfloat16, whatever the weights are.
 
@@ -216,20 +254,20 @@ def load_base(
         UserError: positions or attention that the model cannot have, or flags that contradict each other.
     """
     attending = attending or AttentionArguments()
-    base, adapter = resolve_checkpoint(arguments.model_name_or_path)
-    config = base_config(arguments, lora)
+    config, adapter = checkpoint.config, checkpoint.adapter
     options |= attention.position_options(config, attending.rope_scaling, max_length)
     half = bf16 or _weights_dtype(arguments.dtype, not lora.use_peft) in (torch.bfloat16, torch.float16)
     model = load_model(
         auto_class,
-        fetch(base, arguments.hub, arguments.model_revision, arguments.cache_dir),
+        checkpoint.source,
+        config=config,
         dtype=arguments.dtype,
         load_in_4bit=arguments.load_in_4bit,
         load_in_8bit=arguments.load_in_8bit,
         qlora=arguments.qlora,
         device_map=arguments.device_map,
-        revision=arguments.model_revision,
-        cache_dir=arguments.cache_dir,
+        revision=checkpoint.revision,
+        cache_dir=checkpoint.cache_dir,
         full_training=not lora.use_peft,
         attn_implementation=attention.choose(attending, config, half),
         **options,
@@ -238,11 +276,39 @@ def load_base(
         attention.set_group_size(model, max_length)
     never_repack_4bit(model)
     if adapter:
-        logger.info(f"{arguments.model_name_or_path} is an adapter: base {base} plus that adapter")
+        logger.info(f"base {checkpoint.base} plus the adapter {adapter.path}")
         if not lora.use_peft:
             model = attach_adapter(model, adapter).merge_and_unload()
             # peft froze the base when it put the adapter on.
             model.requires_grad_(True)
+    return model
+
+
+def load_trainable(
+    auto_class: Any,
+    checkpoint: Checkpoint,
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: ModelArguments,
+    lora: LoraArguments,
+    attending: AttentionArguments | None = None,
+    *,
+    max_length: int | None = None,
+    bf16: bool = False,
+    **options: Any,
+) -> PreTrainedModel | PeftModel:
+    """The model that is trained: base, a row of the embedding for each token, adapter, trained weights in float32.
+
+    For the arguments and errors see `load_base`, `fit_embedding` and `add_lora`.
+
+    Args:
+        auto_class: AutoModelForCausalLM or AutoModelForSequenceClassification.
+        tokenizer: the one that is trained with.
+    """
+    model = load_base(auto_class, checkpoint, arguments, lora, attending, max_length=max_length, bf16=bf16, **options)
+    new_rows = fit_embedding(model, tokenizer, lora, cache_dir=checkpoint.cache_dir)
+    task_type = TaskType.SEQ_CLS if auto_class is AutoModelForSequenceClassification else TaskType.CAUSAL_LM
+    model = add_lora(model, lora, task_type, adapter=checkpoint.adapter, new_rows=new_rows)
+    adapters_to_float32(model)
     return model
 
 
@@ -301,11 +367,12 @@ def fit_embedding(
 def _own_tokens(model: PreTrainedModel, cache_dir: str | None) -> dict[int, str] | None:
     """Ids and tokens of the tokenizer in the model's own checkpoint; None if it has none."""
     name = model.config._name_or_path
-    if Path(name).is_dir() and not (Path(name) / "tokenizer_config.json").is_file():
+    if Path(name).is_dir() and not (Path(name) / TOKENIZER_CONFIG).is_file():
         return None
+    # The commit is known where the model came from a hub.
+    revision = getattr(model.config, "_commit_hash", None)
     try:
-        # The commit is known where the model came from a hub.
-        tokenizer = load_tokenizer(name, revision=getattr(model.config, "_commit_hash", None), cache_dir=cache_dir)
+        tokenizer = load_pretrained(AutoTokenizer, name, config=model.config, revision=revision, cache_dir=cache_dir)
     except CheckpointError:
         return None
     return {row: token for token, row in tokenizer.get_vocab().items()}

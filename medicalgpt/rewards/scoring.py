@@ -24,15 +24,7 @@ from medicalgpt.errors import UserError
 from medicalgpt.logs import signs_of_life
 from medicalgpt.models import adapters, loading
 from medicalgpt.models.attention import context_length
-from medicalgpt.models.hub import (
-    ADAPTER_CONFIG,
-    HEADS,
-    CheckpointError,
-    config_of,
-    fetch,
-    recorded_positions,
-    resolve_checkpoint,
-)
+from medicalgpt.models.hub import HEADS, Adapter, Checkpoint, CheckpointError
 
 import torch
 from jinja2 import TemplateError
@@ -66,21 +58,18 @@ def is_reward_model(config: PreTrainedConfig) -> bool:
     return True
 
 
-def is_reward_adapter(adapter: str) -> bool:
-    """Whether an adapter folder holds a reward model: low-rank matrices and a head with one output.
+def is_reward_adapter(adapter: Adapter) -> bool:
+    """Whether an adapter is that of a reward model: low-rank matrices and a head with one output.
 
     Raises:
         CheckpointError: its head is missing or has several outputs.
     """
-    if not resolve_checkpoint(adapter)[1]:
-        raise CheckpointError(f"{adapter} is no adapter: it has no {ADAPTER_CONFIG}.")
-    config = json.loads((Path(adapter) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    if config.get("task_type") != "SEQ_CLS":
+    if adapter.config.get("task_type") != "SEQ_CLS":
         return False
     outputs = adapters.head_outputs(adapter)
     if outputs != 1:
         found = f"a head with {outputs} outputs" if outputs else "no head, so that its scores would be random"
-        raise CheckpointError(f"the adapter {adapter} has {found}; a reward model has one with one output.")
+        raise CheckpointError(f"the adapter {adapter.path} has {found}; a reward model has one with one output.")
     return True
 
 
@@ -183,37 +172,57 @@ class RewardScorer:
     ) -> "RewardScorer":
         """Load a reward model: whole weights, or an adapter folder (its base is found by itself).
 
+        Raises:
+            UserError: it cannot be found; for others see `from_checkpoint`.
+        """
+        checkpoint = Checkpoint.resolve(
+            name_or_path, tokenizer=tokenizer_name_or_path, hub=hub, revision=revision, cache_dir=cache_dir
+        )
+        return cls.from_checkpoint(
+            checkpoint, dtype=dtype, load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit, device_map=device_map
+        )
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: Checkpoint,
+        *,
+        dtype: str = "auto",
+        load_in_4bit: bool = False,
+        load_in_8bit: bool = False,
+        device_map: str | None = None,
+    ) -> "RewardScorer":
+        """Load a reward model that is resolved already.
+
         Args:
             device_map: as accelerate has it. Unset: one accelerator if there is any, the CPU otherwise.
 
         Raises:
-            UserError: it cannot be found, is no reward model, or holds no trained head.
+            UserError: it is no reward model, or holds no trained head.
         """
-        base, adapter = resolve_checkpoint(name_or_path)
-        base = fetch(base, hub, revision, cache_dir)
-        whole = is_reward_model(config_of(base, revision=revision, cache_dir=cache_dir))
+        base, adapter = checkpoint.source, checkpoint.adapter
+        whole = is_reward_model(checkpoint.config)
         if not (is_reward_adapter(adapter) if adapter else whole):
             kind = "an adapter of a language model" if adapter else "a language model"
             raise CheckpointError(
-                f"{name_or_path} is {kind}, without a head that scores. Train one: python reward_modeling.py "
-                f"--model_name_or_path {name_or_path} --train_file_dir data/reward"
+                f"{checkpoint.name} is {kind}, without a head that scores. Train one: python reward_modeling.py "
+                f"--model_name_or_path {checkpoint.name} --train_file_dir data/reward"
             )
-        named = tokenizer_name_or_path or adapter or base
-        tokenizer = loading.load_tokenizer(named, revision=revision, cache_dir=cache_dir)
+        tokenizer = loading.checkpoint_tokenizer(checkpoint)
         # The head that the base lacks comes with the adapter; the library would report it as random numbers.
         with suppress_seqcls_warning() if adapter else nullcontext():
             model, found = loading.load_model(
                 AutoModelForSequenceClassification,
                 base,
+                config=checkpoint.config,
                 dtype=dtype,
                 load_in_4bit=load_in_4bit,
                 load_in_8bit=load_in_8bit,
                 device_map=device_map,
-                revision=revision,
-                cache_dir=cache_dir,
+                revision=checkpoint.revision,
+                cache_dir=checkpoint.cache_dir,
                 num_labels=1,
                 output_loading_info=True,
-                **recorded_positions(adapter),
             )
         if missing := sorted(found["missing_keys"]) if whole else []:
             raise CheckpointError(

@@ -19,7 +19,7 @@ from medicalgpt.args import ChatArguments
 from medicalgpt.errors import UserError
 from medicalgpt.models import adapters, loading, templating
 from medicalgpt.models.attention import context_length
-from medicalgpt.models.hub import ADAPTER_CONFIG, fetch, recorded_positions, resolve_checkpoint
+from medicalgpt.models.hub import Checkpoint
 from medicalgpt.serving.generation import Answer, Chooser, Messages, Recorder, Request, Row, Sampling, Tools, seed_of
 
 import torch
@@ -111,38 +111,34 @@ class ChatEngine:
         Raises:
             UserError: the model or adapter cannot be found, or they do not belong together.
         """
-        base, adapter = resolve_checkpoint(model_name_or_path)
-        if adapter and lora_model:
-            raise UserError(
-                f"{model_name_or_path} is an adapter already, and --lora_model names another: {lora_model}. Merge the "
-                f"first one into its base: python merge_peft_adapter.py --lora_model {model_name_or_path}"
-            )
-        adapter = adapter or lora_model
-        if adapter and Path(adapter).is_dir() and not Path(adapter, ADAPTER_CONFIG).is_file():
-            raise UserError(f"{adapter} is no adapter: it has no {ADAPTER_CONFIG}. Check --lora_model.")
-        base = fetch(base, hub, revision, cache_dir)
-        from_adapter = adapter and Path(adapter, "tokenizer_config.json").is_file()
-        tokenizer = loading.load_tokenizer(
-            tokenizer_name_or_path or (adapter if from_adapter else base), revision=revision, cache_dir=cache_dir
+        checkpoint = Checkpoint.resolve(
+            model_name_or_path,
+            adapter=lora_model,
+            adapter_flag="--lora_model",
+            tokenizer=tokenizer_name_or_path,
+            hub=hub,
+            revision=revision,
+            cache_dir=cache_dir,
         )
+        tokenizer = loading.checkpoint_tokenizer(checkpoint)
         model = loading.load_model(
             AutoModelForCausalLM,
-            base,
+            checkpoint.source,
+            config=checkpoint.config,
             dtype=dtype,
             load_in_4bit=load_in_4bit,
             load_in_8bit=load_in_8bit,
             device_map=device_map,
             revision=revision,
             cache_dir=cache_dir,
-            **recorded_positions(adapter),
         )
         # Quantized weights are on their device already.
         if device_map is None and not (load_in_4bit or load_in_8bit) and torch.accelerator.is_available():
             model.to(torch.accelerator.current_accelerator())
-        if adapter:
-            if Path(adapter, "generation_config.json").is_file():
-                model.generation_config = GenerationConfig.from_pretrained(adapter)
-            model = adapters.attach_adapter(model, adapter)
+        if checkpoint.adapter:
+            if Path(checkpoint.adapter.path, "generation_config.json").is_file():
+                model.generation_config = GenerationConfig.from_pretrained(checkpoint.adapter.path)
+            model = adapters.attach_adapter(model, checkpoint.adapter)
         return cls(model, tokenizer)
 
     @classmethod

@@ -17,6 +17,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 SIGN_OF_LIFE_SECONDS = 30
 # What a line of progress says of a log event, beside speed and memory.
 SHOWN_METRICS = ("loss", "accuracy", "rewards/accuracies", "score", "reward", "rewards/accuracy/mean", "kl")
+SHOWN_METRICS += ("learning_rate", "eval_loss", "eval_accuracy", "eval_rewards/accuracies")
+SHOWN_METRICS += ("eval_score", "eval_reward", "eval_rewards/accuracy/mean")
 
 
 class MetricsFile(TrainerCallback):

@@ -4,7 +4,6 @@ Each line of the table is one function below, which is given a `Scene` and retur
 from the thing itself (a module, the optimizer, the first batch), never from a flag. `LINES` at the end lists them all.
 """
 
-import json
 import math
 import os
 import re
@@ -12,13 +11,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from medicalgpt.args import bf16_gpu
 from medicalgpt.data.encoding import IGNORED
 from medicalgpt.models.attention import SHIFTED, choose_flash, flash_facts
-from medicalgpt.models.hub import ADAPTER_CONFIG, HEADS, resolve_checkpoint
+from medicalgpt.models.hub import HEADS, Adapter
 from medicalgpt.training.trainers import sequence_lengths
 
 import torch
@@ -63,12 +61,14 @@ class Scene:
         training: the trainer's arguments as they were parsed.
         trainer: ready for its first step, optimizer and schedule included.
         batches: the batches of the first step, as they go into the model.
+        resumed: the adapter that training resumes, if there is one.
     """
 
     asked: dict[str, Any]
     training: TrainingArguments
     trainer: Trainer
     batches: Sequence[dict[str, torch.Tensor]]
+    resumed: Adapter | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -113,13 +113,17 @@ class Scene:
 
 
 def observe(
-    asked: dict[str, Any], training: TrainingArguments, trainer: Trainer, batches: Sequence[dict[str, torch.Tensor]]
+    asked: dict[str, Any],
+    training: TrainingArguments,
+    trainer: Trainer,
+    batches: Sequence[dict[str, torch.Tensor]],
+    resumed: Adapter | None = None,
 ) -> list[Line]:
     """The whole table. Training goes on as if nobody had looked: no weight, gradient or random state changes.
 
     Call it on every process. For the arguments see `Scene`.
     """
-    scene = Scene(asked, training, trainer, batches)
+    scene = Scene(asked, training, trainer, batches, resumed)
     with torch.random.fork_rng():
         return [line(scene) for line in LINES]
 
@@ -283,14 +287,10 @@ def _linear_layers(scene: Scene) -> Iterator[tuple[str, nn.Linear]]:
             yield name.removesuffix(".base_layer"), module
 
 
-def _adapter_path(scene: Scene) -> str | None:
-    return scene.asked.get("peft_path") or resolve_checkpoint(scene.asked["model_name_or_path"])[1]
-
-
 def _shape_asked(scene: Scene) -> dict[str, Any]:
     """The adapter's shape by the flags, or by the adapter that is gone on with."""
-    if path := _adapter_path(scene):
-        return json.loads((Path(path) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    if scene.resumed:
+        return scene.resumed.config
     asked = scene.asked
     names = [name for name in asked["target_modules"].replace(" ", "").split(",") if name]
     saved = [name for name in (asked["modules_to_save"] or "").replace(" ", "").split(",") if name]

@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from medicalgpt.args import ModelArguments, RunArguments
+from medicalgpt.args import RunArguments
 from medicalgpt.data.encoding import IGNORED
 from medicalgpt.data.loading import LoadedData
 from medicalgpt.data.streaming import StreamedData, StreamedSamples
@@ -25,14 +25,7 @@ from medicalgpt.errors import UserError
 from medicalgpt.logs import is_main_process, setup_logging
 from medicalgpt.models import adapters, hub
 from medicalgpt.models.attention import rope_to_record
-from medicalgpt.training.callbacks import (
-    SHOWN_METRICS,
-    FiniteLoss,
-    FirstStep,
-    MetricsFile,
-    PlainProgress,
-    peak_memory_gb,
-)
+from medicalgpt.training.callbacks import FiniteLoss, FirstStep, MetricsFile, PlainProgress, peak_memory_gb
 from medicalgpt.training.checkpoints import CheckpointCommitter, committed, find_checkpoint
 from medicalgpt.training.observed import as_table, observe
 from medicalgpt.training.plots import plot_loss
@@ -76,8 +69,6 @@ RUN_TRACES = (
     "eval_results.json",
     "all_results.json",
 )
-SHOWN_METRICS += ("learning_rate", "eval_loss", "eval_accuracy", "eval_rewards/accuracies")
-SHOWN_METRICS += ("eval_score", "eval_reward", "eval_rewards/accuracy/mean")
 
 
 class Run:
@@ -86,7 +77,7 @@ class Run:
     Args:
         stage: name of the script, without suffix.
         training: the trainer's arguments.
-        model: what the run starts from.
+        checkpoint: what the run starts from.
         run: overwriting and samples.
         others: further argument dataclasses, recorded in run.json.
 
@@ -95,11 +86,13 @@ class Run:
             run here.
     """
 
-    def __init__(self, stage: str, training: TrainingArguments, model: ModelArguments, run: RunArguments, *others: Any):
+    def __init__(
+        self, stage: str, training: TrainingArguments, checkpoint: hub.Checkpoint, run: RunArguments, *others: Any
+    ):
         setup_logging()
         if training.use_liger_kernel:
             _require_liger(training)
-        self.stage, self.training, self.options = stage, training, run
+        self.stage, self.training, self.checkpoint, self.options = stage, training, checkpoint, run
         # The trainer changes its arguments; what was asked for is kept apart.
         self.asked = copy.copy(training)
         self.output_dir = Path(training.output_dir)
@@ -110,14 +103,13 @@ class Run:
         # The filter writes the mean of earlier losses where one is no number, which hides that training has failed.
         training.logging_nan_inf_filter = False
         set_seed(training.seed)
-        base, _ = hub.resolve_checkpoint(model.model_name_or_path)
         self.record: dict[str, Any] = {
             "stage": stage,
             "status": "running",
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-            "arguments": _resolved(training, model, run, *others),
-            "parent": model.model_name_or_path,
-            "base": {"name": base},
+            "arguments": _resolved(training, run, *others),
+            "parent": checkpoint.name,
+            "base": {"name": checkpoint.base},
             "git_commit": _git_commit(),
             "versions": {"python": platform.python_version(), **_library_versions()},
             "processes": training.world_size,
@@ -265,7 +257,7 @@ class Run:
             UserError: on every process, if a line differs on any of them.
         """
         asked = self.record["arguments"] | {"processes": self.record["processes"]}
-        lines = observe(asked, self.asked, trainer, batches)
+        lines = observe(asked, self.asked, trainer, batches, self.checkpoint.adapter)
         self.record["observed"] = [
             {"name": line.name, "asked": line.asked, "observed": line.observed, "agrees": line.agrees} for line in lines
         ]
@@ -309,7 +301,7 @@ class Run:
         """
         self._install_callbacks(trainer)
         # A model from a hub is on this machine only now.
-        self.record["base"]["fingerprint"] = hub.fingerprint(self.record["base"]["name"])
+        self.record["base"]["fingerprint"] = self.checkpoint.fingerprint
         self._write_record()
         if sampler is None:
             sampler = Sampler(trainer, tokenizer, list(stop_ids), list(sample_prompts)[: self.options.sample_prompts])

@@ -1,6 +1,7 @@
 """Embedding and head after training, merging, loading: tied exactly where the config says so, logits unchanged."""
 
 from medicalgpt.models.adapters import attach_adapter
+from medicalgpt.models.hub import Adapter
 from medicalgpt.serving.chat import ChatEngine
 from tests.helpers import open_stage, read_json, run_here, run_program, save_model, write_jsonl
 from tests.tiny import tiny_tokenizer
@@ -59,7 +60,7 @@ def test_train_merge_reload(folders, tmp_path, tied, stage, modules, apart):
     }
     assert moved == {name: tied or name in modules for name in moved}
 
-    again = attach_adapter(AutoModelForCausalLM.from_pretrained(folder), str(tmp_path / "out")).eval()
+    again = attach_adapter(AutoModelForCausalLM.from_pretrained(folder), Adapter.read(str(tmp_path / "out"))).eval()
     with torch.no_grad():
         assert (again(input_ids=ids).logits - expected).abs().max() < 1e-5
 

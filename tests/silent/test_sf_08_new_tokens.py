@@ -2,6 +2,7 @@
 
 from medicalgpt.args import LoraArguments, ModelArguments
 from medicalgpt.models.adapters import attach_adapter
+from medicalgpt.models.hub import Adapter, Checkpoint
 from medicalgpt.models.loading import load_base, load_tokenizer
 from medicalgpt.serving.chat import ChatEngine
 from tests.helpers import open_stage, read_json, run_here, save_model, write_jsonl
@@ -109,7 +110,9 @@ def test_new_rows_are_trained_saved_merged_and_loaded(bases, tokenizer_folder, t
         expected = live(input_ids=ids).logits
     four_bits = "--load_in_4bit" in flags
     arguments = ModelArguments(model_name_or_path=str(base), load_in_4bit=four_bits)
-    again = attach_adapter(load_base(AutoModelForCausalLM, arguments, LoraArguments()), str(tmp_path / "out"))
+    checkpoint = Checkpoint.from_arguments(arguments, adapter=str(tmp_path / "out"))
+    again = load_base(AutoModelForCausalLM, checkpoint, arguments, LoraArguments())
+    again = attach_adapter(again, checkpoint.adapter)
     with torch.no_grad():
         torch.testing.assert_close(again.eval()(input_ids=ids).logits, expected, atol=1e-5, rtol=0)
 
@@ -146,7 +149,7 @@ def test_going_on_trains_the_same_rows(bases, tokenizer_folder, tmp_path, tied):
     for name in after:
         assert moved_rows(before[name], after[name]) == {OLD_ROWS, OLD_ROWS + 1}
     ids = torch.tensor([[70, OLD_ROWS, 71, OLD_ROWS + 1]])
-    again = attach_adapter(AutoModelForCausalLM.from_pretrained(base), str(tmp_path / "next")).eval()
+    again = attach_adapter(AutoModelForCausalLM.from_pretrained(base), Adapter.read(str(tmp_path / "next"))).eval()
     with torch.no_grad():
         expected = opened.trainer.model.eval()(input_ids=ids).logits
         torch.testing.assert_close(again(input_ids=ids).logits, expected, atol=1e-5, rtol=0)

@@ -5,6 +5,7 @@ import shutil
 
 from medicalgpt.args import LoraArguments, ModelArguments
 from medicalgpt.models.adapters import attach_adapter
+from medicalgpt.models.hub import Adapter, Checkpoint
 from medicalgpt.models.loading import load_base
 from tests.helpers import open_stage, read_json, run_here, save_model, write_jsonl
 from tests.silent.pairs import open_pairs, pairs
@@ -89,9 +90,9 @@ def start_of(place, case):
     start, flags = CASES[case]
     four = "--load_in_4bit" in flags or "--qlora" in flags
     base = ModelArguments(str(place / "base"), load_in_4bit=four, qlora="--qlora" in flags)
-    model = load_base(AutoModelForCausalLM, base, LoraArguments())
+    model = load_base(AutoModelForCausalLM, Checkpoint.from_arguments(base), base, LoraArguments())
     adapter = "lora" if "--peft_path" in flags else start
-    return (model if adapter == "base" else attach_adapter(model, str(place / adapter))).eval()
+    return (model if adapter == "base" else attach_adapter(model, Adapter.read(str(place / adapter)))).eval()
 
 
 def first_batch(trainer):
