@@ -39,7 +39,16 @@ from medicalgpt.logs import setup_logging, signs_of_life
 from medicalgpt.parser import parse_args
 from medicalgpt.rag import documents
 from medicalgpt.rag.documents import read_document
-from medicalgpt.rag.grounding import UNKNOWN, citations, fits, prompt_of, searched_for, source_lines, sources_of
+from medicalgpt.rag.grounding import (
+    UNKNOWN,
+    GroundedPrompt,
+    citations,
+    fits,
+    prompt_of,
+    searched_for,
+    source_lines,
+    sources_of,
+)
 from medicalgpt.rag.retrieval import (
     Collection,
     Embedder,
@@ -51,7 +60,7 @@ from medicalgpt.rag.retrieval import (
 )
 from medicalgpt.refusals import UNUSED_CHAT_ARGUMENTS
 from medicalgpt.serving.chat import ChatEngine
-from medicalgpt.serving.generation import Sampling, sampling_from
+from medicalgpt.serving.generation import GenerationRequest, Sampling, sampling_from
 from medicalgpt.serving.terminal import note, say, typed_lines
 
 import numpy as np
@@ -317,9 +326,9 @@ def reply(
         print(UNKNOWN[language_of(question)], flush=True)
         return ""
     sources = sources_of(collection, found, arguments.num_passages, arguments.num_expand_context_chunk)
-    messages, sources = prompt_of(engine, sampling, arguments.system_prompt, history, question, sources)
-    answer = say(engine, messages, sampling)
-    print("", *source_lines(answer, sources), sep="\n", flush=True)
+    prompt = prompt_of(engine, sampling, arguments.system_prompt, history, question, sources)
+    answer = say(engine, GenerationRequest(prompt.prompt_ids, sampling))
+    print("", *source_lines(answer, prompt.sources), sep="\n", flush=True)
     return answer
 
 
@@ -408,7 +417,7 @@ def evaluate(
 ) -> None:
     """Print, for each language, how often the right passage is found and, with a model, rightly cited."""
     rows: list[dict[str, Any]] = []
-    conversations = []
+    prompts: list[tuple[dict[str, Any], GroundedPrompt, set[int]]] = []
     lost = []
     for question in questions:
         found = collection.search(question.question)
@@ -420,20 +429,20 @@ def evaluate(
         rows.append({**dataclasses.asdict(question), "rank": rank, "coverage": found.coverage, "asked": asked})
         if engine and asked:
             sources = sources_of(collection, found, arguments.num_passages, arguments.num_expand_context_chunk)
-            messages, sources = prompt_of(engine, sampling, arguments.system_prompt, [], question.question, sources)
-            conversations.append((rows[-1], messages, sources, right))
+            prompt = prompt_of(engine, sampling, arguments.system_prompt, [], question.question, sources)
+            prompts.append((rows[-1], prompt, right))
     if lost:
         logger.warning(f"no passage holds the evidence of {len(lost)} questions, which count as not found: {lost[0]} …")
-    if conversations:
-        with signs_of_life(lambda: f"answering {len(conversations)} questions"):
-            answers = engine.batch([messages for _, messages, _, _ in conversations], sampling, ANSWERS_AT_A_TIME)
-        for (row, _, sources, right), answer in zip(conversations, answers, strict=True):
-            cited, invented = citations(answer.text, sources)
+    if prompts:
+        with signs_of_life(lambda: f"answering {len(prompts)} questions"):
+            answers = engine.batch([prompt.prompt_ids for _, prompt, _ in prompts], sampling, ANSWERS_AT_A_TIME)
+        for (row, prompt, right), answer in zip(prompts, answers, strict=True):
+            cited, invented = citations(answer.text, prompt.sources)
             row |= {
                 "answer_given": answer.text,
                 "cited": cited,
                 "invented": invented,
-                "cited_right": any(right.intersection(sources[n - 1].passages) for n in cited),
+                "cited_right": any(right.intersection(prompt.sources[n - 1].passages) for n in cited),
             }
     table = {language: measures(rows, language) for language in sorted({row["language"] for row in rows})}
     for name in dict.fromkeys(chain.from_iterable(table.values())):
@@ -558,15 +567,13 @@ def build_page(batcher: "Batcher", collection: Collection, arguments: FileArgume
                 found = await asyncio.to_thread(files.search, searched_for(asked, said))
                 if fits(found, arguments.min_similarity, arguments.min_coverage):
                     sources = sources_of(files, found, arguments.num_passages, arguments.num_expand_context_chunk)
-                    messages, sources = prompt_of(
-                        batcher.engine, sampling, arguments.system_prompt, said, asked, sources
-                    )
-                    timeout = arguments.request_timeout
-                    async with aclosing(stream(batcher, messages, sampling, timeout)) as growing:
+                    prompt = prompt_of(batcher.engine, sampling, arguments.system_prompt, said, asked, sources)
+                    request = GenerationRequest(prompt.prompt_ids, sampling)
+                    async with aclosing(stream(batcher, request, arguments.request_timeout)) as growing:
                         async for text, _ in growing:
                             yield {chatbot: shown(with_answer(text))}
-                    passages = (f"({n}) {source.place}\n{source.text}" for n, source in enumerate(sources, start=1))
-                    below = "\n\n".join(["\n".join(source_lines(text, sources)), *passages])
+                    passages = (f"({n}) {source.place}\n{source.text}" for n, source in enumerate(prompt.sources, 1))
+                    below = "\n\n".join(["\n".join(source_lines(text, prompt.sources)), *passages])
                     said = with_answer(text) if text else said
                 else:
                     text = UNKNOWN[language_of(asked)]

@@ -150,23 +150,22 @@ def answer_questions(
     from medicalgpt.serving.chat import PromptTooLongError
     from medicalgpt.serving.generation import Sampling
 
-    fitting = []
+    prompts: dict[int, list[int]] = {}
     for index, question in enumerate(questions):
         try:
-            engine.prompt_ids(question.messages, question.tools)
+            prompts[index] = engine.prompt_ids(question.messages, question.tools)
         except PromptTooLongError:
             if progress:
                 progress.add(1)
             continue
         except UserError as error:
             raise UserError(f"{question.place}: {error}") from error
-        fitting.append(index)
-    fitting.sort(key=lambda index: len(questions[index].reference))
+    fitting = sorted(prompts, key=lambda index: len(questions[index].reference))
     answers: list[Any] = [None] * len(questions)
     for start in range(0, len(fitting), batch_size):
         chosen = fitting[start : start + batch_size]
         replies = engine.batch(
-            [questions[index].messages for index in chosen],
+            [prompts[index] for index in chosen],
             sampling=Sampling(max_new_tokens=max_new_tokens),
             batch_size=batch_size,
             tools=[questions[index].tools for index in chosen],

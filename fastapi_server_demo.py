@@ -29,7 +29,7 @@ from medicalgpt.parser import parse_args
 from medicalgpt.refusals import UNUSED_CHAT_ARGUMENTS
 from medicalgpt.serving.batchers import Batcher, QueueFullError, batcher_from
 from medicalgpt.serving.chat import ChatEngine
-from medicalgpt.serving.generation import Answer, sampling_from
+from medicalgpt.serving.generation import Answer, GenerationRequest, sampling_from
 from medicalgpt.serving.web import bound_socket, key_from
 
 import uvicorn
@@ -189,9 +189,11 @@ def build_app(batcher: Batcher, arguments: ServerArguments, key: str | None) -> 
             prompts = [batcher.engine.prompt_ids([*turns, {"role": "user", "content": text}]) for text in questions]
         except UserError as error:
             raise HTTPException(400, str(error)) from error
-        seeds = [None if sampling.seed is None else sampling.seed + number for number in range(len(prompts))]
         futures = batcher.submit_many(
-            [(prompt, replace(sampling, seed=seed), None, None) for prompt, seed in zip(prompts, seeds, strict=True)]
+            [
+                GenerationRequest(prompt_ids, sampling.with_seed_offset(number))
+                for number, prompt_ids in enumerate(prompts)
+            ]
         )
         answers = asyncio.gather(*map(asyncio.wrap_future, futures))
         try:

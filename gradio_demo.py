@@ -148,7 +148,8 @@ def build_page(batcher: Batcher, arguments: PageArguments) -> gr.Blocks:
             try:
                 system_turn = [{"role": "system", "content": system_prompt}] if system_prompt.strip() else []
                 sampling = Sampling(seed=seed_of(seed), **dict(zip(sliders, values, strict=True)))
-                growing = stream(batcher, [*system_turn, *said], sampling, arguments.request_timeout)
+                request = batcher.engine.request([*system_turn, *said], sampling)
+                growing = stream(batcher, request, arguments.request_timeout)
                 async with aclosing(growing):
                     async for text, note in growing:  # noqa: B007  (the last note is used below)
                         answered = [*said, {"role": "assistant", "content": text}]

@@ -25,9 +25,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -39,7 +40,7 @@ from medicalgpt.logs import is_main_process, setup_logging
 from medicalgpt.parser import parse_args
 from medicalgpt.refusals import UNUSED_CHAT_ARGUMENTS
 from medicalgpt.serving.chat import ChatEngine, ChatTemplateError, PromptTooLongError, SpecialTokenError
-from medicalgpt.serving.generation import Answer, Request, Sampling, sampling_from
+from medicalgpt.serving.generation import Answer, GenerationRequest, Sampling, sampling_from
 from medicalgpt.serving.terminal import note, say, system_message, typed_lines
 
 import torch
@@ -102,7 +103,7 @@ def main() -> None:
         engine = ChatEngine.from_arguments(arguments)
         if mode == "query":
             messages = [*system_message(arguments.system_prompt), {"role": "user", "content": arguments.query}]
-            say(engine, messages, sampling)
+            say(engine, engine.request(messages, sampling))
         elif mode == "interactive":
             talk(engine, sampling, arguments.system_prompt)
         else:
@@ -165,7 +166,7 @@ def talk(engine: ChatEngine, sampling: Sampling, system_prompt: str | None) -> N
         else:
             messages = [*system_message(system_prompt), *history, {"role": "user", "content": line}]
             try:
-                answer = say(engine, messages, sampling)
+                answer = say(engine, engine.request(messages, sampling))
             except PromptTooLongError as error:
                 note(f"error: {error} /clear starts again.")
             except Exception as error:
@@ -257,17 +258,17 @@ def refuse(problems: list[Problem]) -> None:
         raise UserError(f"{len(problems)} row(s) cannot be answered; nothing was generated:\n{listed(problems)}")
 
 
-def prompt_lengths(engine: ChatEngine, questions: list[Question]) -> list[int]:
-    """Count the tokens of each prompt.
+def render_prompts(engine: ChatEngine, questions: list[Question]) -> list[array]:
+    """Token ids of each question's prompt, four bytes each: a long file fits in memory.
 
     Raises:
         UserError: any of them cannot be asked; all of these are named.
     """
-    lengths: list[int] = []
+    prompts: list[array] = []
     problems: list[Problem] = []
     for question in questions:
         try:
-            lengths.append(len(engine.prompt_ids(question.messages, question.tools)))
+            prompts.append(array("i", engine.prompt_ids(question.messages, question.tools)))
         except PromptTooLongError as error:
             problems.append(
                 Problem(
@@ -279,7 +280,7 @@ def prompt_lengths(engine: ChatEngine, questions: list[Question]) -> list[int]:
         except (ChatTemplateError, SpecialTokenError) as error:
             problems.append(Problem(question.row.place, str(error).rstrip("."), "Change the row."))
     refuse(problems)
-    return lengths
+    return prompts
 
 
 def in_batches(lengths: list[int], batch_size: int) -> list[list[int]]:
@@ -296,9 +297,14 @@ def answer_file(
     engine: ChatEngine, sampling: Sampling, questions: list[Question], arguments: InferenceArguments
 ) -> None:
     """Answer all questions, together with the other processes; the first one writes them in the data file's order."""
-    batches = in_batches(prompt_lengths(engine, questions), arguments.batch_size)
+    prompts = render_prompts(engine, questions)
+    requests = [
+        GenerationRequest(prompt_ids, sampling.with_seed_offset(row), question.tools)
+        for row, (prompt_ids, question) in enumerate(zip(prompts, questions, strict=True))
+    ]
+    batches = in_batches(list(map(len, prompts)), arguments.batch_size)
     store: Store = next(rendezvous("env://"))[0] if processes() > 1 else HashStore()
-    own_work = answer_batches(engine, sampling, questions, batches, store)
+    own_work = answer_batches(engine, requests, batches, store)
     if not is_main_process():
         for _ in own_work:
             pass
@@ -340,7 +346,7 @@ def answer_file(
 
 
 def answer_batches(
-    engine: ChatEngine, sampling: Sampling, questions: list[Question], batches: list[list[int]], store: Store
+    engine: ChatEngine, requests: Sequence[GenerationRequest], batches: list[list[int]], store: Store
 ) -> Iterator[bool]:
     """Take batches that no process has taken yet, until none is left; yields True after each.
 
@@ -348,12 +354,8 @@ def answer_batches(
     are the same from any number of processes, in 16 bits too, where sums round by the shape of a batch.
     """
     while (number := store.add("taken", 1) - 1) < len(batches):
-        requests = []
-        for row in batches[number]:
-            prompt_ids = engine.prompt_ids(questions[row].messages, questions[row].tools)
-            seed = None if sampling.seed is None else sampling.seed + row
-            requests.append(Request(prompt_ids, replace(sampling, seed=seed), questions[row].tools))
-        for row, answer in zip(batches[number], engine.generate(requests), strict=True):
+        answers = engine.generate([requests[row] for row in batches[number]])
+        for row, answer in zip(batches[number], answers, strict=True):
             store.set(f"row {row}", json.dumps({"reply": reply_of(answer), "tokens": answer.completion_tokens}))
         store.add("answered", len(batches[number]))
         yield True

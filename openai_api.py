@@ -46,7 +46,7 @@ from medicalgpt.parser import parse_args
 from medicalgpt.refusals import UNUSED_CHAT_ARGUMENTS
 from medicalgpt.serving.batchers import Batcher, BatcherClosedError, QueueFullError, batcher_from
 from medicalgpt.serving.chat import ChatEngine, PromptTooLongError
-from medicalgpt.serving.generation import MAX_SEED, REPLACEMENT, Answer, Sampling, sampling_from
+from medicalgpt.serving.generation import REPLACEMENT, Answer, GenerationRequest, Sampling, sampling_from
 from medicalgpt.serving.openai_schema import (
     MAX_CHOICES,
     AssistantMessage,
@@ -339,31 +339,17 @@ class Gate:
         return receive_limited
 
 
-@dataclass(frozen=True)
-class Job:
-    """One answer to compute."""
-
-    prompt_ids: list[int]
-    sampling: Sampling
-    tools: list[dict[str, Any]] | None = None
-
-    def again(self, attempt: int) -> "Job":
-        """The same question with another draw."""
-        if self.sampling.seed is None or not attempt:
-            return self
-        seed = (self.sampling.seed + attempt * MAX_CHOICES) % MAX_SEED
-        return dataclasses.replace(self, sampling=dataclasses.replace(self.sampling, seed=seed))
-
-
-def jobs_for(
+def requests_for(
     prompts: Sequence[list[int]], body: Generation, sampling: Sampling, tools: list[dict[str, Any]] | None = None
-) -> list[Job]:
+) -> list[GenerationRequest]:
     """`n` answers to each prompt, the i-th of them drawn with seed + i."""
-    samplings = [
-        dataclasses.replace(sampling, seed=None if sampling.seed is None else (sampling.seed + i) % MAX_SEED)
-        for i in range(body.n or 1)
-    ]
-    return [Job(ids, each, tools) for ids in prompts for each in samplings]
+    samplings = [sampling.with_seed_offset(i) for i in range(body.n or 1)]
+    return [GenerationRequest(prompt_ids, each, tools) for prompt_ids in prompts for each in samplings]
+
+
+def redrawn(request: GenerationRequest, attempt: int) -> GenerationRequest:
+    """The same question with another draw."""
+    return dataclasses.replace(request, sampling=request.sampling.with_seed_offset(attempt * MAX_CHOICES))
 
 
 def check_common(service: Service, body: Generation) -> None:
@@ -525,7 +511,10 @@ def check_for(body: ChatRequest) -> Callable[[Answer], str | None] | None:
 
 
 def submit(
-    service: Service, request: Request, jobs: Sequence[Job], on_text: Callable[[int, str], Any] | None = None
+    service: Service,
+    request: Request,
+    jobs: Sequence[GenerationRequest],
+    on_text: Callable[[int, str], Any] | None = None,
 ) -> list["Future[Answer]"]:
     """Ask for answers, all of them or none. `on_text` is called from another thread, with the number of the job.
 
@@ -554,7 +543,7 @@ def submit(
 
     try:
         futures = service.batcher.submit_many(
-            [(job.prompt_ids, job.sampling, job.tools, partial(take, number)) for number, job in enumerate(jobs)]
+            [dataclasses.replace(job, on_text=partial(take, number)) for number, job in enumerate(jobs)]
         )
     except QueueFullError as error:
         raise ApiError(
@@ -604,7 +593,7 @@ async def wait_for(service: Service, request: Request, futures: Sequence["Future
 
 
 async def answers_for(
-    service: Service, request: Request, jobs: Sequence[Job], check: Callable[[Answer], str | None] | None
+    service: Service, request: Request, jobs: Sequence[GenerationRequest], check: Callable[[Answer], str | None] | None
 ) -> list[Answer]:
     """All answers; those that fail the check are drawn again, as long as there is anything to draw.
 
@@ -615,7 +604,7 @@ async def answers_for(
     missing = list(range(len(jobs)))
     attempts = 1 + RETRIES if check and jobs[0].sampling.temperature > 0 else 1
     for attempt in range(attempts):
-        futures = submit(service, request, [jobs[number].again(attempt) for number in missing])
+        futures = submit(service, request, [redrawn(jobs[number], attempt) for number in missing])
         answers.update(zip(missing, await wait_for(service, request, futures), strict=True))
         missing = [number for number in missing if check and check(answers[number])]
         if not missing:
@@ -627,7 +616,9 @@ async def answers_for(
     raise ApiError(422, message, code="answer_failed_check", type="invalid_answer_error")
 
 
-async def pieces_of(service: Service, request: Request, jobs: Sequence[Job]) -> AsyncIterator[tuple[int, str | Answer]]:
+async def pieces_of(
+    service: Service, request: Request, jobs: Sequence[GenerationRequest]
+) -> AsyncIterator[tuple[int, str | Answer]]:
     """Pieces of text with the number of their job as they are generated, and each answer after its last piece.
 
     Raises:
@@ -841,7 +832,7 @@ class CompletionForm(Form):
 async def respond(
     service: Service,
     request: Request,
-    jobs: Sequence[Job],
+    jobs: Sequence[GenerationRequest],
     form: Form,
     check: Callable[[Answer], str | None] | None = None,
 ) -> Response:
@@ -917,7 +908,7 @@ async def chat_completions(request: Request, body: ChatRequest) -> Any:
     tools = tools_for(service, body)
     messages = to_template(body.messages, service.arguments.system_prompt)
     prompt_ids = await tokenized("messages", service.engine.prompt_ids, messages, tools)
-    jobs = jobs_for([prompt_ids], body, sampling, tools)
+    jobs = requests_for([prompt_ids], body, sampling, tools)
     return await respond(service, request, jobs, ChatForm(service, body), check_for(body))
 
 
@@ -934,7 +925,7 @@ async def completions(request: Request, body: CompletionRequest) -> Any:
     if not prompts:
         raise ApiError(400, "prompt: it is empty.", param="prompt")
     ids = [await tokenized("prompt", completion_ids, service.engine, prompt) for prompt in prompts]
-    return await respond(service, request, jobs_for(ids, body, sampling), CompletionForm(service, body, len(ids)))
+    return await respond(service, request, requests_for(ids, body, sampling), CompletionForm(service, body, len(ids)))
 
 
 async def tokenized(param: str, function: Callable[..., list[int]], *args: Any) -> list[int]:
@@ -958,8 +949,7 @@ def completion_ids(engine: ChatEngine, prompt: str | list[int]) -> list[int]:
     known = engine.model.get_input_embeddings().weight.shape[0]
     if not prompt or not all(0 <= token_id < known for token_id in prompt):
         raise ValueError(f"A prompt of token ids has at least one, and each is from 0 to {known - 1}.")
-    if engine.context_length is not None and len(prompt) >= engine.context_length:
-        raise PromptTooLongError(len(prompt), engine.context_length)
+    engine.require_room(prompt)
     return prompt
 
 

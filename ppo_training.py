@@ -542,7 +542,7 @@ class PpoTrainer(StageTrainer):
         first = (step * self.accelerator.num_processes + self.accelerator.process_index) * self.answers_per_process
         rows = [self.train_dataset[self._prompt_at(first + number)] for number in range(self.answers_per_process)]
         tasks = [self.tasks[row["place"]] for row in rows]
-        answers = self.answer(tasks, args.temperature, seed=(args.seed << 31) + first)
+        answers = self.answer(rows, args.temperature, seed=(args.seed << 31) + first)
         ids, attention, mask = self._padded([row["prompt_ids"] for row in rows], answers)
         log_probs, entropy, reference, values = self._look_at(ids, attention, mask)
         sampled = torch.zeros_like(log_probs)
@@ -673,18 +673,18 @@ class PpoTrainer(StageTrainer):
         generator = torch.Generator().manual_seed(self.args.order_seed + epoch)
         return int(torch.randperm(len(self.train_dataset), generator=generator)[place])
 
-    def answer(self, tasks: Sequence[dict[str, Any]], temperature: float, seed: int | None = None) -> list[Answer]:
-        """An answer to each task; the same whatever stands beside it in a batch."""
+    def answer(self, rows: Sequence[dict[str, Any]], temperature: float, seed: int | None = None) -> list[Answer]:
+        """An answer to the prompt of each row of the data set; the same whatever else is in the batch."""
         # The library puts the tokenizer's own end in their place when training begins.
         self.policy.generation_config.eos_token_id = self.stop_ids
         engine = ChatEngine(self.policy, self.processing_class)
         sampling = Sampling(self.args.response_length, temperature, seed=seed, log_probs=temperature > 0)
         with self.compute_loss_context_manager():
             return engine.batch(
-                [task["messages"] for task in tasks],
+                [row["prompt_ids"] for row in rows],
                 sampling,
                 batch_size=self.args.rollout_forward_batch_size,
-                tools=[task["tools"] for task in tasks],
+                tools=[self.tasks[row["place"]]["tools"] for row in rows],
             )
 
     @torch.no_grad()
@@ -773,17 +773,18 @@ class PpoTrainer(StageTrainer):
         """Greedy answers to the held-out prompts, shared out over the processes, and their scores."""
         dataset, began = eval_dataset or self.eval_dataset, time.time()
         own = range(self.accelerator.process_index, len(dataset), self.accelerator.num_processes)
-        tasks = [self.tasks[dataset[number]["place"]] for number in own]
-        answers = self.answer(tasks, temperature=0.0) if tasks else []
+        rows = [dataset[number] for number in own]
+        tasks = [self.tasks[row["place"]] for row in rows]
+        answers = self.answer(rows, temperature=0.0) if rows else []
         # Every process takes part, with or without answers of its own, since scores are compared.
         scores, _ = self.score(tasks or [self.tasks[dataset[0]["place"]]], answers or [Answer("", "stop", 0, 0)])
-        rows = [
+        seen = [
             (score, answer.completion_tokens, answer.finish_reason == "stop")
             for score, answer in zip(scores.tolist(), answers, strict=False)
         ]
         if self.accelerator.num_processes > 1:
-            rows = gather_object(rows)
-        means = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+            seen = gather_object(seen)
+        means = [sum(column) / len(seen) for column in zip(*seen, strict=True)]
         found = dict(zip(("score", "length", "end_rate"), means, strict=True))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         metrics[f"{metric_key_prefix}_runtime"] = time.time() - began
@@ -867,17 +868,18 @@ class ScoredAnswers:
 
     def __init__(self, trainer: PpoTrainer, prompts: Dataset, count: int):
         step = max(1, len(prompts) // max(count, 1))
-        rows = [prompts[number] for number in range(0, len(prompts), step)[:count]]
-        self.trainer, self.tasks = trainer, [trainer.tasks[row["place"]] for row in rows]
-        self.shown = [{"prompt": trainer.processing_class.decode(row["prompt_ids"])} for row in rows]
+        self.trainer = trainer
+        self.rows = [prompts[number] for number in range(0, len(prompts), step)[:count]]
+        self.shown = [{"prompt": trainer.processing_class.decode(row["prompt_ids"])} for row in self.rows]
 
     def answers(self) -> list[str]:
         """The answers, their scores before them; an empty list on every process but the first."""
-        if not self.tasks or not is_main_process():
+        if not self.rows or not is_main_process():
             return []
         trainer = self.trainer
         texts = []
-        for task, answer in zip(self.tasks, trainer.answer(self.tasks, temperature=0.0), strict=True):
+        for row, answer in zip(self.rows, trainer.answer(self.rows, temperature=0.0), strict=True):
+            task = trainer.tasks[row["place"]]
             try:
                 (score,) = trainer.scorer.score(
                     [[*task["messages"], {"role": "assistant", "content": answer.text}]], [task["tools"]]

@@ -156,7 +156,8 @@ def prepare(args: argparse.Namespace) -> list[list[Case]]:
     found: dict[str, Case] = {}
     for start in range(0, len(questions), 64):
         part = questions[start : start + 64]
-        for messages, answer in zip(part, engine.batch(part, sampling, batch_size=32), strict=True):
+        prompts = [engine.prompt_ids(messages) for messages in part]
+        for messages, answer in zip(part, engine.batch(prompts, sampling, batch_size=32), strict=True):
             lead = min(score.top[0][1] - score.top[1][1] for score in answer.scores)
             if answer.text and lead > CLOSE:
                 found.setdefault(answer.text, Case(messages, answer.text, answer.finish_reason))

@@ -11,7 +11,7 @@ from collections import Counter
 
 from medicalgpt.errors import UserError
 from medicalgpt.serving.chat import ChatEngine, ChatTemplateError, PromptTooLongError, SpecialTokenError
-from medicalgpt.serving.generation import Request, Sampling, _draw, _kept
+from medicalgpt.serving.generation import GenerationRequest, Sampling, _draw, _kept
 
 import pytest
 import torch
@@ -28,6 +28,10 @@ ANSWERS = {
 
 def ask(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
+
+
+def rendered(engine: ChatEngine, conversations) -> list[list[int]]:
+    return [engine.prompt_ids(messages) for messages in conversations]
 
 
 # Lengths from 1 to about 120 tokens, so that every batch has padding.
@@ -139,8 +143,7 @@ def test_messages_are_not_changed(taught):
     messages = [{"role": "system", "content": "你是小医"}, *ask("你好")]
     before = copy.deepcopy(messages)
     taught.chat(messages)
-    list(taught.stream(messages))
-    taught.batch([messages, messages])
+    list(taught.stream(taught.request(messages)))
     assert messages == before
 
 
@@ -190,9 +193,11 @@ def test_prompt_too_long(random):
     answer = random.chat(fits)
     assert (answer.prompt_tokens, answer.completion_tokens, answer.finish_reason) == (limit - 1, 1, "length")
     too_long = ask("x" * (limit - overhead))
-    for call in (random.chat, random.stream, lambda messages: random.batch([fits, messages])):
+    # Ids that come from elsewhere than `prompt_ids`.
+    fitting, ids = random.prompt_ids(fits), [1] * limit
+    for call in (lambda: random.chat(too_long), lambda: random.request(too_long), lambda: random.batch([fitting, ids])):
         with Steps(random.model) as steps, pytest.raises(PromptTooLongError, match="512 tokens.*512.*511") as error:
-            call(too_long)
+            call()
         assert (error.value.prompt_tokens, error.value.context_length, steps.count) == (512, 512, 0)
     assert issubclass(PromptTooLongError, ValueError)
 
@@ -200,7 +205,9 @@ def test_prompt_too_long(random):
 def test_batch_mates_do_not_shorten_an_answer(random):
     """The context ends for each row on its own, whatever the padding."""
     overhead = len(random.prompt_ids(ask("x"))) - 1
-    long, short = random.batch([ask("x" * (512 - overhead - 10)), ask("x")], Sampling(max_new_tokens=30), batch_size=2)
+    long, short = random.batch(
+        rendered(random, [ask("x" * (512 - overhead - 10)), ask("x")]), Sampling(max_new_tokens=30), batch_size=2
+    )
     assert (long.completion_tokens, short.completion_tokens) == (10, 30)
 
 
@@ -240,7 +247,7 @@ def test_batched_greedy_equals_one_at_a_time(random, padding_side, penalty):
     alone = [random.chat(messages, sampling) for messages in VARIED]
     assert len({answer.text for answer in alone}) > 1
     for batch_size in (2, 3, len(VARIED)):
-        assert random.batch(VARIED, sampling, batch_size=batch_size) == alone
+        assert random.batch(rendered(random, VARIED), sampling, batch_size=batch_size) == alone
 
 
 def test_padding_is_not_penalised_as_a_token_of_the_prompt(random):
@@ -251,29 +258,30 @@ def test_padding_is_not_penalised_as_a_token_of_the_prompt(random):
     sampling = Sampling(max_new_tokens=60, repetition_penalty=5.0)
     alone = engine.chat(ask("hello"), sampling)
     letter = next(char for char in alone.text if char.isascii() and char.isalnum() and char not in "hello")
-    assert engine.batch([ask("hello"), ask(letter * 20)], sampling)[0] == alone
+    assert engine.batch(rendered(engine, [ask("hello"), ask(letter * 20)]), sampling)[0] == alone
 
 
 def test_batch_of_answers_that_end_at_different_steps(taught):
     questions = list(ANSWERS) * 2
-    answers = taught.batch([ask(question) for question in questions], batch_size=4)
+    answers = taught.batch(rendered(taught, map(ask, questions)), batch_size=4)
     assert [answer.text for answer in answers] == [ANSWERS[question] for question in questions]
 
 
 def test_batch_reports_progress_and_takes_nothing(random):
     done: list[int] = []
-    random.batch(VARIED, Sampling(max_new_tokens=2), batch_size=3, progress=done.append)
+    random.batch(rendered(random, VARIED), Sampling(max_new_tokens=2), batch_size=3, progress=done.append)
     assert done == [3, 3, 1]
     assert random.batch([]) == []
     with pytest.raises(ValueError, match="batch_size is 0"):
-        random.batch(VARIED, batch_size=0)
+        random.batch(rendered(random, VARIED), batch_size=0)
 
 
 def test_batch_with_tools(taught):
     tools = [{"type": "function", "function": {"name": "look_up", "parameters": {"type": "object"}}}]
-    plain, offered = taught.batch([ask("你好")] * 2, Sampling(max_new_tokens=1), tools=[None, tools])
-    assert plain.prompt_tokens == len(taught.prompt_ids(ask("你好")))
-    assert offered.prompt_tokens == len(taught.prompt_ids(ask("你好"), tools)) > plain.prompt_tokens
+    prompts = [taught.prompt_ids(ask("你好"), offered) for offered in (None, tools)]
+    plain, offered = taught.batch(prompts, Sampling(max_new_tokens=1), tools=[None, tools])
+    assert [plain.prompt_tokens, offered.prompt_tokens] == list(map(len, prompts))
+    assert offered.prompt_tokens > plain.prompt_tokens
 
 
 @pytest.mark.parametrize("role", ["system", "user", "assistant"])
@@ -287,7 +295,7 @@ def test_a_text_that_spells_a_special_token_is_refused(taught, role):
 
 
 def test_raw_text_is_gone_on_with(taught):
-    (answer,) = taught.generate([Request(taught.completion_ids("你好"), Sampling(max_new_tokens=4))])
+    (answer,) = taught.generate([GenerationRequest(taught.completion_ids("你好"), Sampling(max_new_tokens=4))])
     assert answer.prompt_tokens == len("你好".encode())
     with pytest.raises(ValueError, match="empty"):
         taught.completion_ids("")
@@ -314,10 +322,10 @@ def test_stop_strings(taught, stop, expected):
     sampling = Sampling(stop=stop)
     answer = taught.chat(ask("头痛怎么办？"), sampling)
     assert (answer.text, answer.finish_reason) == (expected, "stop")
-    stream = taught.stream(ask("头痛怎么办？"), sampling)
+    stream = taught.stream(taught.request(ask("头痛怎么办？"), sampling))
     assert "".join(stream) == expected
     assert stream.answer == answer
-    assert taught.batch([ask("你好"), ask("头痛怎么办？")], sampling)[1] == answer
+    assert taught.batch(rendered(taught, [ask("你好"), ask("头痛怎么办？")]), sampling)[1] == answer
 
 
 # --- streams ---------------------------------------------------------------------------------------------------------
@@ -325,7 +333,7 @@ def test_stop_strings(taught, stop, expected):
 
 @pytest.mark.parametrize("question", ANSWERS)
 def test_stream_gives_whole_characters(taught, question):
-    stream = taught.stream(ask(question))
+    stream = taught.stream(taught.request(ask(question)))
     assert stream.answer is None
     pieces = list(stream)
     assert len(pieces) > 5
@@ -338,7 +346,7 @@ def test_stream_gives_whole_characters(taught, question):
 def test_stream_joined_is_the_chat_text(random, seed):
     """Random bytes: broken characters in every position."""
     sampling = Sampling(max_new_tokens=150, temperature=1.5, seed=seed)
-    stream = random.stream(ask("hello"), sampling)
+    stream = random.stream(random.request(ask("hello"), sampling))
     assert "".join(stream) == random.chat(ask("hello"), sampling).text == stream.answer.text
 
 
@@ -346,13 +354,13 @@ def test_character_cut_by_the_length_limit_is_left_out(taught):
     for tokens in range(1, 13):
         answer = taught.chat(ask("你好"), Sampling(max_new_tokens=tokens))
         assert answer.text == ANSWERS["你好"].encode()[:tokens].decode(errors="ignore")
-        assert "".join(taught.stream(ask("你好"), Sampling(max_new_tokens=tokens))) == answer.text
+        assert "".join(taught.stream(taught.request(ask("你好"), Sampling(max_new_tokens=tokens)))) == answer.text
 
 
 @pytest.mark.parametrize("way", ["close", "with", "drop", "interrupt"])
 def test_ending_a_stream_early_stops_the_thread(random, way):
     with Steps(random.model, delay=0.002) as steps:
-        stream = random.stream(ask("hello"), Sampling(max_new_tokens=400))
+        stream = random.stream(random.request(ask("hello"), Sampling(max_new_tokens=400)))
         next(stream)
         assert running_threads()
         if way == "close":
@@ -380,7 +388,7 @@ def test_ending_a_stream_early_stops_the_thread(random, way):
 
 def test_stream_that_nobody_reads_computes_nothing(random):
     with Steps(random.model) as steps:
-        stream = random.stream(ask("hello"))
+        stream = random.stream(random.request(ask("hello")))
         stream.close()
         assert steps.count == 0 and not running_threads()
 
@@ -388,14 +396,14 @@ def test_stream_that_nobody_reads_computes_nothing(random):
 def test_error_in_the_generation_thread_reaches_the_caller(random):
     pieces = []
     with Steps(random.model, fail_at=30), pytest.raises(RuntimeError, match="caught fire"):
-        for piece in random.stream(ask("hello")):
+        for piece in random.stream(random.request(ask("hello"))):
             pieces.append(piece)
     assert pieces and not running_threads()
     assert random.chat(ask("hello"), Sampling(max_new_tokens=5)).completion_tokens == 5
 
 
 def test_two_streams_at_a_time(taught):
-    streams = [taught.stream(ask(question)) for question in ANSWERS]
+    streams = [taught.stream(taught.request(ask(question))) for question in ANSWERS]
     rounds = list(itertools.zip_longest(*streams, fillvalue=""))
     assert ["".join(pieces) for pieces in zip(*rounds, strict=True)] == list(ANSWERS.values())
 
@@ -408,7 +416,7 @@ WARM = Sampling(max_new_tokens=30, temperature=1.0, seed=7)
 def test_same_seed_same_text(random):
     first = random.chat(ask("hello"), WARM)
     assert random.chat(ask("hello"), WARM) == first
-    assert "".join(random.stream(ask("hello"), WARM)) == first.text
+    assert "".join(random.stream(random.request(ask("hello"), WARM))) == first.text
     assert random.chat(ask("hello"), dataclasses.replace(WARM, seed=8)).text != first.text
     assert random.chat(ask("hello"), dataclasses.replace(WARM, temperature=0)).text != first.text
 
@@ -420,7 +428,7 @@ def test_batch_samples_row_i_with_seed_plus_i(random):
         for index, messages in enumerate(VARIED)
     ]
     for batch_size in (1, 3, 7):
-        assert random.batch(VARIED, sampling, batch_size=batch_size) == alone
+        assert random.batch(rendered(random, VARIED), sampling, batch_size=batch_size) == alone
 
 
 def test_without_a_seed_torchs_global_seed_decides(random):
@@ -439,17 +447,17 @@ def test_seeded_and_greedy_answers_leave_torchs_global_generator_alone(random, s
     expected = torch.rand(3)
     torch.manual_seed(1)
     random.chat(ask("hello"), sampling)
-    random.batch(VARIED, sampling)
-    list(random.stream(ask("hello"), sampling))
+    random.batch(rendered(random, VARIED), sampling)
+    list(random.stream(random.request(ask("hello"), sampling)))
     assert torch.equal(torch.rand(3), expected)
 
 
 def test_answers_come_with_their_tokens_and_how_probable_these_were(random):
     """Log-probabilities as drawn are those of the model at that temperature, whatever stands beside a row."""
     sampling = Sampling(max_new_tokens=6, temperature=0.8, seed=5, log_probs=True)
-    for messages, answer in zip(VARIED, random.batch(VARIED, sampling, batch_size=len(VARIED)), strict=True):
+    prompts = rendered(random, VARIED)
+    for prompt, answer in zip(prompts, random.batch(prompts, sampling, batch_size=len(prompts)), strict=True):
         assert answer.completion_tokens == len(answer.token_ids) == len(answer.log_probs)
-        prompt = random.prompt_ids(messages)
         with torch.no_grad():
             logits = random.model(torch.tensor([[*prompt, *answer.token_ids]])).logits[0, len(prompt) - 1 : -1]
         # This model never stops, so that its ends are no part of the draw.

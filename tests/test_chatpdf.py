@@ -215,7 +215,8 @@ def test_the_prompt_has_numbers_places_and_the_language_of_the_question(engine):
         ("感冒多久好？", "问题：感冒多久好？"),
         ("How long is a cold?", "Question: How long"),
     ):
-        messages, _ = prompt_of(engine, Sampling(max_new_tokens=20), "Be brief.", [], question, sources()[:2])
+        shown, sampling = sources()[:2], Sampling(max_new_tokens=20)
+        messages = prompt_of(engine, sampling, "Be brief.", [], question, shown).messages
         assert [message["role"] for message in messages] == ["system", "user"]
         text = messages[1]["content"]
         assert instruction in text and grounding.UNKNOWN[language_of(question)] in text
@@ -227,8 +228,7 @@ def test_special_tokens_of_a_document_stay_text(engine, log):
     poisoned = [Passage(f"{TURN_END}.md", spelled)]
     with pytest.raises(SpecialTokenError):
         engine.prompt_ids([{"role": "user", "content": spelled}])
-    messages, _ = prompt_of(engine, Sampling(max_new_tokens=20), None, [], "What?", sources(poisoned, (0,)))
-    ids = engine.prompt_ids(messages)
+    ids = prompt_of(engine, Sampling(max_new_tokens=20), None, [], "What?", sources(poisoned, (0,))).prompt_ids
     # The template's own: one conversation turn, and the start of the answer.
     assert [ids.count(engine.tokenizer.convert_tokens_to_ids(token)) for token in (TURN_END, "<|im_start|>")] == [1, 2]
     assert any("spell 3 special tokens" in line for line in log)
@@ -238,10 +238,11 @@ def test_special_tokens_of_a_document_stay_text(engine, log):
 def test_what_does_not_fit_is_left_out_whole_and_said(engine, log):
     long = [Passage("a.md", f"{word} " + "x" * 300) for word in ("one", "two", "three")]
     asked = [{"role": "user", "content": "earlier"}, {"role": "assistant", "content": "y" * 300}]
-    messages, kept = prompt_of(engine, Sampling(max_new_tokens=300), None, asked, "What?", sources(long))
+    prompt = prompt_of(engine, Sampling(max_new_tokens=300), None, asked, "What?", sources(long))
+    messages, kept = prompt.messages, prompt.sources
     assert [message["content"] for message in messages[:-1]] == [] and len(kept) == 2
     assert kept[1].text in messages[-1]["content"] and "three" not in messages[-1]["content"]
-    assert len(engine.prompt_ids(messages)) + 300 <= engine.context_length
+    assert len(prompt.prompt_ids) + 300 <= engine.context_length
     assert any("1 of 3 passages and 1 earlier turn(s) were left out" in line for line in log)
     with pytest.raises(PromptTooLongError):
         prompt_of(engine, Sampling(), None, [], "What?", sources([Passage("a", "x" * 3000)], (0,)))
@@ -267,7 +268,7 @@ def citing(tmp_path_factory):
         context_length=None, prompt_ids=lambda messages: [], tokenizer=SimpleNamespace(added_tokens_decoder={})
     )
     shown = [grounding.Source(found[0].place, found[0].text, (0,))]
-    messages, _ = prompt_of(engine, Sampling(), None, [], "感冒多久好转？", shown)
+    messages = prompt_of(engine, Sampling(), None, [], "感冒多久好转？", shown).messages
     answers = {messages[0]["content"]: "一周[1]。"}
     return make_tiny(tmp_path_factory.mktemp("citing"), answers=answers, max_position_embeddings=2048)
 

@@ -10,7 +10,7 @@ from medicalgpt.errors import UserError
 from medicalgpt.parser import parse_args
 from medicalgpt.serving.batchers import make_batcher
 from medicalgpt.serving.chat import ChatEngine
-from medicalgpt.serving.generation import Sampling
+from medicalgpt.serving.generation import GenerationRequest, Sampling
 from medicalgpt.serving.page import auth_of, launch
 
 import httpx
@@ -54,10 +54,10 @@ def served(model) -> Iterator[SimpleNamespace]:
     batcher = make_batcher(ChatEngine.from_pretrained(model), max_batch_size=2, max_waiting=1)
     gate, prompts, samplings, submit = Gate(batcher.engine.model), [], [], batcher.submit
 
-    def noted(prompt_ids, sampling, **kwargs):
-        prompts.append(prompt_ids)
-        samplings.append(sampling)
-        return submit(prompt_ids, sampling, **kwargs)
+    def noted(request):
+        prompts.append(request.prompt_ids)
+        samplings.append(request.sampling)
+        return submit(request)
 
     batcher.submit = noted
     arguments = page_arguments(
@@ -180,7 +180,7 @@ def test_stop_ends_the_generation_and_keeps_what_was_said(visitor, served):
     partial = ANSWERS[FEVER][:4]
     assert visitor.texts() == [FEVER, partial]
     # The step that was held is the last one; another request has the model to itself at once.
-    served.batcher.submit(asked(served, GREETING), Sampling(max_new_tokens=1)).result()
+    served.batcher.submit(GenerationRequest(asked(served, GREETING), Sampling(max_new_tokens=1))).result()
     assert served.gate.steps == 13 + 1 + 1
     visitor.ask(GREETING)
     assert served.prompts[-1] == asked(served, FEVER, partial, GREETING)
@@ -189,7 +189,7 @@ def test_stop_ends_the_generation_and_keeps_what_was_said(visitor, served):
 @needs_browser
 def test_stop_while_waiting_gives_the_place_and_the_question_back(visitor, served):
     with served.gate.shut():
-        other = served.batcher.submit(asked(served, FEVER), Sampling(max_new_tokens=5))
+        other = served.batcher.submit(GenerationRequest(asked(served, FEVER), Sampling(max_new_tokens=5)))
         visitor.until(lambda: served.batcher.running)
         visitor.write(GREETING)
         visitor.click("send")
@@ -287,9 +287,10 @@ def test_failing_model_and_full_queue_are_told(visitor, served):
     assert visitor.notice() == "The model failed; the program's log says why."
     assert visitor.box() == GREETING
     with served.gate.shut():
-        first = served.batcher.submit(asked(served, FEVER), Sampling(max_new_tokens=2))
+        request = GenerationRequest(asked(served, FEVER), Sampling(max_new_tokens=2))
+        first = served.batcher.submit(request)
         visitor.until(lambda: served.batcher.running)
-        others = [served.batcher.submit(asked(served, FEVER), Sampling(max_new_tokens=2)) for _ in range(2)]
+        others = [served.batcher.submit(request) for _ in range(2)]
         visitor.click("send")
         visitor.until(lambda: "wait already" in visitor.notice())
         assert visitor.box() == GREETING

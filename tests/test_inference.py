@@ -470,9 +470,12 @@ class Recorder:
         self.engine = engine
         self.asked: list[list[tuple[str, str]]] = []
 
-    def stream(self, messages, sampling):
+    def request(self, messages, sampling):
         self.asked.append([(message["role"], message["content"]) for message in messages])
-        return self.engine.stream(messages, sampling)
+        return self.engine.request(messages, sampling)
+
+    def stream(self, request):
+        return self.engine.stream(request)
 
 
 def test_history_and_system_prompt_reach_the_model(taught, monkeypatch, capsys):

@@ -327,9 +327,12 @@ def test_the_result_is_merged_and_answers(work, alone, tmp_path):
     run_here("merge_peft_adapter.py", "--lora_model", alone, "--output_dir", tmp_path / "merged")
     asked = [[{"role": "user", "content": row["prompt"]}] for row in prompts(3, start=50)]
     adapted, merged = (ChatEngine.from_pretrained(str(folder)) for folder in (alone, tmp_path / "merged"))
-    answers = [answer.token_ids for answer in adapted.batch(asked)]
-    assert answers == [answer.token_ids for answer in merged.batch(asked)]
-    assert answers != [answer.token_ids for answer in ChatEngine.from_pretrained(str(work / "policy")).batch(asked)]
+    policy = ChatEngine.from_pretrained(str(work / "policy"))
+    answers, of_merged, of_policy = (
+        [engine.chat(messages).token_ids for messages in asked] for engine in (adapted, merged, policy)
+    )
+    assert answers == of_merged
+    assert answers != of_policy
     assert TURN_END in adapted.tokenizer.decode(sorted(adapted.stop_ids))
 
 
@@ -340,9 +343,9 @@ def test_the_held_out_score_is_that_of_the_reward_model(work, tmp_path):
     shake(trainer.model)
     metrics = trainer.evaluate()
     scores, lengths = [], []
-    for row in prompts(3, start=50):
-        task = {"messages": [{"role": "user", "content": row["prompt"]}], "tools": None}
-        (answer,) = trainer.answer([task], temperature=0.0)
+    for row in trainer.eval_dataset:
+        task = trainer.tasks[row["place"]]
+        (answer,) = trainer.answer([row], temperature=0.0)
         scores += trainer.scorer.score([[*task["messages"], {"role": "assistant", "content": answer.text}]])
         lengths.append(len(answer.token_ids))
     assert metrics["eval_score"] == pytest.approx(np.mean(scores), abs=1e-5)

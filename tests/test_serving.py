@@ -1,5 +1,6 @@
 """Batchers: concurrent requests get the answers they would get alone; places, limits, errors and ends."""
 
+import dataclasses
 import threading
 import time
 from concurrent.futures import CancelledError, wait
@@ -7,7 +8,7 @@ from concurrent.futures import CancelledError, wait
 from medicalgpt.errors import UserError
 from medicalgpt.serving.batchers import BatcherClosedError, QueueFullError, make_batcher
 from medicalgpt.serving.chat import ChatEngine
-from medicalgpt.serving.generation import Sampling
+from medicalgpt.serving.generation import GenerationRequest, Sampling
 from tests.families import FAMILIES, make_family
 
 import pytest
@@ -69,7 +70,9 @@ def until(condition, seconds: float = 20) -> None:
 def start(batcher, text: str = "hello", sampling: Sampling = LONG):
     """A request of which something is computed already."""
     begun = threading.Event()
-    future = batcher.submit(batcher.engine.prompt_ids(ask(text)), sampling, on_text=lambda piece: begun.set())
+    future = batcher.submit(
+        dataclasses.replace(batcher.engine.request(ask(text), sampling), on_text=lambda piece: begun.set())
+    )
     assert begun.wait(20)
     return future
 
@@ -92,7 +95,7 @@ def test_answers_are_those_given_alone_whatever_stands_beside_them(engine, kind)
     pieces = [[] for _ in jobs]
     with make_batcher(engine, batching=kind, max_batch_size=5, max_waiting=len(jobs)) as batcher:
         futures = [
-            batcher.submit(engine.prompt_ids(messages), sampling, on_text=pieces[number].append)
+            batcher.submit(dataclasses.replace(engine.request(messages, sampling), on_text=pieces[number].append))
             for number, (messages, sampling) in enumerate(jobs)
         ]
         for future, expected, shown in zip(futures, alone, pieces, strict=True):
@@ -108,7 +111,7 @@ def test_continuous_batching_of_every_family(tmp_path, family):
     engine = ChatEngine.from_pretrained(make_family(tmp_path, family, tie_word_embeddings=False))
     alone = [engine.chat(messages, GREEDY) for messages in QUESTIONS]
     with make_batcher(engine, batching="continuous", max_batch_size=4) as batcher:
-        futures = [batcher.submit(engine.prompt_ids(messages), GREEDY) for messages in QUESTIONS]
+        futures = [batcher.submit(engine.request(messages, GREEDY)) for messages in QUESTIONS]
         for future, expected in zip(futures, alone, strict=True):
             same(future.result(30), expected)
     # The model attends as before.
@@ -123,7 +126,7 @@ def test_continuous_batching_with_an_adapter(engine, tmp_path):
     alone = adapted.chat(QUESTIONS[1], GREEDY)
     assert alone.text != engine.chat(QUESTIONS[1], GREEDY).text
     with make_batcher(adapted, batching="continuous") as batcher:
-        same(batcher.chat(QUESTIONS[1], GREEDY), alone)
+        same(batcher.submit(adapted.request(QUESTIONS[1], GREEDY)).result(20), alone)
 
 
 def test_many_threads(alone, batcher):
@@ -132,7 +135,7 @@ def test_many_threads(alone, batcher):
     def client(text: str) -> None:
         while len(got) < 24:
             try:
-                got.append((text, batcher.chat(ask(text), GREEDY).text))
+                got.append((text, batcher.submit(batcher.engine.request(ask(text), GREEDY)).result(20).text))
             except QueueFullError:
                 time.sleep(0.01)
 
@@ -149,7 +152,7 @@ def test_who_is_admitted_when(engine):
     for kind in KINDS:
         with make_batcher(engine, batching=kind, max_batch_size=2) as batcher:
             long = start(batcher)
-            short = batcher.submit(engine.prompt_ids(ask("hi")), GREEDY)
+            short = batcher.submit(engine.request(ask("hi"), GREEDY))
             if kind == "static":
                 assert (batcher.running, batcher.waiting) == (1, 1)
             else:
@@ -161,7 +164,7 @@ def test_who_is_admitted_when(engine):
 
 def test_cancelled_requests_free_their_places(batcher):
     running = [start(batcher)]
-    waiting = [batcher.submit(batcher.engine.prompt_ids(ask("hi")), LONG) for _ in range(4)]
+    waiting = [batcher.submit(batcher.engine.request(ask("hi"), LONG)) for _ in range(4)]
     until(lambda: batcher.running + batcher.waiting == 5)
     for future in (*waiting, *running):
         assert future.cancel()
@@ -169,16 +172,7 @@ def test_cancelled_requests_free_their_places(batcher):
     until(lambda: batcher.running == 0)
     with pytest.raises(CancelledError):
         running[0].result()
-    assert batcher.chat(ask("hi"), GREEDY).completion_tokens == 12
-
-
-def test_a_closed_stream_is_a_cancelled_request(alone, batcher):
-    with batcher.stream(ask("hello"), LONG) as stream:
-        pieces = [next(stream), next(stream)]
-    assert all(pieces) and stream.answer is None
-    until(lambda: batcher.running == 0)
-    with batcher.stream(ask("hello"), GREEDY) as stream:
-        assert "".join(stream) == stream.answer.text == alone["hello"]
+    assert batcher.submit(batcher.engine.request(ask("hi"), GREEDY)).result(20).completion_tokens == 12
 
 
 def test_queue_limit(batcher):
@@ -187,15 +181,15 @@ def test_queue_limit(batcher):
     futures = []
     with pytest.raises(QueueFullError) as error:
         for _ in range(20):
-            futures.append(batcher.submit(ids, LONG))
+            futures.append(batcher.submit(GenerationRequest(ids, LONG)))
     # Three run together and four wait.
     assert len(futures) == 6 and error.value.waiting >= 4
-    job = (ids, GREEDY, None, None)
+    request = GenerationRequest(ids, GREEDY)
     for future in futures[:3]:
         future.cancel()
     with pytest.raises(QueueFullError):
-        batcher.submit_many([job] * 4)
-    several = batcher.submit_many([job] * 3)
+        batcher.submit_many([request] * 4)
+    several = batcher.submit_many([request] * 3)
     for future in (first, *futures):
         future.cancel()
     assert all(future.result(20).completion_tokens == 12 for future in several)
@@ -205,14 +199,14 @@ def test_close_finishes_or_cancels(engine):
     for kind in KINDS:
         ids = engine.prompt_ids(ask("hi"))
         batcher = make_batcher(engine, batching=kind, max_batch_size=2)
-        futures = [batcher.submit(ids, Sampling(max_new_tokens=60)) for _ in range(5)]
+        futures = [batcher.submit(GenerationRequest(ids, Sampling(max_new_tokens=60))) for _ in range(5)]
         batcher.close()
         assert [future.result(0).completion_tokens for future in futures] == [60] * 5
         with pytest.raises(BatcherClosedError):
-            batcher.submit(ids, GREEDY)
+            batcher.submit(GenerationRequest(ids, GREEDY))
 
         batcher = make_batcher(engine, batching=kind, max_batch_size=2)
-        futures = [start(batcher), *(batcher.submit(ids, LONG) for _ in range(3))]
+        futures = [start(batcher), *(batcher.submit(GenerationRequest(ids, LONG)) for _ in range(3))]
         batcher.close(finish=False)
         assert all(future.cancelled() for future in futures)
 
@@ -229,10 +223,10 @@ def test_an_error_reaches_the_caller_and_the_next_request_is_answered(engine):
 
     handle = engine.model.register_forward_pre_hook(fail)
     try:
-        futures = [batcher.submit(engine.prompt_ids(ask("hi")), GREEDY) for _ in range(2)]
+        futures = [batcher.submit(engine.request(ask("hi"), GREEDY)) for _ in range(2)]
         wait(futures, 20)
         assert any("caught fire" in str(future.exception()) for future in futures)
-        assert batcher.chat(ask("hi"), GREEDY).completion_tokens == 12
+        assert batcher.submit(batcher.engine.request(ask("hi"), GREEDY)).result(20).completion_tokens == 12
     finally:
         handle.remove()
         batcher.close()
@@ -243,7 +237,7 @@ def test_an_answer_that_fails_by_itself_does_not_fail_its_neighbours(alone, batc
         raise RuntimeError("nobody can read this")
 
     ids = batcher.engine.prompt_ids(ask("hello"))
-    bad, good = batcher.submit_many([(ids, LONG, None, fail), (ids, GREEDY, None, None)])
+    bad, good = batcher.submit_many([GenerationRequest(ids, LONG, on_text=fail), GenerationRequest(ids, GREEDY)])
     assert good.result(20).text == alone["hello"]
     with pytest.raises(RuntimeError, match="nobody can read this"):
         bad.result(20)
@@ -252,7 +246,7 @@ def test_an_answer_that_fails_by_itself_does_not_fail_its_neighbours(alone, batc
 
 def test_an_error_of_continuous_batching_reaches_every_caller(engine):
     batcher = make_batcher(engine, batching="continuous", max_batch_size=2)
-    futures = [start(batcher), *(batcher.submit(engine.prompt_ids(ask("hi")), LONG) for _ in range(3))]
+    futures = [start(batcher), *(batcher.submit(engine.request(ask("hi"), LONG)) for _ in range(3))]
 
     def fail(*_):
         raise RuntimeError("the graphics card caught fire")
@@ -264,7 +258,7 @@ def test_an_error_of_continuous_batching_reaches_every_caller(engine):
                 future.result(20)
         # The manager has ended: a request that comes later must not wait forever.
         with pytest.raises(BatcherClosedError):
-            batcher.submit(engine.prompt_ids(ask("hi")), GREEDY)
+            batcher.submit(engine.request(ask("hi"), GREEDY))
     finally:
         handle.remove()
         batcher.close()

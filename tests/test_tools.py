@@ -8,7 +8,7 @@ from medicalgpt.data.encoding import EncodingError, encode_chat
 from medicalgpt.models.templating import Template, TemplateError, stop_token_ids, tool_format_of
 from medicalgpt.models.tool_formats import TOOL_FORMATS
 from medicalgpt.serving.chat import ChatEngine
-from medicalgpt.serving.generation import Request, Sampling
+from medicalgpt.serving.generation import GenerationRequest, Sampling
 from template import TEMPLATES, _turns, apply_template, get_template
 from tests.helpers import chat, read_json, run_here, run_program, save_model, write_jsonl
 from tests.test_template import CORE, TOKENIZERS, assistant, byte_level, official, text_of, tool, user
@@ -102,8 +102,8 @@ def answer_to(model, tokenizer, messages, stop, tools=TOOLS):
     sample = encode_chat(tokenizer, chat(messages, tools))[-1]
     ids = [label for label in sample.labels if label != -100]
     pieces = []
-    row = ChatEngine(model, tokenizer).row(
-        Request(sample.input_ids, Sampling(max_new_tokens=4000), tools, on_text=pieces.append)
+    row = ChatEngine(model, tokenizer).begin(
+        GenerationRequest(sample.input_ids, Sampling(max_new_tokens=4000), tools, on_text=pieces.append)
     )
     for token in ids:
         row.add(token)
@@ -741,10 +741,10 @@ def test_trained_call_is_served_as_a_call(tmp_path):
         [user("Dose?"), assistant(answer.text, tool_calls=list(answer.tool_calls)), tool("1")], tools=offered
     )
     assert (after.text, after.tool_calls) == ("One.", ())
-    with engine.stream([user("Dose?")], tools=offered) as stream:
+    with engine.stream(engine.request([user("Dose?")], tools=offered)) as stream:
         assert list(stream) == []
     assert stream.answer == answer
-    assert engine.batch([[user("Dose?")]] * 2, tools=[offered, None])[0] == answer
+    assert engine.batch([engine.prompt_ids([user("Dose?")], offered)] * 2, tools=[offered, None])[0] == answer
 
     questions = write_jsonl(tmp_path / "q.jsonl", [{"conversations": turns[:1], "tools": tools}])
     run_here(

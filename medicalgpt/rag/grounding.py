@@ -46,6 +46,20 @@ class Source:
     passages: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class GroundedPrompt:
+    """A question with its sources, ready for the model.
+
+    Attributes:
+        prompt_ids: `messages`, rendered.
+        sources: those that are in it; citations are numbers of these, from 1.
+    """
+
+    messages: list[dict[str, str]]
+    prompt_ids: list[int]
+    sources: list[Source]
+
+
 def sources_of(collection: Collection, found: Found, num_passages: int, num_expand_context_chunk: int) -> list[Source]:
     """The best passages, each with its neighbours if that is asked for, none twice."""
     passages, reach, sources, shown = collection.passages, num_expand_context_chunk, [], set()
@@ -102,8 +116,8 @@ def prompt_of(
     history: Sequence[dict[str, str]],
     question: str,
     sources: Sequence[Source],
-) -> tuple[list[dict[str, str]], list[Source]]:
-    """The conversation with the sources before its last question, and the sources that are in it.
+) -> GroundedPrompt:
+    """The conversation with the sources before its last question.
 
     What does not fit is left out whole, and the log says so: first the oldest turns, then the last sources. Room for
     --max_new_tokens, or for a quarter of the context if that is less, is kept for the answer.
@@ -121,7 +135,8 @@ def prompt_of(
         text = PROMPT[language].format(unknown=UNKNOWN[language], passages=passages, question=question)
         messages = [*system_message(system_prompt), *history, {"role": "user", "content": text}]
         try:
-            room = (engine.context_length or 2**31) - len(engine.prompt_ids(messages))
+            prompt_ids = engine.prompt_ids(messages)
+            room = (engine.context_length or 2**31) - len(prompt_ids)
             if room >= min(sampling.max_new_tokens, (engine.context_length or 2**31) // 4):
                 break
         except PromptTooLongError:
@@ -140,7 +155,7 @@ def prompt_of(
         )
     if marks:
         logger.warning(f"the files spell {marks} special tokens of this model; in the prompt they are plain text")
-    return messages, sources
+    return GroundedPrompt(messages, prompt_ids, sources)
 
 
 def citations(answer: str, sources: Sequence[Source]) -> tuple[list[int], list[int]]:

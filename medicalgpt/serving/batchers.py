@@ -6,27 +6,25 @@ each one a future. `StaticBatcher` answers those that wait together, and admits 
 """
 
 import copy
+import dataclasses
 import itertools
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import Any
+from functools import partial
 
 from medicalgpt.args import ServeArguments
 from medicalgpt.errors import UserError
-from medicalgpt.serving.chat import AnswerStream, ChatEngine, settle
-from medicalgpt.serving.generation import Answer, Messages, Request, Row, Sampling, Tools, refuse_nan
+from medicalgpt.serving.chat import ChatEngine, settle
+from medicalgpt.serving.generation import Answer, AnswerState, GenerationRequest, refuse_nan
 
 import torch
 from loguru import logger
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
 from transformers.generation.continuous_batching.requests import FutureRequestState, GenerationOutput
-
-# A prompt, how it is answered, the tools that were offered, and what is called with each piece of text.
-Job = tuple[Sequence[int], Sampling, Tools | None, Callable[[str], Any] | None]
 
 # Attention that pages of a cache can serve.
 PAGED_LAYERS = {"full_attention", "sliding_attention"}
@@ -77,7 +75,7 @@ class Batcher(ABC):
         """Answers that are being computed."""
 
     @abstractmethod
-    def _admit(self, jobs: Sequence[tuple[Request, "Future[Answer]"]]) -> None:
+    def _admit(self, jobs: Sequence[tuple[GenerationRequest, "Future[Answer]"]]) -> None:
         """Take requests in; called under the lock."""
 
     @abstractmethod
@@ -88,18 +86,12 @@ class Batcher(ABC):
     def _cancel_all(self) -> None:
         """Cancel what waits and runs; called under the lock."""
 
-    def submit(
-        self,
-        prompt_ids: Sequence[int],
-        sampling: Sampling | None = None,
-        tools: Tools | None = None,
-        on_text: Callable[[str], Any] | None = None,
-    ) -> "Future[Answer]":
-        """Ask for one answer.
+    def submit(self, request: GenerationRequest) -> "Future[Answer]":
+        """Queue one request.
 
         Args:
-            prompt_ids: the rendered prompt, from `ChatEngine.prompt_ids` or `completion_ids`.
-            on_text: called with each piece of the text, in the thread that computes all answers: it has to be quick.
+            request: its `on_text` is called in the thread that computes all answers: it has to be quick. `on_end`,
+                `cancelled` and `on_error` are set here.
 
         Returns:
             The answer to come. It may be cancelled until it is there, which gives its place free at the next token.
@@ -108,41 +100,29 @@ class Batcher(ABC):
             QueueFullError: too many requests wait.
             BatcherClosedError: after `close`.
         """
-        return self.submit_many([(prompt_ids, sampling or Sampling(), tools, on_text)])[0]
+        return self.submit_many([request])[0]
 
-    def submit_many(self, jobs: Sequence[Job]) -> list["Future[Answer]"]:
-        """Ask for several answers; all of them are taken in, or none. Errors are those of `submit`."""
-        admitted: list[tuple[Request, Future[Answer]]] = []
-        for prompt_ids, sampling, tools, on_text in jobs:
+    def submit_many(self, requests: Sequence[GenerationRequest]) -> list["Future[Answer]"]:
+        """Queue several requests; all of them are taken in, or none. Errors are those of `submit`."""
+        admitted: list[tuple[GenerationRequest, Future[Answer]]] = []
+        for request in requests:
             future: Future[Answer] = Future()
-            request = Request(
-                prompt_ids,
-                sampling,
-                tools,
-                on_text or (lambda text: None),
-                on_end=lambda answer, future=future: settle(future, answer),
+            bound = dataclasses.replace(
+                request,
+                on_end=partial(settle, future),
                 cancelled=future.cancelled,
                 on_error=lambda error, future=future: settle(future, error=error),
             )
-            admitted.append((request, future))
+            admitted.append((bound, future))
         with self._changed:
             if self._closed:
                 raise BatcherClosedError("The server is stopping and takes no new requests.")
             free = self.max_waiting + max(0, self.max_batch_size - self.running) - self.waiting
-            if len(jobs) > free:
+            if len(requests) > free:
                 raise QueueFullError(self.waiting)
             self._admit(admitted)
             self._changed.notify_all()
         return [future for _, future in admitted]
-
-    def chat(self, messages: Messages, sampling: Sampling | None = None, tools: Tools | None = None) -> Answer:
-        """Answer one conversation, as `ChatEngine.chat`."""
-        return self.submit(self.engine.prompt_ids(messages, tools), sampling, tools).result()
-
-    def stream(self, messages: Messages, sampling: Sampling | None = None, tools: Tools | None = None) -> AnswerStream:
-        """Answer one conversation piece by piece, as `ChatEngine.stream`."""
-        prompt_ids = self.engine.prompt_ids(messages, tools)
-        return AnswerStream(lambda on_text: (self.submit(prompt_ids, sampling, tools, on_text), lambda: None))
 
     def close(self, finish: bool = True) -> None:
         """Take no new requests, and return when nothing is computed any more.
@@ -169,8 +149,8 @@ class StaticBatcher(Batcher):
 
     def __init__(self, engine: ChatEngine, max_batch_size: int = 16, max_waiting: int = 64):
         super().__init__(engine, max_batch_size, max_waiting)
-        self._queue: deque[tuple[Request, Future[Answer]]] = deque()
-        self._batch: list[tuple[Request, Future[Answer]]] = []
+        self._queue: deque[tuple[GenerationRequest, Future[Answer]]] = deque()
+        self._batch: list[tuple[GenerationRequest, Future[Answer]]] = []
         self._thread = threading.Thread(target=self._work, name="StaticBatcher", daemon=True)
         self._thread.start()
 
@@ -182,7 +162,7 @@ class StaticBatcher(Batcher):
     def running(self) -> int:
         return sum(not future.done() for _, future in tuple(self._batch))
 
-    def _admit(self, jobs: Sequence[tuple[Request, "Future[Answer]"]]) -> None:
+    def _admit(self, jobs: Sequence[tuple[GenerationRequest, "Future[Answer]"]]) -> None:
         self._queue.extend(jobs)
 
     def _join(self) -> None:
@@ -207,7 +187,7 @@ class StaticBatcher(Batcher):
             if batch:
                 self._answer(batch)
 
-    def _answer(self, batch: Sequence[tuple[Request, "Future[Answer]"]]) -> None:
+    def _answer(self, batch: Sequence[tuple[GenerationRequest, "Future[Answer]"]]) -> None:
         try:
             self.engine.generate([request for request, _ in batch])
         except BaseException as error:
@@ -234,7 +214,7 @@ class ContinuousBatcher(Batcher):
             raise UserError(
                 f"Continuous batching cannot serve this model: {'; '.join(reasons)}. Use --batching static."
             )
-        self._jobs: dict[str, tuple[Row, Future[Answer]]] = {}
+        self._jobs: dict[str, tuple[AnswerState, Future[Answer]]] = {}
         self._numbers = itertools.count()
         self._manager = engine.model.init_continuous_batching(
             _beside_sampling(engine),
@@ -249,7 +229,7 @@ class ContinuousBatcher(Batcher):
         )
         processor = self._manager.logit_processor
         processor.logits_processor.append(_PagedChooser())
-        processor.supported_keys, processor.tensors_required, processor.do_processing = {"row": Row}, 1, True
+        processor.supported_keys, processor.tensors_required, processor.do_processing = {"row": AnswerState}, 1, True
         self._manager.start()
         self._thread = threading.Thread(target=self._deliver, name="ContinuousBatcher", daemon=True)
         self._thread.start()
@@ -262,10 +242,10 @@ class ContinuousBatcher(Batcher):
     def running(self) -> int:
         return min(len(self._jobs), self.max_batch_size)
 
-    def _admit(self, jobs: Sequence[tuple[Request, "Future[Answer]"]]) -> None:
+    def _admit(self, jobs: Sequence[tuple[GenerationRequest, "Future[Answer]"]]) -> None:
         for request, future in jobs:
             name = str(next(self._numbers))
-            row = self.engine.row(request)
+            row = self.engine.begin(request)
             self._jobs[name] = row, future
             self._manager.add_request(
                 list(request.prompt_ids), request_id=name, max_new_tokens=row.max_tokens, streaming=True, row=row
@@ -323,7 +303,7 @@ class ContinuousBatcher(Batcher):
 class _PagedChooser(ContinuousBatchingLogitsProcessor):
     """Lets the row of each request choose among the scores of its next token."""
 
-    supported_kwargs = {"row": Row}
+    supported_kwargs = {"row": AnswerState}
     ignored_kwargs = ()
 
     def __init__(self) -> None:

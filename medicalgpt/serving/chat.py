@@ -20,7 +20,17 @@ from medicalgpt.errors import UserError
 from medicalgpt.models import adapters, loading, templating
 from medicalgpt.models.attention import context_length
 from medicalgpt.models.hub import Checkpoint
-from medicalgpt.serving.generation import Answer, Chooser, Messages, Recorder, Request, Row, Sampling, Tools, seed_of
+from medicalgpt.serving.generation import (
+    Answer,
+    AnswerState,
+    Chooser,
+    GenerationRequest,
+    Messages,
+    Recorder,
+    Sampling,
+    Tools,
+    seed_of,
+)
 
 import torch
 from transformers import (
@@ -188,7 +198,8 @@ class ChatEngine:
             )
         except Exception as error:
             raise ChatTemplateError(f"The chat template cannot render these messages: {error}") from error
-        return self._that_fit(ids)
+        self.require_room(ids)
+        return ids
 
     def completion_ids(self, text: str) -> list[int]:
         """Tokens of a raw text that the model shall go on with, without any chat template.
@@ -200,15 +211,18 @@ class ChatEngine:
         ids = self.tokenizer(text, verbose=False)["input_ids"]
         if not ids:
             raise ValueError("The text is empty, so there is nothing to go on with.")
-        return self._that_fit(ids)
-
-    def _that_fit(self, ids: list[int]) -> list[int]:
-        if self.context_length is not None and len(ids) >= self.context_length:
-            raise PromptTooLongError(len(ids), self.context_length)
+        self.require_room(ids)
         return ids
 
-    def chat(self, messages: Messages, sampling: Sampling | None = None, tools: Tools | None = None) -> Answer:
-        """Answer one conversation.
+    def require_room(self, prompt_ids: Sequence[int]) -> None:
+        """Raises PromptTooLongError if the prompt leaves no room for an answer in the model's context."""
+        if self.context_length is not None and len(prompt_ids) >= self.context_length:
+            raise PromptTooLongError(len(prompt_ids), self.context_length)
+
+    def request(
+        self, messages: Messages, sampling: Sampling | None = None, tools: Tools | None = None
+    ) -> GenerationRequest:
+        """Render one conversation, the next answer of which is asked for.
 
         Args:
             messages: all turns so far, `{"role": ..., "content": ...}` each. They are not changed.
@@ -218,90 +232,74 @@ class ChatEngine:
         Raises:
             PromptTooLongError, NoChatTemplateError, ChatTemplateError, SpecialTokenError: see `prompt_ids`.
         """
-        request = Request(self.prompt_ids(messages, tools), sampling or Sampling(), tools)
-        return self.generate([request])[0]
+        return GenerationRequest(self.prompt_ids(messages, tools), sampling or Sampling(), tools)
 
-    def stream(
-        self, messages: Messages, sampling: Sampling | None = None, tools: Tools | None = None
-    ) -> "AnswerStream":
-        """Answer one conversation piece by piece. Arguments and errors are those of `chat`.
+    def chat(self, messages: Messages, sampling: Sampling | None = None, tools: Tools | None = None) -> Answer:
+        """Render one conversation and answer it. Arguments and errors are those of `request`."""
+        return self.generate([self.request(messages, sampling, tools)])[0]
+
+    def stream(self, request: GenerationRequest) -> "AnswerStream":
+        """Answer one prompt piece by piece.
 
         The pieces are the text of the answer. Calls of tools are known when it is whole: they are in the answer at the
         end, and what may become a call is held back until then.
         """
-        prompt, sampling = self.prompt_ids(messages, tools), sampling or Sampling()
-
-        def start(on_text: Callable[[str], Any]) -> tuple["Future[Answer]", Callable[[], Any]]:
-            future: Future[Answer] = Future()
-
-            def work() -> None:
-                request = Request(prompt, sampling, tools, on_text, cancelled=future.cancelled)
-                try:
-                    (answer,) = self.generate([request])
-                except BaseException as error:
-                    settle(future, error=error)
-                else:
-                    settle(future, answer)
-
-            thread = threading.Thread(target=work, name="ChatEngine.stream", daemon=True)
-            thread.start()
-            return future, thread.join
-
-        return AnswerStream(start)
+        return AnswerStream(self, request)
 
     def batch(
         self,
-        conversations: Sequence[Messages],
+        prompts: Sequence[Sequence[int]],
         sampling: Sampling | None = None,
         batch_size: int = 8,
         progress: Callable[[int], Any] | None = None,
         tools: Sequence[Tools | None] | None = None,
     ) -> list[Answer]:
-        """Answer many conversations, `batch_size` of similar length at a time.
+        """Answer many prompts, `batch_size` of similar length at a time.
 
-        Each answer is the one that `chat` gives. With a seed, conversation i is sampled with `seed + i`, whatever
+        Each answer is the one that the prompt gets alone. With a seed, prompt i is sampled with `seed + i`, whatever
         the batch size. (In 16 bits, sums round differently in batches of another shape, so that a near tie between
         two tokens may fall the other way.)
 
         Args:
+            prompts: token ids of each rendered prompt, see `prompt_ids`.
             progress: called with the number of new answers after each batch.
-            tools: one entry for each conversation.
+            tools: what was offered in each prompt, one entry for each.
 
         Returns:
-            Answers in the order of `conversations`.
+            Answers in the order of `prompts`.
 
         Raises:
-            PromptTooLongError, NoChatTemplateError, ChatTemplateError, SpecialTokenError: for any conversation,
-                before the first is answered.
+            PromptTooLongError: for any prompt, before the first is answered.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, it must be at least 1.")
+        for prompt_ids in prompts:
+            self.require_room(prompt_ids)
         sampling = sampling or Sampling()
-        seed = seed_of(sampling)
-        tools = tools or [None] * len(conversations)
-        prompts = [self.prompt_ids(messages, offered) for messages, offered in zip(conversations, tools, strict=True)]
+        sampling = dataclasses.replace(sampling, seed=seed_of(sampling))
+        tools = tools or [None] * len(prompts)
+        requests = [
+            GenerationRequest(prompt_ids, sampling.with_seed_offset(index), offered)
+            for index, (prompt_ids, offered) in enumerate(zip(prompts, tools, strict=True))
+        ]
         # Longest first: if memory does not suffice, that shows in the first batch.
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
         answers: dict[int, Answer] = {}
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            requests = [
-                Request(prompts[index], dataclasses.replace(sampling, seed=seed + index), tools[index])
-                for index in chosen
-            ]
-            answers.update(zip(chosen, self.generate(requests), strict=True))
+            answers.update(zip(chosen, self.generate([requests[index] for index in chosen]), strict=True))
             if progress is not None:
                 progress(len(chosen))
         return [answers[index] for index in range(len(prompts))]
 
-    def generate(self, requests: Sequence[Request]) -> list[Answer | None]:
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[Answer | None]:
         """Run the model on prompts of any lengths until each has its answer. No answer depends on another.
 
         Returns:
             The answers, None where a request was cancelled or failed by itself.
         """
         device = self.model.device
-        rows = [self.row(request) for request in requests]
+        rows = [self.begin(request) for request in requests]
         width = max(len(row.prompt_ids) for row in rows)
         # Any token will do as padding, since the attention mask hides it; a prompt's own is sure to be in the model.
         padding = rows[0].prompt_ids[0]
@@ -331,9 +329,9 @@ class ChatEngine:
             )
         return [row.answer for row in rows]
 
-    def row(self, request: Request) -> "Row":
-        """The growing answer to a request."""
-        return Row(
+    def begin(self, request: GenerationRequest) -> AnswerState:
+        """The answer to a request before its first token."""
+        return AnswerState(
             request,
             self.tokenizer,
             special_ids=self.special_ids,
@@ -356,17 +354,13 @@ def settle(future: "Future[Answer]", answer: Answer | None = None, error: BaseEx
 class AnswerStream(Iterator[str]):
     """The pieces of an answer while it is generated; joined, they are the text of the answer.
 
-    Generation begins with the first piece that is asked for. It stops when the stream is closed, left as a context
-    manager, or no longer referenced. An error in it is raised by `next`.
-
-    Args:
-        start: begins to generate. Given what is to be called with each piece, it returns the future answer, which may
-            be cancelled, and a function that waits until nothing is generated any more.
+    Generation begins with the first piece that is asked for, in its own thread. It stops when the stream is closed,
+    left as a context manager, or no longer referenced. An error in it is raised by `next`.
     """
 
-    def __init__(self, start: Callable[[Callable[[str], Any]], tuple["Future[Answer]", Callable[[], Any]]]):
+    def __init__(self, engine: ChatEngine, request: GenerationRequest):
         self._finished: list[Answer] = []
-        self._pieces = _pieces(start, self._finished)
+        self._pieces = _pieces(engine, request, self._finished)
 
     @property
     def answer(self) -> Answer | None:
@@ -388,19 +382,29 @@ class AnswerStream(Iterator[str]):
 
 
 # A function, not a method: without a reference to the stream, it ends as soon as the stream is dropped.
-def _pieces(
-    start: Callable[[Callable[[str], Any]], tuple["Future[Answer]", Callable[[], Any]]], finished: list[Answer]
-) -> Iterator[str]:
+def _pieces(engine: ChatEngine, request: GenerationRequest, finished: list[Answer]) -> Iterator[str]:
     events: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-    future, wait = start(events.put)
+    future: Future[Answer] = Future()
+    request = dataclasses.replace(request, on_text=events.put, cancelled=future.cancelled)
+
+    def work() -> None:
+        try:
+            (answer,) = engine.generate([request])
+        except BaseException as error:
+            settle(future, error=error)
+        else:
+            settle(future, answer)
+
+    thread = threading.Thread(target=work, name="ChatEngine.stream", daemon=True)
     future.add_done_callback(lambda _: events.put(None))
+    thread.start()
     try:
         while (piece := events.get()) is not None:
             yield piece
         finished.append(future.result())
     finally:
         future.cancel()
-        wait()
+        thread.join()
 
 
 @contextmanager

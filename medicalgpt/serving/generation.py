@@ -1,5 +1,6 @@
 """Choosing tokens: sampling settings, answers, and the rows of a batch."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -75,6 +76,10 @@ class Sampling:
             if not right:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, it must be {wanted}.")
 
+    def with_seed_offset(self, offset: int) -> "Sampling":
+        """The same settings with `seed + offset`, for answers drawn independently; without a seed, unchanged."""
+        return self if self.seed is None else dataclasses.replace(self, seed=(self.seed + offset) % MAX_SEED)
+
 
 def sampling_from(arguments: ChatArguments) -> Sampling:
     """What the flags say of sampling.
@@ -131,13 +136,13 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Request:
-    """A prompt that waits for its answer, for `ChatEngine.generate`.
+class GenerationRequest:
+    """One prompt to be answered: what every front end hands to a `Batcher` or a `ChatEngine`.
 
     Args:
-        prompt_ids: the rendered prompt.
-        sampling: how it is answered.
-        tools: what was offered in it.
+        prompt_ids: the rendered prompt, from `ChatEngine.prompt_ids` or `completion_ids`.
+        sampling: how tokens are chosen; greedy by default.
+        tools: the tools offered in the prompt, whose calls are parsed out of the answer.
         on_text: called with each piece of text that has become certain, in the thread that generates.
         on_end: called with the answer as soon as it is there, which may be before those beside it.
         cancelled: asked at every token; True ends the answer, and `on_end` is not called.
@@ -145,7 +150,7 @@ class Request:
     """
 
     prompt_ids: Sequence[int]
-    sampling: Sampling
+    sampling: Sampling = Sampling()
     tools: Tools | None = None
     on_text: Callable[[str], Any] = lambda text: None
     on_end: Callable[[Answer], Any] = lambda answer: None
@@ -153,7 +158,7 @@ class Request:
     on_error: Callable[[Exception], Any] | None = None
 
 
-class Row:
+class AnswerState:
     """One growing answer: chooses its tokens, decodes whole characters, finds stop strings, knows when it has ended.
 
     The draw of a token is the Gumbel-max trick (https://arxiv.org/abs/1411.0030): `argmax(score + Gumbel noise)` is
@@ -176,7 +181,7 @@ class Row:
 
     def __init__(
         self,
-        request: Request,
+        request: GenerationRequest,
         tokenizer: PreTrainedTokenizerBase,
         *,
         special_ids: Mapping[str, int],
@@ -323,7 +328,7 @@ class Row:
 class Chooser(LogitsProcessor):
     """Lets each row choose among the scores of its next token."""
 
-    def __init__(self, rows: Sequence[Row], width: int):
+    def __init__(self, rows: Sequence[AnswerState], width: int):
         self.rows = rows
         self.padding = [width - len(row.prompt_ids) for row in rows]
 
@@ -339,7 +344,7 @@ class Chooser(LogitsProcessor):
 class Recorder(StoppingCriteria):
     """Hands each new token to its row, and ends the rows that have their answer."""
 
-    def __init__(self, rows: Sequence[Row]):
+    def __init__(self, rows: Sequence[AnswerState]):
         self.rows = rows
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:

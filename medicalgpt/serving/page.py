@@ -1,6 +1,7 @@
 """What the web pages share: labels, login, content policy, streaming."""
 
 import asyncio
+import dataclasses
 import html
 import os
 import re
@@ -10,7 +11,7 @@ from collections.abc import AsyncIterator
 from medicalgpt.args import PageArguments
 from medicalgpt.errors import UserError
 from medicalgpt.serving.batchers import Batcher, BatcherClosedError, QueueFullError
-from medicalgpt.serving.generation import Messages, Sampling
+from medicalgpt.serving.generation import GenerationRequest
 from medicalgpt.serving.web import is_loopback
 
 import gradio as gr
@@ -136,13 +137,10 @@ def shown(said: Turns) -> Turns:
     return turns
 
 
-async def stream(
-    batcher: Batcher, messages: Messages, sampling: Sampling, timeout: float
-) -> AsyncIterator[tuple[str, str]]:
+async def stream(batcher: Batcher, request: GenerationRequest, timeout: float) -> AsyncIterator[tuple[str, str]]:
     """Yield the answer so far each time that it has grown, and a note on it. Closing cancels the request.
 
     Raises:
-        UserError: the conversation cannot be answered.
         QueueFullError, BatcherClosedError: see `Batcher.submit`.
         TimeoutError: it took longer than `timeout` seconds.
     """
@@ -153,7 +151,7 @@ async def stream(
     def put(piece: str | None) -> None:
         loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
-    future = batcher.submit(batcher.engine.prompt_ids(messages), sampling, on_text=put)
+    future = batcher.submit(dataclasses.replace(request, on_text=put))
     future.add_done_callback(lambda _: put(None))
     text = ""
     try:

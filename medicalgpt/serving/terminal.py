@@ -2,27 +2,27 @@
 
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 from medicalgpt.serving.chat import ChatEngine
-from medicalgpt.serving.generation import Sampling
+from medicalgpt.serving.generation import GenerationRequest
 
 
 def system_message(text: str | None) -> list[dict[str, str]]:
     return [{"role": "system", "content": text}] if text else []
 
 
-def say(engine: ChatEngine, messages: list[dict[str, Any]], sampling: Sampling) -> str:
+def say(engine: ChatEngine, request: GenerationRequest) -> str:
     """Print an answer while it is generated. Ctrl-C ends it early. Returns what was printed."""
     pieces: list[str] = []
     try:
-        with engine.stream(messages, sampling) as stream:
+        with engine.stream(request) as stream:
             for piece in stream:
                 pieces.append(piece)
                 print(piece, end="", flush=True)
         print(flush=True)
         if stream.answer.finish_reason == "length":
-            note(f"(cut after {stream.answer.completion_tokens} tokens; --max_new_tokens {sampling.max_new_tokens})")
+            limit = request.sampling.max_new_tokens
+            note(f"(cut after {stream.answer.completion_tokens} tokens; --max_new_tokens {limit})")
     except KeyboardInterrupt:
         print(flush=True)
         note("(stopped)")

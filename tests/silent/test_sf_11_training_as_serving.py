@@ -3,7 +3,7 @@
 from medicalgpt.data.encoding import EncodingError, encode_chat, render_prompts
 from medicalgpt.data.formats import to_messages
 from medicalgpt.serving.chat import ChatEngine, ChatTemplateError
-from medicalgpt.serving.generation import Request, Sampling
+from medicalgpt.serving.generation import GenerationRequest, Sampling
 from template import TEMPLATES
 from tests.helpers import chat, open_stage, save_model, write_jsonl
 from tests.silent.chats import (
@@ -127,7 +127,7 @@ def test_answer_put_into_the_history_reads_as_it_was_trained(folders, model, nam
     messages = to_messages(sharegpt("I have a headache.", "Drink water. ", "And then?", "Sleep."))["messages"]
     first, last = (encode_chat(tokenizer, chat(messages[:end]))[-1] for end in (2, 4))
     ((start, ids),) = supervised_runs(first.labels)
-    row = engine.row(Request(first.input_ids[:start], Sampling()))
+    row = engine.begin(GenerationRequest(first.input_ids[:start], Sampling()))
     for token in ids:
         row.add(token)
     history = [messages[0], {"role": "assistant", "content": row.answer.text}, messages[2]]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from unittest.mock import patch
 
 from medicalgpt.errors import UserError
 from medicalgpt.rewards.scoring import RewardScorer
@@ -127,10 +128,13 @@ def test_a_longer_prompt_beside_it_changes_no_answer(place, tmp_path):
     trainer = open_ppo(place, tmp_path / "out", "--train_file_dir", tmp_path / "data").trainer
     shake(trainer.model)
     trainer.args.whiten_advantages = False
-    tasks = [trainer.tasks[row["place"]] for row in trainer.train_dataset]
-    together = trainer.answer(tasks, 1.0, seed=11)
-    for number, (task, answer) in enumerate(zip(tasks, together, strict=True)):
-        (alone,) = trainer.answer([task], 1.0, seed=11 + number)
+    rows = list(trainer.train_dataset)
+    tasks = [trainer.tasks[row["place"]] for row in rows]
+    # Prompts are answered as they were encoded, not rendered a second time.
+    with patch.object(type(trainer.processing_class), "apply_chat_template", side_effect=AssertionError):
+        together = trainer.answer(rows, 1.0, seed=11)
+    for number, (row, answer) in enumerate(zip(rows, together, strict=True)):
+        (alone,) = trainer.answer([row], 1.0, seed=11 + number)
         assert alone.token_ids == answer.token_ids
     scores, _ = trainer.score(tasks, together)
     for task, answer, score in zip(tasks, together, scores.tolist(), strict=True):
@@ -149,8 +153,8 @@ def test_an_answer_that_cannot_be_scored_gets_the_lowest_score(place, tmp_path):
         return encode(messages, tools)
 
     trainer.scorer.encode = refusing
-    tasks = [trainer.tasks[row["place"]] for row in trainer.train_dataset][:4]
-    scores, unreadable = trainer.score(tasks, trainer.answer(tasks, 1.0, seed=3))
+    rows = [trainer.train_dataset[number] for number in range(4)]
+    scores, unreadable = trainer.score([trainer.tasks[row["place"]] for row in rows], trainer.answer(rows, 1.0, seed=3))
     assert unreadable.tolist() == [False, True, False, False]
     assert scores[1] == scores.min() and len(set(scores.tolist())) == 3
 

@@ -49,7 +49,8 @@ def alone(engine):
 
 @pytest.mark.parametrize("batch_size", [2, 3, 8])
 def test_batched_is_one_at_a_time(engine, alone, batch_size):
-    together = engine.batch([asked(question) for question in QUESTIONS], SAMPLING, batch_size=batch_size)
+    prompts = [engine.prompt_ids(asked(question)) for question in QUESTIONS]
+    together = engine.batch(prompts, SAMPLING, batch_size=batch_size)
     assert together == alone
 
 
