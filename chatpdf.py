@@ -49,7 +49,7 @@ from medicalgpt.rag.retrieval import (
     plain,
     split,
 )
-from medicalgpt.refusals import UNUSED_CHAT_ARGUMENTS
+from medicalgpt.refusals import refused_in
 from medicalgpt.serving.chat import ChatEngine
 from medicalgpt.serving.generation import Sampling, sampling_from
 from medicalgpt.serving.terminal import note, say, typed_lines
@@ -144,7 +144,7 @@ class FileArguments(PageArguments):
 
 
 def main() -> None:
-    (arguments,) = parse_args(FileArguments, description=__doc__, unused=UNUSED_CHAT_ARGUMENTS)
+    (arguments,) = parse_args(FileArguments, description=__doc__, unused=refused_in("chatpdf.py"))
     setup_logging()
     mode = choose_mode(arguments)
     sampling = sampling_from(arguments)

@@ -47,7 +47,7 @@ from medicalgpt.logs import signs_of_life
 from medicalgpt.models import adapters, hub, loading
 from medicalgpt.models.templating import stop_token_ids
 from medicalgpt.parser import parse_args
-from medicalgpt.refusals import UNUSED_GRPO_ARGUMENTS
+from medicalgpt.refusals import refused_in
 from medicalgpt.rewards.reward_check import check_rewards
 from medicalgpt.rewards.rewards import REWARDS, SYSTEM_PROMPT, RewardFunction, checked, choose_rewards
 from medicalgpt.rewards.scoring import RewardScorer
@@ -761,7 +761,7 @@ def main() -> None:
         RunArguments,
         GrpoArguments,
         description=__doc__,
-        unused=UNUSED_GRPO_ARGUMENTS,
+        unused=refused_in("grpo_training.py"),
     )
     functions = settle_rewards(args)
     if args.check_rewards:

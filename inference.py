@@ -37,7 +37,7 @@ from medicalgpt.data.sources import Problem, Row, RowError, listed, read_rows
 from medicalgpt.errors import UserError, run_main
 from medicalgpt.logs import is_main_process, setup_logging
 from medicalgpt.parser import parse_args
-from medicalgpt.refusals import UNUSED_CHAT_ARGUMENTS
+from medicalgpt.refusals import refused_in
 from medicalgpt.serving.chat import ChatEngine, ChatTemplateError, PromptTooLongError, SpecialTokenError
 from medicalgpt.serving.generation import Answer, Request, Sampling, sampling_from
 from medicalgpt.serving.terminal import note, say, system_message, typed_lines
@@ -87,7 +87,7 @@ class InferenceArguments(ChatArguments):
 
 
 def main() -> None:
-    (arguments,) = parse_args(InferenceArguments, description=__doc__, unused=UNUSED_CHAT_ARGUMENTS)
+    (arguments,) = parse_args(InferenceArguments, description=__doc__, unused=refused_in("inference.py"))
     setup_logging()
     with one_of_several() if processes() > 1 else nullcontext():
         mode = choose_mode(arguments)

@@ -50,7 +50,7 @@ from medicalgpt.logs import is_main_process
 from medicalgpt.models import adapters, hub, loading
 from medicalgpt.models.templating import stop_token_ids
 from medicalgpt.parser import parse_args
-from medicalgpt.refusals import UNUSED_PPO_ARGUMENTS
+from medicalgpt.refusals import refused_in
 from medicalgpt.rewards.scoring import RewardScorer, is_reward_adapter, score_in_float32
 from medicalgpt.serving.chat import ChatEngine
 from medicalgpt.serving.generation import Answer, Sampling
@@ -946,7 +946,7 @@ def main() -> None:
         RunArguments,
         PpoArguments,
         description=__doc__,
-        unused=UNUSED_PPO_ARGUMENTS,
+        unused=refused_in("ppo_training.py"),
     )
     check_flags(args)
     if args.load_best_model_at_end and not args.given & {"metric_for_best_model", "greater_is_better"}:

@@ -41,7 +41,7 @@ from medicalgpt.logs import is_main_process, setup_logging
 from medicalgpt.models import adapters, hub, loading
 from medicalgpt.models.templating import stop_token_ids
 from medicalgpt.parser import parse_args
-from medicalgpt.refusals import UNUSED_PAIR_ARGUMENTS
+from medicalgpt.refusals import refused_in
 from medicalgpt.rewards.scoring import (
     RewardScorer,
     claim_output,
@@ -169,7 +169,7 @@ def main() -> None:
         ScoreArguments,
         RewardArguments,
         description=__doc__,
-        unused=UNUSED_PAIR_ARGUMENTS,
+        unused=refused_in("reward_modeling.py"),
     )
     if score_args.score_file:
         given = {name for group in groups for name in group.given}

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from medicalgpt.refusals import GONE, RENAMED, RENAMED_VALUES
+from medicalgpt.refusals import RENAMED, RENAMED_VALUES, refused_in
 
 import yaml
 
@@ -33,7 +33,7 @@ class StrictParser:
             classes, allow_abbrev=False, description=description, formatter_class=RawDescriptionHelpFormatter
         )
         self.parser.error = self._fail
-        self.unused = {**GONE, **(unused or {})}
+        self.unused = {**refused_in(), **(unused or {})}
         self.parser.add_argument("--config", help="YAML file of flags; the command line wins over it.")
         for action in self.parser._actions:
             if action.dest in self.unused:
