@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 from medicalgpt.args import ChatArguments, PageArguments
 from medicalgpt.data.sources import Problem, listed, read_rows
 from medicalgpt.errors import UserError, run_main
-from medicalgpt.logs import setup_logging, signs_of_life
+from medicalgpt.logs import heartbeat, setup_logging
 from medicalgpt.parser import parse_args
 from medicalgpt.rag import documents
 from medicalgpt.rag.documents import read_document
@@ -284,7 +284,7 @@ def read_collection(arguments: FileArguments) -> "Collection":
         except UserError as error:
             return error
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool, signs_of_life(lambda: f"reading {len(files)} file(s)"):
+    with ThreadPoolExecutor(os.cpu_count()) as pool, heartbeat(lambda: f"reading {len(files)} file(s)"):
         results = list(pool.map(read, files))
     errors = [result for result in results if isinstance(result, UserError)]
     if errors:
@@ -297,7 +297,7 @@ def read_collection(arguments: FileArguments) -> "Collection":
     logger.info(f"{len(files)} file(s) ({known} from the index at {shelf.folder}), {len(passages)} passages")
     vectors = None
     if embedder:
-        with signs_of_life(lambda: f"embedding the passages of {len(files)} file(s)"):
+        with heartbeat(lambda: f"embedding the passages of {len(files)} file(s)"):
             rows = [shelf.vectors(path, found, embedder) for path, (found, _, _) in zip(files, results, strict=True)]
         vectors = np.concatenate(rows)
     return Collection(passages, embedder, vectors)
@@ -425,7 +425,7 @@ def evaluate(
     if lost:
         logger.warning(f"no passage holds the evidence of {len(lost)} questions, which count as not found: {lost[0]} …")
     if conversations:
-        with signs_of_life(lambda: f"answering {len(conversations)} questions"):
+        with heartbeat(lambda: f"answering {len(conversations)} questions"):
             answers = engine.batch([messages for _, messages, _, _ in conversations], sampling, ANSWERS_AT_A_TIME)
         for (row, _, sources, right), answer in zip(conversations, answers, strict=True):
             cited, invented = citations(answer.text, sources)

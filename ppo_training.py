@@ -44,6 +44,7 @@ from medicalgpt.args import (
 from medicalgpt.data.encoding import IGNORED, EncodingError, Prompt, encode_prompt
 from medicalgpt.data.formats import to_task
 from medicalgpt.data.loading import load_data
+from medicalgpt.data.sources import Place, place_of
 from medicalgpt.data.tokenizing import encode_sides
 from medicalgpt.errors import UserError, run_main
 from medicalgpt.logs import is_main_process
@@ -540,7 +541,7 @@ class PpoTrainer(StageTrainer):
         args = self.args
         first = (step * self.accelerator.num_processes + self.accelerator.process_index) * self.answers_per_process
         rows = [self.train_dataset[self._prompt_at(first + number)] for number in range(self.answers_per_process)]
-        tasks = [self.tasks[row["place"]] for row in rows]
+        tasks = [self.tasks[place_of(row)] for row in rows]
         answers = self.answer(tasks, args.temperature, seed=(args.seed << 31) + first)
         ids, attention, mask = self._padded([row["prompt_ids"] for row in rows], answers)
         log_probs, entropy, reference, values = self._look_at(ids, attention, mask)
@@ -772,10 +773,10 @@ class PpoTrainer(StageTrainer):
         """Greedy answers to the held-out prompts, shared out over the processes, and their scores."""
         dataset, began = eval_dataset or self.eval_dataset, time.time()
         own = range(self.accelerator.process_index, len(dataset), self.accelerator.num_processes)
-        tasks = [self.tasks[dataset[number]["place"]] for number in own]
+        tasks = [self.tasks[place_of(dataset[number])] for number in own]
         answers = self.answer(tasks, temperature=0.0) if tasks else []
         # Every process takes part, with or without answers of its own, since scores are compared.
-        scores, _ = self.score(tasks or [self.tasks[dataset[0]["place"]]], answers or [Answer("", "stop", 0, 0)])
+        scores, _ = self.score(tasks or [self.tasks[place_of(dataset[0])]], answers or [Answer("", "stop", 0, 0)])
         rows = [
             (score, answer.completion_tokens, answer.finish_reason == "stop")
             for score, answer in zip(scores.tolist(), answers, strict=False)
@@ -867,7 +868,7 @@ class ScoredAnswers:
     def __init__(self, trainer: PpoTrainer, prompts: Dataset, count: int):
         step = max(1, len(prompts) // max(count, 1))
         rows = [prompts[number] for number in range(0, len(prompts), step)[:count]]
-        self.trainer, self.tasks = trainer, [trainer.tasks[row["place"]] for row in rows]
+        self.trainer, self.tasks = trainer, [trainer.tasks[place_of(row)] for row in rows]
         self.shown = [{"prompt": trainer.processing_class.decode(row["prompt_ids"])} for row in rows]
 
     def answers(self) -> list[str]:
@@ -966,7 +967,7 @@ def main() -> None:
     train, validation = encode_sides(data, encode, data_args, args.order_seed, Prompt)
     run.add_data(data)
     run.preview(tokenizer, train)
-    tasks = {row["place"]: row for rows in (data.train, data.validation) for row in rows}
+    tasks = {place_of(row): row for rows in (data.train, data.validation) for row in rows}
 
     # 4 models: policy, reference where it is not the policy without its adapter, reward model, critic
     load = {"attending": attention_args, "max_length": args.model_max_length, "bf16": args.bf16}
@@ -986,7 +987,9 @@ def main() -> None:
         hub=model_args.hub,
         cache_dir=model_args.cache_dir,
     )
-    scorer.require_readable(tasks[place] for rows in filter(None, (train, validation)) for place in rows["place"])
+    scorer.require_readable(
+        tasks[Place(**place)] for rows in filter(None, (train, validation)) for place in rows["place"]
+    )
     critic = load_critic(tokenizer, scorer, args, model_args, lora_args, **load)
 
     # 5 trainer

@@ -2,11 +2,11 @@
 
 import dataclasses
 import difflib
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
+from medicalgpt.logs import is_main_process
 from medicalgpt.refusals import RENAMED, RENAMED_VALUES, refused_in
 
 import yaml
@@ -172,7 +172,7 @@ class StrictParser:
         return tokens, origins
 
     def _fail(self, message: str) -> NoReturn:
-        if int(os.environ.get("RANK", "0")) == 0:
+        if is_main_process():
             print(f"error: {message}\n  all flags: python {self.parser.prog} --help", file=sys.stderr)
         sys.exit(2)
 

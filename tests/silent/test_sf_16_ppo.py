@@ -3,6 +3,7 @@
 import json
 import shutil
 
+from medicalgpt.data.sources import place_of
 from medicalgpt.errors import UserError
 from medicalgpt.rewards.scoring import RewardScorer
 from medicalgpt.serving.generation import REPLACEMENT
@@ -49,7 +50,7 @@ def test_the_text_that_is_scored_is_the_text_that_was_written(place, tmp_path, o
     flags = ("--missing_eos_penalty", 0, "--kl_coef", 0)
     trainer = open_ppo(place, tmp_path, *flags, *(as_other(place) if other else ())).trainer
     judge = RewardScorer.from_pretrained(str(place / ("other-rm" if other else "rm")))
-    prompts_of = {tuple(row["prompt_ids"]): trainer.tasks[row["place"]] for row in trainer.train_dataset}
+    prompts_of = {tuple(row["prompt_ids"]): trainer.tasks[place_of(row)] for row in trainer.train_dataset}
     with_history = 0
     for step in range(3):
         rollout, seen = trainer.roll_out(step)
@@ -127,7 +128,7 @@ def test_a_longer_prompt_beside_it_changes_no_answer(place, tmp_path):
     trainer = open_ppo(place, tmp_path / "out", "--train_file_dir", tmp_path / "data").trainer
     shake(trainer.model)
     trainer.args.whiten_advantages = False
-    tasks = [trainer.tasks[row["place"]] for row in trainer.train_dataset]
+    tasks = [trainer.tasks[place_of(row)] for row in trainer.train_dataset]
     together = trainer.answer(tasks, 1.0, seed=11)
     for number, (task, answer) in enumerate(zip(tasks, together, strict=True)):
         (alone,) = trainer.answer([task], 1.0, seed=11 + number)
@@ -149,7 +150,7 @@ def test_an_answer_that_cannot_be_scored_gets_the_lowest_score(place, tmp_path):
         return encode(messages, tools)
 
     trainer.scorer.encode = refusing
-    tasks = [trainer.tasks[row["place"]] for row in trainer.train_dataset][:4]
+    tasks = [trainer.tasks[place_of(row)] for row in trainer.train_dataset][:4]
     scores, unreadable = trainer.score(tasks, trainer.answer(tasks, 1.0, seed=3))
     assert unreadable.tolist() == [False, True, False, False]
     assert scores[1] == scores.min() and len(set(scores.tolist())) == 3
