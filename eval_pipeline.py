@@ -549,11 +549,6 @@ def _write_json(file: Path, value: dict[str, Any]) -> None:
     write_atomically(file, json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
 
 
-def _code_hash(tasks: bool) -> str:
-    """Hash of the code that decides what is measured: results of other code are not reused."""
-    return code_version("eval_pipeline", *(["medicalgpt.rewards.math_worker"] if tasks else []))
-
-
 def _parse_models(values: Sequence[str]) -> dict[str, str]:
     models: dict[str, str] = {}
     for value in values:
@@ -773,7 +768,8 @@ def main() -> None:
     def fingerprint(path: str, **settings: Any) -> dict[str, Any] | None:
         checkpoint = fingerprint_checkpoint(path)
         return checkpoint and {
-            "code": _code_hash(bool(held_out.tasks)),
+            # Results of other code are not reused.
+            "code": code_version("eval_pipeline"),
             "versions": evaluation["versions"],
             "checkpoint": checkpoint,
             "files": {kind: fingerprint_files(paths) for kind, paths in files.items()},
