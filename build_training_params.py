@@ -9,7 +9,7 @@ The page is the same on every machine: it shows defaults of classes, never of in
 import argparse
 import dataclasses
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from enum import Enum
 from pathlib import Path
 from types import NoneType, UnionType
@@ -44,15 +44,7 @@ from medicalgpt.args import (
     TemplateArguments,
 )
 from medicalgpt.errors import UserError, run_main
-from medicalgpt.refusals import (
-    GONE,
-    RENAMED,
-    RENAMED_VALUES,
-    UNUSED_GRPO_ARGUMENTS,
-    UNUSED_PAIR_ARGUMENTS,
-    UNUSED_PPO_ARGUMENTS,
-    UNUSED_SFT_ARGUMENTS,
-)
+from medicalgpt.refusals import CHAT, EVERY, REFUSED, RENAMED, RENAMED_VALUES, TRAINING
 
 from trl import SFTConfig
 
@@ -333,13 +325,7 @@ def render() -> str:
         _rows(("given", "means"), spellings({field.name for field in dataclasses.fields(SFTConfig)})),
         "## Refused here, and why",
         "A flag that would have no effect stops the program.",
-        _rows(("flag", "instead"), refusals({**GONE, **UNUSED_SFT_ARGUMENTS})),
-        "In the stages on pairs these as well:",
-        _rows(("flag", "instead"), refusals(only_in(UNUSED_PAIR_ARGUMENTS))),
-        "In `ppo_training.py`:",
-        _rows(("flag", "instead"), refusals(only_in(UNUSED_PPO_ARGUMENTS))),
-        "In `grpo_training.py`:",
-        _rows(("flag", "instead"), refusals(only_in(UNUSED_GRPO_ARGUMENTS))),
+        _rows(("flag", "refused in", "instead"), refusals()),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -401,21 +387,17 @@ def spellings(known: set[str]) -> list[tuple[str, str]]:
     return rows
 
 
-def refusals(reasons: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Flags that share a reason share a row."""
-    names: dict[str, list[str]] = {}
-    for name, reason in reasons.items():
-        names.setdefault(reason, []).append(f"`--{name}`")
-    return [("<br>".join(flags), reason) for reason, flags in names.items()]
-
-
-def only_in(reasons: Mapping[str, str]) -> dict[str, str]:
-    """What stages with these reasons refuse otherwise than fine-tuning, or alone."""
-    return {
-        name: reason
-        for name, reason in reasons.items()
-        if UNUSED_SFT_ARGUMENTS.get(name) != reason and name != "max_length"
-    }
+def refusals() -> list[tuple[str, str, str]]:
+    """Flags, programs and reason; flags that the same programs refuse for the same reason share a row."""
+    flags: dict[tuple[tuple[str, ...], str], list[str]] = {}
+    for flag, reasons in REFUSED.items():
+        for programs, reason in reasons.items():
+            flags.setdefault((programs, reason), []).append(f"`--{flag}`")
+    names = {EVERY: "every program", TRAINING: "every stage", CHAT: "every front end"}
+    return [
+        ("<br>".join(names_of_flags), names.get(programs) or ", ".join(programs), reason)
+        for (programs, reason), names_of_flags in flags.items()
+    ]
 
 
 def _rows(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:

@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 from medicalgpt.args import ChatArguments, PageArguments
 from medicalgpt.data.sources import Problem, listed, read_rows
 from medicalgpt.errors import UserError, run_main
-from medicalgpt.logs import setup_logging, signs_of_life
+from medicalgpt.logs import heartbeat, setup_logging
 from medicalgpt.parser import parse_args
 from medicalgpt.rag import documents
 from medicalgpt.rag.documents import read_document
@@ -58,7 +58,7 @@ from medicalgpt.rag.retrieval import (
     plain,
     split,
 )
-from medicalgpt.refusals import UNUSED_CHAT_ARGUMENTS
+from medicalgpt.refusals import refused_in
 from medicalgpt.serving.chat import ChatEngine
 from medicalgpt.serving.generation import GenerationRequest, Sampling, sampling_from
 from medicalgpt.serving.terminal import note, say, typed_lines
@@ -153,7 +153,7 @@ class FileArguments(PageArguments):
 
 
 def main() -> None:
-    (arguments,) = parse_args(FileArguments, description=__doc__, unused=UNUSED_CHAT_ARGUMENTS)
+    (arguments,) = parse_args(FileArguments, description=__doc__, unused=refused_in("chatpdf.py"))
     setup_logging()
     mode = choose_mode(arguments)
     sampling = sampling_from(arguments)
@@ -293,7 +293,7 @@ def read_collection(arguments: FileArguments) -> "Collection":
         except UserError as error:
             return error
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool, signs_of_life(lambda: f"reading {len(files)} file(s)"):
+    with ThreadPoolExecutor(os.cpu_count()) as pool, heartbeat(lambda: f"reading {len(files)} file(s)"):
         results = list(pool.map(read, files))
     errors = [result for result in results if isinstance(result, UserError)]
     if errors:
@@ -306,7 +306,7 @@ def read_collection(arguments: FileArguments) -> "Collection":
     logger.info(f"{len(files)} file(s) ({known} from the index at {shelf.folder}), {len(passages)} passages")
     vectors = None
     if embedder:
-        with signs_of_life(lambda: f"embedding the passages of {len(files)} file(s)"):
+        with heartbeat(lambda: f"embedding the passages of {len(files)} file(s)"):
             rows = [shelf.vectors(path, found, embedder) for path, (found, _, _) in zip(files, results, strict=True)]
         vectors = np.concatenate(rows)
     return Collection(passages, embedder, vectors)
@@ -434,7 +434,7 @@ def evaluate(
     if lost:
         logger.warning(f"no passage holds the evidence of {len(lost)} questions, which count as not found: {lost[0]} …")
     if prompts:
-        with signs_of_life(lambda: f"answering {len(prompts)} questions"):
+        with heartbeat(lambda: f"answering {len(prompts)} questions"):
             answers = engine.batch([prompt.prompt_ids for _, prompt, _ in prompts], sampling, ANSWERS_AT_A_TIME)
         for (row, prompt, right), answer in zip(prompts, answers, strict=True):
             cited, invented = citations(answer.text, prompt.sources)

@@ -44,7 +44,7 @@ from medicalgpt.models import adapters, loading
 from medicalgpt.models.hub import Adapter, Checkpoint
 from medicalgpt.models.templating import stop_token_ids
 from medicalgpt.parser import parse_args
-from medicalgpt.refusals import UNUSED_PAIR_ARGUMENTS
+from medicalgpt.refusals import refused_in
 from medicalgpt.training.cpu import add_cpu_head
 from medicalgpt.training.runs import Run
 from medicalgpt.training.trainers import PairTrainer, settle_dropout, training_defaults
@@ -318,7 +318,7 @@ def main() -> None:
         RunArguments,
         PreferenceArguments,
         description=__doc__,
-        unused=UNUSED_PAIR_ARGUMENTS,
+        unused=refused_in("dpo_training.py"),
     )
     check_flags(args, lora_args.use_peft)
     training_defaults(args, adapter_rate=2e-5, full_rate=1e-6, use_peft=lora_args.use_peft)

@@ -34,10 +34,10 @@ import hashlib
 import json
 import math
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,8 @@ from medicalgpt.evaluation.measures import (
     score_documents,
     score_pairs,
 )
+from medicalgpt.files import write_atomically
+from medicalgpt.logs import heartbeat
 
 FORMAT = 3
 # Name of the reward model's results among those of the models; no model can have it.
@@ -89,11 +91,10 @@ class Progress:
     """Prints a line at least every `every` seconds, also while a single step takes longer than that."""
 
     def __init__(self, label: str, total: int, every: float = 15.0):
-        self.label, self.total, self.every = label, total, every
+        self.label, self.total = label, total
         self.done = 0
         self.started = time.monotonic()
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._heartbeat = heartbeat(self._state, seconds=every, write=partial(print, flush=True))
 
     def add(self, count: int) -> None:
         self.done += count
@@ -102,18 +103,16 @@ class Progress:
     def seconds(self) -> float:
         return time.monotonic() - self.started
 
-    def _work(self) -> None:
-        while not self._ended.wait(self.every):
-            left = f", about {self.seconds / self.done * (self.total - self.done):.0f} s left" if self.done else ""
-            print(f"  {self.label}: {self.done}/{self.total} after {self.seconds:.0f} s{left}", flush=True)
+    def _state(self) -> str:
+        left = f", about {self.seconds / self.done * (self.total - self.done):.0f} s left" if self.done else ""
+        return f"  {self.label}: {self.done}/{self.total} after {self.seconds:.0f} s{left}"
 
     def __enter__(self) -> "Progress":
-        self._thread.start()
+        self._heartbeat.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
+    def __exit__(self, *error: Any) -> None:
+        self._heartbeat.__exit__(*error)
 
 
 def task_rewards() -> tuple[str, dict[str, Judge]]:
@@ -544,16 +543,9 @@ def _read_previous(file: Path) -> list[dict[str, Any]]:
 
 
 def _write_json(file: Path, value: dict[str, Any]) -> None:
-    # Renamed into place, so that a run that is stopped leaves the earlier results whole.
+    # A run that is stopped leaves the earlier results whole.
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(file)
-
-
-def _code_hash(tasks: bool) -> str:
-    """Hash of the code that decides what is measured: results of other code are not reused."""
-    return code_version("eval_pipeline", *(["medicalgpt.rewards.math_worker"] if tasks else []))
+    write_atomically(file, json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
 
 
 def _parse_models(values: Sequence[str]) -> dict[str, str]:
@@ -775,7 +767,8 @@ def main() -> None:
     def fingerprint(path: str, **settings: Any) -> dict[str, Any] | None:
         checkpoint = fingerprint_checkpoint(path)
         return checkpoint and {
-            "code": _code_hash(bool(held_out.tasks)),
+            # Results of other code are not reused.
+            "code": code_version("eval_pipeline"),
             "versions": evaluation["versions"],
             "checkpoint": checkpoint,
             "files": {kind: fingerprint_files(paths) for kind, paths in files.items()},

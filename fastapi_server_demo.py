@@ -26,7 +26,7 @@ from medicalgpt.args import ApiArguments
 from medicalgpt.errors import UserError, run_main
 from medicalgpt.logs import setup_logging
 from medicalgpt.parser import parse_args
-from medicalgpt.refusals import UNUSED_CHAT_ARGUMENTS
+from medicalgpt.refusals import refused_in
 from medicalgpt.serving.batchers import Batcher, QueueFullError, batcher_from
 from medicalgpt.serving.chat import ChatEngine
 from medicalgpt.serving.generation import Answer, GenerationRequest, sampling_from
@@ -99,7 +99,7 @@ class Problem(BaseModel):
 
 
 def main() -> None:
-    (arguments,) = parse_args(ServerArguments, description=__doc__, unused=UNUSED_CHAT_ARGUMENTS)
+    (arguments,) = parse_args(ServerArguments, description=__doc__, unused=refused_in("fastapi_server_demo.py"))
     setup_logging()
     sampling_from(arguments)
     key = key_from(arguments)

@@ -20,7 +20,7 @@ from medicalgpt.args import PageArguments
 from medicalgpt.errors import run_main
 from medicalgpt.logs import setup_logging
 from medicalgpt.parser import parse_args
-from medicalgpt.refusals import UNUSED_CHAT_ARGUMENTS
+from medicalgpt.refusals import refused_in
 from medicalgpt.serving.batchers import Batcher, batcher_from
 from medicalgpt.serving.chat import ChatEngine
 from medicalgpt.serving.generation import Sampling, sampling_from
@@ -50,7 +50,7 @@ class DemoArguments(PageArguments):
 
 
 def main() -> None:
-    (arguments,) = parse_args(DemoArguments, description=__doc__, unused=UNUSED_CHAT_ARGUMENTS)
+    (arguments,) = parse_args(DemoArguments, description=__doc__, unused=refused_in("gradio_demo.py"))
     setup_logging()
     sampling_from(arguments)
     auth = auth_of(arguments)

@@ -40,15 +40,16 @@ from medicalgpt.args import (
 from medicalgpt.data.encoding import EncodingError, Prompt, encode_prompt, render_prompts
 from medicalgpt.data.formats import to_task
 from medicalgpt.data.loading import LoadedData, load_data
-from medicalgpt.data.sources import hash_file
+from medicalgpt.data.sources import Place, place_of
 from medicalgpt.data.tokenizing import encode_sides
 from medicalgpt.errors import UserError, run_main
-from medicalgpt.logs import signs_of_life
+from medicalgpt.files import hash_file
+from medicalgpt.logs import heartbeat, world_size
 from medicalgpt.models import adapters, loading
 from medicalgpt.models.hub import Adapter
 from medicalgpt.models.templating import stop_token_ids
 from medicalgpt.parser import parse_args
-from medicalgpt.refusals import UNUSED_GRPO_ARGUMENTS
+from medicalgpt.refusals import refused_in
 from medicalgpt.rewards.reward_check import check_rewards
 from medicalgpt.rewards.rewards import REWARDS, SYSTEM_PROMPT, RewardFunction, checked, choose_rewards
 from medicalgpt.rewards.scoring import RewardScorer
@@ -85,10 +86,10 @@ def with_columns(encoded: Dataset, rows: Sequence[dict[str, Any]], names: Sequen
         rows: of `to_task`, among them those of `encoded`.
         names: of the fields; a row that lacks one has None there.
     """
-    number_of = {row["place"]: number for number, row in enumerate(rows)}
+    number_of = {place_of(row): number for number, row in enumerate(rows)}
     texts = []
     for place in encoded["place"]:
-        row = rows[number_of[place]]
+        row = rows[number_of[Place(**place)]]
         fields = {name: row["columns"].get(name) for name in names}
         # JSON keeps what a table could not: fields that hold a number here and a text there.
         texts.append(json.dumps({"prompt": row["messages"], "tools": row["tools"], **fields}, ensure_ascii=False))
@@ -98,7 +99,7 @@ def with_columns(encoded: Dataset, rows: Sequence[dict[str, Any]], names: Sequen
 def _read_fields(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
     rows = [json.loads(text) for text in batch["fields"]]
     read = {name: [row[name] for row in rows] for name in rows[0]}
-    return {"prompt_ids": batch["prompt_ids"], "place": batch["place"], **read}
+    return {"prompt_ids": batch["prompt_ids"], "place": [str(Place(**place)) for place in batch["place"]], **read}
 
 
 def column_names(data: LoadedData) -> list[str]:
@@ -111,7 +112,7 @@ def column_names(data: LoadedData) -> list[str]:
     for rows in (data.train, data.validation):
         for row in rows:
             for name in row["columns"]:
-                names.setdefault(name, row["place"])
+                names.setdefault(name, place_of(row))
     if taken := sorted(names.keys() & TAKEN_COLUMNS):
         raise UserError(
             f"{names[taken[0]]}: rewards know something else by the name of the field `{taken[0]}`. Rename it, or pass "
@@ -257,7 +258,7 @@ class GroupTrainer(StageTrainer, GRPOTrainer):
         # After an evaluation the model is still in evaluation mode, in which TRL keeps no answers.
         self.model.train()
         before, batches = self._step, []
-        with signs_of_life(lambda: "sampling answers"):
+        with heartbeat(lambda: "sampling answers"):
             for batch in rows:
                 batches.append(super()._prepare_inputs(batch))
                 self._step += 1
@@ -344,7 +345,7 @@ class GroupTrainer(StageTrainer, GRPOTrainer):
         self.model.eval()
         # Each process has as many rows as the others, since they generate and gather together.
         each, size, parts = math.ceil(len(dataset) / world), self.args.per_device_eval_batch_size, []
-        with signs_of_life(lambda: f"{len(parts) * size * world} of {len(dataset)} held-out prompts answered"):
+        with heartbeat(lambda: f"{len(parts) * size * world} of {len(dataset)} held-out prompts answered"):
             for start in range(0, each, size):
                 positions = range(start, min(start + size, each))
                 rows = [position * world + self.args.process_index for position in positions]
@@ -551,7 +552,7 @@ class GrpoArguments(TemplateArguments, StageDefaults, GRPOConfig):
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least {lowest}.")
         if self.generation_batch_size is not None and self.steps_per_generation is not None:
             raise ValueError("--generation_batch_size and --steps_per_generation say the same; keep one of them.")
-        at_once = self.per_device_train_batch_size * int(os.environ.get("WORLD_SIZE", "1"))
+        at_once = self.per_device_train_batch_size * world_size()
         flag = "gradient_accumulation_steps" if self.steps_per_generation is None else "steps_per_generation"
         answers = self.generation_batch_size or at_once * getattr(self, flag)
         if answers % at_once:
@@ -762,7 +763,7 @@ def main() -> None:
         RunArguments,
         GrpoArguments,
         description=__doc__,
-        unused=UNUSED_GRPO_ARGUMENTS,
+        unused=refused_in("grpo_training.py"),
     )
     functions = settle_rewards(args)
     if args.check_rewards:

@@ -20,10 +20,8 @@ GPU of its own and takes the next batch when it is ready for one; the file is th
 """
 
 import json
-import os
 import signal
 import sys
-import threading
 import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -34,11 +32,19 @@ from typing import Any, NoReturn
 
 from medicalgpt.args import ChatArguments
 from medicalgpt.data.formats import to_prompt
-from medicalgpt.data.sources import Problem, Row, RowError, listed, read_rows
+from medicalgpt.data.sources import Problem, RowError, SourceRow, ignored_fields, listed, read_rows
 from medicalgpt.errors import UserError, run_main
-from medicalgpt.logs import is_main_process, setup_logging
+from medicalgpt.logs import (
+    heartbeat,
+    is_main_process,
+    local_rank,
+    local_world_size,
+    rank,
+    setup_logging,
+    world_size,
+)
 from medicalgpt.parser import parse_args
-from medicalgpt.refusals import UNUSED_CHAT_ARGUMENTS
+from medicalgpt.refusals import refused_in
 from medicalgpt.serving.chat import ChatEngine, ChatTemplateError, PromptTooLongError, SpecialTokenError
 from medicalgpt.serving.generation import Answer, GenerationRequest, Sampling, sampling_from
 from medicalgpt.serving.terminal import note, say, system_message, typed_lines
@@ -50,7 +56,6 @@ from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
 # A signal of life at least this often where no progress bar can be drawn.
-SECONDS_BETWEEN_LINES = 30
 # Rows are sorted by length within so many batches: enough to pad little, and rows are written in order, so that few
 # of those that are answered have to wait for one that is not.
 BATCHES_PER_SORT = 16
@@ -88,9 +93,9 @@ class InferenceArguments(ChatArguments):
 
 
 def main() -> None:
-    (arguments,) = parse_args(InferenceArguments, description=__doc__, unused=UNUSED_CHAT_ARGUMENTS)
+    (arguments,) = parse_args(InferenceArguments, description=__doc__, unused=refused_in("inference.py"))
     setup_logging()
-    with one_of_several() if processes() > 1 else nullcontext():
+    with one_of_several() if world_size() > 1 else nullcontext():
         mode = choose_mode(arguments)
         sampling = sampling_from(arguments)
 
@@ -125,7 +130,7 @@ def choose_mode(arguments: InferenceArguments) -> str:
         found = " and ".join(f"--{name}" for name in modes) or "none, and the input is no terminal"
         raise UserError(f"choose exactly one of --query TEXT, --interactive and --data_file FILE (found: {found}).")
     problems = []
-    if processes() > 1 and modes != ["data_file"]:
+    if world_size() > 1 and modes != ["data_file"]:
         problems.append(f"--{modes[0]} is for one process: start it with python, not torchrun.")
     if modes != ["data_file"]:
         for name in ("output_file", "overwrite_output_file", "ignore_fields", "batch_size"):
@@ -181,7 +186,7 @@ def talk(engine: ChatEngine, sampling: Sampling, system_prompt: str | None) -> N
 class Question:
     """One row of the data file and what is asked by it."""
 
-    row: Row
+    row: SourceRow
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None
     reference: str | None
@@ -215,7 +220,7 @@ def read_questions(arguments: InferenceArguments) -> list[Question]:
     path = Path(arguments.data_file)
     if not path.is_file() or path.suffix.lower() not in (".jsonl", ".json", ".txt"):
         raise UserError(f"--data_file {path} must be an existing .jsonl, .json or .txt file (looked in {Path.cwd()}).")
-    ignored = frozenset(filter(None, (arguments.ignore_fields or "").replace(" ", "").split(",")))
+    ignored = ignored_fields(arguments.ignore_fields)
     questions: list[Question] = []
     problems: list[Problem] = []
     for row in read_rows(path):
@@ -232,7 +237,7 @@ def read_questions(arguments: InferenceArguments) -> list[Question]:
     return questions
 
 
-def to_question(row: Row, ignored: frozenset[str], system_prompt: str | None) -> Question:
+def to_question(row: SourceRow, ignored: frozenset[str], system_prompt: str | None) -> Question:
     """Raises RowError if the row cannot be asked, or its answer would replace one of its own fields."""
     prompt = to_prompt(row.value, ignored)
     messages, reference = prompt["messages"], prompt["reference"]
@@ -303,7 +308,7 @@ def answer_file(
         for row, (prompt_ids, question) in enumerate(zip(prompts, questions, strict=True))
     ]
     batches = in_batches(list(map(len, prompts)), arguments.batch_size)
-    store: Store = next(rendezvous("env://"))[0] if processes() > 1 else HashStore()
+    store: Store = next(rendezvous("env://"))[0] if world_size() > 1 else HashStore()
     own_work = answer_batches(engine, requests, batches, store)
     if not is_main_process():
         for _ in own_work:
@@ -311,10 +316,10 @@ def answer_file(
         store.add("finished", 1)
         return
 
-    if len(batches) < processes():
+    if len(batches) < world_size():
         logger.warning(
             f"{len(questions)} rows are {len(batches)} batch(es) of --batch_size {arguments.batch_size}, so that "
-            f"{processes() - len(batches)} of {processes()} processes have nothing to do"
+            f"{world_size() - len(batches)} of {world_size()} processes have nothing to do"
         )
     target, partial = Path(arguments.output_file), unfinished(arguments.output_file)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -335,7 +340,7 @@ def answer_file(
                 advance(answered - shown)
                 shown = answered
         # The store may be this process's own, and the others must not find it gone.
-        while store.add("finished", 0) < processes() - 1:
+        while store.add("finished", 0) < world_size() - 1:
             time.sleep(SECONDS_BETWEEN_LOOKS)
     finally:
         if written < len(questions):
@@ -380,26 +385,15 @@ def progress(total: int) -> Iterator[Callable[[int], Any]]:
         with tqdm(total=total, unit="row") as bar:
             yield bar.update
         return
-    done, started, finished = [], time.monotonic(), threading.Event()
+    done, started = [], time.monotonic()
 
-    def report() -> None:
-        while not finished.wait(SECONDS_BETWEEN_LINES):
-            rows, seconds = sum(done), time.monotonic() - started
-            left = f", about {seconds / rows * (total - rows):.0f} s left" if rows else ""
-            logger.info(f"{rows}/{total} rows after {seconds:.0f} s{left}")
+    def state() -> str:
+        rows, seconds = sum(done), time.monotonic() - started
+        left = f", about {seconds / rows * (total - rows):.0f} s left" if rows else ""
+        return f"{rows}/{total} rows after {seconds:.0f} s{left}"
 
-    reporter = threading.Thread(target=report, daemon=True)
-    reporter.start()
-    try:
+    with heartbeat(state):
         yield done.append
-    finally:
-        finished.set()
-        reporter.join()
-
-
-def processes() -> int:
-    """How many processes share the work."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @contextmanager
@@ -417,7 +411,7 @@ def one_of_several() -> Iterator[None]:
         if not is_main_process():
             # Most errors are met by all processes. If this one is, the first one's end ends this one in the meantime.
             time.sleep(SECONDS_TO_SPEAK)
-            print(f"\nerror in process {os.environ['RANK']}: {error}", file=sys.stderr, flush=True)
+            print(f"\nerror in process {rank()}: {error}", file=sys.stderr, flush=True)
         raise
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -426,14 +420,13 @@ def one_of_several() -> Iterator[None]:
 def choose_gpu() -> None:
     if not torch.accelerator.is_available():
         return
-    local_rank, devices = int(os.environ.get("LOCAL_RANK", "0")), torch.accelerator.device_count()
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
+    devices, here = torch.accelerator.device_count(), local_world_size(local_rank() + 1)
     if here > devices:
         raise UserError(
             f"{here} processes were started on this machine, which has {devices} GPU(s), and each process needs one of "
             f"its own. Start it with --nproc_per_node {devices}."
         )
-    torch.accelerator.set_device_index(local_rank)
+    torch.accelerator.set_device_index(local_rank())
 
 
 def stop_with_the_others(*_: object) -> NoReturn:

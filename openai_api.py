@@ -43,7 +43,7 @@ from medicalgpt.errors import UserError, run_main
 from medicalgpt.logs import setup_logging
 from medicalgpt.models.templating import tool_format_of
 from medicalgpt.parser import parse_args
-from medicalgpt.refusals import UNUSED_CHAT_ARGUMENTS
+from medicalgpt.refusals import refused_in
 from medicalgpt.serving.batchers import Batcher, BatcherClosedError, QueueFullError, batcher_from
 from medicalgpt.serving.chat import ChatEngine, PromptTooLongError
 from medicalgpt.serving.generation import REPLACEMENT, Answer, GenerationRequest, Sampling, sampling_from
@@ -1010,7 +1010,7 @@ async def answer_error(request: Request, error: Exception) -> Response:
 
 
 def main() -> None:
-    (arguments,) = parse_args(OpenAIArguments, description=__doc__, unused=UNUSED_CHAT_ARGUMENTS)
+    (arguments,) = parse_args(OpenAIArguments, description=__doc__, unused=refused_in("openai_api.py"))
     setup_logging()
     # Everything that can be wrong shows before minutes are spent on loading a model.
     key, origins = key_from(arguments), origins_from(arguments)

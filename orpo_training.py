@@ -40,7 +40,7 @@ from medicalgpt.errors import UserError, run_main
 from medicalgpt.models import loading
 from medicalgpt.models.templating import stop_token_ids
 from medicalgpt.parser import parse_args
-from medicalgpt.refusals import UNUSED_PAIR_ARGUMENTS
+from medicalgpt.refusals import refused_in
 from medicalgpt.training.cpu import add_cpu_head
 from medicalgpt.training.runs import Run
 from medicalgpt.training.trainers import PairTrainer, settle_dropout, training_defaults
@@ -187,7 +187,7 @@ def main() -> None:
         RunArguments,
         OrpoArguments,
         description=__doc__,
-        unused=UNUSED_PAIR_ARGUMENTS,
+        unused=refused_in("orpo_training.py"),
     )
     if not 0 <= args.orpo_beta < math.inf:
         raise UserError(f"--orpo_beta {args.orpo_beta} is no weight of a loss: give 0 or more. 0.1 is usual.")

@@ -44,6 +44,7 @@ from medicalgpt.args import (
 from medicalgpt.data.encoding import IGNORED, EncodingError, Prompt, encode_prompt
 from medicalgpt.data.formats import to_task
 from medicalgpt.data.loading import load_data
+from medicalgpt.data.sources import Place, place_of
 from medicalgpt.data.tokenizing import encode_sides
 from medicalgpt.errors import UserError, run_main
 from medicalgpt.logs import is_main_process
@@ -51,7 +52,7 @@ from medicalgpt.models import adapters, loading
 from medicalgpt.models.hub import HEADS, Checkpoint
 from medicalgpt.models.templating import stop_token_ids
 from medicalgpt.parser import parse_args
-from medicalgpt.refusals import UNUSED_PPO_ARGUMENTS
+from medicalgpt.refusals import refused_in
 from medicalgpt.rewards.scoring import RewardScorer, is_reward_adapter, score_in_float32
 from medicalgpt.serving.chat import ChatEngine
 from medicalgpt.serving.generation import Answer, Sampling
@@ -541,7 +542,7 @@ class PpoTrainer(StageTrainer):
         args = self.args
         first = (step * self.accelerator.num_processes + self.accelerator.process_index) * self.answers_per_process
         rows = [self.train_dataset[self._prompt_at(first + number)] for number in range(self.answers_per_process)]
-        tasks = [self.tasks[row["place"]] for row in rows]
+        tasks = [self.tasks[place_of(row)] for row in rows]
         answers = self.answer(rows, args.temperature, seed=(args.seed << 31) + first)
         ids, attention, mask = self._padded([row["prompt_ids"] for row in rows], answers)
         log_probs, entropy, reference, values = self._look_at(ids, attention, mask)
@@ -684,7 +685,7 @@ class PpoTrainer(StageTrainer):
                 [row["prompt_ids"] for row in rows],
                 sampling,
                 batch_size=self.args.rollout_forward_batch_size,
-                tools=[self.tasks[row["place"]]["tools"] for row in rows],
+                tools=[self.tasks[place_of(row)]["tools"] for row in rows],
             )
 
     @torch.no_grad()
@@ -774,10 +775,10 @@ class PpoTrainer(StageTrainer):
         dataset, began = eval_dataset or self.eval_dataset, time.time()
         own = range(self.accelerator.process_index, len(dataset), self.accelerator.num_processes)
         rows = [dataset[number] for number in own]
-        tasks = [self.tasks[row["place"]] for row in rows]
+        tasks = [self.tasks[place_of(row)] for row in rows]
         answers = self.answer(rows, temperature=0.0) if rows else []
         # Every process takes part, with or without answers of its own, since scores are compared.
-        scores, _ = self.score(tasks or [self.tasks[dataset[0]["place"]]], answers or [Answer("", "stop", 0, 0)])
+        scores, _ = self.score(tasks or [self.tasks[place_of(dataset[0])]], answers or [Answer("", "stop", 0, 0)])
         seen = [
             (score, answer.completion_tokens, answer.finish_reason == "stop")
             for score, answer in zip(scores.tolist(), answers, strict=False)
@@ -879,7 +880,7 @@ class ScoredAnswers:
         trainer = self.trainer
         texts = []
         for row, answer in zip(self.rows, trainer.answer(self.rows, temperature=0.0), strict=True):
-            task = trainer.tasks[row["place"]]
+            task = trainer.tasks[place_of(row)]
             try:
                 (score,) = trainer.scorer.score(
                     [[*task["messages"], {"role": "assistant", "content": answer.text}]], [task["tools"]]
@@ -952,7 +953,7 @@ def main() -> None:
         RunArguments,
         PpoArguments,
         description=__doc__,
-        unused=UNUSED_PPO_ARGUMENTS,
+        unused=refused_in("ppo_training.py"),
     )
     check_flags(args)
     if args.load_best_model_at_end and not args.given & {"metric_for_best_model", "greater_is_better"}:
@@ -973,7 +974,7 @@ def main() -> None:
     train, validation = encode_sides(data, encode, data_args, args.order_seed, Prompt)
     run.add_data(data)
     run.preview(tokenizer, train)
-    tasks = {row["place"]: row for rows in (data.train, data.validation) for row in rows}
+    tasks = {place_of(row): row for rows in (data.train, data.validation) for row in rows}
 
     # 4 models: policy, reference where it is not the policy without its adapter, reward model, critic
     load = {"attending": attention_args, "max_length": args.model_max_length, "bf16": args.bf16}
@@ -988,7 +989,9 @@ def main() -> None:
         load_in_4bit=model_args.load_in_4bit or model_args.qlora,
         load_in_8bit=model_args.load_in_8bit,
     )
-    scorer.require_readable(tasks[place] for rows in filter(None, (train, validation)) for place in rows["place"])
+    scorer.require_readable(
+        tasks[Place(**place)] for rows in filter(None, (train, validation)) for place in rows["place"]
+    )
     critic = load_critic(tokenizer, scorer, judge, args, model_args, lora_args, **load)
 
     # 5 trainer

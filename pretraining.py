@@ -28,7 +28,7 @@ from medicalgpt.args import (
 )
 from medicalgpt.errors import run_main
 from medicalgpt.parser import parse_args
-from medicalgpt.refusals import UNUSED_SFT_ARGUMENTS
+from medicalgpt.refusals import refused_in
 
 from trl import SFTConfig
 
@@ -70,7 +70,7 @@ def main() -> None:
         RunArguments,
         PretrainingArguments,
         description=__doc__,
-        unused=UNUSED_SFT_ARGUMENTS | {"group_by_length": "Blocks are of equal length."},
+        unused=refused_in("pretraining.py"),
     )
     from medicalgpt.data import batching
     from medicalgpt.data.encoding import document_starts, encode_document

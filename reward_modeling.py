@@ -18,7 +18,6 @@ run.json, metrics.jsonl, samples.jsonl, loss.png and README.md. With --score_fil
 written to --output_file with its scores. Guide: docs/reward_modeling.md
 """
 
-import os
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -35,14 +34,15 @@ from medicalgpt.args import (
 from medicalgpt.data.encoding import Pair, encode_preference
 from medicalgpt.data.formats import to_preference
 from medicalgpt.data.loading import load_data
+from medicalgpt.data.sources import ignored_fields
 from medicalgpt.data.tokenizing import encode_sides
 from medicalgpt.errors import UserError, run_main
-from medicalgpt.logs import is_main_process, setup_logging
+from medicalgpt.logs import is_main_process, setup_logging, world_size
 from medicalgpt.models import loading
 from medicalgpt.models.hub import Checkpoint
 from medicalgpt.models.templating import stop_token_ids
 from medicalgpt.parser import parse_args
-from medicalgpt.refusals import UNUSED_PAIR_ARGUMENTS
+from medicalgpt.refusals import refused_in
 from medicalgpt.rewards.scoring import (
     RewardScorer,
     claim_output,
@@ -169,7 +169,7 @@ def main() -> None:
         ScoreArguments,
         RewardArguments,
         description=__doc__,
-        unused=UNUSED_PAIR_ARGUMENTS,
+        unused=refused_in("reward_modeling.py"),
     )
     if score_args.score_file:
         given = {name for group in groups for name in group.given}
@@ -278,10 +278,10 @@ def score(
         raise UserError(
             f"--{', --'.join(idle)} would have no effect with --score_file, which trains nothing. Leave them out."
         )
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if world_size() > 1:
         raise UserError("--score_file runs in a single process. Start it with python, not with torchrun.")
     claim_output(score_args.score_file, score_args.output_file, score_args.overwrite_output_file)
-    ignored = frozenset(filter(None, (data_args.ignore_fields or "").replace(" ", "").split(",")))
+    ignored = ignored_fields(data_args.ignore_fields)
     rows, problems = read_judged(score_args.score_file, ignored)
     scorer = RewardScorer.from_pretrained(
         model_args.model_name_or_path,

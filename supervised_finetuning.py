@@ -31,7 +31,7 @@ from medicalgpt.args import (
 )
 from medicalgpt.errors import run_main
 from medicalgpt.parser import parse_args
-from medicalgpt.refusals import UNUSED_SFT_ARGUMENTS
+from medicalgpt.refusals import refused_in
 
 from trl import SFTConfig
 
@@ -79,7 +79,7 @@ def main() -> None:
         RunArguments,
         FinetuningArguments,
         description=__doc__,
-        unused=UNUSED_SFT_ARGUMENTS | {"block_size": "That is for pretraining.py; here it is --model_max_length."},
+        unused=refused_in("supervised_finetuning.py"),
     )
     from medicalgpt.data import batching
     from medicalgpt.data.encoding import encode_chat, render_prompts

@@ -77,9 +77,9 @@ def main() -> None:
 
 def format_of_first_row(path: Path) -> str:
     from medicalgpt.data.formats import PREFERENCE_FIELDS
-    from medicalgpt.data.sources import Row, read_rows
+    from medicalgpt.data.sources import SourceRow, read_rows
 
-    value = next((row.value for row in read_rows(path) if isinstance(row, Row)), None)
+    value = next((row.value for row in read_rows(path) if isinstance(row, SourceRow)), None)
     if isinstance(value, str) or (isinstance(value, dict) and set(value) == {"text"}):
         return "text"
     if isinstance(value, dict) and any(column in value for pair in PREFERENCE_FIELDS for column in pair):

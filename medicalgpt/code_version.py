@@ -1,8 +1,8 @@
-"""What version of the project's own code a result was made by, so that a cache is not read by other code."""
+"""Which version of the project's own code made a result, so that a cache is never read by other code."""
 
 import ast
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -29,46 +29,59 @@ def code_version(*modules: str) -> str:
 
 def import_closure(*modules: str) -> list[Path]:
     """The files of these modules and of all project modules that they import, sorted. Errors are those above."""
-    found: dict[Path, None] = {}
-    waiting = []
     for name in modules:
-        if (file := _file_of(name)) is None:
+        if _source_file(name) is None:
             raise ModuleNotFoundError(f"{name} is not a module of this project")
-        waiting.append(file)
+    found: set[Path] = set()
+    waiting = {file for name in _with_packages(modules) if (file := _source_file(name))}
     while waiting:
         file = waiting.pop()
         if file not in found:
-            found[file] = None
-            waiting.extend(_imported_files(file, file.stat().st_mtime_ns))
+            found.add(file)
+            waiting |= _imported_files(file, file.stat().st_mtime_ns)
     return sorted(found)
 
 
-def _file_of(module: str) -> Path | None:
+def _source_file(module: str) -> Path | None:
     """The source file of a module of the project; None for any other."""
     place = ROOT.joinpath(*module.split("."))
     candidates = (place.with_name(f"{place.name}.py"), place / "__init__.py")
     return next((file for file in candidates if file.is_file()), None)
 
 
+def _with_packages(modules: Iterable[str]) -> set[str]:
+    """The names, and those of the packages that they are in, which an import runs as well."""
+    split = [name.split(".") for name in modules]
+    return {".".join(parts[:end]) for parts in split for end in range(1, len(parts) + 1)}
+
+
 @cache
-def _imported_files(file: Path, modified: int) -> tuple[Path, ...]:
+def _imported_files(file: Path, modified: int) -> frozenset[Path]:
     """Project files that one file imports, inside functions as well. `modified` makes a changed file another key."""
-    names = {name for node in _executed(ast.parse(file.read_bytes())) for name in _imported_names(node)}
-    return tuple(path for name in sorted(names) if (path := _file_of(name)))
+    names = _imported_names(ast.parse(file.read_bytes()), file)
+    return frozenset(path for name in _with_packages(names) if (path := _source_file(name)))
 
 
-def _executed(node: ast.AST) -> Iterator[ast.AST]:
-    """All nodes but those that only a type checker reads."""
-    yield node
-    for child in ast.iter_child_nodes(node):
-        if not (isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING")):
-            yield from _executed(child)
+def _imported_names(tree: ast.Module, file: Path) -> set[str]:
+    """Dotted names that the code may import; not those that only a type checker sees."""
+    names: set[str] = set()
+    waiting: list[ast.AST] = [tree]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.If) and _is_type_checking(node.test):
+            waiting.extend(node.orelse)
+            continue
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                raise ValueError(f"{file}:{node.lineno}: a relative import, which this project does not use")
+            # What is imported from a package may be one of its modules.
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+        waiting.extend(ast.iter_child_nodes(node))
+    return names
 
 
-def _imported_names(node: ast.AST) -> list[str]:
-    if isinstance(node, ast.Import):
-        return [alias.name for alias in node.names]
-    if isinstance(node, ast.ImportFrom) and node.module:
-        # What is imported from a package may be one of its modules.
-        return [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    return []
+def _is_type_checking(test: ast.expr) -> bool:
+    """Whether this is `TYPE_CHECKING` or `typing.TYPE_CHECKING`."""
+    return getattr(test, "id", getattr(test, "attr", None)) == "TYPE_CHECKING"

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from medicalgpt.logs import is_main_process, world_size
+
 
 class UserError(Exception):
     """Something the user can put right. The text says what happened, where, and what to do."""
@@ -21,12 +23,12 @@ def run_main(main: Callable[[], None]) -> None:
     debug = _take_bare_debug_flag(sys.argv)
     try:
         main()
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if world_size() > 1:
             _leave_at_once()
     except UserError as error:
         if debug:
             raise
-        if int(os.environ.get("RANK", "0")) == 0:
+        if is_main_process():
             print(f"\nerror: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
     except BrokenPipeError:

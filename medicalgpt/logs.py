@@ -1,4 +1,7 @@
-"""One kind of log for all programs: plain lines on stderr, from the first process only."""
+"""One kind of log for all programs: plain lines on stderr, from the first process only.
+
+Which process this is follows from the variables that torchrun and accelerate set; they are read here alone.
+"""
 
 import os
 import sys
@@ -9,9 +12,29 @@ from contextlib import contextmanager
 from loguru import logger
 
 
+def rank() -> int:
+    """Number of this process among all of the run, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """How many processes the run has."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """Number of this process among those of its machine, from 0."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def local_world_size(default: int) -> int:
+    """How many processes of the run this machine has; `default` where the launcher does not tell."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", default))
+
+
 def is_main_process() -> bool:
-    """Whether this process speaks for all that torchrun started."""
-    return int(os.environ.get("RANK", "0")) == 0
+    """Whether this process speaks for all of the run."""
+    return rank() == 0
 
 
 def setup_logging() -> None:
@@ -27,22 +50,29 @@ def setup_logging() -> None:
         disable_progress_bar()
 
 
-SIGN_OF_LIFE_SECONDS = 30
+HEARTBEAT_SECONDS = 30
 
 
 @contextmanager
-def signs_of_life(text: Callable[[], str]) -> Iterator[None]:
-    """Log `text()` every 30 s for as long as the block runs."""
+def heartbeat(
+    text: Callable[[], str], *, seconds: float | None = None, write: Callable[[str], object] = logger.info
+) -> Iterator[None]:
+    """Write `text()` again and again for as long as the block runs, so that a long step is seen to be alive.
+
+    Args:
+        seconds: from one line to the next; by default `HEARTBEAT_SECONDS`.
+        write: where the lines go.
+    """
     done = threading.Event()
 
-    def speak() -> None:
-        while not done.wait(SIGN_OF_LIFE_SECONDS):
-            logger.info(text())
+    def beat() -> None:
+        while not done.wait(HEARTBEAT_SECONDS if seconds is None else seconds):
+            write(text())
 
-    speaker = threading.Thread(target=speak, daemon=True)
-    speaker.start()
+    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+    thread.start()
     try:
         yield
     finally:
         done.set()
-        speaker.join()
+        thread.join()

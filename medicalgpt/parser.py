@@ -2,12 +2,12 @@
 
 import dataclasses
 import difflib
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from medicalgpt.refusals import GONE, RENAMED, RENAMED_VALUES
+from medicalgpt.logs import is_main_process
+from medicalgpt.refusals import RENAMED, RENAMED_VALUES, refused_in
 
 import yaml
 
@@ -33,7 +33,7 @@ class StrictParser:
             classes, allow_abbrev=False, description=description, formatter_class=RawDescriptionHelpFormatter
         )
         self.parser.error = self._fail
-        self.unused = {**GONE, **(unused or {})}
+        self.unused = {**refused_in(), **(unused or {})}
         self.parser.add_argument("--config", help="YAML file of flags; the command line wins over it.")
         for action in self.parser._actions:
             if action.dest in self.unused:
@@ -172,7 +172,7 @@ class StrictParser:
         return tokens, origins
 
     def _fail(self, message: str) -> NoReturn:
-        if int(os.environ.get("RANK", "0")) == 0:
+        if is_main_process():
             print(f"error: {message}\n  all flags: python {self.parser.prog} --help", file=sys.stderr)
         sys.exit(2)
 

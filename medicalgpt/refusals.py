@@ -11,153 +11,186 @@ RENAMED = {
 RENAMED_VALUES = {
     "group_by_length": ("train_sampling_strategy", {"true": "group_by_length", "false": "random"}),
 }
-# Flags that other tools know and that cannot be honoured here, each with what to do instead.
-GONE = {
-    "logging_dir": "TensorBoard files go below --output_dir; name a tracker with --report_to tensorboard.",
-    "save_safetensors": "Weights are always saved as safetensors; leave the flag out.",
-    "fp16_backend": "Choose --bf16 or --fp16; the backend is torch's own.",
-}
-# Fields of TrainingArguments that must not be shown as if they did something in these scripts.
-UNUSED_TRAINING_ARGUMENTS = {
-    "do_predict": "These scripts train and evaluate; generate with inference.py.",
-    "logging_nan_inf_filter": "A loss that is no number is always shown, and nothing is saved after it.",
-    "push_to_hub": "Upload with `hf upload` after training; no stage pushes by itself.",
-    "hub_model_id": "Upload with `hf upload` after training; no stage pushes by itself.",
-    "hub_strategy": "Upload with `hf upload` after training; no stage pushes by itself.",
-    "hub_token": "Log in with `hf auth login`; tokens do not belong on a command line.",
-    "hub_private_repo": "Upload with `hf upload` after training; no stage pushes by itself.",
-    "hub_always_push": "Upload with `hf upload` after training; no stage pushes by itself.",
-    "hub_revision": "Upload with `hf upload` after training; no stage pushes by itself.",
-}
-# Fields of TRL's SFTConfig that these scripts decide otherwise, since rows are encoded and checked before training.
-UNUSED_SFT_ARGUMENTS = {
-    **UNUSED_TRAINING_ARGUMENTS,
-    "max_length": "Say --model_max_length (fine-tuning) or --block_size (pretraining).",
-    "truncation_mode": "Nothing is cut: a row that is too long is refused, or left out with --skip_long_rows True.",
-    "dataset_text_field": "Rows are recognised by their fields; data/README.md shows the formats.",
-    "dataset_kwargs": "Rows are encoded before the trainer sees them.",
-    "dataset_num_proc": "Say --preprocessing_num_workers.",
-    "shuffle_dataset": "Rows are shuffled anyway in each epoch, by --data_seed.",
-    "padding_free": "Say --packing True.",
-    "packing_strategy": "Whole sequences are packed, best fit first.",
-    "eval_packing": "Held-out rows are never packed.",
-    "completion_only_loss": "Only answers are trained on; --train_on_inputs True trains on all.",
-    "assistant_only_loss": "Only answers are trained on; --train_on_inputs True trains on all.",
-    "chat_template_path": "Say --template_name.",
-    "eos_token": "The chat template sets it; say --template_name.",
-    "pad_token": "It follows from the tokenizer.",
-    "model_init_kwargs": "Say --dtype, --load_in_4bit, --model_revision and the like.",
-    "trust_remote_code": "Code of a checkpoint is never run; use a model that transformers itself knows.",
-    "remove_unused_columns": "The trainer is given nothing but what it uses.",
-    "include_num_input_tokens_seen": "The count is num_tokens in metrics.jsonl.",
-}
-# Flags that the stages on preference pairs have no use for.
-UNUSED_PAIR_ARGUMENTS = {
-    **UNUSED_TRAINING_ARGUMENTS,
-    "max_length": "Say --model_max_length.",
-    "truncation_mode": "Nothing is cut: a row that is too long is refused, or left out with --skip_long_rows True.",
-    "dataset_num_proc": "Say --preprocessing_num_workers.",
-    "padding_free": "Pairs are padded; rows of like length share a batch.",
-    "chat_template_path": "Say --template_name.",
-    "eos_token": "The chat template sets it; say --template_name.",
-    "pad_token": "It follows from the tokenizer.",
-    "model_init_kwargs": "Say --dtype, --load_in_4bit, --model_revision and the like.",
-    "trust_remote_code": "Code of a checkpoint is never run; use a model that transformers itself knows.",
-    "remove_unused_columns": "The trainer is given nothing but what it uses.",
-    "include_num_input_tokens_seen": "The count is num_tokens in metrics.jsonl.",
-    "neftune_noise_alpha": "Noise on the embeddings is for supervised_finetuning.py.",
-    "streaming": "Pairs are tokenized before training; for corpora there is pretraining.py --streaming True.",
-    "shuffle_buffer": "It belongs to --streaming, which the stages on preference pairs do not have.",
-    "block_size": "That is for pretraining.py; here it is --model_max_length.",
-    "label_smoothing_factor": "The loss is of pairs; dpo_training.py has --label_smoothing.",
-    "prediction_loss_only": "An evaluation always gives all its numbers.",
-    "batch_eval_metrics": "Held-out pairs are averaged all at once.",
-    "eval_do_concat_batches": "Held-out pairs are averaged all at once.",
-    "average_tokens_across_devices": "The loss is a mean over pairs, not over tokens.",
-    "length_column_name": "Pairs are grouped by the tokens of their longer sequence.",
-    "label_names": "The trainer knows what it evaluates.",
-    "include_for_metrics": "The trainer knows what it evaluates.",
+
+EVERY = ("every program",)
+PT, SFT = ("pretraining.py",), ("supervised_finetuning.py",)
+PAIRS = ("reward_modeling.py", "dpo_training.py", "orpo_training.py")
+PPO, GRPO = ("ppo_training.py",), ("grpo_training.py",)
+CHAT = ("inference.py", "openai_api.py", "fastapi_server_demo.py", "gradio_demo.py", "chatpdf.py")
+TRAINING = PT + SFT + PAIRS + PPO + GRPO
+
+# Reasons of several flags.
+NO_UPLOAD = "Upload with `hf upload` after training; no stage pushes by itself."
+ANSWERS_ONLY = "Only answers are trained on; --train_on_inputs True trains on all."
+NO_METRICS = "The trainer knows what it evaluates."
+NO_LABELS = "There are no labels."
+PAIRS_AT_ONCE = "Held-out pairs are averaged all at once."
+SCORES_AT_ONCE = "Scores are averaged all at once."
+PROMPTS_AT_ONCE = "Held-out prompts are averaged all at once."
+REWARDS_ONLY = "Nothing is kept of an evaluation but its rewards."
+WEIGHTS_AS_THEY_ARE = "An evaluation uses the weights as they are."
+RANDOM_PROMPTS = "Prompts are drawn at random; answers of like length are not known before."
+PROMPTS_IN_MEMORY = "Prompts are in memory; nothing is loaded."
+FIXED_REFERENCE = "The reference stays where training began."
+WEIGHTS_TO_BFLOAT16 = "It would turn the trained weights into bfloat16. Faster: --use_vllm."
+
+# Of each flag: the programs that refuse it, and why, with what to do instead.
+REFUSED: dict[str, dict[tuple[str, ...], str]] = {
+    # What other tools know.
+    "logging_dir": {
+        EVERY: "TensorBoard files go below --output_dir; name a tracker with --report_to tensorboard.",
+    },
+    "save_safetensors": {EVERY: "Weights are always saved as safetensors; leave the flag out."},
+    "fp16_backend": {EVERY: "Choose --bf16 or --fp16; the backend is torch's own."},
+    # What transformers declares for every training.
+    "do_predict": {TRAINING: "These scripts train and evaluate; generate with inference.py."},
+    "logging_nan_inf_filter": {
+        TRAINING: "A loss that is no number is always shown, and nothing is saved after it.",
+    },
+    "push_to_hub": {TRAINING: NO_UPLOAD},
+    "hub_model_id": {TRAINING: NO_UPLOAD},
+    "hub_strategy": {TRAINING: NO_UPLOAD},
+    "hub_token": {TRAINING: "Log in with `hf auth login`; tokens do not belong on a command line."},
+    "hub_private_repo": {TRAINING: NO_UPLOAD},
+    "hub_always_push": {TRAINING: NO_UPLOAD},
+    "hub_revision": {TRAINING: NO_UPLOAD},
+    "include_num_input_tokens_seen": {TRAINING: "The count is num_tokens in metrics.jsonl."},
+    # Rows: they are read, checked, rendered and encoded before the trainer sees them.
+    "max_length": {
+        PT + SFT: "Say --model_max_length (fine-tuning) or --block_size (pretraining).",
+        PAIRS + PPO: "Say --model_max_length.",
+    },
+    "block_size": {SFT + PAIRS + PPO: "That is for pretraining.py; here it is --model_max_length."},
+    "truncation_mode": {
+        PT + SFT + PAIRS: "Nothing is cut: a row that is too long is refused, or left out with --skip_long_rows True.",
+    },
+    "dataset_text_field": {PT + SFT: "Rows are recognised by their fields; data/README.md shows the formats."},
+    "dataset_kwargs": {PT + SFT: "Rows are encoded before the trainer sees them."},
+    "dataset_num_proc": {PT + SFT + PAIRS: "Say --preprocessing_num_workers."},
+    "padding_free": {
+        PT + SFT: "Say --packing True.",
+        PAIRS: "Pairs are padded; rows of like length share a batch.",
+    },
+    "packing_strategy": {PT + SFT: "Whole sequences are packed, best fit first."},
+    "eval_packing": {PT + SFT: "Held-out rows are never packed."},
+    "completion_only_loss": {PT + SFT: ANSWERS_ONLY},
+    "assistant_only_loss": {PT + SFT: ANSWERS_ONLY},
+    "chat_template_path": {PT + SFT + PAIRS: "Say --template_name."},
+    "chat_template_kwargs": {
+        GRPO: "Prompts are encoded before training as serving would send them; say --template_name.",
+    },
+    "eos_token": {PT + SFT + PAIRS: "The chat template sets it; say --template_name."},
+    "pad_token": {PT + SFT + PAIRS: "It follows from the tokenizer."},
+    "remove_unused_columns": {
+        PT + SFT + PAIRS + PPO: "The trainer is given nothing but what it uses.",
+        GRPO: "Every field of a row goes to the reward functions.",
+    },
+    "streaming": {
+        PAIRS: "Pairs are tokenized before training; for corpora there is pretraining.py --streaming True.",
+        PPO + GRPO: "Prompts are tokenized before training.",
+    },
+    "shuffle_buffer": {
+        PAIRS: "It belongs to --streaming, which the stages on preference pairs do not have.",
+        PPO + GRPO: "It belongs to --streaming, which this stage does not have.",
+    },
+    # The order of rows, and how they are loaded.
+    "group_by_length": {PT: "Blocks are of equal length."},
+    "shuffle_dataset": {PT + SFT: "Rows are shuffled anyway in each epoch, by --data_seed."},
+    "length_column_name": {
+        PAIRS: "Pairs are grouped by the tokens of their longer sequence.",
+        PPO: RANDOM_PROMPTS,
+        GRPO: "Prompts are not grouped by length.",
+    },
+    "train_sampling_strategy": {
+        PPO: RANDOM_PROMPTS,
+        GRPO: "Each epoch has a new order of prompts; --shuffle_dataset False keeps theirs.",
+    },
+    "auto_find_batch_size": {
+        PPO: "Say --per_device_train_batch_size.",
+        GRPO: "A batch must hold whole groups of answers; lower --per_device_train_batch_size yourself.",
+    },
+    "dataloader_drop_last": {
+        PPO: "A step is always full: it takes prompts of the next epoch where one ends.",
+        GRPO: "No prompt is left out: the last batch of an epoch is filled up from its beginning.",
+    },
+    "dataloader_num_workers": {PPO: PROMPTS_IN_MEMORY},
+    "dataloader_persistent_workers": {PPO: PROMPTS_IN_MEMORY},
+    "dataloader_prefetch_factor": {PPO: PROMPTS_IN_MEMORY},
+    "dataloader_multiprocessing_context": {PPO: PROMPTS_IN_MEMORY},
+    "dataloader_in_order": {PPO: PROMPTS_IN_MEMORY},
+    "dataloader_pin_memory": {PPO: PROMPTS_IN_MEMORY},
+    "ignore_data_skip": {PPO: "Nothing is skipped: a step's prompts follow from its number."},
+    # The model.
+    "model_init_kwargs": {PT + SFT + PAIRS + GRPO: "Say --dtype, --load_in_4bit, --model_revision and the like."},
+    "trust_remote_code": {
+        PT + SFT + PAIRS + GRPO: "Code of a checkpoint is never run; use a model that transformers itself knows.",
+    },
+    "cast_lm_head_to_fp32": {
+        GRPO: "Trained weights are float32 anyway, and log-probabilities are computed in float32.",
+    },
+    # The loss.
+    "neftune_noise_alpha": {PAIRS + PPO + GRPO: "Noise on the embeddings is for supervised_finetuning.py."},
+    "label_smoothing_factor": {
+        PAIRS: "The loss is of pairs; dpo_training.py has --label_smoothing.",
+        PPO + GRPO: NO_LABELS,
+    },
+    "label_names": {PAIRS: NO_METRICS, PPO + GRPO: NO_LABELS},
+    "average_tokens_across_devices": {
+        PAIRS: "The loss is a mean over pairs, not over tokens.",
+        PPO: "The loss is always a mean over the tokens of all processes.",
+        GRPO: "What a token weighs follows from --loss_type.",
+    },
+    "sync_ref_model": {GRPO: f"{FIXED_REFERENCE} To move it, start again from the result."},
+    "ref_model_mixup_alpha": {GRPO: FIXED_REFERENCE},
+    "ref_model_sync_steps": {GRPO: FIXED_REFERENCE},
+    # Evaluation.
+    "include_for_metrics": {PAIRS + PPO + GRPO: NO_METRICS},
+    "prediction_loss_only": {
+        PAIRS + PPO: "An evaluation always gives all its numbers.",
+        GRPO: "An evaluation gives rewards.",
+    },
+    "batch_eval_metrics": {PAIRS: PAIRS_AT_ONCE, PPO: SCORES_AT_ONCE, GRPO: PROMPTS_AT_ONCE},
+    "eval_do_concat_batches": {PAIRS: PAIRS_AT_ONCE, PPO: SCORES_AT_ONCE, GRPO: PROMPTS_AT_ONCE},
+    "eval_use_gather_object": {PPO: SCORES_AT_ONCE, GRPO: REWARDS_ONLY},
+    "eval_accumulation_steps": {PPO: "Nothing but scores is kept.", GRPO: REWARDS_ONLY},
+    "per_device_eval_batch_size": {PPO: "Say --rollout_forward_batch_size."},
+    "bf16_full_eval": {PPO: "Say --dtype bfloat16.", GRPO: WEIGHTS_AS_THEY_ARE},
+    "fp16_full_eval": {PPO: "Say --dtype float16.", GRPO: WEIGHTS_AS_THEY_ARE},
+    "num_generations_eval": {
+        GRPO: "Held-out prompts are answered once each, greedily, so that evaluations can be compared.",
+    },
+    # How answers are sampled.
+    "generation_kwargs": {GRPO: "Sampling has flags of its own: --temperature, --top_p, --top_k, --min_p."},
+    "use_transformers_continuous_batching": {GRPO: WEIGHTS_TO_BFLOAT16},
+    "use_transformers_paged": {GRPO: WEIGHTS_TO_BFLOAT16},
+    "transformers_continuous_batching_config": {GRPO: "It belongs to continuous batching, which is not used here."},
+    "vllm_importance_sampling_cap": {GRPO: "Today it is --vllm_importance_sampling_clip_max."},
+    "max_tool_calling_iterations": {
+        GRPO: "Tools of a row are shown to the model, and its calls are judged, not run.",
+    },
+    "log_multimodal": {GRPO: "There are no images."},
+    "log_completions_hub_repo": {
+        GRPO: "Nothing is uploaded; --log_completions True writes tables below --output_dir.",
+    },
+    # Front ends.
+    "qlora": {CHAT: "It is a way to train; --load_in_4bit loads the weights in 4 bits."},
+    "template_name": {CHAT: "The chat template is saved with the model; a stage of training installs another."},
+    "resize_emb": {CHAT: "An adapter with new tokens brings their rows along."},
+    "only_cpu": {CHAT: "Hide the GPUs: CUDA_VISIBLE_DEVICES= in front of the command."},
+    "context_len": {CHAT: "A prompt may be as long as the model's context; --max_new_tokens limits the answer."},
+    "single_tune": {CHAT: "A conversation goes on until /clear."},
 }
 
-# Flags that front ends have no use for.
-UNUSED_CHAT_ARGUMENTS = {
-    "qlora": "It is a way to train; --load_in_4bit loads the weights in 4 bits.",
-    "template_name": "The chat template is saved with the model; a stage of training installs another.",
-    "resize_emb": "An adapter with new tokens brings their rows along.",
-    "only_cpu": "Hide the GPUs: CUDA_VISIBLE_DEVICES= in front of the command.",
-    "context_len": "A prompt may be as long as the model's context; --max_new_tokens limits the answer.",
-    "single_tune": "A conversation goes on until /clear.",
-}
-UNUSED_GRPO_ARGUMENTS = {
-    **UNUSED_TRAINING_ARGUMENTS,
-    "num_generations_eval": "Held-out prompts are answered once each, greedily, so that evaluations can be compared.",
-    "generation_kwargs": "Sampling has flags of its own: --temperature, --top_p, --top_k, --min_p.",
-    "chat_template_kwargs": "Prompts are encoded before training as serving would send them; say --template_name.",
-    "use_transformers_continuous_batching": "It would turn the trained weights into bfloat16. Faster: --use_vllm.",
-    "transformers_continuous_batching_config": "It belongs to continuous batching, which is not used here.",
-    "use_transformers_paged": "It would turn the trained weights into bfloat16. Faster: --use_vllm.",
-    "vllm_importance_sampling_cap": "Today it is --vllm_importance_sampling_clip_max.",
-    "cast_lm_head_to_fp32": "Trained weights are float32 anyway, and log-probabilities are computed in float32.",
-    "sync_ref_model": "The reference stays where training began. To move it, start again from the result.",
-    "ref_model_mixup_alpha": "The reference stays where training began.",
-    "ref_model_sync_steps": "The reference stays where training began.",
-    "log_multimodal": "There are no images.",
-    "log_completions_hub_repo": "Nothing is uploaded; --log_completions True writes tables below --output_dir.",
-    "model_init_kwargs": "Say --dtype, --load_in_4bit, --model_revision and the like.",
-    "trust_remote_code": "Code of a checkpoint is never run; use a model that transformers itself knows.",
-    "remove_unused_columns": "Every field of a row goes to the reward functions.",
-    "include_num_input_tokens_seen": "The count is num_tokens in metrics.jsonl.",
-    "neftune_noise_alpha": "Noise on the embeddings is for supervised_finetuning.py.",
-    "streaming": "Prompts are tokenized before training.",
-    "shuffle_buffer": "It belongs to --streaming, which this stage does not have.",
-    "train_sampling_strategy": "Each epoch has a new order of prompts; --shuffle_dataset False keeps theirs.",
-    "length_column_name": "Prompts are not grouped by length.",
-    "dataloader_drop_last": "No prompt is left out: the last batch of an epoch is filled up from its beginning.",
-    "auto_find_batch_size": "A batch must hold whole groups of answers; lower --per_device_train_batch_size yourself.",
-    "label_smoothing_factor": "There are no labels.",
-    "label_names": "There are no labels.",
-    "average_tokens_across_devices": "What a token weighs follows from --loss_type.",
-    "prediction_loss_only": "An evaluation gives rewards.",
-    "batch_eval_metrics": "Held-out prompts are averaged all at once.",
-    "eval_do_concat_batches": "Held-out prompts are averaged all at once.",
-    "eval_accumulation_steps": "Nothing is kept of an evaluation but its rewards.",
-    "include_for_metrics": "The trainer knows what it evaluates.",
-    "eval_use_gather_object": "Nothing is kept of an evaluation but its rewards.",
-    "bf16_full_eval": "An evaluation uses the weights as they are.",
-    "fp16_full_eval": "An evaluation uses the weights as they are.",
-    "max_tool_calling_iterations": "Tools of a row are shown to the model, and its calls are judged, not run.",
-}
 
-UNUSED_PPO_ARGUMENTS = {
-    **UNUSED_TRAINING_ARGUMENTS,
-    "max_length": "Say --model_max_length.",
-    "remove_unused_columns": "The trainer is given nothing but what it uses.",
-    "include_num_input_tokens_seen": "The count is num_tokens in metrics.jsonl.",
-    "neftune_noise_alpha": "Noise on the embeddings is for supervised_finetuning.py.",
-    "streaming": "Prompts are tokenized before training.",
-    "shuffle_buffer": "It belongs to --streaming, which this stage does not have.",
-    "block_size": "That is for pretraining.py; here it is --model_max_length.",
-    "label_smoothing_factor": "There are no labels.",
-    "label_names": "There are no labels.",
-    "train_sampling_strategy": "Prompts are drawn at random; answers of like length are not known before.",
-    "dataloader_drop_last": "A step is always full: it takes prompts of the next epoch where one ends.",
-    "dataloader_num_workers": "Prompts are in memory; nothing is loaded.",
-    "auto_find_batch_size": "Say --per_device_train_batch_size.",
-    "dataloader_persistent_workers": "Prompts are in memory; nothing is loaded.",
-    "dataloader_prefetch_factor": "Prompts are in memory; nothing is loaded.",
-    "dataloader_multiprocessing_context": "Prompts are in memory; nothing is loaded.",
-    "dataloader_in_order": "Prompts are in memory; nothing is loaded.",
-    "dataloader_pin_memory": "Prompts are in memory; nothing is loaded.",
-    "ignore_data_skip": "Nothing is skipped: a step's prompts follow from its number.",
-    "length_column_name": "Prompts are drawn at random; answers of like length are not known before.",
-    "per_device_eval_batch_size": "Say --rollout_forward_batch_size.",
-    "eval_accumulation_steps": "Nothing but scores is kept.",
-    "eval_do_concat_batches": "Scores are averaged all at once.",
-    "eval_use_gather_object": "Scores are averaged all at once.",
-    "batch_eval_metrics": "Scores are averaged all at once.",
-    "bf16_full_eval": "Say --dtype bfloat16.",
-    "fp16_full_eval": "Say --dtype float16.",
-    "prediction_loss_only": "An evaluation always gives all its numbers.",
-    "include_for_metrics": "The trainer knows what it evaluates.",
-    "average_tokens_across_devices": "The loss is always a mean over the tokens of all processes.",
-}
+def refused_in(program: str | None = None) -> dict[str, str]:
+    """The flags that a program refuses, each with the reason; without a program those that all of them refuse.
+
+    Raises:
+        KeyError: no flag is refused by a program of this name in particular.
+    """
+    programs = {*EVERY, program}
+    if program and not any(program in group for groups in REFUSED.values() for group in groups):
+        raise KeyError(f"refusals.py knows no program {program}")
+    return {
+        flag: reason for flag, groups in REFUSED.items() for group, reason in groups.items() if programs & set(group)
+    }

@@ -12,10 +12,9 @@ import ppo_training
 import pretraining
 import reward_modeling
 import supervised_finetuning
-from medicalgpt import refusals
 from medicalgpt.args import DataArguments, LoraArguments, ModelArguments, RunArguments
 from medicalgpt.parser import parse_args
-from medicalgpt.refusals import RENAMED, UNUSED_PAIR_ARGUMENTS, UNUSED_SFT_ARGUMENTS, UNUSED_TRAINING_ARGUMENTS
+from medicalgpt.refusals import EVERY, REFUSED, RENAMED, TRAINING, refused_in
 
 import pytest
 from helpers import ROOT, run_program
@@ -44,7 +43,7 @@ def parse(*argv, stage="supervised_finetuning"):
         LoraArguments,
         RunArguments,
         STAGES[stage],
-        unused=UNUSED_PAIR_ARGUMENTS if stage in PAIR_STAGES else UNUSED_SFT_ARGUMENTS,
+        unused=refused_in(f"{stage}.py"),
         argv=["--model_name_or_path", "m", *map(str, argv)],
     )
     values = {f.name: getattr(group, f.name) for group in groups for f in dataclasses.fields(group)}
@@ -227,33 +226,34 @@ def test_flags_without_effect_are_refused_with_the_reason(refusal, argv, reason)
     assert f"{argv[0]} has no effect in this program" in message and reason in message
 
 
-@pytest.mark.parametrize("name", sorted({**UNUSED_SFT_ARGUMENTS, **UNUSED_TRAINING_ARGUMENTS}))
-def test_every_refused_flag_exists_in_the_library_and_has_a_sentence(name):
-    """A name that the library has dropped would hide a typo in the list."""
-    assert name in {f.name for f in dataclasses.fields(SFTConfig)}
-    assert re.fullmatch(r"[A-Z].*[.]", UNUSED_SFT_ARGUMENTS[name])
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_flag_that_a_stage_refuses_exists_in_the_library_or_in_another_stage(stage):
+    """A name that the library has dropped would hide a typo in the table."""
+    known = {f.name for cls in (STAGES[stage], DataArguments, SFTConfig) for f in dataclasses.fields(cls)}
+    assert set(refused_in(f"{stage}.py")) - {"block_size", "group_by_length"} - set(refused_in()) <= known
 
 
-@pytest.mark.parametrize("name", sorted(UNUSED_PAIR_ARGUMENTS))
-def test_every_flag_refused_with_pairs_exists_somewhere_and_has_a_sentence(name):
-    known = {f.name for stage in PAIR_STAGES.values() for f in dataclasses.fields(stage)}
-    ours = {f.name for f in dataclasses.fields(DataArguments)} | {"block_size"}
-    assert name in known | ours
-    assert re.fullmatch(r"[A-Z].*[.]", UNUSED_PAIR_ARGUMENTS[name])
+@pytest.mark.parametrize("flag", REFUSED)
+def test_a_program_refuses_a_flag_for_one_reason(flag):
+    programs = [program for group in REFUSED[flag] for program in group]
+    assert len(programs) == len(set(programs))
+    assert all(program in EVERY or (ROOT / program).is_file() for program in programs)
+    assert all(re.fullmatch(r"[A-Z].*[.]", reason) for reason in REFUSED[flag].values())
 
 
-@pytest.mark.parametrize(
-    ("arguments", "unused"),
-    [
-        (ppo_training.PpoArguments, refusals.UNUSED_PPO_ARGUMENTS),
-        (grpo_training.GrpoArguments, refusals.UNUSED_GRPO_ARGUMENTS),
-    ],
-)
-def test_every_flag_refused_in_reinforcement_exists_somewhere_and_has_a_sentence(arguments, unused):
-    known = {f.name for cls in (arguments, DataArguments, SFTConfig) for f in dataclasses.fields(cls)} | {"block_size"}
-    assert set(unused) <= known
-    for reason in unused.values():
-        assert re.fullmatch(r"[A-Z].*[.]", reason)
+def test_each_reason_is_written_once():
+    text = (ROOT / "medicalgpt" / "refusals.py").read_text(encoding="utf-8")
+    sentences = [sentence for sentence in re.findall(r'"([^"\n]*[.])"', text) if " " in sentence]
+    assert len(sentences) > 60 and len(sentences) == len(set(sentences))
+
+
+def test_what_every_program_refuses_is_refused_by_those_without_refusals_of_their_own():
+    assert set(refused_in()) == {"logging_dir", "save_safetensors", "fp16_backend"}
+    for program in TRAINING:
+        assert refused_in().items() < refused_in(program).items()
+    assert refused_in("dpo_training.py")["max_length"] != refused_in("pretraining.py")["max_length"]
+    with pytest.raises(KeyError, match="no program dpo_trainning.py"):
+        refused_in("dpo_trainning.py")
 
 
 def test_one_stage_refuses_what_the_other_has():
@@ -278,6 +278,8 @@ def test_one_stage_refuses_what_the_other_has():
 )
 def test_numbers_that_train_nothing_are_refused(refusal, stage, argv, reason):
     message = refusal(*argv, stage=stage)
+    # Where a stage has no use for the flag, no number of it is right.
+    reason = refused_in(f"{stage}.py").get(argv[0].removeprefix("--"), reason)
     assert argv[0] in message and reason in message
 
 
@@ -397,17 +399,6 @@ def test_choices_aliases_and_help_of_a_dataclass():
     assert own.size == 2 and own.given == {"size"}
 
 
-TRAINING = {
-    "pretraining.py": UNUSED_SFT_ARGUMENTS,
-    "supervised_finetuning.py": UNUSED_SFT_ARGUMENTS,
-    "reward_modeling.py": UNUSED_PAIR_ARGUMENTS,
-    "dpo_training.py": UNUSED_PAIR_ARGUMENTS,
-    "orpo_training.py": UNUSED_PAIR_ARGUMENTS,
-    "ppo_training.py": refusals.UNUSED_PPO_ARGUMENTS,
-    "grpo_training.py": refusals.UNUSED_GRPO_ARGUMENTS,
-}
-
-
 @pytest.mark.parametrize("script", [*TRAINING, "merge_peft_adapter.py", "validate_jsonl.py"])
 def test_help_names_every_flag_with_its_help(script):
     text = run_program(script, "--help", timeout=60).stdout
@@ -417,7 +408,7 @@ def test_help_names_every_flag_with_its_help(script):
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name.endswith("Arguments")]
     own = {node.target.id for cls in classes for node in cls.body if isinstance(node, ast.AnnAssign)}
     if script in TRAINING:
-        unused = TRAINING[script]
+        unused = refused_in(script)
         for group in (ModelArguments, DataArguments, LoraArguments, RunArguments):
             own |= {f.name for f in dataclasses.fields(group)}
         own |= {f.name for f in dataclasses.fields(TrainingArguments) if f.init}

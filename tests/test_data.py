@@ -1,18 +1,24 @@
 """Rows of every format become the same conversation; what cannot be used is named, counted, and never trained on."""
 
+import builtins
+import io
 import json
 import re
 import shutil
 import tempfile
 import tracemalloc
+from collections import Counter
 from pathlib import Path
 
 from medicalgpt.args import DataArguments
+from medicalgpt.data import text_files
 from medicalgpt.data.formats import to_messages, to_prompt, to_text
 from medicalgpt.data.loading import load_data
 from medicalgpt.data.rows import Rows
-from medicalgpt.data.sources import DataError, Problem, Row, RowError, find_files, hash_file, read_file_text, read_rows
+from medicalgpt.data.sources import DataError, Place, Problem, RowError, SourceRow, find_files, place_of, read_rows
+from medicalgpt.data.text_files import open_text
 from medicalgpt.errors import UserError
+from medicalgpt.files import hash_file
 
 import numpy as np
 import pytest
@@ -224,7 +230,7 @@ def balance(data) -> dict[str, list[tuple]]:
     result = {}
     for side, accounts in data.account.items():
         for account in accounts:
-            there = [row for row in getattr(data, side) if row["place"].rpartition(":")[0] == account.file]
+            there = [row for row in getattr(data, side) if row["place"]["file"] == account.file]
             assert account.rows == account.used + sum(account.left_out.values())
             assert account.used == len(there)
         result[side] = [(Path(a.file).name, a.rows, a.used, dict(a.left_out)) for a in accounts]
@@ -268,7 +274,7 @@ def test_formats_are_mixed_row_by_row_in_one_file(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [row for row, _ in FORMATS.values()])
     data = load(path, allow_overlap=True)
     assert [row["messages"] for row in data.train] == [messages for _, messages in FORMATS.values()]
-    assert [row["place"] for row in data.train] == [f"{path}:{number}" for number in range(1, len(FORMATS) + 1)]
+    assert [place_of(row) for row in data.train] == [(str(path), number, 0) for number in range(1, len(FORMATS) + 1)]
     assert data.problems == []
 
 
@@ -322,7 +328,7 @@ def test_a_prompt_must_end_with_a_question():
 def test_broken_json_names_line_and_column(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [PAIR, "", '{"prompt": "Q", "response": }', PAIR])
     rows = list(read_rows(path))
-    assert [row.place for row in rows] == [f"{path}:1", f"{path}:3", f"{path}:4"]
+    assert [str(row.place) for row in rows] == [f"{path}:1", f"{path}:3", f"{path}:4"]
     assert isinstance(rows[1], Problem)
     assert str(rows[1]) == (
         f'{path}:3: broken JSON at column 29: Expecting value [: "Q", "response": }}]. Mend the line.'
@@ -335,15 +341,15 @@ def test_json_lists_have_the_lines_of_their_rows(tmp_path, indent):
     path.write_text(json.dumps([{"text": "一\n二"}, {"text": "t"}, "plain"], indent=indent), encoding="utf-8")
     rows = list(read_rows(path))
     assert [row.value for row in rows] == [{"text": "一\n二"}, {"text": "t"}, "plain"]
-    assert [row.line for row in rows] == ([2, 5, 8] if indent else [1, 1, 1])
+    assert [row.place.line for row in rows] == ([2, 5, 8] if indent else [1, 1, 1])
     assert len({row.place for row in rows}) == 3
-    assert rows[1].place == f"{path}:{5 if indent else 1} (row 2)"
+    assert str(rows[1].place) == f"{path}:{5 if indent else 1} (row 2)"
 
 
 def test_one_json_object_is_one_row(tmp_path):
     path = tmp_path / "a.json"
     path.write_text('\n\n{"text": "t"}\n', encoding="utf-8")
-    assert list(read_rows(path)) == [Row(str(path), 3, {"text": "t"})]
+    assert list(read_rows(path)) == [SourceRow(Place(str(path), 3), {"text": "t"})]
 
 
 @pytest.mark.parametrize(
@@ -363,7 +369,7 @@ def test_broken_json_files(tmp_path, text, line, reason, rows):
     path.write_text(text, encoding="utf-8")
     *whole, problem = read_rows(path)
     assert len(whole) == rows and "\n" not in str(problem)
-    assert problem.place == f"{path}:{line}" and reason in problem.reason and "were not read" in problem.remedy
+    assert problem.place == (str(path), line, 0) and reason in problem.reason and "were not read" in problem.remedy
     # What follows cannot be counted, so it cannot be left out.
     data = load(path, to_text, skip_bad_rows=True)
     with pytest.raises(DataError, match="broken JSON"):
@@ -404,11 +410,52 @@ def test_other_encodings_are_refused_with_the_line(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"one\ntwo \xff\xff\n")
     with pytest.raises(UserError, match=re.escape(f"{path}:2: neither UTF-8 nor gb18030")):
-        read_file_text(path)
+        open_text(path)
 
 
-def test_files_are_read_by_line(tmp_path):
+def opened(monkeypatch) -> Counter:
+    """How often each file was opened since."""
+    counts, real = Counter(), io.open
+
+    def counting(file, *args, **kwargs):
+        counts[str(file)] += 1
+        return real(file, *args, **kwargs)
+
+    for module in (io, builtins):
+        monkeypatch.setattr(module, "open", counting)
+    return counts
+
+
+@pytest.mark.parametrize(("held", "times"), [(1_000_000, 1), (10, 2)])
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".txt", ".md"])
+def test_a_file_is_read_once_for_hash_encoding_and_rows(tmp_path, monkeypatch, suffix, held, times):
+    """A file that is too large to be held is read once more for its rows, with the same result."""
+    path = tmp_path / f"rows{suffix}"
+    path.write_text('{"text": "感冒"}\n', encoding="utf-8")
+    expected = hash_file(path)
+    monkeypatch.setattr(text_files, "MAX_HELD_BYTES", held)
+    counts = opened(monkeypatch)
+    data = load(path, to_text)
+    assert counts[str(path)] == times
+    assert len(data.train) == 1 and data.account["train"][0].sha256 == expected
+
+
+def test_a_character_on_the_border_of_two_blocks_is_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_files, "BLOCK_BYTES", 4)
+    for held in (0, 100):
+        monkeypatch.setattr(text_files, "MAX_HELD_BYTES", held)
+        for encoding, found in (("utf-8", "utf-8-sig"), ("gb18030", "gb18030")):
+            (tmp_path / "a.txt").write_bytes("感冒是病毒感染。".encode(encoding))
+            file = open_text(tmp_path / "a.txt")
+            assert file.encoding == found and list(file.lines()) == [(1, "感冒是病毒感染。")]
+    (tmp_path / "a.txt").write_bytes("感冒".encode()[:-1])
+    with pytest.raises(UserError, match="a.txt:1: neither"):
+        open_text(tmp_path / "a.txt")
+
+
+def test_large_files_are_read_by_line(tmp_path, monkeypatch):
     """What a file takes in memory does not grow with it; rows that are not used take nothing."""
+    monkeypatch.setattr(text_files, "MAX_HELD_BYTES", 0)
     peaks = []
     for count in (200, 2_000):
         path = write_jsonl(tmp_path / f"{count}.jsonl", [{"text": "x" * 1000}] * count)
@@ -429,7 +476,7 @@ def test_byte_order_mark_is_no_text(tmp_path):
 def test_line_separators_inside_a_string_end_no_row(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "one\u2028two\x85three\x0cfour"}, {"text": "t"}])
     rows = list(read_rows(path))
-    assert [row.line for row in rows] == [1, 2] and rows[0].value["text"].startswith("one\u2028two")
+    assert [row.place.line for row in rows] == [1, 2] and rows[0].value["text"].startswith("one\u2028two")
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
@@ -446,7 +493,7 @@ def test_line_separators_inside_a_string_end_no_row(tmp_path):
 def test_document_units(tmp_path, unit, name, expected, newline):
     text = "one\ntwo\n\n\nthree\n \n  four\n"
     (tmp_path / name).write_bytes(text.replace("\n", newline).encode())
-    assert [(row.line, row.value) for row in read_rows(tmp_path / name, unit)] == expected
+    assert [(row.place.line, row.value) for row in read_rows(tmp_path / name, unit)] == expected
     data = load(tmp_path / name, to_text, document_unit=unit)
     assert [row["text"] for row in data.train] == [text for _, text in expected]
 
@@ -524,7 +571,7 @@ def test_the_split_is_seeded_disjoint_and_complete(tmp_path):
     other = load(path, validation_split_percentage=10, seed=2)
     assert list(first.train) == list(again.train) and list(first.validation) == list(again.validation)
     assert list(first.validation) != list(other.validation)
-    places = [row["place"] for row in [*first.train, *first.validation]]
+    places = [place_of(row) for row in [*first.train, *first.validation]]
     assert len(first.validation) == 4 and len(set(places)) == len(places) == 40
     assert balance(first) == {
         "train": [("a.jsonl", 40, 36, {"moved to validation": 4})],
@@ -559,7 +606,8 @@ def test_rows_on_both_sides_are_refused(folder, log):
     assert "Evaluation will look better than it is" in log[-1]
 
 
-def test_memory_does_not_grow_with_the_rows(tmp_path):
+def test_memory_does_not_grow_with_the_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_files, "MAX_HELD_BYTES", 0)
     peaks = {}
     for count in (200, 2_000):
         rows = [{"prompt": f"Q{number}", "response": "A" * 1000} for number in range(count)]
@@ -569,7 +617,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path):
             tracemalloc.start()
             place = tmp_path / str(count) / ("rows.jsonl" if flags else "")
             data = load(place, **flags)
-            data.problems.append(Problem(data.train[7]["place"], "", "", kind="too long"))
+            data.problems.append(Problem(place_of(data.train[7]), "", "", kind="too long"))
             data.settle(DataArguments(skip_long_rows=True))
             peaks[count, bool(flags)] = tracemalloc.get_traced_memory()[1]
             tracemalloc.stop()
@@ -640,7 +688,7 @@ def test_what_a_stage_finds_is_counted_where_the_row_stands(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [*pairs(*range(10)), {"prompt": "", "response": "A"}])
     data = load(path, validation_split_percentage=20)
     for row in (data.train[0], data.validation[0]):
-        data.problems.append(Problem(row["place"], "99 tokens", "Shorten it.", kind="too long"))
+        data.problems.append(Problem(place_of(row), "99 tokens", "Shorten it.", kind="too long"))
     with pytest.raises(DataError, match="2 problem"):
         data.settle(DataArguments(skip_bad_rows=True))
     data.settle(DataArguments(skip_bad_rows=True, skip_long_rows=True))
@@ -661,7 +709,8 @@ def test_no_row_left_is_refused(tmp_path):
 
 def test_rows_come_out_of_the_disk_as_they_went_in():
     rows = [
-        {"messages": [QUESTION, CALLED], "tools": None, "place": f"文件:{n}", "n": [n, 1.5, True]} for n in range(9)
+        {"messages": [QUESTION, CALLED], "tools": None, "place": {"file": "文件"}, "n": [n, 1.5, True]}
+        for n in range(9)
     ]
     kept = Rows(iter(rows))
     assert list(kept) == rows and len(kept) == 9 and bool(kept) and not Rows()

@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import build_training_params
 from medicalgpt.errors import UserError
-from medicalgpt.refusals import GONE, RENAMED, RENAMED_VALUES, UNUSED_PAIR_ARGUMENTS, UNUSED_SFT_ARGUMENTS
+from medicalgpt.refusals import REFUSED, RENAMED, RENAMED_VALUES
 
 import pytest
 
@@ -134,7 +134,7 @@ def test_scripts_exist_and_know_what_they_are_given(words):
 @pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.name)
 def test_flags_that_are_named_exist(page):
     known = {flag for program in PROGRAMS for flag in flags_of(program)} | FOREIGN_FLAGS | {"--debug"}
-    known |= {f"--{name}" for name in (*GONE, *UNUSED_SFT_ARGUMENTS, *UNUSED_PAIR_ARGUMENTS)}
+    known |= {f"--{name}" for name in REFUSED}
     for script in ROOT.glob("scripts/*.sh"):
         known |= set(re.findall(r"--\w+", script.read_text(encoding="utf-8")))
     for benchmark in ROOT.glob("benchmarks/*.py"):

@@ -8,6 +8,7 @@ from medicalgpt.args import DataArguments
 from medicalgpt.data.encoding import EncodingError, Pair, Sample, encode_chat, encode_preference
 from medicalgpt.data.formats import to_messages, to_preference
 from medicalgpt.data.loading import load_data
+from medicalgpt.data.sources import Place
 from medicalgpt.data.tokenizing import encode_rows
 from medicalgpt.serving.chat import ChatEngine
 from template import TEMPLATES, apply_template
@@ -247,13 +248,13 @@ def test_columns_and_places_whatever_the_number_of_processes(tmp_path, cache):
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     one, problems = encoded(path)
     assert one.column_names == ["prompt_ids", "chosen_ids", "rejected_ids", "place"] and len(one) == 448
-    assert [problem.place for problem in problems] == [f"{path}:8", f"{path}:404"]
+    assert [problem.place for problem in problems] == [(str(path), 8, 0), (str(path), 404, 0)]
     assert [problem.kind for problem in problems] == ["too long", "unusable"]
-    assert one["place"][:9] == [f"{path}:{n}" for n in (1, 2, 3, 4, 5, 6, 7, 9, 10)]
+    assert [place["line"] for place in one["place"][:9]] == [1, 2, 3, 4, 5, 6, 7, 9, 10]
     tokenizer = tiny_tokenizer()
     for row, place in ((one[0], 0), (one[7], 8), (one[447], 449)):
         (expected,) = encode_preference(tokenizer, to_preference(rows[place]))
-        assert row == {**vars(expected), "place": f"{path}:{place + 1}"}
+        assert row == {**vars(expected), "place": Place(str(path), place + 1)._asdict()}
     three, other = encoded(path, workers=3, max_length=151)
     assert three.to_dict() == one.to_dict()
     assert [problem.place for problem in other] == [problem.place for problem in problems]

@@ -6,6 +6,7 @@ from medicalgpt.args import DataArguments
 from medicalgpt.data.batching import Collator, collator, pack
 from medicalgpt.data.encoding import IGNORED, EncodingError, Sample, encode_chat, encode_document, render_prompts
 from medicalgpt.data.loading import FileAccount, LoadedData
+from medicalgpt.data.sources import Place
 from medicalgpt.data.tokenizing import encode_rows
 from template import apply_template
 
@@ -30,7 +31,7 @@ def assistant(text):
 
 def loaded(rows) -> LoadedData:
     """Rows of one file that has no other."""
-    rows = [{**row, "place": f"f:{number}"} for number, row in enumerate(rows, start=1)]
+    rows = [{**row, "place": Place("f", number)._asdict()} for number, row in enumerate(rows, start=1)]
     return LoadedData(rows, [], {"train": [FileAccount("f", "", rows=len(rows))], "validation": []})
 
 
@@ -194,7 +195,7 @@ def test_rows_keep_their_order_and_may_give_several_samples(tokenizer, processes
         data, "train", lambda row: encode_document(tokenizer, {"text": row["text"]}, block_size=10), processes
     )
     assert encoded.column_names == ["input_ids", "labels", "place"]
-    assert encoded["place"][:] == ["f:1", "f:2", "f:2", "f:2", "f:3", "f:4", "f:4"]
+    assert [place["line"] for place in encoded["place"]] == [1, 2, 2, 2, 3, 4, 4]
     assert [len(ids) for ids in encoded["input_ids"]] == [4, 10, 10, 6, 2, 10, 3]
     assert encoded["labels"][:] == encoded["input_ids"][:]
     assert data.problems == []
@@ -211,7 +212,7 @@ def fit(row):
 def test_rows_that_cannot_be_encoded_join_the_problems(tokenizer):
     data = loaded([{"text": text} for text in ("a", "bbb", "?", "c")])
     encoded = encode_rows(data, "train", fit)
-    assert encoded["place"][:] == ["f:1", "f:4"]
+    assert [Place(**place) for place in encoded["place"]] == [("f", 1, 0), ("f", 4, 0)]
     assert [(str(problem), problem.kind) for problem in data.problems] == [
         ("f:2: 3 tokens. Shorten it.", "too long"),
         ("f:3: a question. Answer it.", "unusable"),
@@ -253,7 +254,7 @@ def test_packing_moves_whole_sequences_and_loses_nothing(tokenizer):
 
 
 def test_padding_is_neither_seen_nor_supervised():
-    batch = Collator(pad_token_id=99)([sample(0, 1, 1), sample(1), {**sample(0, 1), "place": "f:3"}])
+    batch = Collator(pad_token_id=99)([sample(0, 1, 1), sample(1), {**sample(0, 1), "place": Place("f", 3)._asdict()}])
     assert batch["input_ids"].tolist() == [[1, 2, 3], [1, 99, 99], [1, 2, 99]]
     assert batch["labels"].tolist() == [[-100, 2, 3], [1, -100, -100], [-100, 2, -100]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0]]

@@ -779,7 +779,7 @@ def test_flags_that_cannot_be_are_refused(workplace, flags):
     assert stopped.value.code == 2
 
 
-def test_a_long_step_shows_signs_of_life(capsys):
+def test_a_long_step_has_a_heartbeat(capsys):
     with Progress("sft: answers", 10, every=0.05) as progress:
         progress.add(4)
         time.sleep(0.3)

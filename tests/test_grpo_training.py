@@ -9,7 +9,7 @@ from medicalgpt.data.sources import DataError
 from medicalgpt.errors import UserError
 from medicalgpt.models.loading import load_tokenizer
 from medicalgpt.parser import parse_args
-from medicalgpt.refusals import UNUSED_GRPO_ARGUMENTS
+from medicalgpt.refusals import refused_in
 from medicalgpt.rewards.rewards import SYSTEM_PROMPT
 from medicalgpt.rewards.scoring import RewardScorer
 from template import apply_template
@@ -531,7 +531,7 @@ TORN = [
 @pytest.mark.parametrize(("more", "message"), TORN, ids=lambda value: value if isinstance(value, str) else None)
 def test_batches_must_hold_whole_groups(more, message, capsys):
     with pytest.raises(SystemExit):
-        parse_args(GrpoArguments, argv=more, unused=UNUSED_GRPO_ARGUMENTS)
+        parse_args(GrpoArguments, argv=more, unused=refused_in("grpo_training.py"))
     assert message in capsys.readouterr().err
 
 

@@ -265,7 +265,7 @@ def test_data_file_that_cannot_be_used(name, content, tmp_path, monkeypatch):
 
 def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch):
     lines: list[str] = []
-    monkeypatch.setattr(inference, "SECONDS_BETWEEN_LINES", 0.05)
+    monkeypatch.setattr("medicalgpt.logs.HEARTBEAT_SECONDS", 0.05)
     sink = inference.logger.add(lambda message: lines.append(message.record["message"]))
     try:
         with inference.progress(10) as advance:

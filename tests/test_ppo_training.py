@@ -4,6 +4,7 @@ import math
 import shutil
 from pathlib import Path
 
+from medicalgpt.data.sources import place_of
 from medicalgpt.errors import UserError
 from medicalgpt.parser import parse_args
 from medicalgpt.rewards.scoring import RewardScorer
@@ -344,7 +345,7 @@ def test_the_held_out_score_is_that_of_the_reward_model(work, tmp_path):
     metrics = trainer.evaluate()
     scores, lengths = [], []
     for row in trainer.eval_dataset:
-        task = trainer.tasks[row["place"]]
+        task = trainer.tasks[place_of(row)]
         (answer,) = trainer.answer([row], temperature=0.0)
         scores += trainer.scorer.score([[*task["messages"], {"role": "assistant", "content": answer.text}]])
         lengths.append(len(answer.token_ids))

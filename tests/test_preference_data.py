@@ -5,7 +5,7 @@ import json
 from medicalgpt.args import DataArguments
 from medicalgpt.data.formats import to_messages, to_preference
 from medicalgpt.data.loading import load_data
-from medicalgpt.data.sources import DataError, RowError
+from medicalgpt.data.sources import DataError, RowError, place_of
 from medicalgpt.errors import UserError
 
 import pytest
@@ -335,7 +335,7 @@ def test_formats_are_mixed_row_by_row_in_one_file(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [row for row, _ in FORMATS.values()])
     data = load(path)
     assert [row["messages"] for row in data.train] == [prompt for _, prompt in FORMATS.values()]
-    assert [row["place"] for row in data.train] == [f"{path}:{number}" for number in range(1, len(FORMATS) + 1)]
+    assert [place_of(row) for row in data.train] == [(str(path), number, 0) for number in range(1, len(FORMATS) + 1)]
     assert data.problems == []
 
 
@@ -343,7 +343,7 @@ def test_all_problems_come_with_place_and_remedy(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [ROW, *(row for _, row, _, _ in REFUSED)])
     data = load(path)
     assert len(data.train) == 1
-    assert [problem.place for problem in data.problems] == [f"{path}:{n}" for n in range(2, len(REFUSED) + 2)]
+    assert [problem.place for problem in data.problems] == [(str(path), n, 0) for n in range(2, len(REFUSED) + 2)]
     with pytest.raises(DataError, match=rf"{len(REFUSED)} problem\(s\)") as refused:
         data.settle(DataArguments())
     assert f"{path}:3: no field `chosen`" in str(refused.value) and "--skip_bad_rows True" in str(refused.value)

@@ -254,7 +254,7 @@ def test_all_problems_come_at_once(tmp_path):
     data = check_data(arguments(tmp_path), to_text)
     with pytest.raises(DataError, match="3 problem") as caught:
         data.settle(data.arguments)
-    assert [problem.place for problem in caught.value.problems] == [f"{path}:{line}" for line in (6, 7, 13)]
+    assert [problem.place for problem in caught.value.problems] == [(str(path), line, 0) for line in (6, 7, 13)]
 
 
 def test_reading_stops_where_problems_have_no_end(tmp_path, monkeypatch):
@@ -275,7 +275,7 @@ def test_overlap_with_held_out_rows_is_refused(folder):
 def test_drawn_rows_come_from_everywhere(tmp_path):
     write_jsonl(tmp_path / "rows.jsonl", documents("a", 1000))
     data = check_data(arguments(tmp_path), to_text)
-    lines = [int(row["place"].rpartition(":")[2]) for row in data.train]
+    lines = [row["place"]["line"] for row in data.train]
     assert len(set(lines)) == 100 and min(lines) < 100 and max(lines) > 900
     sequences, tokens, supervised = stream(data).estimate()
     real = sum(len(row["text"].encode()) for row in documents("a", 1000))

@@ -10,8 +10,9 @@ import sys
 import time
 from pathlib import Path
 
-from medicalgpt.data.sources import DataError, hash_file
+from medicalgpt.data.sources import DataError
 from medicalgpt.errors import UserError
+from medicalgpt.files import hash_file
 from medicalgpt.models.adapters import attach_adapter
 from medicalgpt.models.hub import Adapter, CheckpointError, fingerprint
 from medicalgpt.models.loading import load_model

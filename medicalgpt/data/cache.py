@@ -17,9 +17,9 @@ from typing import Any, TypeVar
 
 from medicalgpt.code_version import code_version
 from medicalgpt.data.rows import Rows
-from medicalgpt.data.sources import hash_file
 from medicalgpt.errors import UserError
-from medicalgpt.logs import signs_of_life
+from medicalgpt.files import hash_file
+from medicalgpt.logs import heartbeat, local_world_size, world_size
 
 import datasets
 from filelock import FileLock
@@ -109,7 +109,7 @@ def through_cache(
     folder, lock = cache / key, FileLock(cache / f"{key}.lock")
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with signs_of_life(lambda: f"waiting for another process that tokenizes the same rows ({folder})"):
+        with heartbeat(lambda: f"waiting for another process that tokenizes the same rows ({folder})"):
             lock.acquire()
         try:
             if _is_whole(folder, renew):
@@ -163,6 +163,6 @@ ALONE = uuid.uuid4().hex
 
 def _launch() -> str:
     """The same for all processes of this machine that one launcher started, and for no others."""
-    if int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"))) == 1:
+    if local_world_size(world_size()) == 1:
         return ALONE
     return "-".join([os.environ.get("TORCHELASTIC_RUN_ID", ""), os.environ.get("MASTER_PORT", ""), str(os.getppid())])

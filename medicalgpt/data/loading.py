@@ -26,12 +26,13 @@ from medicalgpt.data.sources import (
     Source,
     choose_files,
     column_values,
-    file_of,
+    ignored_fields,
     open_files,
     open_hub,
+    place_of,
 )
 from medicalgpt.errors import UserError
-from medicalgpt.logs import signs_of_life
+from medicalgpt.logs import heartbeat
 
 import numpy as np
 from loguru import logger
@@ -72,7 +73,7 @@ class FileAccount:
 
 @dataclass
 class LoadedData:
-    """Converted rows of both sides. Each row is the converter's dict plus `place`, its "file:line"."""
+    """Converted rows of both sides. Each row is the converter's dict plus `place`, the fields of its `Place`."""
 
     train: Sequence[dict[str, Any]]
     validation: Sequence[dict[str, Any]]
@@ -99,15 +100,16 @@ class LoadedData:
         by_file = {(side, account.file): account for side, accounts in self.account.items() for account in accounts}
         for problem in self.problems:
             if problem.side:
-                by_file[problem.side, file_of(problem.place)].left_out[problem.kind] += 1
+                by_file[problem.side, problem.place.file].left_out[problem.kind] += 1
         gone = {problem.place: problem.kind for problem in self.problems if not problem.side}
         for side in self.account if gone else ():
             rows = getattr(self, side)
             keep = np.ones(len(rows), dtype=bool)
             for index, row in enumerate(rows):
-                if kind := gone.get(row["place"]):
+                place = place_of(row)
+                if kind := gone.get(place):
                     keep[index] = False
-                    by_file[side, file_of(row["place"])].left_out[kind] += 1
+                    by_file[side, place.file].left_out[kind] += 1
             setattr(self, side, on_disk(rows).select(keep))
         self.problems = []
         if not self.train:
@@ -134,7 +136,7 @@ class LoadedData:
         for index, place in enumerate(column_values(encoded, "place")):
             if place != before:
                 starts.append(index)
-                row_sources.append(source_of[file_of(place)])
+                row_sources.append(source_of[place["file"]])
                 before = place
         owners = np.array(row_sources)
         counts = np.bincount(owners, minlength=len(self.sources)).tolist()
@@ -223,14 +225,14 @@ def load_data(
         UserError: no data named, nothing found, or held-out rows that occur among the training rows.
     """
     sources, validation_files = choose_files(arguments)
-    ignore = frozenset(filter(None, (arguments.ignore_fields or "").replace(" ", "").split(",")))
+    ignore = ignored_fields(arguments.ignore_fields)
     data = LoadedData([], [], {"train": [], "validation": []}, sources=sources)
     accounts = data.account
 
     def read(side: str, files: Iterable[InputFile], limit: int | None) -> Iterator[dict[str, Any]]:
         return convert_files(data, side, files, convert, ignore, limit)
 
-    with signs_of_life(lambda: f"reading rows: {sum(a.rows for a in accounts['train'] + accounts['validation'])}"):
+    with heartbeat(lambda: f"reading rows: {sum(a.rows for a in accounts['train'] + accounts['validation'])}"):
         if sources and sources[0].weight is not None:
             groups = [(open_files(source.files, document_unit), source.limit) for source in sources]
         else:
@@ -273,7 +275,7 @@ def convert_files(
                 data.problems.append(replace(row, side=side))
                 continue
             try:
-                value = {**convert(row.value, ignore), "place": row.place}
+                value = {**convert(row.value, ignore), "place": row.place._asdict()}
             except RowError as error:
                 data.problems.append(Problem(row.place, error.reason, error.remedy, error.value, side=side))
                 continue
@@ -302,7 +304,7 @@ def _split(data: LoadedData, percentage: float, seed: int) -> None:
     rows = on_disk(data.train)
     data.train, data.validation = rows.select(~held_out), rows.select(held_out)
     by_file = {account.file: account for account in data.account["train"]}
-    moved = Counter(file_of(row["place"]) for row in data.validation)
+    moved = Counter(place_of(row).file for row in data.validation)
     for name, number in moved.items():
         by_file[name].left_out["moved to validation"] += number
         data.account["validation"].append(FileAccount(name, by_file[name].sha256, rows=number))
@@ -317,7 +319,7 @@ def refuse_overlap(data: LoadedData, allowed: bool) -> None:
     if not len(shared):
         return
     places = [
-        (data.validation[index]["place"], data.train[np.flatnonzero(trained == held_out[index])[-1]]["place"])
+        (place_of(data.validation[index]), place_of(data.train[np.flatnonzero(trained == held_out[index])[-1]]))
         for index in shared[:5].tolist()
     ]
     by_prompt = {"chosen", "columns"} & set(data.validation[0])

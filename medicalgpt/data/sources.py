@@ -4,18 +4,18 @@ Nothing is dropped or repaired in silence: a row is read, or it is a `Problem` w
 remedy.
 """
 
-import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from medicalgpt.args import DataArguments
 from medicalgpt.data.mixing import parse_sources
+from medicalgpt.data.text_files import TextFile, open_text
 from medicalgpt.errors import UserError
 
 from loguru import logger
@@ -30,23 +30,38 @@ HELD_OUT_NAME = re.compile(r"^(validation|valid|val|dev|eval|test)([-_.]|$)", re
 SHOWN_PROBLEMS = 20
 
 
-@dataclass(frozen=True)
-class Row:
-    """One row as it stands in a file.
+class Place(NamedTuple):
+    """Where a row is: the identity of a row, which messages show as `file:line`.
 
     Attributes:
-        value: text for .txt and .md, whatever JSON holds otherwise.
+        file: as it was named, or the data set and split on the hub.
+        line: counted from 1.
         item: its number in the list of a .json file, where a line may hold many rows; 0 elsewhere.
     """
 
-    path: str
+    file: str
     line: int
-    value: Any
     item: int = 0
 
-    @property
-    def place(self) -> str:
-        return f"{self.path}:{self.line}" + (f" (row {self.item})" if self.item else "")
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}" + (f" (row {self.item})" if self.item else "")
+
+
+def place_of(row: Mapping[str, Any]) -> Place:
+    """The place of a converted or encoded row, which holds the fields of its `Place` as `place`."""
+    return Place(**row["place"])
+
+
+@dataclass(frozen=True)
+class SourceRow:
+    """One row as it is in a file.
+
+    Attributes:
+        value: text for .txt and .md, whatever JSON holds otherwise.
+    """
+
+    place: Place
+    value: Any
 
 
 @dataclass(frozen=True)
@@ -54,12 +69,12 @@ class Problem:
     """Why one row cannot be used, and what to do about it.
 
     Attributes:
-        kind: what it is counted under if it is left out; `unreadable` hides rows that nobody can count, and is never
-            left out.
+        kind: what it is counted under if the row is skipped; `unreadable` hides rows that nobody can count, and is
+            never skipped.
         side: `train` or `validation` where it never became a row, empty where one of `LoadedData` is meant.
     """
 
-    place: str
+    place: Place
     reason: str
     remedy: str
     value: str = ""
@@ -138,87 +153,39 @@ def find_files(place: str) -> list[Path]:
     return files
 
 
-def find_encoding(path: Path) -> str:
-    """`utf-8-sig`, or `gb18030` with a notice. The file is read by line, never held.
-
-    Raises:
-        UserError: neither encoding fits.
-    """
-    wrong = _undecodable_line(path, "utf-8")
-    if not wrong:
-        return "utf-8-sig"
-    if _undecodable_line(path, "gb18030"):
-        raise UserError(f"{path}:{wrong}: neither UTF-8 nor gb18030 text. Save the file as UTF-8.")
-    logger.warning(f"{path} is not UTF-8; it was read as gb18030")
-    return "gb18030"
-
-
-def _undecodable_line(path: Path, encoding: str) -> int:
-    """Number of the first line that is not in this encoding, or 0."""
-    # In neither encoding is the byte of a line's end part of another character.
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                line.decode(encoding)
-            except UnicodeDecodeError:
-                return number
-    return 0
-
-
-def read_file_text(path: Path) -> str:
-    """The text of a file in UTF-8, or in gb18030 with a notice.
-
-    Raises:
-        UserError: neither encoding fits.
-    """
-    return path.read_bytes().decode(find_encoding(path))
-
-
-def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbers and texts of the lines that hold more than white space, without their ends; a line at a time.
-
-    Raises:
-        UserError: the file is neither UTF-8 nor gb18030.
-    """
-    # Only a line feed ends a line: U+2028 and the like are allowed inside a string of JSON.
-    with path.open(encoding=find_encoding(path), newline="\n") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield number, line.removesuffix("\n") if not line.endswith("\r\n") else line[:-2]
-
-
-def read_rows(path: str | Path, document_unit: str = "auto") -> Iterator[Row | Problem]:
+def read_rows(file: str | Path | TextFile, document_unit: str = "auto") -> Iterator[SourceRow | Problem]:
     """Read a file row by row; what cannot be read comes as a `Problem` in its place.
 
-    Files are read by line and never held whole, except .json and documents of a whole file.
+    Files larger than `text_files.MAX_HELD_BYTES` are read by line and never held, except .json and documents of an
+    entire file.
 
     Args:
-        path: .jsonl (a row a line), .json (a list of rows, or one row), .txt or .md.
+        file: .jsonl (a row a line), .json (a list of rows, or one row), .txt or .md.
         document_unit: what one document is in .txt and .md: `line`, `paragraph` (blank lines between), `file`, or
             `auto`: line for .txt, file for .md.
     """
-    path = Path(path)
-    suffix = path.suffix.lower()
+    file = file if isinstance(file, TextFile) else open_text(file)
+    suffix = file.path.suffix.lower()
     if suffix == ".jsonl":
-        for number, line in read_lines(path):
-            yield _parse_json(str(path), number, line)
+        for number, line in file.lines():
+            yield _parse_json(Place(str(file.path), number), line)
     elif suffix == ".json":
-        yield from _read_json(str(path), read_file_text(path))
+        yield from _read_json(str(file.path), file.text())
     else:
         unit = document_unit if document_unit != "auto" else ("file" if suffix == ".md" else "line")
-        yield from _read_text(path, unit)
+        yield from _read_text(file, unit)
 
 
-def _parse_json(path: str, number: int, line: str) -> Row | Problem:
+def _parse_json(place: Place, line: str) -> SourceRow | Problem:
     try:
-        return _whole_characters(Row(path, number, json.loads(line)), line)
+        return _whole_characters(SourceRow(place, json.loads(line)), line)
     except json.JSONDecodeError as error:
         column = error.colno
         snippet = line[max(0, column - 20) : column + 20]
-        return Problem(f"{path}:{number}", f"broken JSON at column {column}: {error.msg}", "Mend the line.", snippet)
+        return Problem(place, f"broken JSON at column {column}: {error.msg}", "Mend the line.", snippet)
 
 
-def _whole_characters(row: Row, raw: str) -> Row | Problem:
+def _whole_characters(row: SourceRow, raw: str) -> SourceRow | Problem:
     """The row, unless it holds a lone surrogate, half a character: JSON can spell it, no tokenizer can read it."""
     if "\\ud" not in raw.lower():
         return row
@@ -230,7 +197,7 @@ def _whole_characters(row: Row, raw: str) -> Row | Problem:
     return row
 
 
-def _read_json(path: str, text: str) -> Iterator[Row | Problem]:
+def _read_json(path: str, text: str) -> Iterator[SourceRow | Problem]:
     decoder = json.JSONDecoder()
     position = _skip_space(text, 0)
     line, counted = 1, 0
@@ -239,14 +206,15 @@ def _read_json(path: str, text: str) -> Iterator[Row | Problem]:
             value, end = decoder.raw_decode(text, position)
             if _skip_space(text, end) != len(text):
                 raise json.JSONDecodeError("more text after the value; a row a line is .jsonl", text, end)
-            yield _whole_characters(Row(path, text.count("\n", 0, position) + 1, value), text)
+            place = Place(path, text.count("\n", 0, position) + 1)
+            yield _whole_characters(SourceRow(place, value), text)
             return
         position = _skip_space(text, position + 1)
         item = 0
         while text[position : position + 1] != "]":
             value, end = decoder.raw_decode(text, position)
             line, counted, item = line + text.count("\n", counted, position), position, item + 1
-            yield _whole_characters(Row(path, line, value, item), text[position:end])
+            yield _whole_characters(SourceRow(Place(path, line, item), value), text[position:end])
             position = _skip_space(text, end)
             if text[position : position + 1] == ",":
                 position = _skip_space(text, position + 1)
@@ -258,7 +226,7 @@ def _read_json(path: str, text: str) -> Iterator[Row | Problem]:
             raise json.JSONDecodeError("more text after the list", text, _skip_space(text, position + 1))
     except json.JSONDecodeError as error:
         yield Problem(
-            f"{path}:{error.lineno}",
+            Place(path, error.lineno),
             f"broken JSON at column {error.colno}: {error.msg}",
             "Mend the file; rows after this place were not read.",
             shorten(text[max(0, error.pos - 20) : error.pos + 20]),
@@ -271,27 +239,28 @@ def _skip_space(text: str, position: int) -> int:
     return match.end()
 
 
-def _read_text(path: Path, unit: str) -> Iterator[Row]:
+def _read_text(file: TextFile, unit: str) -> Iterator[SourceRow]:
+    name = str(file.path)
     if unit == "file":
-        text = read_file_text(path).replace("\r\n", "\n")
+        text = file.text().replace("\r\n", "\n")
         if text.strip():
-            yield Row(str(path), 1, text.strip("\n"))
+            yield SourceRow(Place(name, 1), text.strip("\n"))
         return
     if unit == "line":
-        for number, line in read_lines(path):
-            yield Row(str(path), number, line)
+        for number, line in file.lines():
+            yield SourceRow(Place(name, number), line)
         return
     paragraph: list[str] = []
     first = 0
-    for number, line in read_lines(path):
+    for number, line in file.lines():
         if paragraph and number > first + len(paragraph):
-            yield Row(str(path), first, "\n".join(paragraph))
+            yield SourceRow(Place(name, first), "\n".join(paragraph))
             paragraph = []
         if not paragraph:
             first = number
         paragraph.append(line)
     if paragraph:
-        yield Row(str(path), first, "\n".join(paragraph))
+        yield SourceRow(Place(name, first), "\n".join(paragraph))
 
 
 @dataclass
@@ -302,10 +271,6 @@ class Source:
     files: list[Path]
     weight: Fraction | None = None
     limit: int | None = None
-
-
-def file_of(place: str) -> str:
-    return place.rpartition(":")[0]
 
 
 def column_values(dataset: "Dataset", name: str) -> Iterator[Any]:
@@ -358,12 +323,19 @@ def choose_files(arguments: DataArguments) -> tuple[list[Source], list[Path]]:
     return sources, by_name if shared and by_name else validation
 
 
-# Name, hash of the content, rows.
-InputFile = tuple[str, str, Iterable[Row | Problem]]
+class InputFile(NamedTuple):
+    """Rows that are counted together, and a hash of their content."""
+
+    name: str
+    sha256: str
+    rows: Iterable[SourceRow | Problem]
 
 
 def open_files(paths: list[Path], document_unit: str) -> Iterator[InputFile]:
-    return ((str(path), hash_file(path), read_rows(path, document_unit)) for path in paths)
+    """Files one after another: none is opened before the rows of the one before it were taken."""
+    for path in paths:
+        file = open_text(path)
+        yield InputFile(str(path), file.sha256, read_rows(file, document_unit))
 
 
 def open_hub(arguments: DataArguments, with_validation: bool) -> Iterator[tuple[str, list[InputFile], int | None]]:
@@ -388,21 +360,15 @@ def open_hub(arguments: DataArguments, with_validation: bool) -> Iterator[tuple[
     ):
         if split:
             place = f"{name}/{split}"
-            yield side, [(place, splits[split]._fingerprint, _hub_rows(place, splits[split]))], limit
+            yield side, [InputFile(place, splits[split]._fingerprint, _hub_rows(place, splits[split]))], limit
 
 
-def _hub_rows(name: str, split: "Dataset") -> Iterator[Row]:
+def _hub_rows(name: str, split: "Dataset") -> Iterator[SourceRow]:
     for number, value in enumerate(split, start=1):
         # Columns that a row of mixed formats lacks come as None.
-        yield Row(name, number, {key: item for key, item in value.items() if item is not None})
+        yield SourceRow(Place(name, number), {key: item for key, item in value.items() if item is not None})
 
 
-def hash_file(path: str | Path) -> str:
-    """SHA-256 of a file, as hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def ignored_fields(arguments: DataArguments) -> frozenset[str]:
-    """Fields that rows may have and that are not used."""
-    return frozenset(filter(None, (arguments.ignore_fields or "").replace(" ", "").split(",")))
+def ignored_fields(names: str | None) -> frozenset[str]:
+    """The fields that `--ignore_fields` names, with commas between them: rows may have them, and they are not used."""
+    return frozenset(filter(None, (names or "").replace(" ", "").split(",")))

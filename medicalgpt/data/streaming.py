@@ -24,16 +24,18 @@ from medicalgpt.data.rows import Rows
 from medicalgpt.data.sources import (
     SHOWN_PROBLEMS,
     DataError,
+    InputFile,
     Problem,
-    Row,
+    SourceRow,
     choose_files,
-    hash_file,
     ignored_fields,
     open_files,
+    place_of,
     read_rows,
 )
+from medicalgpt.data.text_files import TextFile, open_text
 from medicalgpt.errors import UserError
-from medicalgpt.logs import signs_of_life
+from medicalgpt.logs import heartbeat
 
 from datasets import Dataset
 from loguru import logger
@@ -52,20 +54,25 @@ class StreamedFile:
     """A file and what an epoch reads of it.
 
     Attributes:
+        text: the file with its encoding, without its bytes.
         rows: its first usable rows, as many as are used.
         chosen: of these, the rows that the last pass of an epoch reads.
         bad: numbers of the rows, counted from 0, that are left out.
         size, modified: by which a change is seen.
     """
 
-    path: Path
+    text: TextFile
     rows: int
     chosen: int
     bad: frozenset[int]
     size: int
     modified: int
 
-    def read(self, document_unit: str) -> Iterator[Row]:
+    @property
+    def path(self) -> Path:
+        return self.text.path
+
+    def read(self, document_unit: str) -> Iterator[SourceRow]:
         """The usable rows.
 
         Raises:
@@ -73,10 +80,10 @@ class StreamedFile:
         """
         if (self.size, self.modified) != _size_and_time(self.path):
             raise UserError(f"{self.path} was changed while it was trained on. Start anew with files that stay.")
-        usable = (row for number, row in enumerate(read_rows(self.path, document_unit)) if number not in self.bad)
+        usable = (row for number, row in enumerate(read_rows(self.text, document_unit)) if number not in self.bad)
         return itertools.islice(usable, self.rows)
 
-    def read_chosen(self, document_unit: str, seed: int) -> Iterator[Row]:
+    def read_chosen(self, document_unit: str, seed: int) -> Iterator[SourceRow]:
         """Rows drawn without putting back, each subset of that size with the same chance, in the file's order."""
         draw, wanted = random.Random(f"{seed} {self.path}"), self.chosen
         for number, row in enumerate(self.read(document_unit) if wanted else ()):
@@ -97,7 +104,7 @@ class StreamedSource:
         """Rows that an epoch reads."""
         return sum(file.rows * self.copies + file.chosen for file in self.files)
 
-    def read(self, document_unit: str, seed: int, draw: random.Random) -> Iterator[Row]:
+    def read(self, document_unit: str, seed: int, draw: random.Random) -> Iterator[SourceRow]:
         """The rows of one epoch, the order of the files drawn anew for each pass."""
         for turn in range(self.copies + 1):
             for file in draw.sample(self.files, len(self.files)):
@@ -133,7 +140,7 @@ class StreamedData(LoadedData):
 
     def settle(self, arguments: DataArguments) -> None:
         """As `LoadedData.settle`; rows that training itself will leave out and count are not counted here."""
-        drawn = {row["place"] for row in self.train} - {row["place"] for row in self.validation}
+        drawn = {place_of(row) for row in self.train} - {place_of(row) for row in self.validation}
         allowed = {"too long": arguments.skip_long_rows, "unusable": arguments.skip_bad_rows}
         self.problems = [
             problem
@@ -166,7 +173,7 @@ def check_data(
     """
     began = time.time()
     sources, validation_files = choose_files(arguments)
-    ignore = ignored_fields(arguments)
+    ignore = ignored_fields(arguments.ignore_fields)
     data = StreamedData(
         [],
         [],
@@ -187,7 +194,7 @@ def check_data(
     shared: dict[bytes, dict[str, Any]] = {}
     drawn: list[dict[str, Any]] = []
     draw = random.Random(seed)
-    with signs_of_life(lambda: f"checking the training rows: {sum(account.rows for account in accounts):,} so far"):
+    with heartbeat(lambda: f"checking the training rows: {sum(account.rows for account in accounts):,} so far"):
         for number, row in enumerate(_checked_rows(data)):
             # Each row so far is among the drawn ones with the same chance (reservoir sampling).
             if number < DRAWN_ROWS:
@@ -210,16 +217,17 @@ def check_data(
 
 def _checked_rows(data: StreamedData) -> Iterator[dict[str, Any]]:
     """Yield the training rows that can be used, converted; what an epoch will read joins `data.streams`."""
-    ignore, limit = ignored_fields(data.arguments), data.arguments.max_train_samples
+    ignore, limit = ignored_fields(data.arguments.ignore_fields), data.arguments.max_train_samples
     for source in data.sources:
         if source.weight is not None:
             limit = source.limit
         stream = StreamedSource([])
         for path in source.files:
             size, modified = _size_and_time(path)
-            rows = _Watched(read_rows(path, data.document_unit), data)
+            text = open_text(path)
+            rows = _Watched(read_rows(text, data.document_unit), data)
             usable, before, bad = 0, -1, set()
-            file = (str(path), hash_file(path), rows)
+            file = InputFile(str(path), text.sha256, rows)
             for row in convert_files(data, "train", [file], data.convert, ignore, limit):
                 bad.update(range(before + 1, rows.number))
                 before, usable = rows.number, usable + 1
@@ -227,17 +235,19 @@ def _checked_rows(data: StreamedData) -> Iterator[dict[str, Any]]:
             if limit is not None:
                 limit -= usable
             if usable:
-                stream.files.append(StreamedFile(path, usable, 0, frozenset(bad), size, modified))
+                stream.files.append(
+                    StreamedFile(replace(text, content=None), usable, 0, frozenset(bad), size, modified)
+                )
         data.streams.append(stream)
 
 
 class _Watched:
     """The rows of a file on their way to the converter: the number of the last one, from 0, and a limit on problems."""
 
-    def __init__(self, rows: Iterator[Row | Problem], data: StreamedData):
+    def __init__(self, rows: Iterator[SourceRow | Problem], data: StreamedData):
         self.rows, self.data, self.number = rows, data, -1
 
-    def __iter__(self) -> Iterator[Row | Problem]:
+    def __iter__(self) -> Iterator[SourceRow | Problem]:
         for row in self.rows:
             self.number += 1
             yield row
@@ -352,7 +362,7 @@ class StreamedSamples(IterableDataset):
         self.data, self.encode, self.drawn, self.drawn_rows = data, encode, drawn, len(data.train)
         self.rows, self.seed, self.block_size = data.rows, data.seed, block_size
         self.process, self.processes = process, processes
-        self.ignore = ignored_fields(data.arguments)
+        self.ignore = ignored_fields(data.arguments.ignore_fields)
         self.buffer_size = data.arguments.shuffle_buffer
         self.shown = 0
         self.start: list[Position] = []
@@ -444,10 +454,10 @@ class StreamedSamples(IterableDataset):
         random.Random(f"{self.seed} {epoch} {window.start}").shuffle(window.samples)
         return window
 
-    def _order(self, epoch: int) -> Iterator[Row]:
+    def _order(self, epoch: int) -> Iterator[SourceRow]:
         """All rows of an epoch, shuffled by a buffer from which a random row makes room for the next one."""
         draw = random.Random(f"{self.seed} {epoch}")
-        buffer: list[Row] = []
+        buffer: list[SourceRow] = []
         for row in self._rows(draw):
             if len(buffer) < self.buffer_size:
                 buffer.append(row)
@@ -458,7 +468,7 @@ class StreamedSamples(IterableDataset):
         draw.shuffle(buffer)
         yield from buffer
 
-    def _rows(self, draw: random.Random) -> Iterator[Row]:
+    def _rows(self, draw: random.Random) -> Iterator[SourceRow]:
         """The rows of all sources, each source as likely to give the next one as it has rows left."""
         left = [stream.rows for stream in self.data.streams]
         rows = [stream.read(self.data.document_unit, self.seed, draw) for stream in self.data.streams]
@@ -467,9 +477,9 @@ class StreamedSamples(IterableDataset):
             left[source] -= 1
             yield next(rows[source])
 
-    def _encode(self, row: Row, left_out: Counter, warn: bool) -> list[Sample]:
+    def _encode(self, row: SourceRow, left_out: Counter, warn: bool) -> list[Sample]:
         try:
-            return self.encode({**self.data.convert(row.value, self.ignore), "place": row.place})
+            return self.encode({**self.data.convert(row.value, self.ignore), "place": row.place._asdict()})
         except EncodingError as error:
             kind = "too long" if error.too_long else "unusable"
             problem = Problem(row.place, error.reason, error.remedy + ".", kind=kind)

@@ -19,9 +19,9 @@ from medicalgpt.data.cache import Unknown, through_cache, token_key
 from medicalgpt.data.encoding import EncodingError, Pair, Prompt, Sample
 from medicalgpt.data.loading import LoadedData
 from medicalgpt.data.rows import Rows, on_disk
-from medicalgpt.data.sources import Problem
+from medicalgpt.data.sources import Place, Problem, place_of
 from medicalgpt.errors import UserError
-from medicalgpt.logs import signs_of_life
+from medicalgpt.logs import heartbeat
 
 import datasets
 import pyarrow as pa
@@ -52,7 +52,7 @@ def encode_rows(
         sample: what `encode` returns, `Sample`, `Pair` or `Prompt`.
 
     Returns:
-        The fields of `sample` as columns, and `place`; a row may give several samples.
+        The fields of `sample` as columns, and `place`, the fields of the row's `Place`; a row may give several samples.
 
     Raises:
         UserError: less than one process, or no room on the disk.
@@ -70,7 +70,8 @@ def encode_rows(
 
     def read(folder: Path) -> Dataset:
         with (folder / "problems.jsonl").open(encoding="utf-8") as file:
-            data.problems += [Problem(**json.loads(line)) for line in file]
+            found = map(json.loads, file)
+            data.problems += [Problem(**{**problem, "place": Place(*problem["place"])}) for problem in found]
         return Dataset.from_file(str(folder / "samples.arrow"))
 
     return through_cache(key, partial(_write_encoded, rows, encode, workers, side, sample), read, renew=overwrite_cache)
@@ -109,7 +110,8 @@ BYTES_AT_A_TIME = 16 * 1024 * 1024
 
 
 def _schema(sample: type) -> pa.Schema:
-    return pa.schema([*((field.name, pa.list_(pa.int32())) for field in fields(sample)), ("place", "string")])
+    place = pa.struct([("file", pa.string()), ("line", pa.int64()), ("item", pa.int64())])
+    return pa.schema([*((field.name, pa.list_(pa.int32())) for field in fields(sample)), ("place", place)])
 
 
 def _write_encoded(rows: Rows, encode: Callable, workers: int, side: str, sample: type, folder: Path) -> None:
@@ -124,7 +126,7 @@ def _write_encoded(rows: Rows, encode: Callable, workers: int, side: str, sample
     ):
         done = 0
         if datasets.are_progress_bars_disabled():
-            stack.enter_context(signs_of_life(lambda: f"tokenizing {side}: {done:,} of {len(rows):,} rows"))
+            stack.enter_context(heartbeat(lambda: f"tokenizing {side}: {done:,} of {len(rows):,} rows"))
         if workers == 1:
             parts = (_encode_part(rows, encode, schema, start) for start in starts)
         else:
@@ -167,7 +169,7 @@ def _encode_part(rows: Rows, encode: Callable, schema: pa.Schema, start: int) ->
             samples = encode(row)
         except EncodingError as error:
             kind = "too long" if error.too_long else "unusable"
-            problems.append(Problem(row["place"], error.reason, error.remedy + ".", kind=kind))
+            problems.append(Problem(place_of(row), error.reason, error.remedy + ".", kind=kind))
             continue
         for sample in samples:
             for name, ids in vars(sample).items():

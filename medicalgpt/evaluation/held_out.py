@@ -97,7 +97,7 @@ def read_questions(file: str, ignore_fields: str = "") -> tuple[list[Question], 
     Raises:
         UserError: rows that are no conversations with a final answer (all of them, by file:line).
     """
-    ignore = frozenset(filter(None, ignore_fields.replace(" ", "").split(",")))
+    ignore = sources.ignored_fields(ignore_fields)
     questions, problems, left_out = [], [], {}
     for path in sources.find_files(file):
         for row in sources.read_rows(path):
@@ -117,7 +117,7 @@ def read_questions(file: str, ignore_fields: str = "") -> tuple[list[Question], 
             category = row.value.get("category")
             questions.append(
                 Question(
-                    row.place,
+                    str(row.place),
                     "no category" if category is None else str(category),
                     prompt["messages"],
                     prompt["tools"],
@@ -136,7 +136,7 @@ def read_preferences(file: str, ignore_fields: str = "") -> tuple[list[Preferenc
     Raises:
         UserError: rows that are no preferences, or say it in another form (all of them, by file:line).
     """
-    ignore = frozenset(filter(None, ignore_fields.replace(" ", "").split(",")))
+    ignore = sources.ignored_fields(ignore_fields)
     pairs, prompts, problems = [], {}, []
     for path in sources.find_files(file):
         for row in sources.read_rows(path):
@@ -149,11 +149,11 @@ def read_preferences(file: str, ignore_fields: str = "") -> tuple[list[Preferenc
             except sources.RowError as error:
                 problems.append(sources.Problem(row.place, error.reason, error.remedy, error.value))
                 continue
-            pairs.append(PreferencePair(row.place, str(row.value.get("category", "no category")), pair))
+            pairs.append(PreferencePair(str(row.place), str(row.value.get("category", "no category")), pair))
             asked = json.dumps([pair["messages"], pair["tools"]], ensure_ascii=False, sort_keys=True)
             language = str(row.value.get("language", "no language"))
             reference = pair["chosen"].get("content") or ""
-            question = Question(row.place, language, pair["messages"], pair["tools"], reference, required)
+            question = Question(str(row.place), language, pair["messages"], pair["tools"], reference, required)
             # Of the rows of a prompt, the first that says what is required counts.
             if asked not in prompts or (required and not prompts[asked].required):
                 prompts[asked] = question
@@ -185,7 +185,7 @@ def read_tasks(file: str, ignore_fields: str = "") -> list[Question]:
     Raises:
         UserError: rows that are no prompts, or have no `answer` (all of them, by file:line).
     """
-    ignore = frozenset(filter(None, ignore_fields.replace(" ", "").split(",")))
+    ignore = sources.ignored_fields(ignore_fields)
     tasks, problems = [], []
     for path in sources.find_files(file):
         for row in sources.read_rows(path):
@@ -201,7 +201,7 @@ def read_tasks(file: str, ignore_fields: str = "") -> list[Question]:
                 problems.append(sources.Problem(row.place, error.reason, error.remedy, error.value))
                 continue
             kind, answer = str(columns.get("type", "no type")), str(columns["answer"])
-            tasks.append(Question(row.place, kind, task["messages"], task["tools"], answer, columns=columns))
+            tasks.append(Question(str(row.place), kind, task["messages"], task["tools"], answer, columns=columns))
     _refuse(problems)
     if not tasks:
         raise UserError(f"--task_file {file} holds no tasks.")

@@ -1,12 +1,12 @@
 """Load tokenizers and models, place and quantize them, put adapters on them, and merge adapters into them."""
 
 import copy
-import os
 from pathlib import Path
 from typing import Any
 
 from medicalgpt.args import AttentionArguments, LoraArguments, ModelArguments, bf16_gpu
 from medicalgpt.errors import UserError
+from medicalgpt.logs import local_rank, world_size
 from medicalgpt.models import attention
 from medicalgpt.models.adapters import adapters_to_float32, add_lora, attach_adapter, check_flags
 from medicalgpt.models.families import TESTED, check_family
@@ -164,7 +164,7 @@ def load_model(
         UserError: options that contradict each other, or a family that does not suit (see `check_family`).
     """
     quantization = quantization_config(load_in_4bit, load_in_8bit, qlora)
-    distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    distributed = world_size() > 1
     if device_map and distributed:
         raise UserError("--device_map is for a single process; under torchrun each process has a GPU of its own.")
     if quantization and full_training:
@@ -173,7 +173,7 @@ def load_model(
         # By default the library goes by the place of the head among the modules, which is a family's own affair.
         quantization.llm_int8_skip_modules = list(HEADS)
     if quantization and device_map is None and torch.cuda.is_available():
-        device_map = {"": int(os.environ.get("LOCAL_RANK", "0"))}
+        device_map = {"": local_rank()}
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
     if config is None:

@@ -131,7 +131,7 @@ def read_document(path: str | Path, limits: Limits | None = None) -> Document:
 def _load(path: Path, limits: Limits) -> bytes:
     """The bytes of a file; of a text file, as UTF-8."""
     # The child process does without this module, since it imports much that needs time and memory.
-    from medicalgpt.data.sources import read_file_text
+    from medicalgpt.data.text_files import open_text
 
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
@@ -146,7 +146,7 @@ def _load(path: Path, limits: Limits) -> bytes:
         if suffix in (".pdf", ".docx"):
             return data
         text = _declared_text(data) if suffix in (".html", ".htm") else None
-        return (read_file_text(path) if text is None else text).encode("utf-8", "surrogatepass")
+        return (open_text(path).text() if text is None else text).encode("utf-8", "surrogatepass")
     except OSError as error:
         raise Refused(f"{error.strerror or error}. Check the path.") from error
     except UserError as error:

@@ -6,9 +6,7 @@ fused then.
 
 import hashlib
 import json
-import os
 import re
-import tempfile
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -20,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from medicalgpt.code_version import code_version
-from medicalgpt.data.sources import hash_file
 from medicalgpt.errors import UserError
+from medicalgpt.files import hash_file, write_atomically
 from medicalgpt.models.hub import fingerprint
 from medicalgpt.rag.documents import Unit
 
@@ -346,9 +344,7 @@ class Shelf:
 
     def _write(self, target: Path, data: bytes) -> None:
         try:
-            with tempfile.NamedTemporaryFile(dir=self.folder, delete=False) as file:
-                file.write(data)
-            os.replace(file.name, target)
+            write_atomically(target, data, mode=0o600)
         except OSError as error:
             raise UserError(
                 f"--index_dir {self.folder}: {error.strerror or error}. Make room, or name another."

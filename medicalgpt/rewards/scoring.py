@@ -19,9 +19,9 @@ from typing import Any
 
 from medicalgpt.data.encoding import EncodingError, refuse_special_tokens
 from medicalgpt.data.formats import PREFERENCE_FIELDS, to_messages, to_preference
-from medicalgpt.data.sources import SHOWN_PROBLEMS, Problem, Row, RowError, listed, read_rows
+from medicalgpt.data.sources import SHOWN_PROBLEMS, Problem, RowError, SourceRow, listed, place_of, read_rows
 from medicalgpt.errors import UserError
-from medicalgpt.logs import signs_of_life
+from medicalgpt.logs import heartbeat
 from medicalgpt.models import adapters, loading
 from medicalgpt.models.attention import context_length
 from medicalgpt.models.hub import HEADS, Adapter, Checkpoint, CheckpointError
@@ -281,7 +281,7 @@ class RewardScorer:
                 self.encode([*row["messages"], {"role": "assistant", "content": "."}], row["tools"])
             except EncodingError as error:
                 reason = f"the reward model cannot read it: {error.reason}"
-                problems.append(Problem(row["place"], reason, "Shorten or remove the row."))
+                problems.append(Problem(place_of(row), reason, "Shorten or remove the row."))
         if problems:
             raise UserError(f"{len(problems)} prompt(s) cannot be scored by --reward_model_path:\n{listed(problems)}")
 
@@ -343,7 +343,7 @@ class RewardScorer:
 class Judged:
     """A row of a file and the conversations in it, by the name under which the score of each is written."""
 
-    row: Row
+    row: SourceRow
     tools: list[dict[str, Any]] | None
     conversations: dict[str, list[dict[str, Any]]]
 
@@ -385,7 +385,7 @@ def read_judged(score_file: str, ignore: frozenset[str] = frozenset()) -> tuple[
     return found, problems
 
 
-def _to_judged(row: Row, ignore: frozenset[str]) -> Judged:
+def _to_judged(row: SourceRow, ignore: frozenset[str]) -> Judged:
     value = row.value if isinstance(row.value, dict) else {}
     if any(field in value and field not in ignore for pair in PREFERENCE_FIELDS for field in pair):
         pair = to_preference(row.value, ignore)
@@ -454,7 +454,7 @@ def score_rows(
     with (
         open(partial, "w", encoding="utf-8") as file,
         tqdm(total=total, unit="answer", disable=not on_terminal) as bar,
-        nullcontext() if on_terminal else signs_of_life(lambda: f"{len(results)} of {len(encoded)} rows scored"),
+        nullcontext() if on_terminal else heartbeat(lambda: f"{len(results)} of {len(encoded)} rows scored"),
     ):
         for first in range(0, len(encoded), batch_size * BATCHES_PER_WRITE):
             part = encoded[first : first + batch_size * BATCHES_PER_WRITE]

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from medicalgpt.errors import UserError
+from medicalgpt.logs import HEARTBEAT_SECONDS
 
 import torch
 from loguru import logger
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-SIGN_OF_LIFE_SECONDS = 30
 # What a line of progress says of a log event, beside speed and memory.
 SHOWN_METRICS = ("loss", "accuracy", "rewards/accuracies", "score", "reward", "rewards/accuracy/mean", "kl")
 SHOWN_METRICS += ("learning_rate", "eval_loss", "eval_accuracy", "eval_rewards/accuracies")
@@ -90,7 +90,7 @@ class PlainProgress(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.first_step + 1:
             logger.info(f"first step done, {time.time() - self.began:.1f} s after training began")
-        if time.time() - self.last_line >= SIGN_OF_LIFE_SECONDS:
+        if time.time() - self.last_line >= HEARTBEAT_SECONDS:
             self._line(state, {})
 
     def on_log(

@@ -1,11 +1,11 @@
 """Checkpoints that are whole: a manifest with sizes and hashes, written last, and verified before resuming."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from medicalgpt.errors import UserError
+from medicalgpt.files import hash_file, write_atomically
 
 import torch
 from loguru import logger
@@ -39,7 +39,7 @@ def checkpoint_problem(checkpoint: Path) -> str | None:
         path = checkpoint / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != entry["bytes"] or _digest(path) != entry["sha256"]:
+        if path.stat().st_size != entry["bytes"] or hash_file(path) != entry["sha256"]:
             return f"{name} has changed"
     return None
 
@@ -65,11 +65,6 @@ def find_checkpoint(place: Path) -> str:
     return str(whole[0])
 
 
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 class CheckpointCommitter(TrainerCallback):
     """Write the manifest of a checkpoint once all its files are there; transformers itself writes them in place."""
 
@@ -80,10 +75,8 @@ class CheckpointCommitter(TrainerCallback):
         if not state.is_world_process_zero or not folder.is_dir():
             return
         entries = {
-            str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _digest(path)}
+            str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": hash_file(path)}
             for path in sorted(folder.rglob("*"))
             if path.is_file() and path.name != MANIFEST
         }
-        partial = folder / f"{MANIFEST}.partial"
-        partial.write_text(json.dumps(entries, indent=1), encoding="utf-8")
-        partial.rename(folder / MANIFEST)
+        write_atomically(folder / MANIFEST, json.dumps(entries, indent=1))

@@ -56,7 +56,7 @@ def test_refused_with_its_place(folder, tmp_path, long):
     path = write_jsonl(tmp_path / "data" / "rows.jsonl", [*SHORT, long])
     with pytest.raises(DataError, match="longer than the 80 that fit") as error:
         open_stage("supervised_finetuning.py", *flags(folder, tmp_path))
-    assert [problem.place for problem in error.value.problems] == [f"{path}:4"]
+    assert [problem.place for problem in error.value.problems] == [(str(path), 4, 0)]
     assert f"{path}:4: " in str(error.value) and "--skip_long_rows True" in str(error.value)
     assert not (tmp_path / "out").exists()
     # Rows that cannot be used for other reasons do not let this one through.

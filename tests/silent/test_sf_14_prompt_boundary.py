@@ -101,7 +101,7 @@ def test_answer_that_melts_into_the_prompt_is_refused(tmp_path):
     ]
     with pytest.raises(DataError) as error:
         open_stage("supervised_finetuning.py", *flags)
-    assert [problem.place for problem in error.value.problems] == [f"{path}:2", f"{path}:3"]
+    assert [problem.place for problem in error.value.problems] == [(str(path), 2, 0), (str(path), 3, 0)]
     assert str(error.value).count(MELTED) == 2 and "white space at the start of the answer" in str(error.value)
 
     open_stage("supervised_finetuning.py", *flags, "--skip_bad_rows", "True").finish()

@@ -4,6 +4,7 @@ import json
 import shutil
 from unittest.mock import patch
 
+from medicalgpt.data.sources import place_of
 from medicalgpt.errors import UserError
 from medicalgpt.rewards.scoring import RewardScorer
 from medicalgpt.serving.generation import REPLACEMENT
@@ -50,7 +51,7 @@ def test_the_text_that_is_scored_is_the_text_that_was_written(place, tmp_path, o
     flags = ("--missing_eos_penalty", 0, "--kl_coef", 0)
     trainer = open_ppo(place, tmp_path, *flags, *(as_other(place) if other else ())).trainer
     judge = RewardScorer.from_pretrained(str(place / ("other-rm" if other else "rm")))
-    prompts_of = {tuple(row["prompt_ids"]): trainer.tasks[row["place"]] for row in trainer.train_dataset}
+    prompts_of = {tuple(row["prompt_ids"]): trainer.tasks[place_of(row)] for row in trainer.train_dataset}
     with_history = 0
     for step in range(3):
         rollout, seen = trainer.roll_out(step)
@@ -129,7 +130,7 @@ def test_a_longer_prompt_beside_it_changes_no_answer(place, tmp_path):
     shake(trainer.model)
     trainer.args.whiten_advantages = False
     rows = list(trainer.train_dataset)
-    tasks = [trainer.tasks[row["place"]] for row in rows]
+    tasks = [trainer.tasks[place_of(row)] for row in rows]
     # Prompts are answered as they were encoded, not rendered a second time.
     with patch.object(type(trainer.processing_class), "apply_chat_template", side_effect=AssertionError):
         together = trainer.answer(rows, 1.0, seed=11)
@@ -154,7 +155,9 @@ def test_an_answer_that_cannot_be_scored_gets_the_lowest_score(place, tmp_path):
 
     trainer.scorer.encode = refusing
     rows = [trainer.train_dataset[number] for number in range(4)]
-    scores, unreadable = trainer.score([trainer.tasks[row["place"]] for row in rows], trainer.answer(rows, 1.0, seed=3))
+    scores, unreadable = trainer.score(
+        [trainer.tasks[place_of(row)] for row in rows], trainer.answer(rows, 1.0, seed=3)
+    )
     assert unreadable.tolist() == [False, True, False, False]
     assert scores[1] == scores.min() and len(set(scores.tolist())) == 3
 

@@ -140,7 +140,8 @@ def test_order_and_place_of_rows_count(path, log, tmp_path):
     old = chat_tokens(path)
     write_jsonl(path, ROWS[::-1])
     assert chat_tokens(path)[0] != old[0]
-    assert chat_tokens(shutil.copy(path, tmp_path / "copy.jsonl"))[0][0]["place"][0].startswith(str(tmp_path / "copy"))
+    copied = chat_tokens(shutil.copy(path, tmp_path / "copy.jsonl"))[0][0]
+    assert copied["place"][0]["file"] == str(tmp_path / "copy.jsonl")
     assert hits(log) == 0
 
 
@@ -149,8 +150,10 @@ import sys
 from functools import partial
 sys.path.append({tests!r})
 from medicalgpt.args import DataArguments
-from medicalgpt.data import load_data, to_text
-from medicalgpt.encoding import encode_document, encode_rows
+from medicalgpt.data.encoding import encode_document
+from medicalgpt.data.formats import to_text
+from medicalgpt.data.loading import load_data
+from medicalgpt.data.tokenizing import encode_rows
 from tiny import tiny_tokenizer
 data = load_data(DataArguments(train_file_dir={path!r}), to_text)
 print(encode_rows(data, "train", partial(encode_document, tiny_tokenizer(), block_size=50))[:])
@@ -203,7 +206,7 @@ def test_each_source_is_in_the_key(path, log, tmp_path, monkeypatch, name):
     log.clear()
     chat_tokens(path)
     assert hits(log) == 1
-    with open(tmp_path / "project" / "medicalgpt" / name, "a", encoding="utf-8") as file:
+    with open(tmp_path / "project" / name, "a", encoding="utf-8") as file:
         file.write("# changed\n")
     chat_tokens(path)
     assert hits(log) == 1
@@ -299,7 +302,7 @@ def test_without_a_key_rows_are_encoded_each_time(tmp_path, log, folder):
     lines = tmp_path / "note"
     for encode in (partial(noted, tiny_tokenizer(), note=lines), lambda row: noted(tiny_tokenizer(), row, str(lines))):
         for _ in range(2):
-            assert encode_rows(data, "train", encode)["place"][:] == [f"{tmp_path / 't.jsonl'}:{n}" for n in (1, 2)]
+            assert [place["line"] for place in encode_rows(data, "train", encode)["place"]] == [1, 2]
     assert len(lines.read_text().splitlines()) == 8 and not folder.exists()
     assert sum("tokens are not kept for the next run: a PosixPath" in line for line in log) == 2
 

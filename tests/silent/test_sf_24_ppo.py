@@ -2,7 +2,7 @@
 
 from medicalgpt.args import DataArguments
 from medicalgpt.parser import parse_args
-from medicalgpt.refusals import UNUSED_PPO_ARGUMENTS
+from medicalgpt.refusals import refused_in
 from ppo_training import PpoArguments
 from tests.silent.ppo import make_place, open_ppo
 
@@ -78,8 +78,8 @@ def test_the_batch_of_rollouts_changes_the_batch_alone(place, tmp_path):
     )
 
 
-@pytest.mark.parametrize("name", UNUSED_PPO_ARGUMENTS)
+@pytest.mark.parametrize("name", refused_in("ppo_training.py"))
 def test_flags_of_the_library_without_effect_are_refused(name, capsys):
     with pytest.raises(SystemExit):
-        parse_args(PpoArguments, DataArguments, argv=[f"--{name}", "1"], unused=UNUSED_PPO_ARGUMENTS)
+        parse_args(PpoArguments, DataArguments, argv=[f"--{name}", "1"], unused=refused_in("ppo_training.py"))
     assert f"--{name} has no effect in this program" in capsys.readouterr().err
