@@ -17,10 +17,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from medicalgpt.args import DataArguments
-from medicalgpt.data import load_data, to_messages, to_text
+from medicalgpt.data.formats import to_messages, to_text
+from medicalgpt.data.loading import load_data
 from medicalgpt.errors import UserError, run_main
 from medicalgpt.logs import setup_logging
-from template import apply_template, stop_token_ids
+from medicalgpt.models.templating import stop_token_ids
+from template import apply_template
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, set_seed

@@ -30,11 +30,6 @@ import reward_modeling
 import supervised_finetuning
 import validate_jsonl
 from medicalgpt.args import (
-    GONE,
-    RENAMED,
-    RENAMED_VALUES,
-    UNUSED_PAIR_ARGUMENTS,
-    UNUSED_SFT_ARGUMENTS,
     ApiArguments,
     AttentionArguments,
     ChatArguments,
@@ -49,6 +44,15 @@ from medicalgpt.args import (
     TemplateArguments,
 )
 from medicalgpt.errors import UserError, run_main
+from medicalgpt.refusals import (
+    GONE,
+    RENAMED,
+    RENAMED_VALUES,
+    UNUSED_GRPO_ARGUMENTS,
+    UNUSED_PAIR_ARGUMENTS,
+    UNUSED_PPO_ARGUMENTS,
+    UNUSED_SFT_ARGUMENTS,
+)
 
 from trl import SFTConfig
 
@@ -333,9 +337,9 @@ def render() -> str:
         "In the stages on pairs these as well:",
         _rows(("flag", "instead"), refusals(only_in(UNUSED_PAIR_ARGUMENTS))),
         "In `ppo_training.py`:",
-        _rows(("flag", "instead"), refusals(only_in(ppo_training.UNUSED_PPO_ARGUMENTS))),
+        _rows(("flag", "instead"), refusals(only_in(UNUSED_PPO_ARGUMENTS))),
         "In `grpo_training.py`:",
-        _rows(("flag", "instead"), refusals(only_in(grpo_training.UNUSED_GRPO_ARGUMENTS))),
+        _rows(("flag", "instead"), refusals(only_in(UNUSED_GRPO_ARGUMENTS))),
     ]
     return "\n\n".join(parts) + "\n"
 

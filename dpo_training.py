@@ -26,9 +26,7 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
-from medicalgpt import models
 from medicalgpt.args import (
-    UNUSED_PAIR_ARGUMENTS,
     AttentionArguments,
     DataArguments,
     LoraArguments,
@@ -36,15 +34,20 @@ from medicalgpt.args import (
     PairArguments,
     RunArguments,
     StageDefaults,
-    parse_args,
 )
-from medicalgpt.cpu import add_cpu_head
-from medicalgpt.data import load_data, to_preference
-from medicalgpt.encoding import IGNORED, Pair, encode_preference, encode_sides, render_prompts
+from medicalgpt.data.encoding import IGNORED, Pair, encode_preference, render_prompts
+from medicalgpt.data.formats import to_preference
+from medicalgpt.data.loading import load_data
+from medicalgpt.data.tokenizing import encode_sides
 from medicalgpt.errors import UserError, run_main
-from medicalgpt.runs import Run
-from medicalgpt.trainers import PairTrainer, settle_dropout, training_defaults
-from template import apply_template, stop_token_ids
+from medicalgpt.models import adapters, hub, loading
+from medicalgpt.models.templating import stop_token_ids
+from medicalgpt.parser import parse_args
+from medicalgpt.refusals import UNUSED_PAIR_ARGUMENTS
+from medicalgpt.training.cpu import add_cpu_head
+from medicalgpt.training.runs import Run
+from medicalgpt.training.trainers import PairTrainer, settle_dropout, training_defaults
+from template import apply_template
 
 import datasets
 import torch
@@ -179,7 +182,7 @@ class PreferenceTrainer(PairTrainer, DPOTrainer):
         if isinstance(self.model, PeftModel) and self.ref_model is None:
             self.model.delete_adapter("ref")
             if self.start_from:
-                models.add_reference_adapter(self.model, self.start_from)
+                adapters.add_reference_adapter(self.model, self.start_from)
         # What WPO weighs pairs with, and the loss of routers, come from TRL's own head alone.
         for model in (self.model, self.ref_model):
             if model is not None and not self.use_weighting and not self.aux_loss_enabled:
@@ -274,29 +277,29 @@ def load_reference(
             return None
         if not is_deepspeed_zero3_enabled():
             return copy.deepcopy(policy).requires_grad_(False)
-        reference = models.load_base(AutoModelForCausalLM, model_args, lora_args, **load)
+        reference = loading.load_base(AutoModelForCausalLM, model_args, lora_args, **load)
         reference.resize_token_embeddings(policy.get_input_embeddings().num_embeddings, mean_resizing=False)
         # New rows of an embedding are drawn at random, so each process copies its part of every weight.
         for ours, theirs in zip(reference.parameters(), policy.parameters(), strict=True):
             getattr(ours, "ds_tensor", ours).data.copy_(getattr(theirs, "ds_tensor", theirs).data)
         return reference.requires_grad_(False)
-    base, adapter = models.resolve_checkpoint(args.reference_model)
+    base, adapter = hub.resolve_checkpoint(args.reference_model)
     if adapter and (model_args.load_in_4bit or model_args.load_in_8bit or model_args.qlora):
         raise UserError(
             f"--reference_model {args.reference_model} is an adapter, which cannot be merged into a quantized base. "
             f"Merge it first: python merge_peft_adapter.py --lora_model {args.reference_model}"
         )
     model_args = replace(model_args, model_name_or_path=args.reference_model, model_revision=None)
-    theirs = models.stage_tokenizer(replace(model_args, tokenizer_name_or_path=None), LoraArguments())
+    theirs = loading.stage_tokenizer(replace(model_args, tokenizer_name_or_path=None), LoraArguments())
     if differing := sorted(set(tokenizer.get_vocab().items()) - set(theirs.get_vocab().items())):
         token, row = differing[0]
         raise UserError(
             f"--reference_model {args.reference_model} reads other tokens than the model: {len(differing)} of them "
             f"differ, such as {token!r} with id {row}. Name a reference with the same tokenizer."
         )
-    reference = models.load_base(AutoModelForCausalLM, model_args, LoraArguments(), **load)
+    reference = loading.load_base(AutoModelForCausalLM, model_args, LoraArguments(), **load)
     if adapter:
-        reference = models.attach_adapter(reference, adapter).merge_and_unload()
+        reference = adapters.attach_adapter(reference, adapter).merge_and_unload()
     return reference.requires_grad_(False)
 
 
@@ -315,11 +318,11 @@ def main() -> None:
     check_flags(args, lora_args.use_peft)
     training_defaults(args, adapter_rate=2e-5, full_rate=1e-6, use_peft=lora_args.use_peft)
     settle_dropout(args, lora_args)
-    models.settle_length(args, "model_max_length", model_args, lora_args, attention_args)
+    loading.settle_length(args, "model_max_length", model_args, lora_args, attention_args)
     run = Run("dpo_training", args, model_args, run_args, attention_args, data_args, lora_args)
 
     # 2 tokenizer and template
-    tokenizer = models.stage_tokenizer(model_args, lora_args)
+    tokenizer = loading.stage_tokenizer(model_args, lora_args)
     stop = apply_template(tokenizer, args.template_name, args.system_prompt, args.tool_format)
 
     # 3 data: both answers follow the same prompt; pairs that do not fit are refused, not cut
@@ -337,11 +340,11 @@ def main() -> None:
 
     # 4 model, and the reference where it is not the same weights without the adapter
     load = {"attending": attention_args, "max_length": args.model_max_length, "bf16": args.bf16}
-    model = models.load_base(AutoModelForCausalLM, model_args, lora_args, **load)
-    new_rows = models.fit_embedding(model, tokenizer, lora_args, cache_dir=model_args.cache_dir)
+    model = loading.load_base(AutoModelForCausalLM, model_args, lora_args, **load)
+    new_rows = loading.fit_embedding(model, tokenizer, lora_args, cache_dir=model_args.cache_dir)
     reference = load_reference(model, tokenizer, args, model_args, lora_args, **load)
-    _, adapter = models.resolve_checkpoint(model_args.model_name_or_path)
-    model = models.add_lora(model, lora_args, TaskType.CAUSAL_LM, start_from=adapter, new_rows=new_rows)
+    _, adapter = hub.resolve_checkpoint(model_args.model_name_or_path)
+    model = adapters.add_lora(model, lora_args, TaskType.CAUSAL_LM, start_from=adapter, new_rows=new_rows)
 
     # 5 trainer
     trainer = PreferenceTrainer(
@@ -354,7 +357,7 @@ def main() -> None:
         loraplus_lr_ratio=lora_args.loraplus_lr_ratio,
         start_from=(lora_args.peft_path or adapter) if lora_args.use_peft else None,
     )
-    models.adapters_to_float32(model)
+    adapters.adapters_to_float32(model)
 
     # 6 train, save
     run.announce(model, trainer.train_dataset, validation)

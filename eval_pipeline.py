@@ -33,26 +33,44 @@ import copy
 import hashlib
 import json
 import math
-import random
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from medicalgpt import data as data_files
+from medicalgpt.code_version import code_version
+from medicalgpt.data import sources
 from medicalgpt.errors import UserError, run_main
+from medicalgpt.evaluation.held_out import (
+    PROMPT_EXAMPLES,
+    TASK_EXAMPLES,
+    HeldOut,
+    PreferencePair,
+    Question,
+    pick_examples,
+    read_documents,
+    read_preferences,
+    read_questions,
+    read_tasks,
+    shuffled,
+)
+from medicalgpt.evaluation.measures import (
+    Judge,
+    count_answers,
+    count_preferences,
+    is_exact,
+    is_good,
+    perplexity,
+    score_documents,
+    score_pairs,
+)
 
 FORMAT = 3
-# Prompts of preferences, and tasks, whose answers are kept to be shown.
-PROMPT_EXAMPLES = 8
-TASK_EXAMPLES = 6
 # Name of the reward model's results among those of the models; no model can have it.
 REWARD = "=reward"
-# Logits of one forward pass, rows x tokens x vocabulary, in numbers: about 256 MB in float32.
-MAX_LOGITS = 2**26
 CHECKPOINT_FILES = (
     "*.safetensors",
     "config.json",
@@ -65,64 +83,6 @@ CHECKPOINT_FILES = (
     "merges.txt",
     "*.jinja",
 )
-
-
-@dataclass(frozen=True)
-class Question:
-    """One chat row: the turns up to the last answer, and that answer.
-
-    `required` is set for prompts of preferences: a good answer holds at least one string of each of these groups.
-    `columns` is set for tasks: what rewards judge a reply by.
-    """
-
-    place: str
-    category: str
-    messages: list[dict[str, Any]]
-    tools: list | None
-    reference: str
-    required: list[list[str]] | None = None
-    columns: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class PreferencePair:
-    """One row of preferences, as `data.to_preference` gives it."""
-
-    place: str
-    category: str
-    row: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """What the models are measured on. The lists of indices say what is asked first and whose answers are kept."""
-
-    documents: list[str] | None = None
-    end_of_document: str | None = None
-    questions: list[Question] | None = None
-    question_order: list[int] = field(default_factory=list)
-    question_examples: list[int] = field(default_factory=list)
-    pairs: list[PreferencePair] | None = None
-    prompts: list[Question] = field(default_factory=list)
-    prompt_order: list[int] = field(default_factory=list)
-    prompt_examples: list[int] = field(default_factory=list)
-    tasks: list[Question] | None = None
-    task_order: list[int] = field(default_factory=list)
-    task_examples: list[int] = field(default_factory=list)
-
-
-# Whether the text of an answer to a question is right; None where that cannot be said.
-Judge = Callable[[str, Question], bool | None]
-
-
-@dataclass
-class ChatScore:
-    """Counts over answers; `by_category` holds the same counts for each category."""
-
-    correct: int = 0
-    stopped: int = 0
-    total: int = 0
-    by_category: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 class Progress:
@@ -156,299 +116,12 @@ class Progress:
         self._thread.join()
 
 
-def read_documents(place: str, document_unit: str) -> tuple[list[str], list[Path]]:
-    """Return the held-out documents at `place` and their files.
-
-    In a folder, held-out files are those whose name begins with validation, valid, val, dev, eval or test.
-
-    Raises:
-        UserError: no such file, no held-out file, or rows that are no documents (all of them, by file:line).
-    """
-    files = data_files.find_files(place)
-    if not Path(place).is_file():
-        files = [file for file in files if data_files.HELD_OUT_NAME.match(file.name)]
-        if not files:
-            raise UserError(
-                f"--text_file_dir {place} holds no held-out file. Name one validation.jsonl or validation.txt, or give "
-                "a file instead of the folder."
-            )
-    documents, problems = [], []
-    for file in files:
-        for row in data_files.read_rows(file, document_unit):
-            if isinstance(row, data_files.Problem):
-                problems.append(row)
-                continue
-            try:
-                documents.append(data_files.to_text(row.value)["text"])
-            except data_files.RowError as error:
-                problems.append(data_files.Problem(row.place, error.reason, error.remedy, error.value))
-    _refuse(problems)
-    if not documents:
-        raise UserError(f"--text_file_dir {place}: the held-out files are empty ({', '.join(map(str, files))}).")
-    return documents, files
-
-
-def read_questions(file: str, ignore_fields: str = "") -> tuple[list[Question], dict[str, int]]:
-    """Return the questions of a chat file, and the rows that cannot be scored, counted by reason.
-
-    Raises:
-        UserError: rows that are no conversations with a final answer (all of them, by file:line).
-    """
-    ignore = frozenset(filter(None, ignore_fields.replace(" ", "").split(",")))
-    questions, problems, left_out = [], [], {}
-    for path in data_files.find_files(file):
-        for row in data_files.read_rows(path):
-            if isinstance(row, data_files.Problem):
-                problems.append(row)
-                continue
-            try:
-                prompt = data_files.to_prompt(row.value, ignore)
-                if prompt["reference"] is None:
-                    raise data_files.RowError("no answer to compare with", "End the row with the assistant's turn.")
-            except data_files.RowError as error:
-                problems.append(data_files.Problem(row.place, error.reason, error.remedy, error.value))
-                continue
-            if not prompt["reference"].strip():
-                left_out["the answer is a tool call"] = left_out.get("the answer is a tool call", 0) + 1
-                continue
-            category = row.value.get("category")
-            questions.append(
-                Question(
-                    row.place,
-                    "no category" if category is None else str(category),
-                    prompt["messages"],
-                    prompt["tools"],
-                    prompt["reference"],
-                )
-            )
-    _refuse(problems)
-    if not questions:
-        raise UserError(f"--chat_file {file} holds no question that can be scored.")
-    return questions, left_out
-
-
-def read_preferences(file: str, ignore_fields: str = "") -> tuple[list[PreferencePair], list[Question]]:
-    """Return the pairs of a preference file, and its prompts, each once.
-
-    Raises:
-        UserError: rows that are no preferences, or say it in another form (all of them, by file:line).
-    """
-    ignore = frozenset(filter(None, ignore_fields.replace(" ", "").split(",")))
-    pairs, prompts, problems = [], {}, []
-    for path in data_files.find_files(file):
-        for row in data_files.read_rows(path):
-            if isinstance(row, data_files.Problem):
-                problems.append(row)
-                continue
-            try:
-                pair = data_files.to_preference(row.value, ignore)
-                required = _required_strings(row.value)
-            except data_files.RowError as error:
-                problems.append(data_files.Problem(row.place, error.reason, error.remedy, error.value))
-                continue
-            pairs.append(PreferencePair(row.place, str(row.value.get("category", "no category")), pair))
-            asked = json.dumps([pair["messages"], pair["tools"]], ensure_ascii=False, sort_keys=True)
-            language = str(row.value.get("language", "no language"))
-            reference = pair["chosen"].get("content") or ""
-            question = Question(row.place, language, pair["messages"], pair["tools"], reference, required)
-            # Of the rows of a prompt, the first that says what is required counts.
-            if asked not in prompts or (required and not prompts[asked].required):
-                prompts[asked] = question
-    _refuse(problems)
-    if not pairs:
-        raise UserError(f"--preference_file {file} holds no pairs.")
-    return pairs, list(prompts.values())
-
-
-def _required_strings(row: dict[str, Any]) -> list[list[str]] | None:
-    """Raises RowError where `meta.required` is there and is no list of lists of strings."""
-    meta = row.get("meta")
-    required = meta.get("required") if isinstance(meta, dict) else None
-    if required is None or required == []:
-        return None
-    groups = required if isinstance(required, list) else [None]
-    if not all(isinstance(group, list) and group and all(isinstance(text, str) for text in group) for group in groups):
-        raise data_files.RowError(
-            "`meta.required` is no list of groups of strings",
-            'Write it as [["cardiology"], ["ambulance", "emergency"]]: a good answer holds one string of each group.',
-            required,
-        )
-    return required
-
-
-def read_tasks(file: str, ignore_fields: str = "") -> list[Question]:
-    """Return the tasks of a file; the category of each is its `type`.
-
-    Raises:
-        UserError: rows that are no prompts, or have no `answer` (all of them, by file:line).
-    """
-    ignore = frozenset(filter(None, ignore_fields.replace(" ", "").split(",")))
-    tasks, problems = [], []
-    for path in data_files.find_files(file):
-        for row in data_files.read_rows(path):
-            if isinstance(row, data_files.Problem):
-                problems.append(row)
-                continue
-            try:
-                task = data_files.to_task(row.value, ignore)
-                columns = task["columns"]
-                if "answer" not in columns:
-                    raise data_files.RowError("no answer to compare with", "Put the right one into `answer`.")
-            except data_files.RowError as error:
-                problems.append(data_files.Problem(row.place, error.reason, error.remedy, error.value))
-                continue
-            kind, answer = str(columns.get("type", "no type")), str(columns["answer"])
-            tasks.append(Question(row.place, kind, task["messages"], task["tools"], answer, columns=columns))
-    _refuse(problems)
-    if not tasks:
-        raise UserError(f"--task_file {file} holds no tasks.")
-    return tasks
-
-
-def pick_examples(questions: Sequence[Question], count: int) -> list[int]:
-    """Choose rows to show, spread evenly over and inside the categories; identity rows are among them."""
-    by_category: dict[str, list[int]] = {}
-    for index, question in enumerate(questions):
-        by_category.setdefault(question.category, []).append(index)
-    names = sorted(by_category, key=lambda name: "identity" not in name.lower())
-    quota = dict.fromkeys(names, 0)
-    turns = [name for name in names if "identity" in name.lower()] + names * count
-    for name in turns:
-        if sum(quota.values()) < count and quota[name] < len(by_category[name]):
-            quota[name] += 1
-    chosen = []
-    for name, number in quota.items():
-        rows = by_category[name]
-        chosen += [rows[(2 * place + 1) * len(rows) // (2 * number)] for place in range(number)]
-    return chosen
-
-
-def token_losses(
-    model: Any, sequences: Sequence[Sequence[int]], batch_size: int = 64, progress: Progress | None = None
-) -> Iterator[tuple[int, Any]]:
-    """Yield (index, losses) of each sequence, the longest first: losses (tokens - 1,) in nats, the first has none.
-
-    Args:
-        model: a causal language model in evaluation mode.
-        sequences: token ids, at least two each.
-        batch_size: most sequences of one forward pass. It does not change the result.
-
-    Raises:
-        UserError: the model's scores are not finite.
-    """
-    import torch
-
-    order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]), reverse=True)
-    vocabulary = model.get_output_embeddings().weight.shape[0]
-    while order:
-        width = len(sequences[order[0]])
-        rows = max(1, min(batch_size, MAX_LOGITS // (width * vocabulary)))
-        batch, order = order[:rows], order[rows:]
-        input_ids = torch.zeros((len(batch), width), dtype=torch.long)
-        attention_mask = torch.zeros_like(input_ids)
-        for row, index in enumerate(batch):
-            input_ids[row, : len(sequences[index])] = torch.tensor(sequences[index])
-            attention_mask[row, : len(sequences[index])] = 1
-        input_ids, attention_mask = input_ids.to(model.device), attention_mask.to(model.device)
-        with torch.inference_mode():
-            logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits[:, :-1]
-            losses = torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1).float(), input_ids[:, 1:].flatten(), reduction="none"
-            ).view(len(batch), -1)
-        for index, row in zip(batch, losses.double().cpu(), strict=True):
-            row = row[: len(sequences[index]) - 1]
-            if not row.isfinite().all():
-                raise UserError(
-                    "the model's scores are not finite (NaN or infinite): its weights are broken. Train it again."
-                )
-            yield index, row
-        if progress:
-            progress.add(len(batch))
-
-
-def score_documents(
-    model: Any,
-    documents: Sequence[Sequence[int]],
-    block_size: int,
-    batch_size: int = 64,
-    progress: Progress | None = None,
-) -> list[tuple[float, int]]:
-    """Score each document alone.
-
-    A document longer than `block_size` is split into pieces that overlap by one token, which is only context, so that
-    every token but a document's first is scored exactly once.
-
-    Args:
-        documents: token ids of each document, its end token included.
-        block_size: most tokens of one piece, at least 2.
-
-    Returns:
-        (negative log-likelihood in nats, tokens scored) of each document.
-
-    Raises:
-        UserError: the model's scores are not finite.
-    """
-    pieces = [
-        (number, ids[start : start + block_size])
-        for number, ids in enumerate(documents)
-        for start in range(0, len(ids) - 1, block_size - 1)
-    ]
-    nll = [0.0] * len(documents)
-    for index, losses in token_losses(model, [ids for _, ids in pieces], batch_size, progress):
-        nll[pieces[index][0]] += losses.sum().item()
-    return [(loss, len(ids) - 1) for loss, ids in zip(nll, documents, strict=True)]
-
-
-def score_pairs(
-    model: Any, pairs: Sequence[Any], batch_size: int = 64, progress: Progress | None = None
-) -> list[tuple[float, float]]:
-    """Return the mean log-probability in nats of the tokens of both answers of each pair: (chosen, rejected).
-
-    Args:
-        pairs: of `encoding.Pair`; the turn end belongs to an answer, the prompt does not.
-
-    Raises:
-        UserError: the model's scores are not finite.
-    """
-    sequences = [pair.prompt_ids + answer for pair in pairs for answer in (pair.chosen_ids, pair.rejected_ids)]
-    means = [0.0] * len(sequences)
-    for index, losses in token_losses(model, sequences, batch_size, progress):
-        means[index] = -losses[len(pairs[index // 2].prompt_ids) - 1 :].mean().item()
-    return list(zip(means[::2], means[1::2], strict=True))
-
-
-def perplexity(scores: Sequence[tuple[float, int]]) -> float:
-    """Return exp(total nll / total tokens) of (nll, tokens) pairs: a token counts the same in every document."""
-    return math.exp(sum(nll for nll, _ in scores) / sum(tokens for _, tokens in scores))
-
-
-def is_match(answer: str, reference: str) -> bool:
-    """Whether the two are the same string, white space at both ends apart."""
-    return answer.strip() == reference.strip()
-
-
-def is_exact(answer: str, question: Question) -> bool:
-    """Whether the answer is the question's reference."""
-    return is_match(answer, question.reference)
-
-
-def is_good(answer: str, question: Question) -> bool | None:
-    """Whether the answer holds at least one string of each group that the question requires, in capitals or not.
-
-    None for a question that does not say what it requires.
-    """
-    if question.required is None:
-        return None
-    said = answer.casefold()
-    return all(any(text.casefold() in said for text in group) for group in question.required)
-
-
 def task_rewards() -> tuple[str, dict[str, Judge]]:
     """Return the system prompt with which GRPO asks for replies, and what judges them, by the name of what is counted.
 
     A reply is right if it gets the whole reward, 1; half of one does not count.
     """
-    import grpo_training
+    from medicalgpt.rewards.rewards import REWARDS, SYSTEM_PROMPT
 
     def judged_by(reward: Callable[..., list[float | None]]) -> Judge:
         def is_right(reply: str, task: Question) -> bool | None:
@@ -458,31 +131,9 @@ def task_rewards() -> tuple[str, dict[str, Judge]]:
 
         return is_right
 
-    rewards = grpo_training.REWARDS
+    rewards = REWARDS
     judges = {"right answers": judged_by(rewards["accuracy"]), "right format": judged_by(rewards["format"])}
-    return grpo_training.SYSTEM_PROMPT, judges
-
-
-def count_answers(questions: Sequence[Question], answers: Sequence[Any], is_right: Judge = is_exact) -> ChatScore:
-    """Count right answers and answers that the model ended itself.
-
-    Args:
-        answers: one for each question, each with `text` and `finish_reason`.
-        is_right: takes the text of an answer, and its question; what it gives None for is not counted.
-    """
-    score = ChatScore()
-    for question, answer in zip(questions, answers, strict=True):
-        correct, stopped = is_right(answer.text, question), answer.finish_reason == "stop"
-        if correct is None:
-            continue
-        category = score.by_category.setdefault(question.category, {"correct": 0, "stopped": 0, "total": 0})
-        category["correct"] += correct
-        category["stopped"] += stopped
-        category["total"] += 1
-        score.correct += correct
-        score.stopped += stopped
-        score.total += 1
-    return score
+    return SYSTEM_PROMPT, judges
 
 
 def answer_questions(
@@ -496,7 +147,8 @@ def answer_questions(
 
     Rows with references of like length share a batch, because a batch takes as long as its longest answer.
     """
-    from medicalgpt.chat import PromptTooLongError, Sampling
+    from medicalgpt.serving.chat import PromptTooLongError
+    from medicalgpt.serving.generation import Sampling
 
     fitting = []
     for index, question in enumerate(questions):
@@ -526,29 +178,6 @@ def answer_questions(
     return answers
 
 
-def count_preferences(pairs: Sequence[PreferencePair], scores: Sequence[tuple[float, float]]) -> dict[str, Any]:
-    """Count the pairs whose chosen answer scores higher than the rejected one; an equal score does not.
-
-    Args:
-        scores: (chosen, rejected) of each pair.
-
-    Returns:
-        `correct`, `total` and `margin`, the mean of chosen - rejected; the same for each category in `by_category`.
-    """
-    by_category: dict[str, list[float]] = {}
-    for pair, (chosen, rejected) in zip(pairs, scores, strict=True):
-        by_category.setdefault(pair.category, []).append(chosen - rejected)
-
-    def counts(gaps: list[float]) -> dict[str, Any]:
-        margin = math.fsum(gaps) / len(gaps) if gaps else None
-        return {"correct": sum(gap > 0 for gap in gaps), "total": len(gaps), "margin": margin}
-
-    return {
-        **counts([gap for gaps in by_category.values() for gap in gaps]),
-        "by_category": {category: counts(gaps) for category, gaps in by_category.items()},
-    }
-
-
 def fingerprint_files(paths: Sequence[Path]) -> list[list]:
     """Return [path, bytes, modification time in ns] of each file: what changes when the file does."""
     return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(paths)]
@@ -556,7 +185,7 @@ def fingerprint_files(paths: Sequence[Path]) -> list[list]:
 
 def fingerprint_checkpoint(folder: str) -> list[list] | None:
     """Return the fingerprint of a local checkpoint and, for an adapter, of its base; None if one is not local."""
-    from medicalgpt.models import resolve_checkpoint
+    from medicalgpt.models.hub import resolve_checkpoint
 
     base, adapter = resolve_checkpoint(folder)
     folders = [Path(place) for place in (base, adapter) if place]
@@ -574,7 +203,7 @@ def evaluate_model(
         limit: most questions of a kind that it is asked; None for all.
         last_model: lends its chat template and stop tokens to a model without a template.
     """
-    from medicalgpt.chat import ChatEngine
+    from medicalgpt.serving.chat import ChatEngine
 
     started = time.monotonic()
     engine = ChatEngine.from_pretrained(path)
@@ -619,7 +248,7 @@ def evaluate_model(
 
 def measure_text(result: dict[str, Any], engine: Any, held_out: HeldOut, args: argparse.Namespace) -> None:
     """Put perplexity, and what it is made of document by document, into `result["text"]`."""
-    from medicalgpt.encoding import encode_document
+    from medicalgpt.data.encoding import encode_document
 
     name, tokenizer = result["name"], engine.tokenizer
     end = tokenizer.get_vocab().get(held_out.end_of_document, tokenizer.eos_token_id)
@@ -635,7 +264,7 @@ def measure_text(result: dict[str, Any], engine: Any, held_out: HeldOut, args: a
     ]
     pieces = sum(len(range(0, len(ids) - 1, block_size - 1)) for ids in encoded)
     with Progress(f"{name}: perplexity, pieces of text", pieces) as progress:
-        scores = score_documents(engine.model, encoded, block_size, args.batch_size, progress)
+        scores = score_documents(engine.model, encoded, block_size, args.batch_size, progress.add)
     result["text"] = {
         "perplexity": perplexity(scores),
         "nll": sum(nll for nll, _ in scores),
@@ -737,7 +366,7 @@ def measure_preferences(
     result: dict[str, Any], engine: Any, pairs: Sequence[PreferencePair], args: argparse.Namespace
 ) -> None:
     """Put what `count_preferences` gives, and the number of pairs that are `too_long`, into `result["preference"]`."""
-    from template import TemplateError
+    from medicalgpt.models.templating import TemplateError
 
     name = result["name"]
     try:
@@ -746,7 +375,7 @@ def measure_preferences(
         result["notes"].append(f"its pairs were not scored: {str(error).splitlines()[0]}")
         return
     with Progress(f"{name}: preferences, answers", 2 * len(encoded)) as progress:
-        scores = score_pairs(engine.model, list(encoded.values()), args.batch_size, progress)
+        scores = score_pairs(engine.model, list(encoded.values()), args.batch_size, progress.add)
     counts = count_preferences([pairs[index] for index in encoded], scores)
     too_long = len(pairs) - len(encoded)
     result["preference"] = {**counts, "too_long": too_long}
@@ -762,7 +391,7 @@ def encode_pairs(tokenizer: Any, pairs: Sequence[PreferencePair], max_length: in
         UserError: a pair that no stage could train on.
         TemplateError: the tokenizer's template has no generation markers, and no shipped one writes the same.
     """
-    from medicalgpt.encoding import EncodingError, encode_preference
+    from medicalgpt.data.encoding import EncodingError, encode_preference
     from template import apply_template
 
     # A template with markers writes the same text; answering goes on with the tokenizer as it was.
@@ -797,8 +426,8 @@ def evaluate_reward_model(
     Raises:
         UserError: it is no reward model, no pair fits into its context, or a score is no number.
     """
-    from medicalgpt.encoding import EncodingError
-    from medicalgpt.scoring import RewardScorer
+    from medicalgpt.data.encoding import EncodingError
+    from medicalgpt.rewards.scoring import RewardScorer
 
     started = time.monotonic()
     scorer = RewardScorer.from_pretrained(path)
@@ -832,7 +461,7 @@ def score_answers(
     scorer: Any, name: str, prompts: Sequence[Question], texts: Sequence[str | None], args: argparse.Namespace
 ) -> dict[str, Any]:
     """Return what a `RewardScorer` thinks of a model's answers; see `evaluate_reward_model`."""
-    from medicalgpt.encoding import EncodingError
+    from medicalgpt.data.encoding import EncodingError
 
     encoded, not_scored = {}, {}
     for index, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
@@ -866,8 +495,8 @@ def _share(counts: dict[str, Any]) -> str:
 
 def _lend_template(engine: Any, lender: str) -> Any:
     """Return an engine with the chat template and the stop tokens of another checkpoint."""
-    from medicalgpt.chat import ChatEngine
-    from medicalgpt.models import load_tokenizer
+    from medicalgpt.models.loading import load_tokenizer
+    from medicalgpt.serving.chat import ChatEngine
 
     from transformers import GenerationConfig
 
@@ -902,11 +531,6 @@ def _example_answer(answer: Any, question: Question, is_right: Judge) -> dict[st
     }
 
 
-def _refuse(problems: Sequence[data_files.Problem]) -> None:
-    if problems:
-        raise UserError(f"{len(problems)} row(s) cannot be measured:\n{data_files.listed(problems)}")
-
-
 def _read_previous(file: Path) -> list[dict[str, Any]]:
     try:
         previous = json.loads(file.read_text(encoding="utf-8"))
@@ -930,13 +554,7 @@ def _write_json(file: Path, value: dict[str, Any]) -> None:
 
 def _code_hash(tasks: bool) -> str:
     """Hash of the code that decides what is measured: results of other code are not reused."""
-    import template
-    from medicalgpt import chat, encoding, scoring
-
-    files = [Path(__file__), *(Path(module.__file__) for module in (chat, data_files, encoding, scoring, template))]
-    if tasks:
-        files += [Path(__file__).with_name("grpo_training.py"), Path(data_files.__file__).with_name("math_worker.py")]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    return code_version("eval_pipeline", *(["medicalgpt.rewards.math_worker"] if tasks else []))
 
 
 def _parse_models(values: Sequence[str]) -> dict[str, str]:
@@ -1033,10 +651,10 @@ def read_held_out(args: argparse.Namespace) -> tuple[HeldOut, dict[str, list[Pat
         )
     if args.chat_file:
         questions, left_out = read_questions(args.chat_file, args.ignore_fields)
-        files["chat"] = data_files.find_files(args.chat_file)
+        files["chat"] = sources.find_files(args.chat_file)
         found |= {
             "questions": questions,
-            "question_order": _shuffled(len(questions), args.seed),
+            "question_order": shuffled(len(questions), args.seed),
             "question_examples": pick_examples(questions, args.examples),
         }
         skipped = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
@@ -1051,11 +669,11 @@ def read_held_out(args: argparse.Namespace) -> tuple[HeldOut, dict[str, list[Pat
         if not args.reward_model:
             # Other answers could not be judged.
             prompts = telling
-        files["preference"] = data_files.find_files(args.preference_file)
+        files["preference"] = sources.find_files(args.preference_file)
         found |= {
             "pairs": pairs,
             "prompts": prompts,
-            "prompt_order": _shuffled(len(prompts), args.seed),
+            "prompt_order": shuffled(len(prompts), args.seed),
             "prompt_examples": pick_examples(prompts, PROMPT_EXAMPLES),
         }
         print(
@@ -1065,21 +683,14 @@ def read_held_out(args: argparse.Namespace) -> tuple[HeldOut, dict[str, list[Pat
         )
     if args.task_file:
         tasks = read_tasks(args.task_file, args.ignore_fields)
-        files["task"] = data_files.find_files(args.task_file)
+        files["task"] = sources.find_files(args.task_file)
         found |= {
             "tasks": tasks,
-            "task_order": _shuffled(len(tasks), args.seed),
+            "task_order": shuffled(len(tasks), args.seed),
             "task_examples": pick_examples(tasks, TASK_EXAMPLES),
         }
         print(f"held-out tasks: {len(tasks):,} in {args.task_file}", flush=True)
     return HeldOut(**found), files, left_out
-
-
-def _shuffled(count: int, seed: int) -> list[int]:
-    # One order for all models: who is asked fewer questions is asked the first of them.
-    order = list(range(count))
-    random.Random(seed).shuffle(order)
-    return order
 
 
 def _shown_question(question: Question) -> dict[str, Any]:
@@ -1103,7 +714,7 @@ def main() -> None:
     questions, asks = held_out.questions, bool(held_out.questions or held_out.pairs or held_out.tasks)
 
     print("loading torch and transformers ...", flush=True)
-    from medicalgpt.models import load_tokenizer
+    from medicalgpt.models.loading import load_tokenizer
 
     import torch
     import transformers

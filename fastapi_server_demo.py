@@ -22,11 +22,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
-from medicalgpt.args import UNUSED_CHAT_ARGUMENTS, ApiArguments, parse_args
-from medicalgpt.chat import Answer, ChatEngine, sampling_from
+from medicalgpt.args import ApiArguments
 from medicalgpt.errors import UserError, run_main
 from medicalgpt.logs import setup_logging
-from medicalgpt.serving import Batcher, QueueFullError, batcher_from, bound_socket, key_from
+from medicalgpt.parser import parse_args
+from medicalgpt.refusals import UNUSED_CHAT_ARGUMENTS
+from medicalgpt.serving.batchers import Batcher, QueueFullError, batcher_from
+from medicalgpt.serving.chat import ChatEngine
+from medicalgpt.serving.generation import Answer, sampling_from
+from medicalgpt.serving.web import bound_socket, key_from
 
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request

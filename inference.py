@@ -31,20 +31,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from medicalgpt.args import UNUSED_CHAT_ARGUMENTS, ChatArguments, parse_args
-from medicalgpt.chat import (
-    Answer,
-    ChatEngine,
-    ChatTemplateError,
-    PromptTooLongError,
-    Request,
-    Sampling,
-    SpecialTokenError,
-    sampling_from,
-)
-from medicalgpt.data import Problem, Row, RowError, listed, read_rows, to_prompt
+from medicalgpt.args import ChatArguments
+from medicalgpt.data.formats import to_prompt
+from medicalgpt.data.sources import Problem, Row, RowError, listed, read_rows
 from medicalgpt.errors import UserError, run_main
 from medicalgpt.logs import is_main_process, setup_logging
+from medicalgpt.parser import parse_args
+from medicalgpt.refusals import UNUSED_CHAT_ARGUMENTS
+from medicalgpt.serving.chat import ChatEngine, ChatTemplateError, PromptTooLongError, SpecialTokenError
+from medicalgpt.serving.generation import Answer, Request, Sampling, sampling_from
+from medicalgpt.serving.terminal import note, say, system_message, typed_lines
 
 import torch
 from loguru import logger
@@ -147,52 +143,6 @@ def choose_mode(arguments: InferenceArguments) -> str:
     return modes[0]
 
 
-def system_message(text: str | None) -> list[dict[str, str]]:
-    return [{"role": "system", "content": text}] if text else []
-
-
-def say(engine: ChatEngine, messages: list[dict[str, Any]], sampling: Sampling) -> str:
-    """Print an answer while it is generated. Ctrl-C ends it early. Returns what was printed."""
-    pieces: list[str] = []
-    try:
-        with engine.stream(messages, sampling) as stream:
-            for piece in stream:
-                pieces.append(piece)
-                print(piece, end="", flush=True)
-        print(flush=True)
-        if stream.answer.finish_reason == "length":
-            note(f"(cut after {stream.answer.completion_tokens} tokens; --max_new_tokens {sampling.max_new_tokens})")
-    except KeyboardInterrupt:
-        print(flush=True)
-        note("(stopped)")
-    return "".join(pieces)
-
-
-def note(text: str) -> None:
-    """Tell the person something that is no part of an answer."""
-    print(text, file=sys.stderr, flush=True)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# In the terminal
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def typed_lines() -> Iterator[str]:
-    """What a person types, line by line, until Ctrl-D, the end of the input, or Ctrl-C at the prompt."""
-    if sys.stdin.isatty():
-        import readline  # noqa: F401  (gives `input` line editing that knows wide characters)
-
-        note("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves.")
-    while True:
-        try:
-            line = input("\n> " if sys.stdin.isatty() else "")
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
-        yield line.strip()
-
-
 def talk(engine: ChatEngine, sampling: Sampling, system_prompt: str | None) -> None:
     """A conversation of many turns, until /exit, Ctrl-D, the end of the input, or Ctrl-C at the prompt."""
     history: list[dict[str, str]] = []
@@ -224,11 +174,6 @@ def talk(engine: ChatEngine, sampling: Sampling, system_prompt: str | None) -> N
                 # An empty turn would teach the model to say nothing from here on.
                 if answer:
                     history += [messages[-1], {"role": "assistant", "content": answer}]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# From a file
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -448,11 +393,6 @@ def progress(total: int) -> Iterator[Callable[[int], Any]]:
     finally:
         finished.set()
         reporter.join()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Under torchrun
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def processes() -> int:

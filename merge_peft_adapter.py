@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from medicalgpt.args import parse_args
 from medicalgpt.errors import UserError, run_main
 from medicalgpt.logs import setup_logging
+from medicalgpt.parser import parse_args
 
 # Difference of logits, relative to the largest, that rounding explains: sums are done in another order after merging.
 ROUNDING = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
@@ -59,7 +59,8 @@ class MergeArguments:
 
 def main() -> None:
     (args,) = parse_args(MergeArguments, description=__doc__)
-    from medicalgpt import models, runs
+    from medicalgpt.models import adapters, hub, loading
+    from medicalgpt.training import runs
 
     import torch
     import transformers
@@ -68,26 +69,26 @@ def main() -> None:
 
     setup_logging()
     adapter = Path(args.lora_model)
-    if not (adapter / models.ADAPTER_CONFIG).is_file():
-        raise UserError(f"{adapter} is no adapter: it has no {models.ADAPTER_CONFIG}. Check --lora_model.")
-    base = args.model_name_or_path or models.resolve_checkpoint(str(adapter))[0]
-    config = models.config_of(base, cache_dir=args.cache_dir)
+    if not (adapter / hub.ADAPTER_CONFIG).is_file():
+        raise UserError(f"{adapter} is no adapter: it has no {hub.ADAPTER_CONFIG}. Check --lora_model.")
+    base = args.model_name_or_path or hub.resolve_checkpoint(str(adapter))[0]
+    config = hub.config_of(base, cache_dir=args.cache_dir)
     refuse_quantized(base, config)
     replaced = refuse_occupied(Path(args.output_dir), args.overwrite_output_dir, sources=(base, adapter))
-    models.check_base(str(adapter), base)
+    hub.check_base(str(adapter), base)
 
     auto_class, options = model_class(adapter)
-    options |= models.recorded_positions(str(adapter))
+    options |= hub.recorded_positions(str(adapter))
     dtype = getattr(torch, args.dtype) if args.dtype != "auto" else config.dtype or torch.float32
     # The head that the base lacks comes with the adapter; the library would report it as random numbers.
     with suppress_seqcls_warning() if "num_labels" in options else nullcontext():
         model = auto_class.from_pretrained(base, dtype=dtype, cache_dir=args.cache_dir, **options)
-    tokenizer = models.load_tokenizer(args.tokenizer_path or str(adapter), cache_dir=args.cache_dir)
-    model = models.attach_adapter(model, str(adapter))
+    tokenizer = loading.load_tokenizer(args.tokenizer_path or str(adapter), cache_dir=args.cache_dir)
+    model = adapters.attach_adapter(model, str(adapter))
     if is_classifier := auto_class is transformers.AutoModelForSequenceClassification:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     logger.info(f"merging {adapter} into {base} as {model.base_model.model.__class__.__name__}, {dtype}")
-    new_rows = models.token_rows(getattr(model.peft_config["default"], "trainable_token_indices", None))
+    new_rows = adapters.token_rows(getattr(model.peft_config["default"], "trainable_token_indices", None))
     before = probe(model, tokenizer, new_rows, padded=is_classifier)
 
     model = model.merge_and_unload()
@@ -161,7 +162,7 @@ def model_class(adapter: Path) -> tuple[Any, dict[str, Any]]:
     Raises:
         UserError: a task that has no model here.
     """
-    from medicalgpt import models
+    from medicalgpt.models import adapters
 
     import transformers
 
@@ -178,7 +179,7 @@ def model_class(adapter: Path) -> tuple[Any, dict[str, Any]]:
         raise UserError(f"{adapter} is for the task {task}; this tool merges {', '.join(filter(None, classes))}.")
     options: dict[str, Any] = {}
     if task in ("SEQ_CLS", "TOKEN_CLS"):
-        options["num_labels"] = models.head_outputs(str(adapter))
+        options["num_labels"] = adapters.head_outputs(str(adapter))
         if options["num_labels"] is None:
             raise UserError(f"{adapter} holds no head, so that what it gives would be random. It cannot be merged.")
     return classes[task], options
@@ -218,20 +219,20 @@ def compare(before: list[Any], after: list[Any]) -> dict[str, float]:
 
 def write_record(args: MergeArguments, adapter: Path, base: str, difference: dict[str, float]) -> None:
     """run.json: where the merged model comes from, and that the merge went to its end."""
-    from medicalgpt import models
+    from medicalgpt.models import hub
 
-    trained = adapter / models.RUN_FILE
+    trained = adapter / hub.RUN_FILE
     record = {
         "stage": "merge_peft_adapter",
         "status": "finished",
         "adapter": str(adapter),
-        "base": {"name": base, "fingerprint": models.fingerprint(base)},
-        "fingerprint": models.fingerprint(args.output_dir),
+        "base": {"name": base, "fingerprint": hub.fingerprint(base)},
+        "fingerprint": hub.fingerprint(args.output_dir),
         "logit_difference": difference,
         "adapter_run": json.loads(trained.read_text(encoding="utf-8")) if trained.is_file() else None,
     }
     text = json.dumps(record, ensure_ascii=False, indent=2) + "\n"
-    (Path(args.output_dir) / models.RUN_FILE).write_text(text, encoding="utf-8")
+    (Path(args.output_dir) / hub.RUN_FILE).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ are addressed to it by a name of this machine: no page in a browser can then rea
 import asyncio
 import codecs
 import dataclasses
-import difflib
 import hmac
 import json
 import math
@@ -37,23 +36,30 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
+from typing import Any
 
-from medicalgpt.args import UNUSED_CHAT_ARGUMENTS, ApiArguments, parse_args
-from medicalgpt.chat import MAX_SEED, REPLACEMENT, Answer, ChatEngine, PromptTooLongError, Sampling, sampling_from
+from medicalgpt.args import ApiArguments
 from medicalgpt.errors import UserError, run_main
 from medicalgpt.logs import setup_logging
-from medicalgpt.serving import (
-    Batcher,
-    BatcherClosedError,
-    QueueFullError,
-    batcher_from,
-    bound_socket,
-    is_loopback,
-    key_from,
+from medicalgpt.models.templating import tool_format_of
+from medicalgpt.parser import parse_args
+from medicalgpt.refusals import UNUSED_CHAT_ARGUMENTS
+from medicalgpt.serving.batchers import Batcher, BatcherClosedError, QueueFullError, batcher_from
+from medicalgpt.serving.chat import ChatEngine, PromptTooLongError
+from medicalgpt.serving.generation import MAX_SEED, REPLACEMENT, Answer, Sampling, sampling_from
+from medicalgpt.serving.openai_schema import (
+    MAX_CHOICES,
+    AssistantMessage,
+    ChatRequest,
+    CompletionRequest,
+    Content,
+    ErrorBody,
+    Generation,
+    NamedTool,
+    SystemMessage,
+    ToolMessage,
 )
-from template import tool_format_of
+from medicalgpt.serving.web import ClientLeft, bound_socket, host_of, is_loopback, key_from, until_client_leaves
 
 import uvicorn
 from fastapi import APIRouter, FastAPI, Request
@@ -70,17 +76,13 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WrapValidator, model_validator
-from pydantic_core import PydanticCustomError, from_json
+from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-# Answers to one prompt, and strings that end an answer, that a request may ask for.
-MAX_CHOICES = 16
-MAX_STOPS = 16
 # How often a sampled answer that fails its check is drawn again.
 RETRIES = 2
 # How long connections may take to close after the last answer.
@@ -111,197 +113,6 @@ class OpenAIArguments(ApiArguments):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What a request may say
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class Body(BaseModel):
-    """Strict: no value is converted, no field is unknown."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known(cls, value: Any) -> Any:
-        for name in value if isinstance(value, dict) else ():
-            if name not in cls.model_fields:
-                near = difflib.get_close_matches(name, cls.model_fields, n=1, cutoff=0.5)
-                hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(cls.model_fields)}."
-                raise PydanticCustomError("unknown_field", "{text}", {"text": f"unknown field: {hint}", "field": name})
-        return value
-
-
-def refused_unless(neutral: Any, reason: str) -> AfterValidator:
-    """A field of the OpenAI API that may only have the value that changes nothing."""
-
-    def check(value: Any) -> Any:
-        if value is not None and value != neutral:
-            raise ValueError(reason)
-        return value
-
-    return AfterValidator(check)
-
-
-def _as_it_came(value: Any, validate: Callable[[Any], Any]) -> Any:
-    validate(value)
-    return value
-
-
-class TextPart(Body):
-    type: Literal["text"]
-    text: str
-
-    @model_validator(mode="before")
-    @classmethod
-    def _text_only(cls, value: Any) -> Any:
-        kind = value.get("type") if isinstance(value, dict) else None
-        if isinstance(kind, str) and kind != "text":
-            raise ValueError(f"a part of type {kind!r} cannot be read: the model takes text only.")
-        return value
-
-
-Content = str | list[TextPart]
-
-
-class CalledFunction(Body):
-    name: str
-    arguments: str
-
-
-class ToolCall(Body):
-    id: str
-    type: Literal["function"]
-    function: CalledFunction
-
-
-class SystemMessage(Body):
-    role: Literal["system", "developer"]
-    content: Content
-
-
-class UserMessage(Body):
-    role: Literal["user"]
-    content: Content
-
-
-class AssistantMessage(Body):
-    role: Literal["assistant"]
-    content: Content | None = None
-    tool_calls: list[ToolCall] | None = None
-    # Empty in answers of this server; clients send them back with the message.
-    refusal: None = None
-    annotations: Annotated[list[Any] | None, Field(max_length=0)] = None
-    audio: None = None
-    function_call: None = None
-
-
-class ToolMessage(Body):
-    role: Literal["tool"]
-    content: Content
-    tool_call_id: str
-
-
-class OfferedFunction(Body):
-    name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: Annotated[bool | None, refused_unless(False, "arguments cannot be held to the schema.")] = None
-
-
-class Tool(Body):
-    type: Literal["function"]
-    function: OfferedFunction
-
-
-class FunctionName(Body):
-    name: str
-
-
-class NamedTool(Body):
-    type: Literal["function"]
-    function: FunctionName
-
-
-class ResponseFormat(Body):
-    type: Literal["text", "json_object"]
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_schema(cls, value: Any) -> Any:
-        if isinstance(value, dict) and value.get("type") == "json_schema":
-            raise ValueError("answers cannot be held to a schema. Say json_object, and put the schema into the prompt.")
-        return value
-
-
-class StreamOptions(Body):
-    include_usage: bool | None = None
-
-
-Penalty = Annotated[float | None, refused_unless(0, "only 0 is known; there is repetition_penalty.")]
-Stop = Annotated[str, Field(min_length=1)]
-
-
-class Generation(Body):
-    """What both kinds of requests say of their answers."""
-
-    model: str
-    max_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0, description="An extension: sample from the k likeliest tokens; 0: from all.")
-    repetition_penalty: float | None = Field(None, gt=0, le=10, description="An extension.")
-    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
-    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
-    seed: int | None = Field(None, ge=0, lt=MAX_SEED)
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    frequency_penalty: Penalty = None
-    presence_penalty: Penalty = None
-    logit_bias: Annotated[dict[str, float] | None, refused_unless({}, "scores cannot be changed here.")] = None
-    user: str | None = Field(None, description="Without effect, as in the OpenAI API itself.")
-
-
-class ChatRequest(Generation):
-    messages: list[
-        Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
-    ] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    # Templates show a tool as it was written, in training and here.
-    tools: Annotated[list[Annotated[Tool, WrapValidator(_as_it_came)]] | None, Field(min_length=1)] = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
-    parallel_tool_calls: bool | None = None
-    response_format: ResponseFormat | None = None
-    logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=20)
-    metadata: dict[str, str] | None = Field(None, description="Without effect, as in the OpenAI API itself.")
-    store: Annotated[bool | None, refused_unless(False, "this server keeps nothing.")] = None
-
-
-class CompletionRequest(Generation):
-    prompt: str | list[str] | list[int] | list[list[int]]
-    logprobs: int | None = Field(None, ge=0, le=20)
-    echo: Annotated[bool | None, refused_unless(False, "an answer never repeats its prompt here.")] = None
-    suffix: Annotated[str | None, refused_unless("", "the model can only go on, not fill in.")] = None
-    best_of: int | None = Field(None, ge=1)
-
-
-class ErrorInfo(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorBody(BaseModel):
-    error: ErrorInfo
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Errors, in the form of the OpenAI API
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 class ApiError(HTTPException):
     """An answer that is a refusal.
 
@@ -325,10 +136,6 @@ class ApiError(HTTPException):
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.body, self.status_code, self.headers)
-
-
-class ClientLeft(Exception):
-    """Nobody waits for the answer any more."""
 
 
 def to_api_error(error: Exception) -> ApiError:
@@ -385,11 +192,6 @@ class StrictRoute(APIRoute):
             return await handle(StrictRequest(request.scope, request.receive))
 
         return handle_strictly
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The gate that every request passes
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 class Metrics:
@@ -535,19 +337,6 @@ class Gate:
             return message
 
         return receive_limited
-
-
-def host_of(header: bytes) -> str:
-    """The name or address in a Host header, or an empty string."""
-    try:
-        return urlsplit(f"//{header.decode('ascii')}").hostname or ""
-    except ValueError:
-        return ""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# From a request to what the model is asked
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -735,11 +524,6 @@ def check_for(body: ChatRequest) -> Callable[[Answer], str | None] | None:
     return problem if must_call or one_call or must_be_json else None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Asking the model
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def submit(
     service: Service, request: Request, jobs: Sequence[Job], on_text: Callable[[int, str], Any] | None = None
 ) -> list["Future[Answer]"]:
@@ -787,11 +571,6 @@ def submit(
     for future in futures:
         future.add_done_callback(count)
     return futures
-
-
-async def until_client_leaves(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 def stopping() -> ApiError:
@@ -892,10 +671,6 @@ async def pieces_again(answers: Sequence[Answer]) -> AsyncIterator[tuple[int, st
             yield number, answer.text
         yield number, answer
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Answers, in the form of the OpenAI API
-# ---------------------------------------------------------------------------------------------------------------------
 
 BYTES = {char: byte for byte, char in bytes_to_unicode().items()}
 
@@ -1127,10 +902,6 @@ def event_line(value: dict[str, Any]) -> bytes:
     return f"data: {text.translate(LINE_ENDS)}\n\n".encode()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Routes
-# ---------------------------------------------------------------------------------------------------------------------
-
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
 router = APIRouter(route_class=StrictRoute, responses=ERRORS)
 
@@ -1246,11 +1017,6 @@ def make_app(service: Service, origins: Sequence[str] = ()) -> FastAPI:
 
 async def answer_error(request: Request, error: Exception) -> Response:
     return to_api_error(error).response()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Start and stop
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def main() -> None:

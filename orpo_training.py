@@ -23,9 +23,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from medicalgpt import models
 from medicalgpt.args import (
-    UNUSED_PAIR_ARGUMENTS,
     AttentionArguments,
     DataArguments,
     LoraArguments,
@@ -33,15 +31,20 @@ from medicalgpt.args import (
     PairArguments,
     RunArguments,
     StageDefaults,
-    parse_args,
 )
-from medicalgpt.cpu import add_cpu_head
-from medicalgpt.data import load_data, to_preference
-from medicalgpt.encoding import IGNORED, Pair, encode_preference, encode_sides, render_prompts
+from medicalgpt.data.encoding import IGNORED, Pair, encode_preference, render_prompts
+from medicalgpt.data.formats import to_preference
+from medicalgpt.data.loading import load_data
+from medicalgpt.data.tokenizing import encode_sides
 from medicalgpt.errors import UserError, run_main
-from medicalgpt.runs import Run
-from medicalgpt.trainers import PairTrainer, settle_dropout, training_defaults
-from template import apply_template, stop_token_ids
+from medicalgpt.models import adapters, hub, loading
+from medicalgpt.models.templating import stop_token_ids
+from medicalgpt.parser import parse_args
+from medicalgpt.refusals import UNUSED_PAIR_ARGUMENTS
+from medicalgpt.training.cpu import add_cpu_head
+from medicalgpt.training.runs import Run
+from medicalgpt.training.trainers import PairTrainer, settle_dropout, training_defaults
+from template import apply_template
 
 import torch
 from peft import PeftModel, TaskType
@@ -190,11 +193,11 @@ def main() -> None:
         raise UserError(f"--orpo_beta {args.orpo_beta} is no weight of a loss: give 0 or more. 0.1 is usual.")
     training_defaults(args, adapter_rate=5e-5, full_rate=5e-6, use_peft=lora_args.use_peft)
     settle_dropout(args, lora_args)
-    models.settle_length(args, "model_max_length", model_args, lora_args, attention_args)
+    loading.settle_length(args, "model_max_length", model_args, lora_args, attention_args)
     run = Run("orpo_training", args, model_args, run_args, attention_args, data_args, lora_args)
 
     # 2 tokenizer and template
-    tokenizer = models.stage_tokenizer(model_args, lora_args)
+    tokenizer = loading.stage_tokenizer(model_args, lora_args)
     stop = apply_template(tokenizer, args.template_name, args.system_prompt, args.tool_format)
 
     # 3 data: both answers follow the same prompt; pairs that do not fit are refused, not cut
@@ -211,12 +214,12 @@ def main() -> None:
     run.preview(tokenizer, train)
 
     # 4 model
-    model = models.load_base(
+    model = loading.load_base(
         AutoModelForCausalLM, model_args, lora_args, attention_args, max_length=args.model_max_length, bf16=args.bf16
     )
-    new_rows = models.fit_embedding(model, tokenizer, lora_args, cache_dir=model_args.cache_dir)
-    _, adapter = models.resolve_checkpoint(model_args.model_name_or_path)
-    model = models.add_lora(model, lora_args, TaskType.CAUSAL_LM, start_from=adapter, new_rows=new_rows)
+    new_rows = loading.fit_embedding(model, tokenizer, lora_args, cache_dir=model_args.cache_dir)
+    _, adapter = hub.resolve_checkpoint(model_args.model_name_or_path)
+    model = adapters.add_lora(model, lora_args, TaskType.CAUSAL_LM, start_from=adapter, new_rows=new_rows)
 
     # 5 trainer
     trainer = OrpoTrainer(
@@ -228,7 +231,7 @@ def main() -> None:
         data_collator=DataCollatorForPreference(tokenizer.pad_token_id),
         loraplus_lr_ratio=lora_args.loraplus_lr_ratio,
     )
-    models.adapters_to_float32(model)
+    adapters.adapters_to_float32(model)
 
     # 6 train, save
     run.announce(model, trainer.train_dataset, validation)

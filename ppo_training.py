@@ -32,9 +32,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from medicalgpt import models
 from medicalgpt.args import (
-    UNUSED_TRAINING_ARGUMENTS,
     AttentionArguments,
     DataArguments,
     LoraArguments,
@@ -42,18 +40,24 @@ from medicalgpt.args import (
     RunArguments,
     StageDefaults,
     TemplateArguments,
-    parse_args,
 )
-from medicalgpt.chat import Answer, ChatEngine, Sampling
-from medicalgpt.cpu import add_cpu_head
-from medicalgpt.data import load_data, to_task
-from medicalgpt.encoding import IGNORED, EncodingError, Prompt, encode_prompt, encode_sides
+from medicalgpt.data.encoding import IGNORED, EncodingError, Prompt, encode_prompt
+from medicalgpt.data.formats import to_task
+from medicalgpt.data.loading import load_data
+from medicalgpt.data.tokenizing import encode_sides
 from medicalgpt.errors import UserError, run_main
 from medicalgpt.logs import is_main_process
-from medicalgpt.runs import Run
-from medicalgpt.scoring import RewardScorer, is_reward_adapter, score_in_float32
-from medicalgpt.trainers import StageTrainer, settle_dropout, switch_off_dropout, training_defaults
-from template import apply_template, stop_token_ids
+from medicalgpt.models import adapters, hub, loading
+from medicalgpt.models.templating import stop_token_ids
+from medicalgpt.parser import parse_args
+from medicalgpt.refusals import UNUSED_PPO_ARGUMENTS
+from medicalgpt.rewards.scoring import RewardScorer, is_reward_adapter, score_in_float32
+from medicalgpt.serving.chat import ChatEngine
+from medicalgpt.serving.generation import Answer, Sampling
+from medicalgpt.training.cpu import add_cpu_head
+from medicalgpt.training.runs import Run
+from medicalgpt.training.trainers import StageTrainer, settle_dropout, switch_off_dropout, training_defaults
+from template import apply_template
 
 import torch
 from accelerate.utils import DistributedType, gather_object
@@ -72,40 +76,6 @@ from transformers import (
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 from trl.trainer.utils import add_fused_lm_head, use_adapter
-
-UNUSED_PPO_ARGUMENTS = {
-    **UNUSED_TRAINING_ARGUMENTS,
-    "max_length": "Say --model_max_length.",
-    "remove_unused_columns": "The trainer is given nothing but what it uses.",
-    "include_num_input_tokens_seen": "The count is num_tokens in metrics.jsonl.",
-    "neftune_noise_alpha": "Noise on the embeddings is for supervised_finetuning.py.",
-    "streaming": "Prompts are tokenized before training.",
-    "shuffle_buffer": "It belongs to --streaming, which this stage does not have.",
-    "block_size": "That is for pretraining.py; here it is --model_max_length.",
-    "label_smoothing_factor": "There are no labels.",
-    "label_names": "There are no labels.",
-    "train_sampling_strategy": "Prompts are drawn at random; answers of like length are not known before.",
-    "dataloader_drop_last": "A step is always full: it takes prompts of the next epoch where one ends.",
-    "dataloader_num_workers": "Prompts are in memory; nothing is loaded.",
-    "auto_find_batch_size": "Say --per_device_train_batch_size.",
-    "dataloader_persistent_workers": "Prompts are in memory; nothing is loaded.",
-    "dataloader_prefetch_factor": "Prompts are in memory; nothing is loaded.",
-    "dataloader_multiprocessing_context": "Prompts are in memory; nothing is loaded.",
-    "dataloader_in_order": "Prompts are in memory; nothing is loaded.",
-    "dataloader_pin_memory": "Prompts are in memory; nothing is loaded.",
-    "ignore_data_skip": "Nothing is skipped: a step's prompts follow from its number.",
-    "length_column_name": "Prompts are drawn at random; answers of like length are not known before.",
-    "per_device_eval_batch_size": "Say --rollout_forward_batch_size.",
-    "eval_accumulation_steps": "Nothing but scores is kept.",
-    "eval_do_concat_batches": "Scores are averaged all at once.",
-    "eval_use_gather_object": "Scores are averaged all at once.",
-    "batch_eval_metrics": "Scores are averaged all at once.",
-    "bf16_full_eval": "Say --dtype bfloat16.",
-    "fp16_full_eval": "Say --dtype float16.",
-    "prediction_loss_only": "An evaluation always gives all its numbers.",
-    "include_for_metrics": "The trainer knows what it evaluates.",
-    "average_tokens_across_devices": "The loss is always a mean over the tokens of all processes.",
-}
 
 
 @dataclass
@@ -262,10 +232,6 @@ def check_flags(args: PpoArguments) -> None:
         raise UserError("\n  ".join(problems))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The algorithm: everything of shape (answers, positions), with a mask that is True on the tokens of answers
-# ---------------------------------------------------------------------------------------------------------------------
-
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -365,11 +331,6 @@ def adapted_kl_coef(kl_coef: float, kl: float, target: float, answers: int, hori
     return kl_coef * (1 + error * answers / horizon)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Policy and critic
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 class ActorCritic(torch.nn.Module):
     """Policy and critic as one module, since a distributed engine wraps one.
 
@@ -423,13 +384,8 @@ def token_values(critic: torch.nn.Module, input_ids: torch.Tensor, attention_mas
     """(sequences, length - 1): before each token 1, 2, … what the critic thinks is to come."""
     model = critic.get_base_model() if isinstance(critic, PeftModel) else critic
     hidden = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-    head = next(getattr(model, name) for name in models.HEADS if hasattr(model, name))
+    head = next(getattr(model, name) for name in hub.HEADS if hasattr(model, name))
     return head(hidden[:, :-1]).squeeze(-1).float()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The trainer
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -953,13 +909,13 @@ def load_critic(
     model_args = replace(model_args, model_name_or_path=path, tokenizer_name_or_path=None, model_revision=None)
     # What the adapter of the policy is shaped by, that of a reward model is not: it goes on in its own shape.
     lora_args = replace(lora_args, peft_path=None)
-    theirs = scorer.tokenizer if args.value_model_path is None else models.stage_tokenizer(model_args, lora_args)
+    theirs = scorer.tokenizer if args.value_model_path is None else loading.stage_tokenizer(model_args, lora_args)
     if theirs.get_vocab() != tokenizer.get_vocab():
         raise UserError(
             f"the critic judges the policy's tokens, and {flag} {path} reads other ones. Name a model with the "
             f"policy's tokenizer, whose head will be new: --value_model_path {policy}"
         )
-    _, adapter = models.resolve_checkpoint(path)
+    _, adapter = hub.resolve_checkpoint(path)
     if adapter and not is_reward_adapter(adapter):
         raise UserError(
             f"{flag} {path} is an adapter of a language model. Merge it, and name the result: python "
@@ -969,13 +925,13 @@ def load_critic(
     set_seed(args.seed)
     try:
         with suppress_seqcls_warning():
-            critic = models.load_base(AutoModelForSequenceClassification, model_args, lora_args, num_labels=1, **load)
+            critic = loading.load_base(AutoModelForSequenceClassification, model_args, lora_args, num_labels=1, **load)
     except UserError as error:
         raise UserError(f"the critic, from {flag} {path}: {error}") from error
     critic.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    new_rows = models.fit_embedding(critic, tokenizer, lora_args, cache_dir=model_args.cache_dir)
-    critic = models.add_lora(critic, lora_args, TaskType.SEQ_CLS, start_from=adapter, new_rows=new_rows)
-    models.adapters_to_float32(critic)
+    new_rows = loading.fit_embedding(critic, tokenizer, lora_args, cache_dir=model_args.cache_dir)
+    critic = adapters.add_lora(critic, lora_args, TaskType.SEQ_CLS, start_from=adapter, new_rows=new_rows)
+    adapters.adapters_to_float32(critic)
     score_in_float32(critic)
     return critic
 
@@ -997,11 +953,11 @@ def main() -> None:
         args.metric_for_best_model, args.greater_is_better = "score", True
     training_defaults(args, adapter_rate=1e-5, full_rate=1e-6, use_peft=lora_args.use_peft)
     settle_dropout(args, lora_args)
-    models.settle_length(args, "model_max_length", model_args, lora_args, attention_args)
+    loading.settle_length(args, "model_max_length", model_args, lora_args, attention_args)
     run = Run("ppo_training", args, model_args, run_args, attention_args, data_args, lora_args)
 
     # 2 tokenizer and template
-    tokenizer = models.stage_tokenizer(model_args, lora_args)
+    tokenizer = loading.stage_tokenizer(model_args, lora_args)
     stop = apply_template(tokenizer, args.template_name, args.system_prompt, args.tool_format)
 
     # 3 data: prompts; answers in the rows are not used
@@ -1014,14 +970,14 @@ def main() -> None:
 
     # 4 models: policy, reference where it is not the policy without its adapter, reward model, critic
     load = {"attending": attention_args, "max_length": args.model_max_length, "bf16": args.bf16}
-    policy = models.load_base(AutoModelForCausalLM, model_args, lora_args, **load)
-    new_rows = models.fit_embedding(policy, tokenizer, lora_args, cache_dir=model_args.cache_dir)
+    policy = loading.load_base(AutoModelForCausalLM, model_args, lora_args, **load)
+    new_rows = loading.fit_embedding(policy, tokenizer, lora_args, cache_dir=model_args.cache_dir)
     reference = None if lora_args.use_peft else copy.deepcopy(policy).requires_grad_(False)
-    _, adapter = models.resolve_checkpoint(model_args.model_name_or_path)
-    policy = models.add_lora(policy, lora_args, TaskType.CAUSAL_LM, start_from=adapter, new_rows=new_rows)
+    _, adapter = hub.resolve_checkpoint(model_args.model_name_or_path)
+    policy = adapters.add_lora(policy, lora_args, TaskType.CAUSAL_LM, start_from=adapter, new_rows=new_rows)
     if lora_args.use_peft and (started_from := lora_args.peft_path or adapter):
-        models.add_reference_adapter(policy, started_from)
-    models.adapters_to_float32(policy)
+        adapters.add_reference_adapter(policy, started_from)
+    adapters.adapters_to_float32(policy)
     scorer = RewardScorer.from_pretrained(
         args.reward_model_path,
         dtype=model_args.dtype,

@@ -19,16 +19,16 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from medicalgpt.args import (
-    UNUSED_SFT_ARGUMENTS,
     AttentionArguments,
     DataArguments,
     LoraArguments,
     ModelArguments,
     RunArguments,
     StageDefaults,
-    parse_args,
 )
 from medicalgpt.errors import run_main
+from medicalgpt.parser import parse_args
+from medicalgpt.refusals import UNUSED_SFT_ARGUMENTS
 
 from trl import SFTConfig
 
@@ -72,23 +72,27 @@ def main() -> None:
         description=__doc__,
         unused=UNUSED_SFT_ARGUMENTS | {"group_by_length": "Blocks are of equal length."},
     )
-    from medicalgpt import batching, models
-    from medicalgpt.data import load_data, to_text
-    from medicalgpt.encoding import document_starts, encode_document, encode_sides
-    from medicalgpt.runs import Run
-    from medicalgpt.streaming import StreamedSamples, StreamTrainer, check_data, check_flags
-    from medicalgpt.trainers import TokenTrainer, training_defaults
+    from medicalgpt.data import batching
+    from medicalgpt.data.encoding import document_starts, encode_document
+    from medicalgpt.data.formats import to_text
+    from medicalgpt.data.loading import load_data
+    from medicalgpt.data.streaming import StreamedSamples, check_data
+    from medicalgpt.data.tokenizing import encode_sides
+    from medicalgpt.models import adapters, hub, loading
+    from medicalgpt.training.runs import Run
+    from medicalgpt.training.stream_trainer import StreamTrainer, check_flags
+    from medicalgpt.training.trainers import TokenTrainer, training_defaults
 
     from peft import TaskType
     from transformers import AutoModelForCausalLM
 
     training_defaults(args, adapter_rate=2e-4, full_rate=5e-5, use_peft=lora_args.use_peft)
     check_flags(data_args, args, rows_can_be_too_long=False)
-    models.settle_length(args, "block_size", model_args, lora_args, attention_args)
+    loading.settle_length(args, "block_size", model_args, lora_args, attention_args)
     run = Run("pretraining", args, model_args, run_args, attention_args, data_args, lora_args)
 
     # 2 tokenizer
-    tokenizer = models.stage_tokenizer(model_args, lora_args)
+    tokenizer = loading.stage_tokenizer(model_args, lora_args)
 
     # 3 data: documents become pieces of at most one block; no token is lost
     load = check_data if data_args.streaming else load_data
@@ -99,12 +103,12 @@ def main() -> None:
     run.preview(tokenizer, train)
 
     # 4 model
-    model = models.load_base(
+    model = loading.load_base(
         AutoModelForCausalLM, model_args, lora_args, attention_args, max_length=args.block_size, bf16=args.bf16
     )
-    new_rows = models.fit_embedding(model, tokenizer, lora_args, cache_dir=model_args.cache_dir)
-    _, adapter = models.resolve_checkpoint(model_args.model_name_or_path)
-    model = models.add_lora(model, lora_args, TaskType.CAUSAL_LM, start_from=adapter, new_rows=new_rows)
+    new_rows = loading.fit_embedding(model, tokenizer, lora_args, cache_dir=model_args.cache_dir)
+    _, adapter = hub.resolve_checkpoint(model_args.model_name_or_path)
+    model = adapters.add_lora(model, lora_args, TaskType.CAUSAL_LM, start_from=adapter, new_rows=new_rows)
 
     # 5 trainer: perplexity is measured on each document alone, so it does not depend on how blocks are filled
     block_size = args.block_size if args.packing else None
@@ -121,7 +125,7 @@ def main() -> None:
         data_collator=batching.collator(tokenizer, model),
         loraplus_lr_ratio=lora_args.loraplus_lr_ratio,
     )
-    models.adapters_to_float32(model)
+    adapters.adapters_to_float32(model)
 
     # 6 train, save
     run.announce(model, trainer.train_dataset, validation)

@@ -23,9 +23,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from medicalgpt import models
 from medicalgpt.args import (
-    UNUSED_PAIR_ARGUMENTS,
     AttentionArguments,
     DataArguments,
     LoraArguments,
@@ -33,14 +31,18 @@ from medicalgpt.args import (
     PairArguments,
     RunArguments,
     StageDefaults,
-    parse_args,
 )
-from medicalgpt.data import load_data, to_preference
-from medicalgpt.encoding import Pair, encode_preference, encode_sides
+from medicalgpt.data.encoding import Pair, encode_preference
+from medicalgpt.data.formats import to_preference
+from medicalgpt.data.loading import load_data
+from medicalgpt.data.tokenizing import encode_sides
 from medicalgpt.errors import UserError, run_main
 from medicalgpt.logs import is_main_process, setup_logging
-from medicalgpt.runs import Run
-from medicalgpt.scoring import (
+from medicalgpt.models import adapters, hub, loading
+from medicalgpt.models.templating import stop_token_ids
+from medicalgpt.parser import parse_args
+from medicalgpt.refusals import UNUSED_PAIR_ARGUMENTS
+from medicalgpt.rewards.scoring import (
     RewardScorer,
     claim_output,
     is_reward_adapter,
@@ -50,8 +52,9 @@ from medicalgpt.scoring import (
     score_rows,
     scoring_pad,
 )
-from medicalgpt.trainers import PairTrainer, settle_dropout, training_defaults
-from template import apply_template, stop_token_ids
+from medicalgpt.training.runs import Run
+from medicalgpt.training.trainers import PairTrainer, settle_dropout, training_defaults
+from template import apply_template
 
 import torch
 from datasets import Dataset
@@ -177,11 +180,11 @@ def main() -> None:
     head = starting_head(model_args, lora_args)
     training_defaults(args, adapter_rate=1e-4, full_rate=1e-5, use_peft=lora_args.use_peft)
     settle_dropout(args, lora_args)
-    models.settle_length(args, "model_max_length", model_args, lora_args, attention_args)
+    loading.settle_length(args, "model_max_length", model_args, lora_args, attention_args)
     run = Run("reward_modeling", args, model_args, run_args, attention_args, data_args, lora_args)
 
     # 2 tokenizer and template; the padding must not be what answers end with, or the end would not be found
-    tokenizer = models.stage_tokenizer(model_args, lora_args)
+    tokenizer = loading.stage_tokenizer(model_args, lora_args)
     stop = apply_template(tokenizer, args.template_name, args.system_prompt, args.tool_format)
     stop_ids = stop_token_ids(tokenizer, stop)
     tokenizer.pad_token = scoring_pad(tokenizer, stop_ids)
@@ -203,7 +206,7 @@ def main() -> None:
     # 4 model; a new head is drawn at random, the same in every process
     set_seed(args.seed)
     with suppress_seqcls_warning():
-        model = models.load_base(
+        model = loading.load_base(
             AutoModelForSequenceClassification,
             model_args,
             lora_args,
@@ -212,9 +215,9 @@ def main() -> None:
             bf16=args.bf16,
             num_labels=1,
         )
-    new_rows = models.fit_embedding(model, tokenizer, lora_args, cache_dir=model_args.cache_dir)
-    _, adapter = models.resolve_checkpoint(model_args.model_name_or_path)
-    model = models.add_lora(model, lora_args, TaskType.SEQ_CLS, start_from=adapter, new_rows=new_rows)
+    new_rows = loading.fit_embedding(model, tokenizer, lora_args, cache_dir=model_args.cache_dir)
+    _, adapter = hub.resolve_checkpoint(model_args.model_name_or_path)
+    model = adapters.add_lora(model, lora_args, TaskType.SEQ_CLS, start_from=adapter, new_rows=new_rows)
 
     # 5 trainer; it writes the padding token into the model's configuration, where the model looks for it
     trainer = PairRewardTrainer(
@@ -226,7 +229,7 @@ def main() -> None:
         data_collator=ScoreCollator(tokenizer.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of),
         loraplus_lr_ratio=lora_args.loraplus_lr_ratio,
     )
-    models.adapters_to_float32(model)
+    adapters.adapters_to_float32(model)
     score_in_float32(model)
 
     # 6 train, save
@@ -246,14 +249,14 @@ def starting_head(model_args: ModelArguments, lora_args: LoraArguments) -> str:
     Raises:
         UserError: a checkpoint from which no reward model can be trained.
     """
-    config = models.base_config(model_args, lora_args)
+    config = loading.base_config(model_args, lora_args)
     if config.model_type not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
         raise UserError(
             f"{model_args.model_name_or_path} is of the type {config.model_type}, for which transformers has no model "
             "with a head that scores. Take another base for the reward model, such as Qwen/Qwen3-0.6B: PPO and GRPO "
             "can use it with any policy."
         )
-    _, adapter = models.resolve_checkpoint(model_args.model_name_or_path)
+    _, adapter = hub.resolve_checkpoint(model_args.model_name_or_path)
     for path in filter(None, (adapter, lora_args.peft_path)):
         if not is_reward_adapter(path):
             raise UserError(

@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from medicalgpt.args import (
-    UNUSED_SFT_ARGUMENTS,
     AttentionArguments,
     DataArguments,
     LoraArguments,
@@ -29,9 +28,10 @@ from medicalgpt.args import (
     RunArguments,
     StageDefaults,
     TemplateArguments,
-    parse_args,
 )
 from medicalgpt.errors import run_main
+from medicalgpt.parser import parse_args
+from medicalgpt.refusals import UNUSED_SFT_ARGUMENTS
 
 from trl import SFTConfig
 
@@ -81,24 +81,29 @@ def main() -> None:
         description=__doc__,
         unused=UNUSED_SFT_ARGUMENTS | {"block_size": "That is for pretraining.py; here it is --model_max_length."},
     )
-    from medicalgpt import batching, models
-    from medicalgpt.data import load_data, to_messages
-    from medicalgpt.encoding import encode_chat, encode_sides, render_prompts
-    from medicalgpt.runs import Run
-    from medicalgpt.streaming import StreamedSamples, StreamTrainer, check_data, check_flags
-    from medicalgpt.trainers import TokenTrainer, training_defaults
-    from template import apply_template, stop_token_ids
+    from medicalgpt.data import batching
+    from medicalgpt.data.encoding import encode_chat, render_prompts
+    from medicalgpt.data.formats import to_messages
+    from medicalgpt.data.loading import load_data
+    from medicalgpt.data.streaming import StreamedSamples, check_data
+    from medicalgpt.data.tokenizing import encode_sides
+    from medicalgpt.models import adapters, hub, loading
+    from medicalgpt.models.templating import stop_token_ids
+    from medicalgpt.training.runs import Run
+    from medicalgpt.training.stream_trainer import StreamTrainer, check_flags
+    from medicalgpt.training.trainers import TokenTrainer, training_defaults
+    from template import apply_template
 
     from peft import TaskType
     from transformers import AutoModelForCausalLM
 
     training_defaults(args, adapter_rate=2e-4, full_rate=2e-5, use_peft=lora_args.use_peft)
     check_flags(data_args, args, rows_can_be_too_long=True)
-    models.settle_length(args, "model_max_length", model_args, lora_args, attention_args)
+    loading.settle_length(args, "model_max_length", model_args, lora_args, attention_args)
     run = Run("supervised_finetuning", args, model_args, run_args, attention_args, data_args, lora_args)
 
     # 2 tokenizer and template
-    tokenizer = models.stage_tokenizer(model_args, lora_args)
+    tokenizer = loading.stage_tokenizer(model_args, lora_args)
     stop = apply_template(tokenizer, args.template_name, args.system_prompt, args.tool_format)
 
     # 3 data: each conversation is rendered by the template and masked; rows that do not fit are refused, not cut
@@ -116,12 +121,12 @@ def main() -> None:
     run.preview(tokenizer, train)
 
     # 4 model
-    model = models.load_base(
+    model = loading.load_base(
         AutoModelForCausalLM, model_args, lora_args, attention_args, max_length=args.model_max_length, bf16=args.bf16
     )
-    new_rows = models.fit_embedding(model, tokenizer, lora_args, cache_dir=model_args.cache_dir)
-    _, adapter = models.resolve_checkpoint(model_args.model_name_or_path)
-    model = models.add_lora(model, lora_args, TaskType.CAUSAL_LM, start_from=adapter, new_rows=new_rows)
+    new_rows = loading.fit_embedding(model, tokenizer, lora_args, cache_dir=model_args.cache_dir)
+    _, adapter = hub.resolve_checkpoint(model_args.model_name_or_path)
+    model = adapters.add_lora(model, lora_args, TaskType.CAUSAL_LM, start_from=adapter, new_rows=new_rows)
 
     # 5 trainer
     block_size = args.model_max_length if args.packing else None
@@ -138,7 +143,7 @@ def main() -> None:
         data_collator=batching.collator(tokenizer, model),
         loraplus_lr_ratio=lora_args.loraplus_lr_ratio,
     )
-    models.adapters_to_float32(model)
+    adapters.adapters_to_float32(model)
 
     # 6 train, save
     run.announce(model, trainer.train_dataset, validation)

@@ -17,12 +17,13 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-from medicalgpt.args import DataArguments, parse_args
+from medicalgpt.args import DataArguments
 from medicalgpt.errors import UserError, run_main
 from medicalgpt.logs import setup_logging
+from medicalgpt.parser import parse_args
 
 if TYPE_CHECKING:
-    from medicalgpt.data import LoadedData
+    from medicalgpt.data.loading import LoadedData
 
 
 @dataclass
@@ -48,7 +49,9 @@ class ValidationArguments:
 
 def main() -> None:
     (args,) = parse_args(ValidationArguments, description=__doc__)
-    from medicalgpt.data import DataError, find_files, load_data, to_messages, to_preference, to_text
+    from medicalgpt.data.formats import to_messages, to_preference, to_text
+    from medicalgpt.data.loading import load_data
+    from medicalgpt.data.sources import DataError, find_files
 
     setup_logging()
     converters = {"chat": to_messages, "preference": to_preference, "text": to_text}
@@ -73,7 +76,8 @@ def main() -> None:
 
 
 def format_of_first_row(path: Path) -> str:
-    from medicalgpt.data import PREFERENCE_FIELDS, Row, read_rows
+    from medicalgpt.data.formats import PREFERENCE_FIELDS
+    from medicalgpt.data.sources import Row, read_rows
 
     value = next((row.value for row in read_rows(path) if isinstance(row, Row)), None)
     if isinstance(value, str) or (isinstance(value, dict) and set(value) == {"text"}):
@@ -88,13 +92,14 @@ def encoded_lengths(args: ValidationArguments, data: "LoadedData", name: str) ->
 
     Rows that cannot be encoded join `data.problems`.
     """
-    from medicalgpt import attention, models
-    from medicalgpt.encoding import Pair, Sample, encode_chat, encode_preference, encode_rows
+    from medicalgpt.data.encoding import Pair, Sample, encode_chat, encode_preference
+    from medicalgpt.data.tokenizing import encode_rows
+    from medicalgpt.models import attention, hub, loading
     from template import apply_template
 
-    tokenizer = models.load_tokenizer(args.model_name_or_path)
+    tokenizer = loading.load_tokenizer(args.model_name_or_path)
     apply_template(tokenizer, args.template_name, args.system_prompt, args.tool_format)
-    known = attention.context_length(models.config_of(args.model_name_or_path))
+    known = attention.context_length(hub.config_of(args.model_name_or_path))
     if "model_max_length" not in args.given and known:
         # As training does.
         args.model_max_length = min(args.model_max_length, known)

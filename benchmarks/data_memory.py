@@ -45,12 +45,12 @@ def peak_rss(who: int) -> float:
 
 def load_tokenizer(model: str) -> Any:
     """The tokenizer of `model` with its chat template, the log set up as in training."""
-    from medicalgpt import models
     from medicalgpt.logs import setup_logging
+    from medicalgpt.models import loading
     from template import apply_template
 
     setup_logging()
-    tokenizer = models.load_tokenizer(model)
+    tokenizer = loading.load_tokenizer(model)
     apply_template(tokenizer)
     return tokenizer
 
@@ -58,8 +58,10 @@ def load_tokenizer(model: str) -> Any:
 def encode_file(path: str, model: str, workers: int | None) -> dict[str, Any]:
     """Read and tokenize a file as supervised fine-tuning does; what it cost."""
     from medicalgpt.args import DataArguments
-    from medicalgpt.data import load_data, to_messages
-    from medicalgpt.encoding import encode_chat, encode_rows
+    from medicalgpt.data.encoding import encode_chat
+    from medicalgpt.data.formats import to_messages
+    from medicalgpt.data.loading import load_data
+    from medicalgpt.data.tokenizing import encode_rows
 
     tokenizer = load_tokenizer(model)
     before = peak_rss(resource.RUSAGE_SELF)
@@ -83,9 +85,10 @@ def encode_file(path: str, model: str, workers: int | None) -> dict[str, Any]:
 def stream_file(path: str, model: str, workers: int | None) -> dict[str, Any]:
     """Check a file and tokenize one epoch of it as --streaming does, in this process alone; what it cost."""
     from medicalgpt.args import DataArguments
-    from medicalgpt.data import to_messages
-    from medicalgpt.encoding import encode_chat, encode_rows
-    from medicalgpt.streaming import StreamedSamples, check_data
+    from medicalgpt.data.encoding import encode_chat
+    from medicalgpt.data.formats import to_messages
+    from medicalgpt.data.streaming import StreamedSamples, check_data
+    from medicalgpt.data.tokenizing import encode_rows
 
     tokenizer = load_tokenizer(model)
     before = peak_rss(resource.RUSAGE_SELF)

@@ -91,8 +91,10 @@ def prepare(args: argparse.Namespace) -> None:
     """Leave in `args.work` the base model and the pairs, cut to `--length`, in our form and in TRL's."""
     from build_tiny_model import build_model
     from medicalgpt.args import DataArguments
-    from medicalgpt.data import load_data, to_preference
-    from template import apply_template, stop_token_ids
+    from medicalgpt.data.formats import to_preference
+    from medicalgpt.data.loading import load_data
+    from medicalgpt.models.templating import stop_token_ids
+    from template import apply_template
 
     from transformers import AutoModelForSequenceClassification
 
@@ -168,8 +170,8 @@ def was_cut(row: dict[str, Any], fitted: dict[str, Any]) -> bool:
 
 def encoded(tokenizer: Any, folder: Path) -> list[list[tuple[list[int], int]]]:
     """The pairs of `folder` as our stages encode them: for either answer the ids with its prompt, and its length."""
-    from medicalgpt.data import to_preference
-    from medicalgpt.encoding import encode_preference
+    from medicalgpt.data.encoding import encode_preference
+    from medicalgpt.data.formats import to_preference
 
     pairs = []
     for line in (folder / "pairs.jsonl").read_text(encoding="utf-8").splitlines():

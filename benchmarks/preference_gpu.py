@@ -107,7 +107,8 @@ def prepare(work: Path, args: argparse.Namespace) -> int:
     """Leave in `work` a base model and pairs of uneven lengths, in our form and in TRL's; returns their tokens."""
     from build_tiny_model import ROLES, train_tokenizer
     from medicalgpt.args import DataArguments
-    from medicalgpt.data import load_data, to_preference
+    from medicalgpt.data.formats import to_preference
+    from medicalgpt.data.loading import load_data
     from template import apply_template
 
     import torch

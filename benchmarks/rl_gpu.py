@@ -119,7 +119,8 @@ def prepare(work: Path, args: argparse.Namespace) -> None:
     """Leave in `work` a base model and a reward model of random weights, with a tokenizer of as many tokens."""
     from build_tiny_model import ROLES, train_tokenizer
     from medicalgpt.args import DataArguments
-    from medicalgpt.data import load_data, to_task
+    from medicalgpt.data.formats import to_task
+    from medicalgpt.data.loading import load_data
     from template import apply_template
 
     import torch
@@ -196,7 +197,7 @@ def time_steps(stage: str) -> list[dict[str, float]]:
 
     Seconds are `seconds`, of which `generating` and `learning`; tokens are `written` and `learned`.
     """
-    from medicalgpt.chat import ChatEngine
+    from medicalgpt.serving.chat import ChatEngine
 
     from transformers.trainer_callback import CallbackHandler
     from trl import GRPOTrainer

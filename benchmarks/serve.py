@@ -138,8 +138,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def prepare(args: argparse.Namespace) -> list[list[Case]]:
     """For each client its questions, all with answers of their own."""
     from medicalgpt.args import DataArguments
-    from medicalgpt.chat import ChatEngine, Sampling
-    from medicalgpt.data import load_data, to_messages
+    from medicalgpt.data.formats import to_messages
+    from medicalgpt.data.loading import load_data
+    from medicalgpt.serving.chat import ChatEngine
+    from medicalgpt.serving.generation import Sampling
 
     engine = ChatEngine.from_pretrained(str(args.model), dtype="float32")
     sampling = Sampling(max_new_tokens=args.max_new_tokens, top_log_probs=2)

@@ -75,9 +75,11 @@ def prepare(work: Path, args: argparse.Namespace) -> None:
     """Leave the base model and the rows that fit into `--length` in `work`."""
     from build_tiny_model import build_model
     from medicalgpt.args import DataArguments
-    from medicalgpt.data import load_data, to_messages
-    from medicalgpt.encoding import EncodingError, encode_chat
-    from template import apply_template, stop_token_ids
+    from medicalgpt.data.encoding import EncodingError, encode_chat
+    from medicalgpt.data.formats import to_messages
+    from medicalgpt.data.loading import load_data
+    from medicalgpt.models.templating import stop_token_ids
+    from template import apply_template
 
     data = load_data(DataArguments(train_file_dir=str(args.data), max_train_samples=args.rows), to_messages)
     rows = [{"messages": row["messages"], "tools": row["tools"]} for row in data.train]
@@ -208,7 +210,7 @@ def train_with_trl(work: Path, out: Path, length: int, batch: int, **options: An
 
 def check_result(work: Path, adapter: Path) -> dict[str, float]:
     """Supervised tokens of the training rows by the tokenizer that was saved, and the loss on the held-out rows."""
-    from medicalgpt.encoding import IGNORED, encode_chat
+    from medicalgpt.data.encoding import IGNORED, encode_chat
 
     import torch
     from peft import PeftModel

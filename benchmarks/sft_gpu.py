@@ -82,8 +82,9 @@ def prepare(work: Path, args: argparse.Namespace) -> None:
     """Leave a base model and conversations of uneven lengths in `work`."""
     from build_tiny_model import ROLES, train_tokenizer
     from medicalgpt.args import DataArguments
-    from medicalgpt.data import load_data, to_messages
-    from medicalgpt.encoding import encode_chat
+    from medicalgpt.data.encoding import encode_chat
+    from medicalgpt.data.formats import to_messages
+    from medicalgpt.data.loading import load_data
     from template import apply_template
 
     import torch

@@ -2,6 +2,9 @@
 
 import os
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from loguru import logger
 
@@ -22,3 +25,24 @@ def setup_logging() -> None:
 
         datasets.disable_progress_bars()
         disable_progress_bar()
+
+
+SIGN_OF_LIFE_SECONDS = 30
+
+
+@contextmanager
+def signs_of_life(text: Callable[[], str]) -> Iterator[None]:
+    """Log `text()` every 30 s for as long as the block runs."""
+    done = threading.Event()
+
+    def speak() -> None:
+        while not done.wait(SIGN_OF_LIFE_SECONDS):
+            logger.info(text())
+
+    speaker = threading.Thread(target=speak, daemon=True)
+    speaker.start()
+    try:
+        yield
+    finally:
+        done.set()
+        speaker.join()

@@ -74,7 +74,7 @@ class Opened:
 
 def open_stage(script: str, *args: Any) -> Opened:
     """Run a training program in this process up to its last step, so that a test can look at its trainer."""
-    from medicalgpt.runs import Run
+    from medicalgpt.training.runs import Run
 
     caught: list[Opened] = []
 

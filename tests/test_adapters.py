@@ -5,8 +5,9 @@ import re
 
 from medicalgpt.args import LoraArguments
 from medicalgpt.errors import UserError
-from medicalgpt.models import add_lora, attach_adapter, fit_embedding, load_tokenizer
-from medicalgpt.trainers import TokenTrainer, check_optimizer
+from medicalgpt.models.adapters import add_lora, attach_adapter
+from medicalgpt.models.loading import fit_embedding, load_tokenizer
+from medicalgpt.training.trainers import TokenTrainer, check_optimizer
 from tests.helpers import open_stage, read_json, run_here, run_program, save_model, write_jsonl
 from tests.tiny import make_tiny, tiny_tokenizer
 

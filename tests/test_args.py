@@ -12,17 +12,10 @@ import ppo_training
 import pretraining
 import reward_modeling
 import supervised_finetuning
-from medicalgpt.args import (
-    RENAMED,
-    UNUSED_PAIR_ARGUMENTS,
-    UNUSED_SFT_ARGUMENTS,
-    UNUSED_TRAINING_ARGUMENTS,
-    DataArguments,
-    LoraArguments,
-    ModelArguments,
-    RunArguments,
-    parse_args,
-)
+from medicalgpt import refusals
+from medicalgpt.args import DataArguments, LoraArguments, ModelArguments, RunArguments
+from medicalgpt.parser import parse_args
+from medicalgpt.refusals import RENAMED, UNUSED_PAIR_ARGUMENTS, UNUSED_SFT_ARGUMENTS, UNUSED_TRAINING_ARGUMENTS
 
 import pytest
 from helpers import ROOT, run_program
@@ -252,8 +245,8 @@ def test_every_flag_refused_with_pairs_exists_somewhere_and_has_a_sentence(name)
 @pytest.mark.parametrize(
     ("arguments", "unused"),
     [
-        (ppo_training.PpoArguments, ppo_training.UNUSED_PPO_ARGUMENTS),
-        (grpo_training.GrpoArguments, grpo_training.UNUSED_GRPO_ARGUMENTS),
+        (ppo_training.PpoArguments, refusals.UNUSED_PPO_ARGUMENTS),
+        (grpo_training.GrpoArguments, refusals.UNUSED_GRPO_ARGUMENTS),
     ],
 )
 def test_every_flag_refused_in_reinforcement_exists_somewhere_and_has_a_sentence(arguments, unused):
@@ -410,8 +403,8 @@ TRAINING = {
     "reward_modeling.py": UNUSED_PAIR_ARGUMENTS,
     "dpo_training.py": UNUSED_PAIR_ARGUMENTS,
     "orpo_training.py": UNUSED_PAIR_ARGUMENTS,
-    "ppo_training.py": ppo_training.UNUSED_PPO_ARGUMENTS,
-    "grpo_training.py": grpo_training.UNUSED_GRPO_ARGUMENTS,
+    "ppo_training.py": refusals.UNUSED_PPO_ARGUMENTS,
+    "grpo_training.py": refusals.UNUSED_GRPO_ARGUMENTS,
 }
 
 

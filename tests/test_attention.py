@@ -3,14 +3,23 @@
 import math
 from pathlib import Path
 
-from medicalgpt import attention
 from medicalgpt.args import AttentionArguments, LoraArguments, ModelArguments
-from medicalgpt.attention import SHIFTED, SHIFTED_MODELS, FlashFacts, choose_flash, context_length, shifted_attention
-from medicalgpt.batching import collator
-from medicalgpt.chat import ChatEngine
+from medicalgpt.data.batching import collator
 from medicalgpt.errors import UserError
-from medicalgpt.models import CheckpointError, attach_adapter, base_config, load_base, load_model
-from medicalgpt.trainers import sequence_lengths
+from medicalgpt.models import attention
+from medicalgpt.models.adapters import attach_adapter
+from medicalgpt.models.attention import (
+    SHIFTED,
+    SHIFTED_MODELS,
+    FlashFacts,
+    choose_flash,
+    context_length,
+    shifted_attention,
+)
+from medicalgpt.models.hub import CheckpointError
+from medicalgpt.models.loading import base_config, load_base, load_model
+from medicalgpt.serving.chat import ChatEngine
+from medicalgpt.training.trainers import sequence_lengths
 from tests.helpers import open_stage, read_json, run_here, write_jsonl
 from tests.tiny import make_tiny, tiny_tokenizer
 

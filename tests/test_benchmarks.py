@@ -129,7 +129,7 @@ def test_whatever_random_weights_write_can_be_read_back(rl_work, name):
 @pytest.mark.parametrize(("stage", "passes"), [("ppo", 4), ("grpo", 1)])
 def test_every_token_of_a_step_is_counted_and_every_part_is_timed(rl_work, stage, passes, monkeypatch):
     from grpo_training import GroupTrainer
-    from medicalgpt.chat import ChatEngine
+    from medicalgpt.serving.chat import ChatEngine
     from ppo_training import PpoTrainer
 
     from transformers.trainer_callback import CallbackHandler

@@ -9,17 +9,9 @@ import threading
 import time
 from collections import Counter
 
-from medicalgpt.chat import (
-    ChatEngine,
-    ChatTemplateError,
-    PromptTooLongError,
-    Request,
-    Sampling,
-    SpecialTokenError,
-    _draw,
-    _kept,
-)
 from medicalgpt.errors import UserError
+from medicalgpt.serving.chat import ChatEngine, ChatTemplateError, PromptTooLongError, SpecialTokenError
+from medicalgpt.serving.generation import Request, Sampling, _draw, _kept
 
 import pytest
 import torch

@@ -7,12 +7,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import chatpdf
-from chatpdf import FileArguments, citations, find_files, neutral, prompt_of, safe_name, source_lines, take_uploads
-from medicalgpt.args import parse_args
-from medicalgpt.chat import ChatEngine, PromptTooLongError, Sampling, SpecialTokenError
-from medicalgpt.documents import Unit
+from chatpdf import FileArguments, find_files, safe_name, take_uploads
 from medicalgpt.errors import UserError
-from medicalgpt.retrieval import Collection, Passage, language_of, question_terms, split, stands_alone, terms
+from medicalgpt.parser import parse_args
+from medicalgpt.rag import grounding
+from medicalgpt.rag.documents import Unit
+from medicalgpt.rag.grounding import citations, neutral, prompt_of, source_lines
+from medicalgpt.rag.retrieval import Collection, Found, Passage, language_of, question_terms, split, stands_alone, terms
+from medicalgpt.serving.chat import ChatEngine, PromptTooLongError, SpecialTokenError
+from medicalgpt.serving.generation import Sampling
 
 import numpy as np
 import pytest
@@ -31,6 +34,11 @@ ILLNESSES = [
 
 def arguments(*flags: str) -> FileArguments:
     return parse_args(FileArguments, argv=flags)[0]
+
+
+def fits(found: Found, *flags: str) -> bool:
+    given = arguments(*flags)
+    return grounding.fits(found, given.min_similarity, given.min_coverage)
 
 
 @pytest.fixture
@@ -118,16 +126,16 @@ def test_the_form_of_a_question_is_no_subject():
 )
 def test_the_right_passage_is_first(question, best):
     found = Collection(ILLNESSES).search(question)
-    assert found.order[0] == best and chatpdf.fits(found, arguments())
+    assert found.order[0] == best and fits(found)
 
 
 @pytest.mark.parametrize("question", ["世界上最高的山是哪座？", "Who won the football world cup?", "🙂"])
 def test_nothing_is_found_where_nothing_fits(question):
-    assert not chatpdf.fits(Collection(ILLNESSES).search(question), arguments())
+    assert not fits(Collection(ILLNESSES).search(question))
 
 
 def test_an_empty_collection_finds_nothing():
-    assert not chatpdf.fits(Collection([]).search("感冒"), arguments("--min_coverage", "0"))
+    assert not fits(Collection([]).search("感冒"), "--min_coverage", "0")
 
 
 def test_rare_terms_weigh_more():
@@ -165,14 +173,14 @@ def test_both_rankings_are_fused_by_rank():
 def test_similarity_can_stand_in_for_words():
     collection = Collection([], Fixed((1, 0))).with_more([Passage("a", "fever")])
     found = collection.search("热度")
-    assert found.order == [0] and not chatpdf.fits(found, arguments("--sim_model_name", "x"))
-    assert chatpdf.fits(found, arguments("--sim_model_name", "x", "--min_similarity", "0.9"))
+    assert found.order == [0] and not fits(found, "--sim_model_name", "x")
+    assert fits(found, "--sim_model_name", "x", "--min_similarity", "0.9")
 
 
 def test_a_short_question_is_searched_with_the_last():
     history = [{"role": "user", "content": "布洛芬怎么吃？"}, {"role": "assistant", "content": "饭后。"}]
-    assert chatpdf.searched_for("那儿童呢？", history) == "布洛芬怎么吃？\n那儿童呢？"
-    assert chatpdf.searched_for("那儿童呢？", []) == "那儿童呢？"
+    assert grounding.searched_for("那儿童呢？", history) == "布洛芬怎么吃？\n那儿童呢？"
+    assert grounding.searched_for("那儿童呢？", []) == "那儿童呢？"
     assert stands_alone("眼药水开封后可以用多久？") and not stands_alone("And for children?")
 
 
@@ -181,7 +189,8 @@ def test_a_short_question_is_searched_with_the_last():
 
 def sources(passages=ILLNESSES, order=(0, 1, 2), *flags):
     found = SimpleNamespace(order=list(order))
-    return chatpdf.sources_of(Collection(passages), found, arguments(*flags))
+    given = arguments(*flags)
+    return grounding.sources_of(Collection(passages), found, given.num_passages, given.num_expand_context_chunk)
 
 
 def test_neighbours_are_shown_once_and_stay_in_their_file():
@@ -198,7 +207,7 @@ def test_neighbours_are_shown_once_and_stay_in_their_file():
     ]
     assert shown[0].text == " ".join(text[:3])
     # A letter that two sentences share by chance is no overlap.
-    assert chatpdf.joined(["Take vitamin A", "A doctor knows."]) == "Take vitamin A\nA doctor knows."
+    assert grounding.joined(["Take vitamin A", "A doctor knows."]) == "Take vitamin A\nA doctor knows."
 
 
 def test_the_prompt_has_numbers_places_and_the_language_of_the_question(engine):
@@ -209,7 +218,7 @@ def test_the_prompt_has_numbers_places_and_the_language_of_the_question(engine):
         messages, _ = prompt_of(engine, Sampling(max_new_tokens=20), "Be brief.", [], question, sources()[:2])
         assert [message["role"] for message in messages] == ["system", "user"]
         text = messages[1]["content"]
-        assert instruction in text and chatpdf.UNKNOWN[language_of(question)] in text
+        assert instruction in text and grounding.UNKNOWN[language_of(question)] in text
         assert "[1] a.md > 感冒\n感冒多由病毒引起" in text and "[2] a.md > 糖尿病\n胰岛素" in text
 
 
@@ -257,7 +266,7 @@ def citing(tmp_path_factory):
     engine = SimpleNamespace(
         context_length=None, prompt_ids=lambda messages: [], tokenizer=SimpleNamespace(added_tokens_decoder={})
     )
-    shown = [chatpdf.Source(found[0].place, found[0].text, (0,))]
+    shown = [grounding.Source(found[0].place, found[0].text, (0,))]
     messages, _ = prompt_of(engine, Sampling(), None, [], "感冒多久好转？", shown)
     answers = {messages[0]["content"]: "一周[1]。"}
     return make_tiny(tmp_path_factory.mktemp("citing"), answers=answers, max_position_embeddings=2048)
@@ -272,7 +281,7 @@ def test_a_question_is_answered_with_its_source_and_refused_without(citing, note
     run_here("chatpdf.py", *flags, "--interactive")
     printed = capsys.readouterr()
     cited = "一周[1]。\n\n[1] 感冒.md > 感冒\n"
-    assert printed.out == f"{cited}{chatpdf.UNKNOWN['zh']}\n\n"
+    assert printed.out == f"{cited}{grounding.UNKNOWN['zh']}\n\n"
     assert "forgotten" in printed.err and "no command /what" in printed.err
 
 

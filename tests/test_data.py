@@ -8,22 +8,11 @@ import tracemalloc
 from pathlib import Path
 
 from medicalgpt.args import DataArguments
-from medicalgpt.data import (
-    DataError,
-    Problem,
-    Row,
-    RowError,
-    find_files,
-    hash_file,
-    load_data,
-    read_file_text,
-    read_rows,
-    to_messages,
-    to_prompt,
-    to_text,
-)
+from medicalgpt.data.formats import to_messages, to_prompt, to_text
+from medicalgpt.data.loading import load_data
+from medicalgpt.data.rows import Rows
+from medicalgpt.data.sources import DataError, Problem, Row, RowError, find_files, hash_file, read_file_text, read_rows
 from medicalgpt.errors import UserError
-from medicalgpt.rows import Rows
 
 import numpy as np
 import pytest

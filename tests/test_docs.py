@@ -12,8 +12,8 @@ from pathlib import Path
 from unittest.mock import patch
 
 import build_training_params
-from medicalgpt.args import GONE, RENAMED, RENAMED_VALUES, UNUSED_PAIR_ARGUMENTS, UNUSED_SFT_ARGUMENTS
 from medicalgpt.errors import UserError
+from medicalgpt.refusals import GONE, RENAMED, RENAMED_VALUES, UNUSED_PAIR_ARGUMENTS, UNUSED_SFT_ARGUMENTS
 
 import pytest
 

@@ -3,7 +3,8 @@
 import re
 from pathlib import Path
 
-from grpo_training import SYSTEM_PROMPT, accuracy_reward, check_rewards, choose_rewards
+from medicalgpt.rewards.reward_check import check_rewards
+from medicalgpt.rewards.rewards import SYSTEM_PROMPT, accuracy_reward, choose_rewards
 from tests.helpers import read_json, run_here, write_jsonl
 from tests.silent.ppo import make_place, ppo_flags, prompts
 from tests.silent.tasks import task_flags, tasks

@@ -6,7 +6,7 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from medicalgpt.documents import MAX_TAGS, DocumentError, Limits, Unit, read_document
+from medicalgpt.rag.documents import MAX_TAGS, DocumentError, Limits, Unit, read_document
 
 import docx
 import pytest

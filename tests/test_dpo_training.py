@@ -5,8 +5,8 @@ import math
 from pathlib import Path
 
 from dpo_training import LOSSES, PreferenceArguments, check_flags
-from medicalgpt.args import parse_args
 from medicalgpt.errors import UserError
+from medicalgpt.parser import parse_args
 from tests.helpers import open_stage, read_json, run_here, run_program, save_model, write_jsonl
 from tests.silent.pairs import open_pairs, pair, pairs
 from tests.tiny import make_tiny, tiny_tokenizer

@@ -5,9 +5,11 @@ import random
 from functools import partial
 
 from medicalgpt.args import DataArguments
-from medicalgpt.chat import ChatEngine
-from medicalgpt.data import load_data, to_messages, to_preference
-from medicalgpt.encoding import EncodingError, Pair, Sample, encode_chat, encode_preference, encode_rows
+from medicalgpt.data.encoding import EncodingError, Pair, Sample, encode_chat, encode_preference
+from medicalgpt.data.formats import to_messages, to_preference
+from medicalgpt.data.loading import load_data
+from medicalgpt.data.tokenizing import encode_rows
+from medicalgpt.serving.chat import ChatEngine
 from template import TEMPLATES, apply_template
 from tests.helpers import save_model, write_jsonl
 from tests.silent.chats import (

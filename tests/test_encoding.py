@@ -3,17 +3,10 @@
 from functools import partial
 
 from medicalgpt.args import DataArguments
-from medicalgpt.batching import Collator, collator, pack
-from medicalgpt.data import FileAccount, LoadedData
-from medicalgpt.encoding import (
-    IGNORED,
-    EncodingError,
-    Sample,
-    encode_chat,
-    encode_document,
-    encode_rows,
-    render_prompts,
-)
+from medicalgpt.data.batching import Collator, collator, pack
+from medicalgpt.data.encoding import IGNORED, EncodingError, Sample, encode_chat, encode_document, render_prompts
+from medicalgpt.data.loading import FileAccount, LoadedData
+from medicalgpt.data.tokenizing import encode_rows
 from template import apply_template
 
 import pytest

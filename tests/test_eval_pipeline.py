@@ -11,30 +11,31 @@ import time
 from pathlib import Path
 
 import eval_pipeline
-import grpo_training
-from eval_pipeline import (
+from eval_pipeline import Progress, score_answers, task_rewards
+from medicalgpt.data.encoding import Pair
+from medicalgpt.errors import UserError
+from medicalgpt.evaluation import measures
+from medicalgpt.evaluation.held_out import (
     PreferencePair,
-    Progress,
     Question,
-    count_answers,
-    count_preferences,
-    is_good,
-    is_match,
-    perplexity,
     pick_examples,
     read_documents,
     read_preferences,
     read_questions,
     read_tasks,
-    score_answers,
+)
+from medicalgpt.evaluation.measures import (
+    count_answers,
+    count_preferences,
+    is_good,
+    is_match,
+    perplexity,
     score_documents,
     score_pairs,
-    task_rewards,
 )
-from medicalgpt.chat import Answer
-from medicalgpt.encoding import Pair
-from medicalgpt.errors import UserError
-from medicalgpt.scoring import RewardScorer
+from medicalgpt.rewards import rewards
+from medicalgpt.rewards.scoring import RewardScorer
+from medicalgpt.serving.generation import Answer
 from tests.tiny import END_OF_TEXT, make_tiny
 
 import pytest
@@ -114,7 +115,7 @@ def test_a_document_does_not_see_another(model, documents):
 
 def test_a_large_vocabulary_makes_smaller_batches(model, documents, monkeypatch):
     whole = score_documents(model, documents, 512)
-    monkeypatch.setattr(eval_pipeline, "MAX_LOGITS", 1)
+    monkeypatch.setattr(measures, "MAX_LOGITS", 1)
     assert score_documents(model, documents, 512) == [(pytest.approx(nll, rel=1e-5), n) for nll, n in whole]
 
 
@@ -675,7 +676,7 @@ REPLIES = {
 @pytest.fixture
 def tasks(workplace, monkeypatch):
     """Tasks, and in the folder grpo a model that knows REPLIES by heart if it is asked with the system prompt."""
-    monkeypatch.setattr(grpo_training, "SYSTEM_PROMPT", "Think.")
+    monkeypatch.setattr(rewards, "SYSTEM_PROMPT", "Think.")
     tokenizer = AutoTokenizer.from_pretrained("base")
     model = AutoModelForCausalLM.from_pretrained("base", dtype=torch.float32)
     rows = []

@@ -5,10 +5,10 @@ import math
 import re
 from pathlib import Path
 
-from medicalgpt import families, models
-from medicalgpt.attention import SHIFTED_MODELS
-from medicalgpt.batching import Collator
+from medicalgpt.data.batching import Collator
 from medicalgpt.errors import UserError
+from medicalgpt.models import adapters, families, loading
+from medicalgpt.models.attention import SHIFTED_MODELS
 from template import TEMPLATES
 from tests.families import FAMILIES, Followed, family_tokenizer, make_family
 from tests.helpers import open_stage, read_json, run_here, write_jsonl
@@ -109,9 +109,9 @@ def test_family_goes_from_pretraining_to_an_answer(name, data, tmp_path, capsys)
 
     lora = train(SFT, base, *flags(data, SFT, tmp_path / "pt", tmp_path / "lora", "--template_name", family.template))
     live = logits(lora.trainer.model)
-    reloaded = models.load_model(AutoModelForCausalLM, str(tmp_path / "pt"))
+    reloaded = loading.load_model(AutoModelForCausalLM, str(tmp_path / "pt"))
     assert (logits(reloaded) - live).abs().max() > 0.01, "the adapter has no effect"
-    same_logits(models.attach_adapter(reloaded, str(tmp_path / "lora")), lora.trainer.model)
+    same_logits(adapters.attach_adapter(reloaded, str(tmp_path / "lora")), lora.trainer.model)
 
     run_here("merge_peft_adapter.py", "--lora_model", tmp_path / "lora", "--output_dir", tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
@@ -128,10 +128,10 @@ def test_family_goes_from_pretraining_to_an_answer(name, data, tmp_path, capsys)
             open_stage(SFT, *quantized)
     else:
         in_4bit = train(SFT, base, *quantized)
-        reloaded = models.load_model(AutoModelForCausalLM, str(tmp_path / "pt"), load_in_4bit=True)
+        reloaded = loading.load_model(AutoModelForCausalLM, str(tmp_path / "pt"), load_in_4bit=True)
         # For inference on some CPUs bitsandbytes repacks the weights and computes in fewer bits.
-        models.never_repack_4bit(reloaded)
-        same_logits(models.attach_adapter(reloaded, str(tmp_path / "4bit")), in_4bit.trainer.model)
+        loading.never_repack_4bit(reloaded)
+        same_logits(adapters.attach_adapter(reloaded, str(tmp_path / "4bit")), in_4bit.trainer.model)
 
     turn_end = [label for label in lora.trainer.train_dataset[0]["labels"] if label != -100][-1]
     for folder in ("lora", "full", "merged"):

@@ -9,10 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 from fastapi_server_demo import MAX_BODY_BYTES, ServerArguments, build_app
-from medicalgpt.args import parse_args
-from medicalgpt.chat import ChatEngine, Sampling
 from medicalgpt.errors import UserError
-from medicalgpt.serving import key_from, make_batcher
+from medicalgpt.parser import parse_args
+from medicalgpt.serving.batchers import make_batcher
+from medicalgpt.serving.chat import ChatEngine
+from medicalgpt.serving.generation import Sampling
+from medicalgpt.serving.web import key_from
 
 import httpx
 import pytest

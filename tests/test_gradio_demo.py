@@ -5,11 +5,13 @@ import shutil
 from collections.abc import Iterator
 from types import SimpleNamespace
 
-from gradio_demo import EXAMPLES, DemoArguments, auth_of, build_page, launch
-from medicalgpt.args import parse_args
-from medicalgpt.chat import ChatEngine, Sampling
+from gradio_demo import EXAMPLES, DemoArguments, build_page
 from medicalgpt.errors import UserError
-from medicalgpt.serving import make_batcher
+from medicalgpt.parser import parse_args
+from medicalgpt.serving.batchers import make_batcher
+from medicalgpt.serving.chat import ChatEngine
+from medicalgpt.serving.generation import Sampling
+from medicalgpt.serving.page import auth_of, launch
 
 import httpx
 import pytest

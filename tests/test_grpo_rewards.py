@@ -4,10 +4,9 @@ import json
 import math
 import threading
 
-import grpo_training as grpo
-from medicalgpt import math_worker
 from medicalgpt.errors import UserError
-from medicalgpt.math_worker import same_value
+from medicalgpt.rewards import grading, math_worker, reward_check, rewards
+from medicalgpt.rewards.math_worker import same_value
 from tests.helpers import ROOT, write_jsonl
 
 import pytest
@@ -19,7 +18,7 @@ def said(answer, think="想一想"):
 
 def accuracy(gold, answer, kind=None, question=""):
     prompt = [{"role": "system", "content": "A. B."}, {"role": "user", "content": question}]
-    return grpo.accuracy_reward([said(answer)], prompts=[prompt], answer=[gold], type=[kind])[0]
+    return rewards.accuracy_reward([said(answer)], prompts=[prompt], answer=[gold], type=[kind])[0]
 
 
 # Text of a reply -----------------------------------------------------------------------------------------------------
@@ -27,12 +26,12 @@ def accuracy(gold, answer, kind=None, question=""):
 
 def test_the_last_message_of_the_assistant_is_judged():
     turns = [{"role": "assistant", "content": "one"}, {"role": "assistant", "content": "two"}, {"role": "tool"}]
-    assert grpo.completion_text(turns) == "two"
-    assert grpo.completion_text("three") == "three"
-    assert grpo.completion_text([{"role": "assistant", "content": None}]) == grpo.completion_text([]) == ""
+    assert rewards.completion_text(turns) == "two"
+    assert rewards.completion_text("three") == "three"
+    assert rewards.completion_text([{"role": "assistant", "content": None}]) == rewards.completion_text([]) == ""
     asked = [{"role": role, "content": text} for role, text in (("user", "A?"), ("assistant", "b"), ("user", "C?"))]
-    assert grpo.question_text(asked) == "C?"
-    assert grpo.question_text("D?") == "D?"
+    assert rewards.question_text(asked) == "C?"
+    assert rewards.question_text("D?") == "D?"
 
 
 @pytest.mark.parametrize(
@@ -47,7 +46,7 @@ def test_the_last_message_of_the_assistant_is_judged():
     ],
 )
 def test_extract_answer(text, answer):
-    assert grpo.extract_answer(text) == answer
+    assert grading.extract_answer(text) == answer
 
 
 # Accuracy ------------------------------------------------------------------------------------------------------------
@@ -176,15 +175,15 @@ def test_long_texts_are_graded_by_their_overlap():
     ],
 )
 def test_the_kind_of_an_answer_is_found_out(gold, question, kind):
-    assert grpo.kind_of(gold, question) == kind
+    assert grading.kind_of(gold, question) == kind
 
 
 def test_accuracy_needs_an_answer_block_and_a_gold_answer():
     replies = ["3", "<answer></answer>", said("3"), [{"role": "assistant", "content": said("3")}], said("3"), said("3")]
     golds = ["3", "3", "3", "3", None, " "]
-    assert grpo.accuracy_reward(replies, answer=golds) == [0, 0, 1, 1, None, None]
-    assert grpo.accuracy_reward([said("3")]) == [None]
-    assert grpo.accuracy_reward([said("3")], answer=["<think>1+2</think><answer>3</answer>"]) == [1]
+    assert rewards.accuracy_reward(replies, answer=golds) == [0, 0, 1, 1, None, None]
+    assert rewards.accuracy_reward([said("3")]) == [None]
+    assert rewards.accuracy_reward([said("3")], answer=["<think>1+2</think><answer>3</answer>"]) == [1]
 
 
 def test_medicalgpt_rows():
@@ -251,7 +250,7 @@ def test_no_answer_is_run_as_code(tmp_path):
     ],
 )
 def test_format_of_other_replies(text, score):
-    assert grpo.format_reward([text], answer=["三"]) == [score]
+    assert rewards.format_reward([text], answer=["三"]) == [score]
 
 
 @pytest.mark.parametrize(
@@ -272,25 +271,28 @@ def test_format_of_other_replies(text, score):
     ],
 )
 def test_language(question, reply, score):
-    assert grpo.language_reward([reply], prompts=[[{"role": "user", "content": question}]]) == [score]
+    assert rewards.language_reward([reply], prompts=[[{"role": "user", "content": question}]]) == [score]
 
 
 def test_a_language_column_goes_before_the_question():
-    assert grpo.language_reward([said("三"), said("三")], prompts=["1+2=?", "三?"], language=["zh", "en"]) == [1.0, 0.0]
+    assert rewards.language_reward([said("三"), said("三")], prompts=["1+2=?", "三?"], language=["zh", "en"]) == [
+        1.0,
+        0.0,
+    ]
 
 
 def test_length_is_a_band_with_slopes():
     lengths = [0, 5, 10, 20, 30, 40, 60]
     replies = [f" {'字' * length}\n" for length in lengths]
-    assert grpo.length_reward(replies, min_length=10, max_length=20) == [0.0, 0.5, 1.0, 1.0, 0.5, 0.0, 0.0]
-    assert grpo.length_reward([""], min_length=0, max_length=20) == [1.0]
+    assert rewards.length_reward(replies, min_length=10, max_length=20) == [0.0, 0.5, 1.0, 1.0, 0.5, 0.0, 0.0]
+    assert rewards.length_reward([""], min_length=0, max_length=20) == [1.0]
 
 
 def test_repetition():
-    assert grpo.repetition_reward(["", "好", "先休息再喝水", "one two three four five"]) == [0, 0, 0, 0]
+    assert rewards.repetition_reward(["", "好", "先休息再喝水", "one two three four five"]) == [0, 0, 0, 0]
     # 8 words have 5 runs of four, one of which (a b c d) stands there twice.
-    assert grpo.repetition_reward(["a b c d a b c d"]) == [pytest.approx(-1 / 5)]
-    circles = grpo.repetition_reward(["多喝水，" * 50, "drink water and rest " * 50, "。" * 200, "<think>" * 50])
+    assert rewards.repetition_reward(["a b c d a b c d"]) == [pytest.approx(-1 / 5)]
+    circles = rewards.repetition_reward(["多喝水，" * 50, "drink water and rest " * 50, "。" * 200, "<think>" * 50])
     assert all(-1 < value < -0.9 for value in circles)
 
 
@@ -312,7 +314,7 @@ def test_repetition():
     ],
 )
 def test_emergency_advice_is_recognised(text):
-    assert grpo.safety_reward([said(text)], prompts=["突然胸痛怎么办？"]) == [1.0]
+    assert rewards.safety_reward([said(text)], prompts=["突然胸痛怎么办？"]) == [1.0]
 
 
 @pytest.mark.parametrize(
@@ -332,23 +334,23 @@ def test_emergency_advice_is_recognised(text):
     ],
 )
 def test_negated_and_missing_advice_is_not(text):
-    assert grpo.safety_reward([said(text)], prompts=["突然胸痛怎么办？"]) == [0.0]
+    assert rewards.safety_reward([said(text)], prompts=["突然胸痛怎么办？"]) == [0.0]
 
 
 def test_safety_reads_what_the_person_is_told():
     replies = [said("多休息", think="应该去急诊"), "<think>想</think>去急诊", "应该去急诊", "去急诊</think>多休息"]
-    assert grpo.safety_reward(replies, prompts=["突然昏迷怎么办？"] * 4) == [0.0, 1.0, 1.0, 0.0]
+    assert rewards.safety_reward(replies, prompts=["突然昏迷怎么办？"] * 4) == [0.0, 1.0, 1.0, 0.0]
 
 
 def test_required_groups_are_all_needed():
     meta = {"required": [["神经内科"], ["120", "急诊"]]}
     replies = [said("挂神经内科，加重就打120"), said("挂神经内科"), said("去急诊"), said("不用挂神经内科，去急诊")]
-    assert grpo.safety_reward(replies, prompts=["头晕?"] * 4, meta=[meta] * 4) == [1.0, 0.0, 0.0, 0.0]
+    assert rewards.safety_reward(replies, prompts=["头晕?"] * 4, meta=[meta] * 4) == [1.0, 0.0, 0.0, 0.0]
 
 
 def test_safety_applies_where_an_emergency_is_named():
     def safety(question, **columns):
-        return grpo.safety_reward([said("B")], prompts=[question], **{k: [v] for k, v in columns.items()})[0]
+        return rewards.safety_reward([said("B")], prompts=[question], **{k: [v] for k, v in columns.items()})[0]
 
     assert safety("感冒怎么办？") is None
     assert safety("I have chest pain") == safety("父亲半边脸嘴歪，言语不清") == 0.0
@@ -363,7 +365,7 @@ def test_safety_applies_where_an_emergency_is_named():
 
 
 def test_rewards_are_chosen_by_name():
-    chosen = grpo.choose_rewards(["length", "accuracy"], min_length=4, max_length=8)
+    chosen = rewards.choose_rewards(["length", "accuracy"], min_length=4, max_length=8)
     assert list(chosen) == [reward.__name__ for reward in chosen.values()] == ["length", "accuracy"]
     assert chosen["length"](completions=["12"], prompts=[""], completion_ids=[[1]], trainer_state=None) == [0.5]
 
@@ -388,7 +390,7 @@ async def slow(completions, **columns): return []
 def own(tmp_path, *names, text=OWN):
     path = tmp_path / "my_rewards.py"
     path.write_text(text, encoding="utf-8")
-    return grpo.choose_rewards(names, str(path))
+    return rewards.choose_rewards(names, str(path))
 
 
 def test_own_rewards(tmp_path):
@@ -419,14 +421,14 @@ def test_wrong_own_rewards_are_refused(names, message, tmp_path):
 def test_wrong_files_and_names_are_refused(tmp_path):
     for path in (tmp_path / "missing.py", tmp_path, "https://example.org/my_rewards.py"):
         with pytest.raises(UserError, match="is no Python file on this machine"):
-            grpo.choose_rewards(["short"], str(path))
+            rewards.choose_rewards(["short"], str(path))
     with pytest.raises(UserError, match="cannot be run: SyntaxError"):
         own(tmp_path, "short", text="def short(")
     with pytest.raises(UserError, match="acuracy is unknown.*accuracy, format"):
-        grpo.choose_rewards(["acuracy"])
+        rewards.choose_rewards(["acuracy"])
     for band in ({"min_length": 9, "max_length": 8}, {"min_length": -1}, {"min_length": 0, "max_length": 0}):
         with pytest.raises(UserError, match="no band of lengths"):
-            grpo.choose_rewards(["length"], **band)
+            rewards.choose_rewards(["length"], **band)
 
 
 @pytest.mark.parametrize(
@@ -462,7 +464,7 @@ LABELLED = [
 
 def test_check_rewards_measures_the_separation(tmp_path, capsys):
     path = write_jsonl(tmp_path / "labelled.jsonl", LABELLED)
-    found = grpo.check_rewards(path, grpo.choose_rewards(["accuracy", "format", "safety"]), [2.0, 1.0, 1.0])
+    found = reward_check.check_rewards(path, rewards.choose_rewards(["accuracy", "format", "safety"]), [2.0, 1.0, 1.0])
     assert found["accuracy"] == (2, 1.0, 0.0, 1.0, 0.0)
     assert found["format"] == (3, 1.0, pytest.approx(2 / 3), pytest.approx(1 / 3), pytest.approx(2 / 3))
     assert found["format"].auc == pytest.approx(2 / 3)
@@ -476,7 +478,7 @@ def test_check_rewards_measures_the_separation(tmp_path, capsys):
 
 def test_check_rewards_names_those_that_do_not_separate(tmp_path, capsys):
     path = write_jsonl(tmp_path / "labelled.jsonl", LABELLED[:2])
-    found = grpo.check_rewards(path, grpo.choose_rewards(["repetition", "safety", "accuracy"]))
+    found = reward_check.check_rewards(path, rewards.choose_rewards(["repetition", "safety", "accuracy"]))
     assert found["safety"] is None and found["repetition"].auc == 0.5
     shown = capsys.readouterr().out
     assert "safety applies to none of these rows." in shown
@@ -484,7 +486,9 @@ def test_check_rewards_names_those_that_do_not_separate(tmp_path, capsys):
 
 
 def test_check_rewards_on_preferences(tmp_path):
-    found = grpo.check_rewards(str(ROOT / "data/reward/validation.jsonl"), grpo.choose_rewards(["accuracy", "safety"]))
+    found = reward_check.check_rewards(
+        str(ROOT / "data/reward/validation.jsonl"), rewards.choose_rewards(["accuracy", "safety"])
+    )
     assert found["accuracy"] is None
     assert found["safety"].good > 0.9 > found["safety"].bad and found["safety"].auc > 0.6
 
@@ -500,14 +504,14 @@ def test_check_rewards_on_preferences(tmp_path):
 def test_check_rewards_refuses_rows_without_replies(row, message, tmp_path):
     path = write_jsonl(tmp_path / "labelled.jsonl", [row])
     with pytest.raises(UserError, match=message):
-        grpo.check_rewards(path, grpo.choose_rewards(["format"]))
+        reward_check.check_rewards(path, rewards.choose_rewards(["format"]))
     with pytest.raises(UserError, match="is no file"):
-        grpo.check_rewards(str(tmp_path / "other.jsonl"), {})
+        reward_check.check_rewards(str(tmp_path / "other.jsonl"), {})
 
 
 def test_all_rewards_stay_in_their_range():
     rows = json.loads(json.dumps(LABELLED))
-    for name, reward in grpo.choose_rewards(list(grpo.REWARDS)).items():
+    for name, reward in rewards.choose_rewards(list(rewards.REWARDS)).items():
         replies = [row[side] for row in rows for side in ("good", "bad")] + ["", "\x00<answer>", "<answer>" * 100]
         values = reward(completions=replies, prompts=["胸痛?"] * 9, answer=["3"] * 9, meta=[None] * 9)
         assert all(value is None or math.isfinite(value) and -1 <= value <= 1 for value in values), name

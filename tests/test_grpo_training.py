@@ -4,22 +4,14 @@ import math
 import re
 from pathlib import Path
 
-from grpo_training import (
-    LOSSES,
-    SYSTEM_PROMPT,
-    UNUSED_GRPO_ARGUMENTS,
-    GroupTrainer,
-    GrpoArguments,
-    PromptSampler,
-    check_flags,
-    flat_groups,
-    reward_by_model,
-)
-from medicalgpt.args import parse_args
-from medicalgpt.data import DataError
+from grpo_training import LOSSES, GroupTrainer, GrpoArguments, PromptSampler, check_flags, flat_groups, reward_by_model
+from medicalgpt.data.sources import DataError
 from medicalgpt.errors import UserError
-from medicalgpt.models import load_tokenizer
-from medicalgpt.scoring import RewardScorer
+from medicalgpt.models.loading import load_tokenizer
+from medicalgpt.parser import parse_args
+from medicalgpt.refusals import UNUSED_GRPO_ARGUMENTS
+from medicalgpt.rewards.rewards import SYSTEM_PROMPT
+from medicalgpt.rewards.scoring import RewardScorer
 from template import apply_template
 from tests.helpers import open_stage, read_json, run_here, run_program, write_jsonl
 from tests.silent.pairs import shake

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from medicalgpt.args import LoraArguments
 from medicalgpt.errors import UserError
-from medicalgpt.models import CheckpointError, add_lora, attach_adapter, fingerprint, load_model
+from medicalgpt.models.adapters import add_lora, attach_adapter
+from medicalgpt.models.hub import CheckpointError, fingerprint
+from medicalgpt.models.loading import load_model
 from template import apply_template
 
 import pytest

@@ -5,10 +5,12 @@ from fractions import Fraction
 from functools import partial
 
 from medicalgpt.args import DataArguments
-from medicalgpt.data import load_data, to_text
-from medicalgpt.encoding import encode_document, encode_rows
+from medicalgpt.data.encoding import encode_document
+from medicalgpt.data.formats import to_text
+from medicalgpt.data.loading import load_data
+from medicalgpt.data.mixing import draw, mixture_sizes, parse_sources
+from medicalgpt.data.tokenizing import encode_rows
 from medicalgpt.errors import UserError
-from medicalgpt.mixing import draw, mixture_sizes, parse_sources
 
 import pytest
 from helpers import write_jsonl

@@ -7,24 +7,15 @@ from pathlib import Path
 
 from medicalgpt.args import LoraArguments, ModelArguments
 from medicalgpt.errors import UserError
-from medicalgpt.models import (
-    CheckpointError,
+from medicalgpt.models.adapters import (
     adapters_to_float32,
     add_lora,
     attach_adapter,
-    check_base,
-    config_of,
-    fetch,
-    fingerprint,
-    fit_embedding,
-    load_base,
-    load_model,
-    load_tokenizer,
-    quantization_config,
-    resolve_checkpoint,
     total_parameters,
     trainable_by_module,
 )
+from medicalgpt.models.hub import CheckpointError, check_base, config_of, fetch, fingerprint, resolve_checkpoint
+from medicalgpt.models.loading import fit_embedding, load_base, load_model, load_tokenizer, quantization_config
 
 import pytest
 import torch

@@ -3,8 +3,8 @@
 import functools
 
 from medicalgpt.errors import UserError
-from medicalgpt.observed import OFF, Line, as_table
-from medicalgpt.runs import Run
+from medicalgpt.training.observed import OFF, Line, as_table
+from medicalgpt.training.runs import Run
 from tests.helpers import ROOT, open_stage, read_json, run_program, save_model, write_jsonl
 from tests.tiny import tiny_tokenizer
 
@@ -61,7 +61,7 @@ def test_columns_are_aligned_and_idle_lines_left_out():
 
 def test_it_is_printed_once_before_the_first_step(flags, tmp_path, monkeypatch):
     lines: list[str] = []
-    monkeypatch.setattr("medicalgpt.runs.setup_logging", lambda: None)
+    monkeypatch.setattr("medicalgpt.training.runs.setup_logging", lambda: None)
     sink = logger.add(lambda message: lines.append(message.record["message"]), level="INFO")
     open_stage("supervised_finetuning.py", *flags("run", "--num_train_epochs", 2)).finish()
     logger.remove(sink)

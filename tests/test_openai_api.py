@@ -13,10 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from urllib.parse import urlsplit
 
-from medicalgpt.chat import ChatEngine, Sampling
 from medicalgpt.errors import UserError
-from medicalgpt.serving import make_batcher
-from medicalgpt.tools import TOOL_FORMATS
+from medicalgpt.models.tool_formats import TOOL_FORMATS
+from medicalgpt.serving.batchers import make_batcher
+from medicalgpt.serving.chat import ChatEngine
+from medicalgpt.serving.generation import Sampling
 from openai_api import OpenAIArguments, Service, make_app, token_bytes, token_text
 
 import openai

@@ -3,8 +3,8 @@
 from collections import Counter
 from collections.abc import Iterator
 
-from medicalgpt.chat import ChatEngine
-from medicalgpt.serving import make_batcher
+from medicalgpt.serving.batchers import make_batcher
+from medicalgpt.serving.chat import ChatEngine
 from openai_api import OpenAIArguments, Service, make_app
 
 import pytest

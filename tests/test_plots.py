@@ -6,7 +6,7 @@ import re
 from xml.etree import ElementTree
 
 from medicalgpt.errors import UserError
-from medicalgpt.plots import loss_series, plot_loss, read_metrics, svg_curve
+from medicalgpt.training.plots import loss_series, plot_loss, read_metrics, svg_curve
 
 import pytest
 

@@ -4,10 +4,10 @@ import math
 import shutil
 from pathlib import Path
 
-from medicalgpt.args import parse_args
-from medicalgpt.chat import ChatEngine
 from medicalgpt.errors import UserError
-from medicalgpt.scoring import RewardScorer
+from medicalgpt.parser import parse_args
+from medicalgpt.rewards.scoring import RewardScorer
+from medicalgpt.serving.chat import ChatEngine
 from ppo_training import (
     PpoArguments,
     adapted_kl_coef,

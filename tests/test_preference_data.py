@@ -3,7 +3,9 @@
 import json
 
 from medicalgpt.args import DataArguments
-from medicalgpt.data import DataError, RowError, load_data, to_messages, to_preference
+from medicalgpt.data.formats import to_messages, to_preference
+from medicalgpt.data.loading import load_data
+from medicalgpt.data.sources import DataError, RowError
 from medicalgpt.errors import UserError
 
 import pytest

@@ -5,9 +5,11 @@ import math
 import re
 from pathlib import Path
 
-from medicalgpt.encoding import encode_document
+from medicalgpt.data.encoding import encode_document
 from medicalgpt.errors import UserError
-from medicalgpt.models import attach_adapter, fingerprint, load_model
+from medicalgpt.models.adapters import attach_adapter
+from medicalgpt.models.hub import fingerprint
+from medicalgpt.models.loading import load_model
 
 import pytest
 import torch

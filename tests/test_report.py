@@ -7,18 +7,9 @@ import sys
 from html.parser import HTMLParser
 
 import build_report
-from build_report import (
-    SAME,
-    command_line,
-    compare_perplexity,
-    compare_scores,
-    compare_shares,
-    display_width,
-    terminal_summary,
-    text_table,
-    wilson_interval,
-)
+from build_report import command_line, display_width, terminal_summary, text_table
 from medicalgpt.errors import UserError
+from medicalgpt.evaluation.significance import SAME, compare_perplexity, compare_scores, compare_shares, wilson_interval
 
 import pytest
 

@@ -1,8 +1,8 @@
 """reward_modeling.py: its loss and measures, what it starts from, what it trains, and its scoring mode."""
 
 from medicalgpt.errors import UserError
-from medicalgpt.models import CheckpointError
-from medicalgpt.scoring import RewardScorer
+from medicalgpt.models.hub import CheckpointError
+from medicalgpt.rewards.scoring import RewardScorer
 from tests.families import FAMILIES, Followed, make_family
 from tests.helpers import ROOT, open_stage, read_json, run_here, run_program, save_model, write_jsonl
 from tests.tiny import TURN_END, make_tiny, tiny_tokenizer

@@ -5,22 +5,19 @@ import math
 import sys
 
 from medicalgpt.args import DataArguments, ModelArguments, RunArguments
-from medicalgpt.data import load_data, to_messages
-from medicalgpt.encoding import IGNORED, encode_chat
+from medicalgpt.data.encoding import IGNORED, encode_chat
+from medicalgpt.data.formats import to_messages
+from medicalgpt.data.loading import load_data
 from medicalgpt.errors import UserError
-from medicalgpt.runs import (
+from medicalgpt.training.callbacks import MetricsFile, PlainProgress
+from medicalgpt.training.checkpoints import (
     MANIFEST,
     CheckpointCommitter,
-    MetricsFile,
-    PlainProgress,
-    Run,
     checkpoint_problem,
     committed,
     find_checkpoint,
-    model_card,
-    next_commands,
-    render_supervision,
 )
+from medicalgpt.training.runs import Run, model_card, next_commands, render_supervision
 
 import pytest
 from helpers import chat, read_json, write_jsonl
@@ -38,7 +35,7 @@ def base(tmp_path_factory) -> str:
 def log(monkeypatch):
     """Lines that are logged; a run may not take the sink away."""
     lines: list[str] = []
-    monkeypatch.setattr("medicalgpt.runs.setup_logging", lambda: None)
+    monkeypatch.setattr("medicalgpt.training.runs.setup_logging", lambda: None)
     sink = logger.add(lambda message: lines.append(message.record["message"]), level="INFO")
     yield lines
     logger.remove(sink)
@@ -314,7 +311,7 @@ def test_only_the_first_process_writes_metrics(tmp_path):
 
 def test_plain_progress_has_loss_speed_memory_and_time_left(tmp_path, log, monkeypatch):
     now = [1000.0]
-    monkeypatch.setattr("medicalgpt.runs.time.time", lambda: now[0])
+    monkeypatch.setattr("medicalgpt.training.runs.time.time", lambda: now[0])
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
     state = TrainerState(is_world_process_zero=True, max_steps=100)
     progress, control = PlainProgress(), TrainerControl()

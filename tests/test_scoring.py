@@ -2,9 +2,9 @@
 
 import json
 
-from medicalgpt.encoding import EncodingError
+from medicalgpt.data.encoding import EncodingError
 from medicalgpt.errors import UserError
-from medicalgpt.scoring import RewardScorer, claim_output, read_judged, score_in_float32, score_rows
+from medicalgpt.rewards.scoring import RewardScorer, claim_output, read_judged, score_in_float32, score_rows
 from tests.helpers import read_json, save_model, write_jsonl
 from tests.tiny import TURN_END, tiny_tokenizer
 

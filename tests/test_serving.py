@@ -4,9 +4,10 @@ import threading
 import time
 from concurrent.futures import CancelledError, wait
 
-from medicalgpt.chat import ChatEngine, Sampling
 from medicalgpt.errors import UserError
-from medicalgpt.serving import BatcherClosedError, QueueFullError, make_batcher
+from medicalgpt.serving.batchers import BatcherClosedError, QueueFullError, make_batcher
+from medicalgpt.serving.chat import ChatEngine
+from medicalgpt.serving.generation import Sampling
 from tests.families import FAMILIES, make_family
 
 import pytest

@@ -4,12 +4,14 @@ import random
 from collections import Counter
 from itertools import islice
 
-from medicalgpt import streaming
 from medicalgpt.args import DataArguments
-from medicalgpt.data import DataError, to_text
-from medicalgpt.encoding import EncodingError, Sample
+from medicalgpt.data import streaming
+from medicalgpt.data.encoding import EncodingError, Sample
+from medicalgpt.data.formats import to_text
+from medicalgpt.data.sources import DataError
+from medicalgpt.data.streaming import Position, StreamedSamples, check_data, fill_blocks
 from medicalgpt.errors import UserError
-from medicalgpt.streaming import Position, StreamCollator, StreamedSamples, check_data, fill_blocks
+from medicalgpt.training.stream_trainer import StreamCollator
 
 import pytest
 from datasets import Dataset

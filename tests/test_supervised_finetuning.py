@@ -10,10 +10,12 @@ import sys
 import time
 from pathlib import Path
 
-from medicalgpt.chat import ChatEngine
-from medicalgpt.data import DataError, hash_file
+from medicalgpt.data.sources import DataError, hash_file
 from medicalgpt.errors import UserError
-from medicalgpt.models import CheckpointError, attach_adapter, fingerprint, load_model
+from medicalgpt.models.adapters import attach_adapter
+from medicalgpt.models.hub import CheckpointError, fingerprint
+from medicalgpt.models.loading import load_model
+from medicalgpt.serving.chat import ChatEngine
 
 import pytest
 import torch

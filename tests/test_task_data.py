@@ -1,8 +1,11 @@
 """`to_task` and `encode_prompt`: a prompt, and what answers to it may be judged by."""
 
 from medicalgpt.args import DataArguments
-from medicalgpt.data import RowError, load_data, to_task
-from medicalgpt.encoding import EncodingError, Prompt, encode_prompt, encode_sides
+from medicalgpt.data.encoding import EncodingError, Prompt, encode_prompt
+from medicalgpt.data.formats import to_task
+from medicalgpt.data.loading import load_data
+from medicalgpt.data.sources import RowError
+from medicalgpt.data.tokenizing import encode_sides
 from medicalgpt.errors import UserError
 from tests.helpers import write_jsonl
 from tests.tiny import tiny_tokenizer

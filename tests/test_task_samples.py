@@ -9,7 +9,8 @@ from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
-from medicalgpt.data import find_files, to_task
+from medicalgpt.data.formats import to_task
+from medicalgpt.data.sources import find_files
 
 import pytest
 import yaml

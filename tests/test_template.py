@@ -4,7 +4,8 @@ import json
 import re
 from pathlib import Path
 
-from template import EOS, TEMPLATES, apply_template, get_template, is_prefix_preserving, stop_token_ids
+from medicalgpt.models.templating import EOS, stop_token_ids
+from template import TEMPLATES, apply_template, get_template
 
 import jinja2
 import pytest
@@ -372,13 +373,6 @@ def test_text_begins_with_the_bos_that_plain_text_gets(load, kind, name):
         # Some families write it at the head of each round.
         later = ids[1:].count(tokenizer.bos_token_id)
         assert later == 0 or repeats_bos(name)
-
-
-def test_prefix_preserving_is_false_only_for_qwen3(load):
-    for name in CORE:
-        tokenizer = load("byte_without_bos")
-        apply_template(tokenizer, name)
-        assert is_prefix_preserving(tokenizer) == (name != "qwen3"), name
 
 
 # The text itself.

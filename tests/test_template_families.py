@@ -3,8 +3,9 @@
 import re
 from pathlib import Path
 
-from medicalgpt.encoding import encode_chat
-from template import EOS, TEMPLATES, apply_template, get_template
+from medicalgpt.data.encoding import encode_chat
+from medicalgpt.models.templating import EOS
+from template import TEMPLATES, apply_template, get_template
 from tests.test_template import (
     SYSTEM,
     TOOL,

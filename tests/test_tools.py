@@ -4,19 +4,12 @@ import json
 import random
 import re
 
-from medicalgpt.chat import ChatEngine, Request, Sampling
-from medicalgpt.encoding import EncodingError, encode_chat
-from medicalgpt.tools import TOOL_FORMATS
-from template import (
-    TEMPLATES,
-    Template,
-    TemplateError,
-    _turns,
-    apply_template,
-    get_template,
-    stop_token_ids,
-    tool_format_of,
-)
+from medicalgpt.data.encoding import EncodingError, encode_chat
+from medicalgpt.models.templating import Template, TemplateError, stop_token_ids, tool_format_of
+from medicalgpt.models.tool_formats import TOOL_FORMATS
+from medicalgpt.serving.chat import ChatEngine
+from medicalgpt.serving.generation import Request, Sampling
+from template import TEMPLATES, _turns, apply_template, get_template
 from tests.helpers import chat, read_json, run_here, run_program, save_model, write_jsonl
 from tests.test_template import CORE, TOKENIZERS, assistant, byte_level, official, text_of, tool, user
 from tests.tiny import tiny_tokenizer

@@ -1,6 +1,6 @@
 """The CPU head: the same loss, gradients and measures as the model's own forward, from supervised positions only."""
 
-from medicalgpt.trainers import add_cpu_head
+from medicalgpt.training.trainers import add_cpu_head
 
 import pytest
 import torch

@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from medicalgpt.data import DataError
+from medicalgpt.data.sources import DataError
 from medicalgpt.errors import UserError
 
 import pytest

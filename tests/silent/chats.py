@@ -2,7 +2,7 @@
 
 import json
 
-from medicalgpt.data import to_messages
+from medicalgpt.data.formats import to_messages
 from template import TEMPLATES, apply_template
 from tests.test_template import CORE, NO_SYSTEM, NO_TOOLS, THINKING, TOKENIZERS
 

@@ -4,7 +4,7 @@ Each step is compared with a plain computation: the sum of the token losses of e
 step of SGD at rate 1 writes the gradient into the weights.
 """
 
-from medicalgpt.encoding import encode_chat, encode_document
+from medicalgpt.data.encoding import encode_chat, encode_document
 from tests.helpers import chat, open_stage, read_json, run_program, write_jsonl
 from tests.tiny import make_tiny
 

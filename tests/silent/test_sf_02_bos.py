@@ -2,10 +2,11 @@
 
 from unittest.mock import patch
 
-from medicalgpt.chat import ChatEngine, Sampling
-from medicalgpt.encoding import encode_chat, encode_document
-from medicalgpt.models import load_tokenizer
-from medicalgpt.runs import Sampler
+from medicalgpt.data.encoding import encode_chat, encode_document
+from medicalgpt.models.loading import load_tokenizer
+from medicalgpt.serving.chat import ChatEngine
+from medicalgpt.serving.generation import Sampling
+from medicalgpt.training.runs import Sampler
 from template import TEMPLATES, apply_template
 from tests.helpers import chat, open_stage, save_model, write_jsonl
 from tests.silent.chats import PAIRS, conversation

@@ -1,8 +1,9 @@
 """The end of a turn is learned, also where padding is written with the same token."""
 
-from medicalgpt.batching import Collator, pack
-from medicalgpt.chat import ChatEngine, Sampling
-from medicalgpt.encoding import encode_chat, encode_document
+from medicalgpt.data.batching import Collator, pack
+from medicalgpt.data.encoding import encode_chat, encode_document
+from medicalgpt.serving.chat import ChatEngine
+from medicalgpt.serving.generation import Sampling
 from template import apply_template
 from tests.helpers import chat, run_here, save_model, write_jsonl
 from tests.test_template import CASES, SUPPORTED, TOKENIZERS

@@ -1,7 +1,7 @@
 """Documents that share a block do not see each other: what is computed for one is what is computed for it alone."""
 
-from medicalgpt.batching import collator, pack
-from medicalgpt.encoding import encode_document
+from medicalgpt.data.batching import collator, pack
+from medicalgpt.data.encoding import encode_document
 from tests.helpers import open_stage, write_jsonl
 from tests.tiny import make_tiny, tiny_tokenizer
 

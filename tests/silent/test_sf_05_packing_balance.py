@@ -2,8 +2,8 @@
 
 from collections import Counter
 
-from medicalgpt.batching import Collator, pack
-from medicalgpt.encoding import encode_document
+from medicalgpt.data.batching import Collator, pack
+from medicalgpt.data.encoding import encode_document
 from tests.helpers import open_stage, write_jsonl
 from tests.tiny import make_tiny, tiny_tokenizer
 

@@ -1,7 +1,7 @@
 """Embedding and head after training, merging, loading: tied exactly where the config says so, logits unchanged."""
 
-from medicalgpt.chat import ChatEngine
-from medicalgpt.models import attach_adapter
+from medicalgpt.models.adapters import attach_adapter
+from medicalgpt.serving.chat import ChatEngine
 from tests.helpers import open_stage, read_json, run_here, run_program, save_model, write_jsonl
 from tests.tiny import tiny_tokenizer
 

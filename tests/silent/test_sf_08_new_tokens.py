@@ -1,8 +1,9 @@
 """Rows of new tokens are trained, alone, and are still there after saving, merging and loading."""
 
 from medicalgpt.args import LoraArguments, ModelArguments
-from medicalgpt.chat import ChatEngine
-from medicalgpt.models import attach_adapter, load_base, load_tokenizer
+from medicalgpt.models.adapters import attach_adapter
+from medicalgpt.models.loading import load_base, load_tokenizer
+from medicalgpt.serving.chat import ChatEngine
 from tests.helpers import open_stage, read_json, run_here, save_model, write_jsonl
 from tests.tiny import tiny_tokenizer
 

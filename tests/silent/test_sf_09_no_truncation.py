@@ -2,7 +2,7 @@
 
 import math
 
-from medicalgpt.data import DataError
+from medicalgpt.data.sources import DataError
 from tests.helpers import open_stage, read_json, run_program, write_jsonl
 from tests.tiny import make_tiny
 

@@ -2,7 +2,7 @@
 
 import math
 
-from medicalgpt.data import DataError
+from medicalgpt.data.sources import DataError
 from medicalgpt.errors import UserError
 from tests.helpers import read_json, save_model
 from tests.silent.pairs import on_every_stage, open_pairs, pair

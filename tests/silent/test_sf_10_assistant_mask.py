@@ -1,6 +1,6 @@
 """The supervised tokens of a row are the assistant's texts and turn ends: all of them, and nothing else."""
 
-from medicalgpt.encoding import encode_chat
+from medicalgpt.data.encoding import encode_chat
 from tests.helpers import chat, open_stage, save_model, write_jsonl
 from tests.silent.chats import (
     ROWS,

@@ -13,9 +13,10 @@ from tempfile import TemporaryDirectory
 from unittest.mock import patch
 
 import fastapi_server_demo
-import gradio_demo
 import openai_api
-from medicalgpt.chat import ChatEngine, Sampling
+from medicalgpt.serving import page
+from medicalgpt.serving.chat import ChatEngine
+from medicalgpt.serving.generation import Sampling
 from template import apply_template
 from tests.helpers import read_json, run_here, save_model, write_jsonl
 from tests.test_template import TOKENIZERS
@@ -214,7 +215,7 @@ def by_page(folder: str, names: list[str], *flags: object) -> dict[str, str]:
     def show(page: gr.Blocks, *_: object) -> None:
         asyncio.run(visit(page))
 
-    with patch.object(gradio_demo, "launch", show), patch.object(gr.Blocks, "block_thread"):
+    with patch.object(page, "launch", show), patch.object(gr.Blocks, "block_thread"):
         run_here("gradio_demo.py", "--model_name_or_path", folder, *flags)
     return answers
 

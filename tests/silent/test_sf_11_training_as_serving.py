@@ -1,8 +1,9 @@
 """What stands before an answer in training is, id by id, what serving puts before the model when it is to answer."""
 
-from medicalgpt.chat import ChatEngine, ChatTemplateError, Request, Sampling
-from medicalgpt.data import to_messages
-from medicalgpt.encoding import EncodingError, encode_chat, render_prompts
+from medicalgpt.data.encoding import EncodingError, encode_chat, render_prompts
+from medicalgpt.data.formats import to_messages
+from medicalgpt.serving.chat import ChatEngine, ChatTemplateError
+from medicalgpt.serving.generation import Request, Sampling
 from template import TEMPLATES
 from tests.helpers import chat, open_stage, save_model, write_jsonl
 from tests.silent.chats import (

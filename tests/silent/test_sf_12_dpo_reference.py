@@ -4,7 +4,8 @@ import math
 import shutil
 
 from medicalgpt.args import LoraArguments, ModelArguments
-from medicalgpt.models import attach_adapter, load_base
+from medicalgpt.models.adapters import attach_adapter
+from medicalgpt.models.loading import load_base
 from tests.helpers import open_stage, read_json, run_here, save_model, write_jsonl
 from tests.silent.pairs import open_pairs, pairs
 from tests.tiny import tiny_tokenizer

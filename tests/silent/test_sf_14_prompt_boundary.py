@@ -2,8 +2,8 @@
 
 import random
 
-from medicalgpt.data import DataError
-from medicalgpt.encoding import EncodingError, encode_chat
+from medicalgpt.data.encoding import EncodingError, encode_chat
+from medicalgpt.data.sources import DataError
 from template import TEMPLATES
 from tests.helpers import chat, open_stage, read_json, save_model, write_jsonl
 from tests.silent.chats import (

@@ -4,8 +4,9 @@ import json
 import shutil
 
 from medicalgpt.errors import UserError
-from medicalgpt.scoring import RewardScorer, scoring_pad
-from template import apply_template, stop_token_ids
+from medicalgpt.models.templating import stop_token_ids
+from medicalgpt.rewards.scoring import RewardScorer, scoring_pad
+from template import apply_template
 from tests.families import FAMILIES, family_tokenizer
 from tests.helpers import open_stage, read_json, run_here, save_model, write_jsonl
 from tests.tiny import TURN_END, tiny_tokenizer

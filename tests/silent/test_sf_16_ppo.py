@@ -3,9 +3,9 @@
 import json
 import shutil
 
-from medicalgpt.chat import REPLACEMENT
 from medicalgpt.errors import UserError
-from medicalgpt.scoring import RewardScorer
+from medicalgpt.rewards.scoring import RewardScorer
+from medicalgpt.serving.generation import REPLACEMENT
 from tests.families import FAMILIES, family_tokenizer
 from tests.helpers import read_json, write_jsonl
 from tests.silent.pairs import shake

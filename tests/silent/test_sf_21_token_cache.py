@@ -12,10 +12,12 @@ from datetime import date
 from functools import partial
 from pathlib import Path
 
-from medicalgpt import cache
 from medicalgpt.args import DataArguments
-from medicalgpt.data import load_data, to_messages, to_text
-from medicalgpt.encoding import EncodingError, Sample, encode_chat, encode_document, encode_rows
+from medicalgpt.data import cache
+from medicalgpt.data.encoding import EncodingError, Sample, encode_chat, encode_document
+from medicalgpt.data.formats import to_messages, to_text
+from medicalgpt.data.loading import load_data
+from medicalgpt.data.tokenizing import encode_rows
 from medicalgpt.errors import UserError
 from template import apply_template
 from tests.helpers import ROOT, open_stage, save_model, write_jsonl
@@ -176,7 +178,7 @@ def test_other_code_gives_other_tokens(tmp_path):
 
     first, hit = run()
     assert not hit and run() == (first, True)
-    source = project / "medicalgpt" / "encoding.py"
+    source = project / "medicalgpt" / "data" / "encoding.py"
     code = source.read_text(encoding="utf-8")
     assert code.count("        ids.append(tokenizer.eos_token_id)\n") == 1
     source.write_text(code.replace("ids.append(tokenizer.eos_token_id)", "pass"), encoding="utf-8")
@@ -184,18 +186,24 @@ def test_other_code_gives_other_tokens(tmp_path):
     assert second != first and not hit
 
 
-@pytest.mark.parametrize("name", ["template.py", "medicalgpt/encoding.py", "medicalgpt/data.py", "medicalgpt/tools.py"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "medicalgpt/data/encoding.py",
+        "medicalgpt/data/batching.py",
+        "medicalgpt/models/templating.py",
+        "medicalgpt/models/tool_formats.py",
+    ],
+)
 def test_each_source_is_in_the_key(path, log, tmp_path, monkeypatch, name):
     chat_tokens(path)
-    for source in cache.SOURCES:
-        (tmp_path / "project" / source).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / source, tmp_path / "project" / source)
-    monkeypatch.setattr(cache, "ROOT", tmp_path / "project")
+    shutil.copytree(ROOT / "medicalgpt", tmp_path / "project" / "medicalgpt")
+    monkeypatch.setattr("medicalgpt.code_version.ROOT", tmp_path / "project")
     chat_tokens(path)
     log.clear()
     chat_tokens(path)
     assert hits(log) == 1
-    with open(tmp_path / "project" / name, "a", encoding="utf-8") as file:
+    with open(tmp_path / "project" / "medicalgpt" / name, "a", encoding="utf-8") as file:
         file.write("# changed\n")
     chat_tokens(path)
     assert hits(log) == 1

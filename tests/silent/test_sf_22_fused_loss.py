@@ -7,9 +7,9 @@ cross-entropy as transformers has them, for batches of varied length, with and w
 import importlib.util
 import types
 
-from medicalgpt.batching import Collator
+from medicalgpt.data.batching import Collator
 from medicalgpt.errors import UserError
-from medicalgpt.trainers import add_cpu_head
+from medicalgpt.training.trainers import add_cpu_head
 from tests.helpers import open_stage, save_model, write_jsonl
 from tests.silent.pairs import open_pairs, pairs, shake
 from tests.tiny import tiny_tokenizer
@@ -310,8 +310,8 @@ def test_liger_is_refused_on_a_cpu_before_anything_is_loaded(liger_flags, tmp_pa
 def test_a_missing_package_is_named_with_its_command(liger_flags, monkeypatch):
     """What is asked about is the machine, not the code under test."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("medicalgpt.runs.is_liger_kernel_available", lambda: False)
-    from medicalgpt.runs import _require_liger
+    monkeypatch.setattr("medicalgpt.training.runs.is_liger_kernel_available", lambda: False)
+    from medicalgpt.training.runs import _require_liger
 
     class OnGpu:
         use_cpu = False

@@ -1,7 +1,9 @@
 """Each flag of PPO changes what is learned, or what is done for it; one that would not is refused."""
 
-from medicalgpt.args import DataArguments, parse_args
-from ppo_training import UNUSED_PPO_ARGUMENTS, PpoArguments
+from medicalgpt.args import DataArguments
+from medicalgpt.parser import parse_args
+from medicalgpt.refusals import UNUSED_PPO_ARGUMENTS
+from ppo_training import PpoArguments
 from tests.silent.ppo import make_place, open_ppo
 
 import pytest

@@ -9,7 +9,8 @@ needs an environment with vLLM, which `bash scripts/vllm_deployment.sh` makes, a
 import json
 import urllib.request
 
-from medicalgpt.chat import ChatEngine, Sampling
+from medicalgpt.serving.chat import ChatEngine
+from medicalgpt.serving.generation import Sampling
 from tests.families import make_family
 from tests.helpers import run_here, write_jsonl
 from tests.silent.chats import NO_THOUGHT

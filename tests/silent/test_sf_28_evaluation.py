@@ -4,7 +4,7 @@ import json
 import math
 import re
 
-from medicalgpt.encoding import encode_chat, encode_document
+from medicalgpt.data.encoding import encode_chat, encode_document
 from medicalgpt.errors import UserError
 from tests.helpers import chat, open_stage, read_json, run_program, save_model, write_jsonl
 from tests.tiny import tiny_tokenizer

@@ -1,6 +1,7 @@
 """An answer does not depend on what is answered beside it: batched greedy answers are those given one at a time."""
 
-from medicalgpt.chat import ChatEngine, Sampling
+from medicalgpt.serving.chat import ChatEngine
+from medicalgpt.serving.generation import Sampling
 from tests.families import FAMILIES, make_family
 from tests.helpers import read_json, run_here, write_jsonl
 

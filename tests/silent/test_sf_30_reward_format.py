@@ -1,6 +1,6 @@
 """SF 30: the format reward misses replies of many lines, or those whose `<think>` the template has written already."""
 
-import grpo_training as grpo
+from medicalgpt.rewards import grading, rewards
 
 import pytest
 
@@ -15,15 +15,15 @@ ANSWER = "\n200 mg\n\n（分两次）\n"
 def test_many_lines_with_and_without_the_opening_tag(opening, between, end, thought, answer):
     text = f"{opening}{thought}</think>{between}<answer>{answer}</answer>{end}"
     as_message = [{"role": "assistant", "content": text}]
-    assert grpo.format_reward([text, as_message]) == [1.0, 1.0]
-    assert grpo.extract_answer(text) == answer.strip()
+    assert rewards.format_reward([text, as_message]) == [1.0, 1.0]
+    assert grading.extract_answer(text) == answer.strip()
 
 
 def test_the_reward_is_not_the_same_for_every_reply():
     text = f"{THOUGHT}</think><answer>{ANSWER}</answer>"
-    assert grpo.format_reward([text, text + "!", text + text, text.replace("</think>", "")]) == [1.0, 0.5, 0.0, 0.5]
+    assert rewards.format_reward([text, text + "!", text + text, text.replace("</think>", "")]) == [1.0, 0.5, 0.0, 0.5]
 
 
 def test_accuracy_reads_the_answer_of_many_lines():
     text = f"{THOUGHT}</think>\n<answer>\n200 mg\n</answer>\n"
-    assert grpo.accuracy_reward([text], answer=["200 mg"], type=["number"]) == [1.0]
+    assert rewards.accuracy_reward([text], answer=["200 mg"], type=["number"]) == [1.0]

@@ -1,0 +1,80 @@
+"""Put encoded sequences into batches: padded, or packed without letting packed sequences see each other."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from medicalgpt.data.encoding import IGNORED
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from trl import pack_dataset
+
+
+def pack(dataset: Dataset, block_size: int) -> Dataset:
+    """Put whole sequences together into blocks of at most `block_size` tokens (best fit, nothing is cut).
+
+    Args:
+        dataset: columns `input_ids` and `labels`, each sequence at most `block_size` long.
+
+    Returns:
+        Columns `input_ids`, `labels` and `seq_lengths`, the lengths of the sequences in each block.
+    """
+    return pack_dataset(dataset.select_columns(["input_ids", "labels"]), block_size, strategy="bfd")
+
+
+def collator(tokenizer: PreTrainedTokenizerBase, model: torch.nn.Module) -> "Collator":
+    """The collator that suits the tokenizer and the model's attention."""
+    return Collator(tokenizer.pad_token_id, flatten="flash" in model.config._attn_implementation)
+
+
+@dataclass
+class Collator:
+    """Batch sequences of unequal length.
+
+    Rows with `seq_lengths` are packed blocks: position ids restart at each sequence and no attention mask is given,
+    since transformers then keeps the sequences apart (and only then: a mask of ones would switch that off). The first
+    token of each sequence is not supervised, for what stands before it belongs to another. Other rows are padded on
+    the right, with an attention mask.
+
+    Args:
+        pad_token_id: fills up; such positions are never supervised.
+        flatten: make one row of the batch, as FlashAttention wants packed sequences: it tells them apart only in a
+            batch of one row.
+
+    Returns (by call):
+        `input_ids`, `labels` of shape (batch, length), with `position_ids` or `attention_mask` of the same shape.
+    """
+
+    pad_token_id: int
+    flatten: bool = False
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        ids = [torch.tensor(row["input_ids"]) for row in rows]
+        labels = [torch.tensor(row["labels"]) for row in rows]
+        if "seq_lengths" not in rows[0]:
+            return {
+                "input_ids": _pad(ids, self.pad_token_id),
+                "labels": _pad(labels, IGNORED),
+                "attention_mask": _pad([torch.ones_like(row) for row in ids], 0),
+            }
+        positions = [torch.cat([torch.arange(length) for length in row["seq_lengths"]]) for row in rows]
+        for row, position in zip(labels, positions, strict=True):
+            row[position == 0] = IGNORED
+        if self.flatten:
+            ids, labels, positions = [torch.cat(ids)], [torch.cat(labels)], [torch.cat(positions)]
+        return {
+            "input_ids": _pad(ids, self.pad_token_id),
+            "labels": _pad(labels, IGNORED),
+            # The padding counts from 0 again, which makes it a sequence of its own that nothing looks at.
+            "position_ids": _pad_positions(positions),
+        }
+
+
+def _pad(rows: list[torch.Tensor], value: int) -> torch.Tensor:
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+
+
+def _pad_positions(rows: list[torch.Tensor]) -> torch.Tensor:
+    length = max(len(row) for row in rows)
+    return torch.stack([torch.cat([row, torch.arange(length - len(row))]) for row in rows])

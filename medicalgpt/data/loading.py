@@ -1,0 +1,344 @@
+"""Find files, read rows with their line numbers, recognise each row's format, convert it, and refuse what is broken.
+
+Nothing is dropped or repaired in silence: a row is used, or it is a `Problem` with file, line, value, reason and
+remedy. `LoadedData.account` holds the balance, rows = used + left out by reason, for each file.
+"""
+
+import hashlib
+import random
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+from medicalgpt.args import DataArguments
+from medicalgpt.data.formats import canonical
+from medicalgpt.data.mixing import draw, mixture_sizes
+from medicalgpt.data.rows import Rows, on_disk
+from medicalgpt.data.sources import (
+    SHOWN_PROBLEMS,
+    DataError,
+    InputFile,
+    Problem,
+    RowError,
+    Source,
+    choose_files,
+    column_values,
+    file_of,
+    open_files,
+    open_hub,
+)
+from medicalgpt.errors import UserError
+from medicalgpt.logs import signs_of_life
+
+import numpy as np
+from loguru import logger
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+@dataclass
+class FileAccount:
+    """The balance of one file: rows = used + sum(left_out.values()).
+
+    Attributes:
+        mixture: of a file in a weighted mixture: its source, the source's weight and the share it got, and `drawn`,
+            how many rows of this file an epoch has, those that come again counted again.
+    """
+
+    file: str
+    sha256: str
+    rows: int = 0
+    left_out: Counter = field(default_factory=Counter)
+    mixture: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def used(self) -> int:
+        return self.rows - sum(self.left_out.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "file": self.file,
+            "sha256": self.sha256,
+            "rows": self.rows,
+            "used": self.used,
+            "left_out": dict(self.left_out),
+            **self.mixture,
+        }
+
+
+@dataclass
+class LoadedData:
+    """Converted rows of both sides. Each row is the converter's dict plus `place`, its "file:line"."""
+
+    train: Sequence[dict[str, Any]]
+    validation: Sequence[dict[str, Any]]
+    account: dict[str, list[FileAccount]]
+    problems: list[Problem] = field(default_factory=list)
+    sources: list[Source] = field(default_factory=list)
+
+    def settle(self, arguments: DataArguments) -> None:
+        """Leave out and count the rows with problems, as far as the flags allow it.
+
+        Raises:
+            DataError: any problem that no flag allows to leave out, all at once.
+            UserError: no training row is left.
+        """
+        allowed = {
+            "unusable": arguments.skip_bad_rows,
+            "too long": arguments.skip_long_rows,
+            "unreadable": False,
+        }
+        if refused := [problem for problem in self.problems if not allowed[problem.kind]]:
+            raise DataError(refused)
+        for problem in self.problems[:SHOWN_PROBLEMS]:
+            logger.warning(f"left out: {problem}")
+        by_file = {(side, account.file): account for side, accounts in self.account.items() for account in accounts}
+        for problem in self.problems:
+            if problem.side:
+                by_file[problem.side, file_of(problem.place)].left_out[problem.kind] += 1
+        gone = {problem.place: problem.kind for problem in self.problems if not problem.side}
+        for side in self.account if gone else ():
+            rows = getattr(self, side)
+            keep = np.ones(len(rows), dtype=bool)
+            for index, row in enumerate(rows):
+                if kind := gone.get(row["place"]):
+                    keep[index] = False
+                    by_file[side, file_of(row["place"])].left_out[kind] += 1
+            setattr(self, side, on_disk(rows).select(keep))
+        self.problems = []
+        if not self.train:
+            raise UserError("every training row was left out; see the warnings above.\n" + self.summary())
+
+    def mix(self, encoded: "Dataset", arguments: DataArguments, seed: int) -> "Dataset":
+        """Take from the encoded training rows as many of each source as its weight says; all of them without weights.
+
+        Call it after `settle`, so that the shares are those of the rows that are trained. A row counts once, whatever
+        the number of its samples. Rows that are not taken are counted as "not in the mixture".
+
+        Args:
+            encoded: column `place`; the samples of a row stand together, rows in the order of `train`.
+            arguments: `mix_strategy`, and `max_train_samples` as the most rows that the mixture may have.
+            seed: chooses the rows.
+
+        Raises:
+            UserError: a source of which no row could be taken.
+        """
+        if not self.sources or self.sources[0].weight is None:
+            return encoded
+        source_of = {str(path): number for number, source in enumerate(self.sources) for path in source.files}
+        starts, row_sources, before = array("q"), array("q"), None
+        for index, place in enumerate(column_values(encoded, "place")):
+            if place != before:
+                starts.append(index)
+                row_sources.append(source_of[file_of(place)])
+                before = place
+        owners = np.array(row_sources)
+        counts = np.bincount(owners, minlength=len(self.sources)).tolist()
+        weights = [source.weight for source in self.sources]
+        sizes = mixture_sizes(counts, weights, arguments.mix_strategy, arguments.max_train_samples)
+        for source, count, size in zip(self.sources, counts, sizes, strict=True):
+            if size == 0:
+                raise UserError(
+                    f"--train_file_dir: a mixture of {sum(sizes)} rows has none of {source.place} (weight "
+                    f"{float(source.weight):.4g}, {count} usable rows). Give it another weight or more rows, or leave "
+                    "it out."
+                )
+        times = np.zeros(len(owners), dtype=np.int64)
+        for number, size in enumerate(sizes):
+            times[owners == number] = draw(counts[number], size, [seed, number])
+        self._count_mixture(times, sizes)
+        self.train = on_disk(self.train).select(times > 0)
+        lengths = np.diff([*starts, len(encoded)])
+        # Each pass over the rows holds those that are to come once more.
+        passes = [np.flatnonzero(times > number) for number in range(times.max())]
+        rows = np.concatenate(passes)
+        first_of_row = np.repeat(np.array(starts)[rows], lengths[rows])
+        within_row = np.arange(len(first_of_row)) - np.repeat(np.cumsum(lengths[rows]) - lengths[rows], lengths[rows])
+        return encoded.select(first_of_row + within_row)
+
+    def _count_mixture(self, times: np.ndarray, sizes: list[int]) -> None:
+        accounts = {account.file: account for account in self.account["train"]}
+        at = 0
+        # Rows stand in the order of their files.
+        for source, size in zip(self.sources, sizes, strict=True):
+            for path in source.files:
+                account = accounts[str(path)]
+                drawn = times[at : at + account.used]
+                at += account.used
+                account.mixture = {
+                    "source": source.place,
+                    "weight": float(source.weight),
+                    "share": size / sum(sizes),
+                    "drawn": int(drawn.sum()),
+                }
+                if unused := int((drawn == 0).sum()):
+                    account.left_out["not in the mixture"] += unused
+
+    def summary(self) -> str:
+        """A line for each side: rows in, used, left out and why; and one for each source of a mixture."""
+        lines = []
+        for side, accounts in self.account.items():
+            if not accounts:
+                continue
+            left_out = sum((account.left_out for account in accounts), Counter())
+            reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "none"
+            rows = sum(account.rows for account in accounts)
+            lines.append(
+                f"{side:<10} {rows:>7} rows in {len(accounts)} file(s), used {rows - sum(left_out.values())}, "
+                f"left out: {reasons}"
+            )
+        for source in self.sources:
+            parts = [account for account in self.account["train"] if account.mixture.get("source") == source.place]
+            if parts:
+                drawn, used = sum(part.mixture["drawn"] for part in parts), sum(part.used for part in parts)
+                lines.append(
+                    f"{'mixture':<10} {drawn:>7} rows of {source.place}, {parts[0].mixture['share']:.2%} for a weight "
+                    f"of {float(source.weight):.2%}" + (f"; {used} different ones" if used < drawn else "")
+                )
+        return "\n".join(lines)
+
+
+Converter = Callable[[Any, frozenset[str]], dict[str, Any]]
+
+
+def load_data(
+    arguments: DataArguments, convert: Converter, *, document_unit: str = "auto", seed: int = 42
+) -> LoadedData:
+    """Read, convert and check the training and held-out rows.
+
+    Rows that cannot be used stand in `problems` of the result, so that a stage can add its own (too long, say);
+    `LoadedData.settle` then reports all of them at once, or leaves them out and counts them.
+
+    Args:
+        arguments: the data flags.
+        convert: `to_text`, `to_messages` or another converter; raises `RowError`.
+        document_unit: see `read_rows`.
+        seed: of the random split that `--validation_split_percentage` asks for.
+
+    Raises:
+        UserError: no data named, nothing found, or held-out rows that occur among the training rows.
+    """
+    sources, validation_files = choose_files(arguments)
+    ignore = frozenset(filter(None, (arguments.ignore_fields or "").replace(" ", "").split(",")))
+    data = LoadedData([], [], {"train": [], "validation": []}, sources=sources)
+    accounts = data.account
+
+    def read(side: str, files: Iterable[InputFile], limit: int | None) -> Iterator[dict[str, Any]]:
+        return convert_files(data, side, files, convert, ignore, limit)
+
+    with signs_of_life(lambda: f"reading rows: {sum(a.rows for a in accounts['train'] + accounts['validation'])}"):
+        if sources and sources[0].weight is not None:
+            groups = [(open_files(source.files, document_unit), source.limit) for source in sources]
+        else:
+            files = [path for source in sources for path in source.files]
+            groups = [(open_files(files, document_unit), arguments.max_train_samples)]
+        data.train = Rows(chain.from_iterable(read("train", files, limit) for files, limit in groups))
+        data.validation = Rows(
+            read("validation", open_files(validation_files, document_unit), arguments.max_eval_samples)
+        )
+        if arguments.dataset_name:
+            for side, files, limit in open_hub(arguments, with_validation=not validation_files):
+                setattr(data, side, Rows(read(side, files, limit)))
+        if arguments.validation_split_percentage and not data.validation:
+            _split(data, arguments.validation_split_percentage, seed)
+        if not data.train and not data.problems:
+            raise UserError("no training rows were found. Check --train_file_dir and --max_train_samples.")
+        refuse_overlap(data, arguments.allow_overlap)
+    return data
+
+
+def convert_files(
+    data: LoadedData,
+    side: str,
+    files: Iterable[InputFile],
+    convert: Converter,
+    ignore: frozenset[str],
+    limit: int | None,
+) -> Iterator[dict[str, Any]]:
+    """Yield the first `limit` rows that can be converted; the account of each file and all problems join `data`."""
+    converted = 0
+    for name, digest, rows in files:
+        account = FileAccount(name, digest)
+        data.account[side].append(account)
+        for row in rows:
+            account.rows += 1
+            if limit is not None and converted >= limit:
+                account.left_out[f"beyond --max_{'train' if side == 'train' else 'eval'}_samples"] += 1
+                continue
+            if isinstance(row, Problem):
+                data.problems.append(replace(row, side=side))
+                continue
+            try:
+                value = {**convert(row.value, ignore), "place": row.place}
+            except RowError as error:
+                data.problems.append(Problem(row.place, error.reason, error.remedy, error.value, side=side))
+                continue
+            converted += 1
+            yield value
+        if account.rows == 0:
+            raise UserError(f"{name} is empty. Remove it or fill it.")
+
+
+def _split(data: LoadedData, percentage: float, seed: int) -> None:
+    if not 0 < percentage < 100:
+        raise UserError(f"--validation_split_percentage {percentage} must lie between 0 and 100.")
+    if len(data.train) < 2:
+        if data.problems:
+            logger.warning("nothing could be held out: --validation_split_percentage needs two usable rows")
+            return
+        raise UserError("--validation_split_percentage: of a single row nothing can be held out. Leave it out.")
+    # Rows that occur twice stay on one side; groups of equal rows are numbered as they first occur.
+    _, first, group = np.unique(_identities(data.train), return_index=True, return_inverse=True)
+    numbers = np.empty(len(first), dtype=np.int64)
+    numbers[np.argsort(first)] = np.arange(len(first))
+    order = array("q", range(len(first)))
+    random.Random(seed).shuffle(order)
+    count = min(len(order) - 1, max(1, round(len(order) * percentage / 100)))
+    held_out = np.isin(numbers[group], order[:count])
+    rows = on_disk(data.train)
+    data.train, data.validation = rows.select(~held_out), rows.select(held_out)
+    by_file = {account.file: account for account in data.account["train"]}
+    moved = Counter(file_of(row["place"]) for row in data.validation)
+    for name, number in moved.items():
+        by_file[name].left_out["moved to validation"] += number
+        data.account["validation"].append(FileAccount(name, by_file[name].sha256, rows=number))
+    logger.info(f"held out {held_out.sum()} of {len(rows)} training rows at random (seed {seed})")
+
+
+def refuse_overlap(data: LoadedData, allowed: bool) -> None:
+    if not data.validation:
+        return
+    trained, held_out = _identities(data.train), _identities(data.validation)
+    shared = np.flatnonzero(np.isin(held_out, trained))
+    if not len(shared):
+        return
+    places = [
+        (data.validation[index]["place"], data.train[np.flatnonzero(trained == held_out[index])[-1]]["place"])
+        for index in shared[:5].tolist()
+    ]
+    by_prompt = {"chosen", "columns"} & set(data.validation[0])
+    what, relation = ("prompts", "has the prompt of") if by_prompt else ("rows", "is also")
+    shown = "\n  ".join(f"{validation} {relation} {train}" for validation, train in places)
+    message = f"{len(shared)} of {len(data.validation)} held-out {what} are also trained on:\n  {shown}"
+    if allowed:
+        logger.warning(f"{message}\n  Evaluation will look better than it is (--allow_overlap True)")
+        return
+    raise UserError(f"{message}\nRemove them from one side, or say --allow_overlap True.")
+
+
+def _identities(rows: Sequence[dict[str, Any]]) -> np.ndarray:
+    """What tells rows apart, (rows,) of 16 bytes."""
+    return np.fromiter((identity(row) for row in rows), dtype="S16", count=len(rows))
+
+
+def identity(row: dict[str, Any]) -> bytes:
+    """What tells converted rows apart, 16 bytes: what they hold, white space apart.
+
+    Of preferences and tasks it is only the prompt: one that is trained on is not held out, whatever its answers are.
+    """
+    content = {key: value for key, value in row.items() if key not in ("place", "chosen", "rejected", "columns")}
+    return hashlib.sha256(canonical(content).encode()).digest()[:16]

@@ -1,0 +1,197 @@
+"""Encode many rows: in several processes, through the token cache, with a balance of what was left out."""
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, fields
+from functools import partial
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+from typing import Any
+
+from medicalgpt.args import DataArguments
+from medicalgpt.data.cache import Unknown, through_cache, token_key
+from medicalgpt.data.encoding import EncodingError, Pair, Prompt, Sample
+from medicalgpt.data.loading import LoadedData
+from medicalgpt.data.rows import Rows, on_disk
+from medicalgpt.data.sources import Problem
+from medicalgpt.errors import UserError
+from medicalgpt.logs import signs_of_life
+
+import datasets
+import pyarrow as pa
+from datasets import Dataset
+from loguru import logger
+
+
+def encode_rows(
+    data: LoadedData,
+    side: str,
+    encode: Callable[[dict[str, Any]], list[Sample | Pair | Prompt]],
+    num_proc: int | None = None,
+    overwrite_cache: bool = False,
+    sample: type = Sample,
+) -> Dataset:
+    """Encode all rows of one side; rows that fail join `data.problems`.
+
+    The result lies on disk and is kept for runs with the same rows, tokenizer, arguments and code (see cache.py). Of
+    the processes that torchrun starts on a machine one encodes, the others wait.
+
+    Args:
+        data: converted rows; `LoadedData.settle` says what becomes of those that cannot be encoded.
+        side: `train` or `validation`.
+        encode: takes a row, returns samples, raises `EncodingError`. The result is kept only if this is
+            `functools.partial(function, tokenizer, name=value, ...)`.
+        num_proc: processes; by default as many as there are cores, and thousands of rows.
+        overwrite_cache: encode again, whatever was kept.
+        sample: what `encode` returns, `Sample`, `Pair` or `Prompt`.
+
+    Returns:
+        The fields of `sample` as columns, and `place`; a row may give several samples.
+
+    Raises:
+        UserError: less than one process, or no room on the disk.
+    """
+    rows = on_disk(getattr(data, side))
+    if num_proc is not None and num_proc < 1:
+        raise UserError(f"--preprocessing_num_workers {num_proc} must be at least 1.")
+    workers = num_proc or max(1, min(len(os.sched_getaffinity(0)), len(rows) // ROWS_WORTH_A_PROCESS))
+    key = None
+    if isinstance(encode, partial):
+        try:
+            key = token_key(rows, encode)
+        except Unknown as reason:
+            logger.info(f"tokens are not kept for the next run: {reason}")
+
+    def read(folder: Path) -> Dataset:
+        with (folder / "problems.jsonl").open(encoding="utf-8") as file:
+            data.problems += [Problem(**json.loads(line)) for line in file]
+        return Dataset.from_file(str(folder / "samples.arrow"))
+
+    return through_cache(key, partial(_write_encoded, rows, encode, workers, side, sample), read, renew=overwrite_cache)
+
+
+def encode_sides(
+    data: LoadedData,
+    encode: Callable[[dict[str, Any]], list[Sample | Pair | Prompt]],
+    arguments: DataArguments,
+    seed: int,
+    sample: type = Sample,
+) -> tuple[Dataset, Dataset | None]:
+    """Encode the training and the held-out rows, settle what becomes of rows that fail, and mix the sources.
+
+    Args:
+        arguments: the data flags.
+        seed: of the mixture.
+        encode, sample: see `encode_rows`.
+
+    Returns:
+        What is trained on, and what is held out; None where no row is.
+
+    Raises:
+        UserError: see `encode_rows`, `LoadedData.settle` and `LoadedData.mix`.
+    """
+    workers, renew = arguments.preprocessing_num_workers, arguments.overwrite_cache
+    train = encode_rows(data, "train", encode, workers, renew, sample)
+    validation = encode_rows(data, "validation", encode, workers, renew, sample) if data.validation else None
+    data.settle(arguments)
+    return data.mix(train, arguments, seed), validation
+
+
+ROWS_WORTH_A_PROCESS = 1000
+ROWS_AT_A_TIME = 200
+BYTES_AT_A_TIME = 16 * 1024 * 1024
+
+
+def _schema(sample: type) -> pa.Schema:
+    return pa.schema([*((field.name, pa.list_(pa.int32())) for field in fields(sample)), ("place", "string")])
+
+
+def _write_encoded(rows: Rows, encode: Callable, workers: int, side: str, sample: type, folder: Path) -> None:
+    """Write `samples.arrow` and `problems.jsonl`, in the order of the rows, whatever the number of processes."""
+    starts = range(0, len(rows), ROWS_AT_A_TIME)
+    schema = _schema(sample)
+    with (
+        (folder / "problems.jsonl").open("w", encoding="utf-8") as problems,
+        pa.ipc.new_stream(str(folder / "samples.arrow"), schema) as samples,
+        datasets.utils.tqdm(total=len(rows), desc=f"tokenizing {side}") as bar,
+        ExitStack() as stack,
+    ):
+        done = 0
+        if datasets.are_progress_bars_disabled():
+            stack.enter_context(signs_of_life(lambda: f"tokenizing {side}: {done:,} of {len(rows):,} rows"))
+        if workers == 1:
+            parts = (_encode_part(rows, encode, schema, start) for start in starts)
+        else:
+            # Forked processes have rows and tokenizer already, without a copy.
+            pool = ProcessPoolExecutor(workers, get_context("fork"), _start_worker, (rows, encode, schema))
+            stack.callback(pool.shutdown, cancel_futures=True)
+            stack.enter_context(_killed_workers_named())
+            parts = pool.map(_encode_part_in_worker, starts)
+        waiting: list[pa.RecordBatch] = []
+        for batch, found in parts:
+            problems.write("".join(json.dumps(asdict(problem), ensure_ascii=False) + "\n" for problem in found))
+            waiting.append(pa.ipc.read_record_batch(pa.py_buffer(batch), schema))
+            # Few large pieces: each one costs memory when the file is opened.
+            if sum(part.nbytes for part in waiting) >= BYTES_AT_A_TIME:
+                samples.write(pa.concat_batches(waiting))
+                waiting = []
+            bar.update(min(ROWS_AT_A_TIME, len(rows) - done))
+            done = min(done + ROWS_AT_A_TIME, len(rows))
+        if waiting:
+            samples.write(pa.concat_batches(waiting))
+
+
+@contextmanager
+def _killed_workers_named() -> Iterator[None]:
+    try:
+        yield
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a process that tokenizes was killed, maybe for want of memory. Take fewer of them: "
+            "--preprocessing_num_workers 1."
+        ) from error
+
+
+def _encode_part(rows: Rows, encode: Callable, schema: pa.Schema, start: int) -> tuple[bytes, list[Problem]]:
+    """The samples of the next rows as a serialized batch of `schema`, and what could not be encoded."""
+    columns: dict[str, list] = {name: [] for name in schema.names}
+    problems = []
+    for row in rows[start : start + ROWS_AT_A_TIME]:
+        try:
+            samples = encode(row)
+        except EncodingError as error:
+            kind = "too long" if error.too_long else "unusable"
+            problems.append(Problem(row["place"], error.reason, error.remedy + ".", kind=kind))
+            continue
+        for sample in samples:
+            for name, ids in vars(sample).items():
+                columns[name].append(ids)
+            columns["place"].append(row["place"])
+    return pa.RecordBatch.from_pydict(columns, schema).serialize().to_pybytes(), problems
+
+
+_work: tuple[Rows, Callable, pa.Schema] | None = None
+
+
+def _start_worker(rows: Rows, encode: Callable, schema: pa.Schema) -> None:
+    global _work
+    _work = rows, encode, schema
+    # Ctrl-C goes to all; the first process ends the others. Threads of a tokenizer do not survive a fork.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+    parent_process().join()
+    os._exit(1)
+
+
+def _encode_part_in_worker(start: int) -> tuple[bytes, list[Problem]]:
+    return _encode_part(*_work, start)

@@ -1,0 +1,1 @@
+"""Tokenizers, templates, loading, adapters: everything about a checkpoint."""

@@ -1,0 +1,411 @@
+"""LoRA adapters: add them, attach trained ones, and check that they fit the base."""
+
+import functools
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from medicalgpt.args import LoraArguments
+from medicalgpt.errors import UserError
+from medicalgpt.models.families import fused_experts
+from medicalgpt.models.hub import ADAPTER_CONFIG, HEADS, CheckpointError, check_base, recorded_positions
+
+import torch
+from loguru import logger
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+# Flags that shape a new adapter.
+SHAPE_FLAGS = frozenset(
+    ("lora_rank", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_dora", "use_rslora")
+)
+
+
+def add_lora(
+    model: PreTrainedModel,
+    lora: LoraArguments,
+    task_type: TaskType,
+    *,
+    start_from: str | None = None,
+    new_rows: Sequence[int] = (),
+) -> PreTrainedModel | PeftModel:
+    """Put a new adapter on the model, or go on with the one at `--peft_path` or `start_from`.
+
+    Args:
+        model: the base; returned without an adapter if `lora.use_peft` is False.
+        task_type: of peft.
+        start_from: the adapter that `--model_name_or_path` pointed to.
+        new_rows: ids from `fit_embedding`, whose rows of embedding and head are trained beside the adapter.
+
+    Raises:
+        UserError: contradicting flags, modules or layers that the model does not have, new rows that would stay
+            untrained.
+    """
+    frozen = _frozen_layers(model, lora.freeze_layers) if lora.freeze_layers is not None else []
+    if not lora.use_peft:
+        if idle := sorted((SHAPE_FLAGS | {"peft_path", "loraplus_lr_ratio"}) & getattr(lora, "given", frozenset())):
+            raise UserError(
+                f"--use_peft False trains every weight, so --{', --'.join(idle)} would have no effect. Leave them out, "
+                "or say --use_peft True."
+            )
+        for name in frozen:
+            model.get_submodule(name).requires_grad_(False)
+        return model
+    if lora.peft_path and start_from:
+        raise UserError("--model_name_or_path is an adapter already; give its base there, or leave --peft_path out.")
+    continued = lora.peft_path or start_from
+    if continued:
+        if clash := sorted((SHAPE_FLAGS | {"freeze_layers"}) & getattr(lora, "given", frozenset())):
+            raise UserError(
+                f"{continued} goes on with its own shape, so --{', --'.join(clash)} would have no effect. Leave them "
+                "out, or merge the adapter first: python merge_peft_adapter.py --lora_model " + str(continued)
+            )
+        logger.info(f"going on with the adapter {continued}, in its own shape")
+        model = attach_adapter(model, continued, trainable=True)
+        _require_trained_rows(model, continued, new_rows)
+        return model
+    names = [name for name in lora.target_modules.replace(" ", "").split(",") if name]
+    to_save = [name for name in (lora.modules_to_save or "").replace(" ", "").split(",") if name]
+    tied = bool(getattr(model.config, "tie_word_embeddings", False))
+    if tied and "lm_head" in to_save:
+        # One matrix serves both ends; a second copy would break the tie that the config promises.
+        to_save = [name for name in to_save if name != "lm_head"] or ["embed_tokens"]
+        logger.info(f"the head is tied to the embedding: {', '.join(to_save)} trains both")
+    _require_modules(model, [*to_save, *(names if names != ["all"] else [])])
+    layers = [model.get_submodule(name) for name in frozen]
+    if inside := [name for name in to_save if any(_has_module(layer, name) for layer in layers)]:
+        raise UserError(
+            f"--modules_to_save {', '.join(inside)} would train modules of the layers that --freeze_layers "
+            f"{lora.freeze_layers} keeps as they are. Leave one of the two out."
+        )
+    rows = _rows_to_train(model, new_rows, to_save, names, tied)
+    targets: str | list[str] = "all-linear" if names == ["all"] else names
+    experts = sorted(fused_experts(model)) if names == ["all"] else []
+    if experts:
+        targets = _targets_beside_experts(model, lora, experts)
+    config = LoraConfig(
+        task_type=task_type,
+        r=lora.lora_rank,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=0.0 if experts else lora.lora_dropout,
+        target_modules=targets,
+        target_parameters=experts or None,
+        modules_to_save=to_save or None,
+        exclude_modules=rf"(?:{'|'.join(map(re.escape, frozen))})\..*" if frozen else None,
+        trainable_token_indices=rows or None,
+        use_dora=lora.use_dora,
+        use_rslora=lora.use_rslora,
+        ensure_weight_tying=bool(tied and to_save),
+    )
+    # DeepSpeed ZeRO-3 gathers small parameters into buffers of one type, so adapters must have the base's.
+    try:
+        model = get_peft_model(model, config, autocast_adapter_dtype=not is_deepspeed_zero3_enabled())
+    except ValueError as error:
+        raise UserError(f"peft refuses --target_modules {lora.target_modules} for this model: {error}") from error
+    _require_adapters(model, names, frozen)
+    if rows:
+        logger.info(f"{len(new_rows)} new tokens: their rows in {' and '.join(rows)} are trained, no other rows")
+        _save_rows_alone(model)
+    return model
+
+
+def _targets_beside_experts(model: PreTrainedModel, lora: LoraArguments, experts: list[str]) -> list[str]:
+    """Names of the linear layers but the head that can have adapters beside those of the experts.
+
+    `all-linear` of peft would do something else in each family: leave experts out, or adapt them with twice the rank
+    and the router too.
+
+    Raises:
+        UserError: flags that peft cannot follow in adapters of experts.
+    """
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    of_attention = sorted({name.rpartition(".")[2] for name in linear if "attn" in name})
+    without = f"leave the experts as they are: --target_modules {','.join(of_attention)}"
+    for clash, flag in (
+        ("lora_dropout" in getattr(lora, "given", ()) and lora.lora_dropout > 0, f"--lora_dropout {lora.lora_dropout}"),
+        (lora.use_dora, "--use_dora True"),
+        (lora.freeze_layers is not None, f"--freeze_layers {lora.freeze_layers}"),
+    ):
+        if clash:
+            raise UserError(
+                f"{type(model).__name__} is a mixture of experts, and peft cannot follow {flag} in their adapters. "
+                f"Leave the flag out, or {without}"
+            )
+    share = sum(fused_experts(model).values()) / total_parameters(model)
+    logger.info(
+        f"the experts ({', '.join(experts)}: {share:.0%} of the weights) get adapters too, without dropout, which peft "
+        f"does not have there; the routers stay as they are. To {without}"
+    )
+    head = model.get_output_embeddings()
+    names = {name.rpartition(".")[2] for name in linear if model.get_submodule(name) is not head}
+    understood = LoraConfig(target_modules=sorted(names))
+    convert_peft_config_for_transformers(understood, model, None)
+    # The others are names that experts had before they were fused: peft would not look for linear layers by them.
+    return sorted(names & set(understood.target_modules))
+
+
+def _require_adapters(model: PeftModel, names: list[str], frozen: list[str]) -> None:
+    """Say which linear layers `all` did not reach.
+
+    Raises:
+        UserError: a module that was named has no adapter, since peft takes its name for that of the experts.
+    """
+    wrapped = {name: module for name, module in model.get_base_model().named_modules()}
+    adapted = {name for name, module in wrapped.items() if isinstance(module, BaseTunerLayer)}
+    if names != ["all"]:
+        ends = {name.rpartition(".")[2] for name in adapted}
+        if missed := [name for name in names if name.rpartition(".")[2] not in ends]:
+            raise UserError(
+                f"peft takes {', '.join(missed)} for a name of the experts in this family and puts no adapter on the "
+                "modules of that name. Leave it out of --target_modules, or say --target_modules all."
+            )
+        return
+    head = model.get_output_embeddings()
+    of_head = set() if head is None else set(head.modules())
+    left = {
+        name: module.weight.numel()
+        for name, module in wrapped.items()
+        if type(module) is torch.nn.Linear
+        and module not in of_head
+        and not {"lora_A", "lora_B", "modules_to_save", "original_module"} & set(name.split("."))
+        and name.removesuffix(".base_layer") not in adapted
+        and not name.startswith(tuple(f"{layer}." for layer in frozen))
+    }
+    if left:
+        kinds = sorted({name.rpartition(".")[2] for name in left})
+        logger.warning(
+            f"peft puts no adapter on {len(left)} linear layers ({', '.join(kinds)}; "
+            f"{sum(left.values()) / total_parameters(model):.1%} of the weights) of this family: they stay as they are"
+        )
+
+
+def _frozen_layers(model: PreTrainedModel, numbers: str) -> list[str]:
+    """Names of the decoder layers that `numbers` (`0-21,23`) stands for, such as model.layers.0.
+
+    Raises:
+        UserError: no numbers, layers that the model does not have, or all that it has.
+    """
+    count = model.config.get_text_config().num_hidden_layers
+    lists = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count
+    ]
+    if not lists:
+        raise UserError(f"--freeze_layers: {type(model).__name__} has no list of its {count} layers. Leave it out.")
+    chosen: set[int] = set()
+    for part in numbers.replace(" ", "").split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if first > last:
+            raise UserError(f"--freeze_layers {numbers}: {part!r} is no number and no range. Write them as in 0-21,23.")
+        if last >= count:
+            raise UserError(
+                f"--freeze_layers {numbers}: there is no layer {last}; the model has {count} layers, 0 to {count - 1}."
+            )
+        chosen.update(range(first, last + 1))
+    if len(chosen) == count:
+        raise UserError(
+            f"--freeze_layers {numbers} freezes all {count} layers of the model, so nothing would be learned in them. "
+            "Leave some out of it."
+        )
+    # Experts are lists as well, and lie deeper.
+    outermost = min(lists, key=lambda name: name.count("."))
+    return [f"{outermost}.{number}" for number in sorted(chosen)]
+
+
+def _rows_to_train(
+    model: PreTrainedModel, new_rows: Sequence[int], to_save: list[str], targets: list[str], tied: bool
+) -> dict[str, list[int]]:
+    """For peft: the modules, embedding and untied head, of which only `new_rows` are trained; those in `to_save` not.
+
+    Raises:
+        UserError: the rows cannot be trained alone in this model or with these flags.
+    """
+    if not new_rows:
+        return {}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    ends = [embedding] if tied or head is None else [embedding, head]
+    names = [name.rpartition(".")[2] for name, module in model.named_modules() if any(module is end for end in ends)]
+    in_full, adapted = ({name.rpartition(".")[2] for name in flag} for flag in (to_save, targets))
+    rows = {name: list(new_rows) for name in names if name not in in_full}
+    if not rows:
+        return {}
+    remedy = f"Train these modules in full: --modules_to_save {','.join(names)}."
+    if clash := sorted(adapted.intersection(rows)):
+        raise UserError(f"--target_modules {', '.join(clash)} cannot hold an adapter and new rows at once. {remedy}")
+    if getattr(head, "bias", None) is not None:
+        raise UserError(f"the head of {type(model).__name__} has a bias, which peft's new rows leave out. {remedy}")
+    if is_deepspeed_zero3_enabled():
+        raise UserError(f"new token rows cannot be trained alone under ZeRO-3. Use ZeRO-2. Or: {remedy}")
+    return rows
+
+
+def _require_trained_rows(model: PeftModel, adapter: str, new_rows: Sequence[int]) -> None:
+    """Raises UserError if an adapter that is gone on with leaves new rows untrained."""
+    config = model.peft_config[model.active_adapter]
+    untrained = set(new_rows).difference(token_rows(getattr(config, "trainable_token_indices", None)))
+    embedding = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
+    if untrained and embedding.rpartition(".")[2] not in (config.modules_to_save or ()):
+        raise UserError(
+            f"the tokenizer has {len(untrained)} tokens (the first has id {min(untrained)}) that the adapter {adapter} "
+            "does not train. Merge it first, and train a new adapter on the result: "
+            f"python merge_peft_adapter.py --lora_model {adapter}"
+        )
+
+
+def token_rows(indices: dict[str, list[int]] | list[int] | None) -> list[int]:
+    """The rows that `trainable_token_indices` of an adapter's configuration names, in either form that peft has."""
+    lists = indices.values() if isinstance(indices, dict) else [indices or []]
+    return sorted({row for ids in lists for row in ids})
+
+
+def _save_rows_alone(model: PeftModel) -> None:
+    """Keep peft from saving the whole embedding because it has grown: the new rows are all that is needed."""
+    model.save_pretrained = functools.partial(model.save_pretrained, save_embedding_layers=False)
+
+
+def _has_module(model: torch.nn.Module, wanted: str) -> bool:
+    return any(wanted in (name, name.rpartition(".")[2]) for name, _ in model.named_modules())
+
+
+def _require_modules(model: torch.nn.Module, names: list[str]) -> None:
+    if missing := [name for name in names if not _has_module(model, name)]:
+        linear = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
+        raise UserError(f"the model has no module {', '.join(missing)}; its linear layers are {', '.join(linear)}.")
+
+
+def attach_adapter(model: PreTrainedModel, adapter_path: str, *, trainable: bool = False) -> PeftModel:
+    """Load an adapter onto its base.
+
+    Raises:
+        CheckpointError: it was trained on another base (shown by the fingerprint of the weights in run.json, or by
+            shapes that do not fit).
+    """
+    check_base(adapter_path, model.config._name_or_path)
+    _check_positions(adapter_path, model)
+    try:
+        heads = head_outputs(adapter_path)
+        if heads and model.get_output_embeddings() is not None:
+            raise CheckpointError(
+                f"the adapter {adapter_path} is a reward model: it scores texts and cannot write any. Scores: python "
+                f"reward_modeling.py --model_name_or_path {adapter_path} --score_file FILE"
+            )
+        _grow_to_adapter(model, adapter_path)
+        attached = PeftModel.from_pretrained(model, adapter_path, is_trainable=trainable)
+    except (RuntimeError, ValueError, OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"the adapter {adapter_path} does not fit {model.config._name_or_path}: {str(error).splitlines()[0]}"
+        ) from error
+    if getattr(attached.peft_config[attached.active_adapter], "trainable_token_indices", None):
+        _save_rows_alone(attached)
+    return attached
+
+
+def head_outputs(adapter_path: str) -> int | None:
+    """Number of outputs of the head that an adapter folder holds, as a reward model's does; None without a head."""
+    weights = Path(adapter_path) / "adapter_model.safetensors"
+    if not weights.is_file():
+        return None
+    with safe_open(weights, "pt") as file:
+        heads = [name for name in file.keys() if name.endswith(tuple(f"{head}.weight" for head in HEADS))]
+        return file.get_slice(heads[0]).get_shape()[0] if heads else None
+
+
+def _grow_to_adapter(model: PreTrainedModel, adapter_path: str) -> None:
+    """Give the embedding the rows that the adapter needs, where tokens were added in its training.
+
+    The adapter holds either a copy of the whole embedding or the new rows alone.
+    """
+    weights = Path(adapter_path) / "adapter_model.safetensors"
+    if not weights.is_file():
+        return
+    own = model.get_input_embeddings().num_embeddings
+    with safe_open(weights, "pt") as file:
+        ends = ("embed_tokens.weight", "embed_tokens.token_adapter.base_layer.weight")
+        names = [name for name in file.keys() if name.endswith(ends)]
+        rows = file.get_slice(names[0]).get_shape()[0] if names else None
+    if rows is None:
+        config = json.loads((Path(adapter_path) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        rows = max([own, *(row + 1 for row in token_rows(config.get("trainable_token_indices")))])
+    if rows != own:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+
+
+def _check_positions(adapter_path: str, model: PreTrainedModel) -> None:
+    for name, wanted in recorded_positions(adapter_path).items():
+        found = getattr(model.config.get_text_config(), name, None)
+        if found != wanted:
+            raise CheckpointError(
+                f"the adapter {adapter_path} was trained with other positions ({wanted}) than its base was loaded "
+                f"with ({found}). Load the base with those, or merge: python merge_peft_adapter.py --lora_model "
+                f"{adapter_path}"
+            )
+
+
+def add_reference_adapter(model: PeftModel, start_from: str) -> None:
+    """Put the adapter that training starts from beside the one that is trained, frozen, under the name `ref`.
+
+    It belongs to the run and not to its result: it is not saved.
+    """
+    model.load_adapter(start_from, "ref", is_trainable=False)
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.lora_dropout["ref"] = torch.nn.Identity()
+    model.save_pretrained = functools.partial(model.save_pretrained, selected_adapters=["default"])
+
+
+def adapters_to_float32(model: torch.nn.Module) -> None:
+    """Keep trained weights in float32: in bfloat16 an update below 1/256 of a weight is lost.
+
+    TRL casts the adapters of quantized models to bfloat16 when the trainer is built, so call this after it. Modules
+    trained in full take and give the numbers of the model around them, which stays as it is.
+    """
+    if is_deepspeed_zero3_enabled():
+        return
+    for wrapper in model.modules():
+        if isinstance(wrapper, ModulesToSaveWrapper):
+            around = next(wrapper.original_module.parameters()).dtype
+            for copy in wrapper.modules_to_save.values() if around != torch.float32 else ():
+                copy.register_forward_pre_hook(_inputs_to_float32)
+                copy.register_forward_hook(lambda module, inputs, output, around=around: output.to(around))
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            parameter.data = parameter.data.float()
+
+
+def _inputs_to_float32(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return tuple(each.float() if each.is_floating_point() else each for each in inputs)
+
+
+def trainable_by_module(model: torch.nn.Module) -> Counter:
+    """Trainable parameters, summed by the name of the module they belong to (q_proj, embed_tokens, ...)."""
+    counts: Counter = Counter()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            size = getattr(parameter, "ds_numel", None) or parameter.numel()
+            inner = ("default", "weight", "bias", "modules_to_save", "base_layer")
+            inner += ("token_adapter", "trainable_tokens_delta")
+            parts = [part for part in name.split(".") if part not in inner]
+            if parts[-1].startswith("lora_"):
+                parts.pop()
+            counts[parts[-1]] += size
+    return counts
+
+
+def total_parameters(model: torch.nn.Module) -> int:
+    """All parameters; a packed 4-bit weight counts as the numbers that it stands for."""
+    total = 0
+    for parameter in model.parameters():
+        size = getattr(parameter, "ds_numel", None) or parameter.numel()
+        state = getattr(parameter, "quant_state", None)
+        total += state.shape.numel() if state is not None else size
+    return total

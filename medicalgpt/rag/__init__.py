@@ -1,0 +1,1 @@
+"""Questions over files: documents, retrieval, citations."""

@@ -1,0 +1,465 @@
+"""Text out of PDF, DOCX, HTML, Markdown and plain text files, with the page or the headings that it stands under.
+
+A document may come from anyone, and may be made to hurt whoever opens it. So it is parsed in a child process with
+limits on memory, time and output; what goes wrong there ends as a message, and the caller lives on. Nothing that a
+document refers to is fetched.
+"""
+
+import io
+import json
+import re
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import unicodedata
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import chain, groupby
+from pathlib import Path
+from typing import Any
+
+from medicalgpt.errors import UserError
+
+SUFFIXES = (".pdf", ".docx", ".html", ".htm", ".md", ".markdown", ".txt")
+MEGABYTE = 1 << 20
+# Pages of a few MB have some ten thousand; the parser needs about a kilobyte for each.
+MAX_TAGS = 200_000
+# Text of office documents is packed to between a half and a twentieth.
+MAX_ZIP_RATIO = 100
+MAX_ZIP_PARTS = 10_000
+BLOCKS = frozenset(
+    "address article aside blockquote body caption center dd details dialog div dl dt fieldset figcaption figure "
+    "footer form h1 h2 h3 h4 h5 h6 header hr html legend li main nav ol option p pre section summary table tbody td "
+    "tfoot th thead tr ul".split()
+)
+HIDDEN_STYLE = re.compile(r"display\s*:\s*none|visibility\s*:\s*hidden", re.IGNORECASE)
+# A new line begins with these, also in the middle of a paragraph.
+MARKDOWN_LINE = re.compile(r"\s*([-*+>|]|\d+[.)])(\s|\S*\|)")
+NOT_TEXT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What reading one document may cost.
+
+    Attributes:
+        input_bytes: size of the file.
+        unpacked_bytes: sum of the parts of a DOCX file, which is a zip archive.
+        memory_bytes: address space of the child process.
+        cpu_seconds: computing time of the child process.
+        wall_seconds: time until the child process has ended.
+        output_bytes: text with pages and headings, as JSON.
+    """
+
+    input_bytes: int = 50 * MEGABYTE
+    unpacked_bytes: int = 200 * MEGABYTE
+    memory_bytes: int = 1024 * MEGABYTE
+    cpu_seconds: int = 120
+    wall_seconds: float = 180.0
+    output_bytes: int = 20 * MEGABYTE
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A paragraph, or a table with a line for each row and ` | ` between its cells.
+
+    Attributes:
+        headings: from the outermost to the nearest one; of a PDF, which has no marked headings, empty.
+        page: of a PDF, counted from 1.
+    """
+
+    text: str
+    headings: tuple[str, ...] = ()
+    page: int | None = None
+
+
+@dataclass(frozen=True)
+class Document:
+    """What was read.
+
+    Attributes:
+        notices: what of the file is not among the units, a sentence each.
+    """
+
+    units: tuple[Unit, ...]
+    notices: tuple[str, ...] = ()
+
+
+class DocumentError(UserError):
+    """A document that cannot be read; the text names the file, the reason and the remedy."""
+
+
+class Refused(Exception):
+    """In the child process: why this document cannot be read, and what to do."""
+
+
+def read_document(path: str | Path, limits: Limits | None = None) -> Document:
+    """Read a file in a child process.
+
+    Text files are UTF-8, or gb18030 with a notice in the log; HTML is in the encoding that it declares.
+
+    Raises:
+        DocumentError: it cannot be read, or not within the limits.
+    """
+    path, limits = Path(path), limits or Limits()
+    try:
+        data = _load(path, limits)
+        with tempfile.TemporaryFile() as output:
+            child = subprocess.run(
+                [sys.executable, "-m", "medicalgpt.rag.documents", path.suffix.lower(), json.dumps(asdict(limits))],
+                cwd=Path(__file__).resolve().parents[2],
+                input=data,
+                stdout=output,
+                stderr=subprocess.DEVNULL,
+                timeout=limits.wall_seconds,
+            )
+            output.seek(0)
+            answer = _answer(output.read(limits.output_bytes), child.returncode, limits)
+    except subprocess.TimeoutExpired:
+        answer = {"error": f"reading takes more than {limits.wall_seconds:g} s. Split it, or save it anew."}
+    except Refused as error:
+        answer = {"error": str(error)}
+    if "error" in answer:
+        raise DocumentError(f"{path}: {answer['error']}")
+    units = (Unit(unit["text"], tuple(unit["headings"]), unit["page"]) for unit in answer["units"])
+    return Document(tuple(units), tuple(answer["notices"]))
+
+
+def _load(path: Path, limits: Limits) -> bytes:
+    """The bytes of a file; of a text file, as UTF-8."""
+    # The child process does without this module, since it imports much that needs time and memory.
+    from medicalgpt.data.sources import read_file_text
+
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise Refused(f"the suffix is none of {', '.join(SUFFIXES)}. Save it as one of these.")
+    try:
+        size = path.stat().st_size
+        if size > limits.input_bytes:
+            raise Refused(
+                f"it has {size / MEGABYTE:.1f} MB, at most {limits.input_bytes / MEGABYTE:g} are read. Split it."
+            )
+        data = path.read_bytes()
+        if suffix in (".pdf", ".docx"):
+            return data
+        text = _declared_text(data) if suffix in (".html", ".htm") else None
+        return (read_file_text(path) if text is None else text).encode("utf-8", "surrogatepass")
+    except OSError as error:
+        raise Refused(f"{error.strerror or error}. Check the path.") from error
+    except UserError as error:
+        raise Refused(str(error).removeprefix(f"{path}:")) from error
+
+
+def _declared_text(data: bytes) -> str | None:
+    """The text of an HTML page in the encoding that it declares; None if it declares none."""
+    from bs4.dammit import EncodingDetector
+
+    declared = EncodingDetector.find_declared_encoding(data, is_html=True)
+    if declared is None:
+        return None
+    try:
+        # Pages that declare gb2312 often hold characters of its successors.
+        return data.decode("gb18030" if declared in ("gb2312", "gbk") else declared)
+    except (LookupError, ValueError) as error:
+        raise Refused(f"it declares the encoding {declared}, and is not in it. Save it as UTF-8.") from error
+
+
+def _answer(written: bytes, code: int, limits: Limits) -> dict[str, Any]:
+    """What the child process wrote, or the error that it died of."""
+    try:
+        return json.loads(written)
+    except ValueError:
+        if code == -signal.SIGXCPU:
+            return {"error": f"reading takes more than {limits.cpu_seconds} s of computing. Split it, or save it anew."}
+        how = f"by signal {-code}" if code < 0 else f"with code {code}"
+        return {"error": f"the process that reads it died ({how}): it is damaged, or made to do harm. Save it anew."}
+
+
+def serve() -> None:
+    """Read a document from stdin and write its units, or an error, to stdout as JSON."""
+    suffix, limits = sys.argv[1], Limits(**json.loads(sys.argv[2]))
+    for kind, soft, hard in (
+        (resource.RLIMIT_AS, limits.memory_bytes, limits.memory_bytes),
+        # The soft limit ends the process with a signal that tells why, the hard one without.
+        (resource.RLIMIT_CPU, limits.cpu_seconds, limits.cpu_seconds + 5),
+        (resource.RLIMIT_FSIZE, limits.output_bytes, limits.output_bytes),
+        (resource.RLIMIT_CORE, 0, 0),
+    ):
+        resource.setrlimit(kind, (soft, hard))
+    try:
+        answer = _parse(sys.stdin.buffer.read(), suffix, limits)
+    except Refused as error:
+        answer = {"error": str(error)}
+    except MemoryError:
+        answer = {"error": f"reading needs more than {limits.memory_bytes / MEGABYTE:g} MB of memory. Split it."}
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"[:200]
+        answer = {"error": f"it is damaged, or no {suffix[1:]} file ({reason}). Save it anew."}
+    text = json.dumps(answer)
+    if len(text) > limits.output_bytes:
+        text = json.dumps({"error": f"its text has more than {limits.output_bytes / MEGABYTE:g} MB. Split it."})
+    print(text)
+
+
+def _parse(data: bytes, suffix: str, limits: Limits) -> dict[str, Any]:
+    notices: list[str] = []
+    if suffix == ".pdf":
+        units = _read_pdf(data, notices)
+    elif suffix == ".docx":
+        units = _read_docx(data, notices, limits)
+    else:
+        text = data.decode("utf-8", "surrogatepass").replace("\r\n", "\n").replace("\r", "\n")
+        if "\0" in text:
+            raise Refused("it holds zero bytes, so it is no text, or UTF-16. Save it as UTF-8.")
+        read = {".txt": _read_text, ".md": _read_markdown, ".markdown": _read_markdown}.get(suffix, _read_html)
+        units = read(text)
+    kept, strange = [], 0
+    for unit in _with_bare_headings(units):
+        text, count = NOT_TEXT.subn("\N{REPLACEMENT CHARACTER}", unit.text)
+        strange += count
+        if text.strip():
+            headings = [NOT_TEXT.sub("", heading) for heading in unit.headings]
+            kept.append({"text": text.strip("\n"), "headings": headings, "page": unit.page})
+    if not kept:
+        raise Refused(" ".join([*notices, "There is no text in it."]))
+    if strange:
+        notices.append(f"{strange} control characters were replaced by \N{REPLACEMENT CHARACTER}.")
+    return {"units": kept, "notices": notices}
+
+
+def _with_bare_headings(units: Iterable[Unit]) -> Iterator[Unit]:
+    """Put in a heading as text of its own where nothing stands below it."""
+    used: set[tuple[str, ...]] = set()
+    open_path: tuple[str, ...] = ()
+    for unit in chain(units, [Unit("")]):
+        if open_path and open_path not in used and unit.headings[: len(open_path)] != open_path:
+            yield Unit(open_path[-1], open_path[:-1])
+        if unit.text.strip():
+            used.update(unit.headings[:depth] for depth in range(1, len(unit.headings) + 1))
+        open_path = unit.headings
+        yield unit
+
+
+def _width(line: str) -> int:
+    """Columns of a line; characters of East Asia take two."""
+    return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in line)
+
+
+def _join(lines: Iterable[str], continues: Callable[[str, str], bool]) -> str:
+    """Put a line behind the one before where `continues(before, line)`, with a space unless Chinese meets there."""
+    text = before = ""
+    for line in lines:
+        glue = "\n"
+        if before and continues(before, line):
+            line = line.lstrip()
+            chinese = _width(before.rstrip()[-1:]) == 2 and _width(line[:1]) == 2
+            text, glue = text.rstrip(), "" if chinese or before.rstrip().endswith("-") else " "
+        text += (glue if before else "") + line
+        before = line
+    return text
+
+
+def _unwrap(lines: list[str]) -> str:
+    """Put together what was broken only because the line was full."""
+    full = 0.75 * max(map(_width, lines), default=0)
+    # Short lines all over are a list or a table.
+    return _join(
+        lines, lambda before, line: full > 30 and _width(before) > full and before.rstrip()[-1:] not in "。！？"
+    )
+
+
+def _enter(headings: list[tuple[int, str]], level: int, text: str) -> Unit:
+    """Enter a heading, which ends all headings of its level or deeper. Returns a unit without text below it."""
+    headings[:] = [heading for heading in headings if heading[0] < level] + [(level, " ".join(text.split()))]
+    return Unit("", _path(headings))
+
+
+def _path(headings: list[tuple[int, str]]) -> tuple[str, ...]:
+    return tuple(text for _, text in headings if text)
+
+
+def _read_text(text: str) -> Iterator[Unit]:
+    for paragraph in re.split(r"\n[^\S\n]*\n", text):
+        yield Unit(_unwrap(paragraph.strip("\n").split("\n")))
+
+
+def _read_markdown(text: str) -> Iterator[Unit]:
+    headings: list[tuple[int, str]] = []
+    lines: list[str] = []
+    fence = ""
+
+    def paragraph() -> Unit:
+        unit = Unit(
+            _join(lines, lambda before, line: not (MARKDOWN_LINE.match(line) or "|" in before)), _path(headings)
+        )
+        lines.clear()
+        return unit
+
+    for line in [*text.split("\n"), ""]:
+        mark = re.match(r"\s{0,3}(```+|~~~+)", line)
+        heading = re.match(r"\s{0,3}(#{1,6})\s+(.*?)\s*#*\s*$", line)
+        underlined = re.match(r"\s{0,3}(=+|-+)\s*$", line)
+        if fence:
+            # A line of a program is a line, whatever it begins with.
+            fence = "" if mark and mark[1].startswith(fence) else fence
+            yield Unit(line if fence else "", _path(headings))
+        elif mark:
+            yield paragraph()
+            fence = mark[1]
+        elif heading:
+            yield paragraph()
+            yield _enter(headings, len(heading[1]), heading[2])
+        elif underlined and len(lines) == 1 and "|" not in lines[0]:
+            yield _enter(headings, 1 if underlined[1][0] == "=" else 2, lines.pop())
+        elif line.strip():
+            lines.append(line)
+        else:
+            yield paragraph()
+    yield paragraph()
+
+
+def _read_html(text: str) -> Iterator[Unit]:
+    """What a page shows. What a style sheet hides is taken for shown; style attributes are looked at."""
+    from bs4 import BeautifulSoup
+
+    if text.count("<") > MAX_TAGS:
+        raise Refused(f"it has {text.count('<')} tags, at most {MAX_TAGS} are read. Split it.")
+    soup = BeautifulSoup(text, "html.parser")
+    unseen = [*soup(["head", "script", "style", "noscript", "template"]), *soup.select("[hidden], [aria-hidden=true]")]
+    for tag in [*unseen, *soup(style=HIDDEN_STYLE)]:
+        tag.decompose()
+    # A row in which there is another table is there for the layout of the page.
+    for row in [row for row in soup("tr") if not row.find("table")]:
+        row.string = " | ".join(" ".join(cell.get_text(" ").split()) for cell in row(["td", "th"]))
+    headings: list[tuple[int, str]] = []
+    for _, group in groupby(_html_pieces(soup), key=lambda piece: id(piece[0])):
+        blocks, pieces = zip(*group, strict=True)
+        lines = "".join(pieces).split("\n")
+        if blocks[0].name != "pre":
+            lines = [" ".join(line.split()) for line in lines]
+        text = "\n".join(line for line in lines if line.strip())
+        if re.fullmatch("h[1-6]", blocks[0].name) and text:
+            yield _enter(headings, int(blocks[0].name[1]), text)
+        else:
+            yield Unit(text, _path(headings))
+
+
+def _html_pieces(soup: Any) -> Iterator[tuple[Any, str]]:
+    """Each string of a page with the block that it stands in; all rows of a table stand in the table."""
+    from bs4 import NavigableString, Tag
+
+    block_of = {id(soup): soup}
+    for node in soup.descendants:
+        block = block_of[id(node.parent)]
+        if isinstance(node, Tag):
+            block_of[id(node)] = node if node.name in BLOCKS else block
+        # Comments and the like are strings too, of other types.
+        if node.name != "br" and type(node) is not NavigableString:
+            continue
+        if block.name == "tr":
+            yield block.find_parent("table") or block, f"{node}\n"
+        elif block.name not in ("table", "thead", "tbody", "tfoot") or node.strip():
+            yield block, "\n" if node.name == "br" else str(node) if block.name == "pre" else re.sub(r"\s+", " ", node)
+
+
+def _read_pdf(data: bytes, notices: list[str]) -> Iterator[Unit]:
+    from pypdf import PdfReader
+    from pypdf.errors import DependencyError
+
+    reader = PdfReader(io.BytesIO(data))
+    try:
+        # Without a password, if it is only printing or the like that is forbidden.
+        locked = reader.is_encrypted and not reader.decrypt("")
+    except DependencyError:
+        locked = True
+    if locked:
+        raise Refused("it is encrypted. Save it without a password: qpdf --decrypt --password=... IN.pdf OUT.pdf.")
+    empty = 0
+    for number, page in enumerate(reader.pages, start=1):
+        lines = [line.rstrip() for line in page.extract_text().split("\n")]
+        for paragraph in re.split(r"\n\n+", "\n".join(lines).strip("\n")):
+            yield Unit(_unwrap(paragraph.split("\n")), page=number)
+        empty += not any(lines)
+    if empty:
+        notices.append(
+            f"{empty} of {len(reader.pages)} pages have no text, as scanned pages have none; to read such pages: "
+            "ocrmypdf -l chi_sim+eng IN.pdf OUT.pdf."
+        )
+
+
+def _read_docx(data: bytes, notices: list[str], limits: Limits) -> Iterator[Unit]:
+    """Body, text boxes, footnotes. Headers and footers of pages, comments and deleted text are left out."""
+    _refuse_bomb(data, notices, limits)
+    import docx
+    from docx.oxml import parse_xml
+    from docx.oxml.ns import qn
+    from docx.text.paragraph import Paragraph
+
+    document = docx.Document(io.BytesIO(data))
+    headings: list[tuple[int, str]] = []
+    table, rows = None, {}
+    for element in [*document.element.body.iter(qn("w:p")), None]:
+        # Every cell has a paragraph, so that no empty one is lost. Tables within tables become part of their cell.
+        row = next(reversed([*element.iterancestors(qn("w:tr"))]), None) if element is not None else None
+        inside = row.getparent() if row is not None else None
+        if inside is not table:
+            if rows:
+                yield Unit("\n".join(" | ".join(cells.values()) for cells in rows.values()), _path(headings))
+            table, rows = inside, {}
+        if element is None:
+            break
+        text = _docx_text(element)
+        if row is not None:
+            cell = [*element.iterancestors(qn("w:tc"))][-1]
+            cells = rows.setdefault(row, {})
+            cells[cell] = " ".join([cells.get(cell, ""), text]).strip()
+            continue
+        level = re.fullmatch(r"Heading (\d)|Title", Paragraph(element, document._body).style.name or "")
+        if level and text.strip():
+            yield _enter(headings, int(level[1] or 0), text)
+        else:
+            yield Unit(text, _path(headings))
+    for relation in document.part.rels.values():
+        if relation.reltype.endswith(("/footnotes", "/endnotes")):
+            for element in parse_xml(relation.target_part.blob).iter(qn("w:p")):
+                yield Unit(_docx_text(element))
+
+
+def _docx_text(paragraph: Any) -> str:
+    from docx.oxml.ns import qn
+
+    # A text box stands within a paragraph, and once more for programs that know none.
+    if any(parent.tag.endswith("}Fallback") for parent in paragraph.iterancestors()):
+        return ""
+    nodes = paragraph.xpath(".//*[self::w:t or self::w:tab or self::w:br][not(ancestor::w:r/w:rPr/w:vanish)]")
+    own = [node for node in nodes if next(node.iterancestors(qn("w:p"))) is paragraph]
+    return "".join(node.text or "" if node.tag == qn("w:t") else " " for node in own)
+
+
+def _refuse_bomb(data: bytes, notices: list[str], limits: Limits) -> None:
+    """Raises Refused by what the archive's directory says, before anything is unpacked."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        parts = archive.infolist()
+        unpacked = sum(part.file_size for part in parts)
+        if len(parts) > MAX_ZIP_PARTS:
+            raise Refused(f"it has {len(parts)} parts, at most {MAX_ZIP_PARTS} are read. Save it anew.")
+        if unpacked > limits.unpacked_bytes or unpacked > MEGABYTE and unpacked > MAX_ZIP_RATIO * len(data):
+            raise Refused(
+                f"its {len(data) / MEGABYTE:.2f} MB would unpack to {unpacked / MEGABYTE:.0f} MB, as a zip bomb does "
+                f"(most: {limits.unpacked_bytes / MEGABYTE:g} MB, and {MAX_ZIP_RATIO} times its size). Save it anew."
+            )
+        for part in parts:
+            content = archive.read(part) if part.filename.endswith((".xml", ".rels")) else b""
+            if b"<!DOCTYPE" in content or "<!DOCTYPE".encode("utf-16-le") in content:
+                raise Refused(f"its part {part.filename} declares a document type, which DOCX forbids. Save it anew.")
+        embedded = sum("/embeddings/" in part.filename for part in parts)
+        pictures = sum("/media/" in part.filename for part in parts)
+    if embedded or pictures:
+        notices.append(f"{pictures} pictures and {embedded} embedded files in it are not read.")
+
+
+if __name__ == "__main__":
+    serve()

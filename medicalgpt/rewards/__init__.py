@@ -1,0 +1,1 @@
+"""Rewards for answers, by rule and by model."""

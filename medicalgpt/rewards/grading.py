@@ -1,0 +1,262 @@
+"""Compare an answer with the reference: quantities with units, choices, formulas, short texts."""
+
+import math
+import re
+import unicodedata
+from collections import Counter
+from itertools import pairwise
+from typing import NamedTuple
+
+from medicalgpt.rewards.math_worker import same_value
+
+HAN = r"\u3400-\u4dbf\u4e00-\u9fff"
+LATIN_WORD = r"[a-zA-Z\u00c0-\u024f]+"
+
+
+def extract_answer(text: str) -> str | None:
+    """What stands in the last `<answer>...</answer>`, over many lines, without the white space around it."""
+    found = re.findall(r"<answer>((?:(?!<answer>).)*?)</answer>", text, flags=re.DOTALL)
+    return found[-1].strip() if found else None
+
+
+def told(text: str) -> str:
+    """What the asking person reads: the answer block; where there is none, what follows the thinking."""
+    answer = extract_answer(text)
+    return text.rpartition("</think>")[2] if answer is None else answer
+
+
+def narrow(text: str) -> str:
+    """Full-width letters, digits and signs as the usual ones."""
+    return unicodedata.normalize("NFKC", text).replace("−", "-").replace("–", "-")
+
+
+# Sizes of each unit, with its names; what differs in the first column cannot be converted.
+UNIT_NAMES = {
+    "g": {1e-9: "ng 纳克", 1e-6: "ug μg mcg 微克", 1e-3: "mg 毫克", 1: "g gram 克", 500: "斤", 1e3: "kg 公斤 千克"},
+    "L": {1e-3: "ml cc milliliter millilitre 毫升", 0.1: "dl 分升", 1: "l liter litre 升"},
+    "m": {1e-6: "um μm 微米", 1e-3: "mm 毫米", 0.01: "cm 厘米", 1: "m meter metre 米"},
+    "m2": {1: "m2 平方米"},
+    "mol": {1e-9: "nmol 纳摩尔", 1e-6: "umol μmol 微摩尔", 1e-3: "mmol 毫摩尔", 1: "mol 摩尔"},
+    "s": {1: "s sec second 秒", 60: "min minute 分 分钟", 3600: "h hr hour 小时", 86400: "d day days 天 日"},
+    "week": {1: "week 周 星期"},
+    "month": {1: "month 月 个月"},
+    "year": {1: "year 年 岁"},
+    "drop": {1: "drop gtt gtts 滴"},
+    "tablet": {1: "tablet 片"},
+    "capsule": {1: "capsule 粒"},
+    "time": {1: "time beat breath 次"},
+    "IU": {1: "iu u unit 单位 国际单位"},
+    "mmHg": {1: "mmhg 毫米汞柱"},
+    "°C": {1: "°c 摄氏度 度"},
+    "cal": {1: "cal 卡", 1e3: "kcal 千卡 大卡"},
+    "J": {1: "j 焦", 1e3: "kj 千焦"},
+    "": {0.01: "% percent"},
+}
+UNITS = {
+    name: (base, size)
+    for base, sizes in UNIT_NAMES.items()
+    for size, names in sizes.items()
+    for singular in names.split()
+    for name in ([singular, f"{singular}s"] if len(singular) > 3 and singular.isascii() else [singular])
+}
+UNIT = f"(?:{'|'.join(sorted(map(re.escape, UNITS), key=len, reverse=True))})"
+PER = r"\s*(?:/|每|\bper\b)\s*"
+QUANTITY = re.compile(
+    rf"(?:每\s*(?P<each>{UNIT})\s*)?"
+    r"(?<![\d.a-z])(?P<number>(?:(?<!\d)[-+])?(?:\d{1,3}(?:,\d{3})++(?!\d)|\d++|(?=\.\d))(?:\.\d++)?(?:e[-+]?\d{1,3}+)?)"
+    rf"\s*(?P<unit>{UNIT}(?:{PER}{UNIT})*)?(?![a-z]|\.\d)"
+)
+UNIT_AT_END = re.compile(rf"(?<=[\d)}}\s])({UNIT}(?:{PER}{UNIT})*)\s*[.。]?$")
+# Marks of a calculation: its result is not one of the numbers in it.
+CALCULATION = re.compile(r"[\\^√!×÷*π]|sqrt|\d\s*/\s*\d")
+
+
+class Quantity(NamedTuple):
+    """A number with its unit; `size` is how many of `base` the unit is, and `exact` whether it has no decimals."""
+
+    number: float
+    base: str
+    size: float
+    exact: bool
+    has_unit: bool
+
+
+def read_unit(text: str | None, each: str | None = None) -> tuple[str, float]:
+    """The base of a unit such as "mg/kg/d" and its size in it; ("", 1.0) for none."""
+    parts = [*re.split(PER, text or ""), *([each] if each else [])]
+    bases, size = [], 1.0
+    for place, part in enumerate(parts):
+        base, of_part = UNITS.get(part, ("", 1.0))
+        size = size * of_part if place == 0 else size / of_part
+        bases.append(base)
+    return "/".join(bases), size
+
+
+def bare(text: str) -> str:
+    """Without what LaTeX and Markdown put around a result."""
+    text = re.sub(r"\\(?:text|mathrm|mathbf)\s*\{([^{}]*)\}", r"\1", narrow(text))
+    text = re.sub(r"\\boxed\s*\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"\\[,;:! ()\[\]]|\$|(?<![\d)}])\*\*|\*\*(?![\d({])", " ", text).replace(r"\%", "%")
+    return re.sub(r"\bm\^(?:2|\{2\})", "m2", text).strip()
+
+
+def read_quantity(text: str, whole: bool = False) -> Quantity | None:
+    """The one number in a text, with its unit; None for none or several ones, and for calculations.
+
+    After "=" or "≈" only what follows the last one counts.
+
+    Args:
+        whole: accept nothing beside it.
+    """
+    text = re.split("[=≈]", bare(text).casefold())[-1].strip(" .。")
+    if CALCULATION.search(text):
+        return None
+    matches = list(QUANTITY.finditer(text))
+    if whole and not (matches and matches[0].group() == text):
+        return None
+    found = set()
+    for match in matches:
+        digits = match["number"].replace(",", "")
+        base, size = read_unit(match["unit"], match["each"])
+        has_unit = bool(match["unit"] or match["each"])
+        found.add(Quantity(float(digits), base, size, digits.lstrip("-+").isdigit(), has_unit))
+    return found.pop() if len(found) == 1 else None
+
+
+def number_score(gold: str, answer: str) -> float:
+    """1 for the same number in the same unit, 0.5 for the same number without the unit that `gold` has, else 0.
+
+    Units are converted ("2.5 mL", "2.5毫升", "0.0025 L"). Numbers with decimals are the same within 0.1 %, so that
+    33.3 may be written 33.33; whole numbers are exact. Calculations and formulas are left to math-verify, and their
+    units must be the same.
+    """
+    if narrow(gold).split() == narrow(answer).split():
+        return 1.0
+    wanted, given = read_quantity(gold), read_quantity(answer)
+    if wanted and given:
+        tolerance = 1e-9 if wanted.exact else 1e-3
+        if wanted.base == given.base or not wanted.has_unit:
+            size = given.size / wanted.size if wanted.base == given.base else 1.0
+            if math.isclose(wanted.number, given.number * size, rel_tol=tolerance):
+                return 1.0
+        same_number = math.isclose(wanted.number, given.number, rel_tol=tolerance)
+        return 0.5 if same_number and not given.has_unit else 0.0
+    formulas, units = [], []
+    for text in map(bare, (gold, answer)):
+        unit = UNIT_AT_END.search(text.casefold())
+        formulas.append(text[: unit.start()] if unit else text)
+        units.append(read_unit(unit[1]) if unit else None)
+    if not all(map(is_formula, formulas)) or (all(units) and units[0] != units[1]):
+        return 0.0
+    if not same_value(*map(as_latex, formulas)):
+        return 0.0
+    return 0.5 if units[0] and not units[1] else 1.0
+
+
+def is_formula(text: str) -> bool:
+    """Whether a text is made of numbers, signs, single letters and LaTeX commands only."""
+    rest = re.sub(r"\\[a-zA-Z]+", " ", as_latex(text))
+    signs = re.fullmatch(r"[\d\s.,+\-*/^=(){}\[\]<>|_!%a-zA-Z]*", rest)
+    return bool(signs and re.search(r"\d|\\", text) and not re.search("[a-zA-Z]{2}", rest))
+
+
+def as_latex(text: str) -> str:
+    """Arithmetic as it is typed, so that LaTeX reads it the same way: `2**10` as `2^{10}`, `√16` as `\\sqrt{16}`."""
+    text = re.sub(r"(?<!\\)(?:sqrt|√)\s*(?:\(([^()]*)\)|(\d+))", r"\\sqrt{\1\2}", text)
+    text = re.sub(r"\^\s*(-?\d+)", r"^{\1}", text.replace("**", "^").replace("×", r"\times ").replace("÷", "/"))
+    return text.replace("π", r"\pi ").strip(" .。")
+
+
+CHOICE_LEAD = re.compile(
+    r"^(?:the|correct|right|best|final|answers?|options?|choices?|choose|select|is|are|正确|最佳|最终|答案|选项|选择"
+    r"|应该|应|故|选|是|为|[:\s*(\[$])+"
+)
+CHOICE_LETTERS = re.compile(r"([a-h](?:(?:[\s,、;/&和与及]|and)*[a-h])*)[\s.。、:)\]*$项]*")
+MARKED_LETTER = re.compile(rf"(?:^|[;,、。.\n)]\s*)\(?([a-h])(?=\s?[.、:)]|\(|\s*[{HAN}])")
+
+
+def read_choice(text: str) -> set[str]:
+    """The letters chosen from options A to H: "B", "ac", "A、C", "选B", "(B)", "B. text", "The answer is B."."""
+    text = CHOICE_LEAD.sub("", bare(text).casefold())
+    if only := CHOICE_LETTERS.fullmatch(text):
+        return set(re.findall("[a-h]", only[1].replace("and", "")))
+    return set(MARKED_LETTER.findall(text)) if MARKED_LETTER.match(text) else set()
+
+
+TOKEN = re.compile(rf"\d+(?:\.\d+)?|[{HAN}]|[^\W\d_{HAN}]+|[<>≤≥=+%±/]|(?<!\w)-(?=[\d)])")
+SHORT_ANSWER = 12  # Han characters, words and numbers
+
+
+def text_score(gold: str, answer: str) -> float:
+    """1 for the same text apart from width, case, punctuation and white space.
+
+    For the rest 0 where `gold` is short; where it is longer than `SHORT_ANSWER`, the F1 score of the pairs of
+    neighbours (Han characters, words, numbers) that both have, in [0, 1]. The overlap sees wording and not truth: a
+    reply with "not" in the wrong place scores nearly as well as the right one.
+    """
+    wanted, given = (TOKEN.findall(narrow(text).casefold()) for text in (gold, answer))
+    if wanted == given:
+        return 1.0
+    if len(wanted) <= SHORT_ANSWER:
+        return 0.0
+    wanted_pairs, given_pairs = Counter(pairwise(wanted)), Counter(pairwise(given))
+    return 2 * (wanted_pairs & given_pairs).total() / (wanted_pairs.total() + given_pairs.total())
+
+
+def kind_of(gold: str, question: str) -> str:
+    """`choice`, `number` or `text`: how an answer is to be compared where the data do not say."""
+    letters = re.fullmatch(r"[A-H](?:[\s,、]*[A-H])*", narrow(gold).strip(" .。"))
+    offered = all(re.search(rf"(?<![A-Za-z]){letter}\s*[.、:)]", narrow(question)) for letter in "AB")
+    if letters and (offered or len(letters.group()) == 1) or offered and re.match("[A-H][.、:)]", narrow(gold)):
+        return "choice"
+    if read_quantity(gold, whole=True):
+        return "number"
+    return "number" if is_formula(UNIT_AT_END.sub("", bare(gold))) else "text"
+
+
+def count_languages(text: str) -> tuple[int, int]:
+    """How many Han characters and how many Latin words a text has, without what belongs to both languages."""
+    text = re.sub(r"\\[a-zA-Z]+", " ", narrow(text))
+    words = [word for word in re.findall(LATIN_WORD, text) if len(word) > 1 and not word.isupper()]
+    return len(re.findall(f"[{HAN}]", text)), sum(word.casefold() not in UNITS for word in words)
+
+
+# A negation reaches to the next mark or turn of the sentence.
+CLAUSE_END = re.compile(r"[,.;:!?。\n]|但|而是|而应|\bbut\b|\band (?:then )?(?:call|go)\b")
+# "Do not hesitate to call" tells to call.
+URGES = (
+    r"(?!\s*(?:to )?(?:犹豫|迟疑|慌|紧张|惊慌|害怕|担心|自行|自己|再?拖|耽|再?等|忘|错过|仅|预约|排队"
+    r"|hesitat|wait|delay|ignore|drive))"
+)
+NEGATED_BEFORE = re.compile(
+    r"(?:不用|不必|无需|无须|不需要?|不要|不应该?|不建议|没必要|没有必要|不一定|不急于|不值得|暂不|未必|勿|不去|不打|不叫"
+    rf"|(?<![特区识级性分个类鉴])别(?![的人处]))(?:着急)?{URGES}"
+    r"|\b(?:do not|don't|should not|shouldn't|need not|needn't|doesn't need|must not|never|no need|no reason|not need"
+    rf"|not necessary|unnecessary|rather than|instead of|without|avoid)\b{URGES}"
+    r"|(?:不是|并非|不算|没有|\b(?:no|not|isn't)(?: an?| the)?)\s*$"
+)
+NEGATED_AFTER = re.compile(
+    rf"^.{{0,6}}?(?:不必|不用|不需要|没必要|没有必要|无必要|免了){URGES}"
+    r"|^\W*(?:\w+\W+){0,3}?(?:(?:(?:is|are) not|isn't|aren't|not) (?:needed|necessary|required)|unnecessary)"
+)
+
+
+def says(text: str, term: str) -> bool:
+    """Whether a text holds `term` at least once without a negation in the same clause.
+
+    Words are whole ones, apart from a plural; a number is no part of another one, of a ratio or of a quantity, so that
+    a blood pressure of 120/80 calls no ambulance.
+    """
+    term = narrow(term).casefold()
+    pattern = re.escape(term)
+    if term.isdigit():
+        pattern = rf"(?<![\d./]){pattern}(?!\d|\.\d|\s*[/~-]\s*\d|\s*(?:{UNIT})(?![a-z]))"
+    elif term.isascii():
+        pattern = rf"(?<![a-z]){pattern}(?:s|es)?(?![a-z])"
+    text = narrow(text).replace("’", "'").casefold()
+    for match in re.finditer(pattern, text):
+        before = CLAUSE_END.split(text[: match.start()])[-1]
+        after = CLAUSE_END.split(text[match.end() :])[0]
+        if not NEGATED_BEFORE.search(before) and not NEGATED_AFTER.search(after):
+            return True
+    return False

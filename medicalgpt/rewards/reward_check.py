@@ -1,0 +1,136 @@
+"""Whether rewards tell good replies from bad ones, on labelled replies."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from medicalgpt.data.formats import to_preference, to_task
+from medicalgpt.data.sources import Problem, RowError, read_rows
+from medicalgpt.errors import UserError
+from medicalgpt.rewards.rewards import RewardFunction
+
+
+class Separation(NamedTuple):
+    """How well a reward tells good replies from bad ones to the same questions.
+
+    Attributes:
+        pairs: to which it applies.
+        good, bad: mean reward.
+        better, equal: share of the pairs whose good reply has more, and as much.
+    """
+
+    pairs: int
+    good: float
+    bad: float
+    better: float
+    equal: float
+
+    @property
+    def auc(self) -> float:
+        """Share of the pairs in the right order, where equal ones count half; 0.5 is a toss-up."""
+        return self.better + self.equal / 2
+
+
+def separation(pairs: Sequence[tuple[float, float]]) -> Separation | None:
+    """Of (good, bad) rewards; None where there are none."""
+    if not pairs:
+        return None
+    good, bad = zip(*pairs, strict=True)
+    better = sum(g > b for g, b in pairs) / len(pairs)
+    equal = sum(g == b for g, b in pairs) / len(pairs)
+    return Separation(len(pairs), math.fsum(good) / len(pairs), math.fsum(bad) / len(pairs), better, equal)
+
+
+def check_rewards(
+    path: str, functions: Mapping[str, RewardFunction], weights: Sequence[float] | None = None
+) -> dict[str, Separation | None]:
+    """Print how well rewards separate the good from the bad replies in a file, and return it by name.
+
+    Args:
+        path: rows with a question, what it may be judged by (`answer`, `type`, `meta`, ...), and a `good` and a `bad`
+            reply, `flaw` naming what the bad one lacks; or rows of preferences (`chosen`, `rejected`).
+        functions: as `choose_rewards` gives them.
+        weights: one for each; 1 where there are none.
+
+    Returns:
+        By reward, and under `overall` for the weighted sum that training sees, in which a reward that does not apply
+        counts 0; None where a reward applies to no row.
+
+    Raises:
+        UserError: a row cannot be read or has no two replies, or a reward fails.
+    """
+    questions, replies, columns = read_labelled(path)
+    weights = [1.0] * len(functions) if weights is None else list(weights)
+    scores = {
+        name: [function(completions=side, prompts=questions, **columns) for side in replies]
+        for name, function in functions.items()
+    }
+    sums = [
+        [sum(weight * (value or 0.0) for weight, value in zip(weights, values, strict=True)) for values in rows]
+        for rows in (list(zip(*(scores[name][side] for name in functions), strict=True)) for side in (0, 1))
+    ]
+    pairs = {name: list(zip(*sides, strict=True)) for name, sides in (scores | {"overall": sums}).items()}
+
+    def of(name: str, flaw: str | None = None) -> Separation | None:
+        flaws = columns.get("flaw") or [None] * len(questions)
+        return separation(
+            [pair for pair, its in zip(pairs[name], flaws, strict=True) if None not in pair and flaw in (None, its)]
+        )
+
+    results = {name: of(name) for name in pairs}
+    print(f"{len(questions)} pairs in {path}\n")
+    print(f"{'reward':<16}{'weight':>8}{'pairs':>8}{'good':>9}{'bad':>9}{'good > bad':>12}{'equal':>9}{'AUC':>8}")
+    for (name, found), weight in zip(results.items(), [*weights, None], strict=True):
+        start = f"{name:<16}{'' if weight is None else f'{weight:g}':>8}{found.pairs if found else 0:>8}"
+        if found:
+            start += f"{found.good:>9.3f}{found.bad:>9.3f}{found.better:>12.1%}{found.equal:>9.1%}{found.auc:>8.3f}"
+        print(start)
+    flaws = sorted({flaw for flaw in columns.get("flaw", []) if flaw is not None})
+    if flaws:
+        widths = [max(8, len(name)) + 2 for name in pairs]
+        print("\nAUC by what the bad reply lacks")
+        heads = "".join(f"{name:>{width}}" for name, width in zip(pairs, widths, strict=True))
+        print(f"{'flaw':<24}{'pairs':>7}{heads}")
+        for flaw in flaws:
+            cells = [(of(name, flaw), width) for name, width in zip(pairs, widths, strict=True)]
+            line = "".join(f"{f'{found.auc:.3f}' if found else '-':>{width}}" for found, width in cells)
+            print(f"{flaw:<24}{columns['flaw'].count(flaw):>7}{line}")
+    print()
+    for name, found in results.items():
+        if found is None:
+            print(f"{name} applies to none of these rows.")
+        elif found.auc <= 0.5:
+            print(f"{name} does not separate: it prefers the bad reply as often as the good one, or more often.")
+    return results
+
+
+def read_labelled(path: str) -> tuple[list[Any], tuple[list[Any], list[Any]], dict[str, list[Any]]]:
+    """The prompts, the good and the bad replies (as messages), and the columns of a file for `check_rewards`."""
+    if not Path(path).is_file():
+        raise UserError(f"--check_rewards {path} is no file. Give one with labelled replies, a row a line.")
+    tasks, good, bad = [], [], []
+    for row in read_rows(path):
+        try:
+            if isinstance(row, Problem):
+                raise UserError(f"{row}")
+            task = to_task(row.value)
+            if {"good", "bad"} <= set(task["columns"]):
+                pair = [{"role": "assistant", "content": task["columns"].pop(name)} for name in ("good", "bad")]
+            else:
+                pair = [to_preference(row.value)[name] for name in ("chosen", "rejected")]
+            if not all(isinstance(reply["content"], str) for reply in pair):
+                raise RowError("a reply is no text", "Give good and bad (or chosen and rejected) as text.")
+        except RowError as error:
+            problem = Problem(row.place, str(error), error.remedy, error.value)
+            raise UserError(
+                f"{problem}\n--check_rewards needs rows with a question, good and bad, or of preferences."
+            ) from error
+        tasks.append(task)
+        good.append([pair[0]])
+        bad.append([pair[1]])
+    if not tasks:
+        raise UserError(f"--check_rewards {path} holds no rows.")
+    names = {name: None for task in tasks for name in task["columns"]}
+    columns = {name: [task["columns"].get(name) for task in tasks] for name in names}
+    return [task["messages"] for task in tasks], (good, bad), columns

@@ -1,0 +1,479 @@
+"""Scores of a reward model: of conversations, for whoever needs them, and of the rows of a file.
+
+The score is one number, read at the last token that is no padding. transformers tells padding by its id
+(`config.pad_token_id`), not by the attention mask, so that a model which pads with the token that ends its answers
+would be read somewhere before that end. `scoring_pad` chooses another one.
+"""
+
+import json
+import math
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from medicalgpt.data.encoding import EncodingError, refuse_special_tokens
+from medicalgpt.data.formats import PREFERENCE_FIELDS, to_messages, to_preference
+from medicalgpt.data.sources import SHOWN_PROBLEMS, Problem, Row, RowError, listed, read_rows
+from medicalgpt.errors import UserError
+from medicalgpt.logs import signs_of_life
+from medicalgpt.models import adapters, loading
+from medicalgpt.models.attention import context_length
+from medicalgpt.models.hub import (
+    ADAPTER_CONFIG,
+    HEADS,
+    CheckpointError,
+    config_of,
+    fetch,
+    recorded_positions,
+    resolve_checkpoint,
+)
+
+import torch
+from jinja2 import TemplateError
+from loguru import logger
+from tqdm import tqdm
+from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import is_deepspeed_zero3_enabled
+from trl.trainer.reward_trainer import suppress_seqcls_warning
+
+Messages = Sequence[Mapping[str, Any]]
+Tools = Sequence[Any]
+
+HEAD_NAME = re.compile(rf"(?:^|\.)(?:{'|'.join(HEADS)})(?:\.modules_to_save\.\w+)?$")
+# Rows are written after so many batches: enough to sort by length, little to lose.
+BATCHES_PER_WRITE = 16
+
+
+def is_reward_model(config: PreTrainedConfig) -> bool:
+    """Whether a configuration is that of a model with a head that gives one score.
+
+    Raises:
+        CheckpointError: a head with several outputs, which tells classes apart.
+    """
+    if not any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
+        return False
+    if config.num_labels != 1:
+        raise CheckpointError(
+            f"{config._name_or_path} has a head with {config.num_labels} outputs: it tells classes apart, and a reward "
+            "model has one output. Start from a language model, or from a reward model."
+        )
+    return True
+
+
+def is_reward_adapter(adapter: str) -> bool:
+    """Whether an adapter folder holds a reward model: low-rank matrices and a head with one output.
+
+    Raises:
+        CheckpointError: its head is missing or has several outputs.
+    """
+    if not resolve_checkpoint(adapter)[1]:
+        raise CheckpointError(f"{adapter} is no adapter: it has no {ADAPTER_CONFIG}.")
+    config = json.loads((Path(adapter) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    if config.get("task_type") != "SEQ_CLS":
+        return False
+    outputs = adapters.head_outputs(adapter)
+    if outputs != 1:
+        found = f"a head with {outputs} outputs" if outputs else "no head, so that its scores would be random"
+        raise CheckpointError(f"the adapter {adapter} has {found}; a reward model has one with one output.")
+    return True
+
+
+def scoring_pad(tokenizer: PreTrainedTokenizerBase, ends: Iterable[int]) -> str:
+    """A padding token that ends no answer: the tokenizer's own where that will do, else another special token.
+
+    Args:
+        tokenizer: with its chat template.
+        ends: ids with which answers end, as `template.stop_token_ids` gives them.
+
+    Raises:
+        UserError: no special token is left.
+    """
+    ends = set(ends)
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in ends:
+        return tokenizer.pad_token
+    # Some families give the row of the padding token no gradient, so it must not be one that texts hold.
+    template = tokenizer.chat_template or ""
+    free = [
+        token.content
+        for number, token in sorted(tokenizer.added_tokens_decoder.items())
+        if token.special and number not in ends and token.content not in template and number != tokenizer.bos_token_id
+    ]
+    if not free:
+        raise UserError(
+            f"the tokenizer pads with {tokenizer.pad_token}, which ends answers as well, and has no other special "
+            "token: scores would be read before the end of an answer. Give it a padding token of its own "
+            '(tokenizer.add_special_tokens({"pad_token": "<|pad|>"}), tokenizer.save_pretrained("my-tokenizer")) and '
+            "name it: --tokenizer_name_or_path my-tokenizer"
+        )
+    return min(free, key=lambda token: ("pad" not in token.lower(), token != tokenizer.unk_token))
+
+
+def score_in_float32(model: torch.nn.Module) -> None:
+    """Let the head compute in float32, whatever the model around it: bfloat16 keeps three digits of a score.
+
+    Call it after `models.adapters_to_float32`. Under ZeRO-3, which gathers a weight for its own module only, the head
+    stays as it is.
+    """
+    if is_deepspeed_zero3_enabled():
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and HEAD_NAME.search(name):
+            module.register_forward_hook(_in_float32)
+
+
+def _in_float32(module: torch.nn.Linear, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+    weight, bias = module.weight, module.bias
+    if weight.dtype == inputs[0].dtype == output.dtype == torch.float32:
+        return output
+    with torch.autocast(weight.device.type, enabled=False):
+        hidden = inputs[0].to(weight.device).float()
+        return torch.nn.functional.linear(hidden, weight.float(), None if bias is None else bias.float())
+
+
+class RewardScorer:
+    """A reward model and its tokenizer, ready to score conversations that end with an answer.
+
+    A score does not depend on the conversations that are computed beside it. It takes messages, not ids, so that it can
+    judge a model with another tokenizer: they are rendered by the reward model's own chat template, up to the end of
+    the last answer where the template marks answers by `{% generation %}`, and whole where it does not.
+
+    Args:
+        model: with a head of one output, with or without adapter. Where its `config` names no padding token, one is
+            set.
+        tokenizer: its tokenizer, with a chat template.
+
+    Raises:
+        UserError: no chat template, or no token to pad with.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
+        self.model, self.tokenizer = model, tokenizer
+        self.context_length = context_length(model.config)
+        if not tokenizer.chat_template:
+            raise UserError(
+                "the tokenizer of the reward model has no chat template, so a conversation cannot be put into tokens. "
+                "Name one that has: --tokenizer_name_or_path."
+            )
+        self._marks_answers = re.search(r"\{%-?\s*generation\s*-?%\}", str(tokenizer.chat_template)) is not None
+        config = model.config.get_text_config()
+        if config.pad_token_id is None:
+            example = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+            ends = {tokenizer.eos_token_id, self.encode(example)[-1]}
+            config.pad_token_id = tokenizer.convert_tokens_to_ids(scoring_pad(tokenizer, ends))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str,
+        *,
+        tokenizer_name_or_path: str | None = None,
+        dtype: str = "auto",
+        load_in_4bit: bool = False,
+        load_in_8bit: bool = False,
+        device_map: str | None = None,
+        hub: str = "huggingface",
+        revision: str | None = None,
+        cache_dir: str | None = None,
+    ) -> "RewardScorer":
+        """Load a reward model: whole weights, or an adapter folder (its base is found by itself).
+
+        Args:
+            device_map: as accelerate has it. Unset: one accelerator if there is any, the CPU otherwise.
+
+        Raises:
+            UserError: it cannot be found, is no reward model, or holds no trained head.
+        """
+        base, adapter = resolve_checkpoint(name_or_path)
+        base = fetch(base, hub, revision, cache_dir)
+        whole = is_reward_model(config_of(base, revision=revision, cache_dir=cache_dir))
+        if not (is_reward_adapter(adapter) if adapter else whole):
+            kind = "an adapter of a language model" if adapter else "a language model"
+            raise CheckpointError(
+                f"{name_or_path} is {kind}, without a head that scores. Train one: python reward_modeling.py "
+                f"--model_name_or_path {name_or_path} --train_file_dir data/reward"
+            )
+        named = tokenizer_name_or_path or adapter or base
+        tokenizer = loading.load_tokenizer(named, revision=revision, cache_dir=cache_dir)
+        # The head that the base lacks comes with the adapter; the library would report it as random numbers.
+        with suppress_seqcls_warning() if adapter else nullcontext():
+            model, found = loading.load_model(
+                AutoModelForSequenceClassification,
+                base,
+                dtype=dtype,
+                load_in_4bit=load_in_4bit,
+                load_in_8bit=load_in_8bit,
+                device_map=device_map,
+                revision=revision,
+                cache_dir=cache_dir,
+                num_labels=1,
+                output_loading_info=True,
+                **recorded_positions(adapter),
+            )
+        if missing := sorted(found["missing_keys"]) if whole else []:
+            raise CheckpointError(
+                f"{base} lacks {', '.join(missing[:3])}, which would be random numbers. Get the whole checkpoint."
+            )
+        loading.never_repack_4bit(model)
+        # Quantized weights are on their device already.
+        if device_map is None and not (load_in_4bit or load_in_8bit) and torch.accelerator.is_available():
+            model.to(torch.accelerator.current_accelerator())
+        if adapter:
+            # The base knows nothing of the padding that the adapter was trained with.
+            model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+            model = adapters.attach_adapter(model, adapter)
+        model.config.use_cache = False
+        score_in_float32(model)
+        return cls(model, tokenizer)
+
+    def encode(self, messages: Messages, tools: Tools | None = None) -> list[int]:
+        """Token ids of a conversation that ends with an answer, up to the token at which the score is read.
+
+        Raises:
+            EncodingError: too long for the model, refused by the template, or a text that spells a special token.
+        """
+        refuse_special_tokens(self.tokenizer, messages, tools)
+        try:
+            encoded = self.tokenizer.apply_chat_template(
+                list(messages),
+                tools=tools,
+                tokenize=True,
+                return_dict=True,
+                return_assistant_tokens_mask=self._marks_answers,
+                tokenizer_kwargs={"verbose": False},
+            )
+        except TemplateError as error:
+            raise EncodingError(f"the chat template refuses it: {error}", "Mend the row") from error
+        ids = list(encoded["input_ids"])
+        if self._marks_answers:
+            del ids[max(place for place, bit in enumerate(encoded["assistant_masks"]) if bit) + 1 :]
+        if self.context_length is not None and len(ids) > self.context_length:
+            raise EncodingError(
+                f"{len(ids)} tokens, longer than the {self.context_length} of the reward model",
+                "Shorten the row, or leave it out with --skip_long_rows True",
+                too_long=True,
+            )
+        return ids
+
+    def require_readable(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Raises UserError, with their places, for prompts that leave no room for an answer, or cannot be rendered.
+
+        Args:
+            rows: as `to_task` gives them, with `place`.
+        """
+        problems = []
+        for row in rows:
+            try:
+                self.encode([*row["messages"], {"role": "assistant", "content": "."}], row["tools"])
+            except EncodingError as error:
+                reason = f"the reward model cannot read it: {error.reason}"
+                problems.append(Problem(row["place"], reason, "Shorten or remove the row."))
+        if problems:
+            raise UserError(f"{len(problems)} prompt(s) cannot be scored by --reward_model_path:\n{listed(problems)}")
+
+    def score(
+        self, conversations: Sequence[Messages], tools: Sequence[Tools | None] | None = None, batch_size: int = 8
+    ) -> list[float]:
+        """One score for each conversation, in their order.
+
+        Args:
+            conversations: each ends with a turn of the assistant, the one that is judged.
+            tools: one entry for each conversation, in OpenAI form.
+
+        Raises:
+            EncodingError: see `encode`; before anything is computed.
+            UserError: a score that is no number.
+        """
+        tools = tools or [None] * len(conversations)
+        return self.score_ids([self.encode(*each) for each in zip(conversations, tools, strict=True)], batch_size)
+
+    @torch.no_grad()
+    def score_ids(
+        self, sequences: Sequence[Sequence[int]], batch_size: int = 8, progress: Callable[[int], Any] | None = None
+    ) -> list[float]:
+        """One score for each sequence of token ids, `batch_size` of like length at a time, padded on the right.
+
+        Args:
+            progress: called with the number of new scores after each batch.
+
+        Raises:
+            UserError: a score that is no number.
+        """
+        pad, device = self.model.config.get_text_config().pad_token_id, self.model.device
+        # Longest first: if memory does not suffice, that shows in the first batch.
+        order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]), reverse=True)
+        scores = [0.0] * len(sequences)
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            for start in range(0, len(order), batch_size):
+                chosen = order[start : start + batch_size]
+                ids = torch.full((len(chosen), len(sequences[chosen[0]])), pad)
+                mask = torch.zeros_like(ids)
+                for row, index in enumerate(chosen):
+                    ids[row, : len(sequences[index])] = torch.tensor(sequences[index])
+                    mask[row, : len(sequences[index])] = 1
+                logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
+                for index, score in zip(chosen, logits[:, 0].float().tolist(), strict=True):
+                    scores[index] = score
+                if progress is not None:
+                    progress(len(chosen))
+        finally:
+            self.model.train(was_training)
+        if not all(map(math.isfinite, scores)):
+            raise UserError("the reward model gave a score that is no number. Load it with --dtype float32.")
+        return scores
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A row of a file and the conversations in it, by the name under which the score of each is written."""
+
+    row: Row
+    tools: list[dict[str, Any]] | None
+    conversations: dict[str, list[dict[str, Any]]]
+
+
+def claim_output(score_file: str, output_file: str, overwrite: bool) -> None:
+    """Raises UserError if the scores would replace a file that nobody gave up."""
+    source, target = Path(score_file), Path(output_file)
+    if target.resolve() == source.resolve():
+        raise UserError(f"--output_file {target} is the score file itself; give it another name.")
+    if target.is_dir():
+        raise UserError(f"--output_file {target} is a folder; give the name of a file in it.")
+    if target.exists() and not overwrite:
+        raise UserError(
+            f"--output_file {target} exists already. Give another name, or replace it: --overwrite_output_file True."
+        )
+
+
+def read_judged(score_file: str, ignore: frozenset[str] = frozenset()) -> tuple[list[Judged], list[Problem]]:
+    """Rows that can be scored, in order, and what is wrong with the others.
+
+    Raises:
+        UserError: no such file, or a file without rows.
+    """
+    path = Path(score_file)
+    if not path.is_file() or path.suffix.lower() not in (".jsonl", ".json"):
+        raise UserError(f"--score_file {path} must be an existing .jsonl or .json file (looked in {Path.cwd()}).")
+    found: list[Judged] = []
+    problems: list[Problem] = []
+    for row in read_rows(path):
+        if isinstance(row, Problem):
+            problems.append(row)
+            continue
+        try:
+            found.append(_to_judged(row, ignore))
+        except RowError as error:
+            problems.append(Problem(row.place, error.reason, error.remedy, error.value))
+    if not found and not problems:
+        raise UserError(f"{path} has no rows. Fill it, or give another --score_file.")
+    return found, problems
+
+
+def _to_judged(row: Row, ignore: frozenset[str]) -> Judged:
+    value = row.value if isinstance(row.value, dict) else {}
+    if any(field in value and field not in ignore for pair in PREFERENCE_FIELDS for field in pair):
+        pair = to_preference(row.value, ignore)
+        tools = pair["tools"]
+        conversations = {f"{name}_score": [*pair["messages"], pair[name]] for name in ("chosen", "rejected")}
+    else:
+        chat = to_messages(row.value, ignore)
+        tools, conversations = chat["tools"], {"score": chat["messages"]}
+    if taken := sorted(({*conversations, "margin"} if len(conversations) == 2 else {"score"}) & set(value)):
+        raise RowError(
+            f"the output would replace the row's own {', '.join(taken)}",
+            "Rename the field.",
+            {name: value[name] for name in taken},
+        )
+    return Judged(row, tools, conversations)
+
+
+def score_rows(
+    scorer: RewardScorer,
+    rows: Sequence[Judged],
+    problems: Sequence[Problem],
+    output_file: str,
+    *,
+    batch_size: int = 8,
+    skip_bad_rows: bool = False,
+    skip_long_rows: bool = False,
+) -> dict[str, float]:
+    """Score rows and write them, each with all its fields, in their order, and count what is left out.
+
+    A pair gets `chosen_score`, `rejected_score` and `margin`, another row `score`.
+
+    Args:
+        problems: of rows that could not be read; those of rows that cannot be encoded are added here.
+
+    Returns:
+        Of pairs `accuracy`, `margin`, `chosen_reward` and `rejected_reward`; of other rows `mean_reward`,
+        `min_reward` and `max_reward`.
+
+    Raises:
+        UserError: any row with a problem that no flag allows to leave out; nothing is written then.
+    """
+    encoded: list[tuple[Judged, list[list[int]]]] = []
+    problems = list(problems)
+    for judged in rows:
+        try:
+            encoded.append((judged, [scorer.encode(each, judged.tools) for each in judged.conversations.values()]))
+        except EncodingError as error:
+            kind = "too long" if error.too_long else "unusable"
+            problems.append(Problem(judged.row.place, error.reason, f"{error.remedy}.", kind=kind))
+    allowed = {"unusable": skip_bad_rows, "too long": skip_long_rows, "unreadable": False}
+    if refused := [problem for problem in problems if not allowed[problem.kind]]:
+        raise UserError(
+            f"{len(refused)} row(s) cannot be scored; nothing was written:\n{listed(refused)}\n"
+            "Mend them, or leave them out and have them counted: --skip_bad_rows True (those that are too long: "
+            "--skip_long_rows True)."
+        )
+    for problem in problems[:SHOWN_PROBLEMS]:
+        logger.warning(f"left out: {problem}")
+    if not encoded:
+        raise UserError("every row was left out, so there is nothing to score; see the warnings above.")
+
+    target, partial = Path(output_file), Path(f"{output_file}.partial")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    results: list[dict[str, float]] = []
+    on_terminal, total = sys.stderr.isatty(), sum(len(sequences) for _, sequences in encoded)
+    with (
+        open(partial, "w", encoding="utf-8") as file,
+        tqdm(total=total, unit="answer", disable=not on_terminal) as bar,
+        nullcontext() if on_terminal else signs_of_life(lambda: f"{len(results)} of {len(encoded)} rows scored"),
+    ):
+        for first in range(0, len(encoded), batch_size * BATCHES_PER_WRITE):
+            part = encoded[first : first + batch_size * BATCHES_PER_WRITE]
+            scores = iter(scorer.score_ids([ids for _, each in part for ids in each], batch_size, bar.update))
+            for judged, _ in part:
+                result = {name: next(scores) for name in judged.conversations}
+                if len(result) == 2:
+                    result["margin"] = result["chosen_score"] - result["rejected_score"]
+                results.append(result)
+                file.write(json.dumps({**judged.row.value, **result}, ensure_ascii=False) + "\n")
+    partial.replace(target)
+    counts = Counter(problem.kind for problem in problems)
+    left_out = ", ".join(f"{count} {kind}" for kind, count in counts.items()) or "none"
+    logger.info(f"{len(encoded) + len(problems)} rows, scored {len(encoded)}, left out: {left_out}; {target}")
+    return _summary(results)
+
+
+def _summary(results: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    pairs = [result for result in results if "margin" in result]
+    single = [result["score"] for result in results if "score" in result]
+    summary: dict[str, float] = {}
+    if pairs:
+        summary = {
+            "accuracy": fmean(pair["margin"] > 0 for pair in pairs),
+            "margin": fmean(pair["margin"] for pair in pairs),
+            "chosen_reward": fmean(pair["chosen_score"] for pair in pairs),
+            "rejected_reward": fmean(pair["rejected_score"] for pair in pairs),
+        }
+    if single:
+        summary |= {"mean_reward": fmean(single), "min_reward": min(single), "max_reward": max(single)}
+    return summary

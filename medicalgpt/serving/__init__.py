@@ -1,0 +1,1 @@
+"""From a conversation to an answer, for every front end."""

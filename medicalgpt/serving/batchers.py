@@ -1,0 +1,402 @@
+"""Concurrent requests to one model, answered in batches.
+
+A model answers sixteen conversations in little more time than one. A `Batcher` takes requests from any thread and hands
+each one a future. `StaticBatcher` answers those that wait together, and admits the next when all of them are done.
+`ContinuousBatcher` admits at every token, through the paged attention of transformers, which is made for CUDA.
+"""
+
+import copy
+import itertools
+import threading
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from medicalgpt.args import ServeArguments
+from medicalgpt.errors import UserError
+from medicalgpt.serving.chat import AnswerStream, ChatEngine, settle
+from medicalgpt.serving.generation import Answer, Messages, Request, Row, Sampling, Tools, refuse_nan
+
+import torch
+from loguru import logger
+from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
+from transformers.generation.continuous_batching.requests import FutureRequestState, GenerationOutput
+
+# A prompt, how it is answered, the tools that were offered, and what is called with each piece of text.
+Job = tuple[Sequence[int], Sampling, Tools | None, Callable[[str], Any] | None]
+
+# Attention that pages of a cache can serve.
+PAGED_LAYERS = {"full_attention", "sliding_attention"}
+
+
+class QueueFullError(RuntimeError):
+    """More requests wait than may wait; `waiting` says how many."""
+
+    def __init__(self, waiting: int):
+        super().__init__(f"{waiting} requests wait already. Try again in a moment.")
+        self.waiting = waiting
+
+
+class BatcherClosedError(RuntimeError):
+    """The batcher takes no requests any more."""
+
+
+class Batcher(ABC):
+    """Answers concurrent requests with one model.
+
+    Args:
+        engine: the model.
+        max_batch_size: most answers that are computed together.
+        max_waiting: most requests that may wait beside them.
+
+    Raises:
+        ValueError: a limit is below 1.
+    """
+
+    def __init__(self, engine: ChatEngine, max_batch_size: int = 16, max_waiting: int = 64):
+        for name, value in (("max_batch_size", max_batch_size), ("max_waiting", max_waiting)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}, it must be at least 1.")
+        self.engine = engine
+        self.max_batch_size = max_batch_size
+        self.max_waiting = max_waiting
+        self._changed = threading.Condition()
+        self._closed = False
+
+    @property
+    @abstractmethod
+    def waiting(self) -> int:
+        """Requests that nothing was computed for yet."""
+
+    @property
+    @abstractmethod
+    def running(self) -> int:
+        """Answers that are being computed."""
+
+    @abstractmethod
+    def _admit(self, jobs: Sequence[tuple[Request, "Future[Answer]"]]) -> None:
+        """Take requests in; called under the lock."""
+
+    @abstractmethod
+    def _join(self) -> None:
+        """Wait until nothing is computed any more."""
+
+    @abstractmethod
+    def _cancel_all(self) -> None:
+        """Cancel what waits and runs; called under the lock."""
+
+    def submit(
+        self,
+        prompt_ids: Sequence[int],
+        sampling: Sampling | None = None,
+        tools: Tools | None = None,
+        on_text: Callable[[str], Any] | None = None,
+    ) -> "Future[Answer]":
+        """Ask for one answer.
+
+        Args:
+            prompt_ids: the rendered prompt, from `ChatEngine.prompt_ids` or `completion_ids`.
+            on_text: called with each piece of the text, in the thread that computes all answers: it has to be quick.
+
+        Returns:
+            The answer to come. It may be cancelled until it is there, which gives its place free at the next token.
+
+        Raises:
+            QueueFullError: too many requests wait.
+            BatcherClosedError: after `close`.
+        """
+        return self.submit_many([(prompt_ids, sampling or Sampling(), tools, on_text)])[0]
+
+    def submit_many(self, jobs: Sequence[Job]) -> list["Future[Answer]"]:
+        """Ask for several answers; all of them are taken in, or none. Errors are those of `submit`."""
+        admitted: list[tuple[Request, Future[Answer]]] = []
+        for prompt_ids, sampling, tools, on_text in jobs:
+            future: Future[Answer] = Future()
+            request = Request(
+                prompt_ids,
+                sampling,
+                tools,
+                on_text or (lambda text: None),
+                on_end=lambda answer, future=future: settle(future, answer),
+                cancelled=future.cancelled,
+                on_error=lambda error, future=future: settle(future, error=error),
+            )
+            admitted.append((request, future))
+        with self._changed:
+            if self._closed:
+                raise BatcherClosedError("The server is stopping and takes no new requests.")
+            free = self.max_waiting + max(0, self.max_batch_size - self.running) - self.waiting
+            if len(jobs) > free:
+                raise QueueFullError(self.waiting)
+            self._admit(admitted)
+            self._changed.notify_all()
+        return [future for _, future in admitted]
+
+    def chat(self, messages: Messages, sampling: Sampling | None = None, tools: Tools | None = None) -> Answer:
+        """Answer one conversation, as `ChatEngine.chat`."""
+        return self.submit(self.engine.prompt_ids(messages, tools), sampling, tools).result()
+
+    def stream(self, messages: Messages, sampling: Sampling | None = None, tools: Tools | None = None) -> AnswerStream:
+        """Answer one conversation piece by piece, as `ChatEngine.stream`."""
+        prompt_ids = self.engine.prompt_ids(messages, tools)
+        return AnswerStream(lambda on_text: (self.submit(prompt_ids, sampling, tools, on_text), lambda: None))
+
+    def close(self, finish: bool = True) -> None:
+        """Take no new requests, and return when nothing is computed any more.
+
+        Args:
+            finish: answer what waits and runs; otherwise it is cancelled.
+        """
+        with self._changed:
+            self._closed = True
+            if not finish:
+                self._cancel_all()
+            self._changed.notify_all()
+        self._join()
+
+    def __enter__(self) -> "Batcher":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close(finish=False)
+
+
+class StaticBatcher(Batcher):
+    """Answers the waiting requests together; the next are admitted when each of these has its answer."""
+
+    def __init__(self, engine: ChatEngine, max_batch_size: int = 16, max_waiting: int = 64):
+        super().__init__(engine, max_batch_size, max_waiting)
+        self._queue: deque[tuple[Request, Future[Answer]]] = deque()
+        self._batch: list[tuple[Request, Future[Answer]]] = []
+        self._thread = threading.Thread(target=self._work, name="StaticBatcher", daemon=True)
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        return sum(not future.done() for _, future in tuple(self._queue))
+
+    @property
+    def running(self) -> int:
+        return sum(not future.done() for _, future in tuple(self._batch))
+
+    def _admit(self, jobs: Sequence[tuple[Request, "Future[Answer]"]]) -> None:
+        self._queue.extend(jobs)
+
+    def _join(self) -> None:
+        self._thread.join()
+
+    def _cancel_all(self) -> None:
+        for _, future in (*self._queue, *self._batch):
+            future.cancel()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._queue or self._closed)
+                batch = []
+                while self._queue and len(batch) < self.max_batch_size:
+                    job = self._queue.popleft()
+                    if not job[1].cancelled():
+                        batch.append(job)
+                self._batch = batch
+                if not batch and self._closed and not self._queue:
+                    return
+            if batch:
+                self._answer(batch)
+
+    def _answer(self, batch: Sequence[tuple[Request, "Future[Answer]"]]) -> None:
+        try:
+            self.engine.generate([request for request, _ in batch])
+        except BaseException as error:
+            # The thread goes on: what broke this batch need not break the next one.
+            logger.opt(exception=error).debug("a batch failed")
+            for _, future in batch:
+                settle(future, error=error)
+
+
+class ContinuousBatcher(Batcher):
+    """Admits a waiting request as soon as an answer ends, at any token.
+
+    The library schedules and runs the model on pages of a shared cache; tokens are chosen by the rows of `ChatEngine`,
+    so that an answer is the one that `ChatEngine.chat` gives. Until the batcher is closed, the model attends to pages
+    and answers through it alone.
+
+    Raises:
+        UserError: the model has layers that the library cannot page.
+    """
+
+    def __init__(self, engine: ChatEngine, max_batch_size: int = 16, max_waiting: int = 64):
+        super().__init__(engine, max_batch_size, max_waiting)
+        if reasons := against_continuous(engine):
+            raise UserError(
+                f"Continuous batching cannot serve this model: {'; '.join(reasons)}. Use --batching static."
+            )
+        self._jobs: dict[str, tuple[Row, Future[Answer]]] = {}
+        self._numbers = itertools.count()
+        self._manager = engine.model.init_continuous_batching(
+            _beside_sampling(engine),
+            ContinuousBatchingConfig(
+                max_requests_per_batch=max_batch_size,
+                # Rows choose tokens on the host's terms: each with its own settings, at every step.
+                use_async_batching=False,
+                use_cuda_graph=False,
+                # A CPU has no memory of its own, of which nearly all could be taken for the cache.
+                max_memory_percent=None if engine.model.device.type == "cuda" else 0.05,
+            ),
+        )
+        processor = self._manager.logit_processor
+        processor.logits_processor.append(_PagedChooser())
+        processor.supported_keys, processor.tensors_required, processor.do_processing = {"row": Row}, 1, True
+        self._manager.start()
+        self._thread = threading.Thread(target=self._deliver, name="ContinuousBatcher", daemon=True)
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        return max(0, len(self._jobs) - self.max_batch_size)
+
+    @property
+    def running(self) -> int:
+        return min(len(self._jobs), self.max_batch_size)
+
+    def _admit(self, jobs: Sequence[tuple[Request, "Future[Answer]"]]) -> None:
+        for request, future in jobs:
+            name = str(next(self._numbers))
+            row = self.engine.row(request)
+            self._jobs[name] = row, future
+            self._manager.add_request(
+                list(request.prompt_ids), request_id=name, max_new_tokens=row.max_tokens, streaming=True, row=row
+            )
+            future.add_done_callback(lambda future, name=name: self._forget(name))
+
+    def _forget(self, name: str) -> None:
+        with self._changed:
+            if self._jobs.pop(name, None) is not None:
+                self._manager.cancel_request(name)
+            self._changed.notify_all()
+
+    def _join(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._jobs)
+        self._manager.stop(block=True)
+        self._thread.join()
+
+    def _cancel_all(self) -> None:
+        for _, future in tuple(self._jobs.values()):
+            future.cancel()
+
+    def _deliver(self) -> None:
+        """Hand each new token to its row, until the manager has stopped."""
+        while not self._closed or self._jobs:
+            output = self._manager.get_result(timeout=0.1)
+            if output is not None:
+                self._take(output)
+            elif not self._manager.is_running():
+                error = self._manager.background_thread_status.fatal_error or RuntimeError("generation has stopped")
+                with self._changed:
+                    self._closed = True
+                    futures = [future for _, future in self._jobs.values()]
+                for future in futures:
+                    settle(future, error=error)
+                return
+
+    def _take(self, output: GenerationOutput) -> None:
+        # What the manager has finished must not be cancelled there any more.
+        find = self._jobs.pop if output.is_finished() else self._jobs.get
+        row, future = find(output.request_id, (None, None))
+        if row is None:
+            return
+        if output.error is not None:
+            settle(future, error=RuntimeError(output.error))
+            return
+        # Under load, an output may hold more than one new token.
+        for token_id in output.generated_tokens[len(row.token_ids) :]:
+            if not row.ended:
+                row.add(token_id)
+        with self._changed:
+            self._changed.notify_all()
+
+
+class _PagedChooser(ContinuousBatchingLogitsProcessor):
+    """Lets the row of each request choose among the scores of its next token."""
+
+    supported_kwargs = {"row": Row}
+    ignored_kwargs = ()
+
+    def __init__(self) -> None:
+        self._states: list[FutureRequestState] = []
+
+    def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
+        int32_tensor.zero_()
+
+    def prepare_tensor_args(self, requests_with_new_token: list[FutureRequestState]) -> torch.Tensor:
+        """Keep the requests, in the order of the scores that come next; the tensor itself has no use here."""
+        self._states = list(requests_with_new_token)
+        return torch.zeros(len(self._states), dtype=torch.int32)
+
+    def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
+        """scores: (requests, vocabulary), float32, perhaps with further rows of no request at the end."""
+        refuse_nan(scores[: len(self._states)])
+        for number, future_state in enumerate(self._states):
+            state = future_state.state
+            before = torch.tensor([*state.initial_tokens, *state.generated_tokens], device=scores.device)
+            state.logit_processor_kwargs["row"].choose(scores[number], before)
+        return scores
+
+
+def _beside_sampling(engine: ChatEngine) -> GenerationConfig:
+    """What the checkpoint says of generation beside sampling, which is the work of the rows: suppressed tokens, say."""
+    config = copy.deepcopy(engine.model.generation_config)
+    config.update(
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        stop_strings=None,
+        max_length=None,
+        eos_token_id=sorted(engine.stop_ids) or -1,
+    )
+    return config
+
+
+def against_continuous(engine: ChatEngine) -> list[str]:
+    """Why continuous batching would not give the model's own answers; empty if it does."""
+    reasons = []
+    config = engine.model.config.get_text_config()
+    layers = set(getattr(config, "layer_types", None) or ["full_attention"]) - PAGED_LAYERS
+    if layers:
+        reasons.append(f"it has layers of the kind {', '.join(sorted(layers))}")
+    processors = engine.model._get_logits_processor(_beside_sampling(engine))
+    names = [type(each).__name__ for each in processors if not getattr(each, "supports_continuous_batching", False)]
+    if names:
+        reasons.append(f"its generation_config.json asks for {', '.join(names)}")
+    return reasons
+
+
+def batcher_from(engine: ChatEngine, arguments: ServeArguments) -> Batcher:
+    """The batcher that the flags ask for. Errors are those of `make_batcher`."""
+    return make_batcher(
+        engine,
+        batching=arguments.batching,
+        max_batch_size=arguments.max_batch_size,
+        max_waiting=arguments.max_waiting,
+    )
+
+
+def make_batcher(
+    engine: ChatEngine, *, batching: str = "auto", max_batch_size: int = 16, max_waiting: int = 64
+) -> Batcher:
+    """The batcher that `--batching` names: static, continuous, or auto, which is continuous on CUDA where it can be.
+
+    Raises:
+        UserError: continuous batching is asked for and the model cannot do it, or a limit is below 1.
+    """
+    if batching == "auto":
+        batching = "continuous" if engine.model.device.type == "cuda" and not against_continuous(engine) else "static"
+    kind = {"static": StaticBatcher, "continuous": ContinuousBatcher}[batching]
+    try:
+        return kind(engine, max_batch_size, max_waiting)
+    except ValueError as error:
+        raise UserError(f"--{error}") from error

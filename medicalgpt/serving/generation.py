@@ -1,0 +1,385 @@
+"""Choosing tokens: sampling settings, answers, and the rows of a batch."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from medicalgpt.args import ChatArguments
+from medicalgpt.errors import UserError
+from medicalgpt.models.templating import tool_format_of
+from medicalgpt.models.tool_formats import ToolFormat, beginning_at_end
+
+import torch
+from transformers import LogitsProcessor, PreTrainedTokenizerBase, StoppingCriteria
+
+Messages = Sequence[Mapping[str, Any]]
+Tools = Sequence[Any]
+
+# torch takes seeds below 2**63; half of that leaves room to add a row number.
+MAX_SEED = 2**62
+# As many likely tokens beside the chosen one as can be asked for.
+MAX_TOP_LOG_PROBS = 20
+
+# What a decoder writes for bytes that are no character, or not yet one.
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen, and where an answer ends.
+
+    Args:
+        max_new_tokens: most tokens of one answer; less where the model's context ends before.
+        temperature: the scores are divided by it; 0 takes the best token every time (greedy).
+        top_p: keep the likeliest tokens that hold this share of the probability (https://arxiv.org/abs/1904.09751).
+        top_k: keep the k likeliest tokens; 0 keeps all.
+        repetition_penalty: scores of tokens in the prompt or the answer are made worse by this factor
+            (https://arxiv.org/abs/1909.05858); 1 does nothing.
+        stop: strings that end the answer and are not part of it.
+        seed: the same seed gives the same text. Unset: drawn from torch's global generator.
+        log_probs: note how probable each token was in the draw; not for temperature 0.
+        top_log_probs: note how probable the model finds each token, before all of the above, and so many of the
+            likeliest ones beside it. Unset: nothing is noted.
+
+    Raises:
+        ValueError: a value is outside of its range.
+    """
+
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+    log_probs: bool = False
+    top_log_probs: int | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        for name, right, wanted in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
+            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "above 0"),
+            ("stop", all(self.stop), "without empty strings"),
+            ("log_probs", not self.log_probs or self.temperature > 0, "False where nothing is drawn"),
+            (
+                "top_log_probs",
+                self.top_log_probs is None or 0 <= self.top_log_probs <= MAX_TOP_LOG_PROBS,
+                f"from 0 to {MAX_TOP_LOG_PROBS}",
+            ),
+            ("seed", self.seed is None or 0 <= self.seed < MAX_SEED, "at least 0 and below 2**62"),
+        ):
+            if not right:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, it must be {wanted}.")
+
+
+def sampling_from(arguments: ChatArguments) -> Sampling:
+    """What the flags say of sampling.
+
+    Raises:
+        UserError: a value is outside of its range.
+    """
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
+    stop = () if arguments.stop_str is None else (arguments.stop_str,)
+    try:
+        return Sampling(stop=stop, **{name: getattr(arguments, name) for name in names})
+    except ValueError as error:
+        raise UserError(f"--{error}") from error
+
+
+@dataclass(frozen=True)
+class TokenScore:
+    """How probable the model found a token of its answer.
+
+    Attributes:
+        log_prob: its log-probability under the model, before temperature, penalties and the like.
+        top: the likeliest tokens in its place, each with its log-probability, the best first.
+    """
+
+    token_id: int
+    log_prob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One finished answer.
+
+    Attributes:
+        text: the answer without stop token and stop string.
+        finish_reason: "stop" if the model or a stop string ended it, "length" if the tokens ran out.
+        prompt_tokens: tokens of the rendered prompt.
+        completion_tokens: tokens generated, the stop token among them.
+        tool_calls: calls of the tools that were offered, in OpenAI form with arguments as a dict; they are no part of
+            `text`. What is no well-formed call of an offered tool stays in `text`.
+        token_ids: what the model wrote, the stop token among it.
+        log_probs: of each of these tokens, as it was drawn, if that was asked for.
+        scores: of each of these tokens, if `top_log_probs` was set.
+    """
+
+    text: str
+    finish_reason: Literal["stop", "length"]
+    prompt_tokens: int
+    completion_tokens: int
+    tool_calls: tuple[dict[str, Any], ...] = ()
+    token_ids: tuple[int, ...] = ()
+    log_probs: tuple[float, ...] = ()
+    scores: tuple[TokenScore, ...] = ()
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt that waits for its answer, for `ChatEngine.generate`.
+
+    Args:
+        prompt_ids: the rendered prompt.
+        sampling: how it is answered.
+        tools: what was offered in it.
+        on_text: called with each piece of text that has become certain, in the thread that generates.
+        on_end: called with the answer as soon as it is there, which may be before those beside it.
+        cancelled: asked at every token; True ends the answer, and `on_end` is not called.
+        on_error: called if this answer fails, while those beside it go on. Unset: the error is raised for all.
+    """
+
+    prompt_ids: Sequence[int]
+    sampling: Sampling
+    tools: Tools | None = None
+    on_text: Callable[[str], Any] = lambda text: None
+    on_end: Callable[[Answer], Any] = lambda answer: None
+    cancelled: Callable[[], bool] = lambda: False
+    on_error: Callable[[Exception], Any] | None = None
+
+
+class Row:
+    """One growing answer: chooses its tokens, decodes whole characters, finds stop strings, knows when it has ended.
+
+    The draw of a token is the Gumbel-max trick (https://arxiv.org/abs/1411.0030): `argmax(score + Gumbel noise)` is
+    distributed like a draw from `softmax(score)`. With a generator of its own, a row is the same alone and in any
+    batch.
+
+    Attributes:
+        max_tokens: most tokens that it may have.
+        ended: whether it needs no further token.
+        answer: once it has ended, unless it was cancelled.
+        token_ids: the answer so far, its stop token among it.
+
+    Args:
+        special_ids: ids of the special tokens by their text.
+        stop_ids: ids that end an answer.
+        stop_strings: strings that end an answer, besides those of the request.
+        context_length: most tokens of prompt and answer together; None where there is no limit.
+        device: where the scores are.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        special_ids: Mapping[str, int],
+        stop_ids: frozenset[int],
+        stop_strings: Sequence[str],
+        context_length: int | None,
+        device: torch.device,
+    ):
+        self.prompt_ids = request.prompt_ids
+        self.max_tokens = request.sampling.max_new_tokens
+        if context_length is not None:
+            self.max_tokens = min(self.max_tokens, context_length - len(self.prompt_ids))
+        self.ended = False
+        self.answer: Answer | None = None
+        self._request = request
+        self._sampling = request.sampling
+        self._generator = None
+        if self._sampling.temperature > 0:
+            self._generator = torch.Generator(device).manual_seed(seed_of(self._sampling))
+
+        self._tools: ToolFormat | None = tool_format_of(tokenizer) if request.tools else None
+        # Special tokens are left out of the text, where they could not be found as strings. The marks of a call are
+        # kept: without them, it could not be told from text.
+        stop = (*self._sampling.stop, *stop_strings)
+        self._stop_ids = stop_ids.union(special_ids[text] for text in stop if text in special_ids)
+        self._stop_strings = tuple(text for text in stop if text not in special_ids)
+        marks = self._tools.marks if self._tools else ()
+        shown = {special_ids[mark] for mark in marks if mark in special_ids}
+        self._hidden_ids = frozenset(special_ids.values()) - shown
+
+        self._tokenizer = tokenizer
+        self.token_ids: list[int] = []
+        # On the device until the end, since reading a number there makes the device wait.
+        self._log_probs: list[torch.Tensor] = []
+        self._scores: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        # Text that is certain, how much of it was passed on, and text that may be the beginning of a stop string.
+        self._text = ""
+        self._passed_on = 0
+        self._held = ""
+        # A token's text can depend on the token before (spaces, bytes of a character), so that decoding starts at
+        # `_context`, tokens before `_fresh` are decoded already, and `_seen` characters after them too.
+        self._ids: list[int] = []
+        self._context = 0
+        self._fresh = 0
+        self._seen = 0
+
+    def choose(self, scores: torch.Tensor, before: torch.Tensor) -> None:
+        """Change scores in place so that the best one is the next token.
+
+        Args:
+            scores: of the whole vocabulary, (vocabulary,), float32.
+            before: tokens of the prompt and of the answer so far, (length,).
+        """
+        sampling = self._sampling
+        plain = None if sampling.top_log_probs is None else scores.log_softmax(-1)
+        if sampling.repetition_penalty != 1:
+            said = before.unique()
+            penalty = sampling.repetition_penalty
+            scores[said] = torch.where(scores[said] > 0, scores[said] / penalty, scores[said] * penalty)
+        if self._generator is not None:
+            likely = _kept(scores, sampling)
+            scores.copy_(_draw(likely, self._generator))
+            if sampling.log_probs:
+                self._log_probs.append(likely.log_softmax(-1)[scores.argmax()])
+        if plain is not None:
+            top = plain.topk(min(sampling.top_log_probs, len(plain)))
+            self._scores.append((plain[scores.argmax()], top.indices, top.values))
+
+    def add(self, token_id: int) -> None:
+        """Take in the next token and pass on the text that became certain."""
+        if self._request.cancelled():
+            self.ended = True
+            return
+        try:
+            self._add(token_id)
+        except Exception as error:
+            if self._request.on_error is None:
+                raise
+            self.ended = True
+            self._request.on_error(error)
+
+    def _add(self, token_id: int) -> None:
+        self.token_ids.append(token_id)
+        if token_id in self._stop_ids:
+            self._end(len(self._held), "stop")
+            return
+        self._ids.append(token_id)
+        self._held += self._decode()
+        found = [at for at in map(self._held.find, self._stop_strings) if at >= 0]
+        if found:
+            self._end(min(found), "stop")
+        elif len(self.token_ids) == self.max_tokens:
+            self._end(len(self._held), "length")
+        else:
+            unsure = max((beginning_at_end(self._held, stop) for stop in self._stop_strings), default=0)
+            self._release(len(self._held) - unsure)
+            self._pass_on(self._text[: self._tools.certain(self._text)] if self._tools else self._text)
+
+    def _end(self, length: int, finish_reason: Literal["stop", "length"]) -> None:
+        self._release(length)
+        tools = self._request.tools
+        text, calls = self._tools.parse(self._text, tools) if self._tools else (self._text, [])
+        self._pass_on(text)
+        self.ended = True
+        self.answer = Answer(
+            text=text,
+            finish_reason=finish_reason,
+            prompt_tokens=len(self.prompt_ids),
+            completion_tokens=len(self.token_ids),
+            tool_calls=tuple(calls),
+            token_ids=tuple(self.token_ids),
+            log_probs=tuple(torch.stack(self._log_probs).tolist()) if self._log_probs else (),
+            scores=tuple(
+                TokenScore(token_id, log_prob.item(), tuple(zip(top_ids.tolist(), top.tolist(), strict=True)))
+                for token_id, (log_prob, top_ids, top) in zip(self.token_ids, self._scores, strict=False)
+            ),
+        )
+        self._request.on_end(self.answer)
+
+    def _release(self, length: int) -> None:
+        self._text += self._held[:length]
+        self._held = self._held[length:]
+
+    def _pass_on(self, text: str) -> None:
+        if len(text) > self._passed_on:
+            self._request.on_text(text[self._passed_on :])
+            self._passed_on = len(text)
+
+    def _decode(self) -> str:
+        known = self._decoded(self._ids[self._context : self._fresh])
+        fresh = self._decoded(self._ids[self._context :])[len(known) :]
+        whole = fresh.rstrip(REPLACEMENT)
+        piece = whole[self._seen :]
+        self._seen = max(self._seen, len(whole))
+        if whole and whole == fresh:
+            self._context, self._fresh, self._seen = self._fresh, len(self._ids), 0
+        return piece
+
+    def _decoded(self, ids: list[int]) -> str:
+        ids = [token_id for token_id in ids if token_id not in self._hidden_ids]
+        return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+class Chooser(LogitsProcessor):
+    """Lets each row choose among the scores of its next token."""
+
+    def __init__(self, rows: Sequence[Row], width: int):
+        self.rows = rows
+        self.padding = [width - len(row.prompt_ids) for row in rows]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """input_ids: (batch, length); scores: (batch, vocabulary), float32."""
+        refuse_nan(scores)
+        for number, row in enumerate(self.rows):
+            if not row.ended:
+                row.choose(scores[number], input_ids[number, self.padding[number] :])
+        return scores
+
+
+class Recorder(StoppingCriteria):
+    """Hands each new token to its row, and ends the rows that have their answer."""
+
+    def __init__(self, rows: Sequence[Row]):
+        self.rows = rows
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        """input_ids: (batch, length). Returns (batch,), True where a row has ended."""
+        for row, token_id in zip(self.rows, input_ids[:, -1].tolist(), strict=True):
+            if not row.ended:
+                row.add(token_id)
+        return torch.tensor([row.ended for row in self.rows], device=input_ids.device)
+
+
+def refuse_nan(scores: torch.Tensor) -> None:
+    """Raises UserError if a score is not a number."""
+    if scores.isnan().any():
+        raise UserError(
+            "The model's scores are not numbers (NaN), so no token can be chosen. Weights in float16 overflow in "
+            "many models: load them with --dtype bfloat16 or float32. If that is no cure, the weights are broken."
+        )
+
+
+def _kept(scores: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """Return scores (vocabulary,) divided by the temperature, and those that top_k and top_p leave out at -inf."""
+    # With the best score at 0, no temperature however small makes it overflow.
+    scores = (scores - scores.max()) / sampling.temperature
+    if 0 < sampling.top_k < len(scores):
+        scores = scores.masked_fill(scores < scores.topk(sampling.top_k).values[-1], float("-inf"))
+    if sampling.top_p < 1:
+        probabilities, order = scores.softmax(-1).sort(descending=True)
+        mass_before = probabilities.cumsum(-1) - probabilities
+        scores = scores.masked_fill(mass_before.gather(0, order.argsort()) >= sampling.top_p, float("-inf"))
+    return scores
+
+
+def _draw(scores: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Return scores (vocabulary,) whose argmax is a draw from `softmax(scores)`."""
+    noise = torch.empty_like(scores).exponential_(generator=generator)
+    return scores - noise.clamp_min(torch.finfo(noise.dtype).tiny).log()
+
+
+def seed_of(sampling: Sampling) -> int:
+    if sampling.seed is not None:
+        return sampling.seed
+    # Greedy answers draw nothing: a look at a model in training must not change the training's random numbers.
+    return int(torch.randint(MAX_SEED, ())) if sampling.temperature > 0 else 0

@@ -1,0 +1,179 @@
+"""What the web pages share: labels, login, content policy, streaming."""
+
+import asyncio
+import html
+import os
+import re
+import socket
+from collections.abc import AsyncIterator
+
+from medicalgpt.args import PageArguments
+from medicalgpt.errors import UserError
+from medicalgpt.serving.batchers import Batcher, BatcherClosedError, QueueFullError
+from medicalgpt.serving.generation import Messages, Sampling
+from medicalgpt.serving.web import is_loopback
+
+import gradio as gr
+from loguru import logger
+from starlette.datastructures import MutableHeaders
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+Turns = list[dict[str, str]]
+# Code in Markdown, and what browsers take for a tag or a character; thoughts are folded by their tags.
+CODE = re.compile(r"(```.*?(?:```|$)|`[^`\n]+`)", re.DOTALL)
+HTML = re.compile(r"<(?=[a-zA-Z/!?])(?!/?think>)|&(?=[a-zA-Z#])")
+# The browser's language chooses.
+LABELS = {
+    "about": ("A model in training makes mistakes and is no doctor.", "训练中的模型会出错，不能代替医生。"),
+    "chat": ("Conversation", "对话"),
+    "question": ("Your question", "您的问题"),
+    "send": ("Send", "发送"),
+    "stop": ("Stop", "停止"),
+    "retry": ("Retry", "重试"),
+    "undo": ("Undo", "撤回"),
+    "clear": ("Clear", "清空"),
+    "notice": ("Notice", "提示"),
+    "settings": ("Settings", "设置"),
+    "system_prompt": ("System prompt", "系统提示词"),
+    "max_new_tokens": ("Most new tokens", "最大词元数"),
+    "temperature": ("Temperature", "温度"),
+    "top_p": ("Top-p", "Top-p"),
+    "top_k": ("Top-k (0: all)", "Top-k（0：全部）"),
+    "repetition_penalty": ("Repetition penalty", "重复惩罚"),
+    "seed": ("Seed (empty: by chance)", "随机种子（空：随机）"),
+}
+LABEL = gr.I18n(
+    **{language: {name: both[i] for name, both in LABELS.items()} for i, language in enumerate(("en", "zh"))}
+)
+# Sanitized Markdown still has images, and an image from another host would tell it what the page has been told.
+CONTENT_POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; object-src 'none'; "
+    "base-uri 'self'; form-action 'self'"
+)
+
+
+def auth_of(arguments: PageArguments) -> tuple[str, str] | None:
+    """Raises UserError if other people could reach the page without a password, or it is not user:password."""
+    auth = arguments.auth or os.environ.get("MEDICALGPT_AUTH")
+    if auth:
+        user, _, password = auth.partition(":")
+        if not (user and password):
+            raise UserError("--auth (or MEDICALGPT_AUTH) must be user:password, with both parts.")
+        return user, password
+    if arguments.share or not is_loopback(arguments.host):
+        flag = "--share True" if arguments.share else f"--host {arguments.host}"
+        raise UserError(f"{flag} lets other people in: add --auth user:password, or set MEDICALGPT_AUTH to it.")
+    return None
+
+
+def launch(page: gr.Blocks, arguments: PageArguments, auth: tuple[str, str] | None, max_file_size: int = 1) -> str:
+    """Serve the page in a thread of its own; returns its address.
+
+    Args:
+        max_file_size: most bytes of an upload; so little where the page takes none.
+
+    Raises:
+        UserError: the address cannot be listened on.
+    """
+    # A page of another site may give its own name the address of this machine, and ask through the browser here.
+    names = ["127.0.0.1", "localhost", arguments.host]
+    own_name_only = [] if auth else [Middleware(TrustedHostMiddleware, allowed_hosts=names)]
+    try:
+        port = arguments.port
+        if port == 0:
+            with socket.create_server((arguments.host, 0)) as listening:
+                port = listening.getsockname()[1]
+        _, url, public_url = page.launch(
+            server_name=arguments.host,
+            server_port=port,
+            auth=auth,
+            share=arguments.share,
+            i18n=LABEL,
+            # Gradio's own themes load fonts from Google.
+            theme=gr.themes.Default(font=["sans-serif"], font_mono=["monospace"]),
+            app_kwargs={"middleware": [*own_name_only, Middleware(with_content_policy)]},
+            footer_links=[],
+            run_history=False,
+            enable_monitoring=False,
+            ssr_mode=False,
+            pwa=False,
+            mcp_server=False,
+            max_file_size=max_file_size,
+            quiet=True,
+            prevent_thread_lock=True,
+        )
+    except OSError as error:
+        raise UserError(
+            f"--port {arguments.port} of --host {arguments.host} cannot be listened on; it may be taken. Give another."
+        ) from error
+    return public_url or url
+
+
+def with_content_policy(app: ASGIApp) -> ASGIApp:
+    """Wrap an ASGI application so that browsers load nothing from other hosts."""
+
+    async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_policy(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["Content-Security-Policy"] = CONTENT_POLICY
+            await send(message)
+
+        await app(scope, receive, send_with_policy)
+
+    return wrapped
+
+
+def shown(said: Turns) -> Turns:
+    """The turns with HTML written out, but for code and thoughts: sanitizing would take it away without a word."""
+    turns = []
+    for turn in said:
+        parts = CODE.split(turn["content"])
+        parts[::2] = (HTML.sub(lambda mark: html.escape(mark[0]), part) for part in parts[::2])
+        turns.append({**turn, "content": "".join(parts)})
+    return turns
+
+
+async def stream(
+    batcher: Batcher, messages: Messages, sampling: Sampling, timeout: float
+) -> AsyncIterator[tuple[str, str]]:
+    """Yield the answer so far each time that it has grown, and a note on it. Closing cancels the request.
+
+    Raises:
+        UserError: the conversation cannot be answered.
+        QueueFullError, BatcherClosedError: see `Batcher.submit`.
+        TimeoutError: it took longer than `timeout` seconds.
+    """
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + timeout
+    pieces: asyncio.Queue[str | None] = asyncio.Queue()
+
+    def put(piece: str | None) -> None:
+        loop.call_soon_threadsafe(pieces.put_nowait, piece)
+
+    future = batcher.submit(batcher.engine.prompt_ids(messages), sampling, on_text=put)
+    future.add_done_callback(lambda _: put(None))
+    text = ""
+    try:
+        while (piece := await asyncio.wait_for(pieces.get(), deadline - loop.time())) is not None:
+            text += piece
+            # A page that is slower than the model catches up here.
+            if pieces.empty():
+                yield text, ""
+        answer = future.result()
+        cut = answer.finish_reason == "length"
+        yield answer.text, f"The answer was cut after {answer.completion_tokens} tokens." if cut else ""
+    finally:
+        future.cancel()
+
+
+def describe(error: Exception) -> str:
+    """What a visitor is told of an error."""
+    if isinstance(error, (UserError, ValueError, QueueFullError, BatcherClosedError)):
+        return str(error)
+    if isinstance(error, TimeoutError):
+        return "The answer took too long and was stopped."
+    logger.opt(exception=error).error("no answer")
+    return "The model failed; the program's log says why."

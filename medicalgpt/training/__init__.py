@@ -1,0 +1,1 @@
+"""Runs, trainers, checkpoints, curves."""

@@ -1,0 +1,127 @@
+"""Trainer callbacks: metrics to a file, progress lines, a finite loss."""
+
+import json
+import math
+import resource
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from medicalgpt.errors import UserError
+
+import torch
+from loguru import logger
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+SIGN_OF_LIFE_SECONDS = 30
+# What a line of progress says of a log event, beside speed and memory.
+SHOWN_METRICS = ("loss", "accuracy", "rewards/accuracies", "score", "reward", "rewards/accuracy/mean", "kl")
+
+
+class MetricsFile(TrainerCallback):
+    """One JSON object a line in metrics.jsonl for every log event."""
+
+    def __init__(self, output_dir: Path, append: bool):
+        self.path, self.append = output_dir / "metrics.jsonl", append
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or not self.path.is_file():
+            return
+        # What the stopped run logged beyond the checkpoint will be logged once more.
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.append else []
+        kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+        self.path.write_text("".join(kept), encoding="utf-8")
+
+    def on_log(
+        self, args: TrainingArguments, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            event = {"step": state.global_step, "epoch": state.epoch, "seconds": round(time.time(), 1), **(logs or {})}
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(event) + "\n")
+
+
+class FirstStep(TrainerCallback):
+    """Call `look(trainer, batches)` once the batches of the first step are there, before anything is computed."""
+
+    def __init__(self, trainer: Trainer, look: Callable[[Trainer, Sequence[dict[str, torch.Tensor]]], None]):
+        self.trainer, self.look = trainer, look
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        fetch = self.trainer.get_batch_samples
+
+        def fetch_and_look(*fetch_args: Any) -> tuple[list, Any]:
+            del self.trainer.get_batch_samples
+            batches, count = fetch(*fetch_args)
+            if batches:
+                self.look(self.trainer, batches)
+            return batches, count
+
+        # The library shows a callback everything but the batches.
+        self.trainer.get_batch_samples = fetch_and_look
+
+
+class FiniteLoss(TrainerCallback):
+    """End a run whose loss is no number any more: from then on every weight is lost, and nothing is worth saving."""
+
+    def on_log(
+        self, args: TrainingArguments, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        # Of a run shorter than --logging_steps there is only the mean over all steps.
+        loss = (logs or {}).get("loss", (logs or {}).get("train_loss", 0.0))
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the training loss became {loss} at or before step {state.global_step}; the run was ended and nothing "
+                "was saved. Lower --learning_rate, prefer --bf16 to --fp16, or add --max_grad_norm 1.0."
+            )
+
+
+class PlainProgress(TrainerCallback):
+    """Progress as plain lines, for logs and pipes: at each log event, and at least every 30 seconds."""
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        self.began = self.last_line = time.time()
+        self.first_step, self.first_tokens = state.global_step, state.num_input_tokens_seen
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.first_step + 1:
+            logger.info(f"first step done, {time.time() - self.began:.1f} s after training began")
+        if time.time() - self.last_line >= SIGN_OF_LIFE_SECONDS:
+            self._line(state, {})
+
+    def on_log(
+        self, args: TrainingArguments, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        if logs and not {"loss", "eval_loss", "eval_score", "eval_reward"}.isdisjoint(logs):
+            self._line(state, logs)
+
+    def _line(self, state: Any, logs: dict[str, Any]) -> None:
+        if not state.is_world_process_zero:
+            return
+        self.last_line = time.time()
+        elapsed = self.last_line - getattr(self, "began", self.last_line)
+        done = state.global_step - getattr(self, "first_step", 0)
+        parts = [f"step {state.global_step}/{state.max_steps} ({state.global_step / max(state.max_steps, 1):.0%})"]
+        parts += [f"{name} {logs[name]:.4g}" for name in SHOWN_METRICS if logs.get(name) is not None]
+        if "num_tokens" in logs and elapsed > 0:
+            tokens = logs["num_tokens"] - getattr(self, "first_tokens", 0)
+            parts.append(f"{tokens / elapsed:,.0f} tokens/s")
+        parts.append(f"{peak_memory_gb():.2f} GB")
+        if done and state.max_steps > state.global_step:
+            parts.append(f"{_duration(elapsed / done * (state.max_steps - state.global_step))} to go")
+        logger.info("  ".join(parts))
+
+
+def peak_memory_gb() -> float:
+    """Peak memory of this process in GB: of the GPU where there is one, of the program otherwise."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"

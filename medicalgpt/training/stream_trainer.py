@@ -1,0 +1,211 @@
+"""Train on a stream of rows, and resume it exactly."""
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from medicalgpt.args import DataArguments
+from medicalgpt.data.streaming import Position, StreamedSamples
+from medicalgpt.errors import UserError
+from medicalgpt.logs import is_main_process
+from medicalgpt.training.trainers import TokenTrainer
+
+import torch
+from accelerate.utils import gather_object
+from loguru import logger
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback
+from trl import SFTConfig
+
+STATE_FILE = "stream.json"
+
+
+def check_flags(data_args: DataArguments, args: SFTConfig, *, rows_can_be_too_long: bool) -> None:
+    """Refuse flags that cannot be kept with --streaming, and set what follows from it in `args`.
+
+    Args:
+        rows_can_be_too_long: the stage refuses rows by their number of tokens.
+
+    Raises:
+        UserError: one of them, with what to do instead.
+    """
+    given = args.given | data_args.given
+    if not data_args.streaming:
+        if "shuffle_buffer" in given:
+            raise UserError("--shuffle_buffer has an effect with --streaming True only; rows are fully shuffled else.")
+        return
+    if args.max_steps <= 0:
+        raise UserError(
+            "--streaming needs --max_steps: the learning rate falls over all steps, and how many an epoch has is known "
+            "only after all rows were tokenized. The log gives an estimate before the first step."
+        )
+    if rows_can_be_too_long and not data_args.skip_long_rows:
+        raise UserError(
+            "--streaming tokenizes while it trains, so a row that is too long is found only then. Say beforehand that "
+            "such rows are left out and counted: --skip_long_rows True."
+        )
+    if data_args.shuffle_buffer < 1:
+        raise UserError(
+            f"--shuffle_buffer {data_args.shuffle_buffer} must be at least 1, which keeps the files' order."
+        )
+    refused = {
+        "num_train_epochs": "Say --max_steps alone.",
+        "overwrite_cache": "Nothing is cached.",
+        "preprocessing_num_workers": "Tokenize in other processes with --dataloader_num_workers.",
+        "ignore_data_skip": "A resumed run goes on with the very next row.",
+        "dataloader_drop_last": "Every batch is full: an epoch goes on into the next.",
+        "dataloader_persistent_workers": "Workers live as long as the run anyway.",
+        "dataloader_in_order": "Batches come in order always, or a run could not be resumed.",
+    }
+    for name, remedy in refused.items():
+        if name in given:
+            raise UserError(f"--{name} has no effect with --streaming. {remedy}")
+    if data_args.validation_split_percentage:
+        raise UserError(
+            "--validation_split_percentage needs all rows in memory, which --streaming avoids. Put the held-out rows "
+            "into a file of their own: --validation_file_dir."
+        )
+    if data_args.dataset_name:
+        raise UserError(
+            "--streaming reads files. Load the data set to a folder with `hf download --repo-type dataset` and name it "
+            "with --train_file_dir, or leave --streaming out: data sets of the hub are kept on the disk."
+        )
+    for name in ("eval_strategy", "save_strategy", "logging_strategy"):
+        if getattr(args, name) == "epoch":
+            step = name.replace("strategy", "steps")
+            raise UserError(f"--{name} epoch: with --streaming epochs have no end to stop at. Say --{step} N.")
+    if args.train_sampling_strategy != "random":
+        if "train_sampling_strategy" in given:
+            raise UserError(
+                f"--train_sampling_strategy {args.train_sampling_strategy} needs the lengths of all rows, which "
+                "--streaming does not know. Leave it out, or use --packing True against padding."
+            )
+        args.train_sampling_strategy = "random"
+
+
+@dataclass
+class StreamCollator:
+    """A collator whose batches also say where in the stream their last sample stands."""
+
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        if "failure" in rows[-1]:
+            return {"failure": rows[-1]["failure"]}
+        return {**self.collate(rows), "position": rows[-1]["position"], "worker": rows[-1]["worker"]}
+
+
+class StreamTrainer(TokenTrainer):
+    """`TokenTrainer` on `StreamedSamples`.
+
+    The library would cut an epoch short or long where a stream ends, give the first samples twice so that all ranks
+    have equally many, and skip to a checkpoint's place within the first epoch only. Here the stream has no end, each
+    rank reads rows of its own, and checkpoints hold the `Position` of every reader.
+    """
+
+    def __init__(self, *, train_dataset: StreamedSamples, **kwargs: Any):
+        # TRL looks at one row and takes no data set of another kind than its own.
+        super().__init__(train_dataset=train_dataset.drawn.select([0]), **kwargs)
+        self.train_dataset = train_dataset
+        self.args.ignore_data_skip = True
+        self.positions: list[Position] = [Position()] * max(1, self.args.dataloader_num_workers)
+        self.next_worker = 0
+        self.add_callback(_EpochOfStream(self))
+
+    def get_train_dataloader(self) -> DataLoader:
+        workers = self.args.dataloader_num_workers
+        readers = self.args.world_size * max(1, workers)
+        if self.train_dataset.rows < readers:
+            raise UserError(
+                f"{self.train_dataset.rows} rows are too few for {readers} readers (processes x "
+                "--dataloader_num_workers). Leave --streaming out for so few rows."
+            )
+        return DataLoader(
+            self.train_dataset,
+            batch_size=self._train_batch_size,
+            collate_fn=StreamCollator(self.data_collator),
+            num_workers=workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context,
+            pin_memory=self.args.dataloader_pin_memory,
+            # The loader would otherwise draw from the generator that dropout uses, once more in a resumed run.
+            generator=torch.Generator(),
+        )
+
+    def get_batch_samples(self, epoch_iterator: Iterator, *args: Any) -> tuple[list, Any]:
+        return super().get_batch_samples(self._noted(epoch_iterator), *args)
+
+    def _noted(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        for batch in batches:
+            if "failure" in batch:
+                # Only the first process speaks for an error that all have.
+                if not is_main_process():
+                    print(f"error: {batch['failure']}", file=sys.stderr, flush=True)
+                raise UserError(batch["failure"])
+            worker = batch.pop("worker")
+            self.positions[worker] = batch.pop("position")
+            self.next_worker = (worker + 1) % len(self.positions)
+            yield batch
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+        if resume_from_checkpoint:
+            self._go_on(Path(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _go_on(self, checkpoint: Path) -> None:
+        saved = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+        now = self.train_dataset.fingerprint(self.args.dataloader_num_workers)
+        if changed := [name for name, value in now.items() if saved["order"][name] != value]:
+            shown = ", ".join(f"{name} {saved['order'][name]} (now {now[name]})" for name in changed)
+            raise UserError(f"{checkpoint} was streamed with another {shown}. Resume with the same, or start anew.")
+        own = saved["readers"][self.args.process_index]
+        self.positions = [Position(**position) for position in own["positions"]]
+        self.next_worker = own["next_worker"]
+        self.train_dataset.start, self.train_dataset.next_worker = list(self.positions), self.next_worker
+        furthest = max(self.positions, key=lambda position: position.passed)
+        again = self.train_dataset.data.seconds * furthest.row / self.train_dataset.rows
+        logger.info(
+            f"going on in epoch {furthest.epoch + 1} after row {furthest.row:,} of {self.train_dataset.rows:,}; the "
+            f"rows before it are read again, not tokenized (about {again:.0f} s)"
+        )
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        super()._save_checkpoint(*args, **kwargs)
+        own = {"positions": [asdict(position) for position in self.positions], "next_worker": self.next_worker}
+        readers = gather_object([own])
+        if self.args.should_save:
+            state = {"order": self.train_dataset.fingerprint(self.args.dataloader_num_workers), "readers": readers}
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            (folder / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+
+    def seen(self) -> dict[str, Any]:
+        """What all processes have trained on so far, for run.json. Call it on every process.
+
+        Rows of a window that is not trained to its end do not count yet: rows = used + left out, always.
+        """
+        positions = gather_object(self.positions)
+        left_out = sum((Counter(position.left_out) for position in positions), Counter())
+        rows = sum(position.rows for position in positions)
+        return {
+            "epochs_begun": max(position.epoch for position in positions) + 1,
+            "epochs": round(sum(position.passed for position in positions) / len(positions), 4),
+            "rows": rows,
+            "used": rows - sum(left_out.values()),
+            "left_out": dict(left_out),
+            "samples": sum(position.samples for position in positions),
+        }
+
+
+class _EpochOfStream(TrainerCallback):
+    """Log the epoch of the rows; to the library the endless stream is one epoch."""
+
+    def __init__(self, trainer: StreamTrainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        positions = self.trainer.positions
+        state.epoch = sum(position.passed for position in positions) / len(positions)

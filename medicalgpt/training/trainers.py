@@ -1,0 +1,327 @@
+"""What the trainers of the stages share, and the trainer of pretraining and supervised fine-tuning."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from medicalgpt.args import LoraArguments
+from medicalgpt.data.encoding import IGNORED
+from medicalgpt.errors import UserError
+from medicalgpt.models.families import require_separate_packs
+from medicalgpt.training.cpu import add_cpu_head, lighten_dropout, return_freed_memory
+from medicalgpt.training.optimizers import check_optimizer, require_effect, speed_up_b
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
+from trl import SFTTrainer
+from trl.trainer.utils import disable_dropout_in_model
+
+
+def training_defaults(args: TrainingArguments, *, adapter_rate: float, full_rate: float, use_peft: bool) -> None:
+    """Fill in what depends on the machine or on other flags, in place.
+
+    Args:
+        args: parsed arguments, of `StageDefaults` and of transformers or TRL; `learning_rate` of None takes one of the
+            two rates.
+        adapter_rate: learning rate for adapters.
+        full_rate: learning rate for all weights.
+    """
+    check_optimizer(args, use_peft)
+    if args.learning_rate is None:
+        args.learning_rate = adapter_rate if use_peft else full_rate
+    if "eval_on_start" not in args.given and args.eval_strategy != "no":
+        args.eval_on_start = True
+    # Rows are encoded and measured already; the trainer neither cuts nor drops any.
+    args.max_length = None
+    args.dataset_kwargs = {"skip_prepare_dataset": True}
+
+
+def settle_dropout(args: TrainingArguments, lora: LoraArguments) -> None:
+    """With `--disable_dropout`, the default of stages that compare log-probabilities, adapters have none either.
+
+    Raises:
+        UserError: a dropout was asked for that would have no effect.
+    """
+    if not args.disable_dropout:
+        return
+    if "lora_dropout" in getattr(lora, "given", ()) and lora.lora_dropout:
+        raise UserError(
+            f"--lora_dropout {lora.lora_dropout} has no effect here, where dropout is switched off so that two passes "
+            "over an answer give the same log-probability. Leave it out, or add --disable_dropout False."
+        )
+    lora.lora_dropout = 0.0
+
+
+# Several processes on CPUs have the devices cpu:0, cpu:1, …, to which torch.load cannot load an optimizer's state.
+torch.serialization.register_package(
+    0, lambda storage: None, lambda storage, place: storage if place.startswith("cpu:") else None
+)
+
+
+def sequence_lengths(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """For each token the number of tokens of its own sequence, whatever it is padded or packed with.
+
+    Args:
+        inputs: a batch of `batching.Collator`.
+
+    Returns:
+        (batch, length)
+    """
+    if "attention_mask" in inputs:
+        return inputs["attention_mask"].sum(dim=1, keepdim=True).expand_as(inputs["input_ids"])
+    sequence = (inputs["position_ids"] == 0).cumsum(dim=1)
+    counts = sequence.new_zeros(len(sequence), sequence.max() + 1)
+    return counts.scatter_add(1, sequence, torch.ones_like(sequence)).gather(1, sequence)
+
+
+@contextmanager
+def embedding_noise(model: torch.nn.Module, inputs: dict[str, torch.Tensor], alpha: float | None) -> Iterator[None]:
+    """NEFTune (https://arxiv.org/abs/2310.05914): within it, what the embedding gives has uniform noise on it.
+
+    The noise is at most `alpha / sqrt(length x width)`, where the length is that of the token's own sequence. The
+    library's hook takes the length of the whole row, so that padding and packing would make the noise smaller.
+
+    Args:
+        model: with or without adapters.
+        inputs: the batch that the model will be given.
+        alpha: None for no noise.
+    """
+    if not alpha:
+        yield
+        return
+    embedding = model.get_input_embeddings()
+    lengths = sequence_lengths(inputs)
+
+    def add_noise(module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        bound = alpha / (lengths * output.shape[-1]).sqrt()
+        return output + torch.empty_like(output).uniform_(-1, 1) * bound.to(output.dtype)[..., None]
+
+    hook = embedding.register_forward_hook(add_noise)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+class EpochSampler(LengthGroupedSampler):
+    """Rows of like length together, in an order that follows from seed and epoch alone.
+
+    The library's sampler draws from the global generator, so that a resumed run would not see the rows that the
+    stopped one had left, but some of them twice and others never.
+    """
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int):
+        super().__init__(batch_size, lengths=lengths)
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+
+
+class StageTrainer(Trainer):
+    """What every stage's trainer does otherwise than transformers and TRL. Put it before the trainer among the bases.
+
+    - The order of rows grouped by length depends on seed and epoch only (see `EpochSampler`).
+    - `num_tokens` goes on where a resumed run had stopped.
+    - `loraplus_lr_ratio` gives the B matrices a learning rate of their own (see `optimizers.py`).
+    - On a CPU dropout keeps less for the backward pass (see `cpu.py`).
+    """
+
+    def __init__(self, *, loraplus_lr_ratio: float | None = None, **kwargs: Any):
+        head = kwargs["model"].get_output_embeddings()
+        if isinstance(head, BaseTunerLayer):
+            raise UserError(
+                "an adapter on the head would not be trained: the loss multiplies by the head's own weight. Leave the "
+                "head out of --target_modules; --modules_to_save lm_head trains it in full."
+            )
+        exact = {one: one.data for one in kwargs["model"].parameters() if one.requires_grad}
+        super().__init__(**kwargs)
+        # TRL rounds the adapters of quantized models to bfloat16: one that is gone on with would begin elsewhere.
+        for parameter, data in exact.items():
+            if parameter.dtype != data.dtype:
+                parameter.data = data.to(parameter.device)
+        if self.args.device.type == "cpu":
+            lighten_dropout(self.model)
+            return_freed_memory()
+        self.loraplus_lr_ratio = loraplus_lr_ratio
+
+    @staticmethod
+    def row_lengths(dataset: Dataset) -> list[int]:
+        """Tokens of each row, by which rows are grouped."""
+        return [len(ids) for ids in dataset["input_ids"]]
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer that `--optim` names.
+
+        Raises:
+            UserError: it cannot be built, or it has no use for one of the flags given.
+        """
+        if self.optimizer is None:
+            try:
+                super().create_optimizer(model)
+            except (ImportError, NotImplementedError, ValueError) as error:
+                raise UserError(f"--optim {self.args.optim.value} cannot be used: {error}") from error
+            if self.loraplus_lr_ratio is not None:
+                speed_up_b(self.optimizer, self.model if model is None else model, self.loraplus_lr_ratio)
+            require_effect(self.args, self.optimizer)
+        return self.optimizer
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return EpochSampler(batch, self.row_lengths(dataset), seed)
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> torch.utils.data.Sampler | None:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_eval_sampler(eval_dataset)
+        return EpochSampler(self.args.eval_batch_size, self.row_lengths(eval_dataset), seed=0)
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if not self.model.training:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        # The trainer's state is part of a checkpoint, TRL's own count is not.
+        self._total_train_tokens = self.state.num_input_tokens_seen
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        self.state.num_input_tokens_seen = self._total_train_tokens
+        return loss
+
+
+class TokenTrainer(StageTrainer, SFTTrainer):
+    """`trl.SFTTrainer` on encoded rows, with the differences of `StageTrainer` and four more.
+
+    - The evaluation loss is the sum over all supervised tokens divided by their number, so it does not depend on the
+      batch size, as a mean of batch means does.
+    - `num_tokens` counts the tokens of packed batches too.
+    - NEFTune's noise is scaled by each sequence's own length (see `embedding_noise`).
+    - On a CPU only supervised positions go through the LM head (see `cpu.py`).
+    """
+
+    def __init__(self, **kwargs: Any):
+        if kwargs["args"].packing:
+            require_separate_packs(kwargs["model"], kwargs["data_collator"])
+        # Blocks come packed (see batching.py); TRL's own packing would not let a collator in.
+        kwargs["args"].packing = False
+        super().__init__(compute_metrics=token_means, **kwargs)
+        self.neftune_noise_alpha = None
+        add_cpu_head(self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model)
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        before = self.state.num_input_tokens_seen
+        alpha = self.args.neftune_noise_alpha if self.model.training else None
+        with embedding_noise(self.model, inputs, alpha):
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if self.model.training and "attention_mask" not in inputs:
+            real = ((inputs["input_ids"] != self.processing_class.pad_token_id) | (inputs["labels"] != IGNORED)).sum()
+            self.state.num_input_tokens_seen = before + self.accelerator.gather_for_metrics(real).sum().item()
+            self._metrics["train"]["num_tokens"] = [self.state.num_input_tokens_seen]
+        return loss
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[None, torch.Tensor, torch.Tensor]:
+        """Per row (batch, 3): summed loss, supervised tokens, tokens predicted right."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs = model(**inputs, fused_lm_head=True)
+        sums = torch.stack(
+            [
+                -outputs.log_probs.double().sum(dim=1),
+                (inputs["labels"][:, 1:] != IGNORED).sum(dim=1).double(),
+                outputs.is_top1.double().sum(dim=1),
+            ],
+            dim=1,
+        )
+        return None, sums, sums
+
+
+def token_means(prediction: EvalPrediction) -> dict[str, float]:
+    """Means over supervised tokens from the per-row sums (rows, 3) of `TokenTrainer.prediction_step`."""
+    loss, tokens, right = prediction.predictions.sum(axis=0)
+    if tokens == 0:
+        return {"loss": float("nan"), "perplexity": float("nan"), "mean_token_accuracy": float("nan")}
+    return {
+        "loss": float(loss / tokens),
+        "perplexity": math.exp(min(loss / tokens, 700.0)),
+        "mean_token_accuracy": float(right / tokens),
+        "supervised_tokens": int(tokens),
+    }
+
+
+class PairTrainer(StageTrainer):
+    """What the trainers of preference pairs share, beside `StageTrainer`. Put it before the trainer among the bases.
+
+    A batch holds the chosen answers first and the rejected ones after them. The evaluation averages over pairs, so it
+    does not depend on the batch size; what it averages, `pair_values` says.
+    """
+
+    sequences_per_row = 2
+
+    def __init__(self, **kwargs: Any):
+        # The collator takes the columns that it needs; the library goes by what models and other collators take.
+        kwargs["args"].remove_unused_columns = False
+        super().__init__(compute_metrics=self._pair_means, **kwargs)
+        self.pair_columns: list[str] = []
+        self.weight_of_pair: float | None = None
+        if self.args.disable_dropout:
+            for model in filter(None, (self.model, getattr(self, "ref_model", None))):
+                switch_off_dropout(model)
+
+    @staticmethod
+    def row_lengths(dataset: Dataset) -> list[int]:
+        """Tokens of the longer of both sequences of each pair."""
+        columns = zip(dataset["prompt_ids"], dataset["chosen_ids"], dataset["rejected_ids"], strict=True)
+        return [len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in columns]
+
+    def get_batch_samples(self, *args: Any) -> tuple[list, Any]:
+        """The batches of a step; from them follows what one pair weighs in it."""
+        batches, count = super().get_batch_samples(*args)
+        pairs = sum(len(batch["input_ids"]) for batch in batches) / 2
+        # The library divides each batch's loss by their number, as if none were smaller than the others.
+        self.weight_of_pair = len(batches) / max(pairs, 1)
+        return batches, count
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if not self.model.training or self.weight_of_pair is None:
+            return loss
+        return loss * (len(inputs["input_ids"]) / 2 * self.weight_of_pair)
+
+    def pair_values(self, model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What is averaged over held-out pairs: `loss` and others, each of shape (pairs,)."""
+        raise NotImplementedError
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[None, torch.Tensor, torch.Tensor]:
+        """Per pair (batch, values): what `pair_values` gives."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            values = self.pair_values(model, inputs)
+        self.pair_columns = list(values)
+        table = torch.stack([column.double() for column in values.values()], dim=1)
+        return None, table, table
+
+    def _pair_means(self, prediction: EvalPrediction) -> dict[str, float]:
+        means = prediction.predictions.mean(axis=0)
+        return dict(zip(self.pair_columns, map(float, means), strict=True))
+
+
+def switch_off_dropout(model: torch.nn.Module) -> None:
+    """No dropout in any module, for good."""
+    disable_dropout_in_model(model)
+    # Attention modules hold theirs as a number, which TRL does not look for.
+    for module in model.modules():
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
