@@ -197,6 +197,17 @@ def test_the_measures_that_the_guide_shows_are_those_that_come(tmp_path):
     assert done.stdout in [text for _, text in code_blocks(ROOT / "docs" / "chatpdf.md")]
 
 
+def test_each_test_of_a_silent_failure_is_on_its_page():
+    page = (ROOT / "docs" / "silent-failures.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d\d) \| .+ \| (.+) \|$", page, flags=re.MULTILINE)
+    assert [int(number) for number, _ in rows] == list(range(1, len(rows) + 1))
+    named = {(number, name) for number, tests in rows for name in re.findall(r"`(test_\w+\.py)`", tests)}
+    files = {(path.name.split("_")[2], path.name) for path in (ROOT / "tests" / "silent").glob("test_sf_*.py")}
+    assert named == files
+    for path in re.findall(r"`(tests/test_\w+\.py)`", page):
+        assert (ROOT / path).is_file(), path
+
+
 def test_the_page_of_flags_is_current():
     page = build_training_params.PAGE.read_text(encoding="utf-8")
     assert page == build_training_params.render(), "run: python build_training_params.py"
