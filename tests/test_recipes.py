@@ -1,4 +1,4 @@
-"""The recipes of the pipeline: programs accept them, each setting has its reason, and the pages quote them correctly."""
+"""Recipes of the pipeline: programs accept them, each setting has its reason, and the pages quote them correctly."""
 
 import importlib
 import re
