@@ -4,7 +4,7 @@
 #   MODEL=outputs/sft-merged bash scripts/run_dpo.sh
 #   CUDA_VISIBLE_DEVICES=0,1 NPROC=2 MODEL=Qwen/Qwen3-0.6B bash scripts/run_dpo.sh --load_in_4bit True --qlora True
 #
-# Further flags of dpo_training.py may follow; they win over those below. All flags: docs/training_params.md
+# Further flags of dpo_training.py may follow; they override those below. All flags: docs/training_params.md
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -15,24 +15,18 @@ LAUNCH=("$PYTHON")
 [ "$NPROC" = 1 ] || LAUNCH=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$NPROC")
 
 FLAGS=(
+  --config recipes/real/dpo.yaml            # all other settings, each with its reason
   --model_name_or_path "$MODEL"
   --train_file_dir data/reward              # .jsonl, .json; files named validation* are held out
   --output_dir "${OUT:-outputs-dpo}"
-  --use_peft True                           # an adapter; False trains every weight, beside a copy as reference
+  --use_peft True                           # an adapter; False trains every weight, next to a copy as reference
   --target_modules all                      # every linear layer but the head
-  --lora_rank 8 --lora_alpha 16
-  --beta 0.1                                # how firmly the reference holds the model
   --loss_type sigmoid                       # DPO itself; docs/dpo_training.md has the others
-  --model_max_length 1024                   # prompt with the longer answer; a longer pair is refused, never cut
-  --num_train_epochs 1                      # more readings learn the pairs by heart
-  --per_device_train_batch_size 4           # pairs a GPU; halve it if memory does not suffice ...
-  --gradient_accumulation_steps 4           # ... and double this, then nothing changes but the time
-  --learning_rate 2e-5                      # for adapters; for all weights 5e-7 to 1e-6
+  --per_device_train_batch_size 4           # pairs a GPU; halve it when out of memory ...
+  --gradient_accumulation_steps 4           # ... and double this: only the time changes
   --warmup_ratio 0.1                        # share of the steps in which the rate rises
-  --gradient_checkpointing True             # a fifth slower, far less memory
   --logging_steps 10
   --eval_strategy steps --eval_steps 50     # loss, rewards and accuracy on the held-out pairs
-  --save_strategy steps --save_steps 50 --save_total_limit 3
-  --seed 42
+  --save_steps 50 --save_total_limit 3
 )
 exec "${LAUNCH[@]}" dpo_training.py "${FLAGS[@]}" "$@"

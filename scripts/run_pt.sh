@@ -4,7 +4,7 @@
 #   MODEL=Qwen/Qwen3-0.6B bash scripts/run_pt.sh
 #   CUDA_VISIBLE_DEVICES=0,1 NPROC=2 MODEL=Qwen/Qwen3-0.6B bash scripts/run_pt.sh --deepspeed zero2.json
 #
-# Further flags of pretraining.py may follow; they win over those below. All flags: docs/training_params.md
+# Further flags of pretraining.py may follow; they override those below. All flags: docs/training_params.md
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -15,23 +15,20 @@ LAUNCH=("$PYTHON")
 [ "$NPROC" = 1 ] || LAUNCH=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$NPROC")
 
 FLAGS=(
+  --config recipes/real/pt.yaml             # all other settings, each with its reason
   --model_name_or_path "$MODEL"
   --train_file_dir data/pretrain            # .txt, .md, .jsonl, .json; files named validation* are held out
   --output_dir "${OUT:-outputs-pt}"
   --use_peft True                           # an adapter; False trains every weight
   --target_modules all                      # every linear layer but the head
-  --lora_rank 8 --lora_alpha 16 --lora_dropout 0.05
-  --block_size 1024                         # tokens of a block, filled with whole documents
-  --num_train_epochs 1
-  --per_device_train_batch_size 4           # blocks a GPU; halve it if memory does not suffice ...
-  --gradient_accumulation_steps 4           # ... and double this, then nothing changes but the time
-  --learning_rate 2e-4                      # for adapters; for all weights 1e-5 to 5e-5
-  --warmup_ratio 0.05                       # share of the steps in which the rate rises
+  --lora_dropout 0.05
+  --num_train_epochs 1                      # the recipe reads its few documents three times
+  --per_device_train_batch_size 4           # blocks a GPU; halve it when out of memory ...
+  --gradient_accumulation_steps 4           # ... and double this: only the time changes
+  --learning_rate 2e-4                      # the usual rate of LoRA; full fine-tuning takes 1e-5 to 5e-5
   --weight_decay 0.01
-  --gradient_checkpointing True             # a fifth slower, far less memory
   --logging_steps 10
   --eval_strategy steps --eval_steps 100    # perplexity on the held-out documents
-  --save_strategy steps --save_steps 100 --save_total_limit 3
-  --seed 42
+  --save_steps 100 --save_total_limit 3
 )
 exec "${LAUNCH[@]}" pretraining.py "${FLAGS[@]}" "$@"

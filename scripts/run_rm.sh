@@ -4,7 +4,7 @@
 #   MODEL=outputs/sft-merged bash scripts/run_rm.sh
 #   CUDA_VISIBLE_DEVICES=0,1 NPROC=2 MODEL=Qwen/Qwen3-0.6B bash scripts/run_rm.sh --load_in_4bit True --qlora True
 #
-# Further flags of reward_modeling.py may follow; they win over those below. All flags: docs/training_params.md
+# Further flags of reward_modeling.py may follow; they override those below. All flags: docs/training_params.md
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -15,23 +15,17 @@ LAUNCH=("$PYTHON")
 [ "$NPROC" = 1 ] || LAUNCH=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$NPROC")
 
 FLAGS=(
+  --config recipes/real/rm.yaml             # all other settings, each with its reason
   --model_name_or_path "$MODEL"
   --train_file_dir data/reward              # .jsonl, .json; files named validation* are held out
   --output_dir "${OUT:-outputs-rm}"
   --use_peft True                           # an adapter and the head; False trains every weight
   --target_modules all                      # every linear layer; the head is trained in full anyway
-  --lora_rank 8 --lora_alpha 16
-  --center_rewards_coefficient 0.01         # draws the scores of both answers towards 0 in the mean
-  --model_max_length 1024                   # prompt with the longer answer; a longer pair is refused, never cut
-  --num_train_epochs 1                      # more readings learn the pairs by heart
-  --per_device_train_batch_size 4           # pairs a GPU; halve it if memory does not suffice ...
-  --gradient_accumulation_steps 4           # ... and double this, then nothing changes but the time
-  --learning_rate 1e-4                      # for adapters; for all weights about 1e-5
-  --warmup_ratio 0.05                       # share of the steps in which the rate rises
-  --gradient_checkpointing True             # a fifth slower, far less memory
+  --center_rewards_coefficient 0.01         # pulls the mean of both scores towards 0
+  --per_device_train_batch_size 4           # pairs a GPU; halve it when out of memory ...
+  --gradient_accumulation_steps 4           # ... and double this: only the time changes
   --logging_steps 10
   --eval_strategy steps --eval_steps 50     # accuracy, margin and scores on the held-out pairs
-  --save_strategy steps --save_steps 50 --save_total_limit 3
-  --seed 42
+  --save_steps 50 --save_total_limit 3
 )
 exec "${LAUNCH[@]}" reward_modeling.py "${FLAGS[@]}" "$@"

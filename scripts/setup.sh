@@ -3,6 +3,7 @@
 #
 #   bash scripts/setup.sh          what is needed to train, evaluate and serve
 #   bash scripts/setup.sh --dev    with the tools that the tests need
+#   bash scripts/setup.sh --which  installs nothing, and prints the Python that it would use
 #
 # VENV=folder chooses another place than .venv; PYTHON=python3.12 another interpreter (3.11 or newer).
 set -euo pipefail
@@ -23,6 +24,10 @@ fi
 if [ -z "${PYTHON:-}" ]; then
   echo "error: no Python 3.11 or newer was found. Install one, or name it: PYTHON=/path/to/python3.11 bash scripts/setup.sh" >&2
   exit 1
+fi
+if [ "${1:-}" = "--which" ]; then
+  echo "$PYTHON"
+  exit
 fi
 
 # The stamp holds what was installed, so that a changed requirements file is noticed.

@@ -123,11 +123,13 @@ def test_scripts_exist_and_know_what_they_are_given(words):
     script = ROOT / words[at]
     assert script.is_file(), f"there is no {words[at]}"
     text = script.read_text(encoding="utf-8")
-    passed_on = {flag for program in PROGRAMS if program.name in text for flag in flags_of(program)}
+    programs = [program for program in PROGRAMS if program.name in text]
+    passed_on = {flag for program in programs for flag in flags_of(program)}
     unknown = [word for word in words[at + 1 :] if word.startswith("--") and word not in text and word not in passed_on]
     assert not unknown, f"{words[at]} does not know {unknown}"
     variables = {word.partition("=")[0] for word in words[:at] if "=" in word} - LIBRARY_VARIABLES
-    unread = [name for name in variables if f"${{{name}" not in text]
+    code = "".join(program.read_text(encoding="utf-8") for program in programs)
+    unread = [name for name in variables if f"${{{name}" not in text and f'("{name}"' not in code]
     assert not unread, f"{words[at]} does not read {unread}"
 
 

@@ -1,5 +1,6 @@
 """The shell scripts, as a person starts them."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ from argparse import ArgumentParser
 from pathlib import Path
 
 import pytest
+import yaml
 from helpers import ROOT
 from test_docs import Parsed, start
 from tiny import make_tiny
@@ -90,10 +92,12 @@ def test_an_impossible_reward_model_is_refused_before_anything_is_done(tmp_path,
 STAND_IN = """#!/bin/bash
 # Writes down its arguments, and leaves an output folder as the program would.
 echo "$*" >>"$COMMANDS"
+[ "$1" != "${FAILS:-}" ] || exit 7
 adapter=yes
 while [ $# -gt 0 ]; do
   case "$1" in
-    --use_peft) adapter=$2 ;;
+    --use_peft) [ "$2" = True ] || adapter=no ;;
+    --config) ! grep -q "^use_peft: False" "$2" || adapter=no ;;
     --output_dir) folder=$2 ;;
     merge_peft_adapter.py) adapter=no ;;
   esac
@@ -137,9 +141,18 @@ def data(tmp_path):
     return str(folder)
 
 
+def copy_pipeline(tree):
+    """Copy what the pipeline itself consists of, so that a test can change it; returns its script and its recipes."""
+    for folder in ("scripts", "recipes"):
+        shutil.copytree(ROOT / folder, tree / folder)
+    for name in ("run_pipeline.py", "requirements.txt", "requirements-dev.txt"):
+        shutil.copy(ROOT / name, tree)
+    return tree / "scripts" / "run_pipeline.sh", tree / "recipes"
+
+
 def parse(program, flags):
     """Let a program read its command line, and nothing more."""
-    with pytest.raises(Parsed):
+    with contextlib.chdir(ROOT), pytest.raises(Parsed):
         start(ROOT / program, flags, ArgumentParser.parse_args)
 
 
@@ -238,13 +251,10 @@ def test_ppo_does_not_outlive_its_reward_model(tmp_path, pipeline, data):
     road = {"STAGES": "pt sft rm dpo ppo grpo", "DATA": data}
     assert pipeline(**road)[0].returncode == 0
     # The same tree with another reward model, which is trained anew.
-    tree, out = tmp_path / "tree", tmp_path / "out"
-    shutil.copytree(ROOT / "scripts", tree / "scripts")
-    for name in ("requirements.txt", "requirements-dev.txt"):
-        shutil.copy(ROOT / name, tree)
-    script = tree / "scripts" / "run_pipeline.sh"
-    before, _, after = script.read_text(encoding="utf-8").partition("  RM=(\n")
-    script.write_text(f"{before}  RM=(\n    --weight_decay 0.01\n{after}", encoding="utf-8")
+    script, recipes = copy_pipeline(tmp_path / "tree")
+    with (recipes / "tiny" / "rm.yaml").open("a", encoding="utf-8") as recipe:
+        recipe.write("weight_decay: 0.01\n")
+    out = tmp_path / "out"
     shutil.rmtree(out / "rm")
     (out / "stamps" / "rm").unlink()
     done, ran = pipeline(script=script, **road)
@@ -252,6 +262,22 @@ def test_ppo_does_not_outlive_its_reward_model(tmp_path, pipeline, data):
     assert f"{out / 'ppo'} holds the result of other settings" in done.stderr
     assert [program for program, _ in ran] == ["reward_modeling.py"]
     assert "== dpo-merged: finished before, kept" in done.stdout
+
+
+def test_a_stage_is_kept_while_its_recipe_sets_the_same(tmp_path, pipeline):
+    script, recipes = copy_pipeline(tmp_path / "tree")
+    assert pipeline(script=script, DATA=str(ROOT / "data"))[0].returncode == 0
+    recipe = recipes / "tiny" / "sft.yaml"
+    text = recipe.read_text(encoding="utf-8")
+    recipe.write_text("# A new comment.\n" + text.replace("  # ", "   # Because: "), encoding="utf-8")
+    done, ran = pipeline(script=script, DATA=str(ROOT / "data"))
+    assert done.returncode == 0, done.stderr
+    assert not any(is_stage(program) for program, _ in ran)
+    recipe.write_text(text.replace("lora_rank: 32", "lora_rank: 16"), encoding="utf-8")
+    done, ran = pipeline(script=script, DATA=str(ROOT / "data"))
+    assert done.returncode == 1
+    assert "== pt: finished before, kept" in done.stdout and ran == []
+    assert f"{tmp_path / 'out' / 'sft'} holds the result of other settings" in done.stderr
 
 
 def test_fresh_does_not_remove_the_reward_model_that_is_given(tmp_path, pipeline, data):
@@ -294,6 +320,23 @@ def test_fresh_removes_only_what_the_script_makes(tmp_path, pipeline, data):
     ]
 
 
+def test_a_stage_that_fails_ends_the_pipeline_and_is_resumed(tmp_path, pipeline, data):
+    done, ran = pipeline(DATA=data, FAILS="dpo_training.py")
+    assert done.returncode == 7
+    assert ran[-1][0] == "dpo_training.py" and value(ran[-1][1], "--overwrite_output_dir") == "True"
+    assert done.stdout.endswith("== dpo\n")
+
+    checkpoint = tmp_path / "out" / "dpo" / "checkpoint-20"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").touch()
+    done, ran = pipeline(DATA=data)
+    assert done.returncode == 0, done.stderr
+    assert [program for program, _ in ran if is_stage(program)] == ["dpo_training.py"]
+    assert value(dict(ran)["dpo_training.py"], "--resume_from_checkpoint") == "True"
+    assert "--overwrite_output_dir" not in dict(ran)["dpo_training.py"]
+    assert "== dpo took" in done.stdout
+
+
 def test_missing_rows_of_a_stage_are_named_before_training(tmp_path, pipeline):
     (tmp_path / "data" / "finetune").mkdir(parents=True)
     done, ran = pipeline(STAGES="sft dpo", DATA=str(tmp_path / "data"))
@@ -316,7 +359,10 @@ def test_a_real_model_takes_every_stage_with_settings_of_its_own(pipeline, data)
     stages = {Path(value(flags, "--output_dir")).name: flags for name, flags in ran if is_stage(name)}
     assert list(stages) == ["pt", "sft", "rm", "dpo", "orpo", "ppo", "grpo"]
     assert value(stages["pt"], "--model_name_or_path") == "some/model"
-    assert all(value(flags, "--gradient_checkpointing") == "True" for flags in stages.values())
+    recipes = [Path(value(flags, "--config")) for flags in stages.values()]
+    assert recipes == [Path("recipes", "real", f"{stage}.yaml") for stage in stages]
+    settings = [yaml.safe_load((ROOT / recipe).read_text(encoding="utf-8")) for recipe in recipes]
+    assert all(recipe["gradient_checkpointing"] is True for recipe in settings)
 
 
 @pytest.mark.parametrize("model", ["", "some/model"])

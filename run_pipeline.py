@@ -1,0 +1,323 @@
+"""Run the whole pipeline on one machine: base model, pretraining, fine-tuning, preferences, reinforcement learning;
+then the table, a report and some answers.
+
+    bash scripts/run_pipeline.sh                               a tiny model, on a laptop, without GPU, network or hub
+    NAME=小医 AUTHOR=我 bash scripts/run_pipeline.sh --fresh     the model introduces itself by that name
+    MODEL=Qwen/Qwen3-0.6B bash scripts/run_pipeline.sh         the same pipeline with a real model on a GPU
+    STAGES="pt sft rm ppo" bash scripts/run_pipeline.sh        other stages; unset: pt sft dpo
+    STAGES="pt sft grpo" bash scripts/run_pipeline.sh          rewards that are computed, not learned
+    bash scripts/run_pipeline.sh --fresh                       start over; without it, finished stages are kept
+
+Stages: pt (pretraining), sft (fine-tuning), rm (reward model), dpo, orpo (preferences), ppo, grpo (reinforcement
+learning), in this order. Each starts from the model that the one before it left, with its adapter merged. A reward
+model is measured, and no stage starts from it: ppo learns from its scores, and it scores the answers of all models.
+
+The settings of a stage are in recipes/tiny, or with MODEL in recipes/real; its program reads them with --config.
+REWARD_MODEL=folder replaces the stage rm. OUT=folder is where everything is written, by default outputs (for a real
+model outputs/<model>). DATA=folder takes your own data, laid out as data/ is. VENV=folder is the environment, .venv by
+default; it is created first if need be, so this program itself imports nothing but the standard library.
+"""
+
+import argparse
+import hashlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NoReturn
+
+# The program of each stage and the folder of its rows below DATA, in the order in which they can run. A new stage is a
+# line here and its recipes.
+STAGES = {
+    "pt": ("pretraining.py", "pretrain"),
+    "sft": ("supervised_finetuning.py", "finetune"),
+    "rm": ("reward_modeling.py", "reward"),
+    "dpo": ("dpo_training.py", "reward"),
+    "orpo": ("orpo_training.py", "reward"),
+    "ppo": ("ppo_training.py", "reward"),
+    "grpo": ("grpo_training.py", "grpo"),
+}
+QUESTIONS = ("你是谁？", "得了偏头痛应该挂什么科？", "急性心肌梗死有哪些情况要马上打120？")
+MAX_NEW_TOKENS = ("--max_new_tokens", "96")
+
+
+def main() -> None:
+    """Check what is asked for; then train, measure, and let the last model answer."""
+    fresh = parse_arguments()
+    os.chdir(Path(__file__).resolve().parent)
+    sys.stdout.reconfigure(line_buffering=True)
+    # When the reader of the output (head, less) leaves, this program ends as well.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    pipeline = Pipeline()
+    run("bash", "scripts/setup.sh")
+    # Threads that wait should not keep a core busy that another program could use: next to one, that doubles the time.
+    os.environ["OMP_WAIT_POLICY"] = variable("OMP_WAIT_POLICY", "PASSIVE")
+
+    began = time.time()
+    if fresh:
+        pipeline.remove_results()
+    pipeline.prepare()
+    pipeline.train()
+    pipeline.measure()
+    pipeline.answer()
+    print(f"all of it took {time.time() - began:.0f} s")
+
+
+class Pipeline:
+    """What the environment variables ask for, and how far it has come.
+
+    Attributes:
+        policy: the latest model, from which the next stage starts.
+        models: name and folder of each model to measure, in order of training.
+        parent: digest of the steps that the next one depends on.
+
+    Raises:
+        SystemExit: code 2 if the variables ask for something impossible; nothing has been done then.
+    """
+
+    def __init__(self):
+        self.stages = check_stages(os.environ.get("STAGES", "pt sft dpo"))
+        self.reward_model = check_reward_model(variable("REWARD_MODEL"), self.stages)
+        self.model = variable("MODEL")
+        self.data = Path(variable("DATA", "data"))
+        self.out = Path(variable("OUT", f"outputs/{Path(self.model).name}" if self.model else "outputs"))
+        self.python = f"{variable('VENV', '.venv')}/bin/python"
+        self.policy = self.model or str(self.out / "tiny-base")
+        self.models = {"base": self.policy}
+        self.parent = "start"
+
+    def remove_results(self) -> None:
+        """Remove what earlier runs wrote, and nothing else."""
+        given, trained = self.reward_model, self.out / "rm"
+        if given and trained.exists() and trained.samefile(given):
+            refuse(f"--fresh would remove REWARD_MODEL={given}. Start over in another folder: OUT=outputs/other")
+        folders = [name for stage in STAGES for name in (stage, f"{stage}-merged")]
+        for name in ("tiny-base", "data", "stamps", *folders, "eval.json", "report.html"):
+            remove(self.out / name)
+
+    def prepare(self) -> None:
+        """Write the rows if the model is given a name, build the tiny base, and check that all stages have rows."""
+        names = (("--name", variable("NAME")), ("--author", variable("AUTHOR")))
+        if flags := [word for flag, name in names if name for word in (flag, name)]:
+            self.data = self.out / "data"
+            self.step("data", self.data, "data/build_samples.py", "--output_dir", self.data, *flags)
+        if not self.model:
+            self.step(
+                "base",
+                Path(self.policy),
+                *("build_tiny_model.py", "--output_dir", self.policy, "--data_dir", self.data),
+            )
+        for stage in self.stages:
+            if not (rows := self.rows_of(stage)).exists():
+                refuse(f"the stage {stage} needs {rows}, which is not there")
+
+    def train(self) -> None:
+        """Run the stages, each on the model that the one before it left."""
+        scores = ""  # what the scores of the reward model depend on
+        if "rm" in self.stages:
+            self.reward_model = str(self.out / "rm")
+        elif self.reward_model:
+            scores = digest_of_files(self.reward_model)
+        for stage in self.stages:
+            before, folder = self.parent, self.out / stage
+            if stage == "ppo":
+                self.parent += scores
+            recipe = Path("recipes", "real" if self.model else "tiny", f"{stage}.yaml")
+            command = [STAGES[stage][0], "--config", recipe, *self.flags_of(stage), "--output_dir", folder]
+            self.step(stage, folder, *command, settings=read_settings(recipe), resumable=True)
+            if stage == "rm":
+                # The next stage starts from the model before it, and does not depend on the reward model.
+                scores, self.parent = self.parent, before
+                continue
+            self.policy = str(folder)
+            if (folder / "adapter_config.json").is_file():
+                merged = self.out / f"{stage}-merged"
+                self.step(merged.name, merged, "merge_peft_adapter.py", "--lora_model", folder, "--output_dir", merged)
+                self.policy = str(merged)
+            self.models[stage] = self.policy
+
+    def flags_of(self, stage: str) -> list[str | Path]:
+        """What a stage starts from: model and rows, and the reward model of ppo."""
+        rows = self.rows_of(stage)
+        flags = ["--model_name_or_path", self.policy, "--train_file_dir", rows]
+        # A folder has its held-out rows in it.
+        if rows.is_file() and (held_out := rows.with_name("validation.jsonl")).is_file():
+            flags += ["--validation_file_dir", held_out]
+        return [*flags, "--reward_model_path", self.reward_model] if stage == "ppo" else flags
+
+    def rows_of(self, stage: str) -> Path:
+        """File or folder of the training rows of a stage."""
+        # Rewards are for consultations; the pairs that teach when to be short are for models that imitate.
+        rewarded = stage in ("rm", "ppo") or (stage == "grpo" and not self.model)
+        folder = self.data / ("reward" if rewarded else STAGES[stage][1])
+        return folder / "train.jsonl" if rewarded and (folder / "train_short.jsonl").is_file() else folder
+
+    def step(self, name: str, folder: Path, *command: str | Path, settings: str = "", resumable: bool = False) -> None:
+        """Run a program unless it finished before, with the same arguments and settings, after the same steps.
+
+        Args:
+            name: what the step is called. A finished one leaves a digest of all that it depends on in stamps/.
+            folder: where the program writes. An unfinished result is resumed from its checkpoint, or replaced.
+            command: the program and its arguments.
+            settings: what it reads from elsewhere.
+            resumable: whether it saves checkpoints.
+        """
+        stamp = self.out / "stamps" / name
+        self.parent = wanted = digest(self.parent, *map(str, command), settings)
+        if stamp.is_file():
+            if stamp.read_text(encoding="utf-8") == wanted and folder.is_dir():
+                print(f"== {name}: finished before, kept ({folder})")
+                return
+            sys.exit(
+                f"error: {folder} holds the result of other settings. Start over: bash scripts/run_pipeline.sh "
+                "--fresh, or choose another folder: OUT=outputs/other bash scripts/run_pipeline.sh"
+            )
+        print(f"== {name}")
+        began, more = time.time(), ()
+        if not resumable:
+            remove(folder)
+        elif any(folder.glob("checkpoint-*/manifest.json")):
+            more = ("--resume_from_checkpoint", "True")
+        else:
+            more = ("--overwrite_output_dir", "True")
+        run(self.python, *command, *more)
+        stamp.parent.mkdir(parents=True, exist_ok=True)
+        stamp.write_text(wanted, encoding="utf-8")
+        print(f"== {name} took {time.time() - began:.0f} s")
+
+    def measure(self) -> None:
+        """Compare all models on held-out rows, and write the report."""
+        flags = ["--models", *(f"{name}={folder}" for name, folder in self.models.items())]
+        # Models that were never taught to answer write to the limit each time; 200 questions are enough for them.
+        if taught := [name for name in self.models if name not in ("base", "pt")]:
+            flags += ["--first_chat_model", taught[0]]
+        flags += self.measured_on("pretrain/validation*", "--text_file_dir", self.data / "pretrain")
+        chat, pairs, tasks = (self.data / name / "validation.jsonl" for name in ("finetune", "reward", "grpo"))
+        flags += self.measured_on("finetune/validation.jsonl", "--chat_file", chat)
+        scored = ("--reward_model", self.reward_model) if self.reward_model else ()
+        flags += self.measured_on("reward/validation.jsonl", "--preference_file", pairs, *scored)
+        # Other stages do not teach the form in which tasks are replied to.
+        if self.model and "grpo" in self.stages:
+            flags += self.measured_on("grpo/validation.jsonl", "--task_file", tasks, "--task_max_new_tokens", "512")
+        print("== evaluation")
+        results, report = self.out / "eval.json", self.out / "report.html"
+        limits = ("--batch_size", "64", "--max_chat_samples_before", "200", *MAX_NEW_TOKENS)
+        run(self.python, "eval_pipeline.py", *flags, "--output_file", results, *limits)
+        runs = (f"{stage}={self.out / stage}" for stage in self.stages)
+        run(self.python, "build_report.py", "--eval_file", results, "--runs", *runs, "--output_file", report)
+
+    def measured_on(self, files: str, *flags: str | Path) -> tuple[str | Path, ...]:
+        """These flags if there are such files below DATA, on which no stage was trained; none otherwise."""
+        if any(self.data.glob(files)):
+            return flags
+        print(f"notice: there is no {self.data / files}; what is measured on it is left out")
+        return ()
+
+    def answer(self) -> None:
+        """Ask the last model some questions, and show how to ask it more."""
+        chat = ("inference.py", "--model_name_or_path", self.policy)
+        print()
+        for question in QUESTIONS:
+            print(f"> {question}")
+            run(self.python, *chat, "--query", question, *MAX_NEW_TOKENS)
+        print(f"\nreport: {self.out / 'report.html'}")
+        print(f"chat:   {self.python} {' '.join(chat)} --interactive")
+
+
+def parse_arguments() -> bool:
+    """Whether to start over: --fresh is the only flag."""
+    parser = argparse.ArgumentParser(
+        usage="bash scripts/run_pipeline.sh [--fresh]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--fresh", action="store_true", help="remove what earlier runs wrote, and start over")
+    parser.error = lambda text: refuse(f"{text.replace('unrecognized arguments:', 'unknown argument')}; known: --fresh")
+    return parser.parse_args().fresh
+
+
+def check_stages(text: str) -> list[str]:
+    """The names in STAGES; what is unknown, repeated or out of order is refused."""
+    left, known = list(STAGES), " ".join(STAGES)
+    for name in text.split():
+        if name not in STAGES:
+            refuse(f'STAGES="{text}": unknown stage {name}; known, in this order: {known}')
+        if name not in left:
+            refuse(f'STAGES="{text}": {name} stands twice or too late; each stage once, in this order: {known}')
+        left = left[left.index(name) + 1 :]
+    return text.split() or refuse(f"STAGES is empty; known, in this order: {known}")
+
+
+def check_reward_model(folder: str, stages: list[str]) -> str:
+    """The folder in REWARD_MODEL, empty if there is none; two reward models are refused, and none for ppo."""
+    if folder and not Path(folder).is_dir():
+        refuse(f"REWARD_MODEL={folder}: there is no such folder")
+    if folder and "rm" in stages:
+        refuse(f"REWARD_MODEL={folder} beside the stage rm: two reward models; leave one of them out")
+    if "ppo" in stages and not folder and "rm" not in stages:
+        refuse(
+            f'STAGES="{variable("STAGES")}": ppo needs a reward model. Train it on the road, with the stage rm before '
+            "ppo, or give the folder of one: REWARD_MODEL=outputs/rm"
+        )
+    return folder
+
+
+def variable(name: str, default: str = "") -> str:
+    """An environment variable; an empty one counts as unset."""
+    return os.environ.get(name) or default
+
+
+def refuse(problem: str) -> NoReturn:
+    """Say what is wrong and stop, with code 2."""
+    print(f"error: {problem}", file=sys.stderr)
+    sys.exit(2)
+
+
+def run(*command: str | Path) -> None:
+    """Run a command; if it fails, end with its exit code."""
+    process = subprocess.Popen(command)
+    code = None
+    while code is None:
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            continue  # Ctrl-C has reached the command as well, and how that ends decides
+    if code:
+        sys.exit(128 - code if code < 0 else code)
+
+
+def read_settings(recipe: Path) -> str:
+    """What a recipe sets. Its comments do not count: where they alone change, a finished stage is kept."""
+    lines = (re.sub(r"(^|\s)#.*", "", line).rstrip() for line in recipe.read_text(encoding="utf-8").splitlines())
+    return "\n".join(line for line in lines if line)
+
+
+def digest(*parts: str) -> str:
+    """SHA-256 of some texts."""
+    return hashlib.sha256("\0".join(parts).encode(errors="surrogateescape")).hexdigest()
+
+
+def digest_of_files(folder: str) -> str:
+    """SHA-256 of the names and contents of the files in a folder, without its subfolders."""
+    parts = []
+    for path in sorted(path for path in Path(folder).iterdir() if path.is_file()):
+        with path.open("rb") as file:
+            parts += [path.name, hashlib.file_digest(file, "sha256").hexdigest()]
+    return digest(*parts)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main()
