@@ -20,10 +20,10 @@ from ppo_training import (
     policy_loss,
     value_loss,
 )
-from tests.helpers import open_stage, read_json, run_here, run_program, write_jsonl
+from tests.helpers import open_stage, read_json, run_here, run_program, stop_tokens, write_jsonl
 from tests.silent.pairs import pairs, shake
 from tests.silent.ppo import STAGE, make_place, open_ppo, ppo_flags, prompts, save_reward_model
-from tests.tiny import TURN_END, tiny_tokenizer
+from tests.tiny import END_OF_TEXT, TURN_END, tiny_tokenizer
 
 import numpy as np
 import pytest
@@ -306,6 +306,7 @@ METRICS |= {"explained_variance", "length", "end_rate", "kl_coef", "num_tokens",
 def test_a_run_leaves_what_the_next_step_needs(work, alone):
     files = {"adapter_model.safetensors", "chat_template.jinja", "generation_config.json", "loss.png", "README.md"}
     assert files | {"run.json", "metrics.jsonl", "samples.jsonl", "answers.jsonl"} <= {p.name for p in alone.iterdir()}
+    assert stop_tokens(alone) == [TURN_END, END_OF_TEXT]
     record = read_json(alone / "run.json")
     assert (record["stage"], record["status"]) == ("ppo_training", "finished")
     assert record["plan"]["sequences"] == 8 and all(line["agrees"] is not False for line in record["observed"])
