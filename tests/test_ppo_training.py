@@ -386,6 +386,26 @@ def test_what_a_run_can_start_from(work, alone, tmp_path, start):
     assert len(logged(tmp_path, "loss")) == 2 and read_json(tmp_path / "run.json")["status"] == "finished"
 
 
+def test_the_reference_of_all_weights_is_the_start_at_the_temperature_of_the_answers(place, tmp_path):
+    """Both sides of the KL are divided by the temperature, and training moves only the one."""
+    trainer = open_ppo(place, tmp_path, "--use_peft", "False", "--temperature", 0.7).trainer
+    shake(trainer.policy)
+    rollout, seen = trainer.roll_out(0)
+    columns = trainer._look_at(rollout.input_ids, rollout.attention_mask, rollout.answer_mask)
+    start = AutoModelForCausalLM.from_pretrained(place / "policy").eval()
+    gaps = []
+    for row, mask in enumerate(rollout.answer_mask):
+        ids = rollout.input_ids[row][rollout.attention_mask[row].bool()]
+        chosen = mask[: len(ids) - 1]
+        for model, found in ((trainer.policy, columns[0]), (start, columns[2])):
+            with torch.no_grad():
+                logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
+            log_probs = (logits / 0.7).log_softmax(dim=-1).gather(1, ids[1:, None])[chosen, 0]
+            torch.testing.assert_close(found[row][mask], log_probs, rtol=1e-4, atol=1e-4)
+            gaps.append((log_probs - logits.log_softmax(dim=-1).gather(1, ids[1:, None])[chosen, 0]).abs().max())
+    assert min(gaps) > 0.1 and abs(seen["kl"]) > 0.1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["adapters", "all weights", "checkpointing on two processes"])
 def test_zero_2_and_two_processes_do_what_one_does(work, tmp_path, case):
