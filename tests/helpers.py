@@ -125,6 +125,21 @@ def read_json(path: str | Path) -> Any:
     return [json.loads(line) for line in text.splitlines()] if Path(path).suffix == ".jsonl" else json.loads(text)
 
 
+def stop_tokens(folder: str | Path) -> list[str]:
+    """The tokens that end an answer of a trained model, as its run.json says.
+
+    Its generation_config.json must say the same; a reward model, which answers nothing, must have none.
+    """
+    from transformers import AutoTokenizer
+
+    record, generation = read_json(Path(folder, "run.json")), Path(folder, "generation_config.json")
+    if record["stage"] == "reward_modeling":
+        assert not generation.exists()
+    else:
+        assert read_json(generation)["eos_token_id"] == record["stop_token_ids"]
+    return AutoTokenizer.from_pretrained(folder).convert_ids_to_tokens(record["stop_token_ids"])
+
+
 def chat(messages: list[dict], tools: list[dict] | None = None) -> dict[str, Any]:
     """A converted row, as `encode_chat` takes it."""
     return {"messages": messages, "tools": tools}

@@ -145,7 +145,7 @@ def test_rare_terms_weigh_more():
 
 
 class Fixed:
-    """An embedder that knows three texts."""
+    """An embedder that gives texts these vectors, in their order."""
 
     key = "fixed"
 
@@ -168,6 +168,19 @@ def test_both_rankings_are_fused_by_rank():
     assert Collection(passages).search("fever").order == [0, 1]
     assert found.order == [0, 1, 2] and found.similarity == pytest.approx(1.0)
     assert 1 / 61 + 1 / 63 > 2 / 62 > 1 / 61
+
+
+def test_early_ranks_weigh_more_than_late_ones():
+    """A rank further down adds less, and passages of one ranking come after those of both."""
+    # Texts of one length, in which the question's word becomes rarer until it is gone.
+    passages = [Passage("a", " ".join(["fever"] * times + ["rest"] * (6 - times))) for times in (5, 4, 3, 2, 0, 0)]
+    cosines = (0.7, 0.8, 0.1, 0.3, 0.5, 0.9)
+    collection = Collection([], Fixed(*((x, (1 - x * x) ** 0.5) for x in cosines))).with_more(passages)
+    assert Collection(passages).search("fever").order == [0, 1, 2, 3]
+    ranks = {0: (1, 3), 1: (2, 2), 2: (3, 6), 3: (4, 5), 5: (1,), 4: (4,)}
+    sums = [sum(1 / (60 + rank) for rank in ranks[index]) for index in ranks]
+    assert sums == sorted(sums, reverse=True) and len(set(sums)) == len(passages)
+    assert collection.search("fever").order == list(ranks)
 
 
 def test_similarity_can_stand_in_for_words():

@@ -7,9 +7,9 @@ from pathlib import Path
 from dpo_training import LOSSES, PreferenceArguments, check_flags
 from medicalgpt.errors import UserError
 from medicalgpt.parser import parse_args
-from tests.helpers import open_stage, read_json, run_here, run_program, save_model, write_jsonl
+from tests.helpers import open_stage, read_json, run_here, run_program, save_model, stop_tokens, write_jsonl
 from tests.silent.pairs import open_pairs, pair, pairs
-from tests.tiny import make_tiny, tiny_tokenizer
+from tests.tiny import END_OF_TEXT, TURN_END, make_tiny, tiny_tokenizer
 
 import pytest
 import torch
@@ -90,6 +90,7 @@ def test_a_run_leaves_what_the_next_step_needs(work, alone):
     assert files | {"run.json", "metrics.jsonl", "samples.jsonl"} <= {path.name for path in alone.iterdir()}
     record = read_json(alone / "run.json")
     assert (record["stage"], record["status"]) == ("dpo_training", "finished")
+    assert stop_tokens(alone) == [TURN_END, END_OF_TEXT]
     assert record["plan"]["sequences"] == 16 and record["arguments"]["loss_type"] == ["sigmoid"]
     assert all(line["agrees"] is not False for line in record["observed"])
     assert logged(alone, "loss")[0] == pytest.approx(math.log(2), abs=1e-6)

@@ -13,7 +13,7 @@ from medicalgpt.refusals import refused_in
 from medicalgpt.rewards.rewards import SYSTEM_PROMPT
 from medicalgpt.rewards.scoring import RewardScorer
 from template import apply_template
-from tests.helpers import open_stage, read_json, run_here, run_program, write_jsonl
+from tests.helpers import open_stage, read_json, run_here, run_program, stop_tokens, write_jsonl
 from tests.silent.pairs import shake
 from tests.silent.tasks import STAGE, first_batches, noted, open_tasks, task_flags, tasks
 from tests.tiny import END_OF_TEXT, TURN_END, make_tiny, tiny_tokenizer
@@ -80,7 +80,7 @@ def test_a_run_leaves_what_the_next_step_needs(work, tmp_path):
     assert all(line["agrees"] is not False for line in record["observed"])
     assert any(line["observed"].startswith("8 = 4 a device x 2") for line in record["observed"])
     assert "Think." in load_tokenizer(str(out)).apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
-    assert read_json(out / "generation_config.json")["eos_token_id"] == record["stop_token_ids"]
+    assert stop_tokens(out) == [TURN_END, END_OF_TEXT]
     # 7 prompts, 2 of them in a step, are 4 steps an epoch; nothing is left out.
     assert "steps" in done.stderr and "4 (4 an epoch) of 8 answers" in done.stderr
     assert len(logged(out, "eval_reward")) == len(logged(out, "eval_rewards/noted/mean")) == 4

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 from medicalgpt.errors import UserError
 from orpo_training import NEAREST_TO_CERTAIN, log_odds, orpo_loss
 from tests.families import make_family
-from tests.helpers import open_stage, read_json, run_program, write_jsonl
-from tests.tiny import make_tiny
+from tests.helpers import open_stage, read_json, run_program, stop_tokens, write_jsonl
+from tests.tiny import END_OF_TEXT, TURN_END, make_tiny
 
 import numpy as np
 import pytest
@@ -362,6 +362,7 @@ def test_as_a_person_starts_it(model, tmp_path):
         assert (out / name).stat().st_size > 0
     assert len(read_json(out / "samples.jsonl")) == 1
     assert read_json(out / "run.json")["status"] == "finished"
+    assert stop_tokens(out) == [TURN_END, END_OF_TEXT]
     assert "held out" in done.stderr + done.stdout
 
 

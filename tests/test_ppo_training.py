@@ -21,10 +21,10 @@ from ppo_training import (
     policy_loss,
     value_loss,
 )
-from tests.helpers import open_stage, read_json, run_here, run_program, write_jsonl
+from tests.helpers import open_stage, read_json, run_here, run_program, stop_tokens, write_jsonl
 from tests.silent.pairs import pairs, shake
 from tests.silent.ppo import STAGE, make_place, open_ppo, ppo_flags, prompts, save_reward_model
-from tests.tiny import TURN_END, tiny_tokenizer
+from tests.tiny import END_OF_TEXT, TURN_END, tiny_tokenizer
 
 import numpy as np
 import pytest
@@ -307,6 +307,7 @@ METRICS |= {"explained_variance", "length", "end_rate", "kl_coef", "num_tokens",
 def test_a_run_leaves_what_the_next_step_needs(work, alone):
     files = {"adapter_model.safetensors", "chat_template.jinja", "generation_config.json", "loss.png", "README.md"}
     assert files | {"run.json", "metrics.jsonl", "samples.jsonl", "answers.jsonl"} <= {p.name for p in alone.iterdir()}
+    assert stop_tokens(alone) == [TURN_END, END_OF_TEXT]
     record = read_json(alone / "run.json")
     assert (record["stage"], record["status"]) == ("ppo_training", "finished")
     assert record["plan"]["sequences"] == 8 and all(line["agrees"] is not False for line in record["observed"])
@@ -387,6 +388,26 @@ def test_what_a_run_can_start_from(work, alone, tmp_path, start):
     log_probs, _, reference, values = ((old - new).abs().max().item() for old, new in zip(before, after, strict=True))
     assert reference < 1e-6 and log_probs > 1e-3 and values > 1e-3
     assert len(logged(tmp_path, "loss")) == 2 and read_json(tmp_path / "run.json")["status"] == "finished"
+
+
+def test_the_reference_of_all_weights_is_the_start_at_the_temperature_of_the_answers(place, tmp_path):
+    """Both sides of the KL are divided by the temperature, and training moves only the one."""
+    trainer = open_ppo(place, tmp_path, "--use_peft", "False", "--temperature", 0.7).trainer
+    shake(trainer.policy)
+    rollout, seen = trainer.roll_out(0)
+    columns = trainer._look_at(rollout.input_ids, rollout.attention_mask, rollout.answer_mask)
+    start = AutoModelForCausalLM.from_pretrained(place / "policy").eval()
+    gaps = []
+    for row, mask in enumerate(rollout.answer_mask):
+        ids = rollout.input_ids[row][rollout.attention_mask[row].bool()]
+        chosen = mask[: len(ids) - 1]
+        for model, found in ((trainer.policy, columns[0]), (start, columns[2])):
+            with torch.no_grad():
+                logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
+            log_probs = (logits / 0.7).log_softmax(dim=-1).gather(1, ids[1:, None])[chosen, 0]
+            torch.testing.assert_close(found[row][mask], log_probs, rtol=1e-4, atol=1e-4)
+            gaps.append((log_probs - logits.log_softmax(dim=-1).gather(1, ids[1:, None])[chosen, 0]).abs().max())
+    assert min(gaps) > 0.1 and abs(seen["kl"]) > 0.1
 
 
 @pytest.mark.slow

@@ -13,9 +13,9 @@ from medicalgpt.models.loading import load_model
 
 import pytest
 import torch
-from helpers import read_json, run_here, run_program, write_jsonl
+from helpers import read_json, run_here, run_program, stop_tokens, write_jsonl
 from safetensors.torch import load_file
-from tiny import make_tiny, tiny_tokenizer
+from tiny import TURN_END, make_tiny, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SCRIPT = "pretraining.py"
@@ -107,6 +107,8 @@ def test_what_is_left(work, adapter):
     for name in ("adapter_model.safetensors", "tokenizer.json", "loss.png", "README.md", "generation_config.json"):
         assert (folder / name).stat().st_size > 0
     assert len(read_json(folder / "samples.jsonl")) == 2
+    # The EOS of the tokenizer, with which documents end, and no more.
+    assert stop_tokens(folder) == [TURN_END]
     assert AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids(NEW_TOKENS) == [260, 261]
     assert "the embedding grew from 260 to 262 rows" in adapter.stderr
 

@@ -4,8 +4,8 @@ from medicalgpt.errors import UserError
 from medicalgpt.models.hub import CheckpointError
 from medicalgpt.rewards.scoring import RewardScorer
 from tests.families import FAMILIES, Followed, make_family
-from tests.helpers import ROOT, open_stage, read_json, run_here, run_program, save_model, write_jsonl
-from tests.tiny import TURN_END, make_tiny, tiny_tokenizer
+from tests.helpers import ROOT, open_stage, read_json, run_here, run_program, save_model, stop_tokens, write_jsonl
+from tests.tiny import END_OF_TEXT, TURN_END, make_tiny, tiny_tokenizer
 
 import numpy as np
 import pytest
@@ -110,6 +110,10 @@ def test_training_raises_the_chosen_answers_above_the_rejected(base, data, tmp_p
 
 
 # --- what is trained and saved ---------------------------------------------------------------------------------------
+
+
+def test_the_ends_of_answers_are_recorded(trained):
+    assert stop_tokens(trained[0]) == [TURN_END, END_OF_TEXT]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import dataclasses
 import threading
 import time
 from concurrent.futures import CancelledError, wait
+from dataclasses import replace
 
 from medicalgpt.errors import UserError
 from medicalgpt.serving.batchers import BatcherClosedError, QueueFullError, make_batcher
@@ -127,6 +128,34 @@ def test_continuous_batching_with_an_adapter(engine, tmp_path):
     assert alone.text != engine.chat(QUESTIONS[1], GREEDY).text
     with make_batcher(adapted, batching="continuous") as batcher:
         same(batcher.submit(adapted.request(QUESTIONS[1], GREEDY)).result(20), alone)
+
+
+def test_several_new_tokens_at_once(engine):
+    """Under load the library hands over an output that has grown by more than a token since the last one."""
+    settings = []
+    for sampling in (GREEDY, Sampling(max_new_tokens=30, temperature=0.7, seed=3, log_probs=True, top_log_probs=2)):
+        text = engine.chat(ask("hello"), sampling).text
+        # With a stop string, the answer ends within what comes at once.
+        settings += [sampling, replace(sampling, stop=(text[len(text) // 2],))]
+    alone = [engine.chat(ask("hello"), sampling) for sampling in settings]
+    assert [answer.finish_reason for answer in alone] == ["length", "stop"] * 2
+    assert alone[1].completion_tokens % 5 and alone[3].completion_tokens % 5
+    with make_batcher(engine, batching="continuous") as batcher:
+        get_result, lengths = batcher._manager.get_result, []
+
+        def late(**options):
+            output = get_result(**options)
+            if output is None or (len(output.generated_tokens) % 5 and not output.is_finished()):
+                return None
+            lengths.append(len(output.generated_tokens))
+            return output
+
+        batcher._manager.get_result = late
+        for sampling, expected in zip(settings, alone, strict=True):
+            pieces = []
+            same(batcher.submit(engine.prompt_ids(ask("hello")), sampling, on_text=pieces.append).result(20), expected)
+            assert "".join(pieces) == expected.text
+    assert lengths[:3] == [5, 10, 12]
 
 
 def test_many_threads(alone, batcher):

@@ -20,9 +20,9 @@ from medicalgpt.serving.chat import ChatEngine
 
 import pytest
 import torch
-from helpers import ROOT, read_json, run_here, run_program, write_jsonl
+from helpers import ROOT, read_json, run_here, run_program, stop_tokens, write_jsonl
 from safetensors.torch import load_file
-from tiny import TURN_END, make_tiny, tiny_tokenizer
+from tiny import END_OF_TEXT, TURN_END, make_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SCRIPT = "supervised_finetuning.py"
@@ -108,8 +108,7 @@ def test_every_file_is_there(work, adapter):
     folder = work / "adapter"
     assert {path.name for path in folder.iterdir()} >= ADAPTER_FILES
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
-    stop = tiny_tokenizer().convert_tokens_to_ids(TURN_END)
-    assert stop in read_json(folder / "generation_config.json")["eos_token_id"]
+    assert stop_tokens(folder) == [TURN_END, END_OF_TEXT]
     assert re.search(r"{%-? generation", (folder / "chat_template.jinja").read_text(encoding="utf-8"))
     weights = load_file(folder / "adapter_model.safetensors")
     assert len(weights) == 2 * 7 * 2

@@ -1,5 +1,6 @@
 """The CPU head: the same loss, gradients and measures as the model's own forward, from supervised positions only."""
 
+from medicalgpt.training.cpu import CHUNK, score_targets
 from medicalgpt.training.trainers import add_cpu_head
 
 import pytest
@@ -57,6 +58,38 @@ def test_loss_and_gradients_are_those_of_the_models_own_forward(path, adapter):
     assert found.keys() == expected.keys()
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("count", [1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 1])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_each_position_of_each_chunk_is_scored(frozen, bias, count):
+    """Also one that is alone in the last chunk, which no mean over a thousand positions would show."""
+    torch.manual_seed(0)
+    head = torch.nn.Linear(8, 30, bias).requires_grad_(not frozen)
+    hidden, targets, upstream = torch.randn(count, 8), torch.randint(30, (count,)), torch.randn(count)
+
+    def scored(score):
+        leaf = hidden.clone().requires_grad_()
+        columns = score(leaf)
+        (columns["log_probs"] * upstream).sum().backward()
+        found = {**columns, "gradient": leaf.grad, **gradients(head)}
+        return {name: column.detach().float() for name, column in found.items()}
+
+    def plain(leaf):
+        logits = head(leaf)
+        log_probs = logits.log_softmax(dim=-1)
+        return {
+            "log_probs": log_probs[range(count), targets],
+            "entropy": -(log_probs.exp() * log_probs).sum(dim=-1),
+            "is_top1": logits.argmax(dim=-1) == targets,
+            "mean_logits": logits.mean(dim=-1),
+        }
+
+    expected, found = scored(plain), scored(lambda leaf: score_targets(head, leaf, targets))
+    assert found.keys() == expected.keys() and ("weight" in found) is not frozen
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_only_supervised_positions_go_through_the_head(path):

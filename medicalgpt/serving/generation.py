@@ -286,6 +286,8 @@ class AnswerState:
         text, calls = self._tools.parse(self._text, tools) if self._tools else (self._text, [])
         self._pass_on(text)
         self.ended = True
+        # In a continuous batch, tokens may have been chosen after the one that ended a stop string.
+        log_probs = self._log_probs[: len(self.token_ids)]
         self.answer = Answer(
             text=text,
             finish_reason=finish_reason,
@@ -293,7 +295,7 @@ class AnswerState:
             completion_tokens=len(self.token_ids),
             tool_calls=tuple(calls),
             token_ids=tuple(self.token_ids),
-            log_probs=tuple(torch.stack(self._log_probs).tolist()) if self._log_probs else (),
+            log_probs=tuple(torch.stack(log_probs).tolist()) if log_probs else (),
             scores=tuple(
                 TokenScore(token_id, log_prob.item(), tuple(zip(top_ids.tolist(), top.tolist(), strict=True)))
                 for token_id, (log_prob, top_ids, top) in zip(self.token_ids, self._scores, strict=False)
