@@ -34,6 +34,8 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from loguru import logger
+from peft import PeftModel
+from safetensors import SafetensorError, safe_open
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -69,6 +71,11 @@ RUN_TRACES = (
     "train_results.json",
     "eval_results.json",
     "all_results.json",
+)
+GATHERING = (
+    "Weights that are spread over the processes must be gathered to be saved. For DeepSpeed ZeRO-3 set "
+    '"stage3_gather_16bit_weights_on_model_save": true, as zero3.json does; for FSDP "state_dict_type": '
+    '"FULL_STATE_DICT".'
 )
 SIGN_OF_LIFE_SECONDS = 30
 # What a line of progress says of a log event, beside speed and memory.
@@ -303,7 +310,12 @@ class Run:
 
         Returns:
             The metrics, also written to run.json.
+
+        Raises:
+            UserError: on every process, if the weights would not be saved, or were not (see `require_saved_weights`).
         """
+        if self.training.do_train:
+            _require_gathering(trainer)
         self._install_callbacks(trainer)
         # A model from a hub is on this machine only now.
         self.record["base"]["fingerprint"] = models.fingerprint(self.record["base"]["name"])
@@ -328,6 +340,7 @@ class Run:
         if self.training.do_train:
             trainer.save_state()
             trainer.save_model()
+            require_saved_weights(self.output_dir)
         if is_main_process():
             self._finish(trainer, tokenizer, stop_ids, sampler.shown, before, sampler.answers(), metrics, note)
         trainer.accelerator.wait_for_everyone()
@@ -526,14 +539,50 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def require_saved_weights(folder: Path) -> None:
+    """Refuse a folder without weights, or with a tensor of size zero. Call it on every process, once it is saved.
+
+    ZeRO-3 and FSDP leave an empty tensor in the place of a weight, and saving it raises no error. Only the headers of
+    the files are read.
+
+    Raises:
+        UserError: on every process.
+    """
+    problem = _problem_of_weights(folder) if is_main_process() else None
+    # A process that stops alone would leave the others waiting for it.
+    if problems := [found for found in gather_object([problem]) if found]:
+        raise UserError(problems[0])
+
+
+def _problem_of_weights(folder: Path) -> str | None:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        return f"{folder} holds no weights: there is no .safetensors file in it. {GATHERING}"
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():
+                    shape = file.get_slice(name).get_shape()
+                    if 0 in shape:
+                        return f"{path} holds nothing of {name}: its shape there is {shape}. {GATHERING}"
+        except SafetensorError as error:
+            return f"{path} was not saved whole ({error}). Make room on the disk, or save somewhere else."
+    return None
+
+
 class CheckpointCommitter(TrainerCallback):
-    """Write the manifest of a checkpoint once all its files are there; transformers itself writes them in place."""
+    """Write the manifest of a checkpoint once all its files are there; transformers itself writes them in place.
+
+    Raises:
+        UserError: its weights are not there (see `require_saved_weights`); without a manifest it is never resumed from.
+    """
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.barrier()
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if not state.is_world_process_zero or not folder.is_dir():
+        require_saved_weights(folder)
+        if not state.is_world_process_zero:
             return
         entries = {
             str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _digest(path)}
@@ -712,6 +761,15 @@ def _require_liger(training: TrainingArguments) -> None:
         raise UserError("--use_liger_kernel needs a CUDA GPU, and this run has none. Leave it out.")
     if not is_liger_kernel_available():
         raise UserError("--use_liger_kernel needs its package: pip install liger-kernel")
+
+
+def _require_gathering(trainer: Trainer) -> None:
+    # An adapter is gathered whatever the setting; without it, all weights would be left in pieces, one a process.
+    if not trainer.is_deepspeed_enabled or isinstance(trainer.model, PeftModel):
+        return
+    config = trainer.accelerator.state.deepspeed_plugin.hf_ds_config
+    if config.is_zero3() and not config.is_true("zero_optimization.stage3_gather_16bit_weights_on_model_save"):
+        raise UserError(f"the trained weights would not be saved as a model. {GATHERING}")
 
 
 def _init_deepspeed_on_cpu(training: TrainingArguments) -> None:
