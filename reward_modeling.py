@@ -46,6 +46,7 @@ from medicalgpt.scoring import (
     is_reward_adapter,
     is_reward_model,
     read_judged,
+    restore_head,
     score_in_float32,
     score_rows,
     scoring_pad,
@@ -215,6 +216,8 @@ def main() -> None:
     new_rows = models.fit_embedding(model, tokenizer, lora_args, cache_dir=model_args.cache_dir)
     _, adapter = models.resolve_checkpoint(model_args.model_name_or_path)
     model = models.add_lora(model, lora_args, TaskType.SEQ_CLS, start_from=adapter, new_rows=new_rows)
+    if lora_args.use_peft and (started_from := lora_args.peft_path or adapter):
+        restore_head(model, started_from)
 
     # 5 trainer; it writes the padding token into the model's configuration, where the model looks for it
     trainer = PairRewardTrainer(
