@@ -51,7 +51,7 @@ from medicalgpt.encoding import IGNORED, EncodingError, Prompt, encode_prompt, e
 from medicalgpt.errors import UserError, run_main
 from medicalgpt.logs import is_main_process
 from medicalgpt.runs import Run
-from medicalgpt.scoring import RewardScorer, is_reward_adapter, score_in_float32
+from medicalgpt.scoring import RewardScorer, is_reward_adapter, restore_head, score_in_float32
 from medicalgpt.trainers import StageTrainer, settle_dropout, switch_off_dropout, training_defaults
 from template import apply_template, stop_token_ids
 
@@ -859,21 +859,15 @@ class PpoTrainer(StageTrainer):
     def _answers_file(self) -> Path:
         return Path(self.args.output_dir) / "answers.jsonl"
 
-    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        is_new = self.optimizer is None
-        optimizer = super().create_optimizer(model)
+    def set_rates(self, optimizer: torch.optim.Optimizer) -> None:
         rate = self.args.critic_learning_rate
-        if is_new and rate is not None:
-            critic = {id(parameter) for parameter in self.model.critic.parameters()}
-            for group in list(optimizer.param_groups):
-                own = [parameter for parameter in group["params"] if id(parameter) in critic]
-                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in critic]
-                settings = {name: value for name, value in group.items() if name not in ("params", "lr")}
-                # LoRA+ has rates of its own, which stay in proportion.
-                optimizer.add_param_group(
-                    {**settings, "params": own, "lr": rate * group["lr"] / self.args.learning_rate}
-                )
-        return optimizer
+        if rate is None:
+            return
+        critic = {id(parameter) for parameter in self.model.critic.parameters()}
+        for group in list(optimizer.param_groups):
+            own = [parameter for parameter in group["params"] if id(parameter) in critic]
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in critic]
+            optimizer.add_param_group({**group, "params": own, "lr": rate})
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """The policy, as any stage saves its model; in a checkpoint also everything that training goes on with."""
@@ -975,6 +969,8 @@ def load_critic(
     critic.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     new_rows = models.fit_embedding(critic, tokenizer, lora_args, cache_dir=model_args.cache_dir)
     critic = models.add_lora(critic, lora_args, TaskType.SEQ_CLS, start_from=adapter, new_rows=new_rows)
+    if adapter and lora_args.use_peft:
+        restore_head(critic, adapter)
     models.adapters_to_float32(critic)
     score_in_float32(critic)
     return critic
