@@ -53,7 +53,7 @@ from medicalgpt.models.hub import HEADS, Checkpoint
 from medicalgpt.models.templating import stop_token_ids
 from medicalgpt.parser import parse_args
 from medicalgpt.refusals import refused_in
-from medicalgpt.rewards.scoring import RewardScorer, is_reward_adapter, score_in_float32
+from medicalgpt.rewards.scoring import RewardScorer, is_reward_adapter, restore_head, score_in_float32
 from medicalgpt.serving.chat import ChatEngine
 from medicalgpt.serving.generation import Answer, Sampling
 from medicalgpt.training.cpu import add_cpu_head
@@ -818,21 +818,15 @@ class PpoTrainer(StageTrainer):
     def _answers_file(self) -> Path:
         return Path(self.args.output_dir) / "answers.jsonl"
 
-    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        is_new = self.optimizer is None
-        optimizer = super().create_optimizer(model)
+    def set_rates(self, optimizer: torch.optim.Optimizer) -> None:
         rate = self.args.critic_learning_rate
-        if is_new and rate is not None:
-            critic = {id(parameter) for parameter in self.model.critic.parameters()}
-            for group in list(optimizer.param_groups):
-                own = [parameter for parameter in group["params"] if id(parameter) in critic]
-                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in critic]
-                settings = {name: value for name, value in group.items() if name not in ("params", "lr")}
-                # LoRA+ has rates of its own, which stay in proportion.
-                optimizer.add_param_group(
-                    {**settings, "params": own, "lr": rate * group["lr"] / self.args.learning_rate}
-                )
-        return optimizer
+        if rate is None:
+            return
+        critic = {id(parameter) for parameter in self.model.critic.parameters()}
+        for group in list(optimizer.param_groups):
+            own = [parameter for parameter in group["params"] if id(parameter) in critic]
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in critic]
+            optimizer.add_param_group({**group, "params": own, "lr": rate})
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """The policy, as any stage saves its model; in a checkpoint also everything that training goes on with."""
@@ -938,6 +932,8 @@ def load_critic(
             )
     except UserError as error:
         raise UserError(f"the critic, from {flag} {path}: {error}") from error
+    if start.adapter and lora_args.use_peft:
+        restore_head(critic, start.adapter)
     critic.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     score_in_float32(critic)
     return critic

@@ -49,6 +49,7 @@ from medicalgpt.rewards.scoring import (
     is_reward_adapter,
     is_reward_model,
     read_judged,
+    restore_head,
     score_in_float32,
     score_rows,
     scoring_pad,
@@ -218,6 +219,8 @@ def main() -> None:
             bf16=args.bf16,
             num_labels=1,
         )
+    if checkpoint.adapter and lora_args.use_peft:
+        restore_head(model, checkpoint.adapter)
 
     # 5 trainer; it writes the padding token into the model's configuration, where the model looks for it
     trainer = PairRewardTrainer(

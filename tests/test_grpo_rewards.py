@@ -134,6 +134,26 @@ def test_numbers_and_formulas(gold, answer, score):
 
 
 @pytest.mark.parametrize(
+    "gold, same, others",
+    [
+        ("1 mL/min", ("60 mL/h", "0.06 L/h", "1.44 L/d", "每小时60毫升", "60 毫升每小时"), ("1 mL/h", "3600 mL/h")),
+        ("60 mL/h", ("1 mL/min", "1毫升/分"), ("60 mL/min", "1 mL/s", "60 mL")),
+        ("6 mg/kg/h", ("0.1 mg/kg/min", "100 μg/kg/min", "144 mg/kg/d", "0.006 g/kg/h"), ("6 mg/kg", "6 mg/h")),
+        ("0.9 g/L", ("0.9 mg/mL", "900 mg/L", "90 mg/dL"), ("0.9 g/mL", "900 mg/mL", "0.9 L/g")),
+        ("5 mmol/L", ("5000 μmol/L", "5 μmol/mL"), ("5 mmol/mL", "5 mg/L")),
+        ("24 次/日", ("1 次/小时", "每小时 1 次", "1 time/h"), ("24 次/小时", "1 次/日")),
+    ],
+)
+def test_compound_units_are_converted(gold, same, others):
+    """What stands above the line multiplies, each part below it divides."""
+    for answer in same:
+        assert accuracy(gold, answer, "number") == 1.0, answer
+    for answer in others:
+        assert accuracy(gold, answer, "number") == 0.0, answer
+    assert accuracy(gold, gold.split()[0], "number") == 0.5
+
+
+@pytest.mark.parametrize(
     "gold, answer, score",
     [
         *(("食管克罗恩病", "食管克罗恩病。", 1), ("神经内科", " 神经 内科 ", 1)),

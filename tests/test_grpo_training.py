@@ -337,6 +337,27 @@ def test_evaluation_where_a_reward_does_not_apply(work, tmp_path):
     assert "eval_rewards/safety/mean" not in metrics
 
 
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_the_evaluation_averages_the_rows_that_are_scored(work, tmp_path, size):
+    """A row that no reward applies to is no row of reward 0, whatever batch it is in."""
+    rewards = tmp_path / "given.py"
+    rewards.write_text("def one(completions, a, **_):\n    return a\n\ndef two(completions, b, **_):\n    return b\n")
+    given = [(1.0, None), (None, None), (None, 0.5), (0.25, 1.0), (None, None)]
+    rows = [{"question": f"{n}? ", "a": a, "b": b} for n, (a, b) in enumerate(given)]
+    write_jsonl(tmp_path / "data" / "validation.jsonl", rows)
+    more = ("--reward_file", rewards, "--reward_funcs", "one", "two", "--reward_weights", 2, 1)
+    trained = [{"question": f"{n}?", "a": 1.0, "b": 1.0} for n in (7, 8)]
+    trainer = open_tasks(work / "model", tmp_path, trained, *more, "--per_device_eval_batch_size", size).trainer
+    found = trainer.evaluate()
+    # 2 x 1; 0.5; 2 x 0.25 + 1.
+    assert found["eval_reward"] == pytest.approx((2 + 0.5 + 1.5) / 3)
+    assert found["eval_rewards/one/mean"] == pytest.approx((1 + 0.25) / 2)
+    assert found["eval_rewards/two/mean"] == pytest.approx((0.5 + 1) / 2)
+    unscored = trainer.evaluate(trainer.eval_dataset.select([1, 4]))
+    assert not {"eval_reward", "eval_rewards/one/mean", "eval_rewards/two/mean"} & unscored.keys()
+    assert unscored["eval_completions/mean_length"] > 0
+
+
 def test_the_best_checkpoint_is_that_with_the_highest_reward(work, tmp_path):
     more = ("--train_file_dir", work / "data", "--load_best_model_at_end", "True", "--eval_strategy", "steps")
     more += ("--save_strategy", "steps", "--save_steps", 1, "--eval_steps", 1, "--max_steps", 3)
@@ -398,6 +419,20 @@ def test_each_prompt_of_an_epoch_is_answered():
         flat = sum(asked, [])
         assert sorted(flat[:7]) == list(range(7)) and flat[7:] == flat[:2]
     assert list(PromptSampler(2, answers=1, prompts=5, times=1, seed=0, shuffle=False)) == [0, 1, 0, 1, 0]
+
+
+def test_each_epoch_of_a_run_has_an_order_of_its_own(work, tmp_path):
+    """It follows from the seed."""
+    asked = {}
+    for name, more in {"one": (), "again": ("--learning_rate", 0.1), "other": ("--data_seed", 5)}.items():
+        folder = tmp_path / name
+        options = ("--num_train_epochs", 2, "--max_completion_length", 2, *more)
+        open_tasks(work / "model", folder, tasks(6), *options).trainer.train()
+        asked[name] = [row["answer"] for row in noted(folder)[::4]]
+    for order in asked.values():
+        assert sorted(order[:6]) == sorted(order[6:]) == [str(n) for n in range(6)]
+        assert order[:6] != order[6:]
+    assert asked["one"] == asked["again"] != asked["other"]
 
 
 def test_a_long_prompt_is_refused_with_its_place(work, tmp_path):

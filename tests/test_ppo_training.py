@@ -9,6 +9,7 @@ from medicalgpt.errors import UserError
 from medicalgpt.parser import parse_args
 from medicalgpt.rewards.scoring import RewardScorer
 from medicalgpt.serving.chat import ChatEngine
+from medicalgpt.serving.generation import Answer
 from ppo_training import (
     PpoArguments,
     adapted_kl_coef,
@@ -19,6 +20,7 @@ from ppo_training import (
     masked_moments,
     masked_whiten,
     policy_loss,
+    token_values,
     value_loss,
 )
 from tests.helpers import open_stage, read_json, run_here, run_program, stop_tokens, write_jsonl
@@ -267,6 +269,124 @@ def test_a_step_against_ten_lines_of_numpy(place, stepped):
     assert 0 < learned["clip_fraction"] < 1 and learned["value_clip_fraction"] > 0
 
 
+# A step worked out on paper: an answer of four tokens that ends, and one of two that does not; after each prompt the
+# padding is another. gamma = lambda = 0.5, KL coefficient 0.5, penalty for no end 1.5.
+SCORES = {"four": 2.8, "two": 1.2}
+BY_HAND = {
+    "log_probs": [-1.0, -2.0, -0.5, -3.0, -0.7, -1.5],
+    "reference": [-1.3, -1.8, 0.0, -3.6, -0.3, -2.3],
+    "values": [-1.1, -4.4, 1.0, 0.5, 0.1, 0.3],
+}
+# KL: 0.3, -0.2, -0.5, 0.6; and -0.4, 0.8. What a token is rewarded with is -0.5 of it, and for the last one the score:
+#   -0.15, 0.1, 0.25, -0.3 + 2.8 = 2.5; and 0.2, -0.4 + 1.2 - 1.5 = -0.7.
+# Surprises, from the last token to the first, and advantages, each with a quarter of the one after it:
+#   2.5 - 0.5               =  2      2
+#   0.25 + 0.5 * 0.5 - 1    = -0.5   -0.5  + 0.25 * 2 = 0
+#   0.1 + 0.5 * 1 + 4.4     =  5      5    + 0.25 * 0 = 5
+#   -0.15 - 0.5 * 4.4 + 1.1 = -1.25  -1.25 + 0.25 * 5 = 0
+# and for the other answer
+#   -0.7 - 0.3              = -1     -1
+#   0.2 + 0.5 * 0.3 - 0.1   =  0.25   0.25 - 0.25 * 1 = 0
+# So the advantages are 0, 5, 0, 2 and 0, -1. Their mean is 1, their variance (1 + 16 + 1 + 1 + 1 + 4) / 6 = 4.
+RETURNS = [-1.1, 0.6, 1.0, 2.5, 0.1, -0.7]
+WHITENED = [-0.5, 2.0, -0.5, 0.5, -0.5, -1.0]
+# New probability over old one, loss and its slope for the log-probability, clipped at 0.8 and 1.2; new value, loss and
+# slope, clipped 0.3 away from the old value.
+LEARNED = [
+    (1.1, 0.55, 0.55, -1.0, 0.5 * 0.01, 0.1),
+    # Good, and likelier than allowed: no gradient. The value came nearer by more than allowed: none either.
+    (1.5, -2.4, 0.0, -3.4, 0.5 * 4.7**2, 0.0),
+    # Bad, and less likely than allowed: no gradient. The value has gone away.
+    (0.5, 0.4, 0.0, 2.0, 0.5 * 1.0, 1.0),
+    # Good, and less likely than allowed: to be made likelier again.
+    (0.5, -0.25, -0.25, 0.4, 0.5 * 4.41, -2.1),
+    (0.9, 0.45, 0.45, -0.9, 0.5 * 1.0, -1.0),
+    # Bad, and likelier than allowed: to be made less likely again.
+    (1.5, 1.5, 1.5, -0.2, 0.5 * 0.49, 0.0),
+]
+
+
+class Judge:
+    """A reward model that knows two answers."""
+
+    def encode(self, messages, tools):
+        return [messages[-1]["content"]]
+
+    def score_ids(self, sequences, batch_size):
+        return [SCORES[text] for (text,) in sequences]
+
+
+def placed(numbers, mask, elsewhere=0.0):
+    """The numbers of all answers, one after the other, where the mask is True."""
+    return torch.full(mask.shape, elsewhere).masked_scatter(mask, tensor(numbers))
+
+
+@pytest.fixture
+def by_hand(place, tmp_path):
+    """A trainer whose models say what stands above."""
+    write_jsonl(tmp_path / "data" / "rows.jsonl", [{"prompt": "Why?"}, {"prompt": "How long does it last?"}])
+    trainer = open_ppo(
+        place,
+        tmp_path / "out",
+        *("--train_file_dir", tmp_path / "data", "--num_mini_batches", 1, "--gamma", 0.5, "--lam", 0.5),
+        *("--kl_coef", 0.5, "--missing_eos_penalty", 1.5, "--cliprange", 0.2, "--cliprange_value", 0.3),
+        *("--vf_coef", 0.1),
+    ).trainer
+    trainer.scorer = Judge()
+    trainer.answer = lambda tasks, temperature, seed: [
+        Answer("four", "stop", 0, 4, (), (65, 66, 67, trainer.stop_ids[0]), tuple(BY_HAND["log_probs"][:4])),
+        Answer("two", "length", 0, 2, (), (68, 69), tuple(BY_HAND["log_probs"][4:])),
+    ]
+    trainer._look_at = lambda ids, attention, mask: (
+        placed(BY_HAND["log_probs"], mask),
+        torch.zeros(mask.shape),
+        placed(BY_HAND["reference"], mask),
+        placed(BY_HAND["values"], mask),
+    )
+    return trainer
+
+
+def test_what_tokens_are_worth_by_hand(by_hand):
+    """From scores, log-probabilities and values to rewards, advantages and returns."""
+    rollout, seen = by_hand.roll_out(0)
+    mask, lengths = rollout.answer_mask, rollout.attention_mask.sum(dim=1)
+    assert mask.sum(dim=1).tolist() == [4, 2] and lengths[0] != lengths[1]
+    assert rollout.returns[mask].tolist() == pytest.approx(RETURNS, abs=1e-6)
+    assert rollout.advantages[mask].tolist() == pytest.approx(WHITENED, abs=1e-6)
+    assert not rollout.returns[~mask].any() and not rollout.advantages[~mask].any()
+    # The rewards come to 2.7 and -0.5, the KL to 0.2 and 0.4; returns have the mean 0.4 and the mean square 9.32 / 6.
+    expected = {"score": 2.0, "score_std": 0.8, "reward": 1.1, "kl": 0.3, "length": 3.0, "end_rate": 0.5}
+    expected["explained_variance"] = 1 - 4 / (9.32 / 6 - 0.16)
+    assert {name: seen[name] for name in expected} == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("parts", [[[0, 1]], [[0], [1]], [[1], [0]]], ids=str)
+def test_what_is_learned_by_hand(by_hand, parts):
+    """Loss and gradients of an update in one batch or in two; columns of padding are nothing to learn from."""
+    rollout, _ = by_hand.roll_out(0)
+    mask = rollout.answer_mask
+    ratios, of_policy, slopes, values, of_critic, value_slopes = map(list, zip(*LEARNED, strict=True))
+    log_probs = [old + math.log(ratio) for old, ratio in zip(BY_HAND["log_probs"], ratios, strict=True)]
+    log_probs, values = (placed(now, mask, elsewhere=9.0).requires_grad_() for now in (log_probs, values))
+    by_hand._sums = torch.zeros(7, dtype=torch.float64)
+    total = 0.0
+    for rows in parts:
+        batch = rollout.rows(tensor(rows))
+        of_rows = [now[rows, : batch["answer_mask"].shape[1]] for now in (log_probs, values)]
+        said = (of_rows[0], None, of_rows[1])
+        loss = by_hand.compute_loss(lambda *_, said=said: said, batch, num_items_in_batch=tensor(6))
+        loss.backward()
+        total += loss.item()
+    assert total == pytest.approx((sum(of_policy) + 0.1 * sum(of_critic)) / 6, abs=1e-6)
+    assert total == pytest.approx((0.25 + 0.1 * 14.5) / 6, abs=1e-6)
+    assert log_probs.grad[mask].tolist() == pytest.approx([slope / 6 for slope in slopes], abs=1e-6)
+    assert values.grad[mask].tolist() == pytest.approx([0.1 * slope / 6 for slope in value_slopes], abs=1e-6)
+    assert not log_probs.grad[~mask].any() and not values.grad[~mask].any()
+    # Ratios add up to 6; two tokens of each are clipped; the move is measured by k3.
+    moved = sum(ratio - 1 - math.log(ratio) for ratio in ratios)
+    assert by_hand._sums.tolist() == pytest.approx([0.25, 14.5, 6.0, 2, 2, moved, 6], abs=1e-5)
+
+
 # --- a run -----------------------------------------------------------------------------------------------------------
 
 
@@ -410,6 +530,23 @@ def test_the_reference_of_all_weights_is_the_start_at_the_temperature_of_the_ans
     assert min(gaps) > 0.1 and abs(seen["kl"]) > 0.1
 
 
+def test_the_critic_judges_in_float32_on_a_base_in_bfloat16(work, tmp_path):
+    """With the head of the reward adapter as it was trained, which peft would round."""
+    more = ("--reward_model_path", work / "reward-adapter", "--dtype", "bfloat16")
+    trainer = open_ppo(work, tmp_path, *more).trainer
+    trainer.model.eval()
+    head = load_file(work / "reward-adapter" / "adapter_model.safetensors")["base_model.model.score.weight"]
+    ids = tensor([trainer.train_dataset[0]["prompt_ids"]])
+    with torch.no_grad():
+        hidden = trainer.model.critic.get_base_model().model(input_ids=ids).last_hidden_state
+        found = token_values(trainer.model.critic, ids, torch.ones_like(ids))
+    assert hidden.dtype == torch.bfloat16 and found.dtype == torch.float32
+    expected = (hidden.float() @ head[0])[:, :-1]
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+    assert (expected - expected.bfloat16()).abs().max() > 1e-4
+    assert (expected - (hidden.float() @ head[0].bfloat16().float())[:, :-1]).abs().max() > 1e-4
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["adapters", "all weights", "checkpointing on two processes"])
 def test_zero_2_and_two_processes_do_what_one_does(work, tmp_path, case):
@@ -453,6 +590,35 @@ def test_the_kl_coefficient_is_adapted_in_a_run(work, tmp_path):
     open_ppo(work, tmp_path, "--target_reference_kl", 5, "--kl_horizon", 8, "--max_steps", 3).finish()
     # Far below the target each time: a fifth of 4 answers of 8.
     assert logged(tmp_path, "kl_coef") == pytest.approx([0.05, 0.05 * 0.9, 0.05 * 0.9**2])
+
+
+# Rate of the policy, of the critic, ratio of LoRA+.
+RATES = [(1e-3, 5e-3, 4), (1e-3, None, 4), (1e-3, 5e-3, None), (1e-3, 5e-3, 0.5), (0.0, 5e-3, 4)]
+
+
+@pytest.mark.parametrize(("rate", "critic_rate", "ratio"), RATES)
+def test_the_critics_rate_and_the_ratio_of_lora_plus(work, tmp_path, rate, critic_rate, ratio):
+    """The ratio multiplies the rate that the rest of the same model has; the policy may stand still."""
+    more = ["--learning_rate", rate, "--weight_decay", 0.1, "--max_steps", 1]
+    more += [] if critic_rate is None else ["--critic_learning_rate", critic_rate]
+    more += [] if ratio is None else ["--loraplus_lr_ratio", ratio]
+    opened = open_ppo(work, tmp_path, *more)
+    trained = {name: weight for name, weight in opened.trainer.model.named_parameters() if weight.requires_grad}
+    names = {id(weight): name for name, weight in trained.items()}
+    groups = opened.trainer.create_optimizer().param_groups
+    found = [(names[id(one)], group["lr"], group["weight_decay"]) for group in groups for one in group["params"]]
+    expected = {}
+    for name in trained:
+        of_model = critic_rate if name.startswith("critic.") and critic_rate is not None else rate
+        expected[name] = of_model * (ratio or 1) if ".lora_B." in name else of_model
+    assert sorted(name for name, *_ in found) == sorted(expected)
+    assert {name: own for name, own, _ in found} == pytest.approx(expected)
+    assert {decay for *_, decay in found} == {0.1}
+    assert len(set(expected.values())) == (2 if None in (ratio, critic_rate) else 4 if rate else 3)
+    before = {name: weight.detach().clone() for name, weight in trained.items()}
+    opened.finish()
+    moved = {name.partition(".")[0] for name, weight in trained.items() if not torch.equal(weight, before[name])}
+    assert moved == ({"policy", "critic"} if rate else {"critic"})
 
 
 def test_scores_are_logged_as_they_are(work, tmp_path):
@@ -546,6 +712,47 @@ def test_rows_of_all_tasks_are_prompts(work, tmp_path):
     assert all(text.endswith("<|im_start|>assistant\n") for text in texts)
     assert "What is 2 + 2?" in texts[0] and "What helps?" in texts[1] and "See a doctor" not in texts[2]
     assert all(text in texts[2] for text in said[:3])
+
+
+class Asked(Exception):
+    """Ends a step where it would begin to answer its prompts."""
+
+
+def asked(trainer, steps):
+    """The prompts of so many steps, without answers to them."""
+    found = []
+
+    def note(tasks, *args, **kwargs):
+        found.extend(task["messages"][-1]["content"] for task in tasks)
+        raise Asked
+
+    trainer.answer = note
+    for step in range(steps):
+        with pytest.raises(Asked):
+            trainer.roll_out(step)
+    return found
+
+
+def test_each_epoch_has_an_order_of_its_own(work, tmp_path):
+    """It follows from the seed, and each prompt comes once, also where an epoch ends within a step."""
+    write_jsonl(tmp_path / "data" / "rows.jsonl", prompts(7))
+    orders = {}
+    for name, more in {
+        "one": (),
+        "again": ("--temperature", 0.7),
+        "seed": ("--seed", 1),
+        "data": ("--data_seed", 2),
+    }.items():
+        trainer = open_ppo(work, tmp_path / "out", "--train_file_dir", tmp_path / "data", *more).trainer
+        torch.manual_seed(len(orders))
+        # Steps of four prompts: seven of them are four epochs.
+        orders[name] = asked(trainer, 7)
+    for order in orders.values():
+        epochs = [tuple(order[start : start + 7]) for start in range(0, 28, 7)]
+        assert all(sorted(epoch) == sorted(row["prompt"] for row in prompts(7)) for epoch in epochs)
+        assert len(set(epochs)) == 4
+    assert orders["one"] == orders["again"]
+    assert len({tuple(order) for order in orders.values()}) == 3
 
 
 def test_held_out_prompts_are_not_trained_on(work, tmp_path):

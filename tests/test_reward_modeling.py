@@ -141,6 +141,66 @@ def test_the_head_of_a_quantized_base_is_float32_and_trained(data, tmp_path, mor
     assert found.score(chats()) == pytest.approx(live, abs=1e-4 if "8bit" in more[0] else 5e-2)
 
 
+IN_BFLOAT16 = {
+    "base": ("--dtype", "bfloat16"),
+    "autocast": ("--bf16", "True"),
+    "autocast, all weights": ("--bf16", "True", "--use_peft", "False"),
+}
+
+
+@pytest.mark.parametrize("case", IN_BFLOAT16)
+def test_scores_are_float32_where_all_else_is_bfloat16(base, data, tmp_path, case):
+    """In training, in the evaluation and when scored: what is read from the last hidden state is not rounded."""
+    opened = open_stage(STAGE, *flags(base, data, tmp_path / "out", *IN_BFLOAT16[case]))
+    trainer, ends = opened.trainer, []
+    model = trainer.model
+    causal = model.get_base_model() if "all weights" not in case else model
+    head = causal.score.modules_to_save["default"] if "all weights" not in case else causal.score
+    torch.nn.init.normal_(head.weight, generator=torch.Generator().manual_seed(0))
+
+    def note(module, args, kwargs, output):
+        last = kwargs["attention_mask"].sum(dim=1) - 1
+        ends.append(output.last_hidden_state[torch.arange(len(last)), last].detach())
+
+    causal.model.register_forward_hook(note, with_kwargs=True)
+    batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[n] for n in range(len(PAIRS))]))
+    model.train()
+    with trainer.compute_loss_context_manager():
+        loss = trainer.compute_loss(model, dict(batch))
+    model.eval()
+    with trainer.compute_loss_context_manager():
+        values = trainer.pair_values(model, dict(batch))
+    for hidden in ends:
+        scores = hidden.float() @ head.weight[0].detach()
+        assert (scores - scores.bfloat16()).abs().max() > 1e-3
+        chosen, rejected = scores.chunk(2)
+        assert loss.item() == pytest.approx(-torch.nn.functional.logsigmoid(chosen - rejected).mean().item(), abs=1e-5)
+        for name, expected in (("chosen_reward", chosen), ("rejected_reward", rejected), ("margin", chosen - rejected)):
+            assert values[name].dtype == torch.float32
+            assert values[name].tolist() == pytest.approx(expected.tolist(), abs=1e-5)
+    assert len(ends) == 2 and (case != "base" or ends[0].dtype == torch.bfloat16)
+    if case == "base":
+        ends.clear()
+        live = RewardScorer(model, opened.tokenizer).score(chats(), batch_size=1)
+        by_hand = {round((hidden.float() @ head.weight[0]).item(), 4) for hidden in ends}
+        assert by_hand == {round(score, 4) for score in live} and len(by_hand) == len(live)
+        trainer.save_model()
+        saved = RewardScorer.from_pretrained(str(tmp_path / "out"), dtype="bfloat16")
+        assert saved.score(chats(), batch_size=1) == pytest.approx(live, abs=1e-5)
+
+
+def test_a_head_goes_on_as_it_was_on_a_base_in_bfloat16(base, data, trained, tmp_path):
+    """peft would round it to the type of the base."""
+    adapter, _ = trained
+    wanted = load_file(adapter / "adapter_model.safetensors")["base_model.model.score.weight"]
+    assert not torch.equal(wanted, wanted.bfloat16().float())
+    for start in ((adapter, ()), (base, ("--peft_path", adapter))):
+        opened = open_stage(STAGE, *flags(start[0], data, tmp_path / "out", "--dtype", "bfloat16", *start[1]))
+        model = opened.trainer.model.get_base_model()
+        assert model.model.norm.weight.dtype == torch.bfloat16
+        assert torch.equal(model.score.modules_to_save["default"].weight, wanted)
+
+
 def test_all_weights_are_trained_and_saved_with_the_head(base, data, tmp_path):
     opened = open_stage(STAGE, *flags(base, data, tmp_path / "out", "--use_peft", "False"))
     followed = Followed(opened.trainer.model)

@@ -21,8 +21,10 @@ from medicalgpt.training.checkpoints import (
 from medicalgpt.training.runs import Run, model_card, next_commands, render_supervision
 
 import pytest
+import torch
 from helpers import chat, read_json, write_jsonl
 from loguru import logger
+from safetensors.torch import save_file
 from tiny import make_tiny, tiny_tokenizer
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
@@ -68,7 +70,7 @@ def save_checkpoint(output_dir, step: int, commit: bool = True):
     """A checkpoint as the trainer saves it, its manifest written by the callback as in a training."""
     folder = output_dir / f"checkpoint-{step}"
     (folder / "global_step").mkdir(parents=True)
-    (folder / "model.safetensors").write_bytes(bytes(range(100)))
+    save_file({"weight": torch.arange(5.0)}, folder / "model.safetensors")
     (folder / "global_step" / "optimizer.pt").write_bytes(b"state")
     if commit:
         args = TrainingArguments(output_dir=str(output_dir), use_cpu=True, report_to="none")
@@ -152,7 +154,7 @@ def test_a_whole_checkpoint_names_every_file(tmp_path):
     folder = save_checkpoint(tmp_path, 3)
     manifest = read_json(folder / MANIFEST)
     assert set(manifest) == {"model.safetensors", "global_step/optimizer.pt"}
-    assert manifest["model.safetensors"]["bytes"] == 100
+    assert manifest["model.safetensors"]["bytes"] == (folder / "model.safetensors").stat().st_size
     assert checkpoint_problem(folder) is None
     assert not list(folder.glob("*.partial"))
 
@@ -166,11 +168,13 @@ def damage_file_missing(folder):
 
 
 def damage_truncated(folder):
-    (folder / "model.safetensors").write_bytes(bytes(range(99)))
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
 
 
 def damage_same_size(folder):
-    (folder / "model.safetensors").write_bytes(bytes(100))
+    file = folder / "model.safetensors"
+    file.write_bytes(bytes(file.stat().st_size))
 
 
 def damage_manifest(folder):

@@ -29,6 +29,7 @@ from medicalgpt.models.hub import HEADS, Adapter, Checkpoint, CheckpointError
 import torch
 from jinja2 import TemplateError
 from loguru import logger
+from safetensors import safe_open
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -38,6 +39,8 @@ Messages = Sequence[Mapping[str, Any]]
 Tools = Sequence[Any]
 
 HEAD_NAME = re.compile(rf"(?:^|\.)(?:{'|'.join(HEADS)})(?:\.modules_to_save\.\w+)?$")
+# A head's parameter in a model with an adapter; in the adapter's file its name lacks the middle.
+TRAINED_HEAD = re.compile(rf"(?P<head>.*\.(?:{'|'.join(HEADS)}))\.modules_to_save\.\w+(?P<part>\.\w+)")
 # Rows are written after so many batches: enough to sort by length, little to lose.
 BATCHES_PER_WRITE = 16
 
@@ -103,6 +106,21 @@ def scoring_pad(tokenizer: PreTrainedTokenizerBase, ends: Iterable[int]) -> str:
     return min(free, key=lambda token: ("pad" not in token.lower(), token != tokenizer.unk_token))
 
 
+def restore_head(model: torch.nn.Module, adapter: Adapter) -> None:
+    """Give the head the float32 numbers that an adapter holds, which peft rounds to the type of the base.
+
+    Call it after the adapter is attached and before `score_in_float32`. Under ZeRO-3 the head stays as it is.
+    """
+    if is_deepspeed_zero3_enabled():
+        return
+    with safe_open(Path(adapter.path) / "adapter_model.safetensors", "pt") as file:
+        saved = set(file.keys())
+        for name, parameter in model.named_parameters():
+            match = TRAINED_HEAD.fullmatch(name)
+            if match and (key := match["head"] + match["part"]) in saved:
+                parameter.data = file.get_tensor(key).to(parameter.device, torch.float32)
+
+
 def score_in_float32(model: torch.nn.Module) -> None:
     """Let the head compute in float32, whatever the model around it: bfloat16 keeps three digits of a score.
 
@@ -113,7 +131,12 @@ def score_in_float32(model: torch.nn.Module) -> None:
         return
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and HEAD_NAME.search(name):
+            module.register_forward_pre_hook(_as_exact_as_the_head)
             module.register_forward_hook(_in_float32)
+
+
+def _as_exact_as_the_head(module: torch.nn.Linear, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return (inputs[0].float(),) if module.weight.dtype == torch.float32 else inputs
 
 
 def _in_float32(module: torch.nn.Linear, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
@@ -236,6 +259,7 @@ class RewardScorer:
             # The base knows nothing of the padding that the adapter was trained with.
             model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
             model = adapters.attach_adapter(model, adapter)
+            restore_head(model, adapter)
         model.config.use_cache = False
         score_in_float32(model)
         return cls(model, tokenizer)

@@ -6,12 +6,20 @@ from typing import Any
 
 from medicalgpt.errors import UserError
 from medicalgpt.files import hash_file, write_atomically
+from medicalgpt.logs import is_main_process
 
 import torch
+from accelerate.utils import gather_object
 from loguru import logger
+from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback, TrainingArguments
 
 MANIFEST = "manifest.json"
+GATHERING = (
+    "Weights that are sharded over the processes must be gathered to be saved. For DeepSpeed ZeRO-3 set "
+    '"stage3_gather_16bit_weights_on_model_save": true, as zero3.json does; for FSDP "state_dict_type": '
+    '"FULL_STATE_DICT".'
+)
 
 
 def committed(output_dir: Path) -> list[Path]:
@@ -65,14 +73,50 @@ def find_checkpoint(place: Path) -> str:
     return str(whole[0])
 
 
+def require_saved_weights(folder: Path) -> None:
+    """Refuse a folder without weights, or with a tensor of size zero. Call it on every process, once it is saved.
+
+    ZeRO-3 and FSDP leave an empty tensor in the place of a weight, and saving it raises no error. Only the headers of
+    the files are read.
+
+    Raises:
+        UserError: on every process.
+    """
+    problem = _problem_of_weights(folder) if is_main_process() else None
+    # A process that stops alone would leave the others waiting for it.
+    if problems := [found for found in gather_object([problem]) if found]:
+        raise UserError(problems[0])
+
+
+def _problem_of_weights(folder: Path) -> str | None:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        return f"{folder} holds no weights: there is no .safetensors file in it. {GATHERING}"
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():
+                    shape = file.get_slice(name).get_shape()
+                    if 0 in shape:
+                        return f"{path} holds nothing of {name}: its shape there is {shape}. {GATHERING}"
+        except SafetensorError as error:
+            return f"{path} was not saved whole ({error}). Make room on the disk, or save somewhere else."
+    return None
+
+
 class CheckpointCommitter(TrainerCallback):
-    """Write the manifest of a checkpoint once all its files are there; transformers itself writes them in place."""
+    """Write the manifest of a checkpoint once all its files are there; transformers itself writes them in place.
+
+    Raises:
+        UserError: its weights are not there (see `require_saved_weights`); without a manifest it is never resumed from.
+    """
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.barrier()
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if not state.is_world_process_zero or not folder.is_dir():
+        require_saved_weights(folder)
+        if not state.is_world_process_zero:
             return
         entries = {
             str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": hash_file(path)}

@@ -565,7 +565,7 @@ def critic(scene: Scene) -> Line:
     rate = scene.asked.get("critic_learning_rate")
     rate = scene.training.learning_rate if rate is None else rate
     moving = {id(parameter) for parameter in scene.critic.parameters() if parameter.requires_grad}
-    rates = [rate, rate * ratio] if (ratio := scene.asked.get("loraplus_lr_ratio")) else [rate]
+    rates = sorted({rate, rate * (scene.asked.get("loraplus_lr_ratio") or 1)})
     wanted = f"{len(moving)} trained tensors once, learning rate {', '.join(f'{one:g}' for one in rates)}"
     groups = _all_groups(scene)
     if groups is None:

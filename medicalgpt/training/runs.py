@@ -26,7 +26,13 @@ from medicalgpt.logs import is_main_process, setup_logging
 from medicalgpt.models import adapters, hub
 from medicalgpt.models.attention import rope_to_record
 from medicalgpt.training.callbacks import FiniteLoss, FirstStep, MetricsFile, PlainProgress, peak_memory_gb
-from medicalgpt.training.checkpoints import CheckpointCommitter, committed, find_checkpoint
+from medicalgpt.training.checkpoints import (
+    GATHERING,
+    CheckpointCommitter,
+    committed,
+    find_checkpoint,
+    require_saved_weights,
+)
 from medicalgpt.training.observed import as_table, observe
 from medicalgpt.training.plots import plot_loss
 from medicalgpt.training.stream_trainer import STATE_FILE, StreamTrainer
@@ -35,6 +41,7 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from loguru import logger
+from peft import PeftModel
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -298,7 +305,12 @@ class Run:
 
         Returns:
             The metrics, also written to run.json.
+
+        Raises:
+            UserError: on every process, if the weights would not be saved, or were not (see `require_saved_weights`).
         """
+        if self.training.do_train:
+            _require_gathering(trainer)
         self._install_callbacks(trainer)
         # A model from a hub is on this machine only now.
         self.record["base"]["fingerprint"] = self.checkpoint.fingerprint
@@ -323,6 +335,7 @@ class Run:
         if self.training.do_train:
             trainer.save_state()
             trainer.save_model()
+            require_saved_weights(self.output_dir)
         if is_main_process():
             self._finish(trainer, tokenizer, stop_ids, sampler.shown, before, sampler.answers(), metrics, note)
         trainer.accelerator.wait_for_everyone()
@@ -515,6 +528,15 @@ def _require_liger(training: TrainingArguments) -> None:
         raise UserError("--use_liger_kernel needs a CUDA GPU, and this run has none. Leave it out.")
     if not is_liger_kernel_available():
         raise UserError("--use_liger_kernel needs its package: pip install liger-kernel")
+
+
+def _require_gathering(trainer: Trainer) -> None:
+    # An adapter is gathered whatever the setting; without it, all weights would be left in pieces, one a process.
+    if not trainer.is_deepspeed_enabled or isinstance(trainer.model, PeftModel):
+        return
+    config = trainer.accelerator.state.deepspeed_plugin.hf_ds_config
+    if config.is_zero3() and not config.is_true("zero_optimization.stage3_gather_16bit_weights_on_model_save"):
+        raise UserError(f"the trained weights would not be saved as a model. {GATHERING}")
 
 
 def _init_deepspeed_on_cpu(training: TrainingArguments) -> None:

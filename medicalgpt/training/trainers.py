@@ -170,10 +170,14 @@ class StageTrainer(Trainer):
                 super().create_optimizer(model)
             except (ImportError, NotImplementedError, ValueError) as error:
                 raise UserError(f"--optim {self.args.optim.value} cannot be used: {error}") from error
+            self.set_rates(self.optimizer)
             if self.loraplus_lr_ratio is not None:
                 speed_up_b(self.optimizer, self.model if model is None else model, self.loraplus_lr_ratio)
             require_effect(self.args, self.optimizer)
         return self.optimizer
+
+    def set_rates(self, optimizer: torch.optim.Optimizer) -> None:
+        """Where a stage gives parameters another rate than `--learning_rate`; the ratio of LoRA+ multiplies it."""
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
         if self.args.train_sampling_strategy != "group_by_length":
