@@ -19,6 +19,9 @@ from helpers import open_stage, read_json, run_here, write_jsonl
 from tiny import make_tiny
 from torch.utils.data import DataLoader
 
+# A stream has no end: a fault in it can loop forever.
+pytestmark = pytest.mark.timeout(120)
+
 LONGEST = 40
 
 
@@ -156,6 +159,20 @@ def test_small_windows_lose_nothing(folder, monkeypatch):
         again = stream(data, 100)
         again.start = [whole[number]["position"]]
         assert next(iter(again)) == whole[number + 1]
+
+
+def test_a_block_does_not_wait_for_the_end_of_the_epoch(tmp_path):
+    """A window is a number of blocks: filled from all rows, it would need the memory of the whole corpus."""
+    write_jsonl(tmp_path / "rows.jsonl", documents("a", 2000))
+    samples, read = stream(check_data(arguments(tmp_path), to_text), LONGEST), []
+    samples.encode = lambda row: read.append(row["place"]) or encode(row)
+    windows = 0
+    for sample in samples:
+        windows += sample["position"].done == 0
+        if windows == 3:
+            break
+    # Three windows of 64 blocks, in rows that are half as long as a block.
+    assert 300 < len(read) < 600
 
 
 # -- several readers --------------------------------------------------------------------------------------------------
