@@ -22,7 +22,7 @@ import deepspeed
 # Memory that processes share would be compiled first, which takes a minute.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 from medicalgpt.errors import UserError, run_main
-from medicalgpt.runs import require_saved_weights
+from medicalgpt.training.checkpoints import require_saved_weights
 from tests.helpers import open_stage
 from tests.silent.test_sf_18_empty_tensors import STAGE, flags
 
