@@ -5,9 +5,9 @@ from collections import Counter
 from itertools import islice
 
 from medicalgpt.args import DataArguments
+from medicalgpt.data import streaming
 from medicalgpt.data.encoding import EncodingError, Sample
 from medicalgpt.data.formats import to_text
-from medicalgpt.data.loading import streaming
 from medicalgpt.data.sources import DataError
 from medicalgpt.data.streaming import Position, StreamedSamples, check_data, fill_blocks
 from medicalgpt.errors import UserError
