@@ -22,7 +22,6 @@ import argparse
 import hashlib
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -96,8 +95,8 @@ class Pipeline:
         if given and trained.exists() and trained.samefile(given):
             refuse(f"--fresh would remove REWARD_MODEL={given}. Start over in another folder: OUT=outputs/other")
         folders = [name for stage in STAGES for name in (stage, f"{stage}-merged")]
-        for name in ("tiny-base", "data", "stamps", *folders, "eval.json", "report.html"):
-            remove(self.out / name)
+        written = ("tiny-base", "data", "stamps", *folders, "eval.json", "report.html")
+        run("rm", "-rf", "--", *(self.out / name for name in written))
 
     def prepare(self) -> None:
         """Write the rows if the model is given a name, build the tiny base, and check that all stages have rows."""
@@ -106,32 +105,31 @@ class Pipeline:
             self.data = self.out / "data"
             self.step("data", self.data, "data/build_samples.py", "--output_dir", self.data, *flags)
         if not self.model:
-            self.step(
-                "base",
-                Path(self.policy),
-                *("build_tiny_model.py", "--output_dir", self.policy, "--data_dir", self.data),
-            )
+            base = Path(self.policy)
+            self.step("base", base, "build_tiny_model.py", "--output_dir", base, "--data_dir", self.data)
         for stage in self.stages:
-            if not (rows := self.rows_of(stage)).exists():
+            rows = self.rows_of(stage)
+            if not rows.exists():
                 refuse(f"the stage {stage} needs {rows}, which is not there")
 
     def train(self) -> None:
         """Run the stages, each on the model that the one before it left."""
-        scores = ""  # what the scores of the reward model depend on
+        scoring = ""
         if "rm" in self.stages:
             self.reward_model = str(self.out / "rm")
         elif self.reward_model:
-            scores = digest_of_files(self.reward_model)
+            scoring = digest_of_files(self.reward_model)
         for stage in self.stages:
             before, folder = self.parent, self.out / stage
             if stage == "ppo":
-                self.parent += scores
+                # What it learns depends on the reward model as well.
+                self.parent += scoring
             recipe = Path("recipes", "real" if self.model else "tiny", f"{stage}.yaml")
             command = [STAGES[stage][0], "--config", recipe, *self.flags_of(stage), "--output_dir", folder]
             self.step(stage, folder, *command, settings=read_settings(recipe), resumable=True)
             if stage == "rm":
                 # The next stage starts from the model before it, and does not depend on the reward model.
-                scores, self.parent = self.parent, before
+                scoring, self.parent = self.parent, before
                 continue
             self.policy = str(folder)
             if (folder / "adapter_config.json").is_file():
@@ -179,7 +177,7 @@ class Pipeline:
         print(f"== {name}")
         began, more = time.time(), ()
         if not resumable:
-            remove(folder)
+            run("rm", "-rf", "--", folder)
         elif any(folder.glob("checkpoint-*/manifest.json")):
             more = ("--resume_from_checkpoint", "True")
         else:
@@ -309,14 +307,6 @@ def digest_of_files(folder: str) -> str:
         with path.open("rb") as file:
             parts += [path.name, hashlib.file_digest(file, "sha256").hexdigest()]
     return digest(*parts)
-
-
-def remove(path: Path) -> None:
-    """Remove a file or folder, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

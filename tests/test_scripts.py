@@ -37,6 +37,13 @@ def test_an_unknown_argument_is_refused_before_anything_is_done():
     assert "unknown argument --frsh" in done.stderr
 
 
+def test_the_pipeline_starts_without_the_packages_that_it_installs():
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", ROOT / "run_pipeline.py", "--frsh"], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (2, "error: unknown argument --frsh; known: --fresh\n")
+
+
 @pytest.mark.parametrize("script, processes", [("run_pt.sh", "1"), ("run_sft.sh", "2")])
 def test_a_stage_is_launched_with_further_flags(tmp_path, script, processes):
     done = bash(
