@@ -1,10 +1,10 @@
-"""Checkpoints that are whole: a manifest with sizes and hashes, written last, and verified before resuming."""
+"""Complete checkpoints: a manifest with sizes and hashes, written last, and verified before resuming."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
+from medicalgpt.data.sources import hash_file
 from medicalgpt.errors import UserError
 
 import torch
@@ -15,20 +15,20 @@ MANIFEST = "manifest.json"
 
 
 def committed(output_dir: Path) -> list[Path]:
-    """Whole checkpoints below `output_dir`, newest first: those whose manifest agrees with the files."""
+    """Complete checkpoints in `output_dir`, newest first: those whose manifest agrees with the files."""
     numbered = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
     found = sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    whole = []
+    complete = []
     for path in found:
         if problem := checkpoint_problem(path):
-            logger.warning(f"{path} is not whole ({problem}) and will not be resumed from")
+            logger.warning(f"{path} is incomplete ({problem}) and is not resumed from")
         else:
-            whole.append(path)
-    return whole
+            complete.append(path)
+    return complete
 
 
 def checkpoint_problem(checkpoint: Path) -> str | None:
-    """Why a checkpoint cannot be trusted, or None."""
+    """Why a checkpoint cannot be resumed from, or None."""
     if not (checkpoint / MANIFEST).is_file():
         return "it was never finished: no manifest"
     try:
@@ -39,16 +39,16 @@ def checkpoint_problem(checkpoint: Path) -> str | None:
         path = checkpoint / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != entry["bytes"] or _digest(path) != entry["sha256"]:
+        if path.stat().st_size != entry["bytes"] or hash_file(path) != entry["sha256"]:
             return f"{name} has changed"
     return None
 
 
 def find_checkpoint(place: Path) -> str:
-    """The newest whole checkpoint of an output folder, or that folder itself if it is a checkpoint.
+    """The newest complete checkpoint of an output folder, or that folder itself if it is a checkpoint.
 
     Raises:
-        UserError: none, or the named one is not whole.
+        UserError: there is none, or the named one is incomplete.
     """
     if place.name.startswith("checkpoint-"):
         if not place.is_dir():
@@ -56,22 +56,17 @@ def find_checkpoint(place: Path) -> str:
         if problem := checkpoint_problem(place):
             raise UserError(f"{place} cannot be resumed from: {problem}. Choose an earlier one.")
         return str(place)
-    whole = committed(place)
-    if not whole:
+    complete = committed(place)
+    if not complete:
         raise UserError(
-            f"{place} holds no whole checkpoint to resume from. Start anew without --resume_from_checkpoint."
+            f"{place} has no complete checkpoint to resume from. Start again without --resume_from_checkpoint."
         )
-    logger.info(f"resuming from {whole[0]}")
-    return str(whole[0])
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    logger.info(f"resuming from {complete[0]}")
+    return str(complete[0])
 
 
 class CheckpointCommitter(TrainerCallback):
-    """Write the manifest of a checkpoint once all its files are there; transformers itself writes them in place."""
+    """Write the manifest of a checkpoint once all its files are written; transformers writes them in place."""
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -80,7 +75,7 @@ class CheckpointCommitter(TrainerCallback):
         if not state.is_world_process_zero or not folder.is_dir():
             return
         entries = {
-            str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _digest(path)}
+            str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": hash_file(path)}
             for path in sorted(folder.rglob("*"))
             if path.is_file() and path.name != MANIFEST
         }
