@@ -1013,7 +1013,7 @@ def main() -> None:
         trainer,
         tokenizer,
         stop_ids=trainer.stop_ids,
-        sampler=ScoredAnswers(trainer, validation or train, run_args.sample_prompts),
+        samples=ScoredAnswers(trainer, validation or train, run_args.sample_prompts),
         note="Reinforcement learning: the model has learned to write what the reward model scores high.",
     )
 

@@ -240,7 +240,7 @@ def main() -> None:
         trainer,
         tokenizer,
         stop_ids=stop_ids,
-        sampler=PairScores(trainer, tokenizer, validation or train, run_args.sample_prompts),
+        samples=PairScores(trainer, tokenizer, validation or train, run_args.sample_prompts),
         note="A reward model: it gives a conversation one number, the higher the better its last answer.",
     )
 

@@ -1,4 +1,4 @@
-"""The table "asked / observed": where it stands, that looking changes nothing, and what cannot be seen."""
+"""The table "requested / observed": where it stands, that looking changes nothing, and what cannot be seen."""
 
 import functools
 
@@ -53,7 +53,7 @@ def test_columns_are_aligned_and_idle_lines_left_out():
         Line("rate", "1", "not observed (ZeRO-3)", None),
     ]
     assert as_table(lines) == [
-        "           asked           observed",
+        "           requested       observed",
         "optimizer  AdamW of torch  SGD of torch  <- differs",
         "rate       1               not observed (ZeRO-3)",
     ]
@@ -65,7 +65,7 @@ def test_it_is_printed_once_before_the_first_step(flags, tmp_path, monkeypatch):
     sink = logger.add(lambda message: lines.append(message.record["message"]), level="INFO")
     open_stage("supervised_finetuning.py", *flags("run", "--num_train_epochs", 2)).finish()
     logger.remove(sink)
-    heads = [number for number, line in enumerate(lines) if line.split() == ["asked", "observed"]]
+    heads = [number for number, line in enumerate(lines) if line.split() == ["requested", "observed"]]
     assert len(heads) == 1
     assert heads[0] < next(number for number, line in enumerate(lines) if line.startswith("first step done"))
     # What the table shows stands nowhere else.
@@ -132,8 +132,8 @@ def test_an_adapter_that_is_gone_on_with_has_its_own_shape(flags, tmp_path):
         "supervised_finetuning.py", *flags("second", "--peft_path", tmp_path / "first", "--max_steps", 1)
     ).finish()
     lines = table(tmp_path / "second")
-    assert lines["adapter"]["asked"] == "rank 4, scale 8, dropout 0.05"
-    assert lines["adapter on"]["asked"] == lines["adapter on"]["observed"] == "q_proj, v_proj"
+    assert lines["adapter"]["requested"] == "rank 4, scale 8, dropout 0.05"
+    assert lines["adapter on"]["requested"] == lines["adapter on"]["observed"] == "q_proj, v_proj"
     assert all(line["agrees"] for line in lines.values())
 
 
@@ -177,7 +177,9 @@ def test_a_resumed_run_keeps_the_rate_of_its_checkpoint(flags, tmp_path):
     saving = ("--save_strategy", "steps", "--save_steps", 2, "--max_steps", 2)
     open_stage("supervised_finetuning.py", *flags("run", *saving)).finish()
     resumed = ("--resume_from_checkpoint", "True", "--max_steps", 4)
-    with pytest.raises(UserError, match="learning rate: asked 0.001; observed 0.0002. A resumed run keeps the rate"):
+    with pytest.raises(
+        UserError, match="learning rate: requested 0.001; observed 0.0002. A resumed run keeps the rate"
+    ):
         open_stage("supervised_finetuning.py", *flags("run", *resumed, "--learning_rate", 1e-3)).finish()
     open_stage("supervised_finetuning.py", *flags("run", *resumed)).finish()
     assert all(line["agrees"] for line in table(tmp_path / "run").values())

@@ -120,7 +120,7 @@ def test_a_folder_with_another_run_is_refused_and_left_alone(start, tmp_path, tr
 
 def test_a_checkpoint_is_a_trace_and_can_be_gone_on_with(start, tmp_path):
     save_checkpoint(tmp_path / "run", 3)
-    with pytest.raises(UserError, match="Go on with it: --resume_from_checkpoint True"):
+    with pytest.raises(UserError, match="Resume it: --resume_from_checkpoint True"):
         start()
 
 
@@ -199,7 +199,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_the_reason(tmp_path, log, dama
     with pytest.raises(UserError, match=DAMAGES[damage]):
         find_checkpoint(newest)
     damage(whole)
-    with pytest.raises(UserError, match="no whole checkpoint to resume from"):
+    with pytest.raises(UserError, match="no complete checkpoint to resume from"):
         find_checkpoint(tmp_path)
 
 
@@ -211,7 +211,7 @@ def test_the_newest_is_the_one_with_most_steps(tmp_path):
 
 
 def test_resuming_by_flag(start, tmp_path, log):
-    with pytest.raises(UserError, match="no whole checkpoint"):
+    with pytest.raises(UserError, match="no complete checkpoint"):
         start(resume="True")
     first, second = save_checkpoint(tmp_path / "run", 1), save_checkpoint(tmp_path / "run", 2)
     assert start(resume="True").resume_from == str(second)
@@ -279,7 +279,7 @@ def test_a_model_card_says_what_is_known_and_commands_that_run(tmp_path):
         "- train_loss: 0.123457",
         f"merge_peft_adapter.py --lora_model '{output_dir}' --output_dir '{output_dir}-merged'",
         "python supervised_finetuning.py --system_prompt 'Be brief.'",
-        "no medical advice",
+        "not medical advice",
     ):
         assert part in card
     assert "eval_loss" not in card

@@ -201,7 +201,7 @@ def test_the_card_has_commands_that_run(work, adapter):
     card = (work / "adapter" / "README.md").read_text(encoding="utf-8")
     assert f"python inference.py --model_name_or_path {work / 'adapter'} --interactive" in card
     assert f"- train: `{work / 'chat' / 'train.jsonl'}`, 20 rows, 20 used" in card
-    assert "no medical advice" in card
+    assert "not medical advice" in card
 
 
 def test_the_engine_answers_as_it_was_trained(work, adapter):
@@ -363,10 +363,10 @@ def test_killed_and_resumed_is_the_run_that_was_not_killed(work):
     weights = folder / "checkpoint-60" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
 
-    with pytest.raises(UserError, match="Go on with it: --resume_from_checkpoint True"):
+    with pytest.raises(UserError, match="Resume it: --resume_from_checkpoint True"):
         here(work, "killed", *flags)
     resumed = train(work, "killed", *flags, "--resume_from_checkpoint", "True")
-    assert re.search(r"checkpoint-60 is not whole \(adapter_model.safetensors has changed\)", resumed.stderr)
+    assert re.search(r"checkpoint-60 is incomplete \(adapter_model.safetensors has changed\)", resumed.stderr)
     assert f"resuming from {folder / 'checkpoint-40'}" in resumed.stderr
     expected, found = losses(work / "whole"), losses(folder)
     assert list(found) == list(expected) == list(range(1, 121))
@@ -425,13 +425,13 @@ def test_fsdp_that_would_not_come_about_stops_the_run(work):
     flagged = train(work, "fsdp", "--fsdp", "full_shard auto_wrap", check=False)
     assert flagged.returncode == 2 and "--fsdp has no effect on CPUs" in flagged.stderr
     launched = train(work, "fsdp", "--max_steps", 1, env={"ACCELERATE_USE_FSDP": "true"}, check=False)
-    assert launched.returncode == 1 and "sharding: asked FSDP; observed off" in launched.stderr
+    assert launched.returncode == 1 and "sharding: requested FSDP; observed off" in launched.stderr
     assert not list((work / "fsdp").glob("*.safetensors"))
 
 
 def check_sharded(work: Path, output: str, peft: str, done: subprocess.CompletedProcess, sharded: bool) -> None:
     # Samples are off exactly where no process has all weights, which shows that the flag did something.
-    assert ("the weights are spread over the processes" in done.stderr) is sharded
+    assert ("the weights are sharded over the processes" in done.stderr) is sharded
     folder = work / output
     assert read_json(folder / "run.json")["status"] == "finished", done.stderr
     weights = load_file(folder / ("adapter_model.safetensors" if peft == "True" else "model.safetensors"))
@@ -508,7 +508,7 @@ def test_the_adapter_of_another_base_is_refused(work, adapter):
         (("--template_name", "qwne"), "qwen"),
         (("--validation_file_dir", "{chat}/train.jsonl"), "20 of 20 held-out rows are also trained on"),
         (("--target_modules", "q_prj"), "no module q_prj"),
-        (("--resume_from_checkpoint", "True"), "no whole checkpoint"),
+        (("--resume_from_checkpoint", "True"), "no complete checkpoint"),
     ],
 )
 def test_flags_that_cannot_be_are_refused_before_a_step(work, adapter, flags, message):

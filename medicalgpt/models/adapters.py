@@ -398,21 +398,21 @@ def trainable_by_module(model: torch.nn.Module) -> Counter:
     counts: Counter = Counter()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            size = getattr(parameter, "ds_numel", None) or parameter.numel()
             inner = ("default", "weight", "bias", "modules_to_save", "base_layer")
             inner += ("token_adapter", "trainable_tokens_delta")
             parts = [part for part in name.split(".") if part not in inner]
             if parts[-1].startswith("lora_"):
                 parts.pop()
-            counts[parts[-1]] += size
+            counts[parts[-1]] += parameter_count(parameter)
     return counts
 
 
 def total_parameters(model: torch.nn.Module) -> int:
-    """All parameters; a packed 4-bit weight counts as the numbers that it stands for."""
-    total = 0
-    for parameter in model.parameters():
-        size = getattr(parameter, "ds_numel", None) or parameter.numel()
-        state = getattr(parameter, "quant_state", None)
-        total += state.shape.numel() if state is not None else size
-    return total
+    """All parameters; a packed 4-bit weight counts as the weights that it stores."""
+    states = ((parameter, getattr(parameter, "quant_state", None)) for parameter in model.parameters())
+    return sum(parameter_count(parameter) if state is None else state.shape.numel() for parameter, state in states)
+
+
+def parameter_count(parameter: torch.nn.Parameter) -> int:
+    """Elements of a parameter; ZeRO-3 leaves an empty tensor in its place."""
+    return getattr(parameter, "ds_numel", None) or parameter.numel()

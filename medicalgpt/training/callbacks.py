@@ -15,7 +15,7 @@ import torch
 from loguru import logger
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-# What a line of progress says of a log event, beside speed and memory.
+# Metrics in a line of progress, next to speed and memory.
 SHOWN_METRICS = ("loss", "accuracy", "rewards/accuracies", "score", "reward", "rewards/accuracy/mean", "kl")
 SHOWN_METRICS += ("learning_rate", "eval_loss", "eval_accuracy", "eval_rewards/accuracies")
 SHOWN_METRICS += ("eval_score", "eval_reward", "eval_rewards/accuracy/mean")
@@ -30,7 +30,7 @@ class MetricsFile(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not self.path.is_file():
             return
-        # What the stopped run logged beyond the checkpoint will be logged once more.
+        # What the stopped run logged after the checkpoint will be logged again.
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.append else []
         kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
         self.path.write_text("".join(kept), encoding="utf-8")
@@ -46,32 +46,32 @@ class MetricsFile(TrainerCallback):
 
 
 class FirstStep(TrainerCallback):
-    """Call `look(trainer, batches)` once the batches of the first step are there, before anything is computed."""
+    """Call `inspect(trainer, batches)` with the batches of the first step, before anything is computed."""
 
-    def __init__(self, trainer: Trainer, look: Callable[[Trainer, Sequence[dict[str, torch.Tensor]]], None]):
-        self.trainer, self.look = trainer, look
+    def __init__(self, trainer: Trainer, inspect: Callable[[Trainer, Sequence[dict[str, torch.Tensor]]], None]):
+        self.trainer, self.inspect = trainer, inspect
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         fetch = self.trainer.get_batch_samples
 
-        def fetch_and_look(*fetch_args: Any) -> tuple[list, Any]:
+        def fetch_and_inspect(*fetch_args: Any) -> tuple[list, Any]:
             del self.trainer.get_batch_samples
             batches, count = fetch(*fetch_args)
             if batches:
-                self.look(self.trainer, batches)
+                self.inspect(self.trainer, batches)
             return batches, count
 
-        # The library shows a callback everything but the batches.
-        self.trainer.get_batch_samples = fetch_and_look
+        # The library passes a callback everything but the batches.
+        self.trainer.get_batch_samples = fetch_and_inspect
 
 
 class FiniteLoss(TrainerCallback):
-    """End a run whose loss is no number any more: from then on every weight is lost, and nothing is worth saving."""
+    """End a run whose loss is no longer finite: every weight is lost from then on, and nothing is worth saving."""
 
     def on_log(
         self, args: TrainingArguments, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        # Of a run shorter than --logging_steps there is only the mean over all steps.
+        # A run shorter than --logging_steps logs only the mean over all steps.
         loss = (logs or {}).get("loss", (logs or {}).get("train_loss", 0.0))
         if not math.isfinite(loss):
             raise UserError(
@@ -82,6 +82,11 @@ class FiniteLoss(TrainerCallback):
 
 class PlainProgress(TrainerCallback):
     """Progress as plain lines, for logs and pipes: at each log event, and at least every 30 seconds."""
+
+    def __init__(self):
+        # An evaluation without training has no beginning.
+        self.began: float | None = None
+        self.first_step = self.first_tokens = 0
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         self.began = self.last_line = time.time()
@@ -103,12 +108,12 @@ class PlainProgress(TrainerCallback):
         if not state.is_world_process_zero:
             return
         self.last_line = time.time()
-        elapsed = self.last_line - getattr(self, "began", self.last_line)
-        done = state.global_step - getattr(self, "first_step", 0)
+        elapsed = self.last_line - self.began if self.began is not None else 0.0
+        done = state.global_step - self.first_step
         parts = [f"step {state.global_step}/{state.max_steps} ({state.global_step / max(state.max_steps, 1):.0%})"]
         parts += [f"{name} {logs[name]:.4g}" for name in SHOWN_METRICS if logs.get(name) is not None]
         if "num_tokens" in logs and elapsed > 0:
-            tokens = logs["num_tokens"] - getattr(self, "first_tokens", 0)
+            tokens = logs["num_tokens"] - self.first_tokens
             parts.append(f"{tokens / elapsed:,.0f} tokens/s")
         parts.append(f"{peak_memory_gb():.2f} GB")
         if done and state.max_steps > state.global_step:
@@ -117,7 +122,7 @@ class PlainProgress(TrainerCallback):
 
 
 def peak_memory_gb() -> float:
-    """Peak memory of this process in GB: of the GPU where there is one, of the program otherwise."""
+    """Peak memory of this process in GB: of the GPU if there is one, else of the program."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole: a manifest with sizes and hashes, written last, and verified before resuming."""
+"""Complete checkpoints: a manifest with sizes and hashes, written last, and verified before resuming."""
 
 import json
 from pathlib import Path
@@ -23,20 +23,20 @@ GATHERING = (
 
 
 def committed(output_dir: Path) -> list[Path]:
-    """Whole checkpoints below `output_dir`, newest first: those whose manifest agrees with the files."""
+    """Complete checkpoints in `output_dir`, newest first: those whose manifest agrees with the files."""
     numbered = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
     found = sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    whole = []
+    complete = []
     for path in found:
         if problem := checkpoint_problem(path):
-            logger.warning(f"{path} is not whole ({problem}) and will not be resumed from")
+            logger.warning(f"{path} is incomplete ({problem}) and is not resumed from")
         else:
-            whole.append(path)
-    return whole
+            complete.append(path)
+    return complete
 
 
 def checkpoint_problem(checkpoint: Path) -> str | None:
-    """Why a checkpoint cannot be trusted, or None."""
+    """Why a checkpoint cannot be resumed from, or None."""
     if not (checkpoint / MANIFEST).is_file():
         return "it was never finished: no manifest"
     try:
@@ -53,10 +53,10 @@ def checkpoint_problem(checkpoint: Path) -> str | None:
 
 
 def find_checkpoint(place: Path) -> str:
-    """The newest whole checkpoint of an output folder, or that folder itself if it is a checkpoint.
+    """The newest complete checkpoint of an output folder, or that folder itself if it is a checkpoint.
 
     Raises:
-        UserError: none, or the named one is not whole.
+        UserError: there is none, or the named one is incomplete.
     """
     if place.name.startswith("checkpoint-"):
         if not place.is_dir():
@@ -64,13 +64,13 @@ def find_checkpoint(place: Path) -> str:
         if problem := checkpoint_problem(place):
             raise UserError(f"{place} cannot be resumed from: {problem}. Choose an earlier one.")
         return str(place)
-    whole = committed(place)
-    if not whole:
+    complete = committed(place)
+    if not complete:
         raise UserError(
-            f"{place} holds no whole checkpoint to resume from. Start anew without --resume_from_checkpoint."
+            f"{place} has no complete checkpoint to resume from. Start again without --resume_from_checkpoint."
         )
-    logger.info(f"resuming from {whole[0]}")
-    return str(whole[0])
+    logger.info(f"resuming from {complete[0]}")
+    return str(complete[0])
 
 
 def require_saved_weights(folder: Path) -> None:
@@ -105,7 +105,7 @@ def _problem_of_weights(folder: Path) -> str | None:
 
 
 class CheckpointCommitter(TrainerCallback):
-    """Write the manifest of a checkpoint once all its files are there; transformers itself writes them in place.
+    """Write the manifest of a checkpoint once all its files are written; transformers writes them in place.
 
     Raises:
         UserError: its weights are not there (see `require_saved_weights`); without a manifest it is never resumed from.

@@ -1,4 +1,4 @@
-"""What surrounds the training in every stage: output folder, log, run.json, checkpoints, preview, samples, saving."""
+"""What every stage does around its training: output folder, log, run.json, checkpoints, preview, samples, saving."""
 
 import copy
 import dataclasses
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from medicalgpt.args import RunArguments
 from medicalgpt.data.encoding import IGNORED
@@ -55,7 +55,7 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.utils import is_liger_kernel_available
 
 REPORTED_LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes", "deepspeed")
-# Files by which a folder is known to hold a run; only these are ever removed by --overwrite_output_dir.
+# Files that show that a folder holds a run; --overwrite_output_dir removes only these.
 RUN_TRACES = (
     "run.json",
     "metrics.jsonl",
@@ -78,8 +78,65 @@ RUN_TRACES = (
 )
 
 
+class SampleLogger(Protocol):
+    """What a stage shows of a few held-out rows before and after training.
+
+    Attributes:
+        shown: what is written of each row beside the answers: name and text.
+    """
+
+    shown: list[dict[str, str]]
+
+    def answers(self) -> list[str]:
+        """One text for each row, as the model is now; an empty list on every process but the first."""
+        ...
+
+
+class GreedyAnswers:
+    """Greedy answers to a few fixed prompts, to show what training changed (a `SampleLogger`).
+
+    Off under ZeRO-3 and FSDP, where each token would gather all weights.
+    """
+
+    def __init__(
+        self, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int], prompts: list[list[int]]
+    ):
+        sharded = is_deepspeed_zero3_enabled() or trainer.is_fsdp_enabled
+        if prompts and sharded:
+            logger.info("no sample answers: the weights are sharded over the processes")
+        self.trainer, self.tokenizer, self.stop_ids = trainer, tokenizer, stop_ids
+        self.prompts = [] if sharded else prompts
+        self.shown = [{"prompt": tokenizer.decode(ids)} for ids in self.prompts]
+
+    @torch.no_grad()
+    def answers(self, max_new_tokens: int = 64) -> list[str]:
+        """Generated answers to all prompts; an empty list on every process but the first."""
+        if not self.prompts or not is_main_process():
+            return []
+        model: PreTrainedModel = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        was_training = model.training
+        model.eval()
+        random_state = torch.random.get_rng_state()
+        texts = []
+        for prompt in self.prompts:
+            ids = torch.tensor([prompt], device=model.device)
+            with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=bool(self.trainer.args.bf16)):
+                output = model.generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    eos_token_id=self.stop_ids,
+                    pad_token_id=self.tokenizer.pad_token_id,
+                )
+            texts.append(self.tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True))
+        torch.random.set_rng_state(random_state)
+        model.train(was_training)
+        return texts
+
+
 class Run:
-    """One training run and what it leaves in `output_dir`.
+    """One training run and what it writes to `output_dir`.
 
     Args:
         stage: name of the script, without suffix.
@@ -89,8 +146,8 @@ class Run:
         others: further argument dataclasses, recorded in run.json.
 
     Raises:
-        UserError: the folder holds another run, there is no whole checkpoint to resume from, or Liger's kernels cannot
-            run here.
+        UserError: the folder holds another run, there is no complete checkpoint to resume from, or Liger's kernels
+            cannot run here.
     """
 
     def __init__(
@@ -100,14 +157,14 @@ class Run:
         if training.use_liger_kernel:
             _require_liger(training)
         self.stage, self.training, self.checkpoint, self.options = stage, training, checkpoint, run
-        # The trainer changes its arguments; what was asked for is kept apart.
-        self.asked = copy.copy(training)
+        # The trainer changes its arguments; these stay as they were requested.
+        self.requested = copy.copy(training)
         self.output_dir = Path(training.output_dir)
         self.started = time.time()
         self.resume_from = self._claim_output_dir()
         if training.use_cpu or not torch.cuda.is_available():
             _init_deepspeed_on_cpu(training)
-        # The filter writes the mean of earlier losses where one is no number, which hides that training has failed.
+        # The filter replaces a loss that is NaN by the mean of earlier ones, which hides that training has failed.
         training.logging_nan_inf_filter = False
         set_seed(training.seed)
         self.record: dict[str, Any] = {
@@ -140,7 +197,7 @@ class Run:
         if not traces or not is_main_process():
             return None
         if not self.options.overwrite_output_dir:
-            resumable = " Go on with it: --resume_from_checkpoint True." if list(committed(self.output_dir)) else ""
+            resumable = " Resume it: --resume_from_checkpoint True." if list(committed(self.output_dir)) else ""
             raise UserError(
                 f"--output_dir {self.output_dir} holds another run ({', '.join(sorted(traces)[:4])}, …).{resumable} "
                 "Choose another folder, or remove that run: --overwrite_output_dir True."
@@ -153,14 +210,14 @@ class Run:
         return None
 
     def add_data(self, data: LoadedData) -> None:
-        """Print the balance of the rows and put it into run.json.
+        """Print how many rows are used and skipped, and record it in run.json.
 
         Raises:
             UserError: an evaluation without held-out rows, or the run that is resumed was trained on other files.
         """
         if not data.validation and (self.training.eval_strategy != "no" or not self.training.do_train):
             raise UserError(
-                "there are no held-out rows to evaluate on. Name them with --validation_file_dir, hold some out with "
+                "there are no held-out rows to evaluate on. Pass them with --validation_file_dir, hold some out with "
                 "--validation_split_percentage 5, or leave --eval_strategy out and --do_train True."
             )
         for line in data.summary().splitlines():
@@ -172,19 +229,19 @@ class Run:
             wanted = "Leave --streaming out" if isinstance(data, StreamedData) else "Add --streaming True"
             raise UserError(
                 f"{self.resume_from} saw its rows in another order than this run would. {wanted}, as in the run that "
-                "made it, or start anew in another --output_dir."
+                "made it, or start again in another --output_dir."
             )
         if self.resume_from and (self.output_dir / "run.json").is_file():
             before = json.loads((self.output_dir / "run.json").read_text(encoding="utf-8")).get("data", [])
             if before and before != self.record["data"]:
                 raise UserError(
                     f"{self.resume_from} was trained on other rows than these (see data in "
-                    f"{self.output_dir / 'run.json'}); resuming would repeat some and skip others. Give the same data "
-                    "and the same data flags, or start anew in another --output_dir."
+                    f"{self.output_dir / 'run.json'}); resuming would repeat some and skip others. Pass the same data "
+                    "and the same data flags, or start again in another --output_dir."
                 )
 
     def preview(self, tokenizer: PreTrainedTokenizerBase, dataset: Dataset) -> None:
-        """Print the first training row, trained tokens marked: a wrong mask is seen before it costs anything."""
+        """Print the first training row with its supervised tokens marked, so that a wrong mask shows at once."""
         if not is_main_process() or not len(dataset):
             return
         row = dataset[0]
@@ -204,10 +261,13 @@ class Run:
         steps_per_epoch: float | None = None,
         batch: int | None = None,
     ) -> None:
-        """Print what will happen before it happens: tokens, parameters, batches, steps.
+        """Log what will be trained: tokens, parameters, batches, steps.
 
         Args:
             steps_per_epoch, batch: steps, and sequences of a step, where they do not follow from rows and batch flags.
+
+        Raises:
+            UserError: `--dataloader_drop_last` would drop every row.
         """
         args = self.training
         streamed = isinstance(train, StreamedSamples)
@@ -254,32 +314,35 @@ class Run:
             logger.info(f"{name:<14} {text}")
 
     def compare(self, trainer: Trainer, batches: Sequence[dict[str, torch.Tensor]]) -> None:
-        """Print the table "asked / observed" and put it into run.json. Call it on every process.
+        """Log the table "requested / observed" and record it in run.json. Call it on every process.
 
         Args:
             trainer: ready for its first step.
             batches: those of the first step.
 
         Raises:
-            UserError: on every process, if a line differs on any of them.
+            UserError: on every process, if a line differs on any process.
         """
-        asked = self.record["arguments"] | {"processes": self.record["processes"]}
-        lines = observe(asked, self.asked, trainer, batches, self.checkpoint.adapter)
+        flags = self.record["arguments"] | {"processes": self.record["processes"]}
+        lines = observe(flags, self.requested, trainer, batches, self.checkpoint.adapter)
         self.record["observed"] = [
-            {"name": line.name, "asked": line.asked, "observed": line.observed, "agrees": line.agrees} for line in lines
+            {"name": line.name, "requested": line.requested, "observed": line.observed, "agrees": line.agrees}
+            for line in lines
         ]
         for row in as_table(lines):
             logger.info(row)
         differing = [
-            f"{line.name}: asked {line.asked}; observed {line.observed}. {line.remedy}"
+            f"{line.name}: requested {line.requested}; observed {line.observed}. {line.remedy}"
             for line in lines
             if line.agrees is False
         ]
-        # A process that stops alone would leave the others waiting for it.
+        # If one process stopped alone, the others would wait for it.
         differing = list(dict.fromkeys(gather_object(differing)))
         self._write_record()
         if differing:
-            raise UserError("\n  ".join(["asked and observed differ, so nothing was trained.", *differing]))
+            raise UserError(
+                "\n  ".join(["requested and observed settings differ, so nothing was trained.", *differing])
+            )
 
     # -- training and after -------------------------------------------------------------------------------------------
 
@@ -290,17 +353,17 @@ class Run:
         *,
         stop_ids: Sequence[int],
         sample_prompts: Sequence[list[int]] = (),
-        sampler: Any = None,
+        samples: SampleLogger | None = None,
         note: str = "",
     ) -> dict[str, float]:
-        """Train, evaluate, and leave everything that the next step needs in `output_dir`. Call it on every process.
+        """Train, evaluate, and write everything that the next step needs to `output_dir`. Call it on every process.
 
         Args:
             trainer: ready to train.
             tokenizer: saved with its chat template.
             stop_ids: token ids that end an answer, for generation_config.json.
             sample_prompts: token ids of prompts that are answered before and after.
-            sampler: in place of answers to `sample_prompts`: an object with `shown` and `answers()`, as `Sampler` has.
+            samples: in place of generated answers to `sample_prompts`, for the log and samples.jsonl.
             note: a sentence for the model card.
 
         Returns:
@@ -312,12 +375,14 @@ class Run:
         if self.training.do_train:
             _require_gathering(trainer)
         self._install_callbacks(trainer)
-        # A model from a hub is on this machine only now.
+        # A model from a hub is on this machine only since it was loaded.
         self.record["base"]["fingerprint"] = self.checkpoint.fingerprint
         self._write_record()
-        if sampler is None:
-            sampler = Sampler(trainer, tokenizer, list(stop_ids), list(sample_prompts)[: self.options.sample_prompts])
-        before = sampler.answers()
+        if samples is None:
+            samples = GreedyAnswers(
+                trainer, tokenizer, list(stop_ids), list(sample_prompts)[: self.options.sample_prompts]
+            )
+        before = samples.answers()
         metrics: dict[str, float] = {}
         if self.training.do_train:
             try:
@@ -328,7 +393,7 @@ class Run:
                 raise UserError(str(error.args[0])) from error
             if isinstance(trainer, StreamTrainer):
                 self.record["streamed"] = trainer.seen()
-        # Held-out rows are measured unless that was refused in so many words.
+        # Held-out rows are evaluated unless --do_eval False is passed explicitly.
         unwanted = "do_eval" in getattr(self.training, "given", ()) and not self.training.do_eval
         if trainer.eval_dataset is not None and not unwanted:
             metrics |= trainer.evaluate()
@@ -337,9 +402,11 @@ class Run:
             trainer.save_model()
             require_saved_weights(self.output_dir)
         if is_main_process():
-            self._finish(trainer, tokenizer, stop_ids, sampler.shown, before, sampler.answers(), metrics, note)
+            self._save_tokenizer_and_generation_config(trainer, tokenizer, stop_ids)
+            self._write_samples(samples.shown, before, samples.answers())
+            self._finish(metrics, stop_ids, note)
         trainer.accelerator.wait_for_everyone()
-        # Left to the end of the interpreter, threads of the process group may still run then and abort the program.
+        # Otherwise threads of the process group could still run when the interpreter exits, and abort the program.
         trainer.accelerator.end_training()
         return metrics
 
@@ -354,18 +421,10 @@ class Run:
         else:
             trainer.add_callback(ProgressCallback())
 
-    def _finish(
-        self,
-        trainer: Trainer,
-        tokenizer: PreTrainedTokenizerBase,
-        stop_ids: Sequence[int],
-        shown: list[dict[str, str]],
-        before: list[str],
-        after: list[str],
-        metrics: dict[str, float],
-        note: str,
+    def _save_tokenizer_and_generation_config(
+        self, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]
     ) -> None:
-        # A model that scores, and does not write, has none.
+        # A reward model does not generate and has none.
         generation = getattr(trainer.accelerator.unwrap_model(trainer.model), "generation_config", None)
         if generation is not None:
             generation.eos_token_id = list(stop_ids)
@@ -374,7 +433,8 @@ class Run:
             if generation is not None:
                 generation.save_pretrained(self.output_dir)
             tokenizer.save_pretrained(self.output_dir)
-            plot_loss(self.output_dir)
+
+    def _write_samples(self, shown: list[dict[str, str]], before: list[str], after: list[str]) -> None:
         rows = [{**sample, "before": old, "after": new} for sample, old, new in zip(shown, before, after, strict=True)]
         if rows:
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -382,6 +442,8 @@ class Run:
         for row in rows:
             for name, text in row.items():
                 logger.info(f"{name:<8}  {_one_line(text)}")
+
+    def _finish(self, metrics: dict[str, float], stop_ids: Sequence[int], note: str) -> None:
         self.record |= {
             "status": "finished",
             "finished": _now(),
@@ -392,6 +454,7 @@ class Run:
         }
         self._write_record()
         if self.training.do_train:
+            plot_loss(self.output_dir)
             (self.output_dir / "README.md").write_text(model_card(self.record, self.output_dir, note), encoding="utf-8")
         shown = [name for name in sorted(metrics) if name == "train_loss" or _is_result(name)]
         logger.info("  ".join(f"{name} {metrics[name]:.4g}" for name in shown))
@@ -406,7 +469,7 @@ class Run:
 
 
 def next_commands(output_dir: Path) -> list[str]:
-    """Commands that run as printed on what the run left."""
+    """Commands for the next step, which run as printed."""
     folder = shlex.quote(str(output_dir))
     is_adapter = (output_dir / hub.ADAPTER_CONFIG).is_file()
     if _is_reward_model(output_dir):
@@ -430,7 +493,7 @@ def _is_reward_model(folder: Path) -> bool:
 
 
 def model_card(record: dict[str, Any], output_dir: Path, note: str) -> str:
-    """README.md of a checkpoint: what it is, from what, on which rows, with which result, and how to use it."""
+    """README.md of a checkpoint: what it is, what it was trained from and on, its results, and how to use it."""
     data = "\n".join(
         f"- {entry['side']}: `{entry['file']}`, {entry['rows']} rows, {entry['used']} used"
         + "".join(f", {count} {reason}" for reason, count in entry["left_out"].items())
@@ -443,16 +506,19 @@ def model_card(record: dict[str, Any], output_dir: Path, note: str) -> str:
         f"Made by `{record['stage']}.py` from `{record['parent']}`, {record['finished']}.\n\n"
         f"## Data\n\n{data}\n\n## Result\n\n{metrics}\n\n## Use\n\n```bash\n{commands}\n```\n\n"
         f"## Repeat\n\n```bash\npython {shlex.join(record['command'])}\n```\n\n"
-        "Answers of a language model can be wrong. They are no medical advice and replace no doctor.\n"
+        "Answers of a language model can be wrong. They are not medical advice and do not replace a doctor.\n"
     )
 
 
 def render_supervision(
     tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int], labels: Sequence[int], colour: bool
 ) -> str:
-    """The text of a row with its trained tokens in green, or in ⟦ ⟧ where there is no colour, and their share.
+    """The text of a row with its supervised tokens in green, or in ⟦ ⟧ without colour, and their share.
 
-    Whole runs of tokens are decoded together, so that no character that spans tokens is torn.
+    Consecutive tokens are decoded together, so that a character that spans tokens is not split.
+
+    Args:
+        input_ids, labels: of one row, equally long; a label of -100 is not supervised.
     """
     start, end = ("\033[32m", "\033[0m") if colour else ("⟦", "⟧")
     parts: list[str] = []
@@ -473,54 +539,11 @@ def render_supervision(
     )
 
 
-class Sampler:
-    """Greedy answers to a few fixed prompts, to show what training changed.
-
-    Off under ZeRO-3 and FSDP, where each token would gather all weights.
-    """
-
-    def __init__(
-        self, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int], prompts: list[list[int]]
-    ):
-        sharded = is_deepspeed_zero3_enabled() or trainer.is_fsdp_enabled
-        if prompts and sharded:
-            logger.info("no sample answers: the weights are spread over the processes")
-        self.trainer, self.tokenizer, self.stop_ids = trainer, tokenizer, stop_ids
-        self.prompts = [] if sharded else prompts
-        self.shown = [{"prompt": tokenizer.decode(ids)} for ids in self.prompts]
-
-    @torch.no_grad()
-    def answers(self, max_new_tokens: int = 64) -> list[str]:
-        """Continuations of all prompts; an empty list on every process but the first."""
-        if not self.prompts or not is_main_process():
-            return []
-        model: PreTrainedModel = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        was_training = model.training
-        model.eval()
-        random_state = torch.random.get_rng_state()
-        texts = []
-        for prompt in self.prompts:
-            ids = torch.tensor([prompt], device=model.device)
-            with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=bool(self.trainer.args.bf16)):
-                output = model.generate(
-                    input_ids=ids,
-                    attention_mask=torch.ones_like(ids),
-                    max_new_tokens=max_new_tokens,
-                    do_sample=False,
-                    eos_token_id=self.stop_ids,
-                    pad_token_id=self.tokenizer.pad_token_id,
-                )
-            texts.append(self.tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True))
-        torch.random.set_rng_state(random_state)
-        model.train(was_training)
-        return texts
-
-
 def _require_writable(folder: Path) -> None:
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        what = "cannot be written to" if place.is_dir() else "is no folder"
-        raise UserError(f"--output_dir {folder} cannot be made: {place} {what}. Choose another folder.")
+        what = "cannot be written to" if place.is_dir() else "is not a folder"
+        raise UserError(f"--output_dir {folder} cannot be created: {place} {what}. Choose another folder.")
 
 
 def _require_liger(training: TrainingArguments) -> None:
@@ -540,7 +563,7 @@ def _require_gathering(trainer: Trainer) -> None:
 
 
 def _init_deepspeed_on_cpu(training: TrainingArguments) -> None:
-    # Without this, deepspeed believes at from_pretrained that the world has one process.
+    # Without this, deepspeed assumes a single process when from_pretrained asks for the world size.
     if training.deepspeed:
         import deepspeed
 
@@ -574,7 +597,7 @@ def _sizes(train: Dataset) -> tuple[int, int, int]:
 
 
 def _is_result(name: str) -> bool:
-    """Whether a metric says how good the model is, and not how long it took."""
+    """Whether a metric measures the model, and not time or size."""
     counts = ("runtime", "per_second", "tokens", "epoch")
     return name.startswith("eval_") and not name.endswith(counts)
 

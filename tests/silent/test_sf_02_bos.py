@@ -6,7 +6,7 @@ from medicalgpt.data.encoding import encode_chat, encode_document
 from medicalgpt.models.loading import load_tokenizer
 from medicalgpt.serving.chat import ChatEngine
 from medicalgpt.serving.generation import Sampling
-from medicalgpt.training.runs import Sampler
+from medicalgpt.training.runs import GreedyAnswers
 from template import TEMPLATES, apply_template
 from tests.helpers import chat, open_stage, save_model, write_jsonl
 from tests.silent.chats import PAIRS, conversation
@@ -130,7 +130,7 @@ def test_what_the_samples_during_training_begin_with(folders, tmp_path, kind, st
         *("--output_dir", tmp_path / "out", *more),
     )
     prompts = list(opened.options["sample_prompts"])
-    sampler = Sampler(opened.trainer, opened.tokenizer, list(opened.options["stop_ids"]), prompts)
+    sampler = GreedyAnswers(opened.trainer, opened.tokenizer, list(opened.options["stop_ids"]), prompts)
     model = opened.trainer.accelerator.unwrap_model(opened.trainer.model)
     with patch.object(model, "generate", wraps=model.generate) as generate:
         sampler.answers(max_new_tokens=1)

@@ -106,12 +106,12 @@ def test_neftune_is_as_large_as_the_paper_says_in_training_and_off_in_evaluation
         min(row["seq_lengths"]) if packing else len(row["input_ids"]) for row in opened.trainer.train_dataset
     )
     bound = 5 / (shortest * 32) ** 0.5
-    assert line["asked"] == f"{bound:.3g} at most" and line["agrees"]
+    assert line["requested"] == f"{bound:.3g} at most" and line["agrees"]
     assert 0.95 * bound < float(line["observed"]) <= bound
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Something is changed after it was asked for
+# Something is changed after it was requested
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -295,7 +295,9 @@ def test_a_flag_without_its_effect_stops_the_run(open_run, lie, flags, line):
     opened = open_run(*flags)
     lie(opened.trainer)
     before = {name: parameter.detach().clone() for name, parameter in opened.trainer.model.named_parameters()}
-    with pytest.raises(UserError, match=f"(?s)^asked and observed differ, so nothing was trained.*\n  {line}: asked"):
+    with pytest.raises(
+        UserError, match=f"(?s)^requested and observed settings differ, so nothing was trained.*\n  {line}: requested"
+    ):
         opened.finish()
     assert opened.trainer.state.global_step == 0
     assert all(before[name].equal(parameter) for name, parameter in opened.trainer.model.named_parameters())
@@ -305,12 +307,14 @@ def test_a_flag_without_its_effect_stops_the_run(open_run, lie, flags, line):
 def test_the_message_names_both_sides_and_a_remedy(open_run):
     opened = open_run("--gradient_checkpointing", "True")
     no_checkpointing(opened.trainer)
-    with pytest.raises(UserError, match="\n  checkpointing: asked 2 of 2 layers; observed off. Leave --gradient_c"):
+    with pytest.raises(UserError, match="\n  checkpointing: requested 2 of 2 layers; observed off. Leave --gradient_c"):
         opened.finish()
 
 
 def test_a_warmup_that_the_schedule_does_not_have(open_run):
-    with pytest.raises(UserError, match="(?s)schedule: asked constant, warmup 1.*constant_with_warmup has a warmup"):
+    with pytest.raises(
+        UserError, match="(?s)schedule: requested constant, warmup 1.*constant_with_warmup has a warmup"
+    ):
         open_run("--lr_scheduler_type", "constant", "--warmup_steps", 1).finish()
 
 
