@@ -1,4 +1,4 @@
-"""Preference stages on a CPU: dpo_training.py, orpo_training.py or reward_modeling.py beside TRL's trainer as it comes.
+"""Preference stages on a CPU: dpo_training.py, orpo_training.py or reward_modeling.py beside TRL's trainer.
 
     python -m benchmarks.preference_cpu --stage dpo --data data/reward/train.jsonl
     python -m benchmarks.preference_cpu --stage rm --data data/reward/train.jsonl --sides ours,trl
@@ -14,61 +14,55 @@ pairs and our stages refuse them, and then the two would train on different toke
 the script stops unless both have the same token ids, of which the same ones are supervised. The learning rate is 2e-4,
 higher than the stages' own, so that the loss moves in the few steps there are.
 
-TRL as it comes means: its own defaults, but for what has to be equal (rows, length, batch, rate, seed, adapter,
-float32) and `use_cpu`. `ours` groups rows by length, its default; `ours_random` takes them in TRL's order, so that the
-losses can be compared step by step. TRL's ORPO imitates the prompt as well, so its loss is another one.
+`trl` is TRL as it comes: its own defaults, but for what has to be equal (rows, length, batch, rate, seed, adapter,
+float32), the log and `use_cpu`. TRL's defaults recompute activations and ours do not: `trl_no_checkpointing` turns that
+off. `ours` groups rows by length, its default; `ours_random` takes them in TRL's order, so that it and
+`trl_no_checkpointing` are the equal pair, and losses can be compared step by step. TRL's ORPO imitates the prompt as
+well, so its loss is another one.
 """
 
 import argparse
 import json
 import math
-import os
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from benchmarks.sft_cpu import ALPHA, RANK, RATE, ROOT, SEED, train_tokenizer
+from benchmarks import peers
+from benchmarks.peers import ALPHA, RANK, ROOT, TRL
 
-SIDES = ("ours", "ours_random", "trl")
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+SIDES = ("ours", "ours_random", "trl", "trl_no_checkpointing")
 PROGRAMS = {"dpo": "dpo_training.py", "orpo": "orpo_training.py", "rm": "reward_modeling.py"}
 TURN_END = "<|im_end|>"
 BETA = 0.1
-# Float32 sums in another order; anything that is computed otherwise is further apart after a few steps.
-LOSSES_APART = 1e-3
 
 
 def main() -> None:
     """Measure the sides `--runs` times in turn, print a line for each, and compare."""
     args = parse_args()
     if args.child:
-        train_with_trl(args)
+        trainer = trl_trainer(args.stage, args.work, args.out, args.length, args.batch, **TRL[args.child])
+        args.out.mkdir(exist_ok=True)
+        rows = [encoded_by_trl(row, args.stage) for row in trainer.train_dataset]
+        (args.out / "encoded.json").write_text(json.dumps(rows))
+        peers.train_and_save(trainer, args.out)
         return
+    before = peers.describe_machine()
     with tempfile.TemporaryDirectory() as work:
         args.work = Path(work)
         prepare(args)
-        results: dict[str, list[dict]] = {side: [] for side in args.sides.split(",")}
-        for number in range(args.runs):
-            for side, found in results.items():
-                found.append(measure(side, number, args))
-                print(json.dumps({"side": side, "run": number + 1, **found[-1]}), flush=True)
-    print("\n| | seconds | in training | of CPU time | peak GB | first and last loss | held-out loss | accuracy |")
-    print("|---|---|---|---|---|---|---|---|")
-    for side, found in results.items():
-        best = min(found, key=lambda result: result["seconds"])
-        print(
-            f"| {side} | {best['seconds']:.1f} | {best['training_seconds']:.1f} | {best['cpu_seconds']:.1f} | "
-            f"{best['peak_gb']:.2f} | {best['losses'][0]:.4f}, {best['losses'][-1]:.4f} | "
-            f"{best['held_out_loss']:.4f} | {best['held_out_accuracy']:.0%} |"
-        )
-    if {"ours_random", "trl"} <= results.keys() and args.stage != "orpo":
-        ours, theirs = results["ours_random"][0]["losses"], results["trl"][0]["losses"]
-        apart = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
-        print(f"losses of ours_random and trl: {len(ours)} steps, at most {apart:.1e} apart")
-        if not apart < LOSSES_APART:
-            sys.exit(f"the losses differ by more than {LOSSES_APART}: the two have not trained the same thing")
+        results = peers.compare(args, measure)
+    columns = {
+        "held-out loss": lambda result: f"{result['held_out_loss']:.4f}",
+        "accuracy": lambda result: f"{result['held_out_accuracy']:.0%}",
+    }
+    peers.report(results, args, before, columns)
+    # In the same order of pairs; the loss of TRL's ORPO is another one than ours.
+    peers.check_losses(results, SIDES[2:] if args.stage == "orpo" else SIDES[1:])
 
 
 def parse_args() -> argparse.Namespace:
@@ -78,41 +72,23 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=ROOT / "data/reward/train.jsonl", help="a file of pairs")
     parser.add_argument("--rows", type=int, default=96, help="pairs to train on, the first of the file")
     parser.add_argument("--held_out", type=int, default=32, help="pairs after them, to measure the result")
-    parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--runs", type=int, default=1, help="repetitions; the table shows the fastest of each side")
-    parser.add_argument("--sides", default=",".join(SIDES), help=f"with commas: {', '.join(SIDES)}")
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    peers.add_flags(parser, SIDES)
     return parser.parse_args()
 
 
 def prepare(args: argparse.Namespace) -> None:
     """Leave in `args.work` the base model and the pairs, cut to `--length`, in our form and in TRL's."""
-    from build_tiny_model import build_model
     from medicalgpt.args import DataArguments
     from medicalgpt.data.formats import to_preference
     from medicalgpt.data.loading import load_data
-    from medicalgpt.models.templating import stop_token_ids
-    from template import apply_template
 
     from transformers import AutoModelForSequenceClassification
 
     count = args.rows + args.held_out
     rows = load_data(DataArguments(train_file_dir=str(args.data), max_train_samples=count), to_preference).train
-    tokenizer = train_tokenizer(
-        message["content"] for row in rows for message in (*row["messages"], row["chosen"], row["rejected"])
-    )
-    tokenizer.eos_token = TURN_END
-    stop = apply_template(tokenizer, "chatml")
-    shape = {"hidden_size": 256, "intermediate_size": 768, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2}
-    model = build_model(
-        tokenizer,
-        stop_token_ids(tokenizer, stop),
-        argparse.Namespace(**shape, max_position_embeddings=2048, seed=SEED),
-    )
-    tokenizer.save_pretrained(args.work / "base")
-    model.save_pretrained(args.work / "base")
+    texts = (message["content"] for row in rows for message in (*row["messages"], row["chosen"], row["rejected"]))
+    tokenizer, model = peers.build_base(texts, args.work / "base", TURN_END)
     if args.stage == "rm":
         # Saved with its head, so that both sides start from the same one.
         model = AutoModelForSequenceClassification.from_pretrained(args.work / "base", num_labels=1)
@@ -129,8 +105,7 @@ def prepare(args: argparse.Namespace) -> None:
     print(
         f"{model.num_parameters():,} parameters, vocabulary {len(tokenizer):,}; {args.rows} pairs of at most "
         f"{args.length} tokens ({sum(map(was_cut, rows, fitted))} of {len(rows)} cut), {args.held_out} more held out; "
-        f"{sum(len(ids) for ids, _ in trained):,} tokens, {sum(count for _, count in trained):,} of them in answers; "
-        f"{os.cpu_count()} cores"
+        f"{sum(len(ids) for ids, _ in trained):,} tokens, {sum(count for _, count in trained):,} of them in answers"
     )
 
 
@@ -190,48 +165,18 @@ def encoded_by_trl(row: dict[str, Any], stage: str) -> list[tuple[list[int], int
     return [(row[f"{name}_ids"], 0) for name in names]
 
 
-def measure(side: str, number: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Train one side in a process of its own; seconds and peak memory are those that the system counted for it."""
-    work, out = args.work, args.work / f"{side}-{number}"
-    if side == "trl":
-        command = ["-m", "benchmarks.preference_cpu", "--child", "--stage", args.stage, "--work", work]
-        command += ["--length", args.length, "--batch", args.batch]
-    else:
-        command = [
-            *(ROOT / PROGRAMS[args.stage], "--model_name_or_path", work / "base", "--train_file_dir", work / "train"),
-            *("--output_dir", out, "--model_max_length", args.length, "--per_device_train_batch_size", args.batch),
-            *("--num_train_epochs", 1, "--learning_rate", RATE, "--logging_steps", 1, "--seed", SEED),
-            *("--overwrite_cache", True),
-        ]
-        command += ["--sample_prompts", 0] if args.stage != "rm" else []
-        command += ["--train_sampling_strategy", "random"] if side == "ours_random" else []
-    log = work / f"{side}-{number}.log"
-    began = time.perf_counter()
-    with open(log, "w") as file:
-        process = subprocess.Popen(
-            [sys.executable, *map(str, command)],
-            stdout=file,
-            stderr=file,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
-            cwd=ROOT,
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - began
-    if status:
-        sys.exit(log.read_text()[-3000:])
-    out = work / f"trl-{args.stage}" if side == "trl" else out
-    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
-    check_tokens(side, out, history, args)
+def measure(side: str, out: Path, args: argparse.Namespace) -> peers.Result:
+    """Train one side, stop if it has seen other tokens, and measure what it has learned."""
+    result = peers.train(side, out, command_for(side, out, args))
+    check_tokens(side, out, peers.log_history(out), args)
     loss, accuracy = held_out(out, args)
-    return {
-        "seconds": seconds,
-        "training_seconds": next(entry["train_runtime"] for entry in history if "train_runtime" in entry),
-        "cpu_seconds": usage.ru_utime + usage.ru_stime,
-        "peak_gb": usage.ru_maxrss * 1024 / 1e9,
-        "losses": [entry["loss"] for entry in history if "loss" in entry],
-        "held_out_loss": loss,
-        "held_out_accuracy": accuracy,
-    }
+    return result | {"held_out_loss": loss, "held_out_accuracy": accuracy}
+
+
+def command_for(side: str, out: Path, args: argparse.Namespace) -> list[str]:
+    """What Python is to run to train one side."""
+    ours = [PROGRAMS[args.stage], *([] if args.stage == "rm" else ["--sample_prompts", "0"])]
+    return peers.command_for(side, out, args, ours, ["benchmarks.preference_cpu", "--stage", args.stage])
 
 
 def check_tokens(side: str, out: Path, history: list[dict], args: argparse.Namespace) -> None:
@@ -239,7 +184,7 @@ def check_tokens(side: str, out: Path, history: list[dict], args: argparse.Names
     from transformers import AutoTokenizer
 
     expected = encoded(AutoTokenizer.from_pretrained(args.work / "base"), args.work / "train")
-    if side == "trl":
+    if side in TRL:
         if args.stage == "rm":
             expected = [[(ids, 0) for ids, _ in pair] for pair in expected]
         same = json.loads((out / "encoded.json").read_text()) == json.loads(json.dumps(expected))
@@ -289,18 +234,17 @@ def softplus(x: float) -> float:
     return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
 
 
-def train_with_trl(args: argparse.Namespace) -> None:
-    """What a user of TRL writes for the same task. Leaves in `args.work` what it has encoded, and the result."""
-    import torch
+def trl_trainer(stage: str, work: Path, out: Path, length: int, batch: int, **options: Any) -> "Trainer":
+    """What a user of TRL writes for the same task; `options` go into the config."""
     from datasets import load_dataset
     from peft import LoraConfig
     from transformers import AutoTokenizer
 
     kind: dict[str, Any] = {"task_type": "CAUSAL_LM"}
-    if args.stage == "dpo":
+    if stage == "dpo":
         from trl import DPOConfig as Config
         from trl import DPOTrainer as Trainer
-    elif args.stage == "orpo":
+    elif stage == "orpo":
         from trl.experimental.orpo import ORPOConfig as Config
         from trl.experimental.orpo import ORPOTrainer as Trainer
     else:
@@ -308,31 +252,13 @@ def train_with_trl(args: argparse.Namespace) -> None:
         from trl import RewardTrainer as Trainer
 
         kind = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
-    out, gpu = args.work / f"trl-{args.stage}", torch.cuda.is_available()
-    trainer = Trainer(
-        model=str(args.work / "base"),
-        args=Config(
-            output_dir=str(out),
-            max_length=args.length,
-            per_device_train_batch_size=args.batch,
-            num_train_epochs=1,
-            learning_rate=RATE,
-            logging_steps=1,
-            seed=SEED,
-            bf16=gpu,
-            use_cpu=not gpu,
-            report_to="none",
-        ),
-        train_dataset=load_dataset("json", data_files=str(args.work / "trl.jsonl"), split="train"),
-        processing_class=AutoTokenizer.from_pretrained(args.work / "base"),
+    return Trainer(
+        model=str(work / "base"),
+        args=Config(**peers.trl_arguments(out, length, batch, **options)),
+        train_dataset=load_dataset("json", data_files=str(work / "trl.jsonl"), split="train"),
+        processing_class=AutoTokenizer.from_pretrained(work / "base"),
         peft_config=LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", **kind),
     )
-    out.mkdir(exist_ok=True)
-    rows = [encoded_by_trl(row, args.stage) for row in trainer.train_dataset]
-    (out / "encoded.json").write_text(json.dumps(rows))
-    trainer.train()
-    trainer.save_model()
-    trainer.save_state()
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.preference_cpu import PROGRAMS, TURN_END, encoded, render, train_with_trl, write_rows
-from benchmarks.sft_cpu import ROOT, SEED
+from benchmarks.peers import ROOT, SEED, train_and_save
+from benchmarks.preference_cpu import PROGRAMS, TURN_END, encoded, render, trl_trainer, write_rows
 from benchmarks.sft_gpu import SHAPES as SMALL_SHAPES
 from benchmarks.sft_gpu import run
 
@@ -51,9 +51,9 @@ def main() -> None:
     if args.child:
         import torch
 
-        train_with_trl(args)
-        peak = torch.cuda.max_memory_allocated() / 1e9
-        (args.work / f"trl-{args.stage}" / "peak.json").write_text(json.dumps(peak))
+        out = args.work / f"trl-{args.stage}"
+        train_and_save(trl_trainer(args.stage, args.work, out, args.length, args.batch), out)
+        (out / "peak.json").write_text(json.dumps(torch.cuda.max_memory_allocated() / 1e9))
         return
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)

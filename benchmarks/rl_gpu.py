@@ -35,7 +35,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.sft_cpu import ROOT, SEED
+from benchmarks.peers import ROOT, SEED
 from benchmarks.sft_gpu import SHAPES, run
 
 PROGRAMS = {"ppo": "ppo_training.py", "grpo": "grpo_training.py"}

@@ -17,9 +17,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.sft_cpu import SEED, train_with_trl
+from benchmarks.peers import ROOT, SEED, train_and_save
+from benchmarks.sft_cpu import trl_trainer
 
-ROOT = Path(__file__).resolve().parent.parent
 SHAPES = {
     "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "vocab_size": 151_936}
     | {"num_attention_heads": 14, "num_key_value_heads": 2},
@@ -39,8 +39,9 @@ def main() -> None:
     if args.child:
         import torch
 
-        train_with_trl(args.work, args.work / "trl", args.length, args.batch, logging_steps=10)
-        (args.work / "trl" / "peak.json").write_text(json.dumps(torch.cuda.max_memory_allocated() / 1e9))
+        out = args.work / "trl"
+        train_and_save(trl_trainer(args.work, out, args.length, args.batch, logging_steps=10), out)
+        (out / "peak.json").write_text(json.dumps(torch.cuda.max_memory_allocated() / 1e9))
         return
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)

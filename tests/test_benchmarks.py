@@ -1,17 +1,20 @@
-"""Benchmarks: pairs are cut to fit, both sides get the same tokens, results are right, all tokens are counted."""
+"""Benchmarks: all sides get the same tokens and differ as they say, results are right, all tokens are counted."""
 
 import argparse
+import importlib
 import json
 import math
 import sys
+from pathlib import Path
 
-from benchmarks import preference_cpu, preference_gpu, rl_gpu
+from benchmarks import peers, preference_cpu, preference_gpu, rl_gpu, sft_cpu
 
 import pytest
 import torch
 from helpers import read_json, write_jsonl
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.trainer_callback import CallbackHandler
 
 LONG = "多喝水，注意休息，如果发烧超过三天就去医院。" * 30
 
@@ -28,7 +31,7 @@ def args(tmp_path_factory):
         for number in range(8)
     ]
     data = write_jsonl(folder / "pairs.jsonl", rows)
-    found = argparse.Namespace(work=folder / "work", stage="dpo", data=data, rows=6, held_out=2, length=96)
+    found = argparse.Namespace(work=folder / "work", stage="dpo", data=data, rows=6, held_out=2, length=96, batch=2)
     found.work.mkdir()
     preference_cpu.prepare(found)
     return found
@@ -66,7 +69,7 @@ def test_a_side_that_saw_other_tokens_stops_the_comparison(args):
     with pytest.raises(SystemExit, match="ours has not trained"):
         preference_cpu.check_tokens("ours", args.work, [{"num_tokens": tokens - 1}], args)
     (args.work / "encoded.json").write_text(json.dumps(ours))
-    preference_cpu.check_tokens("trl", args.work, [], args)
+    preference_cpu.check_tokens("trl_no_checkpointing", args.work, [], args)
     ours[0][0] = (ours[0][0][0], ours[0][0][1] + 1)
     (args.work / "encoded.json").write_text(json.dumps(ours))
     with pytest.raises(SystemExit, match="trl has not trained"):
@@ -97,6 +100,136 @@ def test_held_out_loss_of_dpo_is_that_of_a_batch_by_hand(args, tmp_path):
     assert max(map(abs, margins)) > 0.01
     assert loss == pytest.approx(sum(math.log(1 + math.exp(-margin)) for margin in margins) / len(margins), abs=1e-4)
     assert accuracy == sum(margin > 0 for margin in margins) / len(margins)
+
+
+@pytest.fixture(scope="module")
+def chat_args(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("chat")
+    rows = [
+        {"conversations": [{"from": "human", "value": f"第{number}个问题？"}, {"from": "gpt", "value": "多喝水。"}]}
+        for number in range(6)
+    ]
+    data = write_jsonl(folder / "rows.jsonl", rows)
+    found = argparse.Namespace(work=folder / "work", data=data, rows=6, held_out=2, length=96, batch=2)
+    found.work.mkdir()
+    sft_cpu.prepare(found)
+    return found
+
+
+def run_command(command, monkeypatch):
+    """Run in this process what a side runs in a process of its own."""
+    name, flags = (command[1], command[2:]) if command[0] == "-m" else (Path(command[0]).stem, command[1:])
+    monkeypatch.setattr(sys, "argv", [name, *flags])
+    importlib.import_module(name).main()
+
+
+class Started(BaseException):
+    """Training is about to begin."""
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Arguments and model of each trainer that begins to train, which it then does not."""
+    found = []
+
+    def stop(handler, args, *_):
+        found.append((args, handler.model))
+        raise Started
+
+    monkeypatch.setattr(CallbackHandler, "on_train_begin", stop)
+    return found
+
+
+SETTINGS = {
+    "ours": (False, "group_by_length"),
+    "ours_random": (False, "random"),
+    "trl": (True, "random"),
+    "trl_no_checkpointing": (False, "random"),
+    "trl_grouped": (True, "group_by_length"),
+    "trl_grouped_no_checkpointing": (False, "group_by_length"),
+}
+
+
+@pytest.mark.parametrize(
+    ("stage", "side"),
+    [
+        *(("sft", side) for side in sft_cpu.SIDES),
+        *((stage, side) for stage in preference_cpu.PROGRAMS for side in preference_cpu.SIDES if side != "ours_random"),
+    ],
+)
+def test_sides_recompute_activations_as_their_names_say(args, chat_args, stage, side, started, tmp_path, monkeypatch):
+    if stage == "sft":
+        command = sft_cpu.command_for(side, tmp_path / side, chat_args)
+    else:
+        command = preference_cpu.command_for(side, tmp_path / side, argparse.Namespace(**vars(args) | {"stage": stage}))
+    with pytest.raises(Started):
+        run_command(command, monkeypatch)
+    ((training, model),) = started
+    recomputes, order = SETTINGS[side]
+    assert training.gradient_checkpointing is recomputes
+    assert model.is_gradient_checkpointing is recomputes
+    assert training.train_sampling_strategy == order
+    assert (training.per_device_train_batch_size, training.num_train_epochs) == (2, 1)
+    assert (training.learning_rate, training.seed, training.bf16) == (2e-4, 42, False)
+
+
+@pytest.mark.parametrize(
+    ("side", "flags", "recomputes"),
+    [
+        ("ours", [], False),
+        ("ours", ["--gradient_checkpointing", "True"], True),
+        ("trl", [], True),
+        ("trl_no_checkpointing", [], False),
+    ],
+)
+def test_what_a_side_leaves_says_whether_it_recomputed(chat_args, side, flags, recomputes, tmp_path, monkeypatch):
+    out = tmp_path / side
+    run_command([*sft_cpu.command_for(side, out, chat_args), *flags], monkeypatch)
+    assert peers.recomputes(side, out) is recomputes
+    assert sum("loss" in entry for entry in peers.log_history(out)) == 2
+
+
+def result(seconds, losses=(0.7, 0.6), recomputes=False):
+    times = {"seconds": seconds, "training_seconds": seconds / 2, "cpu_seconds": seconds}
+    return times | {"peak_gb": 1.0, "recomputes": recomputes, "losses": list(losses), "held_out_loss": seconds / 100}
+
+
+def test_the_fastest_runs_are_compared_and_all_are_written(tmp_path, capsys):
+    results = {"ours": [result(30.0), result(20.0)], "trl": [result(50.0, recomputes=True), result(70.0)]}
+    args = argparse.Namespace(
+        runs=2, sides=["ours", "trl"], data=Path("rows.jsonl"), output=tmp_path / "new" / "all.json"
+    )
+    peers.report(results, args, {"cores": 2}, {"held-out loss": lambda found: f"{found['held_out_loss']:.4f}"})
+    assert capsys.readouterr().out.splitlines() == [
+        "",
+        "| | recomputes | seconds | in training | of CPU time | peak GB | first and last loss | held-out loss |",
+        "|---|---|---|---|---|---|---|---|",
+        "| ours | no | 20.0 | 10.0 | 20.0 | 1.00 | 0.7000, 0.6000 | 0.2000 |",
+        "| trl | yes | 50.0 | 25.0 | 50.0 | 1.00 | 0.7000, 0.6000 | 0.5000 |",
+        "",
+        "| takes times as long as | ours |",
+        "|---|---|",
+        "| trl | 2.50 (2.50 in training) |",
+    ]
+    written = read_json(args.output)
+    assert written["runs"] == results
+    assert written["settings"] == {"runs": 2, "sides": ["ours", "trl"], "data": "rows.jsonl"}
+    assert written["times_as_long_as_ours"] == {"trl": {"ours": {"seconds": 2.5, "training_seconds": 2.5}}}
+
+
+def test_losses_that_differ_fail_the_comparison():
+    results = {"ours_random": [result(1.0)], "trl": [result(1.0, (0.7, 0.6 + 1e-5))]}
+    peers.check_losses(results, ("ours_random", "trl", "trl_no_checkpointing"))
+    results["trl_no_checkpointing"] = [result(1.0, (0.7, 0.602))]
+    with pytest.raises(SystemExit, match="have not trained the same thing"):
+        peers.check_losses(results, ("ours_random", "trl", "trl_no_checkpointing"))
+
+
+def test_an_unknown_side_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["preference_cpu", "--sides", "ours,trl_grouped"])
+    with pytest.raises(SystemExit):
+        preference_cpu.parse_args()
+    assert "no such side: trl_grouped; there are ours, ours_random, trl, trl_no_check" in capsys.readouterr().err
 
 
 def test_pairs_for_a_gpu_are_of_uneven_lengths_within_the_limit(args, tmp_path):
@@ -132,7 +265,6 @@ def test_every_token_of_a_step_is_counted_and_every_part_is_timed(rl_work, stage
     from medicalgpt.serving.chat import ChatEngine
     from ppo_training import PpoTrainer
 
-    from transformers.trainer_callback import CallbackHandler
     from trl import GRPOTrainer
 
     for owner, name in (
