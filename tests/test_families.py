@@ -264,7 +264,7 @@ def test_inference_names_it_too(tmp_path):
 def test_a_tokenizer_without_places_is_refused(tmp_path):
     make_family(tmp_path / "model", "qwen2")
     ByT5Tokenizer().save_pretrained(tmp_path / "slow")
-    with pytest.raises(UserError, match=r"\(ByT5Tokenizer\) does not say where in a text its tokens are"):
+    with pytest.raises(UserError, match=r"\(ByT5Tokenizer\) does not give the positions of its tokens"):
         run_here(
             SFT,
             *("--model_name_or_path", tmp_path / "model", "--tokenizer_name_or_path", tmp_path / "slow"),

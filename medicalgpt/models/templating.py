@@ -24,6 +24,8 @@ def special_tokens_in(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str
 EOS = "{eos_token}"  # as Template.stop[0]: the turn ends with whatever token the tokenizer calls eos_token
 BOS = "{bos_token}"  # in a part of `_turns`: the tokenizer's BOS, if it puts one before plain text
 
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
 _COMMON_FORMS = ", ".join(name for name, form in TOOL_FORMATS.items() if not form.family_only)
 
 
@@ -348,6 +350,46 @@ def tool_format_of(tokenizer: PreTrainedTokenizerBase) -> ToolFormat | None:
     return TOOL_FORMATS.get(name)
 
 
+def _require_tokens(tokenizer: PreTrainedTokenizerBase, template: Template, catalogue: Mapping[str, Template]) -> None:
+    """Raises TemplateError if the vocabulary lacks tokens that a template needs."""
+    if missing := _missing(tokenizer, template):
+        raise TemplateError(
+            f"the template {template.name} needs {', '.join(missing)}, which this tokenizer does not have as "
+            f"single tokens: add them, or use --template_name with one of: {usable(tokenizer, catalogue)}"
+        )
+
+
+def _own_template(
+    tokenizer: PreTrainedTokenizerBase,
+    catalogue: Mapping[str, Template],
+    facts: dict,
+    body: str,
+    tool_format: str | None,
+) -> Template | None:
+    """The shipped template that writes the same text as the tokenizer's own; None where its own can be trained on.
+
+    facts, body: the own template as `_split` returns it.
+
+    Raises TemplateError if it has none, or one without generation markers that no shipped template replaces.
+    """
+    own = tokenizer.chat_template
+    if not own:
+        raise TemplateError(
+            f"the tokenizer has no chat template: pass --template_name with one of: {usable(tokenizer, catalogue)}"
+        )
+    if GENERATION.search(body):
+        return catalogue.get(facts.get("template")) if tool_format not in (None, facts.get("tool_format")) else None
+    template = _recognise(tokenizer, catalogue)
+    if template is None:
+        if isinstance(own, dict):
+            defect = f"it is a set of templates ({', '.join(own)}), where training needs one"
+        else:
+            defect = "it has no {% generation %} markers, which separate answers from prompts"
+        raise TemplateError(f"{defect}, and none of the shipped templates writes the same text")
+    logger.info("the tokenizer's own chat template is {}: installed with markers for training", template.name)
+    return template
+
+
 def install_template(
     tokenizer: PreTrainedTokenizerBase,
     template: Template | None,
@@ -365,28 +407,10 @@ def install_template(
     facts, body = _split(own) if isinstance(own, str) else ({}, "")
     writes_bos = False
     if template is not None:
-        if missing := _missing(tokenizer, template):
-            raise TemplateError(
-                f"the template {template.name} needs {', '.join(missing)}, which this tokenizer does not have as "
-                f"single tokens: add them, or use --template_name with one of: {usable(tokenizer, catalogue)}"
-            )
-    elif not own:
-        raise TemplateError(
-            f"the tokenizer has no chat template: give --template_name one of: {usable(tokenizer, catalogue)}"
-        )
+        _require_tokens(tokenizer, template, catalogue)
     else:
+        template = _own_template(tokenizer, catalogue, facts, body, tool_format)
         writes_bos = render_text(tokenizer, [_USER]) != render_text(tokenizer, [_USER], bos_token="")
-        if not re.search(r"\{%-?\s*generation\s*-?%\}", body):
-            template = _recognise(tokenizer, catalogue)
-            if template is None:
-                if isinstance(own, dict):
-                    defect = f"it is a set of templates ({', '.join(own)}), where training needs one"
-                else:
-                    defect = "it has no {% generation %} markers, which tell answers from prompts"
-                raise TemplateError(f"{defect}, and none of the shipped templates writes the same text")
-            logger.info("the tokenizer's own chat template is {}: installed with markers for training", template.name)
-        elif tool_format not in (None, facts.get("tool_format")):
-            template = catalogue.get(facts.get("template"))
 
     system = system_prompt or facts.get("system", "")
     expected, extra, form = None, (), facts.get("tool_format")

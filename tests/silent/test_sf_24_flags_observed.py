@@ -295,7 +295,9 @@ def test_a_flag_without_its_effect_stops_the_run(open_run, lie, flags, line):
     opened = open_run(*flags)
     lie(opened.trainer)
     before = {name: parameter.detach().clone() for name, parameter in opened.trainer.model.named_parameters()}
-    with pytest.raises(UserError, match=f"(?s)^requested and observed settings differ, so nothing was trained.*\n  {line}: requested"):
+    with pytest.raises(
+        UserError, match=f"(?s)^requested and observed settings differ, so nothing was trained.*\n  {line}: requested"
+    ):
         opened.finish()
     assert opened.trainer.state.global_step == 0
     assert all(before[name].equal(parameter) for name, parameter in opened.trainer.model.named_parameters())
@@ -310,7 +312,9 @@ def test_the_message_names_both_sides_and_a_remedy(open_run):
 
 
 def test_a_warmup_that_the_schedule_does_not_have(open_run):
-    with pytest.raises(UserError, match="(?s)schedule: requested constant, warmup 1.*constant_with_warmup has a warmup"):
+    with pytest.raises(
+        UserError, match="(?s)schedule: requested constant, warmup 1.*constant_with_warmup has a warmup"
+    ):
         open_run("--lr_scheduler_type", "constant", "--warmup_steps", 1).finish()
 
 

@@ -149,7 +149,9 @@ LIES = [
 def test_a_flag_without_its_effect_stops_the_run(open_run, tmp_path, stage, lie, flags, line):
     opened = open_run(stage, *flags)
     lie(opened.trainer)
-    with pytest.raises(UserError, match=f"(?s)^requested and observed settings differ, so nothing was trained.*\n  {line}: requested"):
+    with pytest.raises(
+        UserError, match=f"(?s)^requested and observed settings differ, so nothing was trained.*\n  {line}: requested"
+    ):
         opened.finish()
     assert opened.trainer.state.global_step == 0
     observed = {line["name"]: line for line in read_json(tmp_path / "out" / "run.json")["observed"]}
