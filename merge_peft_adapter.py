@@ -2,12 +2,12 @@
 
     python merge_peft_adapter.py --lora_model outputs/sft --output_dir outputs/sft-merged
 
-The base is the one that the adapter was trained on; any other is refused, and so is a base that is stored quantized, as
-adding an update to rounded weights gives a different model. (An adapter trained on a base that was loaded in 4 bits merges
-into the base in full precision.) Works for causal models and for sequence and token classification. The adapter's
-tokenizer, chat template and stop tokens are saved with the result, and for a reward model the padding token, by which
-it finds the end of a text. The merged model is read back from disk, and its logits (of a reward model: its scores) are
-compared with those of the adapter on its base.
+The base is the one that the adapter was trained on; any other is refused, and so is a base that is stored quantized:
+adding an update to rounded weights gives a different model. (An adapter trained on a base that was loaded in 4 bits
+merges into the base in full precision.) Works for causal models and for sequence and token classification. The
+adapter's tokenizer, chat template and stop tokens are saved with the result, and for a reward model the padding token,
+by which it finds the end of a text. The merged model is read back from disk, and its logits (of a reward model: its
+scores) are compared with those of the adapter on its base.
 """
 
 import gc

@@ -238,7 +238,7 @@ def test_what_is_no_causal_model_is_named_before_the_data_is_read(tmp_path, stag
     [
         (
             {"model_type": "chatglm", "auto_map": {"AutoConfig": "configuration_chatglm.ChatGLMConfig"}},
-            "brings code of its own, and code of a checkpoint is never run",
+            "needs its own code, and code of a checkpoint is never run",
         ),
         ({"model_type": "brandnew"}, "of the type brandnew, which transformers .* does not know"),
     ],

@@ -308,8 +308,8 @@ def attach_adapter(model: PreTrainedModel, adapter: Adapter, *, trainable: bool 
     try:
         if head_outputs(adapter) and model.get_output_embeddings() is not None:
             raise CheckpointError(
-                f"the adapter {adapter.path} is a reward model: it scores texts and cannot generate any. Scores: python "
-                f"reward_modeling.py --model_name_or_path {adapter.path} --score_file FILE"
+                f"the adapter {adapter.path} is a reward model: it scores texts and cannot generate any. Scores: "
+                f"python reward_modeling.py --model_name_or_path {adapter.path} --score_file FILE"
             )
         _grow_to_adapter(model, adapter)
         attached = PeftModel.from_pretrained(model, adapter.path, is_trainable=trainable)

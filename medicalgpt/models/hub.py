@@ -278,8 +278,8 @@ def load_pretrained(loader: Any, name_or_path: str, **options: Any) -> Any:
         if Path(name_or_path).is_dir():
             raise CheckpointError(f"{name_or_path} could not be loaded: {error}") from error
         raise CheckpointError(
-            f"{name_or_path} is not a folder here ({Path.cwd()}), and could not be downloaded from {constants.ENDPOINT}: "
-            f"{str(error).splitlines()[0]}\n"
+            f"{name_or_path} is not a folder here ({Path.cwd()}), and could not be downloaded from "
+            f"{constants.ENDPOINT}: {str(error).splitlines()[0]}\n"
             "Check the name; offline, pass the path of a downloaded folder; behind a firewall, set "
             "HF_ENDPOINT=https://hf-mirror.com or use --hub modelscope."
         ) from error
