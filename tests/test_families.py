@@ -211,9 +211,9 @@ REFUSED = {
     "decoder of a pair": (AutoConfig.for_model("bart"), "of the type bart, which has an encoder and a decoder"),
     "encoder": (BertConfig(), "of the type bert, which is an encoder"),
     "another encoder": (AutoConfig.for_model("roberta"), "of the type roberta, which is an encoder"),
-    "images": (Gemma3Config(), "of the type gemma3, which takes images or sound too"),
-    "images and films": (AutoConfig.for_model("qwen2_5_vl"), "of the type qwen2_5_vl, which takes images or sound too"),
-    "no text": (CLIPConfig(), "of the type clip, which takes images or sound too"),
+    "images": (Gemma3Config(), "of the type gemma3, which takes images or audio too"),
+    "images and films": (AutoConfig.for_model("qwen2_5_vl"), "of the type qwen2_5_vl, which takes images or audio too"),
+    "no text": (CLIPConfig(), "of the type clip, which takes images or audio too"),
     "no causal model": (AutoConfig.for_model("vit"), "of the type vit, which has no causal language model"),
 }
 
