@@ -2,12 +2,12 @@
 
     python merge_peft_adapter.py --lora_model outputs/sft --output_dir outputs/sft-merged
 
-The base is the one that the adapter was trained on; another one is refused, and so is a base that is stored quantized:
-adding an update to rounded weights gives another model. (An adapter trained on a base that was loaded in 4 bits merges
-into the base in full precision.) Works for causal models and for sequence and token classification. The adapter's
-tokenizer, chat template and stop tokens go into the result, and with a reward model the padding token, by which it
-finds the end of a text. What was merged is read back from disk and its logits (of a reward model: its scores) are
-compared with those of the adapter on its base.
+The base is the one that the adapter was trained on; any other is refused, and so is a base that is stored quantized:
+adding an update to rounded weights gives a different model. (An adapter trained on a base that was loaded in 4 bits
+merges into the base in full precision.) Works for causal models and for sequence and token classification. The
+adapter's tokenizer, chat template and stop tokens are saved with the result, and for a reward model the padding token,
+by which it finds the end of a text. The merged model is read back from disk, and its logits (of a reward model: its
+scores) are compared with those of the adapter on its base.
 """
 
 import gc
@@ -25,9 +25,9 @@ from medicalgpt.parser import parse_args
 if TYPE_CHECKING:
     from medicalgpt.models.hub import Adapter, Checkpoint
 
-# Difference of logits, relative to the largest, that rounding explains: sums are done in another order after merging.
+# Difference of logits, relative to the largest, that rounding explains: merging changes the order of sums.
 ROUNDING = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
-# What is left of a model that was there before; a run.json would call an unfinished merge finished.
+# Files of an earlier model; its run.json would make an unfinished merge look finished.
 MODEL_FILES = ("*.safetensors", "*.index.json", "config.json", "adapter_config.json", "run.json")
 PROBES = (
     "The patient has had a fever for three days.",
@@ -41,10 +41,10 @@ class MergeArguments:
     """Which adapter, and where to."""
 
     lora_model: str = field(metadata={"help": "Folder of the adapter.", "aliases": ["--peft_model_path"]})
-    output_dir: str = field(metadata={"help": "Where the merged model goes."})
+    output_dir: str = field(metadata={"help": "Folder for the merged model."})
     model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "The base, if it is not where the adapter was trained.", "aliases": ["--base_model"]},
+        metadata={"help": "The base, if it is no longer where the adapter was trained.", "aliases": ["--base_model"]},
     )
     tokenizer_path: str | None = field(default=None, metadata={"help": "Tokenizer, instead of the adapter's."})
     dtype: str = field(
@@ -55,9 +55,9 @@ class MergeArguments:
             "aliases": ["--torch_dtype"],
         },
     )
-    max_shard_size: str = field(default="5GB", metadata={"help": "Largest file of weights."})
+    max_shard_size: str = field(default="5GB", metadata={"help": "Maximum size of a file of weights."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace a model that is already there."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace a model in that folder."})
 
 
 def main() -> None:
@@ -137,7 +137,7 @@ def resolve(args: MergeArguments) -> "Checkpoint":
     from medicalgpt.models import hub
 
     if not Path(args.lora_model, hub.ADAPTER_CONFIG).is_file():
-        raise UserError(f"{args.lora_model} is no adapter: it has no {hub.ADAPTER_CONFIG}. Check --lora_model.")
+        raise UserError(f"{args.lora_model} is not an adapter: it has no {hub.ADAPTER_CONFIG}. Check --lora_model.")
     base = args.model_name_or_path
     return hub.Checkpoint.resolve(
         base or args.lora_model,
@@ -153,20 +153,20 @@ def refuse_quantized(base: str, config: Any) -> None:
     if getattr(config, "quantization_config", None):
         method = config.quantization_config.get("quant_method", "quantized")
         raise UserError(
-            f"{base} is stored quantized ({method}); merging into rounded weights gives another model. Give the "
+            f"{base} is stored quantized ({method}); merging into rounded weights gives a different model. Pass the "
             "unquantized base with --model_name_or_path."
         )
 
 
 def refuse_occupied(output_dir: Path, overwrite: bool, sources: Sequence[str | Path]) -> list[Path]:
-    """Files of a model that stands where the merged one is to go, to be removed once there is one.
+    """Files of an earlier model in the output folder, to be removed before the merged one is saved.
 
     Raises:
-        UserError: they may not be replaced, or are those of base or adapter, which the merge has to read.
+        UserError: they may not be replaced, or belong to base or adapter, which the merge has to read.
     """
     present = [path for pattern in MODEL_FILES for path in output_dir.glob(pattern)]
     if any(output_dir.resolve() == Path(source).resolve() for source in sources):
-        raise UserError(f"{output_dir} is what is to be merged. Choose another --output_dir.")
+        raise UserError(f"{output_dir} holds the base or the adapter of this merge. Choose another --output_dir.")
     if present and not overwrite:
         raise UserError(
             f"{output_dir} already holds a model ({present[0].name}). Choose another --output_dir, or replace it: "
@@ -176,10 +176,10 @@ def refuse_occupied(output_dir: Path, overwrite: bool, sources: Sequence[str | P
 
 
 def model_class(adapter: "Adapter") -> tuple[Any, dict[str, Any]]:
-    """The class that the adapter's task needs, and the number of labels where there is a head.
+    """The class for the adapter's task, and the number of labels if it has a head.
 
     Raises:
-        UserError: a task that has no model here.
+        UserError: a task that is not supported.
     """
     from medicalgpt.models import adapters
 
@@ -195,22 +195,22 @@ def model_class(adapter: "Adapter") -> tuple[Any, dict[str, Any]]:
     }
     task = adapter.config.get("task_type")
     if task not in classes:
-        raise UserError(f"{adapter.path} is for the task {task}; this tool merges {', '.join(filter(None, classes))}.")
+        raise UserError(
+            f"{adapter.path} is for the task {task}; this program merges {', '.join(filter(None, classes))}."
+        )
     options: dict[str, Any] = {}
     if task in ("SEQ_CLS", "TOKEN_CLS"):
         options["num_labels"] = adapters.head_outputs(adapter)
         if options["num_labels"] is None:
-            raise UserError(
-                f"{adapter.path} holds no head, so that what it gives would be random. It cannot be merged."
-            )
+            raise UserError(f"{adapter.path} has no head, so its outputs would be random. It cannot be merged.")
     return classes[task], options
 
 
 def probe(model: Any, tokenizer: Any, new_rows: Sequence[int] = (), padded: bool = False) -> list[Any]:
-    """Logits of a few short texts, each alone, and of the first 64 of `new_rows`, which those texts do not hold.
+    """Logits of a few short texts, one by one, and of the first 64 of `new_rows`, which those texts lack.
 
     Args:
-        padded: put padding after each text, which a model with one output for each text has to find.
+        padded: add padding after each text, as a model with one output for each text has to find it.
     """
     import torch
 
@@ -225,7 +225,7 @@ def probe(model: Any, tokenizer: Any, new_rows: Sequence[int] = (), padded: bool
 
 
 def compare(before: list[Any], after: list[Any]) -> dict[str, float]:
-    """Largest difference of logits, also relative to the largest logit, and how often the first choice agrees."""
+    """Largest difference of logits, also relative to the largest logit, and how often the top token agrees."""
     absolute = max((old - new).abs().max().item() for old, new in zip(before, after, strict=True))
     largest = max(old.abs().max().item() for old in before)
     agree = [(old.argmax(-1) == new.argmax(-1)).flatten() for old, new in zip(before, after, strict=True)]
@@ -239,7 +239,7 @@ def compare(before: list[Any], after: list[Any]) -> dict[str, float]:
 
 
 def write_record(args: MergeArguments, checkpoint: "Checkpoint", difference: dict[str, float]) -> None:
-    """run.json: where the merged model comes from, and that the merge went to its end."""
+    """Write run.json: what was merged, and that the merge is complete."""
     from medicalgpt.models import hub
 
     trained = Path(args.lora_model, hub.RUN_FILE)

@@ -7,7 +7,7 @@ falls); that it answers questions comes with supervised_finetuning.py.
     torchrun --nproc_per_node 2 pretraining.py --model_name_or_path outputs/tiny-base \\
         --train_file_dir data/pretrain --output_dir outputs/pt --use_peft False
 
-Data, in one folder and mixed as you like: .txt (a document a line), .md (a document a file), and .jsonl or .json with
+Data, in one folder in any mixture: .txt (a document a line), .md (a document a file), and .jsonl or .json with
 
     {"text": "Acute bronchitis is an inflammation of the airways ..."}
 
@@ -72,16 +72,15 @@ def main() -> None:
         description=__doc__,
         unused=refused_in("pretraining.py"),
     )
-    from medicalgpt.data import batching
     from medicalgpt.data.encoding import document_starts, encode_document
     from medicalgpt.data.formats import to_text
     from medicalgpt.data.loading import load_data
-    from medicalgpt.data.streaming import StreamedSamples, check_data
+    from medicalgpt.data.streaming import check_data
     from medicalgpt.data.tokenizing import encode_sides
     from medicalgpt.models import loading
     from medicalgpt.training.runs import Run
-    from medicalgpt.training.stream_trainer import StreamTrainer, check_flags
-    from medicalgpt.training.trainers import TokenTrainer, training_defaults
+    from medicalgpt.training.stream_trainer import check_flags, token_trainer
+    from medicalgpt.training.trainers import training_defaults
 
     from transformers import AutoModelForCausalLM
 
@@ -115,18 +114,10 @@ def main() -> None:
     )
 
     # 5 trainer: perplexity is measured on each document alone, so it does not depend on how blocks are filled
-    block_size = args.block_size if args.packing else None
-    if data_args.streaming:
-        train = StreamedSamples(data, encode, train, block_size, args.process_index, args.world_size)
-    elif args.packing:
-        train = batching.pack(train, block_size)
-    trainer = (StreamTrainer if data_args.streaming else TokenTrainer)(
-        model=model,
-        args=args,
-        train_dataset=train,
-        eval_dataset=validation,
-        processing_class=tokenizer,
-        data_collator=batching.collator(tokenizer, model),
+    trainer = token_trainer(
+        *(model, args, tokenizer, data, encode, train, validation),
+        block_size=args.block_size,
+        streaming=data_args.streaming,
         loraplus_lr_ratio=lora_args.loraplus_lr_ratio,
     )
 

@@ -55,7 +55,7 @@ class FinetuningArguments(TemplateArguments, StageDefaults, SFTConfig):
     mask_history: bool = field(
         default=False, metadata={"help": "Train on the last answer of each conversation only, not on earlier ones."}
     )
-    # Rows of like length share a batch: with rows as unequal as answers are, this halves the time.
+    # Rows of similar length share a batch; answers differ so much in length that this halves the time.
     train_sampling_strategy: str = field(
         default="group_by_length",
         metadata={"help": "group_by_length, or random.", "choices": ["group_by_length", "random"]},
@@ -81,17 +81,16 @@ def main() -> None:
         description=__doc__,
         unused=refused_in("supervised_finetuning.py"),
     )
-    from medicalgpt.data import batching
     from medicalgpt.data.encoding import encode_chat, render_prompts
     from medicalgpt.data.formats import to_messages
     from medicalgpt.data.loading import load_data
-    from medicalgpt.data.streaming import StreamedSamples, check_data
+    from medicalgpt.data.streaming import check_data
     from medicalgpt.data.tokenizing import encode_sides
     from medicalgpt.models import loading
     from medicalgpt.models.templating import stop_token_ids
     from medicalgpt.training.runs import Run
-    from medicalgpt.training.stream_trainer import StreamTrainer, check_flags
-    from medicalgpt.training.trainers import TokenTrainer, training_defaults
+    from medicalgpt.training.stream_trainer import check_flags, token_trainer
+    from medicalgpt.training.trainers import training_defaults
     from template import apply_template
 
     from transformers import AutoModelForCausalLM
@@ -133,18 +132,10 @@ def main() -> None:
     )
 
     # 5 trainer
-    block_size = args.model_max_length if args.packing else None
-    if data_args.streaming:
-        train = StreamedSamples(data, encode, train, block_size, args.process_index, args.world_size)
-    elif args.packing:
-        train = batching.pack(train, block_size)
-    trainer = (StreamTrainer if data_args.streaming else TokenTrainer)(
-        model=model,
-        args=args,
-        train_dataset=train,
-        eval_dataset=validation,
-        processing_class=tokenizer,
-        data_collator=batching.collator(tokenizer, model),
+    trainer = token_trainer(
+        *(model, args, tokenizer, data, encode, train, validation),
+        block_size=args.model_max_length,
+        streaming=data_args.streaming,
         loraplus_lr_ratio=lora_args.loraplus_lr_ratio,
     )
 

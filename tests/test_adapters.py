@@ -177,9 +177,9 @@ def test_flags_of_adapters_have_no_effect_on_full_training(flag, value):
     [
         ({"freeze_layers": "2"}, "--freeze_layers 2: there is no layer 2; the model has 2 layers, 0 to 1"),
         ({"freeze_layers": "0-99999999999999"}, "there is no layer 99999999999999"),
-        ({"freeze_layers": "1-0"}, "'1-0' is no number and no range"),
-        ({"freeze_layers": "0,"}, "'' is no number"),
-        ({"freeze_layers": "first"}, "'first' is no number"),
+        ({"freeze_layers": "1-0"}, "'1-0' is not a number or a range"),
+        ({"freeze_layers": "0,"}, "'' is not a number"),
+        ({"freeze_layers": "first"}, "'first' is not a number"),
         ({"freeze_layers": "0-1"}, "freezes all 2 layers"),
         ({"freeze_layers": "0,1", "use_peft": False}, "freezes all 2 layers"),
         ({"freeze_layers": "0", "modules_to_save": "q_proj"}, "--modules_to_save q_proj would train modules of the"),

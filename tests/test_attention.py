@@ -478,7 +478,7 @@ def test_where_scaling_is_refused(work, tmp_path):
     AutoModelForCausalLM.from_config(layered).save_pretrained(tmp_path / "layered")
     load_scaled(work / "base", "linear", 1024).save_pretrained(tmp_path / "scaled")
     small_model("phi3", pad_token_id=0).save_pretrained(tmp_path / "phi3")
-    refused(tmp_path / "phi3", "--rope_scaling yarn is not for phi3 models")
+    refused(tmp_path / "phi3", "--rope_scaling yarn does not work with phi3 models")
     refused(work / "base", "no effect: the model has 512 positions, and the training length is 512", length=512)
     refused(tmp_path / "gpt2", "gpt2 models have no rotary positions")
     refused(tmp_path / "layered", "layers of gemma3_text models differ")

@@ -211,9 +211,9 @@ REFUSED = {
     "decoder of a pair": (AutoConfig.for_model("bart"), "of the type bart, which has an encoder and a decoder"),
     "encoder": (BertConfig(), "of the type bert, which is an encoder"),
     "another encoder": (AutoConfig.for_model("roberta"), "of the type roberta, which is an encoder"),
-    "images": (Gemma3Config(), "of the type gemma3, which takes images or sound too"),
-    "images and films": (AutoConfig.for_model("qwen2_5_vl"), "of the type qwen2_5_vl, which takes images or sound too"),
-    "no text": (CLIPConfig(), "of the type clip, which takes images or sound too"),
+    "images": (Gemma3Config(), "of the type gemma3, which takes images or audio too"),
+    "images and films": (AutoConfig.for_model("qwen2_5_vl"), "of the type qwen2_5_vl, which takes images or audio too"),
+    "no text": (CLIPConfig(), "of the type clip, which takes images or audio too"),
     "no causal model": (AutoConfig.for_model("vit"), "of the type vit, which has no causal language model"),
 }
 
@@ -238,7 +238,7 @@ def test_what_is_no_causal_model_is_named_before_the_data_is_read(tmp_path, stag
     [
         (
             {"model_type": "chatglm", "auto_map": {"AutoConfig": "configuration_chatglm.ChatGLMConfig"}},
-            "brings code of its own, and code of a checkpoint is never run",
+            "needs its own code, and code of a checkpoint is never run",
         ),
         ({"model_type": "brandnew"}, "of the type brandnew, which transformers .* does not know"),
     ],
@@ -264,7 +264,7 @@ def test_inference_names_it_too(tmp_path):
 def test_a_tokenizer_without_places_is_refused(tmp_path):
     make_family(tmp_path / "model", "qwen2")
     ByT5Tokenizer().save_pretrained(tmp_path / "slow")
-    with pytest.raises(UserError, match=r"\(ByT5Tokenizer\) does not say where in a text its tokens are"):
+    with pytest.raises(UserError, match=r"\(ByT5Tokenizer\) does not give the positions of its tokens"):
         run_here(
             SFT,
             *("--model_name_or_path", tmp_path / "model", "--tokenizer_name_or_path", tmp_path / "slow"),

@@ -244,7 +244,7 @@ def test_the_base_and_the_adapter_are_never_written_over(work, tmp_path):
 
 def test_a_folder_that_is_no_adapter_is_named(work, tmp_path):
     for place in (work / "base", tmp_path / "nowhere"):
-        with pytest.raises(UserError, match="is no adapter: it has no adapter_config.json"):
+        with pytest.raises(UserError, match="is not an adapter: it has no adapter_config.json"):
             run_here(SCRIPT, "--lora_model", place, "--output_dir", tmp_path / "never")
 
 
@@ -254,7 +254,7 @@ def test_an_unknown_task_and_a_missing_base(work, tmp_path):
     config = json.loads(path.read_text())
     flags = ("--lora_model", tmp_path / "adapter", "--output_dir", tmp_path / "never")
     path.write_text(json.dumps({**config, "task_type": "QUESTION_ANS"}))
-    with pytest.raises(UserError, match="for the task QUESTION_ANS; this tool merges CAUSAL_LM, SEQ_CLS"):
+    with pytest.raises(UserError, match="for the task QUESTION_ANS; this program merges CAUSAL_LM, SEQ_CLS"):
         run_here(SCRIPT, *flags)
     path.write_text(json.dumps({**config, "base_model_name_or_path": "/gone"}))
     with pytest.raises(CheckpointError, match="was trained on /gone, which is not there"):

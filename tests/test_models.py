@@ -118,7 +118,9 @@ def test_a_missing_folder_is_no_hub_name(place):
 
 def test_a_folder_that_is_no_checkpoint_names_one_inside(base, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError, match="neither config.json nor adapter_config.json.*no checkpoint.$"):
+    with pytest.raises(
+        CheckpointError, match="is not a checkpoint: it has neither config.json nor adapter_config.json.$"
+    ):
         resolve_checkpoint(str(tmp_path / "empty"))
     shutil.copytree(base, tmp_path / "run" / "model")
     with pytest.raises(CheckpointError, match=f"Did you mean {tmp_path / 'run' / 'model'}"):
@@ -165,7 +167,7 @@ def test_a_hub_name_offline_is_said_at_once_with_the_cures(tmp_path):
         timeout=60,
     )
     assert done.returncode == 1 and time.monotonic() - started < 40
-    for part in ("error: no-such/model is neither a folder here", "huggingface.co", "HF_ENDPOINT=", "--hub modelscope"):
+    for part in ("error: no-such/model is not a folder here", "huggingface.co", "HF_ENDPOINT=", "--hub modelscope"):
         assert part in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -252,7 +254,7 @@ def test_an_adapter_goes_only_on_its_base(base, other, adapter, tmp_path, warnin
     shutil.copytree(base, tmp_path / "copy")
     check_base(Adapter.read(adapter), str(tmp_path / "copy"))
     assert warnings == []
-    with pytest.raises(CheckpointError, match=f"trained on {base} .*but {other} has other weights.*Give the base"):
+    with pytest.raises(CheckpointError, match=f"trained on {base} .*but {other} has other weights.*Pass the base"):
         check_base(Adapter.read(adapter), other)
     with pytest.raises(CheckpointError, match="other weights"):
         attach_adapter(load(other), Adapter.read(adapter))
@@ -367,7 +369,7 @@ def test_the_shape_of_a_continued_adapter_is_its_own(base, adapter):
 
 def test_a_folder_without_adapter_config_is_no_adapter(base):
     with pytest.raises(
-        CheckpointError, match=f"{base} is no adapter: it has no adapter_config.json. Check --peft_path"
+        CheckpointError, match=f"{base} is not an adapter: it has no adapter_config.json. Check --peft_path"
     ):
         stage_checkpoint(ModelArguments(base), given(peft_path=base))
 

@@ -404,7 +404,7 @@ def test_a_reward_model_is_not_taken_for_a_language_model(trained, tmp_path, mer
     if merge:
         run_here("merge_peft_adapter.py", "--lora_model", model, "--output_dir", tmp_path / "merged")
         model = tmp_path / "merged"
-    with pytest.raises(CheckpointError, match="scores texts and cannot write any"):
+    with pytest.raises(CheckpointError, match="scores texts and cannot generate any"):
         run_here("inference.py", "--model_name_or_path", model, "--query", "Why?")
 
 

@@ -678,7 +678,7 @@ def test_set_of_templates_is_refused(plain):
 
 
 def test_no_template_at_all_is_refused_with_the_names(plain):
-    with pytest.raises(ValueError, match=f"no chat template: .*--template_name one of: {', '.join(TEMPLATES)}"):
+    with pytest.raises(ValueError, match=f"no chat template: .*--template_name with one of: {', '.join(TEMPLATES)}"):
         apply_template(plain)
 
 

@@ -610,7 +610,7 @@ def test_family_with_a_form_of_its_own_takes_no_other(load, name):
     apply_template(tokenizer, name, tool_format=own)
     installed = tokenizer.chat_template
     for arguments in ({"name": name}, {}):
-        with pytest.raises(TemplateError, match=f"template {name} has the tool form of its family, {own}: leave out"):
+        with pytest.raises(TemplateError, match=f"template {name} has the tool format of its family, {own}: leave out"):
             apply_template(tokenizer, tool_format="mistral", **arguments)
     assert tokenizer.chat_template == installed
 
@@ -640,7 +640,7 @@ def test_own_template_takes_no_other_form(load):
     tokenizer = load()
     tokenizer.eos_token = "<|im_end|>"
     tokenizer.chat_template = own = get_template("qwen").jinja
-    with pytest.raises(TemplateError, match="it has the tool form qwen, which --tool_format mistral cannot change"):
+    with pytest.raises(TemplateError, match="it has the tool format qwen, which --tool_format mistral cannot change"):
         apply_template(tokenizer, tool_format="mistral")
     assert tokenizer.chat_template == own
     apply_template(tokenizer, tool_format="qwen")

@@ -42,12 +42,12 @@ def check_flags(lora: LoraArguments, adapter: Adapter | None) -> None:
         if idle := sorted((SHAPE_FLAGS | {"peft_path", "loraplus_lr_ratio"}) & given):
             raise UserError(
                 f"--use_peft False trains every weight, so --{', --'.join(idle)} would have no effect. Leave them out, "
-                "or say --use_peft True."
+                "or pass --use_peft True."
             )
     elif adapter and (clash := sorted((SHAPE_FLAGS | {"freeze_layers"}) & given)):
         raise UserError(
-            f"{adapter.path} goes on with its own shape, so --{', --'.join(clash)} would have no effect. Leave them "
-            f"out, or merge the adapter first: python merge_peft_adapter.py --lora_model {adapter.path}"
+            f"the adapter {adapter.path} keeps its own shape, so --{', --'.join(clash)} would have no effect. Leave "
+            f"them out, or merge the adapter first: python merge_peft_adapter.py --lora_model {adapter.path}"
         )
 
 
@@ -65,7 +65,7 @@ def add_lora(
         model: the base; returned without an adapter if `lora.use_peft` is False.
         task_type: of peft.
         adapter: of the checkpoint that training starts from; where all weights are trained it is merged already.
-        new_rows: ids from `fit_embedding`, whose rows of embedding and head are trained beside the adapter.
+        new_rows: ids from `fit_embedding`, whose rows of embedding and head are trained alongside the adapter.
 
     Raises:
         UserError: modules or layers that the model does not have, new rows that would stay untrained.
@@ -76,7 +76,7 @@ def add_lora(
             model.get_submodule(name).requires_grad_(False)
         return model
     if adapter:
-        logger.info(f"going on with the adapter {adapter.path}, in its own shape")
+        logger.info(f"resuming the adapter {adapter.path}, in its own shape")
         model = attach_adapter(model, adapter, trainable=True)
         _require_trained_rows(model, adapter.path, new_rows)
         return model
@@ -84,7 +84,7 @@ def add_lora(
     to_save = [name for name in (lora.modules_to_save or "").replace(" ", "").split(",") if name]
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
     if tied and "lm_head" in to_save:
-        # One matrix serves both ends; a second copy would break the tie that the config promises.
+        # One matrix serves both ends; a second copy would break the tie that the configuration requires.
         to_save = [name for name in to_save if name != "lm_head"] or ["embed_tokens"]
         logger.info(f"the head is tied to the embedding: {', '.join(to_save)} trains both")
     _require_modules(model, [*to_save, *(names if names != ["all"] else [])])
@@ -98,7 +98,7 @@ def add_lora(
     targets: str | list[str] = "all-linear" if names == ["all"] else names
     experts = sorted(fused_experts(model)) if names == ["all"] else []
     if experts:
-        targets = _targets_beside_experts(model, lora, experts)
+        targets = _targets_next_to_experts(model, lora, experts)
     config = LoraConfig(
         task_type=task_type,
         r=lora.lora_rank,
@@ -125,11 +125,11 @@ def add_lora(
     return model
 
 
-def _targets_beside_experts(model: PreTrainedModel, lora: LoraArguments, experts: list[str]) -> list[str]:
-    """Names of the linear layers but the head that can have adapters beside those of the experts.
+def _targets_next_to_experts(model: PreTrainedModel, lora: LoraArguments, experts: list[str]) -> list[str]:
+    """Names of the linear layers, without the head, that can have adapters next to those of the experts.
 
-    `all-linear` of peft would do something else in each family: leave experts out, or adapt them with twice the rank
-    and the router too.
+    `all-linear` of peft differs from family to family: it skips experts, or adapts them with twice the rank and the
+    router too.
 
     Raises:
         UserError: flags that peft cannot follow in adapters of experts.
@@ -161,10 +161,10 @@ def _targets_beside_experts(model: PreTrainedModel, lora: LoraArguments, experts
 
 
 def _require_adapters(model: PeftModel, names: list[str], frozen: list[str]) -> None:
-    """Say which linear layers `all` did not reach.
+    """Warn of linear layers that `all` did not reach.
 
     Raises:
-        UserError: a module that was named has no adapter, since peft takes its name for that of the experts.
+        UserError: a named module has no adapter, since peft takes its name for that of the experts.
     """
     wrapped = {name: module for name, module in model.get_base_model().named_modules()}
     adapted = {name for name, module in wrapped.items() if isinstance(module, BaseTunerLayer)}
@@ -173,7 +173,7 @@ def _require_adapters(model: PeftModel, names: list[str], frozen: list[str]) -> 
         if missed := [name for name in names if name.rpartition(".")[2] not in ends]:
             raise UserError(
                 f"peft takes {', '.join(missed)} for a name of the experts in this family and puts no adapter on the "
-                "modules of that name. Leave it out of --target_modules, or say --target_modules all."
+                "modules of that name. Leave it out of --target_modules, or pass --target_modules all."
             )
         return
     head = model.get_output_embeddings()
@@ -196,7 +196,7 @@ def _require_adapters(model: PeftModel, names: list[str], frozen: list[str]) -> 
 
 
 def _frozen_layers(model: PreTrainedModel, numbers: str) -> list[str]:
-    """Names of the decoder layers that `numbers` (`0-21,23`) stands for, such as model.layers.0.
+    """Names, such as model.layers.0, of the decoder layers in `numbers` (`0-21,23`).
 
     Raises:
         UserError: no numbers, layers that the model does not have, or all that it has.
@@ -214,7 +214,7 @@ def _frozen_layers(model: PreTrainedModel, numbers: str) -> list[str]:
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if first > last:
-            raise UserError(f"--freeze_layers {numbers}: {part!r} is no number and no range. Write them as in 0-21,23.")
+            raise UserError(f"--freeze_layers {numbers}: {part!r} is not a number or a range. Write 0-21,23.")
         if last >= count:
             raise UserError(
                 f"--freeze_layers {numbers}: there is no layer {last}; the model has {count} layers, 0 to {count - 1}."
@@ -225,7 +225,7 @@ def _frozen_layers(model: PreTrainedModel, numbers: str) -> list[str]:
             f"--freeze_layers {numbers} freezes all {count} layers of the model, so nothing would be learned in them. "
             "Leave some out of it."
         )
-    # Experts are lists as well, and lie deeper.
+    # Experts are module lists as well, at a deeper level.
     outermost = min(lists, key=lambda name: name.count("."))
     return [f"{outermost}.{number}" for number in sorted(chosen)]
 
@@ -258,7 +258,7 @@ def _rows_to_train(
 
 
 def _require_trained_rows(model: PeftModel, adapter: str, new_rows: Sequence[int]) -> None:
-    """Raises UserError if an adapter that is gone on with leaves new rows untrained."""
+    """Raises UserError if a resumed adapter leaves new rows untrained."""
     config = model.peft_config[model.active_adapter]
     untrained = set(new_rows).difference(token_rows(getattr(config, "trainable_token_indices", None)))
     embedding = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
@@ -271,7 +271,7 @@ def _require_trained_rows(model: PeftModel, adapter: str, new_rows: Sequence[int
 
 
 def token_rows(indices: dict[str, list[int]] | list[int] | None) -> list[int]:
-    """The rows that `trainable_token_indices` of an adapter's configuration names, in either form that peft has."""
+    """The rows in `trainable_token_indices` of an adapter's configuration, in either of peft's two forms."""
     lists = indices.values() if isinstance(indices, dict) else [indices or []]
     return sorted({row for ids in lists for row in ids})
 
@@ -294,6 +294,10 @@ def _require_modules(model: torch.nn.Module, names: list[str]) -> None:
 def attach_adapter(model: PreTrainedModel, adapter: Adapter, *, trainable: bool = False) -> PeftModel:
     """Load an adapter onto its base.
 
+    Args:
+        model: the base.
+        trainable: its weights require gradients.
+
     Raises:
         CheckpointError: it was trained on another base (shown by the fingerprint of the weights in run.json, or by
             shapes that do not fit).
@@ -304,8 +308,8 @@ def attach_adapter(model: PreTrainedModel, adapter: Adapter, *, trainable: bool 
     try:
         if head_outputs(adapter) and model.get_output_embeddings() is not None:
             raise CheckpointError(
-                f"the adapter {adapter.path} is a reward model: it scores texts and cannot write any. Scores: python "
-                f"reward_modeling.py --model_name_or_path {adapter.path} --score_file FILE"
+                f"the adapter {adapter.path} is a reward model: it scores texts and cannot generate any. Scores: "
+                f"python reward_modeling.py --model_name_or_path {adapter.path} --score_file FILE"
             )
         _grow_to_adapter(model, adapter)
         attached = PeftModel.from_pretrained(model, adapter.path, is_trainable=trainable)
@@ -319,7 +323,7 @@ def attach_adapter(model: PreTrainedModel, adapter: Adapter, *, trainable: bool 
 
 
 def head_outputs(adapter: Adapter) -> int | None:
-    """Number of outputs of the head that an adapter's folder holds, as a reward model's does; None without a head."""
+    """Outputs of the head that is saved with an adapter, as with a reward model's; None without a head."""
     weights = Path(adapter.path) / "adapter_model.safetensors"
     if not weights.is_file():
         return None
@@ -359,9 +363,9 @@ def _check_positions(adapter: Adapter, model: PreTrainedModel) -> None:
 
 
 def add_reference_adapter(model: PeftModel, adapter: Adapter) -> None:
-    """Put the adapter that training starts from beside the one that is trained, frozen, under the name `ref`.
+    """Load the adapter that training starts from a second time, frozen, under the name `ref`: the reference of DPO.
 
-    It belongs to the run and not to its result: it is not saved.
+    It is not saved with the result.
     """
     model.load_adapter(adapter.path, "ref", is_trainable=False)
     for module in model.modules():
@@ -373,8 +377,8 @@ def add_reference_adapter(model: PeftModel, adapter: Adapter) -> None:
 def adapters_to_float32(model: torch.nn.Module) -> None:
     """Keep trained weights in float32: in bfloat16 an update below 1/256 of a weight is lost.
 
-    TRL casts the adapters of quantized models to bfloat16 when the trainer is built, so call this after it. Modules
-    trained in full take and give the numbers of the model around them, which stays as it is.
+    A module trained in full takes inputs and gives outputs in the type of the model around it, which does not change.
+    `StageTrainer` restores the type where TRL casts the adapters of quantized models to bfloat16.
     """
     if is_deepspeed_zero3_enabled():
         return

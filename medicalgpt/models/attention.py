@@ -1,4 +1,4 @@
-"""How attention is computed and how far positions reach: FlashAttention, shifted sparse attention, rotary scaling."""
+"""Attention and positions: FlashAttention, shifted sparse attention, scaling of rotary positions."""
 
 import copy
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ class FlashFacts:
         half: attention computes in bfloat16 or float16.
         package_2: the package flash-attn is installed.
         package_3: the package flash-attn-3 is installed.
-        kernel: the package kernels is installed and a prebuilt kernel could be had with it.
+        kernel: the package kernels is installed and can load a prebuilt kernel.
     """
 
     capability: int | None
@@ -38,7 +38,11 @@ class FlashFacts:
 
 
 def flash_facts(half: bool) -> FlashFacts:
-    """The facts of this machine. Looks for a prebuilt kernel on the hub only where nothing else is there."""
+    """The facts of this machine. A prebuilt kernel is looked up on the hub only if no package is installed.
+
+    Args:
+        half: attention computes in bfloat16 or float16.
+    """
     if not torch.cuda.is_available() or not half:
         return FlashFacts(torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else None, half)
     package_2, package_3 = is_flash_attn_2_available(), is_flash_attn_3_available()
@@ -52,7 +56,7 @@ def flash_facts(half: bool) -> FlashFacts:
 
 
 def choose_flash(facts: FlashFacts) -> tuple[str, str]:
-    """(transformers' name of the attention, what it is and why) for `--flash_attn`."""
+    """(name of the attention in transformers, what it is and why) for `--flash_attn`."""
     if facts.capability is None:
         missing = "there is no CUDA GPU"
     elif facts.capability < 8:
@@ -67,7 +71,9 @@ def choose_flash(facts: FlashFacts) -> tuple[str, str]:
         name = FLASH_ATTN_KERNEL_FALLBACK["flash_attention_2"]
         return name, f"FlashAttention 2, the prebuilt kernel {name} (no package flash-attn is installed)"
     else:
-        missing = "flash-attn is not installed, nor could a prebuilt kernel be had (pip install kernels; needs the hub)"
+        missing = (
+            "flash-attn is not installed, and no prebuilt kernel could be loaded (pip install kernels; needs the hub)"
+        )
     return "sdpa", f"PyTorch's own, which takes its flash backend in batches without padding: {missing}"
 
 
@@ -87,15 +93,15 @@ def shifted_attention(
 ) -> tuple[torch.Tensor, None]:
     """S2-Attn of LongLoRA (https://arxiv.org/abs/2309.12307) in training, full attention otherwise.
 
-    A token looks back within its group of `module.shift_group_size` tokens. In the second half of the heads the
-    groups begin half a group later, so that what one group knows reaches the next one in the following layer. The two
-    half groups at the ends stay apart: joined, as a cyclic shift joins them, the beginning would see the end.
+    A token attends to earlier tokens in its group of `module.shift_group_size` tokens. In the second half of the heads
+    the groups begin half a group later, so that information flows from one group to the next in the following layer.
+    The two half groups at the ends stay separate: a cyclic shift would let the beginning see the end.
 
     Args:
         module: the attention layer, with `shift_group_size`, `num_key_value_groups` and `training`.
         query: (batch, heads, length, head width).
-        key, value: (batch, key-value heads, length, head width); as long as `query` in training.
-        attention_mask: (batch, 1, length, length), True where a token may look; None: at all earlier tokens.
+        key, value: (batch, key-value heads, length, head width); of the same length as `query` in training.
+        attention_mask: (batch, 1, length, length), True where a token attends; None: to all earlier tokens.
 
     Returns:
         (batch, length, heads, head width), and no weights.
@@ -147,29 +153,29 @@ AttentionMaskInterface.register(SHIFTED, sdpa_mask)
 
 
 def require_shiftable(config: PreTrainedConfig) -> None:
-    """Raises UserError for a model whose attention the groups were not tested with."""
+    """Raises UserError for a model that shifted sparse attention was not tested with."""
     if config.model_type not in SHIFTED_MODELS:
         raise UserError(
-            f"--shift_attn knows {', '.join(SHIFTED_MODELS)} models, this one is {config.model_type}. Leave it out."
+            f"--shift_attn supports {', '.join(SHIFTED_MODELS)} models, this one is {config.model_type}. Leave it out."
         )
     if getattr(config, "sliding_window", None):
         raise UserError(
-            f"--shift_attn does not go with the sliding window of {config.sliding_window} tokens that this model has. "
+            f"--shift_attn does not work with the sliding window of {config.sliding_window} tokens that this model has. "
             "Leave it out."
         )
 
 
 def set_group_size(model: torch.nn.Module, max_length: int) -> int:
-    """Give every attention layer its group size, a quarter of `max_length`, and return it.
+    """Set the group size of every attention layer, a quarter of `max_length`, and return it.
 
-    The size is fixed for the whole training: taken from each batch, it would change with the length of batch mates.
+    The size is fixed for the whole training: taken from each batch, it would depend on the other rows in the batch.
 
     Raises:
-        UserError: `max_length` is too short to be parted.
+        UserError: `max_length` is too short to be divided.
     """
     size = max_length // 4
     if size < 2:
-        raise UserError(f"--shift_attn parts the length in four groups; {max_length} tokens are too few.")
+        raise UserError(f"--shift_attn divides the length into four groups; {max_length} tokens are too few.")
     for module in model.modules():
         if hasattr(module, "num_key_value_groups"):
             module.shift_group_size = size
@@ -177,18 +183,18 @@ def set_group_size(model: torch.nn.Module, max_length: int) -> int:
 
 
 def choose(attending: AttentionArguments, config: PreTrainedConfig, half: bool) -> str | None:
-    """transformers' name of the attention that the flags ask for; None for its default.
+    """The attention that the flags request, by its name in transformers; None for the default.
 
     Args:
         half: attention computes in bfloat16 or float16.
 
     Raises:
-        UserError: both flags, or a model that the attention is not for.
+        UserError: both flags, or a model that does not support the attention.
     """
     if attending.flash_attn and attending.shift_attn:
         raise UserError(
             "--flash_attn computes full attention, --shift_attn attention within groups; choose one. (Within groups, "
-            "PyTorch takes its flash backend by itself in batches without padding.)"
+            "PyTorch uses its flash backend by itself in batches without padding.)"
         )
     if attending.shift_attn:
         require_shiftable(config)
@@ -204,14 +210,14 @@ ROPE_SCALING = ("linear", "dynamic", "yarn")
 
 
 def context_length(config: PreTrainedConfig) -> int | None:
-    """Most positions of a sequence, scaling included; None if the model sets no bound."""
+    """Maximum number of positions of a sequence, scaling included; None if the model sets no limit."""
     config = config.get_text_config()
     length = getattr(config, "max_position_embeddings", None)
     rope = getattr(config, "rope_parameters", None) or {}
     if not length or rope.get("rope_type") not in ROPE_SCALING or not rope.get("factor"):
         return length
     if rope["rope_type"] == "yarn":
-        # Some checkpoints name the extended length in max_position_embeddings, some the one before.
+        # max_position_embeddings is the extended length in some checkpoints, the original one in others.
         return max(length, int(rope.get("original_max_position_embeddings", length) * rope["factor"]))
     return int(length * rope["factor"])
 
@@ -219,12 +225,11 @@ def context_length(config: PreTrainedConfig) -> int | None:
 def scaled_rope(config: PreTrainedConfig, kind: str, length: int) -> dict[str, Any]:
     """`rope_parameters` that stretch the rotary positions of a model to `length` tokens.
 
-    `max_position_embeddings` stays as it is, since `dynamic` computes with it and other programs multiply it by the
-    factor.
+    `max_position_embeddings` does not change, since `dynamic` uses it and other programs multiply it by the factor.
 
     Args:
         config: of the model, not scaled yet.
-        kind: `linear` (https://arxiv.org/abs/2306.15595), `dynamic` (NTK-aware, by the length of the batch at hand),
+        kind: `linear` (https://arxiv.org/abs/2306.15595), `dynamic` (NTK-aware, by the length of the current batch),
             or `yarn` (https://arxiv.org/abs/2309.00071).
 
     Raises:
@@ -236,7 +241,7 @@ def scaled_rope(config: PreTrainedConfig, kind: str, length: int) -> dict[str, A
         raise UserError(f"--rope_scaling {kind}: {config.model_type} models have no rotary positions. Leave it out.")
     if "rope_type" not in own:
         raise UserError(
-            f"--rope_scaling {kind}: layers of {config.model_type} models differ in their positions. Leave it out."
+            f"--rope_scaling {kind}: the layers of {config.model_type} models have different positions. Leave it out."
         )
     if own["rope_type"] != "default":
         raise UserError(
@@ -259,22 +264,22 @@ def scaled_rope(config: PreTrainedConfig, kind: str, length: int) -> dict[str, A
     except (ValueError, KeyError) as error:
         # The library would refuse it when the trained model is saved.
         raise UserError(
-            f"--rope_scaling {kind} is not for {config.model_type} models: {error}. Leave it out."
+            f"--rope_scaling {kind} does not work with {config.model_type} models: {error}. Leave it out."
         ) from error
     return scaled
 
 
 def rope_to_record(config: PreTrainedConfig) -> dict[str, Any] | None:
-    """The rotary parameters that an adapter's base must be loaded with, if they are scaled as `scaled_rope` does it."""
+    """The rotary parameters that an adapter's base must be loaded with, if they are scaled as by `scaled_rope`."""
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
     return dict(rope) if rope.get("rope_type") in ROPE_SCALING else None
 
 
 def position_options(config: PreTrainedConfig, rope_scaling: str | None, length: int | None) -> dict[str, Any]:
-    """What `from_pretrained` needs so that the model's positions reach `length` tokens (None: whatever it has).
+    """Options of `load_model` with which the model's positions reach `length` tokens (None: no requirement).
 
     Raises:
-        UserError: they do not reach so far, or see `scaled_rope`.
+        UserError: the model has fewer positions, or see `scaled_rope`.
     """
     if rope_scaling:
         return {"rope_parameters": scaled_rope(config, rope_scaling, length)}

@@ -1,4 +1,4 @@
-"""Which model families can be trained, told from the configuration alone, before anything large is loaded."""
+"""Which model families can be trained: decided by the configuration alone, before anything large is loaded."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -28,30 +28,30 @@ TESTED = (
     "mixtral",
     "qwen3_moe",
 )
-# Share of the weights between embedding and head that are linear layers: below the first, 4 or 8 bits save next to
-# nothing; below the second, less than one expects.
+# Share of the weights between embedding and head that are in linear layers: below the first, 4 or 8 bits save next to
+# nothing; below the second, less than expected.
 USEFUL_SHARE, EXPECTED_SHARE = 0.5, 0.95
 
 
 def check_family(config: PreTrainedConfig, quantizing_flag: str | None = None) -> None:
-    """Refuse a model that is no causal language model of text, or that quantization would leave as large as it is.
+    """Refuse a model that is not a causal language model of text, or that quantization would hardly make smaller.
 
     Args:
         config: of the base model.
         quantizing_flag: `--load_in_4bit` or `--load_in_8bit`, if its linear layers are to be quantized.
 
     Raises:
-        UserError: see above; it names the type, the reason and the remedy.
+        UserError: with the model type, the reason and the remedy.
     """
     kind, problem = config.model_type, None
     if config.get_text_config() is not config:
-        problem = "takes images or sound too; give a checkpoint that has text alone"
+        problem = "takes images or audio too; use a checkpoint for text alone"
     elif config.is_encoder_decoder:
-        problem = "has an encoder and a decoder; give a decoder-only model"
+        problem = "has an encoder and a decoder; use a decoder-only model"
     elif kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        problem = "has no causal language model in transformers; give a decoder-only model"
+        problem = "has no causal language model in transformers; use a decoder-only model"
     elif kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
-        problem = "is an encoder, which sees the words that it should predict; give a decoder-only model"
+        problem = "is an encoder, which sees the tokens that it should predict; use a decoder-only model"
     if problem:
         raise UserError(
             f"{config._name_or_path or 'the model'} is of the type {kind}, which {problem}, such as Qwen/Qwen3-0.6B. "
@@ -62,7 +62,7 @@ def check_family(config: PreTrainedConfig, quantizing_flag: str | None = None) -
 
 
 def _check_quantizable(config: PreTrainedConfig, flag: str) -> None:
-    """Say what bitsandbytes would leave as it is. Raises UserError if that is the larger part."""
+    """Warn of weights that bitsandbytes would not quantize. Raises UserError if that is the larger part."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     ends = [end.weight for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
@@ -77,23 +77,23 @@ def _check_quantizable(config: PreTrainedConfig, flag: str) -> None:
     )
     if share < USEFUL_SHARE:
         others = ", ".join(fused_experts(model)) or "others"
-        raise UserError(f"{fact}, and {others} are stored otherwise. It would save next to nothing; leave it out.")
+        raise UserError(f"{fact}, and {others} are stored in another way. It would save next to nothing; leave it out.")
     if share < EXPECTED_SHARE:
-        logger.warning(f"{fact}; the others stay as they are")
+        logger.warning(f"{fact}; the others are not quantized")
 
 
 def fused_experts(model: torch.nn.Module) -> dict[str, int]:
     """The weights of experts that are stored together, by the end of their names, with their number of parameters.
 
-    They are tensors of three dimensions (experts, out, in) and no linear layers, so that neither `all-linear` of peft
-    nor bitsandbytes reaches them as such.
+    They are tensors of three dimensions (experts, out, in) and not linear layers, so that neither `all-linear` of peft
+    nor bitsandbytes finds them.
     """
     sizes: Counter = Counter()
     for prefix, module in model.named_modules():
         if isinstance(module, torch.nn.modules.conv._ConvNd):
             continue
         for name, parameter in module.named_parameters(recurse=False):
-            # ZeRO-3 leaves an empty tensor in the place of a weight.
+            # Under ZeRO-3 the weight itself is an empty tensor.
             shape = getattr(parameter, "ds_shape", parameter.shape)
             if len(shape) == 3:
                 sizes[f"{prefix.rpartition('.')[2]}.{name}"] += shape.numel()
@@ -101,17 +101,16 @@ def fused_experts(model: torch.nn.Module) -> dict[str, int]:
 
 
 def require_separate_packs(model: torch.nn.Module, collator: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
-    """Try out on two short sequences whether the model keeps packed ones apart.
+    """Try on two short sequences whether the model keeps packed sequences apart.
 
-    Attention does, where position ids restart. State-space layers, convolutions over time, and attention without
-    position ids carry what they have seen on into the next sequence. Under ZeRO-3 nothing is tried: the weights are
-    spread over the processes.
+    Attention does where position ids restart. State-space layers, convolutions over time, and attention without
+    position ids carry information over into the next sequence. Not tried under ZeRO-3, where the weights are sharded.
 
     Args:
         collator: makes a batch of packed rows, as `batching.Collator` does.
 
     Raises:
-        UserError: the second sequence has other logits when the first is another.
+        UserError: the logits of the second sequence change with the first.
     """
     if is_deepspeed_zero3_enabled():
         return
@@ -125,9 +124,9 @@ def require_separate_packs(model: torch.nn.Module, collator: Callable[[list[dict
             logits.append(model(**batch, use_cache=False).logits[0, 8:].float())
     model.train(was_training)
     change = ((logits[0] - logits[1]).abs().max() / logits[0].abs().max()).item()
-    # Apart, the numbers differ by rounding at most.
+    # If they are apart, the logits differ by rounding at most.
     if change > 0.01:
         raise UserError(
             f"{model.config.model_type} does not keep packed sequences apart: the logits of one change by {change:.0%} "
-            "with the sequence before it. Say --packing False."
+            "with the sequence before it. Pass --packing False."
         )

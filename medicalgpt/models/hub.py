@@ -25,7 +25,7 @@ from transformers.utils import cached_file, find_adapter_config_file
 ADAPTER_CONFIG = "adapter_config.json"
 RUN_FILE = "run.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
-# Names of the head of a model for sequences; peft trains and saves it in full beside an adapter.
+# Names of the head of a model for sequences; peft trains it in full and saves it with an adapter.
 HEADS = ("score", "classifier")
 
 
@@ -35,13 +35,13 @@ class CheckpointError(UserError):
 
 @dataclass(frozen=True)
 class Adapter:
-    """A trained adapter and what its folder says about it.
+    """A trained adapter, as the files next to its weights describe it.
 
     Attributes:
         path: folder or hub name.
         config: contents of adapter_config.json.
-        recorded_base: what run.json says about the base that it was trained on: `name`, `fingerprint` and, if its
-            positions were scaled, `rope_parameters`. Empty for an adapter that was not trained here.
+        recorded_base: from run.json, the base that it was trained on: `name`, `fingerprint` and, if its positions were
+            scaled, `rope_parameters`. Empty for an adapter that was not trained here.
     """
 
     path: str
@@ -50,7 +50,7 @@ class Adapter:
 
     @classmethod
     def read(cls, path: str, cache_dir: str | None = None) -> "Adapter":
-        """Read the description of an adapter, not its weights.
+        """Read an adapter's files without its weights.
 
         Raises:
             CheckpointError: there is no adapter_config.json.
@@ -59,9 +59,9 @@ class Adapter:
         if not Path(path).is_dir():
             found = find_adapter_config_file(path, cache_dir=cache_dir, local_files_only=not _hub_is_reachable())
         if found is None or not Path(found).is_file():
-            raise CheckpointError(f"{path} is no adapter: it has no {ADAPTER_CONFIG}.")
+            raise CheckpointError(f"{path} is not an adapter: it has no {ADAPTER_CONFIG}.")
         config = json.loads(Path(found).read_text(encoding="utf-8"))
-        # A checkpoint within a run has its record in the folder above.
+        # For a checkpoint of a run, the record is in the folder above.
         records = (Path(path) / RUN_FILE, Path(path).parent / RUN_FILE)
         record = next((json.loads(file.read_text(encoding="utf-8")) for file in records if file.is_file()), {})
         return cls(path, config, record.get("base") or {})
@@ -79,10 +79,10 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model as it was resolved at the start of a program; passed on, so that nothing is resolved or read again.
+    """A model as resolved at the start of a program, and passed on, so that nothing is resolved or read twice.
 
     Attributes:
-        name: as it was given: a hub name, a folder, or the folder of an adapter.
+        name: as passed by the user: a hub name, a folder, or the folder of an adapter.
         base: hub name or folder of the base model.
         source: what transformers loads the base from: `base`, or the folder that ModelScope downloaded it to.
         config: configuration of the base, with the positions that the adapter was trained with.
@@ -113,7 +113,7 @@ class Checkpoint:
         revision: str | None = None,
         cache_dir: str | None = None,
     ) -> "Checkpoint":
-        """Find base, adapter and tokenizer, and load the base's configuration, the only one that is ever loaded.
+        """Find base, adapter and tokenizer, and load the configuration of the base.
 
         Args:
             adapter: an adapter to put on the model.
@@ -122,8 +122,8 @@ class Checkpoint:
             hub: `huggingface` or `modelscope`.
 
         Raises:
-            CheckpointError: not found, or not an adapter.
-            UserError: two adapters.
+            CheckpointError: the model is not found, or `adapter` is not an adapter.
+            UserError: the model is an adapter already.
         """
         base, trained = resolve_checkpoint(name_or_path)
         if trained and adapter:
@@ -161,15 +161,15 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str | None:
-        """That of the base's weights (see `fingerprint`). Ask for it when they are on this machine."""
-        return fingerprint(self.source)
+        """Fingerprint of the base's weights (see `fingerprint`), once they are on this machine."""
+        return fingerprint(self.source, revision=self.revision, cache_dir=self.cache_dir)
 
 
 def resolve_checkpoint(name_or_path: str) -> tuple[str, Adapter | None]:
     """(base model, adapter or None): the folder of an adapter means its base with the adapter on it.
 
     Raises:
-        CheckpointError: a local path that is no checkpoint, or an adapter whose base is not there.
+        CheckpointError: a local path that is not a checkpoint, or an adapter whose base is missing.
     """
     folder = Path(name_or_path)
     if not folder.is_dir():
@@ -185,7 +185,7 @@ def resolve_checkpoint(name_or_path: str) -> tuple[str, Adapter | None]:
         if not base:
             raise CheckpointError(f"{folder / ADAPTER_CONFIG} does not name its base model.")
         if not Path(base).is_dir():
-            # A path below the folder where it was trained, from which the adapter may be looked at from elsewhere.
+            # The path is relative to the folder where training ran, which need not be the current one.
             found = next((parent / base for parent in folder.resolve().parents if (parent / base).is_dir()), None)
             if found:
                 logger.info(f"base of the adapter: {found}")
@@ -193,19 +193,19 @@ def resolve_checkpoint(name_or_path: str) -> tuple[str, Adapter | None]:
         if _looks_local(base) and not Path(base).is_dir():
             raise CheckpointError(
                 f"the adapter {folder} was trained on {base}, which is not there (looked in {Path.cwd()}). "
-                "Run from the folder where it was trained, or mend base_model_name_or_path in "
+                "Run from the folder where it was trained, or correct base_model_name_or_path in "
                 f"{folder / ADAPTER_CONFIG}."
             )
         return base, adapter
     if not (folder / "config.json").is_file():
         inner = sorted(child.parent for child in folder.glob("*/config.json"))
         hint = f" Did you mean {inner[0]}?" if inner else ""
-        raise CheckpointError(f"{folder} holds neither config.json nor {ADAPTER_CONFIG}, so it is no checkpoint.{hint}")
+        raise CheckpointError(f"{folder} is not a checkpoint: it has neither config.json nor {ADAPTER_CONFIG}.{hint}")
     return name_or_path, None
 
 
 def tokenizer_source(name_or_path: str) -> str:
-    """Folder or hub name to load a tokenizer from: the base's for an adapter that has none."""
+    """Folder or hub name to load a tokenizer from: the base, for an adapter without a tokenizer."""
     if (Path(name_or_path) / TOKENIZER_CONFIG).is_file():
         return name_or_path
     return resolve_checkpoint(name_or_path)[0]
@@ -216,10 +216,10 @@ def _looks_local(name_or_path: str) -> bool:
 
 
 def fetch(name_or_path: str, hub: str, revision: str | None = None, cache_dir: str | None = None) -> str:
-    """A local folder stays; a name on ModelScope is downloaded; a name on Hugging Face is left to transformers.
+    """Download a name on ModelScope and return its folder; return a local folder, or a name on Hugging Face, as it is.
 
     Raises:
-        CheckpointError: ModelScope was asked for and its package or the download is missing.
+        CheckpointError: the package modelscope is missing, or the download fails.
     """
     if Path(name_or_path).is_dir() or hub == "huggingface":
         return name_or_path
@@ -231,12 +231,12 @@ def fetch(name_or_path: str, hub: str, revision: str | None = None, cache_dir: s
     try:
         return snapshot_download(name_or_path, revision=revision, cache_dir=cache_dir)
     except Exception as error:
-        raise CheckpointError(f"ModelScope could not give {name_or_path}: {error}") from error
+        raise CheckpointError(f"ModelScope could not provide {name_or_path}: {error}") from error
 
 
 @functools.cache
 def _hub_is_reachable() -> bool:
-    """Whether a connection to the hub can be opened at all; the hub's own client tries for a minute to find out."""
+    """Whether a connection to the hub can be opened at all; the hub's client takes a minute to find out."""
     if constants.HF_HUB_OFFLINE:
         return False
     address = urllib.parse.urlsplit(constants.ENDPOINT)
@@ -245,22 +245,30 @@ def _hub_is_reachable() -> bool:
     try:
         socket.create_connection((address.hostname, address.port or 443), timeout=10).close()
     except OSError as error:
-        logger.warning(f"{constants.ENDPOINT} cannot be reached ({error}); looking among earlier downloads only")
+        logger.warning(f"{constants.ENDPOINT} cannot be reached ({error}); only earlier downloads are used")
         return False
     return True
 
 
 def load_pretrained(loader: Any, name_or_path: str, **options: Any) -> Any:
+    """`loader.from_pretrained(name_or_path, **options)`, with errors that say what to do.
+
+    Args:
+        loader: AutoConfig, AutoTokenizer, AutoModelForCausalLM, ...
+
+    Raises:
+        CheckpointError: not found, damaged, of an unknown type, or with code of its own, which is never run.
+    """
     if not Path(name_or_path).is_dir() and not _hub_is_reachable():
         options["local_files_only"] = True
     try:
-        # Unset, it would ask on a terminal whether to run the code of a checkpoint.
+        # Unset, it would ask in a terminal whether to run the code of a checkpoint.
         return loader.from_pretrained(name_or_path, trust_remote_code=False, **options)
     except (OSError, ValueError, SafetensorError) as error:
         if "trust_remote_code" in str(error):
             raise CheckpointError(
-                f"{name_or_path} brings code of its own, and code of a checkpoint is never run here. Use one that "
-                "transformers itself knows (often with -hf in its name); docs/models.md lists the families."
+                f"{name_or_path} needs its own code, and code of a checkpoint is never run here. Use one that "
+                "transformers itself supports (often with -hf in its name); docs/models.md lists the families."
             ) from error
         if unknown := re.search(r"model type `(\S+)` but Transformers does not recognize", str(error)):
             raise CheckpointError(
@@ -270,9 +278,9 @@ def load_pretrained(loader: Any, name_or_path: str, **options: Any) -> Any:
         if Path(name_or_path).is_dir():
             raise CheckpointError(f"{name_or_path} could not be loaded: {error}") from error
         raise CheckpointError(
-            f"{name_or_path} is neither a folder here ({Path.cwd()}) nor could it be had from {constants.ENDPOINT}: "
-            f"{str(error).splitlines()[0]}\n"
-            "Check the name; offline, give the path of a downloaded folder; behind a wall, set "
+            f"{name_or_path} is not a folder here ({Path.cwd()}), and could not be downloaded from "
+            f"{constants.ENDPOINT}: {str(error).splitlines()[0]}\n"
+            "Check the name; offline, pass the path of a downloaded folder; behind a firewall, set "
             "HF_ENDPOINT=https://hf-mirror.com or use --hub modelscope."
         ) from error
 
@@ -280,8 +288,10 @@ def load_pretrained(loader: Any, name_or_path: str, **options: Any) -> Any:
 def check_base(adapter: Adapter, base: str) -> None:
     """Compare the base that an adapter was trained on with `base`, by the fingerprints of their weights.
 
+    An adapter without run.json was not trained here and cannot be checked; a warning says so.
+
     Raises:
-        CheckpointError: they differ. An adapter without run.json (not trained here) cannot be checked, and says so.
+        CheckpointError: they differ.
     """
     recorded = adapter.recorded_base
     if not recorded.get("fingerprint"):
@@ -291,23 +301,28 @@ def check_base(adapter: Adapter, base: str) -> None:
     if found and found != recorded["fingerprint"]:
         raise CheckpointError(
             f"the adapter {adapter.path} was trained on {recorded['name']} (weights {recorded['fingerprint'][:12]}), "
-            f"but {base} has other weights ({found[:12]}). Give the base that it was trained on."
+            f"but {base} has other weights ({found[:12]}). Pass the base that it was trained on."
         )
 
 
-def fingerprint(name_or_path: str) -> str | None:
-    """A hash that tells one set of weights from another, in well under a second even for large models.
+def fingerprint(name_or_path: str, *, revision: str | None = None, cache_dir: str | None = None) -> str | None:
+    """A hash that distinguishes sets of weights, in well under a second even for large models.
 
-    It covers each tensor's name, type, shape and 3 x 64 bytes of it, whatever the sharding. None if the weights are
-    not in safetensors files on this machine.
+    It covers the name, type and shape of each tensor and 3 x 64 bytes of its data, however the tensors are divided
+    into files.
+
+    Returns:
+        Hexadecimal digits; None if the weights are not in safetensors files on this machine.
 
     Raises:
-        CheckpointError: a file that is no safetensors file, or is cut before the end of its header.
+        CheckpointError: a file that is not a safetensors file, or ends within its header.
     """
     folder = Path(name_or_path)
     if not folder.is_dir():
         try:
-            folder = Path(cached_file(name_or_path, "config.json", local_files_only=True)).parent
+            folder = Path(
+                cached_file(name_or_path, "config.json", revision=revision, cache_dir=cache_dir, local_files_only=True)
+            ).parent
         except (OSError, TypeError):
             return None
     tensors: dict[str, bytes] = {}

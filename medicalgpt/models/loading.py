@@ -1,4 +1,4 @@
-"""Load tokenizers and models, place and quantize them, put adapters on them, and merge adapters into them."""
+"""Load tokenizers and models, quantized, with adapters, and ready to train."""
 
 import copy
 from pathlib import Path
@@ -37,10 +37,10 @@ from transformers import (
 def load_tokenizer(
     name_or_path: str, *, revision: str | None = None, cache_dir: str | None = None
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint, of an adapter folder (its base's, if it has none), or of a folder of its own.
+    """The tokenizer of a checkpoint, of an adapter (its base's, if it has none), or of a folder with a tokenizer alone.
 
-    A tokenizer without padding token pads with its end token: labels and attention masks mark the padding, never the
-    token itself.
+    A tokenizer without a padding token pads with its end token: padding is known by labels and attention masks, never
+    by the token.
 
     Raises:
         CheckpointError: not found.
@@ -55,7 +55,7 @@ def checkpoint_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     tokenizer = load_pretrained(
         AutoTokenizer,
         checkpoint.tokenizer,
-        # From it the library tells the tokenizer's class; it would load it again.
+        # The library needs it for the tokenizer's class, and would load it again.
         config=checkpoint.config if of_base else None,
         revision=checkpoint.revision,
         cache_dir=checkpoint.cache_dir,
@@ -84,12 +84,12 @@ def stage_checkpoint(arguments: ModelArguments, lora: LoraArguments) -> Checkpoi
 
 
 def stage_tokenizer(checkpoint: Checkpoint, arguments: ModelArguments) -> PreTrainedTokenizerBase:
-    """The tokenizer that a stage trains with; that of an adapter knows its template and system prompt.
+    """The tokenizer that a stage trains with; that of an adapter has its chat template and system prompt.
 
     A model that cannot be trained is refused here, before the data is read.
 
     Raises:
-        CheckpointError: not found, or a tokenizer that does not say where in the text its tokens are.
+        CheckpointError: not found, or a tokenizer that does not give the positions of its tokens in the text.
         UserError: a family that cannot be trained (see `check_family`).
     """
     config = checkpoint.config
@@ -99,9 +99,9 @@ def stage_tokenizer(checkpoint: Checkpoint, arguments: ModelArguments) -> PreTra
     tokenizer = checkpoint_tokenizer(checkpoint)
     if not tokenizer.is_fast:
         raise CheckpointError(
-            f"the tokenizer of {checkpoint.tokenizer} ({type(tokenizer).__name__}) does not say where in a text its "
-            "tokens are, so that answers cannot be told from questions. Name one that has a tokenizer.json: "
-            "--tokenizer_name_or_path."
+            f"the tokenizer of {checkpoint.tokenizer} ({type(tokenizer).__name__}) does not give the positions of "
+            "its tokens in a text, so that answers cannot be distinguished from questions. Pass one that has a "
+            "tokenizer.json: --tokenizer_name_or_path."
         )
     return tokenizer
 
@@ -118,7 +118,7 @@ def quantization_config(load_in_4bit: bool, load_in_8bit: bool, qlora: bool) -> 
     """
     load_in_4bit = load_in_4bit or qlora
     if load_in_4bit and load_in_8bit:
-        raise UserError("--load_in_8bit does not go with --load_in_4bit or --qlora; choose one.")
+        raise UserError("--load_in_8bit does not work with --load_in_4bit or --qlora; choose one.")
     if load_in_4bit:
         return BitsAndBytesConfig(
             load_in_4bit=True,
@@ -155,9 +155,9 @@ def load_model(
         config: its configuration, if it is loaded already.
         num_labels: outputs of the head of a model for sequences.
         rope_parameters: rotary positions other than those in the configuration.
-        dtype: `auto` is bfloat16 on a GPU that has it, float32 otherwise; with `full_training` always float32, since
-            updates of a usual size vanish in bfloat16 weights (autocast still computes in bfloat16).
-        device_map: as accelerate has it; only in a single process.
+        dtype: `auto` is bfloat16 on a GPU that supports it, else float32; with `full_training` always float32, since
+            updates of the usual size are lost in bfloat16 weights (autocast still computes in bfloat16).
+        device_map: as in accelerate; only in a single process.
 
     Raises:
         CheckpointError: not found or not loadable.
@@ -166,11 +166,13 @@ def load_model(
     quantization = quantization_config(load_in_4bit, load_in_8bit, qlora)
     distributed = world_size() > 1
     if device_map and distributed:
-        raise UserError("--device_map is for a single process; under torchrun each process has a GPU of its own.")
+        raise UserError("--device_map is for a single process; under torchrun each process has its own GPU.")
     if quantization and full_training:
-        raise UserError("a quantized base cannot be trained in full: add --use_peft True, or drop the 4/8-bit flag.")
+        raise UserError(
+            "a quantized base cannot be trained in full: pass --use_peft True, or leave the 4/8-bit flag out."
+        )
     if quantization and auto_class is AutoModelForSequenceClassification:
-        # By default the library goes by the place of the head among the modules, which is a family's own affair.
+        # By default the library takes the last module for the head, which is not true of every family.
         quantization.llm_int8_skip_modules = list(HEADS)
     if quantization and device_map is None and torch.cuda.is_available():
         device_map = {"": local_rank()}
@@ -181,10 +183,10 @@ def load_model(
     if auto_class is AutoModelForCausalLM:
         check_family(config, _quantizing_flag(load_in_4bit or qlora, load_in_8bit))
         if any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
-            # The library would give it a head of random numbers, and say so in a line among others.
+            # The library would initialize a head at random, and only warn.
             raise CheckpointError(
-                f"{name_or_path} is a model that scores texts and cannot write any: its head for words is gone. Name "
-                "the language model that it was made from; scores: python reward_modeling.py --score_file FILE."
+                f"{name_or_path} is a reward model: it scores texts and cannot generate any, as its LM head is gone. "
+                "Pass the language model that it was trained from; scores: python reward_modeling.py --score_file FILE."
             )
     config = copy.deepcopy(config)
     if num_labels is not None:
@@ -211,14 +213,14 @@ def _weights_dtype(dtype: str, full_training: bool) -> torch.dtype:
 
 
 def resolve_length(training: Any, name: str, checkpoint: Checkpoint, attending: AttentionArguments) -> None:
-    """Refuse a training length beyond the model's positions, before any time is spent; shorten a default that is.
+    """Refuse a training length beyond the model's positions; shorten one that is a default.
 
     Args:
         training: parsed arguments; changed in place.
-        name: the field that holds the length in tokens.
+        name: the field with the length in tokens.
 
     Raises:
-        UserError: the length that was given does not fit, or fits without the `--rope_scaling` that was given.
+        UserError: the length does not fit, or fits without the `--rope_scaling` that was passed.
     """
     if getattr(training, name) < 1:
         raise UserError(f"--{name} {getattr(training, name)} must be at least 1.")
@@ -240,18 +242,18 @@ def load_base(
     bf16: bool = False,
     **options: Any,
 ) -> PreTrainedModel:
-    """The base of a checkpoint in the form that the flags ask for, with its adapter merged if all weights are trained.
+    """The base of a checkpoint in the numeric form of the flags, with its adapter merged if all weights are trained.
 
-    Where an adapter is trained, that of the checkpoint stays separate (see `add_lora`).
+    If an adapter is trained, that of the checkpoint stays separate (see `add_lora`).
 
     Args:
         auto_class, options: see `load_model`.
-        arguments: numeric form and placement; what names the model is resolved already.
+        arguments: numeric form and placement; the model that they name is `checkpoint`.
         max_length: tokens of the longest training sequence.
-        bf16: whether training computes in bfloat16, whatever the weights are.
+        bf16: whether training computes in bfloat16, whatever the type of the weights.
 
     Raises:
-        UserError: positions or attention that the model cannot have, or flags that contradict each other.
+        UserError: positions or attention that the model does not support, or flags that contradict each other.
     """
     attending = attending or AttentionArguments()
     config, adapter = checkpoint.config, checkpoint.adapter
@@ -276,10 +278,10 @@ def load_base(
         attention.set_group_size(model, max_length)
     never_repack_4bit(model)
     if adapter:
-        logger.info(f"base {checkpoint.base} plus the adapter {adapter.path}")
+        logger.info(f"{adapter.path} is an adapter: base {checkpoint.base} plus that adapter")
         if not lora.use_peft:
             model = attach_adapter(model, adapter).merge_and_unload()
-            # peft froze the base when it put the adapter on.
+            # peft froze the base when it added the adapter.
             model.requires_grad_(True)
     return model
 
@@ -296,13 +298,13 @@ def load_trainable(
     bf16: bool = False,
     **options: Any,
 ) -> PreTrainedModel | PeftModel:
-    """The model that is trained: base, a row of the embedding for each token, adapter, trained weights in float32.
+    """The model to train: base, an embedding row for each token, adapter, trained weights in float32.
 
     For the arguments and errors see `load_base`, `fit_embedding` and `add_lora`.
 
     Args:
         auto_class: AutoModelForCausalLM or AutoModelForSequenceClassification.
-        tokenizer: the one that is trained with.
+        tokenizer: of the training rows.
     """
     model = load_base(auto_class, checkpoint, arguments, lora, attending, max_length=max_length, bf16=bf16, **options)
     new_rows = fit_embedding(model, tokenizer, lora, cache_dir=checkpoint.cache_dir)
@@ -315,8 +317,8 @@ def load_trainable(
 def never_repack_4bit(model: PreTrainedModel) -> None:
     """Keep bitsandbytes from repacking 4-bit weights for inference on a CPU with AVX-512.
 
-    It does so at the first evaluation or generated answer and never undoes it; the repacked product has no gradient,
-    so that training would go on with wrong updates. Nor can it repack layers of every width.
+    It does so at the first evaluation or generated answer and never undoes it; the product of repacked weights has no
+    gradient, so that training would continue with wrong updates. Nor can it repack layers of every width.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -326,21 +328,21 @@ def never_repack_4bit(model: PreTrainedModel) -> None:
 def fit_embedding(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, lora: LoraArguments, *, cache_dir: str | None = None
 ) -> list[int]:
-    """Give each token of the tokenizer a row in the embedding, and say which rows are new, for `add_lora`.
+    """Give each token of the tokenizer a row in the embedding, and return the new rows for `add_lora`.
 
-    A row is new if it lies beyond the model's own, which then starts at the mean of the others; or if the tokenizer of
-    the model's checkpoint has no token of that id, or another one, as where an embedding has spare rows or reserved
-    tokens are given a meaning. Where that checkpoint has no tokenizer, or one that was extended in place, tokens in
-    spare rows cannot be told from old ones and count as old.
+    A row is new if the embedding had to grow for it (it then starts at the mean of the others), or if the tokenizer of
+    the model's checkpoint has no token, or another one, with that id, as in spare rows or where reserved tokens get a
+    meaning. If that checkpoint has no tokenizer, or one that was extended in place, tokens in spare rows cannot be
+    distinguished from old ones and count as old.
 
     Args:
         cache_dir: where downloads are kept.
 
     Returns:
-        Ids, ascending. None are looked for if all weights are trained.
+        Ids, ascending; empty if all weights are trained.
 
     Raises:
-        UserError: the tokenizer is another one than the model's, not an extended one.
+        UserError: the tokenizer is not the model's, nor an extension of it.
     """
     rows = model.get_input_embeddings().num_embeddings
     tokens = {row: token for token, row in tokenizer.get_vocab().items()}
@@ -358,8 +360,8 @@ def fit_embedding(
     if len(changed) > len(own) / 2 and "embed_tokens" not in in_full:
         raise UserError(
             f"the tokenizer gives {len(changed)} of {len(own)} ids of {model.config._name_or_path} to other tokens, so "
-            "what the model knows of them would be wrong. Give the model's own tokenizer or one extended from it; to "
-            "learn all tokens anew: --use_peft False, or --modules_to_save embed_tokens,lm_head."
+            "what the model knows of them would be wrong. Pass the model's own tokenizer or an extension of it; to "
+            "learn all tokens from scratch: --use_peft False, or --modules_to_save embed_tokens,lm_head."
         )
     return sorted(row for row, token in tokens.items() if row >= rows or own.get(row) != token)
 
@@ -369,8 +371,8 @@ def _own_tokens(model: PreTrainedModel, cache_dir: str | None) -> dict[int, str]
     name = model.config._name_or_path
     if Path(name).is_dir() and not (Path(name) / TOKENIZER_CONFIG).is_file():
         return None
-    # The commit is known where the model came from a hub.
-    revision = getattr(model.config, "_commit_hash", None)
+    # Of a model from a hub, the commit is known.
+    revision = model.config._commit_hash
     try:
         tokenizer = load_pretrained(AutoTokenizer, name, config=model.config, revision=revision, cache_dir=cache_dir)
     except CheckpointError:

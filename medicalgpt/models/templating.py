@@ -1,4 +1,4 @@
-"""Install a chat template in a tokenizer and prove that it renders what training and serving need."""
+"""Install a chat template in a tokenizer, and check that it renders what training and serving need."""
 
 import itertools
 import json
@@ -16,34 +16,36 @@ from transformers import PreTrainedTokenizerBase
 
 
 def special_tokens_in(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
-    """The special tokens that a text spells: a tokenizer reads them as the end of a turn, say, wherever they stand."""
+    """The special tokens spelled in a text, which a tokenizer would read as, say, the end of a turn."""
     special = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
     return [token for token in special if token in text]
 
 
-EOS = "{eos_token}"  # as Template.stop[0]: the turn ends with whatever token the tokenizer calls eos_token
+EOS = "{eos_token}"  # as Template.stop[0]: the turn ends with the tokenizer's eos_token
 BOS = "{bos_token}"  # in a part of `_turns`: the tokenizer's BOS, if it puts one before plain text
+
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 _COMMON_FORMS = ", ".join(name for name, form in TOOL_FORMATS.items() if not form.family_only)
 
 
 class TemplateError(UserError, ValueError):
-    """A chat template that is unknown, does not suit the tokenizer, or could not be trained on."""
+    """A chat template that is unknown, does not fit the tokenizer, or cannot be trained on."""
 
 
 @dataclass(frozen=True)
 class Template:
-    """A chat template and what has to hold for it to work.
+    """A chat template and what it requires.
 
     name: the value of --template_name.
     jinja: the source, with generation markers.
-    stop: strings that end generation, each one token. The first is the turn end, or `EOS`; the others count where the
+    stop: strings that end generation, each a single token. The first is the turn end, or `EOS`; the others apply if the
         vocabulary has them.
     source: where the official form is published.
     tokens: strings that must be single tokens of the vocabulary.
-    tool_format: the form of `medicalgpt.tools` in which it writes calls, None where it takes no tools or has another
-        form, so that calls stay text. To be given for Jinja of one's own; `_turns` settles it by itself, and its
-        templates take any other form too.
+    tool_format: the name in `TOOL_FORMATS` of the format of its calls; None if it takes no tools or has a format of its
+        own, so that calls stay text. Pass it with hand-written Jinja; templates made by `_turns` set it themselves and
+        take any other format too.
     """
 
     name: str
@@ -59,16 +61,16 @@ class Template:
                 object.__setattr__(self, "tool_format", name)
 
     def with_tools(self, tool_format: str | None) -> str:
-        """The Jinja source with another tool form; None leaves its own. Raises TemplateError where it has no choice."""
+        """The Jinja source with another tool format; None keeps its own. Raises TemplateError if it has no choice."""
         if tool_format in (None, self.tool_format):
             return self.jinja
         own = TOOL_FORMATS[self.tool_format].macros if self.tool_format else None
         if not own or not self.jinja.startswith(own):
-            has = f"has the tool form of its family, {self.tool_format}" if self.tool_format else "has none to choose"
+            has = f"has the tool format of its family, {self.tool_format}" if self.tool_format else "has none to choose"
             raise TemplateError(f"the template {self.name} {has}: leave out --tool_format {tool_format}")
         if get_tool_format(tool_format).family_only:
             raise TemplateError(
-                f"the template {self.name} is not of the family that has the tool form {tool_format}: "
+                f"the template {self.name} is not of the family that has the tool format {tool_format}: "
                 f"leave out --tool_format {tool_format}, or use one of {_COMMON_FORMS}"
             )
         return get_tool_format(tool_format).macros + self.jinja.removeprefix(own)
@@ -89,7 +91,7 @@ REFUSE_TOOLS = r"""
 def _literal(value: str | bool | dict | None) -> str:
     """`value` as a Jinja literal on one line; in a string, `{eos_token}`, `{bos_token}` and `{round}` as variables.
 
-    Characters beyond ASCII stay as they are: Jinja would read the surrogate pairs of JSON's escapes as two broken ones.
+    Non-ASCII characters are not escaped: Jinja would read the surrogate pairs of JSON's escapes as two characters.
     """
     if value is None:
         return "none"
@@ -102,17 +104,18 @@ def _literal(value: str | bool | dict | None) -> str:
 
 
 def fill(jinja: str, **parts: str | bool | None) -> str:
+    """Jinja source with each `$name` replaced by the part of that name, as a Jinja literal."""
     return string.Template(jinja).substitute({key: _literal(value) for key, value in parts.items()})
 
 
 def get_tool_format(name: str) -> ToolFormat:
-    """The tool form called `name`. Raises TemplateError with the known names when there is none."""
+    """The tool format called `name`. Raises TemplateError with the known names if there is none."""
     if name not in TOOL_FORMATS:
         raise TemplateError(f"there is no tool format called {name!r}: use one of {_COMMON_FORMS}")
     return TOOL_FORMATS[name]
 
 
-# Conversations that tell templates apart. Each has the strings that show that a template renders it at all.
+# Conversations that distinguish templates, with the strings that show that a template renders them at all.
 _ANSWER = "Drink water. 多喝水。"
 _SYSTEM = {"role": "system", "content": "Be brief. 简短。"}
 _USER = {"role": "user", "content": "I have a headache."}
@@ -133,7 +136,7 @@ _TOOL_USE = [
     {"role": "tool", "content": "100 mg"},
     _ASSISTANT,
 ]
-# Mistral's published templates want an id of nine characters.
+# Mistral's published templates require an id of nine characters.
 _CALLING = {"role": "assistant", "content": "", "tool_calls": [{**_CALL, "id": "abcde1234"}]}
 _THINKING = [
     _USER,
@@ -162,7 +165,7 @@ REFUSALS = (jinja2.TemplateError, TypeError, KeyError, ValueError)
 
 
 def render_text(tokenizer: PreTrainedTokenizerBase, messages: list[dict], **kwargs) -> str | None:
-    """The text of a conversation, or None where the template refuses it."""
+    """The text of a conversation, or None if the template refuses it."""
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
     except REFUSALS:
@@ -180,15 +183,15 @@ def _missing(tokenizer: PreTrainedTokenizerBase, template: Template) -> list[str
 
 
 def usable(tokenizer: PreTrainedTokenizerBase, catalogue: Mapping[str, Template]) -> str:
-    """The names in the catalogue whose tokens the vocabulary has, as text."""
+    """Names of the templates in the catalogue whose tokens the vocabulary has, as text."""
     names = [name for name, template in catalogue.items() if not _missing(tokenizer, template)]
     return ", ".join(names) or "none until the tokenizer gets an eos_token"
 
 
 def _recognise(tokenizer: PreTrainedTokenizerBase, catalogue: Mapping[str, Template]) -> Template | None:
-    """The first template of the catalogue that writes the same text as the tokenizer's own template, the BOS aside.
+    """The first template of the catalogue that writes the same text as the tokenizer's own, apart from the BOS.
 
-    A probe that the own template refuses, or whose tools or reasoning it leaves out, decides nothing.
+    Probes that the own template refuses, or whose tools or reasoning it does not render, do not count.
     """
     own = [render_text(tokenizer, messages, bos_token="", **kwargs) for messages, kwargs, _ in PROBES]
     if own[0] is None:
@@ -200,7 +203,7 @@ def _recognise(tokenizer: PreTrainedTokenizerBase, catalogue: Mapping[str, Templ
             if text is None or any(mark not in text for mark in marks):
                 continue
             ours = render_text(tokenizer, messages, bos_token="", chat_template=template.jinja, **kwargs)
-            # GLM's published templates end with the last answer: its turn end is the mark that opens the next turn.
+            # GLM's published templates end with the last answer: the token of the next role ends its turn.
             if ours is None or text not in (ours, ours.removesuffix(template.stop[0])):
                 break
         else:
@@ -208,8 +211,8 @@ def _recognise(tokenizer: PreTrainedTokenizerBase, catalogue: Mapping[str, Templ
     return None
 
 
-# What apply_template adds stands in the first two lines of the installed template, so that it can be read back: the
-# first holds the facts, the second uses them.
+# apply_template records what it installed in the first two lines of the template: the first sets the facts, the second
+# uses them.
 _FACTS = "{%- set medicalgpt = "
 _BAKE_SYSTEM = (
     "{%- if medicalgpt.system and messages[0].role != 'system' %}"
@@ -228,7 +231,7 @@ def _split(chat_template: str) -> tuple[dict, str]:
 def _fix_bos(tokenizer: PreTrainedTokenizerBase, body: str, keep: bool) -> str:
     """`body` with exactly the BOS that the tokenizer puts before plain text, since apply_chat_template adds none.
 
-    keep: leave a BOS that the template writes although the tokenizer would not, as some published chat models want it.
+    keep: keep a BOS that the template writes although the tokenizer would not, as some published chat models need it.
     """
     if tokenizer.bos_token is None:
         return body
@@ -238,7 +241,7 @@ def _fix_bos(tokenizer: PreTrainedTokenizerBase, body: str, keep: bool) -> str:
         return body
     writes = text != without
     adds = tokenizer("x").input_ids[:1] == [tokenizer.bos_token_id]
-    # A template may spell its BOS out, or open each turn with the token that the tokenizer calls BOS.
+    # A template may spell out its BOS, or begin each turn with the tokenizer's BOS.
     wants = not without.startswith(tokenizer.bos_token) and (adds or (keep and writes))
     if writes == wants:
         return body
@@ -246,7 +249,7 @@ def _fix_bos(tokenizer: PreTrainedTokenizerBase, body: str, keep: bool) -> str:
 
 
 def _spans(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> tuple[list[int], list[tuple[int, int, str]]]:
-    """Token ids of a conversation and its supervised runs: (first position, position after the last, text)."""
+    """Token ids of a conversation and its supervised spans: (first position, position after the last, text)."""
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     batch = tokenizer.apply_chat_template(
         messages,
@@ -265,9 +268,9 @@ def _spans(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> tuple[li
 
 
 def _check(tokenizer: PreTrainedTokenizerBase, turn_end: str | None) -> str:
-    """Proves on probe conversations that the installed template can be trained on, and returns its turn end.
+    """Check on probe conversations that the installed template can be trained on, and return its turn end.
 
-    turn_end: what every supervised run must end with; None to read it off the first run.
+    turn_end: what every supervised span must end with; None takes it from the first span.
     Raises TemplateError that names the defect.
     """
     for conversation in _CONVERSATIONS:
@@ -285,7 +288,7 @@ def _check(tokenizer: PreTrainedTokenizerBase, turn_end: str | None) -> str:
         whole = render_text(tokenizer, conversation)
         ends = [n for n, message in enumerate(conversation, start=1) if message["role"] == "assistant"]
         if not all(whole.startswith(render_text(tokenizer, conversation[:end])) for end in ends):
-            # Where later turns change earlier ones, each answer is trained as the last one of its text.
+            # If later turns change earlier ones, each answer is trained as the last one of its text.
             answers, spans = answers[-1:], spans[-1:]
         for number, (answer, (_, after, text)) in enumerate(zip(answers, spans, strict=True), start=1):
             before, found, end = text.partition(answer)
@@ -304,7 +307,7 @@ def _check(tokenizer: PreTrainedTokenizerBase, turn_end: str | None) -> str:
             tokenizer.apply_chat_template(conversation[:-1], add_generation_prompt=True, return_dict=False, **kwargs)
             for kwargs in ({}, {"enable_thinking": False})
         )
-        # The answers have no thoughts: some thinking models give such ones to the prompt without thinking only.
+        # The answers have no reasoning, which some thinking models give only to the prompt without thinking.
         if ids[: spans[-1][0]] not in (prompt, thoughtless):
             raise TemplateError(
                 "training and inference disagree: the text before the answer is "
@@ -314,7 +317,7 @@ def _check(tokenizer: PreTrainedTokenizerBase, turn_end: str | None) -> str:
 
 
 def _read_tool_format(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The tool form in which the tokenizer's template writes a call: the one that reads it back. None if none does."""
+    """The tool format in which the tokenizer's template writes a call: the one that parses it. None if none does."""
     prompt = render_text(tokenizer, [_USER], tools=[_TOOL], add_generation_prompt=True)
     text = render_text(tokenizer, [_USER, _CALLING], tools=[_TOOL])
     if prompt is None or text is None or not text.startswith(prompt):
@@ -331,7 +334,7 @@ def _read_tool_format(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def _unknown_marks(tokenizer: PreTrainedTokenizerBase, tool_format: str | None) -> str:
-    """The marks of a tool form that the tokenizer would turn into its token for unknown text."""
+    """The marks of a tool format that the tokenizer would encode as its unknown token."""
     marks = TOOL_FORMATS[tool_format].marks if tool_format and tokenizer.unk_token_id is not None else ()
     return ", ".join(
         mark for mark in marks if tokenizer.unk_token_id in tokenizer.encode(mark, add_special_tokens=False)
@@ -339,13 +342,53 @@ def _unknown_marks(tokenizer: PreTrainedTokenizerBase, tool_format: str | None) 
 
 
 def tool_format_of(tokenizer: PreTrainedTokenizerBase) -> ToolFormat | None:
-    """The tool form of the tokenizer's chat template, whose `parse` reads its answers; None if there is none."""
+    """The tool format of the tokenizer's chat template, whose `parse` reads its answers; None if there is none."""
     if not isinstance(tokenizer.chat_template, str):
         return None
     facts, _ = _split(tokenizer.chat_template)
-    # Templates that were not installed by apply_template are asked for it by an example.
+    # For templates that apply_template did not install, an example shows it.
     name = facts["tool_format"] if "tool_format" in facts else _read_tool_format(tokenizer)
     return TOOL_FORMATS.get(name)
+
+
+def _require_tokens(tokenizer: PreTrainedTokenizerBase, template: Template, catalogue: Mapping[str, Template]) -> None:
+    """Raises TemplateError if the vocabulary lacks tokens that a template needs."""
+    if missing := _missing(tokenizer, template):
+        raise TemplateError(
+            f"the template {template.name} needs {', '.join(missing)}, which this tokenizer does not have as "
+            f"single tokens: add them, or use --template_name with one of: {usable(tokenizer, catalogue)}"
+        )
+
+
+def _own_template(
+    tokenizer: PreTrainedTokenizerBase,
+    catalogue: Mapping[str, Template],
+    facts: dict,
+    body: str,
+    tool_format: str | None,
+) -> Template | None:
+    """The shipped template that writes the same text as the tokenizer's own; None where its own can be trained on.
+
+    facts, body: the own template as `_split` returns it.
+
+    Raises TemplateError if it has none, or one without generation markers that no shipped template replaces.
+    """
+    own = tokenizer.chat_template
+    if not own:
+        raise TemplateError(
+            f"the tokenizer has no chat template: pass --template_name with one of: {usable(tokenizer, catalogue)}"
+        )
+    if GENERATION.search(body):
+        return catalogue.get(facts.get("template")) if tool_format not in (None, facts.get("tool_format")) else None
+    template = _recognise(tokenizer, catalogue)
+    if template is None:
+        if isinstance(own, dict):
+            defect = f"it is a set of templates ({', '.join(own)}), where training needs one"
+        else:
+            defect = "it has no {% generation %} markers, which separate answers from prompts"
+        raise TemplateError(f"{defect}, and none of the shipped templates writes the same text")
+    logger.info("the tokenizer's own chat template is {}: installed with markers for training", template.name)
+    return template
 
 
 def install_template(
@@ -355,38 +398,21 @@ def install_template(
     system_prompt: str | None,
     tool_format: str | None,
 ) -> tuple[str, ...]:
-    """Install `template`, or prepare the tokenizer's own where it is None; returns the stop strings, turn end first.
+    """Install `template`, or prepare the tokenizer's own if it is None; return the stop strings, turn end first.
 
-    catalogue: the shipped templates by name, among which the tokenizer's own is looked for.
+    catalogue: the shipped templates by name, among which the tokenizer's own is looked up.
+    system_prompt: of conversations without one; None keeps the one that the tokenizer's template has.
 
-    Raises any of `REFUSALS`, and may leave the tokenizer changed then.
+    Raises any of `REFUSALS`; the tokenizer may then be changed.
     """
     own = tokenizer.chat_template
     facts, body = _split(own) if isinstance(own, str) else ({}, "")
     writes_bos = False
     if template is not None:
-        if missing := _missing(tokenizer, template):
-            raise TemplateError(
-                f"the template {template.name} needs {', '.join(missing)}, which this tokenizer does not have as "
-                f"single tokens: add them, or use --template_name with one of: {usable(tokenizer, catalogue)}"
-            )
-    elif not own:
-        raise TemplateError(
-            f"the tokenizer has no chat template: give --template_name one of: {usable(tokenizer, catalogue)}"
-        )
+        _require_tokens(tokenizer, template, catalogue)
     else:
+        template = _own_template(tokenizer, catalogue, facts, body, tool_format)
         writes_bos = render_text(tokenizer, [_USER]) != render_text(tokenizer, [_USER], bos_token="")
-        if not re.search(r"\{%-?\s*generation\s*-?%\}", body):
-            template = _recognise(tokenizer, catalogue)
-            if template is None:
-                if isinstance(own, dict):
-                    defect = f"it is a set of templates ({', '.join(own)}), where training needs one"
-                else:
-                    defect = "it has no {% generation %} markers, which tell answers from prompts"
-                raise TemplateError(f"{defect}, and none of the shipped templates writes the same text")
-            logger.info("the tokenizer's own chat template is {}: installed with markers for training", template.name)
-        elif tool_format not in (None, facts.get("tool_format")):
-            template = catalogue.get(facts.get("template"))
 
     system = system_prompt or facts.get("system", "")
     expected, extra, form = None, (), facts.get("tool_format")
@@ -396,21 +422,21 @@ def install_template(
         form = tool_format or kept or template.tool_format
         body = template.with_tools(form)
         if unknown := _unknown_marks(tokenizer, form):
-            reason = f"the vocabulary has no tokens for {unknown}, of which the tool form {form} is made"
+            reason = f"the vocabulary has no tokens for {unknown}, of which the tool format {form} is made"
             if tool_format:
                 raise TemplateError(f"--tool_format {tool_format} cannot be used: {reason}")
             form, body = None, fill(REFUSE_TOOLS, reason=reason) + body
     fixed = _fix_bos(tokenizer, body, keep=writes_bos)
     if fixed != body and not template:
-        logger.info("the tokenizer's own chat template is given exactly the BOS that the tokenizer adds to plain text")
+        logger.info("the tokenizer's own chat template now has exactly the BOS that the tokenizer adds to plain text")
     tokenizer.chat_template = fixed
     turn_end = _check(tokenizer, tokenizer.eos_token if expected == EOS else expected)
     if not template and "tool_format" not in facts:
         form = _read_tool_format(tokenizer)
     if tool_format not in (None, form):
         raise TemplateError(
-            f"it has {f'the tool form {form}' if form else 'no known tool form'}, which --tool_format {tool_format} "
-            "cannot change: leave the flag out"
+            f"it has {f'the tool format {form}' if form else 'no known tool format'}, which --tool_format "
+            f"{tool_format} cannot change: leave the flag out"
         )
     if not template and not facts and not system and fixed == body and turn_end == tokenizer.eos_token:
         tokenizer.chat_template = own

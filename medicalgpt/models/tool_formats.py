@@ -1,9 +1,9 @@
-"""How a chat model is told of its tools, writes its calls of them, and has the calls read back from its text.
+"""How tools are listed for a chat model, how it writes tool calls, and how the calls are parsed from its text.
 
     text, calls = TOOL_FORMATS["qwen"].parse(answer, tools)
 
-Each form is a set of Jinja fragments, which template.py puts into chat templates, and a function that finds the calls
-in an answer. What is not a whole and well-formed call stays text.
+Each format is a set of Jinja fragments, which template.py puts into chat templates, and a function that finds the calls
+in an answer. Anything but a complete and well-formed call stays text.
 """
 
 import json
@@ -14,25 +14,25 @@ from typing import Any
 
 from transformers.utils import get_json_schema
 
-# Where calls stand in a text, and the calls: (start, end, calls).
+# The position of calls in a text, and the calls: (start, end, calls).
 Found = tuple[int, int, list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
 class ToolFormat:
-    """One form of tool use.
+    """One format of tool calls.
 
     Attributes:
         name: the value of --tool_format.
         tool_list: Jinja for the list of `tools`, part of the system text.
         calls: Jinja for `message.tool_calls`; `content` is the text before them, `number` the message's position.
         result: Jinja for one tool `message`, part of a user turn.
-        marks: strings that the form is made of. A vocabulary may have them as special tokens.
+        marks: strings that delimit calls. A vocabulary may have them as special tokens.
         find: finds the calls of an answer, in order.
-        opening: what every call begins with, white space aside; None where a call may begin with anything.
-        gap: what stands between the text of an answer and its calls.
-        typed: whether the text says of what type an argument is. Where not, the tool's JSON schema does.
-        family_only: whether only templates of its family may have it.
+        opening: what every call begins with, after white space; None if a call may begin with anything.
+        gap: what separates the text of an answer from its calls.
+        typed: whether the text shows the type of an argument; if not, it follows from the tool's JSON schema.
+        family_only: whether it belongs to one model family and its templates.
     """
 
     name: str
@@ -48,7 +48,7 @@ class ToolFormat:
 
     @property
     def macros(self) -> str:
-        """The fragments as Jinja macros: a template that only calls them takes any tool form."""
+        """The fragments as Jinja macros: a template that only calls them takes any tool format."""
         return (
             f"{{%- macro tool_list(tools) %}}{self.tool_list}{{%- endmacro %}}\n"
             f"{{%- macro tool_calls(message, content, number) %}}{self.calls}{{%- endmacro %}}\n"
@@ -56,7 +56,7 @@ class ToolFormat:
         )
 
     def certain(self, text: str) -> int:
-        """How much of a growing answer is sure to stay text beside calls, whatever follows: a number of characters."""
+        """Characters of a streamed answer that are certain to be text and not part of a call, whatever follows."""
         if self.opening is None:
             return 0
         end = text.find(self.opening)
@@ -65,19 +65,19 @@ class ToolFormat:
         return len(text[:end].rstrip())
 
     def parse(self, text: str, tools: Sequence[Any] | None = None) -> tuple[str, list[dict[str, Any]]]:
-        """Read the calls out of an answer. A call inside of the model's thoughts (before `</think>`) is none.
+        """Parse the calls of an answer. Calls in the model's reasoning (before `</think>`) do not count.
 
-        Whether the arguments are what the tool takes is for the caller to check. Where the form has no types, those
-        of the tool's JSON schema are used: what is no value of its type stays text, and so do all without a type.
+        The caller checks whether the tool accepts the arguments. If the format has no types, those of the tool's JSON
+        schema are used; a value that does not match its type, or has none, stays text.
 
         Args:
             text: the answer without its turn end.
-            tools: what was offered, JSON schemas or Python functions; a call of another one stays text. Unset: any
+            tools: the tools offered, as JSON schemas or Python functions; a call of any other stays text. Unset: any
                 name.
 
         Returns:
-            The text beside the calls, and the calls as `{"type": "function", "function": {"name": str, "arguments":
-            dict}}`, with an "id" where the model wrote one. Without any call, the text is as it was.
+            The text without the calls, and the calls as `{"type": "function", "function": {"name": str, "arguments":
+            dict}}`, with an "id" where the model wrote one. Without a call, the text is unchanged.
         """
         schemas = None if tools is None else _schemas(tools)
         at = _end_of_thoughts(text)
@@ -85,19 +85,19 @@ class ToolFormat:
         for start, end, found in self.find(text[offset:]):
             if schemas is None or all(call["function"]["name"] in schemas for call in found):
                 before = text[at : offset + start]
-                # Between calls, white space belongs to the form.
+                # Between calls, white space belongs to the format.
                 pieces.append("" if calls and before.isspace() else before.removesuffix(self.gap))
                 if schemas and not self.typed:
                     for call in found:
                         _read_arguments(call["function"], schemas)
                 calls += found
                 at = offset + end
-        beside = "".join((*pieces, text[at:]))
-        return ("" if calls and beside.isspace() else beside), calls
+        rest = "".join((*pieces, text[at:]))
+        return ("" if calls and rest.isspace() else rest), calls
 
 
 def beginning_at_end(text: str, wanted: str) -> int:
-    """Length of the longest end of a text that `wanted` begins with, the whole of it aside."""
+    """Length of the longest proper prefix of `wanted` that a text ends with."""
     return next((length for length in range(len(wanted) - 1, 0, -1) if text.endswith(wanted[:length])), 0)
 
 
@@ -109,7 +109,7 @@ def _schemas(tools: Sequence[Any]) -> dict[str, Any]:
 
 
 def _end_of_thoughts(text: str) -> int:
-    """Where the answer itself begins. A prompt may have opened the thoughts, so that only their end is in the text."""
+    """Where the answer begins. If the prompt opened the reasoning, only its end is in the text."""
     end = text.find("</think>")
     if end >= 0:
         return end + len("</think>")
@@ -117,17 +117,17 @@ def _end_of_thoughts(text: str) -> int:
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 def _json(text: str, at: int) -> tuple[Any, int]:
-    """The JSON value at a position, white space before it aside, and where it ends; (None, at) if there is none."""
+    """The JSON value at a position, after white space, and where it ends; (None, at) if there is none."""
     try:
         value, end = _DECODER.raw_decode(text, _skip_space(text, at))
-        # Half of a surrogate pair and 1e999 are values in Python, but can neither be written nor sent.
+        # Python accepts half a surrogate pair and 1e999, which cannot be encoded again.
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError):
         return None, at
@@ -141,7 +141,7 @@ def _skip_space(text: str, at: int) -> int:
 
 
 def _to_call(name: Any, arguments: Any, call_id: Any = None) -> dict[str, Any] | None:
-    """A call in OpenAI form, or None if this is none."""
+    """A call in OpenAI format, or None if this is not a call."""
     if not isinstance(name, str) or not name or not isinstance(arguments, dict):
         return None
     call = {"type": "function", "function": {"name": name, "arguments": arguments}}
@@ -149,7 +149,7 @@ def _to_call(name: Any, arguments: Any, call_id: Any = None) -> dict[str, Any] |
 
 
 def _from_object(value: Any, key: str) -> dict[str, Any] | None:
-    """The call that an object says, with its arguments under `key`, or None if it says none."""
+    """The call in a JSON object with its arguments under `key`, or None if it is not a call."""
     if not isinstance(value, dict) or not {"name", key} <= set(value) <= {"name", key, "id", "type"}:
         return None
     return _to_call(value["name"], value[key], value.get("id")) if value.get("type", "function") == "function" else None
@@ -161,7 +161,7 @@ def _find_between(
     """Calls between two marks, anywhere.
 
     opening, closing: the marks as regular expressions.
-    calls_at: reads the calls after an opening mark and says where they end, or ([], ...).
+    calls_at: parses the calls after an opening mark and returns where they end, or ([], ...).
     """
     opens, closes = re.compile(opening), re.compile(closing)
     found, at = [], 0
@@ -171,7 +171,7 @@ def _find_between(
         if calls and close:
             found.append((begin.start(), close.end(), calls))
         else:
-            # What stands inside of a broken call is part of it.
+            # Everything in a malformed call is part of it.
             close = closes.search(text, begin.end())
             if not close:
                 break
@@ -189,7 +189,7 @@ def _tagged_at(text: str, at: int) -> tuple[list[dict[str, Any]], int]:
 def _xml_at(text: str, at: int) -> tuple[list[dict[str, Any]], int]:
     """`<function=name>`, a `<parameter=key>` ... `</parameter>` for each argument, and `</function>`.
 
-    Values are text. The marks of parameters end a value, so that a value with one in it makes the call malformed.
+    Values are text. The marks of parameters end a value, so a value that contains one makes the call malformed.
     """
     opening = re.compile(r"\s*<function=([^>\n]+)>\s*").match(text, at)
     if not opening:
@@ -238,9 +238,9 @@ def _find_listed(text: str) -> list[Found]:
 
 
 def _find_at_end(text: str, call_at: Callable[[str, int], tuple[dict[str, Any] | None, int]]) -> list[Found]:
-    """Calls without marks around them: each begins a line, and nothing but calls follows up to the end of the text.
+    """Calls without marks: each begins a line, and nothing but calls follows up to the end of the text.
 
-    call_at: reads a call at a position and says where it ends, or (None, ...).
+    call_at: parses a call at a position and returns where it ends, or (None, ...).
     """
     # Templates that end the prompt without a space have one before the answer.
     for line in re.finditer("^[ \t]*", text, re.MULTILINE):
@@ -281,12 +281,12 @@ def _name_and_object_at(text: str, at: int) -> tuple[dict[str, Any] | None, int]
     return _to_call(line[1], value), end
 
 
-# Python's names, which Jinja writes where it writes a value alone.
+# Python's constants, as Jinja writes a value by itself.
 _PYTHON = {"True": True, "False": False, "None": None}
 
 
 def _read_arguments(function: dict[str, Any], schemas: dict[str, Any]) -> None:
-    """Gives the arguments of a call, all of them text, the types that the tool's schema names."""
+    """Convert the arguments of a call, all of them text, to the types in the tool's schema; changed in place."""
     schema = schemas[function["name"]]
     properties = schema.get("properties") if isinstance(schema, dict) else None
     for key, text in function["arguments"].items():
@@ -295,10 +295,10 @@ def _read_arguments(function: dict[str, Any], schemas: dict[str, Any]) -> None:
 
 
 def _read_value(text: str, types: set[str]) -> Any:
-    """A value of one of the JSON `types`, or the text as it is.
+    """A value of one of the JSON `types`, or the text unchanged.
 
-    Where text is allowed among others, the others come first. Null is read for all types but text, as parameters that
-    may be left out are given so.
+    If text is one of several types, the others come first. Null is accepted for all types but text, since models write
+    it for optional parameters.
     """
     if not types - {"string"}:
         return text
@@ -309,7 +309,7 @@ def _read_value(text: str, types: set[str]) -> Any:
 
 
 def _types_of(value: Any) -> set[str]:
-    """The types that a JSON value has in the words of JSON schema."""
+    """The types of a JSON value, as JSON schema names them."""
     if isinstance(value, float):
         return {"number", "integer"} if value.is_integer() else {"number"}
     names = {bool: "boolean", int: "integer", str: "string", list: "array", dict: "object", type(None): "null"}
@@ -317,9 +317,9 @@ def _types_of(value: Any) -> set[str]:
 
 
 def _types(schema: Any, root: Any, seen: set[str]) -> set[str]:
-    """The JSON types that a schema allows; none where it names none.
+    """The JSON types that a schema allows; empty if it names none.
 
-    root: where its references point into. seen: those that were followed.
+    root: the schema that its references point into. seen: references that were followed already.
     """
     if not isinstance(schema, dict):
         return set()
@@ -345,7 +345,7 @@ _ARGUMENTS = "(call.arguments if call.arguments is string else call.arguments | 
 _ONE_CALL = r"""
 {%- if message.tool_calls and message.tool_calls | length > 1 %}
     {{- raise_exception('message ' ~ number ~ ' has ' ~ message.tool_calls | length
-        ~ ' tool calls: the tool form FORM makes one per turn') }}
+        ~ ' tool calls: the tool format FORM makes one per turn') }}
 {%- endif %}
 """
 
@@ -398,7 +398,7 @@ _QWEN = ToolFormat(
 )
 
 # Of Llama 3.1 (https://www.llama.com/docs/model-cards-and-prompt-formats/llama3_1), which makes one call per turn and
-# drops text beside a call; here the text is kept, a line before the call.
+# drops text next to a call; here the text is kept, on a line before the call.
 _LLAMA3 = ToolFormat(
     name="llama3",
     tool_list=r"""
@@ -460,8 +460,8 @@ _MISTRAL = ToolFormat(
     opening="[TOOL_CALLS]",
 )
 
-# Of Qwen3.5 (https://huggingface.co/Qwen/Qwen3.5-4B), which writes each argument by itself: text as it is, lists and
-# objects as JSON, the rest as Python does.
+# Of Qwen3.5 (https://huggingface.co/Qwen/Qwen3.5-4B), which writes each argument separately: text unquoted, lists and
+# objects as JSON, the rest as in Python.
 _QWEN3_5 = ToolFormat(
     name="qwen3_5",
     tool_list=r"""

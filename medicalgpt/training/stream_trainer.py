@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from medicalgpt.args import DataArguments
+from medicalgpt.data import batching
+from medicalgpt.data.loading import LoadedData
 from medicalgpt.data.streaming import Position, StreamedSamples
 from medicalgpt.errors import UserError
 from medicalgpt.logs import is_main_process
@@ -16,9 +18,11 @@ from medicalgpt.training.trainers import TokenTrainer
 
 import torch
 from accelerate.utils import gather_object
+from datasets import Dataset
 from loguru import logger
+from peft import PeftModel
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTConfig
 
 STATE_FILE = "stream.json"
@@ -198,6 +202,42 @@ class StreamTrainer(TokenTrainer):
             "left_out": dict(left_out),
             "samples": sum(position.samples for position in positions),
         }
+
+
+def token_trainer(
+    model: PreTrainedModel | PeftModel,
+    args: SFTConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    data: LoadedData,
+    encode: Callable[[dict[str, Any]], Any],
+    train: Dataset,
+    validation: Dataset | None,
+    *,
+    block_size: int,
+    streaming: bool,
+    loraplus_lr_ratio: float | None,
+) -> TokenTrainer:
+    """The trainer of encoded rows: streamed or in memory, packed into blocks where `args.packing` is set.
+
+    Args:
+        data, encode: the rows of `train` and how one is encoded; only streaming encodes them again.
+        train, validation: encoded rows.
+        block_size: tokens of a block.
+    """
+    packed_size = block_size if args.packing else None
+    if streaming:
+        train = StreamedSamples(data, encode, train, packed_size, args.process_index, args.world_size)
+    elif args.packing:
+        train = batching.pack(train, block_size)
+    return (StreamTrainer if streaming else TokenTrainer)(
+        model=model,
+        args=args,
+        train_dataset=train,
+        eval_dataset=validation,
+        processing_class=tokenizer,
+        data_collator=batching.collator(tokenizer, model),
+        loraplus_lr_ratio=loraplus_lr_ratio,
+    )
 
 
 class _EpochOfStream(TrainerCallback):
