@@ -504,9 +504,10 @@ def serve_page(collection: Collection, arguments: FileArguments) -> None:
     """
     # Gradio takes seconds to import.
     from medicalgpt.serving.batchers import batcher_from
-    from medicalgpt.serving.page import auth_of, launch
+    from medicalgpt.serving.page import launch
+    from medicalgpt.serving.web import auth_from
 
-    auth = auth_of(arguments)
+    auth = auth_from(arguments)
     batcher = batcher_from(ChatEngine.from_arguments(arguments), arguments)
     try:
         page = build_page(batcher, collection, arguments)

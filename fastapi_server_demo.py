@@ -8,16 +8,15 @@
     POST /batch  {"inputs": ["你好", "再见"]} -> {"answers": [{"response": "…", …}, {"response": "…", …}]}
     GET  /health {"status": "ok", "running": 0, "waiting": 0}
 
-Only the question is required. What is wrong is told as {"detail": "…"}: 400 the model cannot be asked that, 401 no key,
-411 and 413 the body is of unknown or too great length, 422 other fields or values than these, 429 too many are waiting,
-500 the model failed, 504 it took too long.
+Only the question is required. Errors come as {"detail": "…"}: 400 the model cannot be asked this, 401 no key, 403 no
+key is set and the Host header names another machine, 408 and 413 the body is too slow or too long, 422 unknown fields
+or wrong values, 429 too many requests are queued, 500 the model failed, 504 it took too long.
 
 Anything more is in openai_api.py, with the same engine and the same answers: streams, tools, stop strings,
 probabilities, metrics, and the protocol that client programs know.
 """
 
 import asyncio
-import hmac
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
@@ -30,7 +29,7 @@ from medicalgpt.refusals import refused_in
 from medicalgpt.serving.batchers import Batcher, QueueFullError, batcher_from
 from medicalgpt.serving.chat import ChatEngine
 from medicalgpt.serving.generation import Answer, GenerationRequest, sampling_from
-from medicalgpt.serving.web import bound_socket, key_from
+from medicalgpt.serving.web import AccessMiddleware, bound_socket, key_from
 
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
@@ -38,9 +37,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from loguru import logger
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
-from starlette.datastructures import Headers
-from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 MAX_BODY_BYTES = 1_000_000
 
@@ -110,35 +106,18 @@ def main() -> None:
     uvicorn.run(build_app(batcher, arguments, key), host=arguments.host, port=arguments.port)
 
 
-def guarded(app: ASGIApp, key: str | None) -> ASGIApp:
-    """Let nothing through to the application without the key, or of a great or unknown length."""
-
-    async def guard(scope: Scope, receive: Receive, send: Send) -> None:
-        headers = Headers(scope=scope) if scope["type"] == "http" else Headers()
-        given = headers.get("authorization", "").removeprefix("Bearer ").encode("latin-1")
-        length = headers.get("content-length")
-        if scope["type"] == "http" and key and not hmac.compare_digest(given, key.encode()):
-            answer = refusal(401, "The key is missing or wrong; send it as `Authorization: Bearer KEY`.")
-        elif length is None and "transfer-encoding" in headers:
-            answer = refusal(411, "Say how long the body is, with Content-Length.")
-        elif int(length or 0) > MAX_BODY_BYTES:
-            answer = refusal(413, f"The body has {length} bytes; {MAX_BODY_BYTES} is the most.")
-        else:
-            answer = app
-        await answer(scope, receive, send)
-
-    return guard
-
-
 def build_app(batcher: Batcher, arguments: ServerArguments, key: str | None) -> FastAPI:
     # The usual page of documentation would load scripts from another host.
     problems = {"4XX": {"model": Problem}, "5XX": {"model": Problem}}
     app = FastAPI(title="MedicalGPT", docs_url=None, redoc_url=None, responses=problems)
 
-    app.add_middleware(guarded, key=key)
-    if not key:
-        # A page of another site may give its own name the address of this machine, and ask through the browser here.
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", arguments.host])
+    app.add_middleware(
+        AccessMiddleware,
+        refuse=lambda refused: refusal(refused.status_code, refused.detail, refused.headers),
+        key=key,
+        max_body_bytes=MAX_BODY_BYTES,
+        body_seconds=arguments.request_timeout,
+    )
 
     @app.exception_handler(RequestValidationError)
     async def wrong_fields(request: Request, error: RequestValidationError) -> JSONResponse:

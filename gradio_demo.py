@@ -24,7 +24,8 @@ from medicalgpt.refusals import refused_in
 from medicalgpt.serving.batchers import Batcher, batcher_from
 from medicalgpt.serving.chat import ChatEngine
 from medicalgpt.serving.generation import Sampling, sampling_from
-from medicalgpt.serving.page import LABEL, Turns, auth_of, describe, launch, shown, stream
+from medicalgpt.serving.page import LABEL, Turns, describe, launch, shown, stream
+from medicalgpt.serving.web import auth_from
 
 import gradio as gr
 from loguru import logger
@@ -53,7 +54,7 @@ def main() -> None:
     (arguments,) = parse_args(DemoArguments, description=__doc__, unused=refused_in("gradio_demo.py"))
     setup_logging()
     sampling_from(arguments)
-    auth = auth_of(arguments)
+    auth = auth_from(arguments)
     batcher = batcher_from(ChatEngine.from_arguments(arguments), arguments)
     try:
         page = build_page(batcher, arguments)

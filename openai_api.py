@@ -19,7 +19,6 @@ are addressed to it by a name of this machine: no page in a browser can then rea
 import asyncio
 import codecs
 import dataclasses
-import hmac
 import json
 import math
 import re
@@ -59,7 +58,15 @@ from medicalgpt.serving.openai_schema import (
     SystemMessage,
     ToolMessage,
 )
-from medicalgpt.serving.web import ClientLeft, bound_socket, host_of, is_loopback, key_from, until_client_leaves
+from medicalgpt.serving.web import (
+    AccessMiddleware,
+    ClientLeft,
+    RequestRefused,
+    bound_socket,
+    in_url,
+    key_from,
+    until_client_leaves,
+)
 
 import uvicorn
 from fastapi import APIRouter, FastAPI, Request
@@ -144,6 +151,8 @@ def to_api_error(error: Exception) -> ApiError:
         return error
     if isinstance(error, RequestValidationError):
         return invalid_body(error)
+    if isinstance(error, RequestRefused):
+        return ApiError(error.status_code, error.detail, code=error.code, headers=error.headers)
     if isinstance(error, HTTPException):
         message = f"{error.detail}: GET /openapi.json lists the routes."
         return ApiError(error.status_code, message, headers=error.headers)
@@ -249,8 +258,8 @@ class Service:
             future.cancel()
 
 
-class Gate:
-    """Lets in who may ask, limits body and time, counts, and frees the places of requests that have ended anyhow."""
+class RequestLog:
+    """Counts and logs requests, sets their deadline, and cancels answers of requests that have ended."""
 
     def __init__(self, app: ASGIApp, service: Service):
         self.app = app
@@ -275,8 +284,9 @@ class Gate:
             await send(message)
 
         try:
-            self._let_in(scope)
-            await self.app(scope, self._limited(scope, receive), note_status)
+            if self.service.stopping:
+                raise stopping()
+            await self.app(scope, receive, note_status)
         except ClientLeft:
             pass
         except Exception as error:
@@ -294,49 +304,6 @@ class Gate:
                 self.service.recent_seconds.append(seconds)
             if scope["method"] == "POST" or status >= 400:
                 logger.info(f"{scope['method']} {route} {status} in {seconds:.2f} s ({request_id})")
-
-    def _let_in(self, scope: Scope) -> None:
-        """Raises ApiError for requests that have no business here."""
-        headers = dict(scope["headers"])
-        if self.service.stopping:
-            raise stopping()
-        if self.service.key is not None:
-            scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
-            if scheme.lower() != b"bearer" or not hmac.compare_digest(key.strip(), self.service.key.encode()):
-                raise ApiError(
-                    401,
-                    "The API key is missing or wrong; send the header Authorization: Bearer KEY.",
-                    code="invalid_api_key",
-                    headers={"WWW-Authenticate": "Bearer"},
-                )
-        elif not is_loopback(host_of(headers.get(b"host", b""))):
-            raise ApiError(
-                403,
-                "The Host header names another machine. Ask by 127.0.0.1 or localhost, or start the server with a key.",
-                code="wrong_host",
-            )
-
-    def _limited(self, scope: Scope, receive: Receive) -> Receive:
-        """Pass the body on up to its limits of size and time, whatever its headers say of its length."""
-        size, complete = 0, False
-
-        async def receive_limited() -> Message:
-            nonlocal size, complete
-            if complete:
-                return await receive()
-            try:
-                async with asyncio.timeout_at(scope["deadline"]):
-                    message = await receive()
-            except TimeoutError as error:
-                raise ApiError(408, "The body did not arrive in time.", code="timeout") from error
-            size += len(message.get("body", b""))
-            complete = not message.get("more_body", False)
-            limit = self.service.arguments.max_request_bytes
-            if size > limit:
-                raise ApiError(413, f"The body has more than {limit} bytes.", code="request_too_large")
-            return message
-
-        return receive_limited
 
 
 def requests_for(
@@ -997,7 +964,14 @@ def make_app(service: Service, origins: Sequence[str] = ()) -> FastAPI:
     app.include_router(router)
     for kind in (HTTPException, RequestValidationError):
         app.add_exception_handler(kind, answer_error)
-    app.add_middleware(Gate, service=service)
+    app.add_middleware(
+        AccessMiddleware,
+        refuse=lambda refusal: to_api_error(refusal).response(),
+        key=service.key,
+        max_body_bytes=service.arguments.max_request_bytes,
+        body_seconds=service.arguments.request_timeout,
+    )
+    app.add_middleware(RequestLog, service=service)
     if origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(origins), allow_methods=["GET", "POST"], allow_headers=["*"]
@@ -1106,7 +1080,7 @@ def announce(service: Service, port: int) -> None:
     host = service.arguments.host
     # All addresses of a machine are no address to ask.
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    url = f"http://{in_url(host)}:{port}"
     question = {"model": service.model_name, "messages": [{"role": "user", "content": "感冒了怎么办？"}]}
     key = ' -H "Authorization: Bearer $MEDICALGPT_API_KEY"' if service.key else ""
     print(

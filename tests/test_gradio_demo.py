@@ -11,7 +11,8 @@ from medicalgpt.parser import parse_args
 from medicalgpt.serving.batchers import make_batcher
 from medicalgpt.serving.chat import ChatEngine
 from medicalgpt.serving.generation import GenerationRequest, Sampling
-from medicalgpt.serving.page import auth_of, launch
+from medicalgpt.serving.page import launch
+from medicalgpt.serving.web import auth_from
 
 import httpx
 import pytest
@@ -413,7 +414,7 @@ def test_page_takes_no_files_and_offers_no_interface(served):
         assert (described["named_endpoints"], described["unnamed_endpoints"]) == ({}, {})
         assert client.post("gradio_api/run/ask", json={"data": []}).status_code == 404
         # A web page that gives its own name this address is kept out.
-        assert client.get("", headers={"Host": "evil.example"}).status_code == 400
+        assert client.get("", headers={"Host": "evil.example"}).status_code == 403
         assert client.get("monitoring").status_code in (403, 404)
 
 
@@ -429,21 +430,21 @@ def test_page_takes_no_files_and_offers_no_interface(served):
 def test_open_page_is_refused(flags, said, monkeypatch):
     monkeypatch.delenv("MEDICALGPT_AUTH", raising=False)
     with pytest.raises(UserError, match=said):
-        auth_of(page_arguments(*flags))
+        auth_from(page_arguments(*flags))
 
 
 def test_password(monkeypatch):
     monkeypatch.delenv("MEDICALGPT_AUTH", raising=False)
     for flags in ([], ["--host", "localhost"], ["--host", "::1"]):
-        assert auth_of(page_arguments(*flags)) is None
-    assert auth_of(page_arguments("--host", "0.0.0.0", "--auth", "li:a:b")) == ("li", "a:b")
+        assert auth_from(page_arguments(*flags)) is None
+    assert auth_from(page_arguments("--host", "0.0.0.0", "--auth", "li:a:b")) == ("li", "a:b")
     monkeypatch.setenv("MEDICALGPT_AUTH", "li:secret")
-    assert auth_of(page_arguments("--share", "True")) == ("li", "secret")
+    assert auth_from(page_arguments("--share", "True")) == ("li", "secret")
 
 
 def test_port_that_is_taken(served):
     taken = served.url.strip("/").rpartition(":")[2]
-    with pytest.raises(UserError, match=f"--port {taken} of --host 127.0.0.1 cannot be listened on"):
+    with pytest.raises(UserError, match=f"--host 127.0.0.1 --port {taken} cannot be listened on"):
         arguments = page_arguments("--port", taken)
         launch(build_page(served.batcher, arguments), arguments, None)
 

@@ -3,22 +3,20 @@
 import asyncio
 import dataclasses
 import html
-import os
 import re
-import socket
 from collections.abc import AsyncIterator
 
 from medicalgpt.args import PageArguments
 from medicalgpt.errors import UserError
 from medicalgpt.serving.batchers import Batcher, BatcherClosedError, QueueFullError
 from medicalgpt.serving.generation import GenerationRequest
-from medicalgpt.serving.web import is_loopback
+from medicalgpt.serving.web import AccessMiddleware, RequestRefused, bound_socket, in_url
 
 import gradio as gr
 from loguru import logger
 from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 Turns = list[dict[str, str]]
@@ -56,20 +54,6 @@ CONTENT_POLICY = (
 )
 
 
-def auth_of(arguments: PageArguments) -> tuple[str, str] | None:
-    """Raises UserError if other people could reach the page without a password, or it is not user:password."""
-    auth = arguments.auth or os.environ.get("MEDICALGPT_AUTH")
-    if auth:
-        user, _, password = auth.partition(":")
-        if not (user and password):
-            raise UserError("--auth (or MEDICALGPT_AUTH) must be user:password, with both parts.")
-        return user, password
-    if arguments.share or not is_loopback(arguments.host):
-        flag = "--share True" if arguments.share else f"--host {arguments.host}"
-        raise UserError(f"{flag} lets other people in: add --auth user:password, or set MEDICALGPT_AUTH to it.")
-    return None
-
-
 def launch(page: gr.Blocks, arguments: PageArguments, auth: tuple[str, str] | None, max_file_size: int = 1) -> str:
     """Serve the page in a thread of its own; returns its address.
 
@@ -79,38 +63,34 @@ def launch(page: gr.Blocks, arguments: PageArguments, auth: tuple[str, str] | No
     Raises:
         UserError: the address cannot be listened on.
     """
-    # A page of another site may give its own name the address of this machine, and ask through the browser here.
-    names = ["127.0.0.1", "localhost", arguments.host]
-    own_name_only = [] if auth else [Middleware(TrustedHostMiddleware, allowed_hosts=names)]
-    try:
-        port = arguments.port
-        if port == 0:
-            with socket.create_server((arguments.host, 0)) as listening:
-                port = listening.getsockname()[1]
-        _, url, public_url = page.launch(
-            server_name=arguments.host,
-            server_port=port,
-            auth=auth,
-            share=arguments.share,
-            i18n=LABEL,
-            # Gradio's own themes load fonts from Google.
-            theme=gr.themes.Default(font=["sans-serif"], font_mono=["monospace"]),
-            app_kwargs={"middleware": [*own_name_only, Middleware(with_content_policy)]},
-            footer_links=[],
-            run_history=False,
-            enable_monitoring=False,
-            ssr_mode=False,
-            pwa=False,
-            mcp_server=False,
-            max_file_size=max_file_size,
-            quiet=True,
-            prevent_thread_lock=True,
-        )
-    except OSError as error:
-        raise UserError(
-            f"--port {arguments.port} of --host {arguments.host} cannot be listened on; it may be taken. Give another."
-        ) from error
+    # Gradio itself asks for the password.
+    access = [] if auth else [Middleware(AccessMiddleware, refuse=_refuse, protection="--auth")]
+    with bound_socket(arguments) as listener:
+        port = listener.getsockname()[1]
+    _, url, public_url = page.launch(
+        server_name=in_url(arguments.host),
+        server_port=port,
+        auth=auth,
+        share=arguments.share,
+        i18n=LABEL,
+        # Gradio's own themes load fonts from Google.
+        theme=gr.themes.Default(font=["sans-serif"], font_mono=["monospace"]),
+        app_kwargs={"middleware": [*access, Middleware(with_content_policy)]},
+        footer_links=[],
+        run_history=False,
+        enable_monitoring=False,
+        ssr_mode=False,
+        pwa=False,
+        mcp_server=False,
+        max_file_size=max_file_size,
+        quiet=True,
+        prevent_thread_lock=True,
+    )
     return public_url or url
+
+
+def _refuse(refusal: RequestRefused) -> PlainTextResponse:
+    return PlainTextResponse(refusal.detail, refusal.status_code, refusal.headers)
 
 
 def with_content_policy(app: ASGIApp) -> ASGIApp:
