@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 from medicalgpt.args import (
     AttentionArguments,
@@ -74,6 +74,25 @@ DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 @dataclass
 class PreferenceArguments(PairArguments, StageDefaults, DPOConfig):
     """What differs from TRL's `DPOConfig`."""
+
+    HELP: ClassVar[dict[str, str]] = {
+        "beta": "Strength of the constraint to the reference model; the higher, the closer the model stays to it.",
+        "loss_weights": "A weight for each loss of --loss_type. Unset: 1 each.",
+        "label_smoothing": "Assumed share of pairs whose labels are swapped, from 0 to below 0.5.",
+        "f_alpha_divergence_coef": "Alpha of --f_divergence_type alpha_divergence.",
+        "ld_alpha": "LD-DPO (https://arxiv.org/abs/2409.06411): weight, from 0 to 1, of the tokens by which the longer "
+        "answer exceeds the shorter one.",
+        "use_weighting": "WPO (https://arxiv.org/abs/2406.11827): weight each pair by its probability under the model.",
+        "discopop_tau": "Temperature of --loss_type discopop.",
+        "precompute_ref_log_probs": "Compute the reference's log-probabilities of all pairs before training, then drop "
+        "the reference.",
+        "precompute_ref_batch_size": "Batch size of that computation, in pairs. Default: that of training or "
+        "evaluation.",
+        "sync_ref_model": "TR-DPO (https://arxiv.org/abs/2404.09656): update the reference towards the model. Full "
+        "fine-tuning only.",
+        "ref_model_mixup_alpha": "Weight of the model in each update of the reference.",
+        "ref_model_sync_steps": "Steps between two updates of the reference.",
+    }
 
     output_dir: str = field(default="outputs-dpo", metadata={"help": "Where the result goes."})
     reference_model: str | None = field(

@@ -20,7 +20,7 @@ written to --output_file with its scores. Guide: docs/reward_modeling.md
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from medicalgpt.args import (
     AttentionArguments,
@@ -92,6 +92,11 @@ class ScoreArguments:
 @dataclass
 class RewardArguments(PairArguments, StageDefaults, RewardConfig):
     """What differs from TRL's `RewardConfig`."""
+
+    HELP: ClassVar[dict[str, str]] = {
+        "center_rewards_coefficient": "Keeps the mean of both scores near 0 (https://arxiv.org/abs/2312.09244); 0.01 "
+        "is usual.",
+    }
 
     output_dir: str = field(default="outputs-rm", metadata={"help": "Where the result goes."})
 

@@ -19,6 +19,7 @@ Guide: docs/supervised_finetuning.md
 
 from dataclasses import dataclass, field
 from functools import partial
+from typing import ClassVar
 
 from medicalgpt.args import (
     AttentionArguments,
@@ -39,6 +40,11 @@ from trl import SFTConfig
 @dataclass
 class FinetuningArguments(TemplateArguments, StageDefaults, SFTConfig):
     """What differs from TRL's `SFTConfig`."""
+
+    HELP: ClassVar[dict[str, str]] = {
+        "packing": "Pack several conversations into each sequence of --model_max_length; they do not attend to each "
+        "other.",
+    }
 
     output_dir: str = field(default="outputs-sft", metadata={"help": "Where the result goes."})
     model_max_length: int = field(

@@ -3,7 +3,9 @@
 A flag is declared once, as a dataclass field. What transformers or TRL declare already is not declared again.
 """
 
+import dataclasses
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 
 @dataclass
@@ -313,6 +315,14 @@ class RunArguments:
     )
 
 
+def help_texts(cls: type) -> dict[str, str]:
+    """What `--help` says of each field of a dataclass: the field's own help, or that of the nearest `HELP`."""
+    texts = {entry.name: entry.metadata.get("help", "") for entry in dataclasses.fields(cls)}
+    for base in reversed(cls.__mro__):
+        texts |= vars(base).get("HELP", {})
+    return texts
+
+
 def bf16_gpu() -> bool:
     """Whether there is a GPU that computes in bfloat16."""
     import torch
@@ -322,7 +332,26 @@ def bf16_gpu() -> bool:
 
 @dataclass
 class StageDefaults:
-    """What every stage sets otherwise than TRL. Put it before the TRL config among the bases of a stage's arguments."""
+    """What every stage sets differently from TRL. Put it before the TRL config in the bases of a stage's arguments.
+
+    Attributes:
+        HELP: what `--help` and docs/training_params.md say of flags that the library declares, where its own text does
+            not say what happens here. Classes add their own; see `help_texts`.
+    """
+
+    HELP: ClassVar[dict[str, str]] = {
+        "eval_on_start": "Evaluate before the first step. Default here: True if --eval_strategy is given.",
+        "resume_from_checkpoint": "True: resume from the newest complete checkpoint in --output_dir; or the folder of "
+        "a checkpoint.",
+        "fsdp": "Shard the weights over the processes with PyTorch's FSDP, on GPUs; no value needed. Settings: "
+        "--fsdp_config FILE.",
+        "deepspeed": "DeepSpeed's settings, a JSON file; zero2.json and zero3.json are included.",
+        "use_liger_kernel": "Liger's Triton kernels for the layers, on a GPU. Requires `pip install liger-kernel`.",
+        "optim": "Optimizer: adamw_torch, adamw_8bit, adafactor, galore_adamw, apollo_adamw, lion_32bit and others.",
+        "optim_args": "Settings of this optimizer only, as key=value, separated by commas.",
+        "optim_target_modules": "Modules whose optimizer states GaLore and APOLLO keep low-rank. Default: every linear "
+        "layer.",
+    }
 
     bf16: bool | None = field(default=None, metadata={"help": "bfloat16 autocast. Default: on where a GPU has it."})
     # Recomputing activations costs a fifth of the speed; it is for those who run out of memory.

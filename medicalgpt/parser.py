@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
+from medicalgpt.args import help_texts
 from medicalgpt.logs import is_main_process
 from medicalgpt.refusals import RENAMED, RENAMED_VALUES, refused_in
 
@@ -35,7 +36,9 @@ class StrictParser:
         self.parser.error = self._fail
         self.unused = {**refused_in(), **(unused or {})}
         self.parser.add_argument("--config", help="YAML file of flags; the command line wins over it.")
+        help_of = {name: text for cls in classes for name, text in help_texts(cls).items()}
         for action in self.parser._actions:
+            action.help = help_of.get(action.dest, action.help)
             if action.dest in self.unused:
                 action.help = SUPPRESS
             if action.type is string_to_bool and action.nargs is None:

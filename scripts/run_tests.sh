@@ -14,7 +14,7 @@ bash scripts/setup.sh --dev
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 "$VENV/bin/ruff" check .
 "$VENV/bin/ruff" format --check .
-"$VENV/bin/python" build_training_params.py --check
+"$VENV/bin/python" -m docs.build_training_params --check
 # Nothing in the tests may reach a hub: a test that tries fails at once. Two processes of one thread each, a file to each:
 # most of the time goes into Python, which has no use for a second thread.
 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 "$VENV/bin/python" -m pytest -n 2 --dist loadfile "$@"

@@ -12,8 +12,8 @@ import ppo_training
 import pretraining
 import reward_modeling
 import supervised_finetuning
-from medicalgpt.args import DataArguments, LoraArguments, ModelArguments, RunArguments
-from medicalgpt.parser import parse_args
+from medicalgpt.args import DataArguments, LoraArguments, ModelArguments, RunArguments, StageDefaults
+from medicalgpt.parser import StrictParser, parse_args
 from medicalgpt.refusals import EVERY, REFUSED, RENAMED, TRAINING, refused_in
 
 import pytest
@@ -399,6 +399,17 @@ def test_choices_aliases_and_help_of_a_dataclass():
     assert own.size == 2 and own.given == {"size"}
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_says_what_happens_here_where_the_library_declares_a_flag(stage):
+    cls = STAGES[stage]
+    parser = StrictParser(cls).parser
+    shown = {action.dest: action.help for action in parser._actions}
+    explained = {**StageDefaults.HELP, **vars(cls).get("HELP", {})}
+    assert set(explained) <= {f.name for f in dataclasses.fields(cls)}
+    assert {name: shown[name] for name in explained} == explained
+    assert " ".join(explained["resume_from_checkpoint"].split()) in " ".join(parser.format_help().split())
+
+
 @pytest.mark.parametrize("script", [*TRAINING, "merge_peft_adapter.py", "validate_jsonl.py"])
 def test_help_names_every_flag_with_its_help(script):
     text = run_program(script, "--help", timeout=60).stdout
@@ -406,7 +417,7 @@ def test_help_names_every_flag_with_its_help(script):
     assert ast.get_docstring(tree).splitlines()[0] in text
     shown = set(re.findall(r"^  (--\w+)", text, re.MULTILINE))
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name.endswith("Arguments")]
-    own = {node.target.id for cls in classes for node in cls.body if isinstance(node, ast.AnnAssign)}
+    own = {node.target.id for cls in classes for node in cls.body if isinstance(node, ast.AnnAssign)} - {"HELP"}
     if script in TRAINING:
         unused = refused_in(script)
         for group in (ModelArguments, DataArguments, LoraArguments, RunArguments):

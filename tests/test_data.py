@@ -5,7 +5,6 @@ import io
 import json
 import re
 import shutil
-import tempfile
 import tracemalloc
 from collections import Counter
 from pathlib import Path
@@ -14,13 +13,11 @@ from medicalgpt.args import DataArguments
 from medicalgpt.data import text_files
 from medicalgpt.data.formats import to_messages, to_prompt, to_text
 from medicalgpt.data.loading import load_data
-from medicalgpt.data.rows import Rows
 from medicalgpt.data.sources import DataError, Place, Problem, RowError, SourceRow, find_files, place_of, read_rows
 from medicalgpt.data.text_files import open_text
 from medicalgpt.errors import UserError
 from medicalgpt.files import hash_file
 
-import numpy as np
 import pytest
 from helpers import write_jsonl
 from loguru import logger
@@ -702,32 +699,6 @@ def test_no_row_left_is_refused(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "", "response": "A"}])
     with pytest.raises(UserError, match="every training row was left out"):
         load(path).settle(DataArguments(skip_bad_rows=True))
-
-
-# --- rows on disk ----------------------------------------------------------------------------------------------------
-
-
-def test_rows_come_out_of_the_disk_as_they_went_in():
-    rows = [
-        {"messages": [QUESTION, CALLED], "tools": None, "place": {"file": "文件"}, "n": [n, 1.5, True]}
-        for n in range(9)
-    ]
-    kept = Rows(iter(rows))
-    assert list(kept) == rows and len(kept) == 9 and bool(kept) and not Rows()
-    assert (kept[0], kept[-1], list(kept[2:7:2]), list(kept[::-1])) == (rows[0], rows[8], rows[2:7:2], rows[::-1])
-    assert list(kept.select(np.array([3, 0, 3]))) == [rows[3], rows[0], rows[3]]
-    assert list(kept.select(np.arange(9) > 6)[1:]) == rows[8:]
-    with pytest.raises(IndexError):
-        kept[9]
-    assert kept.digest() == Rows(rows).digest() != Rows(rows[::-1]).digest() != Rows(rows[1:]).digest()
-    assert Rows([{"a": "b"}, {}]).digest() != Rows([{}, {"a": "b"}]).digest()
-
-
-def test_a_disk_without_room_is_named(monkeypatch):
-    with open("/dev/full", "wb", buffering=0) as full:
-        monkeypatch.setattr(tempfile, "TemporaryFile", lambda **options: full)
-        with pytest.raises(UserError, match="set TMPDIR"):
-            Rows([{"text": "x"}])
 
 
 # --- data sets of the hub, here from a local folder ------------------------------------------------------------------

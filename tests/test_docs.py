@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from unittest.mock import patch
 
-import build_training_params
+from docs import build_training_params
 from medicalgpt.errors import UserError
 from medicalgpt.refusals import REFUSED, RENAMED, RENAMED_VALUES
 
@@ -212,16 +212,16 @@ def test_each_test_of_a_silent_failure_is_on_its_page():
 
 def test_the_page_of_flags_is_current():
     page = build_training_params.PAGE.read_text(encoding="utf-8")
-    assert page == build_training_params.render(), "run: python build_training_params.py"
+    assert page == build_training_params.render(), "run: python -m docs.build_training_params"
 
 
 def test_a_stale_page_of_flags_is_noticed(tmp_path, monkeypatch):
     stale = tmp_path / "training_params.md"
     stale.write_text(build_training_params.render().replace("`--lora_rank`", "`--lora_r`"), encoding="utf-8")
     monkeypatch.setattr(build_training_params, "PAGE", stale)
-    monkeypatch.setattr(sys, "argv", ["build_training_params.py", "--check"])
-    with pytest.raises(UserError, match="Run: python build_training_params.py"):
+    monkeypatch.setattr(sys, "argv", ["docs/build_training_params.py", "--check"])
+    with pytest.raises(UserError, match="Run: python -m docs.build_training_params"):
         build_training_params.main()
-    monkeypatch.setattr(sys, "argv", ["build_training_params.py"])
+    monkeypatch.setattr(sys, "argv", ["docs/build_training_params.py"])
     build_training_params.main()
     assert "`--lora_rank`" in stale.read_text(encoding="utf-8")

@@ -1,0 +1,259 @@
+"""Write docs/training_params.md: the flags of every program, read from the dataclasses that declare them.
+
+    python -m docs.build_training_params            write the page
+    python -m docs.build_training_params --check    exit code 1 if the page does not say what the code says
+
+The page is the same on every machine: it shows defaults of classes, never of instances, which look at the hardware.
+"""
+
+import argparse
+import dataclasses
+import typing
+from collections.abc import Iterable
+from enum import Enum
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any
+
+import chatpdf
+import dpo_training
+import fastapi_server_demo
+import gradio_demo
+import grpo_training
+import inference
+import merge_peft_adapter
+import openai_api
+import orpo_training
+import ppo_training
+import pretraining
+import reward_modeling
+import supervised_finetuning
+import validate_jsonl
+from medicalgpt.args import (
+    ApiArguments,
+    AttentionArguments,
+    ChatArguments,
+    DataArguments,
+    LoraArguments,
+    ModelArguments,
+    PageArguments,
+    PairArguments,
+    RunArguments,
+    ServeArguments,
+    StageDefaults,
+    TemplateArguments,
+    help_texts,
+)
+from medicalgpt.errors import UserError, run_main
+from medicalgpt.refusals import CHAT, EVERY, REFUSED, RENAMED, RENAMED_VALUES, TRAINING
+
+from trl import SFTConfig
+
+PAGE = Path(__file__).parent / "training_params.md"
+
+# The trainer declares more than a hundred flags; these are the ones that are used most.
+INHERITED = (
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "optim",
+    "weight_decay",
+    "max_grad_norm",
+    "optim_args",
+    "optim_target_modules",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "logging_steps",
+    "logging_first_step",
+    "eval_strategy",
+    "eval_steps",
+    "eval_on_start",
+    "save_strategy",
+    "save_steps",
+    "save_total_limit",
+    "load_best_model_at_end",
+    "resume_from_checkpoint",
+    "seed",
+    "data_seed",
+    "fp16",
+    "use_cpu",
+    "use_liger_kernel",
+    "deepspeed",
+    "fsdp",
+    "ddp_find_unused_parameters",
+    "dataloader_num_workers",
+)
+# Enumerations with more members than this are not listed.
+SHOWN_CHOICES = 16
+
+
+def main() -> None:
+    """Write the page, or compare it."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if the page is not current")
+    page = render()
+    if not parser.parse_args().check:
+        PAGE.write_text(page, encoding="utf-8")
+        print(f"{PAGE.name}: written")
+    elif not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != page:
+        raise UserError(f"docs/{PAGE.name} does not say what the code says. Run: python -m docs.build_training_params")
+
+
+def render() -> str:
+    """The whole page, the same on every machine."""
+    parts = [
+        "# Flags of the programs",
+        "Written by `python -m docs.build_training_params` from the argument classes; edit those, not this page.",
+        "Each of these programs takes `--help`, which lists all its flags; `--config run.yaml` with lines of "
+        "`flag: value`, over which the command line wins; and `--debug`, which adds the traceback to an error. Hyphens "
+        "may stand for underscores, and a switch alone means True. Names are never abbreviated: an unknown one stops "
+        "the program, which names the nearest known flag.",
+        "## The stages of training",
+        "`pretraining.py`, `supervised_finetuning.py`, and, on pairs of preferences, `reward_modeling.py`, "
+        "`dpo_training.py` and `orpo_training.py`; on prompts, `ppo_training.py` and `grpo_training.py`. What a stage "
+        "has no use for it refuses; see the last section.",
+        "### Model",
+        table(ModelArguments),
+        "### Data",
+        table(DataArguments),
+        "### Attention and positions",
+        table(AttentionArguments),
+        "### Adapters, frozen layers",
+        table(LoraArguments),
+        "### Run",
+        table(RunArguments),
+        "### Precision, memory, tracking",
+        table(StageDefaults),
+        "### Chat template: every stage but pretraining.py",
+        table(TemplateArguments),
+        "### pretraining.py only",
+        table(pretraining.PretrainingArguments),
+        "### supervised_finetuning.py only",
+        table(supervised_finetuning.FinetuningArguments),
+        "### reward_modeling.py, dpo_training.py, orpo_training.py",
+        table(PairArguments),
+        "### reward_modeling.py only",
+        table(reward_modeling.RewardArguments),
+        "With `--score_file` it scores and does not train:",
+        table(reward_modeling.ScoreArguments),
+        "### dpo_training.py only",
+        table(dpo_training.PreferenceArguments),
+        "### orpo_training.py only",
+        table(orpo_training.OrpoArguments),
+        "### ppo_training.py only",
+        table(ppo_training.PolicyArguments),
+        table(ppo_training.PpoArguments),
+        "### grpo_training.py only",
+        table(grpo_training.GrpoArguments),
+        "### From the trainer",
+        "The ones used most; `--help` lists the others.",
+        table(pretraining.PretrainingArguments, only=INHERITED),
+        "## merge_peft_adapter.py",
+        table(merge_peft_adapter.MergeArguments),
+        "## Front ends",
+        "`inference.py` and the servers below take the flags of *Model* above, except `--qlora`, and these:",
+        table(ChatArguments),
+        "Servers and pages also take these:",
+        table(ServeArguments),
+        "### inference.py only",
+        table(inference.InferenceArguments),
+        "### openai_api.py, fastapi_server_demo.py",
+        table(ApiArguments),
+        "### openai_api.py only",
+        table(openai_api.OpenAIArguments),
+        "### fastapi_server_demo.py only",
+        table(fastapi_server_demo.ServerArguments),
+        "### gradio_demo.py, chatpdf.py",
+        table(PageArguments),
+        "### gradio_demo.py only",
+        table(gradio_demo.DemoArguments),
+        "### chatpdf.py only",
+        table(chatpdf.FileArguments),
+        "## validate_jsonl.py",
+        table(validate_jsonl.ValidationArguments),
+        "## Spellings of MedicalGPT and of older libraries",
+        "Taken as what they mean today. Further spellings of a flag stand below its name in the tables above.",
+        _rows(("given", "means"), spellings({field.name for field in dataclasses.fields(SFTConfig)})),
+        "## Refused here, and why",
+        "A flag that would have no effect stops the program.",
+        _rows(("flag", "refused in", "instead"), refusals()),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def table(cls: type, *, only: Iterable[str] = ()) -> str:
+    """A Markdown table of the fields that a dataclass declares or explains itself, or of those named in `only`."""
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    helps = help_texts(cls)
+    # Parsers overwrite `Field.type`; the annotations stay.
+    types = typing.get_type_hints(cls)
+    rows = []
+    own = [*(name for name in fields if name in cls.__annotations__), *vars(cls).get("HELP", ())]
+    for name in only or (name for name in own if name in fields):
+        metadata = fields[name].metadata
+        older = [f"--{old}" for old, new in RENAMED.items() if new == name]
+        aliases = [alias for alias in metadata.get("aliases", []) if "-" not in alias.lstrip("-")]
+        names = "<br>".join(f"`{spelling}`" for spelling in (f"--{name}", *aliases, *older))
+        # <think> would be taken for a tag of HTML.
+        meaning = helps[name].replace("%%", "%").replace("<", "\\<")
+        rows.append((names, type_name(types[name], metadata.get("choices")), default(fields[name]), meaning))
+    return _rows(("flag", "value", "default", "meaning"), rows)
+
+
+def type_name(annotation: Any, choices: Iterable[str] | None = None) -> str:
+    """What may be given: the choices if they are few, the type otherwise."""
+    is_union = typing.get_origin(annotation) in (typing.Union, UnionType)
+    members = [member for member in (typing.get_args(annotation) if is_union else [annotation]) if member != NoneType]
+    if typing.get_origin(members[0]) is list:
+        return f"{type_name(*typing.get_args(members[0]), choices)}; several with spaces"
+    enums = [member for member in members if isinstance(member, type) and issubclass(member, Enum)]
+    choices = list(choices or [value.value for enum in enums for value in enum])
+    if 0 < len(choices) <= SHOWN_CHOICES:
+        return ", ".join(f"`{choice}`" for choice in choices)
+    names = {bool: "True, False", int: "whole number", float: "number", str: "text", dict: "JSON"}
+    return " or ".join(names[member] for member in members if member in names)
+
+
+def default(field: dataclasses.Field) -> str:
+    """The default as one would type it."""
+    if field.default_factory is not dataclasses.MISSING:
+        return f"`{' '.join(map(str, field.default_factory()))}`"
+    if field.default is dataclasses.MISSING:
+        return "required"
+    if field.default is None:
+        return "unset"
+    return f"`{field.default:g}`" if isinstance(field.default, float) else f"`{field.default}`"
+
+
+def spellings(known: set[str]) -> list[tuple[str, str]]:
+    """Old spellings and today's, as far as today's is a flag of these programs."""
+    rows = [(f"`--{old}`", f"`--{new}`") for old, new in RENAMED.items() if new in known]
+    for old, (new, values) in RENAMED_VALUES.items():
+        rows += [(f"`--{old} {given.capitalize()}`", f"`--{new} {value}`") for given, value in values.items()]
+    return rows
+
+
+def refusals() -> list[tuple[str, str, str]]:
+    """Flags, programs and reason; flags that the same programs refuse for the same reason share a row."""
+    flags: dict[tuple[tuple[str, ...], str], list[str]] = {}
+    for flag, reasons in REFUSED.items():
+        for programs, reason in reasons.items():
+            flags.setdefault((programs, reason), []).append(f"`--{flag}`")
+    names = {EVERY: "every program", TRAINING: "every stage", CHAT: "every front end"}
+    return [
+        ("<br>".join(names_of_flags), names.get(programs) or ", ".join(programs), reason)
+        for (programs, reason), names_of_flags in flags.items()
+    ]
+
+
+def _rows(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = [header, ("---",) * len(header), *rows]
+    return "\n".join(
+        "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in line) + " |" for line in lines
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)
