@@ -5,7 +5,7 @@ Reads the files in the `output_dir` of a stage. For live logging see `--report_t
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
@@ -180,27 +180,39 @@ def svg_curve(
         f'<text transform="translate(13 {(top + bottom) / 2:g}) rotate(-90)" text-anchor="middle" '
         f'opacity="0.8">{escape(y_label)}</text>'
     )
-
     for index, (name, points) in enumerate(ordered.items()):
-        colour = COLOURS[index % len(COLOURS)]
-        # Dashes distinguish the series for readers who cannot tell the colours apart.
-        dash = ("", "6 3", "2 3")[index // len(COLOURS) % 3] if len(ordered) > len(COLOURS) else ("", "7 3")[index % 2]
-        stroke = f'stroke="{colour}" stroke-width="1.8"' + (f' stroke-dasharray="{dash}"' if dash else "")
-        finite = [y for _, y in points if math.isfinite(y)]
-        legend_x, legend_y = 8 + index % 2 * (width / 2), 38 + index // 2 * 18
-        change = " → ".join(f"{y:#.3g}".rstrip(".") for y in (finite[0], finite[-1])[: len(finite)])
-        parts.append(
-            f'<line x1="{legend_x:g}" x2="{legend_x + 18:g}" y1="{legend_y - 4}" y2="{legend_y - 4}" {stroke}/>'
-            f'<text x="{legend_x + 24:g}" y="{legend_y}">{escape(name)}: {change}</text>'
-        )
-        for run in _unbroken_runs(points):
-            run = [place(x, y) for x, y in _thin(run, max_points)]
-            if len(run) > 1:
-                path = " ".join(f"{x:.2f},{y:.2f}" for x, y in run)
-                parts.append(f'<polyline points="{path}" fill="none" {stroke} stroke-linejoin="round"/>')
-            if len(run) == 1 or len(points) <= 30:
-                parts.extend(f'<circle cx="{x:.2f}" cy="{y:.2f}" r="2.6" fill="{colour}"/>' for x, y in run)
+        parts += _svg_line(index, len(ordered), name, points, place, width, max_points)
     return "".join(parts) + "</svg>"
+
+
+def _svg_line(
+    index: int,
+    count: int,
+    name: str,
+    points: Sequence[Point],
+    place: Callable[[float, float], Point],
+    width: int,
+    max_points: int,
+) -> Iterator[str]:
+    """Yield the legend and the line of series number `index` of `count`; `place` turns a point into its position."""
+    colour = COLOURS[index % len(COLOURS)]
+    # Dashes distinguish the series for readers who cannot tell the colours apart.
+    dash = ("", "6 3", "2 3")[index // len(COLOURS) % 3] if count > len(COLOURS) else ("", "7 3")[index % 2]
+    stroke = f'stroke="{colour}" stroke-width="1.8"' + (f' stroke-dasharray="{dash}"' if dash else "")
+    finite = [y for _, y in points if math.isfinite(y)]
+    legend_x, legend_y = 8 + index % 2 * (width / 2), 38 + index // 2 * 18
+    change = " → ".join(f"{y:#.3g}".rstrip(".") for y in (finite[0], finite[-1])[: len(finite)])
+    yield (
+        f'<line x1="{legend_x:g}" x2="{legend_x + 18:g}" y1="{legend_y - 4}" y2="{legend_y - 4}" {stroke}/>'
+        f'<text x="{legend_x + 24:g}" y="{legend_y}">{escape(name)}: {change}</text>'
+    )
+    for run in _unbroken_runs(points):
+        run = [place(x, y) for x, y in _thin(run, max_points)]
+        if len(run) > 1:
+            path = " ".join(f"{x:.2f},{y:.2f}" for x, y in run)
+            yield f'<polyline points="{path}" fill="none" {stroke} stroke-linejoin="round"/>'
+        if len(run) == 1 or len(points) <= 30:
+            yield from (f'<circle cx="{x:.2f}" cy="{y:.2f}" r="2.6" fill="{colour}"/>' for x, y in run)
 
 
 def _number(value: object) -> float:
