@@ -1,12 +1,12 @@
-"""Show what training changed: a before/after table on the terminal, and one HTML page without network requests.
+"""Show what training changed: a before/after table on the terminal, and a single HTML page without network requests.
 
     python build_report.py --eval_file outputs/eval.json --runs pt=outputs/pt sft=outputs/sft dpo=outputs/dpo \\
         --output_file outputs/report.html
 
-Reads the results of `eval_pipeline.py` and the `run.json` and `metrics.jsonl` that each stage leaves in its output_dir.
-A difference that lies within the noise of the measurement is called "no measurable change": shares of right answers are
-compared by their 95% Wilson intervals (https://doi.org/10.1080/01621459.1927.10502953), perplexities by the paired
-difference per document, scores of a reward model by the paired difference per prompt.
+It reads the results of `eval_pipeline.py`, and `run.json` and `metrics.jsonl` in the output_dir of each stage. A
+difference within the noise of the measurement is called "no measurable change": shares of correct answers are compared
+by their 95% Wilson intervals (https://doi.org/10.1080/01621459.1927.10502953), perplexities by the paired difference
+per document, scores of a reward model by the paired difference per prompt.
 """
 
 import argparse
@@ -35,39 +35,39 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 MAX_BYTES = 500_000
-# A model that never stops fills a page; the whole answer stays in the evaluation's file.
+# A model that never stops fills a page; the complete answer is in the results of the evaluation.
 MAX_SHOWN_CHARACTERS = 1_200
 MAX_SHOWN_SAMPLES = 6
 SHOWN_METRICS = ("loss", "perplexity", "accuracy", "reward", "margin")
 EXACT = "exact match (held-out phrasings)"
-RIGHT_TASKS = "right answers (held-out tasks)"
-RIGHT_FORMAT = "right format (held-out tasks)"
-# Curves beside the loss: the names under which stages log them, and what they are.
+CORRECT_TASKS = "correct answers (held-out tasks)"
+CORRECT_FORMAT = "correct format (held-out tasks)"
+# Curves shown next to the loss: the keys under which stages log them, and their captions.
 CURVES = {
     "accuracy": (
         ("accuracy", "rewards/accuracies"),
-        "share of pairs in which the chosen answer is ahead: in score, in implicit reward or in log-probability",
+        "share of pairs in which the chosen answer has the higher score, implicit reward or log-probability",
     ),
-    "margin": (("margin", "rewards/margins"), "by how much the chosen answer is ahead, on average"),
-    "score": (("score",), "what the reward model gives to the answers of the policy, on average"),
+    "margin": (("margin", "rewards/margins"), "mean difference between the chosen and the rejected answer"),
+    "score": (("score",), "mean reward model score of the policy's answers"),
     "reward": (
         ("reward",),
-        "what the training raises, on average: in PPO the score less penalties, in GRPO the sum of weighted rewards",
+        "mean of what training maximizes: in PPO the score less penalties, in GRPO the weighted sum of rewards",
     ),
     "KL": (
         ("kl",),
-        "how far the policy has moved from the model before it, in nats: of an answer in PPO, of a token in GRPO",
+        "KL divergence of the policy from its reference in nats: per answer in PPO, per token in GRPO",
     ),
-    "length": (("length", "completions/mean_length"), "tokens of an answer, on average"),
-    "end rate": (("end_rate",), "share of the answers that end by themselves"),
+    "length": (("length", "completions/mean_length"), "mean number of tokens per answer"),
+    "end rate": (("end_rate",), "share of answers that end by themselves"),
     "no signal": (
         ("frac_reward_zero_std",),
-        "share of the groups of answers whose rewards are all equal: nothing is learned from them",
+        "share of groups in which all answers get the same reward: nothing is learned from them",
     ),
 }
-# A reward function of its own for each line, drawn together.
+# The rewards of single functions, one line each in one chart.
 FUNCTION_REWARD = re.compile(r"(eval_)?rewards/(.+)/mean")
-# What a run logs at every step if no answer was rewarded more than another, and nothing could be learned.
+# What a run logs at every step if no answer gets more than another, so that nothing can be learned.
 NO_SIGNAL = {
     "frac_reward_zero_std": (1.0, "in every group, all answers got the same reward"),
     "score_std": (0.0, "in every step, all answers got the same score"),
@@ -75,7 +75,7 @@ NO_SIGNAL = {
 
 
 @dataclass
-class Row:
+class TableRow:
     """One line of a table: a cell and a verdict per model; the first model has no verdict."""
 
     label: str
@@ -85,9 +85,9 @@ class Row:
     shares: list[float | None] = field(default_factory=list)
 
 
-def score_row(scores: list[dict | None]) -> Row:
-    """Return a row of mean scores, with the standard errors of the means."""
-    row = Row("reward model's score of own answers", [], _between(scores, compare_scores))
+def score_row(scores: list[dict | None]) -> TableRow:
+    """Return a row of mean reward model scores with their standard errors."""
+    row = TableRow("reward model score (greedy answers)", [], _between(scores, compare_scores))
     for score in scores:
         known = [value for value in (score or {}).get("scores", ()) if value is not None]
         row.cells.append(_significant(score["mean"]) if known else "-")
@@ -99,13 +99,13 @@ def score_row(scores: list[dict | None]) -> Row:
     return row
 
 
-def summary_rows(models: list[dict], reward: dict | None = None) -> list[Row]:
+def summary_rows(models: list[dict], reward: dict | None = None) -> list[TableRow]:
     """Return the rows of the before/after table, for what was measured in at least one model."""
     rows = []
     texts = [model.get("text") for model in models]
     if any(texts):
         rows.append(
-            Row(
+            TableRow(
                 "perplexity on held-out text",
                 [_significant(text["perplexity"]) if text else "-" for text in texts],
                 _between(texts, compare_perplexity),
@@ -116,44 +116,44 @@ def summary_rows(models: list[dict], reward: dict | None = None) -> list[Row]:
     if any(chats):
         rows.append(share_row(EXACT, chats, "correct"))
         rows.append(share_row("stops by itself", chats, "stopped"))
-    for label, key in (("prefers the chosen answer (held-out pairs)", "preference"), ("good answers", "good")):
+    for label, key in (("preference accuracy (held-out pairs)", "preference"), ("good answers", "good")):
         counts = [model.get(key) for model in models]
         if any(counts):
             rows.append(share_row(label, counts))
     scores = [((reward or {}).get("models") or {}).get(model["name"]) for model in models]
     if any(scores):
         rows.append(score_row(scores))
-    for label, key in ((RIGHT_TASKS, "task"), (RIGHT_FORMAT, "task_format")):
+    for label, key in ((CORRECT_TASKS, "task"), (CORRECT_FORMAT, "task_format")):
         counts = [model.get(key) for model in models]
         if any(counts):
             rows.append(share_row(label, counts))
     return rows
 
 
-def category_rows(models: list[dict], key: str = "chat") -> list[Row]:
+def category_rows(models: list[dict], key: str = "chat") -> list[TableRow]:
     """Return one row of counts per category, in the order of the last model's first appearance."""
     return _by_category([model.get(key) for model in models])
 
 
-def preference_rows(models: list[dict], reward: dict | None) -> list[Row]:
-    """Return one row of preference counts per category, a cell for each model and one for the reward model if any."""
+def preference_rows(models: list[dict], reward: dict | None) -> list[TableRow]:
+    """Return one row of preference counts per category, a cell for each model and one for the reward model, if any."""
     rows = _by_category([*(model.get("preference") for model in models), *([reward] if reward else [])])
     for row in rows if reward else ():
-        # A reward model is no further step of the road.
+        # The reward model is not a stage after the last model.
         row.verdicts[-1] = None
         if row.label in reward["by_category"]:
             row.details[-1] = f"margin {_significant(reward['by_category'][row.label]['margin'])}"
     return rows
 
 
-def _by_category(counts: list[dict | None]) -> list[Row]:
+def _by_category(counts: list[dict | None]) -> list[TableRow]:
     names = dict.fromkeys(name for count in reversed(counts) if count for name in count["by_category"])
     return [share_row(name, [(count or {}).get("by_category", {}).get(name) for count in counts]) for name in names]
 
 
-def share_row(label: str, counts: list[dict | None], key: str = "correct") -> Row:
+def share_row(label: str, counts: list[dict | None], key: str = "correct") -> TableRow:
     """Return a row of `correct/total (share)` cells with their 95% intervals."""
-    row = Row(label, [])
+    row = TableRow(label, [])
     pairs = [(count[key], count["total"]) if count else None for count in counts]
     for pair in pairs:
         if pair is None or pair[1] == 0:
@@ -170,7 +170,7 @@ def share_row(label: str, counts: list[dict | None], key: str = "correct") -> Ro
 
 
 def display_width(text: str) -> int:
-    """Return the terminal columns that `text` takes; Chinese characters take two, combining marks none."""
+    """Return the width of `text` in terminal columns: two for a Chinese character, none for a combining mark."""
     return sum(
         0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text
     )
@@ -195,7 +195,7 @@ def terminal_summary(models: list[dict], reward: dict | None = None) -> str:
     """Return the plain text that ends a pipeline run: the table, the categories, and what changed."""
     names = [model["name"] for model in models]
     rows, lines = summary_rows(models, reward), []
-    details = {EXACT: "chat", RIGHT_TASKS: "task", RIGHT_FORMAT: "task_format"}
+    details = {EXACT: "chat", CORRECT_TASKS: "task", CORRECT_FORMAT: "task_format"}
     for row in rows:
         lines.append([row.label, *row.cells])
         categories = category_rows(models, details[row.label]) if row.label in details else []
@@ -218,13 +218,13 @@ def _reward_text(reward: dict) -> str:
 
 
 def curves_of(name: str, events: list[dict]) -> list[dict]:
-    """Return drawing and caption of each of `CURVES` that the run has logged, train and held-out in one drawing."""
+    """Return chart and caption of each of `CURVES` that the run has logged, with training and held-out values."""
     curves = []
     for label, (keys, caption) in CURVES.items():
         sides = {f"train {label}": keys, f"held-out {label}": [f"eval_{key}" for key in keys]}
         curves.append((label, caption, {line: series_of(events, *logged) for line, logged in sides.items()}))
         if label == "reward":
-            caption = "what each reward function gives to an answer, on average, before its weight"
+            caption = "mean of each reward function, before weighting"
             curves.append(("rewards", caption, function_rewards(events)))
     drawn = []
     for label, caption, series in curves:
@@ -235,14 +235,14 @@ def curves_of(name: str, events: list[dict]) -> list[dict]:
 
 
 def function_rewards(events: list[dict]) -> dict[str, list[tuple[float, float]]]:
-    """Return the mean of each reward function, a line each."""
+    """Return the points of each reward function's mean, by its name."""
     found = {key: match for event in events for key in event if (match := FUNCTION_REWARD.fullmatch(key))}
     return {("held-out " if match[1] else "") + match[2]: series_of(events, key) for key, match in found.items()}
 
 
 def series_of(events: list[dict], *keys: str) -> list[tuple[float, float]]:
     """Return the (step, value) points that were logged under one of `keys`."""
-    # A run that was resumed logs some steps again: the later event counts.
+    # A resumed run logs some steps again: the later event counts.
     points = {
         float(event["step"]): float(event[key])
         for event in events
@@ -253,10 +253,10 @@ def series_of(events: list[dict], *keys: str) -> list[tuple[float, float]]:
 
 
 def missing_signal(events: list[dict]) -> str | None:
-    """Return why nothing can have been learned from the rewards of a run; None if something can, or has no rewards."""
+    """Return why nothing can have been learned from the rewards of a run; None if it can, or without rewards."""
     for key, (empty, reason) in NO_SIGNAL.items():
         values = [value for _, value in series_of(events, key)]
-        # A standard deviation of equal numbers is 0 but for rounding.
+        # The standard deviation of equal numbers is 0 except for rounding.
         if values and all(abs(value - empty) < 1e-5 for value in values):
             return f"no learning signal: {reason}"
     return None
@@ -266,7 +266,7 @@ def read_json(path: Path, what: str) -> dict:
     """Read a JSON object.
 
     Raises:
-        UserError: the file is missing or holds something else.
+        UserError: the file is missing or contains something else.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -275,7 +275,7 @@ def read_json(path: Path, what: str) -> dict:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not readable as JSON ({error}). It is written by {what}; run that again.") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path} must hold a JSON object. It is written by {what}; run that again.")
+        raise UserError(f"{path} must contain a JSON object. It is written by {what}; run that again.")
     return value
 
 
@@ -283,14 +283,14 @@ def read_run(name: str, folder: Path) -> dict:
     """Collect what the report shows of one stage.
 
     Raises:
-        UserError: the folder holds no run, or a damaged one.
+        UserError: the folder has no run, or a damaged one.
     """
     run = read_json(folder / "run.json", "every training stage")
     events = read_metrics(folder)
     series = loss_series(events)
     files = []
     for entry in run.get("data") or []:
-        left_out = {reason: count for reason, count in (entry.get("left_out") or {}).items() if count}
+        skipped = {reason: count for reason, count in (entry.get("left_out") or {}).items() if count}
         rows, used = entry.get("rows"), entry.get("used")
         files.append(
             {
@@ -298,9 +298,9 @@ def read_run(name: str, folder: Path) -> dict:
                 "side": entry.get("side", ""),
                 "rows": rows,
                 "used": used,
-                "left_out": left_out,
+                "skipped": skipped,
                 "sha256": str(entry.get("sha256") or "")[:12],
-                "adds_up": rows is None or used is None or rows == used + sum(left_out.values()),
+                "adds_up": rows is None or used is None or rows == used + sum(skipped.values()),
             }
         )
     samples_file = folder / "samples.jsonl"
@@ -336,7 +336,7 @@ def read_run(name: str, folder: Path) -> dict:
 
 
 def command_line(command: list[str] | str) -> str:
-    """Return a command that can be pasted, with paths below the working folder made relative."""
+    """Return a command that can be pasted, with relative paths below the working folder."""
     if isinstance(command, str):
         return command
     parts = [_near(str(part)) for part in command]
@@ -361,7 +361,7 @@ def build_html(evaluation: dict, runs: list[dict], report_command: str) -> str:
         verdict = row.verdicts[-1] if len(names) == 2 else _first_to_last(models, row, reward)
         cards.append({"label": row.label, "before": before, "after": after, "verdict": verdict})
     if reward:
-        row = share_row("reward model: ranks held-out pairs right", [reward])
+        row = share_row("reward model accuracy (held-out pairs)", [reward])
         after = row.cells[0].rpartition("(")[2].rstrip(")")
         cards.append({"label": row.label, "before": None, "after": after, "verdict": None})
     versions: dict[str, str] = {}
@@ -412,7 +412,7 @@ def build_html(evaluation: dict, runs: list[dict], report_command: str) -> str:
 
 
 def _with_answers(examples: list[dict], models: list[dict], key: str) -> list[dict]:
-    """Put beside each example what each model that was asked answered; `key` is where its answers are."""
+    """Add to each example the answers of the models that were asked; `key` is where they are in a result."""
     shown = []
     for index, example in enumerate(examples):
         answers = []
@@ -434,7 +434,7 @@ def _with_answers(examples: list[dict], models: list[dict], key: str) -> list[di
     return shown
 
 
-def _first_to_last(models: list[dict], row: Row, reward: dict | None) -> Verdict | None:
+def _first_to_last(models: list[dict], row: TableRow, reward: dict | None) -> Verdict | None:
     if len(models) < 2:
         return None
     rows = {other.label: other for other in summary_rows([models[0], models[-1]], reward)}
@@ -473,7 +473,7 @@ def _duration(seconds: float) -> str:
 
 
 def _near(path: str) -> str:
-    """Shorten an absolute path below the working folder; other text stays as it is."""
+    """Make an absolute path below the working folder relative; other text stays as it is."""
     if os.path.isabs(path) and Path(path).is_relative_to(Path.cwd()):
         return os.path.relpath(path)
     return path
@@ -496,7 +496,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--eval_file", required=True, type=Path, help="Results of eval_pipeline.py.")
-    parser.add_argument("--runs", nargs="*", default=[], metavar="NAME=DIR", help="output_dir of each stage, in order.")
+    parser.add_argument(
+        "--runs", nargs="*", default=[], metavar="NAME=DIR", help="The output_dir of each stage, in order."
+    )
     parser.add_argument("--output_file", type=Path, help="HTML page to write; unset: only the table is printed.")
     parser.add_argument(
         "--expect_exact_match",
@@ -511,7 +513,7 @@ def main() -> None:
     evaluation = read_json(args.eval_file, "eval_pipeline.py")
     models = evaluation.get("models")
     if not models:
-        raise UserError(f"{args.eval_file} holds no models. Run eval_pipeline.py again with --models NAME=DIR.")
+        raise UserError(f"{args.eval_file} has no models. Run eval_pipeline.py again with --models NAME=DIR.")
     runs = [read_run(name, folder) for name, folder in _named_paths(args.runs, "--runs").items()]
 
     print(terminal_summary(models, evaluation.get("reward")))
@@ -529,7 +531,7 @@ def main() -> None:
         last = models[-1]
         chat = last.get("chat")
         if not chat or not chat["total"]:
-            raise UserError(f"--expect_exact_match: {args.eval_file} holds no chat results of {last['name']}.")
+            raise UserError(f"--expect_exact_match: {args.eval_file} has no chat results of {last['name']}.")
         share = chat["correct"] / chat["total"]
         counts = f"exact match of {last['name']}: {chat['correct']}/{chat['total']} = {share:.1%}"
         if share < args.expect_exact_match:

@@ -1,31 +1,30 @@
-"""Measure what each stage changed, on held-out text, questions, preferences and tasks.
+"""Measure what each training stage changed, on held-out text, questions, preference pairs and tasks.
 
     python eval_pipeline.py --models base=outputs/tiny-base pt=outputs/pt sft=outputs/sft-merged \\
         dpo=outputs/dpo-merged --first_chat_model sft --text_file_dir data/pretrain \\
         --chat_file data/finetune/validation.jsonl --preference_file data/reward/validation.jsonl \\
         --output_file outputs/eval.json
 
-Models are given in the order of training.
+List the models in the order of training.
 
-- Perplexity (--text_file_dir): exp(total negative log-likelihood / total tokens), every document scored alone.
-- Exact match (--chat_file): a greedy answer equal to the reference, apart from white space at both ends.
-- Preference accuracy (--preference_file): the share of pairs in which the chosen answer has the higher log-probability
-  per token. Summed over its tokens, an answer loses with each one that it has, so that the shorter answer of a pair
-  would win, whatever it says.
-- Good answers (--preference_file): greedy answers to those of its prompts whose rows have
-  `"meta": {"required": [["cardiology"], ["ambulance", "emergency"]]}`: a good one holds at least one string of each
-  group, in capitals or not.
-- Reward accuracy (--reward_model): the share of the same pairs in which that model scores the chosen answer higher,
-  and the mean difference of the two scores (margin).
-- Score of own answers (--reward_model): the mean of that model's scores of each model's greedy answers to the same
-  prompts. One that was stopped by --max_new_tokens is scored as if it ended there.
-- Right answers and right format (--task_file): the shares of greedy replies to which the rewards `accuracy` and
-  `format` of `grpo_training.py` give 1, asked for with its system prompt.
+- Perplexity (--text_file_dir): exp(total negative log-likelihood / total tokens); each document is scored alone.
+- Exact match (--chat_file): a greedy answer equal to the reference, ignoring white space at both ends.
+- Preference accuracy (--preference_file): the share of pairs whose chosen answer has the higher mean log-probability
+  per token. With sums over the tokens the shorter answer of a pair would win, whatever it says.
+- Good answers (--preference_file): greedy answers to the prompts whose rows have
+  `"meta": {"required": [["cardiology"], ["ambulance", "emergency"]]}`: a good one contains at least one string of each
+  group, ignoring case.
+- Reward model accuracy (--reward_model): the share of the same pairs whose chosen answer the reward model scores
+  higher, and the mean difference of the two scores (margin).
+- Reward model score (--reward_model): the mean score of each model's greedy answers to the same prompts. An answer
+  that was cut off by --max_new_tokens is scored as if it ended there.
+- Correct answers and correct format (--task_file): the shares of greedy replies that get 1 from the rewards `accuracy`
+  and `format` of `grpo_training.py`, with its system prompt.
 
-The counts, the answers to a few fixed questions and the files that were measured go into --output_file, which
-`build_report.py` turns into a table and a page. Results of a model whose weights, data and settings have not changed
-are reused. Models that were never taught to answer often do not stop by themselves, which makes them slow: those before
---first_chat_model answer fewer questions (--max_chat_samples_before), the same ones each.
+The counts, the answers to a few fixed questions and the names of the files go into --output_file; `build_report.py`
+turns it into a table and a page. Results of a model are reused as long as its weights, the data and the settings are
+the same. Models that have not been taught to answer often do not stop by themselves, which makes them slow: those
+before --first_chat_model are asked fewer questions (--max_chat_samples_before), all of them the same ones.
 """
 
 import argparse
@@ -36,26 +35,20 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from medicalgpt import logs
 from medicalgpt.code_version import code_version
-from medicalgpt.data import sources
 from medicalgpt.errors import UserError, run_main
 from medicalgpt.evaluation.held_out import (
-    PROMPT_EXAMPLES,
-    TASK_EXAMPLES,
     HeldOut,
     PreferencePair,
     Question,
-    pick_examples,
-    read_documents,
-    read_preferences,
-    read_questions,
-    read_tasks,
-    shuffled,
+    QuestionSet,
+    read_held_out,
 )
 from medicalgpt.evaluation.measures import (
     Judge,
@@ -67,84 +60,74 @@ from medicalgpt.evaluation.measures import (
     score_documents,
     score_pairs,
 )
-from medicalgpt.files import write_atomically
-from medicalgpt.logs import heartbeat
+from medicalgpt.evaluation.results import REWARD, ResultsFile, fingerprint_checkpoint, fingerprint_files
 
-FORMAT = 3
-# Name of the reward model's results among those of the models; no model can have it.
-REWARD = "=reward"
-CHECKPOINT_FILES = (
-    "*.safetensors",
-    "config.json",
-    "generation_config.json",
-    "adapter_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.jinja",
-)
+if TYPE_CHECKING:
+    from medicalgpt.data.encoding import Pair
+    from medicalgpt.models.hub import Checkpoint
+    from medicalgpt.rewards.scoring import RewardScorer
+    from medicalgpt.serving.chat import ChatEngine
+    from medicalgpt.serving.generation import Answer
+
+    from transformers import PreTrainedTokenizerBase
+
+# What is measured of each model; None if it was not.
+RESULTS = ("text", "chat", "answers", "preference", "good", "good_answers", "prompt_answers")
+RESULTS += ("task", "task_format", "task_answers")
+
+say = partial(print, flush=True)
+progress = partial(logs.progress, seconds=15, write=lambda text: say(f"  {text}"))
 
 
-class Progress:
-    """Prints a line at least every `every` seconds, also while a single step takes longer than that."""
+@dataclass(frozen=True)
+class MeasuredModel:
+    """One of --models.
 
-    def __init__(self, label: str, total: int, every: float = 15.0):
-        self.label, self.total = label, total
-        self.done = 0
-        self.started = time.monotonic()
-        self._heartbeat = heartbeat(self._state, seconds=every, write=partial(print, flush=True))
+    Attributes:
+        limit: maximum number of questions of a kind that it is asked; None for all.
+        lender: lends its chat template and stop tokens; None for a model that has a template or needs none.
+        end_of_document: the token that ends a document, the same text for all models.
+    """
 
-    def add(self, count: int) -> None:
-        self.done += count
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self.started
-
-    def _state(self) -> str:
-        left = f", about {self.seconds / self.done * (self.total - self.done):.0f} s left" if self.done else ""
-        return f"  {self.label}: {self.done}/{self.total} after {self.seconds:.0f} s{left}"
-
-    def __enter__(self) -> "Progress":
-        self._heartbeat.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._heartbeat.__exit__(*error)
+    name: str
+    checkpoint: "Checkpoint"
+    limit: int | None
+    lender: "Checkpoint | None"
+    end_of_document: str
 
 
 def task_rewards() -> tuple[str, dict[str, Judge]]:
     """Return the system prompt with which GRPO asks for replies, and what judges them, by the name of what is counted.
 
-    A reply is right if it gets the whole reward, 1; half of one does not count.
+    A reply is correct if it gets the full reward, 1; half of one does not count.
     """
     from medicalgpt.rewards.rewards import REWARDS, SYSTEM_PROMPT
 
     def judged_by(reward: Callable[..., list[float | None]]) -> Judge:
-        def is_right(reply: str, task: Question) -> bool | None:
+        def is_correct(reply: str, task: Question) -> bool | None:
             columns = {name: [value] for name, value in task.columns.items()}
             (score,) = reward([[{"role": "assistant", "content": reply}]], prompts=[task.messages], **columns)
             return None if score is None else score >= 1
 
-        return is_right
+        return is_correct
 
-    rewards = REWARDS
-    judges = {"right answers": judged_by(rewards["accuracy"]), "right format": judged_by(rewards["format"])}
+    judges = {"correct answers": judged_by(REWARDS["accuracy"]), "correct format": judged_by(REWARDS["format"])}
     return SYSTEM_PROMPT, judges
 
 
 def answer_questions(
-    engine: Any,
+    engine: "ChatEngine",
     questions: Sequence[Question],
     max_new_tokens: int,
     batch_size: int,
-    progress: Progress | None = None,
-) -> list[Any]:
-    """Return the greedy answer to each question; None where the prompt leaves no room in the model's context.
+    advance: Callable[[int], Any] = lambda count: None,
+) -> "list[Answer | None]":
+    """Return the greedy answer to each question; None if the prompt leaves no room in the model's context.
 
-    Rows with references of like length share a batch, because a batch takes as long as its longest answer.
+    Rows with references of similar length share a batch, because a batch takes as long as its longest answer.
+
+    Args:
+        advance: called with the number of questions that are done.
     """
     from medicalgpt.serving.chat import PromptTooLongError
     from medicalgpt.serving.generation import Sampling
@@ -154,13 +137,11 @@ def answer_questions(
         try:
             prompts[index] = engine.prompt_ids(question.messages, question.tools)
         except PromptTooLongError:
-            if progress:
-                progress.add(1)
-            continue
+            advance(1)
         except UserError as error:
             raise UserError(f"{question.place}: {error}") from error
     fitting = sorted(prompts, key=lambda index: len(questions[index].reference))
-    answers: list[Any] = [None] * len(questions)
+    answers: list[Answer | None] = [None] * len(questions)
     for start in range(0, len(fitting), batch_size):
         chosen = fitting[start : start + batch_size]
         replies = engine.batch(
@@ -171,85 +152,58 @@ def answer_questions(
         )
         for index, reply in zip(chosen, replies, strict=True):
             answers[index] = reply
-        if progress:
-            progress.add(len(chosen))
+        advance(len(chosen))
     return answers
 
 
-def fingerprint_files(paths: Sequence[Path]) -> list[list]:
-    """Return [path, bytes, modification time in ns] of each file: what changes when the file does."""
-    return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(paths)]
-
-
-def fingerprint_checkpoint(folder: str) -> list[list] | None:
-    """Return the fingerprint of a local checkpoint and, for an adapter, of its base; None if one is not local."""
-    from medicalgpt.models.hub import resolve_checkpoint
-
-    base, adapter = resolve_checkpoint(folder)
-    folders = [Path(base), *([Path(adapter.path)] if adapter else [])]
-    if not all(place.is_dir() for place in folders):
-        return None
-    return fingerprint_files([file for place in folders for kind in CHECKPOINT_FILES for file in place.glob(kind)])
-
-
-def evaluate_model(
-    name: str, path: str, held_out: HeldOut, limit: int | None, last_model: str, args: argparse.Namespace
-) -> dict[str, Any]:
-    """Measure one model; what is in the result, the parts below say.
-
-    Args:
-        limit: most questions of a kind that it is asked; None for all.
-        last_model: lends its chat template and stop tokens to a model without a template.
-    """
+def evaluate_model(model: MeasuredModel, held_out: HeldOut, args: argparse.Namespace) -> dict[str, Any]:
+    """Measure one model. The functions below describe the entries of the result."""
     from medicalgpt.serving.chat import ChatEngine
 
     started = time.monotonic()
-    engine = ChatEngine.from_pretrained(path)
+    engine = ChatEngine.from_checkpoint(model.checkpoint)
     result: dict[str, Any] = {
-        "name": name,
-        "path": path,
+        "name": model.name,
+        "path": model.checkpoint.name,
         "parameters": engine.model.num_parameters(),
-        "text": None,
-        "chat": None,
-        "answers": None,
-        "preference": None,
-        "good": None,
-        "good_answers": None,
-        "prompt_answers": None,
-        "task": None,
-        "task_format": None,
-        "task_answers": None,
+        **dict.fromkeys(RESULTS),
         "notes": [],
     }
     if held_out.documents is not None:
-        measure_text(result, engine, held_out, args)
-    if (held_out.questions or held_out.pairs or held_out.tasks) and not engine.tokenizer.chat_template:
-        engine = _lend_template(engine, last_model)
-        result["notes"].append(f"it has no chat template; {last_model} lent its template and stop tokens")
-    if held_out.questions is not None:
-        questions, examples = held_out.questions, held_out.question_examples
-        order, judges = held_out.question_order[:limit], {"exact match": is_exact}
-        counts, answers = measure_answers(result, engine, questions, order, examples, judges, args)
+        measure_text(result, engine, held_out.documents, model.end_of_document, args)
+    if model.lender:
+        engine = lend_template(engine, model.lender)
+        result["notes"].append(
+            f"it has no chat template; the template and the stop tokens of {model.lender.name} were used"
+        )
+    if held_out.chat is not None:
+        counts, answers = measure_answers(result, engine, held_out.chat, {"exact match": is_exact}, model.limit, args)
         result["chat"] = counts["exact match"]
-        result["answers"] = [_example_answer(answers[index], questions[index], is_exact) for index in examples]
+        result["answers"] = _example_answers(held_out.chat, answers, is_exact)
     if held_out.pairs is not None:
         measure_preferences(result, engine, held_out.pairs, args)
-    if held_out.prompts:
-        measure_prompts(result, engine, held_out, limit, args)
-    if held_out.tasks:
-        measure_tasks(result, engine, held_out, limit, args)
+    if held_out.prompts is not None:
+        measure_prompts(result, engine, held_out.prompts, model.limit, args)
+    if held_out.tasks is not None:
+        measure_tasks(result, engine, held_out.tasks, model.limit, args)
     for note in result["notes"]:
-        print(f"  {name}: {note}", flush=True)
+        say(f"  {model.name}: {note}")
     result["seconds"] = round(time.monotonic() - started, 1)
     return result
 
 
-def measure_text(result: dict[str, Any], engine: Any, held_out: HeldOut, args: argparse.Namespace) -> None:
-    """Put perplexity, and what it is made of document by document, into `result["text"]`."""
+def measure_text(
+    result: dict[str, Any],
+    engine: "ChatEngine",
+    documents: Sequence[str],
+    end_of_document: str,
+    args: argparse.Namespace,
+) -> None:
+    """Put perplexity, and its parts for each document, into `result["text"]`."""
     from medicalgpt.data.encoding import encode_document
 
     name, tokenizer = result["name"], engine.tokenizer
-    end = tokenizer.get_vocab().get(held_out.end_of_document, tokenizer.eos_token_id)
+    end = tokenizer.get_vocab().get(end_of_document, tokenizer.eos_token_id)
     block_size = min(args.block_size, engine.context_length or args.block_size)
     encoded = [
         [
@@ -258,11 +212,11 @@ def measure_text(result: dict[str, Any], engine: Any, held_out: HeldOut, args: a
             for token in piece.input_ids
         ]
         + [end]
-        for text in held_out.documents
+        for text in documents
     ]
     pieces = sum(len(range(0, len(ids) - 1, block_size - 1)) for ids in encoded)
-    with Progress(f"{name}: perplexity, pieces of text", pieces) as progress:
-        scores = score_documents(engine.model, encoded, block_size, args.batch_size, progress.add)
+    with progress(f"{name}: perplexity, pieces of text", pieces) as step:
+        scores = score_documents(engine.model, encoded, block_size, args.batch_size, step.add)
     result["text"] = {
         "perplexity": perplexity(scores),
         "nll": sum(nll for nll, _ in scores),
@@ -273,97 +227,88 @@ def measure_text(result: dict[str, Any], engine: Any, held_out: HeldOut, args: a
     }
     if block_size < args.block_size:
         result["notes"].append(f"text was scored in blocks of {block_size} tokens, the model's context")
-    print(
+    say(
         f"  {name}: perplexity {result['text']['perplexity']:.4g} on {result['text']['tokens']:,} tokens of "
-        f"{len(scores):,} documents ({progress.seconds:.1f} s)",
-        flush=True,
+        f"{len(scores):,} documents ({step.seconds:.1f} s)"
     )
 
 
 def measure_answers(
     result: dict[str, Any],
-    engine: Any,
-    questions: Sequence[Question],
-    order: Sequence[int],
-    examples: Sequence[int],
+    engine: "ChatEngine",
+    asked: QuestionSet,
     judges: dict[str, Judge],
+    limit: int | None,
     args: argparse.Namespace,
     max_new_tokens: int | None = None,
-) -> tuple[dict[str, dict[str, Any]], dict[int, Any]]:
+) -> "tuple[dict[str, dict[str, Any]], dict[int, Answer | None]]":
     """Ask questions, each once; notes go into `result["notes"]`.
 
     Args:
-        order: indices of the questions that count.
-        examples: indices of further questions whose answers are needed.
         judges: by the name of what is counted.
-        max_new_tokens: unset: --max_new_tokens.
+        limit: maximum number of questions that count. The examples are asked in any case.
+        max_new_tokens: by default --max_new_tokens.
 
     Returns:
         The counts of each of `judges`; and the answers by the index of their question, None where it is too long.
     """
-    name, sampled, what = result["name"], sorted(order), " and ".join(judges)
-    asked = list(dict.fromkeys([*sampled, *examples]))
-    with Progress(f"{name}: {what}, answers", len(asked)) as progress:
+    name, questions, sampled, what = result["name"], asked.questions, sorted(asked.order[:limit]), " and ".join(judges)
+    indices = list(dict.fromkeys([*sampled, *asked.examples]))
+    with progress(f"{name}: {what}, answers", len(indices)) as step:
         replies = answer_questions(
             engine,
-            [questions[index] for index in asked],
+            [questions[index] for index in indices],
             max_new_tokens or args.max_new_tokens,
             args.batch_size,
-            progress,
+            step.add,
         )
-    answers = dict(zip(asked, replies, strict=True))
-    counted = [index for index in sampled if answers[index] is not None]
+    answers = dict(zip(indices, replies, strict=True))
+    counted = {index: answer for index in sampled if (answer := answers[index]) is not None}
     too_long = len(sampled) - len(counted)
     if too_long:
         result["notes"].append(f"{what}: {too_long} questions are longer than its context and were not counted")
     if len(sampled) < len(questions):
         result["notes"].append(f"{what}: asked {len(sampled):,} of {len(questions):,} questions (seed {args.seed})")
     scores = {
-        label: count_answers([questions[index] for index in counted], [answers[index] for index in counted], is_right)
-        for label, is_right in judges.items()
+        label: vars(count_answers([questions[index] for index in counted], list(counted.values()), judge))
+        for label, judge in judges.items()
     }
-    shares = ", ".join(f"{label} {_share(vars(score))}" for label, score in scores.items())
-    stopped = sum(answers[index].finish_reason == "stop" for index in counted)
-    print(
-        f"  {name}: {shares}, stopped by itself {stopped}/{len(counted)} ({progress.seconds:.1f} s)",
-        flush=True,
-    )
-    counts = {
-        label: {**vars(score), "asked": len(sampled), "prompt_too_long": too_long} for label, score in scores.items()
-    }
+    shares = ", ".join(f"{label} {_share(score)}" for label, score in scores.items())
+    stopped = sum(answer.finish_reason == "stop" for answer in counted.values())
+    say(f"  {name}: {shares}, stopped by itself {stopped}/{len(counted)} ({step.seconds:.1f} s)")
+    counts = {label: {**score, "asked": len(sampled), "prompt_too_long": too_long} for label, score in scores.items()}
     return counts, answers
 
 
 def measure_prompts(
-    result: dict[str, Any], engine: Any, held_out: HeldOut, limit: int | None, args: argparse.Namespace
+    result: dict[str, Any], engine: "ChatEngine", prompts: QuestionSet, limit: int | None, args: argparse.Namespace
 ) -> None:
     """Put the counts of good answers, those to the examples, and the text of all that count, into `result`."""
-    prompts, order, examples = held_out.prompts, held_out.prompt_order[:limit], held_out.prompt_examples
-    judges = {"good answers": is_good}
-    counts, answers = measure_answers(result, engine, prompts, order, examples, judges, args)
-    result["good"] = counts["good answers"] if any(prompt.required for prompt in prompts) else None
-    result["good_answers"] = [_example_answer(answers[index], prompts[index], is_good) for index in examples]
-    counted = {index: answers[index].text for index in order if answers[index] is not None}
-    result["prompt_answers"] = [counted.get(index) for index in range(len(prompts))]
+    counts, answers = measure_answers(result, engine, prompts, {"good answers": is_good}, limit, args)
+    result["good"] = counts["good answers"] if any(prompt.required for prompt in prompts.questions) else None
+    result["good_answers"] = _example_answers(prompts, answers, is_good)
+    texts: list[str | None] = [None] * len(prompts.questions)
+    for index in prompts.order[:limit]:
+        answer = answers[index]
+        texts[index] = None if answer is None else answer.text
+    result["prompt_answers"] = texts
 
 
 def measure_tasks(
-    result: dict[str, Any], engine: Any, held_out: HeldOut, limit: int | None, args: argparse.Namespace
+    result: dict[str, Any], engine: "ChatEngine", tasks: QuestionSet, limit: int | None, args: argparse.Namespace
 ) -> None:
-    """Put the counts of right answers and of right format, and the replies to the examples, into `result`."""
+    """Put the counts of correct answers and of correct format, and the replies to the examples, into `result`."""
     system_prompt, judges = task_rewards()
-    tasks = [_with_system_prompt(task, system_prompt) for task in held_out.tasks]
-    order, examples = held_out.task_order[:limit], held_out.task_examples
-    counts, answers = measure_answers(result, engine, tasks, order, examples, judges, args, args.task_max_new_tokens)
-    result["task"], result["task_format"] = counts["right answers"], counts["right format"]
-    is_right = judges["right answers"]
-    result["task_answers"] = [_example_answer(answers[index], tasks[index], is_right) for index in examples]
+    tasks = replace(tasks, questions=[_with_system_prompt(task, system_prompt) for task in tasks.questions])
+    counts, answers = measure_answers(result, engine, tasks, judges, limit, args, args.task_max_new_tokens)
+    result["task"], result["task_format"] = counts["correct answers"], counts["correct format"]
+    result["task_answers"] = _example_answers(tasks, answers, judges["correct answers"])
 
 
 def measure_preferences(
-    result: dict[str, Any], engine: Any, pairs: Sequence[PreferencePair], args: argparse.Namespace
+    result: dict[str, Any], engine: "ChatEngine", pairs: Sequence[PreferencePair], args: argparse.Namespace
 ) -> None:
-    """Put what `count_preferences` gives, and the number of pairs that are `too_long`, into `result["preference"]`."""
+    """Put the counts of `count_preferences`, and the number of pairs that are `too_long`, into the result."""
     from medicalgpt.models.templating import TemplateError
 
     name = result["name"]
@@ -372,18 +317,20 @@ def measure_preferences(
     except TemplateError as error:
         result["notes"].append(f"its pairs were not scored: {str(error).splitlines()[0]}")
         return
-    with Progress(f"{name}: preferences, answers", 2 * len(encoded)) as progress:
-        scores = score_pairs(engine.model, list(encoded.values()), args.batch_size, progress.add)
+    with progress(f"{name}: preferences, answers", 2 * len(encoded)) as step:
+        scores = score_pairs(engine.model, list(encoded.values()), args.batch_size, step.add)
     counts = count_preferences([pairs[index] for index in encoded], scores)
     too_long = len(pairs) - len(encoded)
     result["preference"] = {**counts, "too_long": too_long}
     if too_long:
         result["notes"].append(f"{too_long} pairs are longer than its context and were not counted")
-    print(f"  {name}: preference accuracy {_share(counts)} ({progress.seconds:.1f} s)", flush=True)
+    say(f"  {name}: preference accuracy {_share(counts)} ({step.seconds:.1f} s)")
 
 
-def encode_pairs(tokenizer: Any, pairs: Sequence[PreferencePair], max_length: int | None) -> dict[int, Any]:
-    """Return index -> `encoding.Pair`, of the pairs that fit into `max_length` tokens, as a stage would train on them.
+def encode_pairs(
+    tokenizer: "PreTrainedTokenizerBase", pairs: Sequence[PreferencePair], max_length: int | None
+) -> "dict[int, Pair]":
+    """Return the pairs that fit into `max_length` tokens by their index, encoded as for training.
 
     Raises:
         UserError: a pair that no stage could train on.
@@ -392,7 +339,7 @@ def encode_pairs(tokenizer: Any, pairs: Sequence[PreferencePair], max_length: in
     from medicalgpt.data.encoding import EncodingError, encode_preference
     from template import apply_template
 
-    # A template with markers writes the same text; answering goes on with the tokenizer as it was.
+    # A template with markers writes the same text; the engine keeps the tokenizer as it was.
     tokenizer = copy.deepcopy(tokenizer)
     apply_template(tokenizer)
     encoded = {}
@@ -406,34 +353,30 @@ def encode_pairs(tokenizer: Any, pairs: Sequence[PreferencePair], max_length: in
 
 
 def evaluate_reward_model(
-    path: str,
-    pairs: Sequence[PreferencePair],
-    prompts: Sequence[Question],
-    answers: dict[str, list[str | None]],
-    args: argparse.Namespace,
+    checkpoint: "Checkpoint", held_out: HeldOut, answers: dict[str, list[str | None]], args: argparse.Namespace
 ) -> dict[str, Any]:
-    """Return what `count_preferences` gives for the scores of a reward model, its path, and what it thinks of answers.
+    """Return what `count_preferences` returns for the scores of a reward model, its path, and its scores of answers.
 
     Args:
-        answers: by the name of a model its answers to `prompts`; None where it was not asked.
+        answers: by the name of a model its answers to the prompts; None where it was not asked.
 
     Returns:
-        In `models`, by name: `scores`, one for each of `prompts` or None; `mean`, None without scores; `total` of
+        In `models`, by name: `scores`, one for each of the prompts or None; `mean`, None without scores; `total` of
         them; and `not_scored`, answers that cannot be encoded, counted by reason.
 
     Raises:
-        UserError: it is no reward model, no pair fits into its context, or a score is no number.
+        UserError: it is not a reward model, no pair fits into its context, or a score is not a number.
     """
     from medicalgpt.data.encoding import EncodingError
     from medicalgpt.rewards.scoring import RewardScorer
 
-    started = time.monotonic()
-    scorer = RewardScorer.from_pretrained(path)
+    started, path, pairs = time.monotonic(), checkpoint.name, held_out.pairs
+    scorer = RewardScorer.from_checkpoint(checkpoint)
     fitting, sequences = [], []
     for pair in pairs:
         try:
             messages, tools = pair.row["messages"], pair.row["tools"]
-            both = [scorer.encode([*messages, pair.row[name]], tools) for name in ("chosen", "rejected")]
+            both = [scorer.encode([*messages, pair.row[side]], tools) for side in ("chosen", "rejected")]
         except EncodingError as error:
             if not error.too_long:
                 raise UserError(f"{pair.place}: {error.reason}. {error.remedy}.") from error
@@ -442,23 +385,21 @@ def evaluate_reward_model(
         sequences += both
     if not fitting:
         raise UserError(f"--reward_model {path}: no pair fits into its context.")
-    with Progress("reward model: answers of pairs", len(sequences)) as progress:
-        scores = scorer.score_ids(sequences, args.batch_size, progress.add)
+    with progress("reward model: answers of pairs", len(sequences)) as step:
+        scores = scorer.score_ids(sequences, args.batch_size, step.add)
     counts = count_preferences(fitting, list(zip(scores[::2], scores[1::2], strict=True)))
-    print(
-        f"  reward model: accuracy {_share(counts)}, margin {counts['margin']:.3g} ({progress.seconds:.1f} s)",
-        flush=True,
-    )
-    judged = {name: score_answers(scorer, name, prompts, texts, args) for name, texts in answers.items()}
+    say(f"  reward model: accuracy {_share(counts)}, margin {counts['margin']:.3g} ({step.seconds:.1f} s)")
+    prompts = held_out.prompts.questions
+    judged = {name: score_answers(scorer, name, prompts, texts, args.batch_size) for name, texts in answers.items()}
     seconds = round(time.monotonic() - started, 1)
     too_long = len(pairs) - len(fitting)
     return {"path": path, **counts, "too_long": too_long, "models": judged, "seconds": seconds}
 
 
 def score_answers(
-    scorer: Any, name: str, prompts: Sequence[Question], texts: Sequence[str | None], args: argparse.Namespace
+    scorer: "RewardScorer", name: str, prompts: Sequence[Question], texts: Sequence[str | None], batch_size: int
 ) -> dict[str, Any]:
-    """Return what a `RewardScorer` thinks of a model's answers; see `evaluate_reward_model`."""
+    """Return a reward model's scores of one model's answers; see `evaluate_reward_model`."""
     from medicalgpt.data.encoding import EncodingError
 
     encoded, not_scored = {}, {}
@@ -468,16 +409,16 @@ def score_answers(
         try:
             encoded[index] = scorer.encode([*prompt.messages, {"role": "assistant", "content": text}], prompt.tools)
         except EncodingError as error:
-            # What a model writes is no fault of the data.
+            # A model may write anything: that is not an error in the data.
             reason = "too long for the reward model" if error.too_long else error.reason
             not_scored[reason] = not_scored.get(reason, 0) + 1
-    with Progress(f"reward model: answers of {name}", len(encoded)) as progress:
-        numbers = scorer.score_ids(list(encoded.values()), args.batch_size, progress.add)
+    with progress(f"reward model: answers of {name}", len(encoded)) as step:
+        numbers = scorer.score_ids(list(encoded.values()), batch_size, step.add)
     scores = dict(zip(encoded, numbers, strict=True))
     mean = math.fsum(numbers) / len(numbers) if numbers else None
-    left = "".join(f", {count} not scored: {reason}" for reason, count in not_scored.items())
-    shown = f"mean score {mean:.3f} of {len(numbers)}" if numbers else "none of its"
-    print(f"  reward model: {name}: {shown} own answers{left} ({progress.seconds:.1f} s)", flush=True)
+    others = "".join(f", {count} not scored: {reason}" for reason, count in not_scored.items())
+    shown = f"mean score {mean:.3f} of {len(numbers)} answers" if numbers else "no answers scored"
+    say(f"  reward model: {name}: {shown}{others} ({step.seconds:.1f} s)")
     return {
         "mean": mean,
         "total": len(numbers),
@@ -491,17 +432,17 @@ def _share(counts: dict[str, Any]) -> str:
     return f"{counts['correct']}/{counts['total']}{share}"
 
 
-def _lend_template(engine: Any, lender: str) -> Any:
+def lend_template(engine: "ChatEngine", lender: "Checkpoint") -> "ChatEngine":
     """Return an engine with the chat template and the stop tokens of another checkpoint."""
-    from medicalgpt.models.loading import load_tokenizer
+    from medicalgpt.models.loading import checkpoint_tokenizer
     from medicalgpt.serving.chat import ChatEngine
 
     from transformers import GenerationConfig
 
-    tokenizer = load_tokenizer(lender)
+    tokenizer = checkpoint_tokenizer(lender)
     stop_ids = {tokenizer.eos_token_id}
-    if (Path(lender) / "generation_config.json").is_file():
-        ends = GenerationConfig.from_pretrained(lender).eos_token_id
+    if (Path(lender.name) / "generation_config.json").is_file():
+        ends = GenerationConfig.from_pretrained(lender.name).eos_token_id
         stop_ids.update(ends if isinstance(ends, list) else [ends])
     vocabulary = engine.tokenizer.get_vocab()
     names = tokenizer.convert_ids_to_tokens([end for end in stop_ids if end is not None])
@@ -519,33 +460,18 @@ def _with_system_prompt(task: Question, system_prompt: str) -> Question:
     return replace(task, messages=[{"role": "system", "content": system_prompt}, *task.messages])
 
 
-def _example_answer(answer: Any, question: Question, is_right: Judge) -> dict[str, Any]:
+def _example_answers(asked: QuestionSet, answers: "dict[int, Answer | None]", judge: Judge) -> list[dict[str, Any]]:
+    return [_example_answer(answers[index], asked.questions[index], judge) for index in asked.examples]
+
+
+def _example_answer(answer: "Answer | None", question: Question, judge: Judge) -> dict[str, Any]:
     if answer is None:
         return {"text": None, "finish_reason": "prompt too long", "correct": False}
     return {
         "text": answer.text,
         "finish_reason": answer.finish_reason,
-        "correct": bool(is_right(answer.text, question)),
+        "correct": bool(judge(answer.text, question)),
     }
-
-
-def _read_previous(file: Path) -> list[dict[str, Any]]:
-    try:
-        previous = json.loads(file.read_text(encoding="utf-8"))
-        if previous["format"] != FORMAT:
-            return []
-        return [*previous["models"], *previous["earlier"], *filter(None, [previous["reward"]])]
-    except FileNotFoundError:
-        return []
-    except (ValueError, KeyError, TypeError) as error:
-        print(f"{file} is not readable as earlier results ({error!r}); everything is measured again.", flush=True)
-        return []
-
-
-def _write_json(file: Path, value: dict[str, Any]) -> None:
-    # A run that is stopped leaves the earlier results whole.
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
 
 
 def _parse_models(values: Sequence[str]) -> dict[str, str]:
@@ -565,7 +491,7 @@ def _parse_models(values: Sequence[str]) -> dict[str, str]:
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)
 
 
@@ -582,38 +508,44 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", required=True, metavar="NAME=DIR", help="In the order of training.")
     parser.add_argument("--text_file_dir", help="Held-out text: a file, or a folder with files named validation*.")
     parser.add_argument("--chat_file", help="Held-out conversations; the last answer of each is the reference.")
-    parser.add_argument("--preference_file", help="Held-out pairs of a better and a worse answer.")
+    parser.add_argument("--preference_file", help="Held-out preference pairs.")
     parser.add_argument(
         "--reward_model",
         metavar="DIR",
-        help="A reward model: measured on --preference_file too, and scores the answers of --models to its prompts.",
+        help="A reward model: it is measured on --preference_file, and scores the answers of --models to its prompts.",
     )
-    parser.add_argument("--task_file", help="Held-out tasks with right answers, as grpo_training.py takes them.")
-    parser.add_argument("--output_file", required=True, type=Path, help="Where the results go, as JSON.")
+    parser.add_argument("--task_file", help="Held-out tasks with correct answers, in the format of grpo_training.py.")
+    parser.add_argument("--output_file", required=True, type=Path, help="Where to write the results, as JSON.")
     parser.add_argument(
         "--first_chat_model", metavar="NAME", help="The first of --models that was taught to answer; unset: the last."
     )
-    parser.add_argument("--max_chat_samples", type=_positive, help="Ask each model at most N questions of a file.")
+    parser.add_argument(
+        "--max_chat_samples", type=_positive, help="Maximum number of questions of a file that each model is asked."
+    )
     parser.add_argument(
         "--max_chat_samples_before",
         type=_positive,
         default=200,
-        help="Ask each model before --first_chat_model at most N questions of a file.",
+        help="The same for each model before --first_chat_model.",
     )
     parser.add_argument("--batch_size", type=_positive, default=64, help="It changes the speed, not the results.")
-    parser.add_argument("--max_new_tokens", type=_positive, default=96, help="Most tokens of one answer.")
+    parser.add_argument("--max_new_tokens", type=_positive, default=96, help="Maximum number of tokens of an answer.")
     parser.add_argument(
-        "--task_max_new_tokens", type=_positive, help="Most tokens of one reply to --task_file; unset: 256."
+        "--task_max_new_tokens",
+        type=_positive,
+        help="Maximum number of tokens of a reply to --task_file; unset: 256.",
     )
-    parser.add_argument("--block_size", type=_block_size, default=512, help="Most tokens of text scored at once.")
+    parser.add_argument(
+        "--block_size", type=_block_size, default=512, help="Maximum number of tokens of text scored at once."
+    )
     parser.add_argument(
         "--document_unit",
         choices=["auto", "line", "paragraph", "file"],
         default="auto",
-        help="What one document is in .txt and .md files; auto: a line of .txt, a whole .md.",
+        help="What one document is in .txt and .md files; auto: a line of .txt, an entire .md.",
     )
-    parser.add_argument("--ignore_fields", default="", help="Fields of a row that are not used, with commas.")
-    parser.add_argument("--examples", type=_positive, default=12, help="Questions whose answers are kept to be shown.")
+    parser.add_argument("--ignore_fields", default="", help="Fields of a row that are not used, separated by commas.")
+    parser.add_argument("--examples", type=_positive, default=12, help="Number of questions shown with their answers.")
     parser.add_argument("--seed", type=int, default=42, help="Chooses which questions are asked.")
     args = parser.parse_args()
     if not (args.text_file_dir or args.chat_file or args.preference_file or args.task_file):
@@ -626,201 +558,129 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def read_held_out(args: argparse.Namespace) -> tuple[HeldOut, dict[str, list[Path]], dict[str, int]]:
-    """Return what the flags name, without `end_of_document`; the files of each kind; and questions left out by reason.
+def resolve_models(paths: dict[str, str], held_out: HeldOut, args: argparse.Namespace) -> list[MeasuredModel]:
+    """Find the checkpoints, load their tokenizers, and decide what each model is asked.
 
     Raises:
-        UserError: something is missing, or rows cannot be measured.
+        UserError: a model is missing, or the last one has no chat template and something is to be asked.
     """
-    files: dict[str, list[Path]] = {"text": [], "chat": [], "preference": [], "task": []}
-    left_out: dict[str, int] = {}
-    found: dict[str, Any] = {}
-    if args.text_file_dir:
-        found["documents"], files["text"] = read_documents(args.text_file_dir, args.document_unit)
-        print(
-            f"held-out text: {len(found['documents']):,} documents in {', '.join(map(str, files['text']))}", flush=True
+    from medicalgpt.models.hub import Checkpoint
+    from medicalgpt.models.loading import checkpoint_tokenizer
+
+    checkpoints = {name: Checkpoint.resolve(path) for name, path in paths.items()}
+    tokenizers = {name: checkpoint_tokenizer(checkpoint) for name, checkpoint in checkpoints.items()}
+    names = list(paths)
+    last = names[-1]
+    if held_out.needs_template and not tokenizers[last].chat_template:
+        raise UserError(
+            f"the last model, {paths[last]}, has no chat template, so it cannot be asked questions. Give a model that "
+            "supervised_finetuning.py trained as the last one, or measure nothing but --text_file_dir."
         )
-    if args.chat_file:
-        questions, left_out = read_questions(args.chat_file, args.ignore_fields)
-        files["chat"] = sources.find_files(args.chat_file)
-        found |= {
-            "questions": questions,
-            "question_order": shuffled(len(questions), args.seed),
-            "question_examples": pick_examples(questions, args.examples),
-        }
-        skipped = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
-        print(
-            f"held-out questions: {len(questions):,} in {args.chat_file}"
-            + (f", left out: {skipped}" if skipped else ""),
-            flush=True,
+    models = []
+    for number, name in enumerate(names):
+        taught = number >= names.index(args.first_chat_model or last)
+        limits = (args.max_chat_samples, None if taught else args.max_chat_samples_before)
+        borrows = held_out.needs_template and not tokenizers[name].chat_template
+        models.append(
+            MeasuredModel(
+                name,
+                checkpoints[name],
+                limit=min(filter(None, limits), default=None),
+                lender=checkpoints[last] if borrows else None,
+                # A later stage may end its turns with another token; documents end with the one of pretraining.
+                end_of_document=tokenizers[names[0]].eos_token,
+            )
         )
-    if args.preference_file:
-        pairs, prompts = read_preferences(args.preference_file, args.ignore_fields)
-        telling = [prompt for prompt in prompts if prompt.required]
-        if not args.reward_model:
-            # Other answers could not be judged.
-            prompts = telling
-        files["preference"] = sources.find_files(args.preference_file)
-        found |= {
-            "pairs": pairs,
-            "prompts": prompts,
-            "prompt_order": shuffled(len(prompts), args.seed),
-            "prompt_examples": pick_examples(prompts, PROMPT_EXAMPLES),
-        }
-        print(
-            f"held-out preferences: {len(pairs):,} pairs in {args.preference_file}; {len(telling):,} prompts say "
-            "what a good answer holds",
-            flush=True,
-        )
-    if args.task_file:
-        tasks = read_tasks(args.task_file, args.ignore_fields)
-        files["task"] = sources.find_files(args.task_file)
-        found |= {
-            "tasks": tasks,
-            "task_order": shuffled(len(tasks), args.seed),
-            "task_examples": pick_examples(tasks, TASK_EXAMPLES),
-        }
-        print(f"held-out tasks: {len(tasks):,} in {args.task_file}", flush=True)
-    return HeldOut(**found), files, left_out
+    return models
 
 
-def _shown_question(question: Question) -> dict[str, Any]:
+def settings_of(model: MeasuredModel, held_out: HeldOut, args: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings on which the results of a model depend, for its fingerprint."""
     return {
-        "place": question.place,
-        "category": question.category,
-        "messages": question.messages,
-        "reference": question.reference,
-        **({"required": question.required} if question.required else {}),
+        "ignore_fields": args.ignore_fields,
+        "template_from": fingerprint_checkpoint(model.lender) if model.lender else None,
+        "block_size": args.block_size,
+        "document_unit": args.document_unit,
+        "end_of_document": model.end_of_document,
+        "max_new_tokens": args.max_new_tokens,
+        "seed": args.seed,
+        "limit": model.limit,
+        "examples": args.examples,
+        "prompts": len(held_out.prompts.questions) if held_out.prompts else 0,
+        "task_max_new_tokens": args.task_max_new_tokens,
     }
 
 
 def main() -> None:
     args = parse_arguments()
-    models = _parse_models(args.models)
-    names = list(models)
-    if args.first_chat_model is not None and args.first_chat_model not in models:
-        raise UserError(f"--first_chat_model {args.first_chat_model} is none of --models: {', '.join(names)}.")
+    paths = _parse_models(args.models)
+    if args.first_chat_model is not None and args.first_chat_model not in paths:
+        raise UserError(f"--first_chat_model {args.first_chat_model} is not one of --models: {', '.join(paths)}.")
     started = time.monotonic()
-    held_out, files, left_out = read_held_out(args)
-    questions, asks = held_out.questions, bool(held_out.questions or held_out.pairs or held_out.tasks)
+    held_out = read_held_out(
+        text_file_dir=args.text_file_dir,
+        chat_file=args.chat_file,
+        preference_file=args.preference_file,
+        task_file=args.task_file,
+        document_unit=args.document_unit,
+        ignore_fields=args.ignore_fields,
+        # Without a reward model only the answers to prompts with requirements can be judged.
+        all_prompts=args.reward_model is not None,
+        examples=args.examples,
+        seed=args.seed,
+    )
+    for line in held_out.summary():
+        say(line)
 
-    print("loading torch and transformers ...", flush=True)
-    from medicalgpt.models.loading import load_tokenizer
+    say("loading torch and transformers ...")
+    from medicalgpt.models.hub import Checkpoint
 
     import torch
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    tokenizers = {name: load_tokenizer(path) for name, path in models.items()}
-    last = names[-1]
-    if asks and not tokenizers[last].chat_template:
-        raise UserError(
-            f"the last model, {models[last]}, has no chat template, so it cannot be asked questions. Give a model that "
-            "supervised_finetuning.py trained as the last one, or measure nothing but --text_file_dir."
-        )
-    # A later stage may end its turns with another token; documents end with the one of pretraining for all models.
-    held_out = replace(held_out, end_of_document=next(iter(tokenizers.values())).eos_token)
-
-    previous = _read_previous(args.output_file)
-    evaluation: dict[str, Any] = {
-        "format": FORMAT,
-        "command": ["python", *sys.argv],
-        "text": {"files": list(map(str, files["text"])), "documents": len(held_out.documents)}
-        if held_out.documents
-        else None,
-        "chat": {
-            "file": args.chat_file,
-            "rows": len(questions) + sum(left_out.values()),
-            "used": len(questions),
-            "left_out": left_out,
-            "max_new_tokens": args.max_new_tokens,
-        }
-        if questions
-        else None,
-        "preference": {
-            "file": args.preference_file,
-            "pairs": len(held_out.pairs),
-            "prompts": len(held_out.prompts),
-            "max_new_tokens": args.max_new_tokens,
-        }
-        if held_out.pairs
-        else None,
-        "examples": [_shown_question(questions[index]) for index in held_out.question_examples],
-        "prompt_examples": [_shown_question(held_out.prompts[index]) for index in held_out.prompt_examples],
-        "task": {
-            "file": args.task_file,
-            "tasks": len(held_out.tasks),
-            "max_new_tokens": args.task_max_new_tokens,
-        }
-        if held_out.tasks
-        else None,
-        "task_examples": [_shown_question(held_out.tasks[index]) for index in held_out.task_examples],
-        "models": [],
-        "reward": None,
-        "versions": {
-            "python": sys.version.split()[0],
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+    models = resolve_models(paths, held_out, args)
+    versions = {
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
     }
+    description = {
+        "command": ["python", *sys.argv],
+        **held_out.describe(args.max_new_tokens, args.task_max_new_tokens),
+        "versions": versions,
+    }
+    inputs = {
+        # Results of other code are not reused.
+        "code": code_version("eval_pipeline"),
+        "versions": versions,
+        "files": {kind: fingerprint_files(files) for kind, files in held_out.files.items()},
+    }
+    results = ResultsFile(args.output_file, list(paths), inputs)
 
-    def fingerprint(path: str, **settings: Any) -> dict[str, Any] | None:
-        checkpoint = fingerprint_checkpoint(path)
-        return checkpoint and {
-            # Results of other code are not reused.
-            "code": code_version("eval_pipeline"),
-            "versions": evaluation["versions"],
-            "checkpoint": checkpoint,
-            "files": {kind: fingerprint_files(paths) for kind, paths in files.items()},
-            "settings": {"ignore_fields": args.ignore_fields, **settings},
-        }
-
-    def reused(mark: dict[str, Any] | None, name: str) -> dict[str, Any] | None:
-        kept = next((result for result in previous if mark and result.get("fingerprint") == mark), None)
+    def reused(fingerprint: dict[str, Any] | None, name: str) -> dict[str, Any] | None:
+        kept = results.find(fingerprint)
         if kept:
-            print(
-                f"  {name}: weights, data and settings are unchanged; results of {args.output_file} reused", flush=True
-            )
+            say(f"  {name}: weights, data and settings are unchanged; results of {args.output_file} reused")
         return kept
 
-    def write() -> None:
-        # Earlier results of models still to come are kept apart, so that an evaluation that is stopped loses none.
-        waiting = names[len(evaluation["models"]) :] + ([] if evaluation["reward"] else [REWARD])
-        earlier = [result for result in previous if result["name"] in waiting]
-        _write_json(args.output_file, {**evaluation, "earlier": earlier})
-
-    for name, path in models.items():
-        answers_all = names.index(name) >= names.index(args.first_chat_model or last)
-        limits = (args.max_chat_samples, None if answers_all else args.max_chat_samples_before)
-        limit = min(filter(None, limits), default=None)
-        mark = fingerprint(
-            path,
-            template_from=fingerprint_checkpoint(models[last]) if asks and not tokenizers[name].chat_template else None,
-            block_size=args.block_size,
-            document_unit=args.document_unit,
-            end_of_document=held_out.end_of_document,
-            max_new_tokens=args.max_new_tokens,
-            seed=args.seed,
-            limit=limit,
-            examples=args.examples,
-            prompts=len(held_out.prompts),
-            task_max_new_tokens=args.task_max_new_tokens,
-        )
-        print(f"{name} ({path})", flush=True)
-        result = reused(mark, name) or evaluate_model(name, path, held_out, limit, models[last], args)
-        evaluation["models"].append({**result, "name": name, "fingerprint": mark})
-        write()
+    for model in models:
+        fingerprint = results.fingerprint(model.checkpoint, settings_of(model, held_out, args))
+        say(f"{model.name} ({model.checkpoint.name})")
+        result = reused(fingerprint, model.name) or evaluate_model(model, held_out, args)
+        results.models.append({**result, "name": model.name, "fingerprint": fingerprint})
+        results.write(description)
     if args.reward_model:
-        answers = {result["name"]: result["prompt_answers"] for result in evaluation["models"]}
+        checkpoint = Checkpoint.resolve(args.reward_model)
+        answers = {result["name"]: result["prompt_answers"] for result in results.models}
         digest = hashlib.sha256(json.dumps(answers).encode()).hexdigest()
-        mark = fingerprint(args.reward_model, reward=True, answers=digest)
-        print(f"reward model ({args.reward_model})", flush=True)
-        result = reused(mark, "reward model") or evaluate_reward_model(
-            args.reward_model, held_out.pairs, held_out.prompts, answers, args
-        )
-        evaluation["reward"] = {**result, "name": REWARD, "fingerprint": mark}
-        write()
-    print(f"results: {args.output_file} ({time.monotonic() - started:.0f} s)", flush=True)
+        settings = {"ignore_fields": args.ignore_fields, "reward": True, "answers": digest}
+        fingerprint = results.fingerprint(checkpoint, settings)
+        say(f"reward model ({args.reward_model})")
+        result = reused(fingerprint, "reward model") or evaluate_reward_model(checkpoint, held_out, answers, args)
+        results.reward = {**result, "name": REWARD, "fingerprint": fingerprint}
+        results.write(description)
+    say(f"results: {args.output_file} ({time.monotonic() - started:.0f} s)")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,11 @@ Which process this is follows from the variables that torchrun and accelerate se
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 from loguru import logger
 
@@ -76,3 +79,33 @@ def heartbeat(
     finally:
         done.set()
         thread.join()
+
+
+@dataclass
+class Progress:
+    """How far a long step has come; as text, with an estimate of the time that is left."""
+
+    label: str
+    total: int
+    done: int = 0
+    started: float = field(default_factory=time.monotonic)
+
+    def add(self, count: int) -> None:
+        self.done += count
+
+    @property
+    def seconds(self) -> float:
+        """Time since the start."""
+        return time.monotonic() - self.started
+
+    def __str__(self) -> str:
+        left = f", about {self.seconds / self.done * (self.total - self.done):.0f} s left" if self.done else ""
+        return f"{self.label}: {self.done}/{self.total} after {self.seconds:.0f} s{left}"
+
+
+@contextmanager
+def progress(label: str, total: int, **options: Any) -> Iterator[Progress]:
+    """A `heartbeat` that writes how far the block has come. `options` are those of `heartbeat`."""
+    step = Progress(label, total)
+    with heartbeat(lambda: str(step), **options):
+        yield step

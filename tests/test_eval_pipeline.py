@@ -1,6 +1,5 @@
 """eval_pipeline.py: perplexity and pairs against direct computation, counts of answers, reuse of earlier results."""
 
-import argparse
 import json
 import math
 import os
@@ -11,10 +10,10 @@ import time
 from pathlib import Path
 
 import eval_pipeline
-from eval_pipeline import Progress, score_answers, task_rewards
+from eval_pipeline import score_answers, task_rewards
 from medicalgpt.data.encoding import Pair
 from medicalgpt.errors import UserError
-from medicalgpt.evaluation import measures
+from medicalgpt.evaluation import measures, results
 from medicalgpt.evaluation.held_out import (
     PreferencePair,
     Question,
@@ -33,6 +32,7 @@ from medicalgpt.evaluation.measures import (
     score_documents,
     score_pairs,
 )
+from medicalgpt.models import hub
 from medicalgpt.rewards import rewards
 from medicalgpt.rewards.scoring import RewardScorer
 from medicalgpt.serving.generation import Answer
@@ -48,7 +48,7 @@ TEXTS = ["头痛要休息。", "Drink enough water every day.", "发烧看医生
 
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory):
-    """A tiny model that knows the answers of KNOWN by heart."""
+    """A tiny model that has memorized the answers of KNOWN."""
     return make_tiny(tmp_path_factory.mktemp("models") / "sft", answers=KNOWN)
 
 
@@ -224,7 +224,7 @@ def test_prompts_of_preferences_are_asked_once(tmp_path):
 @pytest.mark.parametrize("required", ["120", ["120"], [[]], [[120]], {"a": ["b"]}])
 def test_requirements_of_another_form_are_refused(tmp_path, required):
     file = write_rows(tmp_path / "validation.jsonl", [pair_row("q"), pair_row("q", required=required)])
-    with pytest.raises(UserError, match=r"validation\.jsonl:2: `meta\.required` is no list of groups"):
+    with pytest.raises(UserError, match=r"validation\.jsonl:2: `meta\.required` is not a list of groups"):
         read_preferences(str(file))
 
 
@@ -330,7 +330,7 @@ def test_tasks_without_an_answer_are_named(tmp_path):
         (task_row("?", "B", "choice"), "<think>想</think><answer>选B</answer>", True, True),
         (task_row("?", "B", "choice"), "<think>想</think><answer>C</answer>", False, True),
         (task_row("?", "2.5 mL", "number"), "<think>a\nb</think>\n<answer>2.5毫升</answer>", True, True),
-        # Half of a reward is not right: the unit is missing, and the thinking.
+        # Half of a reward is not correct: the unit is missing, and the thinking.
         (task_row("?", "2.5 mL", "number"), "<answer>2.5</answer>", False, False),
         (task_row("?", "B", "choice"), "B", False, False),
     ],
@@ -339,14 +339,14 @@ def test_replies_to_tasks_are_judged_by_the_rewards_of_grpo(tmp_path, task, repl
     (asked,) = read_tasks(str(write_rows(tmp_path / "tasks.jsonl", [task])))
     _, judges = task_rewards()
     assert {name: judge(reply, asked) for name, judge in judges.items()} == {
-        "right answers": right,
-        "right format": formed,
+        "correct answers": right,
+        "correct format": formed,
     }
 
 
 def test_held_out_text_is_found_by_its_name(tmp_path):
     (tmp_path / "train.txt").write_text("never read\n", encoding="utf-8")
-    with pytest.raises(UserError, match="holds no held-out file"):
+    with pytest.raises(UserError, match="has no held-out file"):
         read_documents(str(tmp_path), "auto")
     (tmp_path / "validation_zh.txt").write_text("文一\n\n文二\n", encoding="utf-8")
     write_rows(tmp_path / "validation.jsonl", [{"text": "three"}])
@@ -447,7 +447,7 @@ def test_results_of_a_stopped_evaluation_are_kept(workplace, monkeypatch, tmp_pa
     workplace()
     os.utime("base/model.safetensors", (1, 1))
     evaluate = eval_pipeline.evaluate_model
-    monkeypatch.setattr(eval_pipeline, "fingerprint_checkpoint", stop_at("sft", eval_pipeline.fingerprint_checkpoint))
+    monkeypatch.setattr(results, "fingerprint_checkpoint", stop_at("sft", results.fingerprint_checkpoint))
     with pytest.raises(KeyboardInterrupt):
         workplace()
     stopped = json.loads((tmp_path / "out" / "eval.json").read_text(encoding="utf-8"))
@@ -460,10 +460,10 @@ def test_results_of_a_stopped_evaluation_are_kept(workplace, monkeypatch, tmp_pa
 
 
 def stop_at(name, function):
-    def stopping(folder):
-        if folder == name:
+    def stopping(checkpoint):
+        if checkpoint.name == name:
             raise KeyboardInterrupt
-        return function(folder)
+        return function(checkpoint)
 
     return stopping
 
@@ -471,7 +471,8 @@ def stop_at(name, function):
 def test_a_model_without_template_borrows_the_last_one(workplace):
     os.remove("base/chat_template.jinja")
     results, printed = workplace()
-    assert "sft lent its template" in printed and "sft lent its template" in results["models"][0]["notes"][0]
+    lent = "the template and the stop tokens of sft were used"
+    assert f"base: it has no chat template; {lent}" in printed and lent in results["models"][0]["notes"][0]
     assert results["models"][0]["chat"]["total"] == 3
     # The lender's template is part of what was measured.
     with open("sft/chat_template.jinja", "a", encoding="utf-8") as file:
@@ -574,7 +575,7 @@ def test_the_first_model_that_answers_is_asked_all(workplace, preferences):
     assert [model["chat"]["total"] for model in results["models"]] == [2, 3, 3]
     results, _ = workplace(*flags, models=models)
     assert [model["chat"]["total"] for model in results["models"]] == [2, 2, 3]
-    with pytest.raises(UserError, match="--first_chat_model stf is none of --models: base, sft, dpo"):
+    with pytest.raises(UserError, match="--first_chat_model stf is not one of --models: base, sft, dpo"):
         workplace("--first_chat_model", "stf", models=models)
 
 
@@ -636,9 +637,9 @@ def test_a_reward_model_scores_what_each_model_answers(workplace, preferences, r
             assert score == pytest.approx(logits.item(), rel=1e-4, abs=1e-5)
         assert (found["total"], found["not_scored"]) == (2, {})
         assert found["mean"] == pytest.approx(sum(found["scores"]) / 2)
-        assert f"reward model: {model['name']}: mean score {found['mean']:.3f} of 2 own answers" in printed
+        assert f"reward model: {model['name']}: mean score {found['mean']:.3f} of 2 answers" in printed
 
-    # Other answers are scored anew, and the same ones are not.
+    # Other answers are scored, and the same ones are not scored again.
     results, printed = workplace(*flags, "--max_new_tokens", "2")
     assert "reused" not in printed and results["reward"]["models"]["sft"]["scores"] != found["scores"]
     results, printed = workplace(*flags, "--max_new_tokens", "2", "--max_chat_samples_before", "1")
@@ -650,14 +651,12 @@ def test_a_reward_model_scores_what_each_model_answers(workplace, preferences, r
 def test_answers_that_cannot_be_scored_are_counted(workplace, reward_model):
     prompts = [question("zh", place=f"f:{number}") for number in range(4)]
     scorer = RewardScorer.from_pretrained("rm")
-    found = score_answers(
-        scorer, "sft", prompts, ["yes", None, "x" * 600, "a<|im_end|>b"], argparse.Namespace(batch_size=2)
-    )
+    found = score_answers(scorer, "sft", prompts, ["yes", None, "x" * 600, "a<|im_end|>b"], 2)
     assert [score is None for score in found["scores"]] == [False, True, True, True]
     assert (found["total"], found["mean"]) == (1, pytest.approx(found["scores"][0]))
     assert found["not_scored"].pop("too long for the reward model") == 1
     assert list(found["not_scored"].values()) == [1]
-    nothing = score_answers(scorer, "base", prompts, [None] * 4, argparse.Namespace(batch_size=2))
+    nothing = score_answers(scorer, "base", prompts, [None] * 4, 2)
     assert (nothing["mean"], nothing["total"]) == (None, 0)
 
 
@@ -675,7 +674,7 @@ REPLIES = {
 
 @pytest.fixture
 def tasks(workplace, monkeypatch):
-    """Tasks, and in the folder grpo a model that knows REPLIES by heart if it is asked with the system prompt."""
+    """Tasks, and in the folder grpo a model that has memorized REPLIES to prompts with the system prompt."""
     monkeypatch.setattr(rewards, "SYSTEM_PROMPT", "Think.")
     tokenizer = AutoTokenizer.from_pretrained("base")
     model = AutoModelForCausalLM.from_pretrained("base", dtype=torch.float32)
@@ -722,7 +721,7 @@ def test_tasks_are_measured(workplace, tasks):
     assert [answer["correct"] for answer in grpo["task_answers"]] == [True, False, True]
     assert results["task"] == {"file": tasks, "tasks": 3, "max_new_tokens": 80}
     assert [example["messages"][0]["role"] for example in results["task_examples"]] == ["user"] * 3
-    assert "grpo: right answers 2/3 (66.7%), right format 2/3 (66.7%), stopped by itself 3/3" in printed
+    assert "grpo: correct answers 2/3 (66.7%), correct format 2/3 (66.7%), stopped by itself 3/3" in printed
 
     _, printed = workplace(*flags, models=models)
     assert printed.count("reused") == 2
@@ -743,7 +742,10 @@ def test_one_kind_of_measurement_alone(tmp_path, learned, monkeypatch, kind, fla
     out = tmp_path / "eval.json"
     command = ["eval_pipeline.py", "--models", f"m={learned}", "--output_file", str(out), flag, str(places[kind])]
     monkeypatch.setattr(sys, "argv", command)
+    resolve, resolved = hub.resolve_checkpoint, []
+    monkeypatch.setattr(hub, "resolve_checkpoint", lambda name: resolved.append(name) or resolve(name))
     eval_pipeline.main()
+    assert resolved == [learned]
     results = json.loads(out.read_text(encoding="utf-8"))
     assert [name for name in ("text", "chat") if results[name]] == [kind]
     assert [name for name in ("text", "chat") if results["models"][0][name]] == [kind]
@@ -780,8 +782,8 @@ def test_flags_that_cannot_be_are_refused(workplace, flags):
 
 
 def test_a_long_step_has_a_heartbeat(capsys):
-    with Progress("sft: answers", 10, every=0.05) as progress:
-        progress.add(4)
+    with eval_pipeline.progress("sft: answers", 10, seconds=0.05) as step:
+        step.add(4)
         time.sleep(0.3)
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) >= 2 and all("sft: answers: 4/10 after" in line and "left" in line for line in lines)
+    assert len(lines) >= 2 and all(line.startswith("  sft: answers: 4/10 after") and "left" in line for line in lines)

@@ -1,4 +1,4 @@
-"""medicalgpt/plots.py: reading a run, loss.png and the inline SVG chart."""
+"""medicalgpt/training/plots.py: reading a run, loss.png and the inline SVG chart."""
 
 import json
 import math
@@ -86,11 +86,11 @@ def test_loss_png_is_written(tmp_path, events):
     assert path.name == "loss.png" and path.read_bytes().startswith(b"\x89PNG")
 
 
-def test_svg_points_stand_at_their_values():
+def test_svg_points_are_drawn_at_their_values():
     data = [(0, 8.5), (50, 4.25), (100, 3.0), (150, 2.75)]
     svg = svg_curve({"train loss": data}, "pt")
     to_x, to_y = scale(classed(svg, "x-tick"), "x"), scale(classed(svg, "y-tick"), "y")
-    # A tick's text stands 4 units below its line, so its baseline reads as the line does when shifted by 4.
+    # The text of a tick is 4 units below its line, so its baseline reads as the line does when shifted by 4.
     (line,) = polylines(svg)
     assert [(to_x(x), to_y(y + 4)) for x, y in line] == [pytest.approx(point, abs=0.02) for point in data]
 

@@ -84,7 +84,7 @@ def make_evaluation():
 
 
 def pair_counts(**categories):
-    """Counts of (right, total, margin) by category."""
+    """Counts of (correct, total, margin) by category."""
     by_category = {name: {"correct": c, "total": t, "margin": m} for name, (c, t, m) in categories.items()}
     correct, total = (sum(counts[key] for counts in by_category.values()) for key in ("correct", "total"))
     return {"correct": correct, "total": total, "margin": 0.5, "too_long": 0, "by_category": by_category}
@@ -123,7 +123,7 @@ def scored(*scores, not_scored=None):
 
 
 def with_reinforcement(evaluation):
-    """The same models after PPO and GRPO were measured: own answers scored, tasks replied to."""
+    """The same models after PPO and GRPO were measured: answers scored, tasks replied to."""
     base, sft, ppo = (evaluation["models"][index] for index in (0, 2, 2))
     ppo = {**ppo, "name": "ppo", "path": "outputs/ppo-merged"}
     for model, right, formed in ((base, 0, 0), (sft, 20, 30), (ppo, 150, 200)):
@@ -343,7 +343,7 @@ def test_page_shows_samples_of_the_run(tmp_path, report):
 def test_page_points_at_rows_that_are_not_accounted_for(report):
     data = [{"file": "a.jsonl", "rows": 10, "used": 7, "left_out": {"too long": 2}, "sha256": "0"}]
     page, _ = report(data=data)
-    assert "used and left out do not add up" in page
+    assert "used and skipped do not add up" in page
 
 
 def test_page_points_at_a_run_that_did_not_finish(report):
@@ -355,7 +355,7 @@ def test_preferences_are_rows_of_the_table():
     evaluation = with_preferences(make_evaluation())
     lines = terminal_summary(evaluation["models"], evaluation["reward"]).splitlines()
     cells = {line.split("  ")[0]: re.split(r" {2,}", line)[1:] for line in lines}
-    assert cells["prefers the chosen answer (held-out pairs)"] == ["-", "-", "100/200 (50.0%)", "178/200 (89.0%)"]
+    assert cells["preference accuracy (held-out pairs)"] == ["-", "-", "100/200 (50.0%)", "178/200 (89.0%)"]
     assert cells["good answers"] == ["-", "-", "2/150 (1.3%)", "140/150 (93.3%)"]
     assert "good answers, sft -> dpo: higher" in lines
     assert "exact match (held-out phrasings), sft -> dpo: no measurable change" in lines
@@ -372,7 +372,7 @@ def test_page_shows_preferences(report):
         "✓ good",
         "98/100 (98.0%)",
         "92/100 (92.0%) margin 1.250",
-        "reward model: ranks held-out pairs right 96.0%",
+        "reward model accuracy (held-out pairs) 96.0%",
     ):
         assert expected in text
     assert text.count("✓ good") == 1 and len(page.encode()) < 100_000
@@ -403,26 +403,26 @@ def test_scores_are_compared_prompt_by_prompt():
     assert compare_scores(scored(-7.0, -1.1, 4.0, 7.9, 2.0), scored(*before)).text == "lower"
     assert compare_scores(scored(*before), scored(-7.0, -3.1, 5.0, 6.0, 2.0)).text == SAME
     assert compare_scores(scored(*before), scored(*before)).text == SAME
-    # One prompt in common says nothing about noise, whatever was scored beside it.
+    # One prompt in common says nothing about noise, whatever else was scored.
     assert compare_scores(scored(1.0, None, 3.0), scored(9.0, 9.0, None)) is None
 
 
-def test_own_answers_and_tasks_are_rows_of_the_table():
+def test_scored_answers_and_tasks_are_rows_of_the_table():
     evaluation = with_reinforcement(make_evaluation())
     lines = terminal_summary(evaluation["models"], evaluation["reward"]).splitlines()
     cells = {line.split("  ")[0]: re.split(r" {2,}", line)[1:] for line in lines if not line.startswith(" ")}
-    assert cells["reward model's score of own answers"] == ["-4.500", "0.1250", "2.175"]
-    assert cells["right answers (held-out tasks)"] == ["0/200 (0.0%)", "20/200 (10.0%)", "150/200 (75.0%)"]
-    assert cells["right format (held-out tasks)"] == ["0/200 (0.0%)", "30/200 (15.0%)", "200/200 (100.0%)"]
-    at = lines.index(next(line for line in lines if line.startswith("right answers (held-out tasks) ")))
+    assert cells["reward model score (greedy answers)"] == ["-4.500", "0.1250", "2.175"]
+    assert cells["correct answers (held-out tasks)"] == ["0/200 (0.0%)", "20/200 (10.0%)", "150/200 (75.0%)"]
+    assert cells["correct format (held-out tasks)"] == ["0/200 (0.0%)", "30/200 (15.0%)", "200/200 (100.0%)"]
+    at = lines.index(next(line for line in lines if line.startswith("correct answers (held-out tasks) ")))
     assert re.split(r" {2,}", lines[at + 1])[1:] == ["choice", "0/100 (0.0%)", "10/100 (10.0%)", "75/100 (75.0%)"]
     assert lines[at + 2].startswith("  number")
-    assert "reward model's score of own answers, base -> sft: higher" in lines
-    assert "reward model's score of own answers, sft -> ppo: higher" in lines
-    assert "right answers (held-out tasks), sft -> ppo: higher" in lines
+    assert "reward model score (greedy answers), base -> sft: higher" in lines
+    assert "reward model score (greedy answers), sft -> ppo: higher" in lines
+    assert "correct answers (held-out tasks), sft -> ppo: higher" in lines
 
 
-def test_page_shows_own_answers_and_tasks(report):
+def test_page_shows_scored_answers_and_tasks(report):
     page, _ = report(evaluation=with_reinforcement(make_evaluation()))
     text = " ".join(" ".join(Elements(page).text).split())
     for expected in (
@@ -430,15 +430,15 @@ def test_page_shows_own_answers_and_tasks(report):
         "± 0.3750, 4 answers",
         "± 0.5000, 2 answers",
         "base: 1 of its answers were not scored: too long for the reward model",
-        "Tasks: right answers by type",
-        "Tasks: right format by type",
+        "Tasks: correct answers by type",
+        "Tasks: correct format by type",
         "体重20公斤，每公斤5毫克，共多少？",
         "<think>150</think><answer>B</answer>",
     ):
         assert expected in text
-    assert text.count("✓ right") == 1
+    assert text.count("✓ correct") == 1
     plain, _ = report()
-    assert "own answers" not in plain and "Tasks" not in plain
+    assert "reward model score" not in plain and "Tasks" not in plain
 
 
 def write_events(folder, events):

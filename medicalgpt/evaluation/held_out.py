@@ -2,25 +2,31 @@
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from medicalgpt.data import formats, sources
 from medicalgpt.errors import UserError
 
-# Prompts of preferences, and tasks, whose answers are kept to be shown.
+# Preference prompts and tasks whose answers are shown.
 PROMPT_EXAMPLES = 8
 TASK_EXAMPLES = 6
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class Question:
     """One chat row: the turns up to the last answer, and that answer.
 
-    `required` is set for prompts of preferences: a good answer holds at least one string of each of these groups.
-    `columns` is set for tasks: what rewards judge a reply by.
+    Attributes:
+        place: file and line, for messages.
+        category: what it is counted under.
+        reference: the answer in the row.
+        required: of a preference prompt, groups of strings; a good answer contains at least one of each group.
+        columns: of a task, what rewards judge a reply by.
     """
 
     place: str
@@ -33,8 +39,42 @@ class Question:
 
 
 @dataclass(frozen=True)
+class QuestionSet:
+    """Questions of one kind.
+
+    Attributes:
+        order: indices of all questions, shuffled. It is the same for all models: one with a limit is asked the first.
+        examples: indices of the questions whose answers are shown.
+    """
+
+    questions: list[Question]
+    order: list[int]
+    examples: list[int]
+
+    @classmethod
+    def choose(cls, questions: list[Question], examples: int, seed: int) -> "QuestionSet":
+        """Shuffle by `seed`, and pick at most this many examples."""
+        order = list(range(len(questions)))
+        random.Random(seed).shuffle(order)
+        return cls(questions, order, pick_examples(questions, examples))
+
+    def describe_examples(self) -> list[dict[str, Any]]:
+        """What a report shows of the examples."""
+        return [
+            {
+                "place": question.place,
+                "category": question.category,
+                "messages": question.messages,
+                "reference": question.reference,
+                **({"required": question.required} if question.required else {}),
+            }
+            for question in (self.questions[index] for index in self.examples)
+        ]
+
+
+@dataclass(frozen=True)
 class PreferencePair:
-    """One row of preferences, as `data.to_preference` gives it."""
+    """One row of preferences, as `formats.to_preference` returns it."""
 
     place: str
     category: str
@@ -43,20 +83,113 @@ class PreferencePair:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What the models are measured on. The lists of indices say what is asked first and whose answers are kept."""
+    """What the models are measured on; None for a kind that is not measured.
+
+    Attributes:
+        chat: questions whose answers are compared with the reference.
+        skipped: rows of the chat file that cannot be compared, counted by reason.
+        prompts: those of the preference pairs, each once.
+        places: the file or folder that was given for each kind: `text`, `chat`, `preference` and `task`.
+        files: the files of each kind.
+    """
 
     documents: list[str] | None = None
-    end_of_document: str | None = None
-    questions: list[Question] | None = None
-    question_order: list[int] = field(default_factory=list)
-    question_examples: list[int] = field(default_factory=list)
+    chat: QuestionSet | None = None
+    skipped: dict[str, int] = field(default_factory=dict)
     pairs: list[PreferencePair] | None = None
-    prompts: list[Question] = field(default_factory=list)
-    prompt_order: list[int] = field(default_factory=list)
-    prompt_examples: list[int] = field(default_factory=list)
-    tasks: list[Question] | None = None
-    task_order: list[int] = field(default_factory=list)
-    task_examples: list[int] = field(default_factory=list)
+    prompts: QuestionSet | None = None
+    tasks: QuestionSet | None = None
+    places: dict[str, str] = field(default_factory=dict)
+    files: dict[str, list[Path]] = field(default_factory=dict)
+
+    @property
+    def needs_template(self) -> bool:
+        """Whether models are asked something, or score conversations."""
+        return bool(self.chat or self.pairs or self.tasks)
+
+    def summary(self) -> Iterator[str]:
+        """Yield a line about each kind."""
+        if self.documents:
+            yield f"held-out text: {len(self.documents):,} documents in {', '.join(map(str, self.files['text']))}"
+        if self.chat:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in self.skipped.items())
+            skipped = f", skipped: {reasons}" if reasons else ""
+            yield f"held-out questions: {len(self.chat.questions):,} in {self.places['chat']}{skipped}"
+        if self.pairs:
+            required = sum(bool(prompt.required) for prompt in self.prompts.questions) if self.prompts else 0
+            yield (
+                f"held-out preferences: {len(self.pairs):,} pairs in {self.places['preference']}; {required:,} prompts "
+                "say what a good answer contains"
+            )
+        if self.tasks:
+            yield f"held-out tasks: {len(self.tasks.questions):,} in {self.places['task']}"
+
+    def describe(self, max_new_tokens: int, task_max_new_tokens: int) -> dict[str, Any]:
+        """Return what a file of results says about the data; the arguments are the limits of the answers."""
+        text = chat = preference = task = None
+        if self.documents:
+            text = {"files": list(map(str, self.files["text"])), "documents": len(self.documents)}
+        if self.chat:
+            used = len(self.chat.questions)
+            rows = used + sum(self.skipped.values())
+            chat = {"file": self.places["chat"], "rows": rows, "used": used, "left_out": self.skipped}
+            chat["max_new_tokens"] = max_new_tokens
+        if self.pairs:
+            prompts = len(self.prompts.questions) if self.prompts else 0
+            preference = {"file": self.places["preference"], "pairs": len(self.pairs), "prompts": prompts}
+            preference["max_new_tokens"] = max_new_tokens
+        if self.tasks:
+            task = {"file": self.places["task"], "tasks": len(self.tasks.questions)}
+            task["max_new_tokens"] = task_max_new_tokens
+        return {
+            "text": text,
+            "chat": chat,
+            "preference": preference,
+            "task": task,
+            "examples": self.chat.describe_examples() if self.chat else [],
+            "prompt_examples": self.prompts.describe_examples() if self.prompts else [],
+            "task_examples": self.tasks.describe_examples() if self.tasks else [],
+        }
+
+
+def read_held_out(
+    *,
+    text_file_dir: str | None = None,
+    chat_file: str | None = None,
+    preference_file: str | None = None,
+    task_file: str | None = None,
+    document_unit: str = "auto",
+    ignore_fields: str = "",
+    all_prompts: bool = False,
+    examples: int = 12,
+    seed: int = 42,
+) -> HeldOut:
+    """Read what is given; see the functions below for each kind.
+
+    Args:
+        all_prompts: ask all prompts of the preference file; by default those that say what a good answer contains.
+        examples: maximum number of questions of the chat file whose answers are shown.
+        seed: shuffles the questions.
+
+    Raises:
+        UserError: something is missing, or rows cannot be measured.
+    """
+    given = {"text": text_file_dir, "chat": chat_file, "preference": preference_file, "task": task_file}
+    places = {kind: place for kind, place in given.items() if place}
+    files = {kind: sources.find_files(place) for kind, place in places.items() if kind != "text"}
+    found: dict[str, Any] = {}
+    if text_file_dir:
+        found["documents"], files["text"] = read_documents(text_file_dir, document_unit)
+    if chat_file:
+        questions, found["skipped"] = read_questions(chat_file, ignore_fields)
+        found["chat"] = QuestionSet.choose(questions, examples, seed)
+    if preference_file:
+        found["pairs"], prompts = read_preferences(preference_file, ignore_fields)
+        if asked := [prompt for prompt in prompts if prompt.required or all_prompts]:
+            found["prompts"] = QuestionSet.choose(asked, PROMPT_EXAMPLES, seed)
+    if task_file:
+        found["tasks"] = QuestionSet.choose(read_tasks(task_file, ignore_fields), TASK_EXAMPLES, seed)
+    return HeldOut(**found, places=places, files=files)
 
 
 def read_documents(place: str, document_unit: str) -> tuple[list[str], list[Path]]:
@@ -65,27 +198,17 @@ def read_documents(place: str, document_unit: str) -> tuple[list[str], list[Path
     In a folder, held-out files are those whose name begins with validation, valid, val, dev, eval or test.
 
     Raises:
-        UserError: no such file, no held-out file, or rows that are no documents (all of them, by file:line).
+        UserError: no such file, no held-out file, or rows that are not documents (all of them, by file:line).
     """
     files = sources.find_files(place)
     if not Path(place).is_file():
         files = [file for file in files if sources.HELD_OUT_NAME.match(file.name)]
         if not files:
             raise UserError(
-                f"--text_file_dir {place} holds no held-out file. Name one validation.jsonl or validation.txt, or give "
-                "a file instead of the folder."
+                f"--text_file_dir {place} has no held-out file. Name one validation.jsonl or validation.txt, or give a "
+                "file instead of the folder."
             )
-    documents, problems = [], []
-    for file in files:
-        for row in sources.read_rows(file, document_unit):
-            if isinstance(row, sources.Problem):
-                problems.append(row)
-                continue
-            try:
-                documents.append(formats.to_text(row.value)["text"])
-            except sources.RowError as error:
-                problems.append(sources.Problem(row.place, error.reason, error.remedy, error.value))
-    _refuse(problems)
+    documents = _convert_rows(files, lambda row: formats.to_text(row.value)["text"], document_unit)
     if not documents:
         raise UserError(f"--text_file_dir {place}: the held-out files are empty ({', '.join(map(str, files))}).")
     return documents, files
@@ -95,76 +218,55 @@ def read_questions(file: str, ignore_fields: str = "") -> tuple[list[Question], 
     """Return the questions of a chat file, and the rows that cannot be scored, counted by reason.
 
     Raises:
-        UserError: rows that are no conversations with a final answer (all of them, by file:line).
+        UserError: rows that are not conversations with a final answer (all of them, by file:line).
     """
     ignore = sources.ignored_fields(ignore_fields)
-    questions, problems, left_out = [], [], {}
-    for path in sources.find_files(file):
-        for row in sources.read_rows(path):
-            if isinstance(row, sources.Problem):
-                problems.append(row)
-                continue
-            try:
-                prompt = formats.to_prompt(row.value, ignore)
-                if prompt["reference"] is None:
-                    raise sources.RowError("no answer to compare with", "End the row with the assistant's turn.")
-            except sources.RowError as error:
-                problems.append(sources.Problem(row.place, error.reason, error.remedy, error.value))
-                continue
-            if not prompt["reference"].strip():
-                left_out["the answer is a tool call"] = left_out.get("the answer is a tool call", 0) + 1
-                continue
-            category = row.value.get("category")
-            questions.append(
-                Question(
-                    str(row.place),
-                    "no category" if category is None else str(category),
-                    prompt["messages"],
-                    prompt["tools"],
-                    prompt["reference"],
-                )
-            )
-    _refuse(problems)
+
+    def to_question(row: sources.SourceRow) -> Question:
+        prompt = formats.to_prompt(row.value, ignore)
+        if prompt["reference"] is None:
+            raise sources.RowError("no answer to compare with", "End the row with the assistant's turn.")
+        category = row.value.get("category")
+        name = "no category" if category is None else str(category)
+        return Question(str(row.place), name, prompt["messages"], prompt["tools"], prompt["reference"])
+
+    rows = _convert_rows(sources.find_files(file), to_question)
+    questions = [question for question in rows if question.reference.strip()]
     if not questions:
-        raise UserError(f"--chat_file {file} holds no question that can be scored.")
-    return questions, left_out
+        raise UserError(f"--chat_file {file} has no question that can be scored.")
+    calls = len(rows) - len(questions)
+    return questions, {"the answer is a tool call": calls} if calls else {}
 
 
 def read_preferences(file: str, ignore_fields: str = "") -> tuple[list[PreferencePair], list[Question]]:
     """Return the pairs of a preference file, and its prompts, each once.
 
     Raises:
-        UserError: rows that are no preferences, or say it in another form (all of them, by file:line).
+        UserError: rows that are not preferences, or whose format is wrong (all of them, by file:line).
     """
     ignore = sources.ignored_fields(ignore_fields)
-    pairs, prompts, problems = [], {}, []
-    for path in sources.find_files(file):
-        for row in sources.read_rows(path):
-            if isinstance(row, sources.Problem):
-                problems.append(row)
-                continue
-            try:
-                pair = formats.to_preference(row.value, ignore)
-                required = _required_strings(row.value)
-            except sources.RowError as error:
-                problems.append(sources.Problem(row.place, error.reason, error.remedy, error.value))
-                continue
-            pairs.append(PreferencePair(str(row.place), str(row.value.get("category", "no category")), pair))
-            asked = json.dumps([pair["messages"], pair["tools"]], ensure_ascii=False, sort_keys=True)
-            language = str(row.value.get("language", "no language"))
-            reference = pair["chosen"].get("content") or ""
-            question = Question(str(row.place), language, pair["messages"], pair["tools"], reference, required)
-            # Of the rows of a prompt, the first that says what is required counts.
-            if asked not in prompts or (required and not prompts[asked].required):
-                prompts[asked] = question
-    _refuse(problems)
-    if not pairs:
-        raise UserError(f"--preference_file {file} holds no pairs.")
-    return pairs, list(prompts.values())
+
+    def to_pair(row: sources.SourceRow) -> tuple[PreferencePair, Question]:
+        pair, place = formats.to_preference(row.value, ignore), str(row.place)
+        language = str(row.value.get("language", "no language"))
+        reference, required = pair["chosen"].get("content") or "", _required_strings(row.value)
+        question = Question(place, language, pair["messages"], pair["tools"], reference, required)
+        return PreferencePair(place, str(row.value.get("category", "no category")), pair), question
+
+    rows = _convert_rows(sources.find_files(file), to_pair)
+    if not rows:
+        raise UserError(f"--preference_file {file} has no pairs.")
+    prompts: dict[str, Question] = {}
+    for _, question in rows:
+        asked = json.dumps([question.messages, question.tools], ensure_ascii=False, sort_keys=True)
+        # Of the rows of a prompt, the first that says what is required counts.
+        if asked not in prompts or (question.required and not prompts[asked].required):
+            prompts[asked] = question
+    return [pair for pair, _ in rows], list(prompts.values())
 
 
 def _required_strings(row: dict[str, Any]) -> list[list[str]] | None:
-    """Raises RowError where `meta.required` is there and is no list of lists of strings."""
+    """Raises RowError if there is a `meta.required` that is not a list of lists of strings."""
     meta = row.get("meta")
     required = meta.get("required") if isinstance(meta, dict) else None
     if required is None or required == []:
@@ -172,8 +274,9 @@ def _required_strings(row: dict[str, Any]) -> list[list[str]] | None:
     groups = required if isinstance(required, list) else [None]
     if not all(isinstance(group, list) and group and all(isinstance(text, str) for text in group) for group in groups):
         raise sources.RowError(
-            "`meta.required` is no list of groups of strings",
-            'Write it as [["cardiology"], ["ambulance", "emergency"]]: a good answer holds one string of each group.',
+            "`meta.required` is not a list of groups of strings",
+            'Write it as [["cardiology"], ["ambulance", "emergency"]]: a good answer contains one string of each '
+            "group.",
             required,
         )
     return required
@@ -183,33 +286,26 @@ def read_tasks(file: str, ignore_fields: str = "") -> list[Question]:
     """Return the tasks of a file; the category of each is its `type`.
 
     Raises:
-        UserError: rows that are no prompts, or have no `answer` (all of them, by file:line).
+        UserError: rows that are not prompts, or have no `answer` (all of them, by file:line).
     """
     ignore = sources.ignored_fields(ignore_fields)
-    tasks, problems = [], []
-    for path in sources.find_files(file):
-        for row in sources.read_rows(path):
-            if isinstance(row, sources.Problem):
-                problems.append(row)
-                continue
-            try:
-                task = formats.to_task(row.value, ignore)
-                columns = task["columns"]
-                if "answer" not in columns:
-                    raise sources.RowError("no answer to compare with", "Put the right one into `answer`.")
-            except sources.RowError as error:
-                problems.append(sources.Problem(row.place, error.reason, error.remedy, error.value))
-                continue
-            kind, answer = str(columns.get("type", "no type")), str(columns["answer"])
-            tasks.append(Question(str(row.place), kind, task["messages"], task["tools"], answer, columns=columns))
-    _refuse(problems)
+
+    def to_task(row: sources.SourceRow) -> Question:
+        task = formats.to_task(row.value, ignore)
+        columns = task["columns"]
+        if "answer" not in columns:
+            raise sources.RowError("no answer to compare with", "Put the correct one into `answer`.")
+        kind, answer = str(columns.get("type", "no type")), str(columns["answer"])
+        return Question(str(row.place), kind, task["messages"], task["tools"], answer, columns=columns)
+
+    tasks = _convert_rows(sources.find_files(file), to_task)
     if not tasks:
-        raise UserError(f"--task_file {file} holds no tasks.")
+        raise UserError(f"--task_file {file} has no tasks.")
     return tasks
 
 
 def pick_examples(questions: Sequence[Question], count: int) -> list[int]:
-    """Choose rows to show, spread evenly over and inside the categories; identity rows are among them."""
+    """Choose rows to show, spread evenly over and within the categories, identity rows first."""
     by_category: dict[str, list[int]] = {}
     for index, question in enumerate(questions):
         by_category.setdefault(question.category, []).append(index)
@@ -226,13 +322,23 @@ def pick_examples(questions: Sequence[Question], count: int) -> list[int]:
     return chosen
 
 
-def _refuse(problems: Sequence[sources.Problem]) -> None:
+def _convert_rows(
+    files: Iterable[Path], convert: Callable[[sources.SourceRow], Item], document_unit: str = "auto"
+) -> list[Item]:
+    """Return what `convert` makes of each row.
+
+    Raises:
+        UserError: rows that cannot be read, or for which `convert` raises RowError; all of them, by file:line.
+    """
+    items, problems = [], []
+    for row in (row for file in files for row in sources.read_rows(file, document_unit)):
+        if isinstance(row, sources.Problem):
+            problems.append(row)
+            continue
+        try:
+            items.append(convert(row))
+        except sources.RowError as error:
+            problems.append(sources.Problem(row.place, error.reason, error.remedy, error.value))
     if problems:
         raise UserError(f"{len(problems)} row(s) cannot be measured:\n{sources.listed(problems)}")
-
-
-def shuffled(count: int, seed: int) -> list[int]:
-    # One order for all models: who is asked fewer questions is asked the first of them.
-    order = list(range(count))
-    random.Random(seed).shuffle(order)
-    return order
+    return items

@@ -1,19 +1,32 @@
-"""What is measured on held-out data: perplexity, matches, preferences."""
+"""Metrics on held-out data: perplexity, matches, preference accuracy."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from medicalgpt.errors import UserError
 from medicalgpt.evaluation.held_out import PreferencePair, Question
+
+if TYPE_CHECKING:
+    from medicalgpt.data.encoding import Pair
+
+    import torch
+    from transformers import PreTrainedModel
 
 # Logits of one forward pass, rows x tokens x vocabulary, in numbers: about 256 MB in float32.
 MAX_LOGITS = 2**26
 
 
-# Whether the text of an answer to a question is right; None where that cannot be said.
+# Whether the text of an answer to a question is correct; None if that cannot be decided.
 Judge = Callable[[str, Question], bool | None]
+
+
+class GeneratedAnswer(Protocol):
+    """What is read of a generated answer: `serving.generation.Answer` has it."""
+
+    text: str
+    finish_reason: str
 
 
 @dataclass
@@ -27,14 +40,17 @@ class ChatScore:
 
 
 def token_losses(
-    model: Any, sequences: Sequence[Sequence[int]], batch_size: int = 64, progress: Callable[[int], Any] | None = None
-) -> Iterator[tuple[int, Any]]:
-    """Yield (index, losses) of each sequence, the longest first: losses (tokens - 1,) in nats, the first has none.
+    model: "PreTrainedModel",
+    sequences: Sequence[Sequence[int]],
+    batch_size: int = 64,
+    progress: Callable[[int], Any] | None = None,
+) -> "Iterator[tuple[int, torch.Tensor]]":
+    """Yield (index, losses) of each sequence, the longest first: losses in nats, (tokens - 1,), as the first has none.
 
     Args:
         model: a causal language model in evaluation mode.
         sequences: token ids, at least two each.
-        batch_size: most sequences of one forward pass. It does not change the result.
+        batch_size: maximum number of sequences in a forward pass. It does not change the result.
         progress: called with the number of sequences of each finished batch.
 
     Raises:
@@ -71,7 +87,7 @@ def token_losses(
 
 
 def score_documents(
-    model: Any,
+    model: "PreTrainedModel",
     documents: Sequence[Sequence[int]],
     block_size: int,
     batch_size: int = 64,
@@ -79,12 +95,12 @@ def score_documents(
 ) -> list[tuple[float, int]]:
     """Score each document alone.
 
-    A document longer than `block_size` is split into pieces that overlap by one token, which is only context, so that
+    A document longer than `block_size` is split into pieces that overlap by one token, which serves as context only:
     every token but a document's first is scored exactly once.
 
     Args:
         documents: token ids of each document, its end token included.
-        block_size: most tokens of one piece, at least 2.
+        block_size: maximum number of tokens of a piece, at least 2.
 
     Returns:
         (negative log-likelihood in nats, tokens scored) of each document.
@@ -104,12 +120,15 @@ def score_documents(
 
 
 def score_pairs(
-    model: Any, pairs: Sequence[Any], batch_size: int = 64, progress: Callable[[int], Any] | None = None
+    model: "PreTrainedModel",
+    pairs: "Sequence[Pair]",
+    batch_size: int = 64,
+    progress: Callable[[int], Any] | None = None,
 ) -> list[tuple[float, float]]:
     """Return the mean log-probability in nats of the tokens of both answers of each pair: (chosen, rejected).
 
     Args:
-        pairs: of `encoding.Pair`; the turn end belongs to an answer, the prompt does not.
+        pairs: the end of the turn is part of an answer, the prompt is not.
 
     Raises:
         UserError: the model's scores are not finite.
@@ -127,7 +146,7 @@ def perplexity(scores: Sequence[tuple[float, int]]) -> float:
 
 
 def is_match(answer: str, reference: str) -> bool:
-    """Whether the two are the same string, white space at both ends apart."""
+    """Whether the two are the same string, ignoring white space at both ends."""
     return answer.strip() == reference.strip()
 
 
@@ -137,9 +156,9 @@ def is_exact(answer: str, question: Question) -> bool:
 
 
 def is_good(answer: str, question: Question) -> bool | None:
-    """Whether the answer holds at least one string of each group that the question requires, in capitals or not.
+    """Whether the answer contains at least one string of each group that the question requires, ignoring case.
 
-    None for a question that does not say what it requires.
+    None for a question without requirements.
     """
     if question.required is None:
         return None
@@ -147,16 +166,18 @@ def is_good(answer: str, question: Question) -> bool | None:
     return all(any(text.casefold() in said for text in group) for group in question.required)
 
 
-def count_answers(questions: Sequence[Question], answers: Sequence[Any], is_right: Judge = is_exact) -> ChatScore:
-    """Count right answers and answers that the model ended itself.
+def count_answers(
+    questions: Sequence[Question], answers: Sequence[GeneratedAnswer], judge: Judge = is_exact
+) -> ChatScore:
+    """Count correct answers and answers that the model ended itself.
 
     Args:
-        answers: one for each question, each with `text` and `finish_reason`.
-        is_right: takes the text of an answer, and its question; what it gives None for is not counted.
+        answers: one for each question.
+        judge: an answer for which it returns None is not counted.
     """
     score = ChatScore()
     for question, answer in zip(questions, answers, strict=True):
-        correct, stopped = is_right(answer.text, question), answer.finish_reason == "stop"
+        correct, stopped = judge(answer.text, question), answer.finish_reason == "stop"
         if correct is None:
             continue
         category = score.by_category.setdefault(question.category, {"correct": 0, "stopped": 0, "total": 0})
@@ -170,7 +191,7 @@ def count_answers(questions: Sequence[Question], answers: Sequence[Any], is_righ
 
 
 def count_preferences(pairs: Sequence[PreferencePair], scores: Sequence[tuple[float, float]]) -> dict[str, Any]:
-    """Count the pairs whose chosen answer scores higher than the rejected one; an equal score does not.
+    """Count the pairs whose chosen answer scores higher than the rejected one; a tie is not correct.
 
     Args:
         scores: (chosen, rejected) of each pair.

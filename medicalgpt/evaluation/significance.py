@@ -1,4 +1,4 @@
-"""Whether a difference between two checkpoints is more than noise."""
+"""Whether the difference between two checkpoints is statistically significant."""
 
 import math
 from dataclasses import dataclass
@@ -8,14 +8,17 @@ SAME = "no measurable change"
 
 @dataclass
 class Verdict:
-    """How a model's value stands to that of the model before it."""
+    """How a model's value compares with that of the model before it."""
 
     text: str
     tone: str  # better, worse or same
 
 
 def wilson_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """Return the Wilson score interval of a share; (0, 1) where nothing was counted."""
+    """Return the Wilson score interval of a share (https://doi.org/10.1080/01621459.1927.10502953).
+
+    It is (0, 1) if nothing was counted. 1.96 is the normal quantile of a 95% interval.
+    """
     if total == 0:
         return 0.0, 1.0
     share = correct / total
@@ -25,7 +28,7 @@ def wilson_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, f
 
 
 def compare_shares(before: tuple[int, int], after: tuple[int, int]) -> Verdict | None:
-    """Compare two (correct, total) counts; None where one of them counted nothing."""
+    """Compare two (correct, total) counts; None if one of them counted nothing."""
     if before[1] == 0 or after[1] == 0:
         return None
     (before_low, before_high), (after_low, after_high) = wilson_interval(*before), wilson_interval(*after)
@@ -37,7 +40,7 @@ def compare_shares(before: tuple[int, int], after: tuple[int, int]) -> Verdict |
 def compare_perplexity(before: dict, after: dict) -> Verdict | None:
     """Compare the same documents scored by two models, as a ratio estimate over documents.
 
-    None where the two cannot be compared: other documents or tokens, or fewer than two documents.
+    None if the two cannot be compared: other documents or tokens, or fewer than two documents.
     """
     tokens = before["document_tokens"]
     if tokens != after["document_tokens"] or len(tokens) < 2:
@@ -54,9 +57,9 @@ def compare_perplexity(before: dict, after: dict) -> Verdict | None:
 
 
 def compare_scores(before: dict, after: dict) -> Verdict | None:
-    """Compare what a reward model thinks of two models' answers, over the prompts that both have answered.
+    """Compare a reward model's scores of two models' answers, over the prompts that both have answered.
 
-    None where those are fewer than two.
+    None if there are fewer than two.
     """
     pairs = zip(before["scores"], after["scores"], strict=True)
     gaps = [new - old for old, new in pairs if old is not None and new is not None]

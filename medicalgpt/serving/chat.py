@@ -130,6 +130,21 @@ class ChatEngine:
             revision=revision,
             cache_dir=cache_dir,
         )
+        return cls.from_checkpoint(
+            checkpoint, dtype=dtype, load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit, device_map=device_map
+        )
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: Checkpoint,
+        *,
+        dtype: str = "auto",
+        load_in_4bit: bool = False,
+        load_in_8bit: bool = False,
+        device_map: str | None = None,
+    ) -> "ChatEngine":
+        """Load a checkpoint that is resolved already. For the rest see `from_pretrained`."""
         tokenizer = loading.checkpoint_tokenizer(checkpoint)
         model = loading.load_model(
             AutoModelForCausalLM,
@@ -139,8 +154,8 @@ class ChatEngine:
             load_in_4bit=load_in_4bit,
             load_in_8bit=load_in_8bit,
             device_map=device_map,
-            revision=revision,
-            cache_dir=cache_dir,
+            revision=checkpoint.revision,
+            cache_dir=checkpoint.cache_dir,
         )
         # Quantized weights are on their device already.
         if device_map is None and not (load_in_4bit or load_in_8bit) and torch.accelerator.is_available():

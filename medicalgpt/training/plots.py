@@ -1,11 +1,11 @@
 """Loss curves of a finished run.
 
-Reads what a stage left in its `output_dir` and never talks to a trainer. Live logging belongs to `--report_to`.
+Reads the files in the `output_dir` of a stage. For live logging see `--report_to`.
 """
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from medicalgpt.errors import UserError
 
 Point = tuple[float, float]
 
-# What a curve is called, and the key in the log. Of reinforcement learning the loss says nothing.
+# Name of a curve, and its key in the log. In reinforcement learning the loss says nothing.
 LOSSES = (("train loss", "loss"), ("eval loss", "eval_loss"))
 SCORES = (("score", "score"), ("eval score", "eval_score"))
 REWARDS = (("reward", "reward"), ("eval reward", "eval_reward"))
@@ -23,12 +23,12 @@ COLOURS = ("#3b82f6", "#ea580c", "#0d9488", "#a855f7", "#db2777", "#65a30d")
 
 
 def read_metrics(output_dir: str | Path) -> list[dict]:
-    """Return the log events of a run in the order they were written.
+    """Return the log events of a run in the order in which they were written.
 
-    `metrics.jsonl` is read where it exists, otherwise the `log_history` of `trainer_state.json`.
+    `metrics.jsonl` is read if it exists, otherwise the `log_history` of `trainer_state.json`.
 
     Raises:
-        UserError: `output_dir` holds neither file, or a line is not a JSON object; the message names `file:line`.
+        UserError: `output_dir` has neither file, or a line is not a JSON object; the message names `file:line`.
     """
     output_dir = Path(output_dir)
     metrics_file = output_dir / "metrics.jsonl"
@@ -52,15 +52,15 @@ def read_metrics(output_dir: str | Path) -> list[dict]:
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise UserError(f"{state_file}: no readable log_history ({error!r}).") from None
     raise UserError(
-        f"{output_dir} holds neither metrics.jsonl nor trainer_state.json. Is it the output_dir of a training run?"
+        f"{output_dir} has neither metrics.jsonl nor trainer_state.json. Is it the output_dir of a training run?"
     )
 
 
 def loss_series(events: Sequence[Mapping]) -> dict[str, list[Point]]:
-    """Return the (step, loss) points of the train and the eval loss; a series without points is left out.
+    """Return the (step, loss) points of the train and the eval loss; a series without points is omitted.
 
-    A loss that was logged as null or as no number becomes NaN, so that a curve shows the gap. A run that was resumed
-    logs some steps again: the later event counts.
+    A loss that was logged as null or not as a number becomes NaN, so that a curve shows the gap. A resumed run logs
+    some steps again: the later event counts.
     """
     return _series(events, LOSSES)
 
@@ -75,9 +75,9 @@ def _series(events: Sequence[Mapping], curves: Sequence[tuple[str, str]]) -> dic
 
 
 def plot_loss(output_dir: str | Path) -> Path:
-    """Write `loss.png` into `output_dir` and return its path: train and eval loss against step, or what was rewarded.
+    """Write `loss.png` into `output_dir` and return its path: train and eval loss, or score or reward, by step.
 
-    A run that logged no loss gets a picture that says so: a finished training must not fail on its picture.
+    A run that logged no loss gets an image that says so: a finished training must not fail because of its plot.
     Raises what `read_metrics` raises.
     """
     events = read_metrics(output_dir)
@@ -92,7 +92,7 @@ def plot_loss(output_dir: str | Path) -> Path:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for colour, (name, points) in zip(COLOURS, series.items(), strict=False):
-        # Markers keep a lone point between two gaps visible.
+        # Markers keep a single point between two gaps visible.
         marker = "o" if name.startswith("eval") or len(points) <= 40 else None
         axes.plot(*zip(*points, strict=True), label=name, color=colour, marker=marker, markersize=3, linewidth=1.5)
     if series:
@@ -119,14 +119,14 @@ def svg_curve(
     height: int = 280,
     max_points: int = 600,
 ) -> str:
-    """Return an inline SVG line chart, for a page that must not request anything.
+    """Return an inline SVG line chart, for a page without network requests.
 
-    Text and grid take the page's own colour (`currentColor`), so the chart follows light and dark mode.
+    Text and grid have the page's text colour (`currentColor`), so the chart follows light and dark mode.
 
     Args:
-        series: name -> (x, y) points. A y that is not finite breaks the line there. Points are drawn in order of x.
-        width, height: size of the drawing in its own units; on the page it scales to the room it gets.
-        max_points: a longer series is drawn by the lowest and the highest point of equal groups, which looks the same.
+        series: name -> (x, y) points, drawn in order of x. A y that is not finite is a gap in the line.
+        width, height: size of the viewBox; on the page the chart scales to the available width.
+        max_points: a longer series is reduced to the lowest and the highest point of groups of equal size.
 
     Raises:
         ValueError: an x is not finite.
@@ -180,27 +180,39 @@ def svg_curve(
         f'<text transform="translate(13 {(top + bottom) / 2:g}) rotate(-90)" text-anchor="middle" '
         f'opacity="0.8">{escape(y_label)}</text>'
     )
-
     for index, (name, points) in enumerate(ordered.items()):
-        colour = COLOURS[index % len(COLOURS)]
-        # The dash tells the series apart where colours cannot.
-        dash = ("", "6 3", "2 3")[index // len(COLOURS) % 3] if len(ordered) > len(COLOURS) else ("", "7 3")[index % 2]
-        stroke = f'stroke="{colour}" stroke-width="1.8"' + (f' stroke-dasharray="{dash}"' if dash else "")
-        finite = [y for _, y in points if math.isfinite(y)]
-        legend_x, legend_y = 8 + index % 2 * (width / 2), 38 + index // 2 * 18
-        change = " → ".join(f"{y:#.3g}".rstrip(".") for y in (finite[0], finite[-1])[: len(finite)])
-        parts.append(
-            f'<line x1="{legend_x:g}" x2="{legend_x + 18:g}" y1="{legend_y - 4}" y2="{legend_y - 4}" {stroke}/>'
-            f'<text x="{legend_x + 24:g}" y="{legend_y}">{escape(name)}: {change}</text>'
-        )
-        for run in _unbroken_runs(points):
-            run = [place(x, y) for x, y in _thin(run, max_points)]
-            if len(run) > 1:
-                path = " ".join(f"{x:.2f},{y:.2f}" for x, y in run)
-                parts.append(f'<polyline points="{path}" fill="none" {stroke} stroke-linejoin="round"/>')
-            if len(run) == 1 or len(points) <= 30:
-                parts.extend(f'<circle cx="{x:.2f}" cy="{y:.2f}" r="2.6" fill="{colour}"/>' for x, y in run)
+        parts += _svg_line(index, len(ordered), name, points, place, width, max_points)
     return "".join(parts) + "</svg>"
+
+
+def _svg_line(
+    index: int,
+    count: int,
+    name: str,
+    points: Sequence[Point],
+    place: Callable[[float, float], Point],
+    width: int,
+    max_points: int,
+) -> Iterator[str]:
+    """Yield the legend and the line of series number `index` of `count`; `place` turns a point into its position."""
+    colour = COLOURS[index % len(COLOURS)]
+    # Dashes distinguish the series for readers who cannot tell the colours apart.
+    dash = ("", "6 3", "2 3")[index // len(COLOURS) % 3] if count > len(COLOURS) else ("", "7 3")[index % 2]
+    stroke = f'stroke="{colour}" stroke-width="1.8"' + (f' stroke-dasharray="{dash}"' if dash else "")
+    finite = [y for _, y in points if math.isfinite(y)]
+    legend_x, legend_y = 8 + index % 2 * (width / 2), 38 + index // 2 * 18
+    change = " → ".join(f"{y:#.3g}".rstrip(".") for y in (finite[0], finite[-1])[: len(finite)])
+    yield (
+        f'<line x1="{legend_x:g}" x2="{legend_x + 18:g}" y1="{legend_y - 4}" y2="{legend_y - 4}" {stroke}/>'
+        f'<text x="{legend_x + 24:g}" y="{legend_y}">{escape(name)}: {change}</text>'
+    )
+    for run in _unbroken_runs(points):
+        run = [place(x, y) for x, y in _thin(run, max_points)]
+        if len(run) > 1:
+            path = " ".join(f"{x:.2f},{y:.2f}" for x, y in run)
+            yield f'<polyline points="{path}" fill="none" {stroke} stroke-linejoin="round"/>'
+        if len(run) == 1 or len(points) <= 30:
+            yield from (f'<circle cx="{x:.2f}" cy="{y:.2f}" r="2.6" fill="{colour}"/>' for x, y in run)
 
 
 def _number(value: object) -> float:
