@@ -119,19 +119,7 @@ def build_app(batcher: Batcher, arguments: ServerArguments, key: str | None) -> 
         body_seconds=arguments.request_timeout,
     )
 
-    @app.exception_handler(RequestValidationError)
-    async def wrong_fields(request: Request, error: RequestValidationError) -> JSONResponse:
-        # The values themselves are not repeated: JSON cannot say all of them (NaN).
-        told = [f"{'.'.join(map(str, each['loc'][1:])) or 'the body'}: {each['msg']}" for each in error.errors()]
-        return refusal(422, "; ".join(told).encode(errors="replace").decode())
-
-    @app.exception_handler(QueueFullError)
-    async def too_many(request: Request, error: QueueFullError) -> JSONResponse:
-        return refusal(429, str(error), {"Retry-After": "1"})
-
-    @app.exception_handler(TimeoutError)
-    async def too_late(request: Request, error: TimeoutError) -> JSONResponse:
-        return refusal(504, f"There was no answer after {arguments.request_timeout} seconds.")
+    add_error_handlers(app, arguments)
 
     @app.get("/")
     async def index() -> dict[str, str]:
@@ -190,6 +178,24 @@ def build_app(batcher: Batcher, arguments: ServerArguments, key: str | None) -> 
         return answers.result()
 
     return app
+
+
+def add_error_handlers(app: FastAPI, arguments: ServerArguments) -> None:
+    """Answer what can go wrong in any route as {"detail": "…"}."""
+
+    @app.exception_handler(RequestValidationError)
+    async def wrong_fields(request: Request, error: RequestValidationError) -> JSONResponse:
+        # The values themselves are not repeated: JSON cannot say all of them (NaN).
+        problems = [f"{'.'.join(map(str, each['loc'][1:])) or 'the body'}: {each['msg']}" for each in error.errors()]
+        return refusal(422, "; ".join(problems).encode(errors="replace").decode())
+
+    @app.exception_handler(QueueFullError)
+    async def too_many(request: Request, error: QueueFullError) -> JSONResponse:
+        return refusal(429, str(error), {"Retry-After": "1"})
+
+    @app.exception_handler(TimeoutError)
+    async def too_late(request: Request, error: TimeoutError) -> JSONResponse:
+        return refusal(504, f"There was no answer after {arguments.request_timeout} seconds.")
 
 
 def as_reply(answer: Answer) -> dict[str, Any]:

@@ -129,6 +129,35 @@ def test_continuous_batching_with_an_adapter(engine, tmp_path):
         same(batcher.submit(adapted.request(QUESTIONS[1], GREEDY)).result(20), alone)
 
 
+def test_several_new_tokens_at_once(engine):
+    """Under load the library hands over an output that has grown by more than a token since the last one."""
+    settings = []
+    for sampling in (GREEDY, Sampling(max_new_tokens=30, temperature=0.7, seed=3, log_probs=True, top_log_probs=2)):
+        text = engine.chat(ask("hello"), sampling).text
+        # With a stop string, the answer ends within what comes at once.
+        settings += [sampling, dataclasses.replace(sampling, stop=(text[len(text) // 2],))]
+    alone = [engine.chat(ask("hello"), sampling) for sampling in settings]
+    assert [answer.finish_reason for answer in alone] == ["length", "stop"] * 2
+    assert alone[1].completion_tokens % 5 and alone[3].completion_tokens % 5
+    with make_batcher(engine, batching="continuous") as batcher:
+        get_result, lengths = batcher._manager.get_result, []
+
+        def late(**options):
+            output = get_result(**options)
+            if output is None or (len(output.generated_tokens) % 5 and not output.is_finished()):
+                return None
+            lengths.append(len(output.generated_tokens))
+            return output
+
+        batcher._manager.get_result = late
+        for sampling, expected in zip(settings, alone, strict=True):
+            pieces = []
+            request = dataclasses.replace(engine.request(ask("hello"), sampling), on_text=pieces.append)
+            same(batcher.submit(request).result(20), expected)
+            assert "".join(pieces) == expected.text
+    assert lengths[:3] == [5, 10, 12]
+
+
 def test_many_threads(alone, batcher):
     got = []
 

@@ -17,13 +17,12 @@ from importlib.metadata import version
 from itertools import chain
 from math import log
 from pathlib import Path
-from typing import Any
 
 from medicalgpt.code_version import code_version
 from medicalgpt.data.sources import hash_file
 from medicalgpt.errors import UserError
 from medicalgpt.models.hub import fingerprint
-from medicalgpt.rag.documents import Unit
+from medicalgpt.rag.documents import SUFFIXES, Unit, read_document
 
 import bm25s
 import numpy as np
@@ -32,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 # https://doi.org/10.1145/1571941.1572114: ranks that both lists agree on win over the first place of one.
-FUSION = 60
+RRF_K = 60
 HAN = "\u3005\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 WORD = re.compile(rf"[{HAN}]+|\d+(?:\.\d+)+|(?:(?![{HAN}_])\w)+")
 LONGEST_SENTENCE = 1000  # characters; what goes on without an end is cut there
@@ -46,7 +45,7 @@ QUESTION_FORM = re.compile(
     "可以|需要|应该|有没有|吗|呢|吧|么|的|了|我|您|你"
 )
 # Words of English questions; Chinese characters that say little alone, while pairs of them count.
-WEAK_WORDS = frozenset(
+STOP_WORDS = frozenset(
     "a about am an and any are as at be been by can could do does did for from had has have how i if in into is it its "
     "many me much my no not of on or our shall should so such than that the their them then there these they this "
     "those to us was we were what when where which who whom whose why will with would you your".split()
@@ -71,11 +70,11 @@ class Passage:
         return "\n".join([*self.headings, self.text])
 
     @property
-    def plain(self) -> str:
-        return plain(self.text)
+    def normalized(self) -> str:
+        return normalize(self.text)
 
 
-def plain(text: str) -> str:
+def normalize(text: str) -> str:
     """Without what differs between a text and its extract: white space, marks between cells, forms of characters."""
     return re.sub(r"[\s|]+", "", unicodedata.normalize("NFKC", text))
 
@@ -123,7 +122,7 @@ def is_han(word: str) -> bool:
     return re.match(f"[{HAN}]", word) is not None
 
 
-def terms(text: str, left_out: frozenset[str] = frozenset()) -> list[str]:
+def terms(text: str, stop_words: frozenset[str] = frozenset()) -> list[str]:
     """What is counted: Chinese characters and pairs of neighbouring ones, words and numbers of other scripts.
 
     Pairs alone miss what is said with other words: on data/rag, characters beside them raised hit@5 of Chinese
@@ -136,9 +135,9 @@ def terms(text: str, left_out: frozenset[str] = frozenset()) -> list[str]:
     for word in WORD.findall(text):
         if is_han(word):
             found += [word[at : at + 2] for at in range(len(word) - 1)] + list(word)
-        elif word not in left_out:
+        elif word not in stop_words:
             found.append(singular(word))
-    return [term for term in found if term not in left_out]
+    return [term for term in found if term not in stop_words]
 
 
 def singular(word: str) -> str:
@@ -149,7 +148,7 @@ def singular(word: str) -> str:
 
 def question_terms(question: str) -> list[str]:
     """The terms of a question's subject; of all of it, if nothing is left without the words that make it a question."""
-    subject = terms(QUESTION_FORM.sub(" \N{FULL STOP} ", question), left_out=WEAK_WORDS)
+    subject = terms(QUESTION_FORM.sub(" \N{FULL STOP} ", question), stop_words=STOP_WORDS)
     return subject or terms(question)
 
 
@@ -201,7 +200,7 @@ class Embedder:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """What a search gave.
 
     Attributes:
@@ -244,22 +243,22 @@ class Collection:
             vectors = fresh if vectors is None else np.concatenate([vectors, fresh])
         return Collection([*self.passages, *passages], self.embedder, vectors)
 
-    def search(self, question: str) -> Found:
+    def search(self, question: str) -> SearchResult:
         """Rank the passages that have something of the question, by BM25 and, where there are embeddings, by both."""
         if not self.passages:
-            return Found([], 0.0, None)
+            return SearchResult([], 0.0, None)
         asked = question_terms(question)
         # A question of signs alone has no terms.
         scores = self.bm25.get_scores(asked) if asked else np.zeros(len(self.passages))
         order = [index for index in np.argsort(-scores, kind="stable").tolist() if scores[index] > 0]
         coverage = self._coverage(frozenset(asked), order[:3])
         if self.embedder is None:
-            return Found(order, coverage, None)
+            return SearchResult(order, coverage, None)
         cosines = self.vectors @ self.embedder.embed_question(question)
         fused = Counter()
         for ranking in (order, np.argsort(-cosines, kind="stable").tolist()):
-            fused.update({index: 1 / (FUSION + rank) for rank, index in enumerate(ranking, start=1)})
-        return Found([index for index, _ in fused.most_common()], coverage, float(cosines.max()))
+            fused.update({index: 1 / (RRF_K + rank) for rank, index in enumerate(ranking, start=1)})
+        return SearchResult([index for index, _ in fused.most_common()], coverage, float(cosines.max()))
 
     def _coverage(self, asked: frozenset[str], indexes: Sequence[int]) -> float:
         weights = {term: log(1 + (len(self.passages) + 0.5) / (self.frequency[term] + 0.5)) for term in asked}
@@ -267,22 +266,71 @@ class Collection:
         return sum(weights[term] for term in held) / sum(weights.values()) if weights else 0.0
 
 
-class Shelf:
+def find_documents(places: Sequence[str]) -> list[Path]:
+    """All documents at these places, each once; other files in the folders are counted in the log.
+
+    Raises:
+        UserError: a place does not exist, or has no documents.
+    """
+    # MedicalGPT separates files by commas, and a name may have one.
+    parts = [part for place in places for part in ([place] if Path(place).exists() else place.split(","))]
+    files: dict[Path, Path] = {}
+    problems = []
+    for place in map(Path, filter(None, map(str.strip, parts))):
+        if not place.is_dir():
+            files[place.resolve()] = place
+            if not place.is_file():
+                problems.append(f"{place}: no such file or folder (looked in {Path.cwd()})")
+            continue
+        inside = [path for path in sorted(place.rglob("*")) if path.is_file() and not path.name.startswith(".")]
+        fitting = [path for path in inside if path.suffix.lower() in SUFFIXES]
+        others = Counter(path.suffix.lower() or "no suffix" for path in inside if path not in set(fitting))
+        if others:
+            kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(others.items()))
+            logger.warning(f"{place}: not read, as only {', '.join(SUFFIXES)} are: {kinds}")
+        if not fitting:
+            problems.append(f"{place}: no {', '.join(SUFFIXES)} files in it")
+        files.update((path.resolve(), path) for path in fitting)
+    if problems:
+        raise UserError("--files:\n  " + "\n  ".join(problems))
+    return list(files.values())
+
+
+class DocumentStore:
     """The passages of files on disk, an entry for each path, so that only new and changed files are read.
 
     An entry is taken only if its key fits: content of the file, settings, code and versions. Entries of files that are
     gone are removed. There is no index of terms on disk: BM25 counts 5,000 pages in two seconds.
     """
 
-    def __init__(self, folder: str | Path, settings: dict[str, Any]):
+    def __init__(self, folder: str | Path, chunk_size: int, chunk_overlap: int):
         self.folder = Path(folder)
+        self.chunk_size, self.chunk_overlap = chunk_size, chunk_overlap
         libraries = {name: version(name) for name in ("pypdf", "python-docx", "beautifulsoup4")}
-        self.settings = {**settings, "code": code_version(__name__), **libraries}
+        self.settings = {"size": chunk_size, "overlap": chunk_overlap, "code": code_version(__name__), **libraries}
         try:
             # Extracts of medical documents are nobody else's business.
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
             raise UserError(f"--index_dir {folder} cannot be used ({error.strerror}). Name another folder.") from error
+
+    def read(self, path: Path) -> tuple[list[Passage], Sequence[str], bool]:
+        """The passages of a file, the notices about it, and whether they were on disk.
+
+        Raises:
+            UserError: the file cannot be read, or the entry cannot be written.
+        """
+        try:
+            if kept := self.passages(path):
+                return *kept, True
+            # The key first: if the file changes while it is read, the entry does not fit next time.
+            key = self.key(path)
+            document = read_document(path)
+            passages = split(str(path), document.units, self.chunk_size, self.chunk_overlap)
+            self.keep(path, key, passages, document.notices)
+            return passages, document.notices, False
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror or error}. Check the file.") from error
 
     def key(self, path: Path) -> str:
         return json.dumps({"sha256": hash_file(path), **self.settings}, sort_keys=True)
@@ -331,7 +379,7 @@ class Shelf:
         self._write(entry, save({"vectors": vectors}, metadata={"texts": texts, "model": embedder.key}))
         return vectors
 
-    def forget_missing(self) -> None:
+    def remove_missing(self) -> None:
         """Remove the entries of files that are not there any more."""
         for entry in self.folder.glob("*.json"):
             try:
