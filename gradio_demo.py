@@ -1,13 +1,13 @@
-"""A page to talk to a trained model: answers appear while they are written, and a conversation has many turns.
+"""A web page to talk to a trained model: streamed answers, conversations of many turns.
 
     python gradio_demo.py --model_name_or_path outputs-sft
     python gradio_demo.py --base_model Qwen/Qwen3-0.6B --lora_model outputs-sft --port 8082
 
-Answers of several visitors are computed together. What somebody writes stays in a session of their own and is forgotten
-with it; the page stores nothing and loads nothing from other hosts.
+Several visitors are answered in one batch. What a visitor writes stays in the visitor's session and is forgotten with
+it; the page stores nothing and loads nothing from other hosts.
 
-It is for this machine alone. `--host 0.0.0.0` opens it to the network, `--share True` makes a public link through the
-servers of Gradio; both need `--auth user:password`, or the same in the environment as MEDICALGPT_AUTH.
+By default only this machine can open it. `--host 0.0.0.0` opens it to the network, `--share True` makes a public link
+through Gradio's servers; both need `--auth user:password`, or the same in the environment as MEDICALGPT_AUTH.
 """
 
 import os
@@ -30,7 +30,7 @@ from medicalgpt.serving.web import auth_from
 import gradio as gr
 from loguru import logger
 
-# Gradio asks its makers for news while it is imported.
+# Gradio contacts its makers while it is imported.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 EXAMPLES = (
@@ -43,7 +43,7 @@ EXAMPLES = (
 
 @dataclass
 class DemoArguments(PageArguments):
-    """Where the page is shown."""
+    """Where the page is served."""
 
     port: int = field(
         default=8082, metadata={"help": "Port to listen on; 0 takes a free one.", "aliases": ["--server_port"]}
@@ -58,7 +58,7 @@ def main() -> None:
     batcher = batcher_from(ChatEngine.from_arguments(arguments), arguments)
     try:
         page = build_page(batcher, arguments)
-        logger.info(f"Open {launch(page, arguments, auth)} in a browser. Ctrl-C ends the program.")
+        logger.info(f"Open {launch(page, arguments, auth)} in a browser. Ctrl-C stops the program.")
         page.block_thread()
     finally:
         batcher.close(finish=False)
@@ -110,7 +110,7 @@ def lay_out(arguments: PageArguments) -> Layout:
                 reasoning_tags=[("<think>", "</think>")],
                 sanitize_html=True,
                 allow_tags=False,
-                # What they copy is the text with its marks escaped.
+                # They would copy the text with its markup escaped.
                 buttons=[],
                 feedback_options=None,
             )
@@ -139,7 +139,7 @@ def lay_out(arguments: PageArguments) -> Layout:
                     ("repetition_penalty", arguments.repetition_penalty, 0.5, 2, 0.01),
                 )
             }
-            # A number that nobody fills in would be 0.
+            # An empty number field would be 0.
             value = "" if arguments.seed is None else str(arguments.seed)
             seed = gr.Textbox(value, label=LABEL("seed"), elem_id="seed")
     return Layout(turns, chatbot, notice, question, buttons, system, sliders, seed)
@@ -180,7 +180,7 @@ def build_page(batcher: Batcher, arguments: PageArguments) -> gr.Blocks:
                 yield view([*said, {"role": "assistant", "content": text}], note=note)
             else:
                 # An empty turn would teach the model to say nothing from here on.
-                note = note or "The model said nothing."
+                note = note or "The model gave no answer."
                 yield {**view(before, note=note), question: "" if again else asked}
 
         def stop_answer(said: Turns, typed: str) -> dict[gr.Component, Any]:
@@ -202,7 +202,7 @@ def build_page(batcher: Batcher, arguments: PageArguments) -> gr.Blocks:
             *(buttons[name] for name in ("send", "stop", "retry", "undo")),
         ]
         private = {"outputs": outputs, "api_visibility": "private"}
-        # One event for all that asks, so that a visitor has one answer at a time, and the other buttons can end it.
+        # One event for everything that asks: a visitor gets one answer at a time, and the other buttons can cancel it.
         asking = gr.on(
             [buttons["send"].click, question.submit, buttons["retry"].click, chatbot.example_select],
             ask,
@@ -220,7 +220,7 @@ def build_page(batcher: Batcher, arguments: PageArguments) -> gr.Blocks:
 
 
 def without_unanswered(said: Turns) -> tuple[Turns, str | None]:
-    """Return the turns without a last question that nobody answered, and that question."""
+    """Return the turns without a last, unanswered question, and that question."""
     if said and said[-1]["role"] == "user":
         return said[:-1], said[-1]["content"]
     return said, None

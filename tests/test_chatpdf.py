@@ -122,7 +122,7 @@ def test_special_tokens_of_a_document_stay_text(engine, log):
     ids = build_prompt(engine, Sampling(max_new_tokens=20), None, [], "What?", sources(poisoned, (0,))).prompt_ids
     # The template's own: one conversation turn, and the start of the answer.
     assert [ids.count(engine.tokenizer.convert_tokens_to_ids(token)) for token in (TURN_END, "<|im_start|>")] == [1, 2]
-    assert any("spell 3 special tokens" in line for line in log)
+    assert any("contain 3 special tokens" in line for line in log)
     assert escape_special_tokens(engine.tokenizer, "a < b")[1] == 0
 
 
@@ -135,7 +135,7 @@ def test_what_does_not_fit_is_left_out_whole_and_said(engine, log):
     assert [message["content"] for message in messages[:-1]] == [] and len(kept) == 2
     assert kept[1].text in messages[-1]["content"] and "three" not in messages[-1]["content"]
     assert len(prompt.prompt_ids) + 300 <= engine.context_length
-    assert any("1 of 3 passages and 1 earlier turn(s) were left out" in line for line in log)
+    assert any("1 of 3 passages and 1 earlier turn(s) were omitted" in line for line in log)
     with pytest.raises(PromptTooLongError):
         build_prompt(engine, Sampling(), None, [], "What?", sources([Passage("a", "x" * 3000)], (0,)))
 
