@@ -1,4 +1,4 @@
-"""Questions over your own files (PDF, DOCX, HTML, Markdown, plain text), answered with file and page.
+"""Question answering over documents (PDF, DOCX, HTML, Markdown, plain text), with file and page as sources.
 
     python chatpdf.py --model_name_or_path outputs-sft --files report.pdf notes/ --query "When is the next check?"
     python chatpdf.py --model_name_or_path outputs-sft --files notes/ --interactive
@@ -87,7 +87,7 @@ Ctrl-C stops an answer."""
 
 @dataclass
 class FileArguments(PageArguments):
-    """Which files, what is asked of them, and how passages are found."""
+    """Which files, which questions, and how passages are retrieved."""
 
     model_name_or_path: str | None = field(
         default=None,
@@ -102,7 +102,7 @@ class FileArguments(PageArguments):
     )
     query: str | None = field(default=None, metadata={"help": "Answer this one question."})
     interactive: bool = field(
-        default=False, metadata={"help": "Talk in the terminal. The default if nothing else is asked for."}
+        default=False, metadata={"help": "Talk in the terminal. The default if nothing else is requested."}
     )
     search: str | None = field(default=None, metadata={"help": "Show the passages for this question, without a model."})
     evaluate: bool = field(default=False, metadata={"help": "Measure on data/rag, or on --files and --questions."})
@@ -117,10 +117,10 @@ class FileArguments(PageArguments):
         default=220, metadata={"help": "Size of a passage: a Chinese character or a word of other scripts counts one."}
     )
     chunk_overlap: int = field(
-        default=40, metadata={"help": "Whole sentences up to this size stand in two neighbouring passages."}
+        default=40, metadata={"help": "Whole sentences up to this size are repeated in the next passage."}
     )
     num_expand_context_chunk: int = field(
-        default=0, metadata={"help": "Show each passage with so many neighbours on either side."}
+        default=0, metadata={"help": "Show each passage with this many neighbours on either side."}
     )
     min_coverage: float = field(
         # Chosen on data/rag: few questions that have an answer fall below it, and four in ten of the others, most of
@@ -603,8 +603,8 @@ async def answer_visitor(
 def take_uploads(
     paths: Sequence[str], had: Sequence[Passage], arguments: FileArguments
 ) -> tuple[list[Passage], list[str]]:
-    """Read a visitor's files and delete them. Returns all of the visitor's passages, and what is to be told."""
-    passages, told = list(had), []
+    """Read a visitor's files and delete them. Returns all of the visitor's passages, and messages about them."""
+    passages, messages = list(had), []
     for path in map(Path, paths):
         name = safe_name(path.name)
         # A file of the same name takes the place of the former one.
@@ -614,12 +614,12 @@ def take_uploads(
                 raise UserError(f"{name}: at most {FILES_OF_A_VISITOR} files are taken.")
             document = read_document(path)
             passages = others + split(name, document.units, arguments.chunk_size, arguments.chunk_overlap)
-            told += [f"{name}: {notice}" for notice in document.notices]
+            messages += [f"{name}: {notice}" for notice in document.notices]
         except UserError as error:
-            told.append(str(error).replace(str(path), name))
+            messages.append(str(error).replace(str(path), name))
         finally:
             path.unlink(missing_ok=True)
-    return passages, [*dict.fromkeys(passage.file for passage in passages), *told]
+    return passages, [*dict.fromkeys(passage.file for passage in passages), *messages]
 
 
 def safe_name(name: str) -> str:
