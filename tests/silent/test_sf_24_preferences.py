@@ -163,7 +163,7 @@ REFUSED = {
     ("--shuffle_buffer", 9): "--shuffle_buffer has no effect in this program. It belongs to --streaming",
     ("--packing", "True"): "unknown flag --packing: ",
     ("--block_size", 99): "--block_size",
-    ("--max_length", 99): "Say --model_max_length",
+    ("--max_length", 99): "Use --model_max_length",
     ("--padding_free", "True"): "Pairs are padded",
     ("--train_on_inputs", "True"): "unknown flag --train_on_inputs: ",
     ("--label_smoothing_factor", 0.1): "--label_smoothing_factor has no effect in this program",
