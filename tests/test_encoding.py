@@ -147,7 +147,7 @@ def test_an_answer_that_does_not_go_on_from_the_prompt_is_refused(name, thought,
     """The prompt of qwen3_5 opens a thought by itself, that of qwen3_5_nothink has closed one."""
     tokenizer = with_template(name)
     answer = assistant("A") | ({"reasoning_content": thought} if thought else {})
-    with pytest.raises(EncodingError, match="trained with a different prompt") as refused:
+    with pytest.raises(EncodingError, match="trained after another prompt") as refused:
         encode_chat(tokenizer, chat([user("Q"), answer]))
     assert remedy in refused.value.remedy
 

@@ -343,7 +343,7 @@ REFUSED = [
     (["--save_strategy", "epoch"], "Use --save_steps N"),
     (["--shuffle_buffer", 0], "must be at least 1"),
     (["--preprocessing_num_workers", 2], "--dataloader_num_workers"),
-    (["--streaming", "False", "--shuffle_buffer", 5], "with --streaming True only"),
+    (["--streaming", "False", "--shuffle_buffer", 5], "only has an effect with --streaming True"),
 ]
 
 

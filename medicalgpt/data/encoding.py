@@ -217,7 +217,7 @@ def _check_prompt(text: str, prompt: str, start: int) -> None:
         thinks = "</think>" not in prompt[-30:]
         raise EncodingError(
             f"the template's prompt in serving {'opens' if thinks else 'has closed'} a thought, and this answer "
-            f"{'begins without one' if thinks else 'holds one'}, so that it would be trained with a different prompt",
+            f"{'begins without one' if thinks else 'holds one'}, so that it would be trained after another prompt",
             "Choose the template's form without thinking (…_nothink), or give the answer its reasoning"
             if thinks
             else "Choose the template's form with thinking, or remove the reasoning",
