@@ -99,26 +99,6 @@ def test_pages_are_cited_from_the_first_to_the_last(pages):
         assert format_sources("Yes [1].", shown) == [f"[1] {RANGES[pages]}"]
 
 
-# Pages of passages that follow each other -> how they are cited together.
-RANGES = {
-    (9, 10, 11): "a.pdf, pages 9-11",
-    (2, 2, 3, 4, 4): "a.pdf, pages 2-4",
-    (4, 6, 7): "a.pdf, pages 4-7",  # a page without text between them
-    (1, 2): "a.pdf, pages 1-2",
-    (4, 4, 4): "a.pdf, page 4",
-}
-
-
-@pytest.mark.parametrize("pages", RANGES)
-def test_pages_are_cited_from_the_first_to_the_last(pages):
-    """Whichever of them is the passage that was found."""
-    passages = [Passage("a.pdf", f"Sentence {n}.", (), page) for n, page in enumerate(pages)]
-    for best in range(len(pages)):
-        shown = sources(passages, (best,), "--num_expand_context_chunk", str(len(pages)))
-        assert [source.passages for source in shown] == [tuple(range(len(pages)))]
-        assert source_lines("Yes [1].", shown) == [f"[1] {RANGES[pages]}"]
-
-
 def test_the_prompt_has_numbers_places_and_the_language_of_the_question(engine):
     for question, instruction in (
         ("感冒多久好？", "问题：感冒多久好？"),
