@@ -1,12 +1,12 @@
-"""Build a very small base model with random weights, to try every stage in minutes on a laptop.
+"""Build a very small base model with random weights, to try every stage on a laptop in minutes.
 
     python build_tiny_model.py --output_dir outputs/tiny-base
     python pretraining.py --model_name_or_path outputs/tiny-base --train_file_dir data/pretrain --output_dir outputs/pt
 
-The architecture is Qwen3 with tied embeddings and about 4 million parameters, so whatever runs on it runs on the real
+The architecture is Qwen3 with tied embeddings and about 4 million parameters, so whatever runs with it runs with real
 models too. The tokenizer is a byte-level BPE (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909) trained on the
-sample texts: any text can be encoded and comes back unchanged. Nothing is downloaded. It knows nothing before
-pretraining, and even after all stages only the few facts in its samples.
+sample texts: any text can be encoded and decoded without loss. Nothing is downloaded. It knows nothing before
+pretraining, and after all stages only the few facts in the samples.
 
 In `output_dir`: config.json, generation_config.json, model.safetensors and the tokenizer with the `chatml` template.
 """
@@ -80,14 +80,14 @@ def parse_args() -> argparse.Namespace:
 
 
 def check_output_dir(output_dir: Path, overwrite: bool) -> None:
-    """Raises UserError where a model would be replaced without being asked to."""
+    """Raises UserError if a model would be replaced and `overwrite` is False."""
     present = sorted(
         path.name for path in output_dir.glob("*") if path.name == "config.json" or path.suffix == ".safetensors"
     )
     if present and not overwrite:
         raise UserError(
             f"{output_dir} already holds a model ({', '.join(present)}).\n"
-            "Give another --output_dir, or --overwrite_output_dir to replace it."
+            "Choose another --output_dir, or add --overwrite_output_dir to replace it."
         )
 
 
@@ -112,7 +112,7 @@ def training_texts(data_dir: Path) -> Iterator[str]:
 def train_tokenizer(texts: Iterator[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE in which every Han character is a unit of its own.
 
-    A BPE trained on little Chinese text merges across words, so that the same name is cut differently in each sentence
+    A BPE trained on little Chinese text merges across words, so the same name is split differently in each sentence
     and a small model cannot learn it. Splitting at Han characters first makes every frequent character one token, the
     same in every sentence; rare ones fall back to their UTF-8 bytes.
     """

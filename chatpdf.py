@@ -1,4 +1,4 @@
-"""Questions over your own files (PDF, DOCX, HTML, Markdown, plain text), answered with file and page.
+"""Question answering over documents (PDF, DOCX, HTML, Markdown, plain text), with file and page as sources.
 
     python chatpdf.py --model_name_or_path outputs-sft --files report.pdf notes/ --query "When is the next check?"
     python chatpdf.py --model_name_or_path outputs-sft --files notes/ --interactive
@@ -23,7 +23,6 @@ import json
 import os
 import re
 import sys
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -42,20 +41,23 @@ from medicalgpt.rag.documents import read_document
 from medicalgpt.rag.grounding import (
     UNKNOWN,
     GroundedPrompt,
-    citations,
-    fits,
-    prompt_of,
-    searched_for,
-    source_lines,
-    sources_of,
+    build_prompt,
+    build_sources,
+    format_passages,
+    format_sources,
+    is_relevant,
+    parse_citations,
+    search_query,
 )
 from medicalgpt.rag.retrieval import (
     Collection,
+    DocumentStore,
     Embedder,
     Passage,
-    Shelf,
+    SearchResult,
+    find_documents,
     language_of,
-    plain,
+    normalize,
     split,
 )
 from medicalgpt.refusals import refused_in
@@ -85,7 +87,7 @@ Ctrl-C stops an answer."""
 
 @dataclass
 class FileArguments(PageArguments):
-    """Which files, what is asked of them, and how passages are found."""
+    """Which files, which questions, and how passages are retrieved."""
 
     model_name_or_path: str | None = field(
         default=None,
@@ -100,7 +102,7 @@ class FileArguments(PageArguments):
     )
     query: str | None = field(default=None, metadata={"help": "Answer this one question."})
     interactive: bool = field(
-        default=False, metadata={"help": "Talk in the terminal. The default if nothing else is asked for."}
+        default=False, metadata={"help": "Talk in the terminal. The default if nothing else is requested."}
     )
     search: str | None = field(default=None, metadata={"help": "Show the passages for this question, without a model."})
     evaluate: bool = field(default=False, metadata={"help": "Measure on data/rag, or on --files and --questions."})
@@ -115,10 +117,10 @@ class FileArguments(PageArguments):
         default=220, metadata={"help": "Size of a passage: a Chinese character or a word of other scripts counts one."}
     )
     chunk_overlap: int = field(
-        default=40, metadata={"help": "Whole sentences up to this size stand in two neighbouring passages."}
+        default=40, metadata={"help": "Whole sentences up to this size are repeated in the next passage."}
     )
     num_expand_context_chunk: int = field(
-        default=0, metadata={"help": "Show each passage with so many neighbours on either side."}
+        default=0, metadata={"help": "Show each passage with this many neighbours on either side."}
     )
     min_coverage: float = field(
         # Chosen on data/rag: few questions that have an answer fall below it, and four in ten of the others, most of
@@ -235,36 +237,6 @@ def names_of(cls: type) -> set[str]:
     return {each.name for each in dataclasses.fields(cls)}
 
 
-def find_files(places: Sequence[str]) -> list[Path]:
-    """All documents at these places, each once; what else lies in the folders is counted in the log.
-
-    Raises:
-        UserError: a place does not exist, or has no documents.
-    """
-    # MedicalGPT separates files by commas, and a name may have one.
-    parts = [part for place in places for part in ([place] if Path(place).exists() else place.split(","))]
-    files: dict[Path, Path] = {}
-    problems = []
-    for place in map(Path, filter(None, map(str.strip, parts))):
-        if not place.is_dir():
-            files[place.resolve()] = place
-            if not place.is_file():
-                problems.append(f"{place}: no such file or folder (looked in {Path.cwd()})")
-            continue
-        inside = [path for path in sorted(place.rglob("*")) if path.is_file() and not path.name.startswith(".")]
-        fitting = [path for path in inside if path.suffix.lower() in documents.SUFFIXES]
-        others = Counter(path.suffix.lower() or "no suffix" for path in inside if path not in set(fitting))
-        if others:
-            kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(others.items()))
-            logger.warning(f"{place}: not read, as only {', '.join(documents.SUFFIXES)} are: {kinds}")
-        if not fitting:
-            problems.append(f"{place}: no {', '.join(documents.SUFFIXES)} files in it")
-        files.update((path.resolve(), path) for path in fitting)
-    if problems:
-        raise UserError("--files:\n  " + "\n  ".join(problems))
-    return list(files.values())
-
-
 def read_collection(arguments: FileArguments) -> "Collection":
     """Read all files, from the index where they are unchanged.
 
@@ -274,22 +246,13 @@ def read_collection(arguments: FileArguments) -> "Collection":
     embedder = Embedder(arguments.sim_model_name, arguments.cache_dir) if arguments.sim_model_name else None
     if arguments.page and not arguments.files:
         return Collection([], embedder)
-    files = find_files(arguments.files or [str(SAMPLES / "documents")])
-    shelf = Shelf(arguments.index_dir or CACHE, {"size": arguments.chunk_size, "overlap": arguments.chunk_overlap})
-    shelf.forget_missing()
+    files = find_documents(arguments.files or [str(SAMPLES / "documents")])
+    store = DocumentStore(arguments.index_dir or CACHE, arguments.chunk_size, arguments.chunk_overlap)
+    store.remove_missing()
 
     def read(path: Path) -> tuple[list[Passage], Sequence[str], bool] | UserError:
         try:
-            if kept := shelf.passages(path):
-                return *kept, True
-            # The key first: if the file changes while it is read, the entry does not fit next time.
-            key = shelf.key(path)
-            document = read_document(path)
-            passages = split(str(path), document.units, arguments.chunk_size, arguments.chunk_overlap)
-            shelf.keep(path, key, passages, document.notices)
-            return passages, document.notices, False
-        except OSError as error:
-            return UserError(f"{path}: {error.strerror or error}. Check the file.")
+            return store.read(path)
         except UserError as error:
             return error
 
@@ -303,13 +266,29 @@ def read_collection(arguments: FileArguments) -> "Collection":
             logger.warning(f"{path}: {notice}")
     passages = [passage for found, _, _ in results for passage in found]
     known = sum(kept for _, _, kept in results)
-    logger.info(f"{len(files)} file(s) ({known} from the index at {shelf.folder}), {len(passages)} passages")
+    logger.info(f"{len(files)} file(s) ({known} from the index at {store.folder}), {len(passages)} passages")
     vectors = None
     if embedder:
         with heartbeat(lambda: f"embedding the passages of {len(files)} file(s)"):
-            rows = [shelf.vectors(path, found, embedder) for path, (found, _, _) in zip(files, results, strict=True)]
+            rows = [store.vectors(path, found, embedder) for path, (found, _, _) in zip(files, results, strict=True)]
         vectors = np.concatenate(rows)
     return Collection(passages, embedder, vectors)
+
+
+def ground(
+    engine: ChatEngine,
+    sampling: Sampling,
+    collection: Collection,
+    arguments: FileArguments,
+    found: SearchResult,
+    history: Sequence[dict[str, str]],
+    question: str,
+) -> GroundedPrompt | None:
+    """The prompt for a question with the passages found; None if these are not relevant enough to ask the model."""
+    if not is_relevant(found, arguments.min_similarity, arguments.min_coverage):
+        return None
+    sources = build_sources(collection, found, arguments.num_passages, arguments.num_expand_context_chunk)
+    return build_prompt(engine, sampling, arguments.system_prompt, history, question, sources)
 
 
 def reply(
@@ -321,14 +300,13 @@ def reply(
     question: str,
 ) -> str:
     """Print the answer to a question and its sources. Returns the answer; empty if the model was not asked."""
-    found = collection.search(searched_for(question, history))
-    if not fits(found, arguments.min_similarity, arguments.min_coverage):
+    found = collection.search(search_query(question, history))
+    prompt = ground(engine, sampling, collection, arguments, found, history, question)
+    if prompt is None:
         print(UNKNOWN[language_of(question)], flush=True)
         return ""
-    sources = sources_of(collection, found, arguments.num_passages, arguments.num_expand_context_chunk)
-    prompt = prompt_of(engine, sampling, arguments.system_prompt, history, question, sources)
     answer = say(engine, GenerationRequest(prompt.prompt_ids, sampling))
-    print("", *source_lines(answer, prompt.sources), sep="\n", flush=True)
+    print("", *format_sources(answer, prompt.sources), sep="\n", flush=True)
     return answer
 
 
@@ -360,10 +338,10 @@ def show_passages(collection: Collection, arguments: FileArguments) -> None:
     """Print the passages that a model would be given, whole."""
     found = collection.search(arguments.search)
     similarity = "" if found.similarity is None else f", largest similarity {found.similarity:.2f}"
-    is_enough = fits(found, arguments.min_similarity, arguments.min_coverage)
+    is_enough = is_relevant(found, arguments.min_similarity, arguments.min_coverage)
     verdict = "a model would be asked" if is_enough else "the answer would be that nothing was found"
     note(f"{found.coverage:.0%} of the question's terms are in the best passages{similarity}: {verdict}")
-    sources = sources_of(collection, found, arguments.num_passages, arguments.num_expand_context_chunk)
+    sources = build_sources(collection, found, arguments.num_passages, arguments.num_expand_context_chunk)
     for number, source in enumerate(sources, start=1):
         print(f"[{number}] {source.place}\n{source.text}\n")
 
@@ -380,7 +358,7 @@ class Question:
 
     def answered_by(self, passage: Passage) -> bool:
         right_page = self.page is None or passage.page == self.page
-        return Path(passage.file).name == self.file and right_page and plain(self.evidence) in passage.plain
+        return Path(passage.file).name == self.file and right_page and normalize(self.evidence) in passage.normalized
 
 
 def read_questions(arguments: FileArguments) -> list[Question]:
@@ -425,11 +403,10 @@ def evaluate(
         if question.file and not right:
             lost.append(question.question)
         rank = next((n for n, index in enumerate(found.order, start=1) if index in right), None)
-        asked = fits(found, arguments.min_similarity, arguments.min_coverage)
+        asked = is_relevant(found, arguments.min_similarity, arguments.min_coverage)
         rows.append({**dataclasses.asdict(question), "rank": rank, "coverage": found.coverage, "asked": asked})
         if engine and asked:
-            sources = sources_of(collection, found, arguments.num_passages, arguments.num_expand_context_chunk)
-            prompt = prompt_of(engine, sampling, arguments.system_prompt, [], question.question, sources)
+            prompt = ground(engine, sampling, collection, arguments, found, [], question.question)
             prompts.append((rows[-1], prompt, right))
     if lost:
         logger.warning(f"no passage holds the evidence of {len(lost)} questions, which count as not found: {lost[0]} …")
@@ -437,7 +414,7 @@ def evaluate(
         with heartbeat(lambda: f"answering {len(prompts)} questions"):
             answers = engine.batch([prompt.prompt_ids for _, prompt, _ in prompts], sampling, ANSWERS_AT_A_TIME)
         for (row, prompt, right), answer in zip(prompts, answers, strict=True):
-            cited, invented = citations(answer.text, prompt.sources)
+            cited, invented = parse_citations(answer.text, prompt.sources)
             row |= {
                 "answer_given": answer.text,
                 "cited": cited,
@@ -520,7 +497,7 @@ def serve_page(collection: Collection, arguments: FileArguments) -> None:
 
 def build_page(batcher: "Batcher", collection: Collection, arguments: FileArguments) -> "gr.Blocks":
     """Upload, ask, read the answer and its sources. A visitor's files and turns are in the visitor's session alone."""
-    from medicalgpt.serving.page import describe, shown, stream
+    from medicalgpt.serving.page import describe, shown
 
     import gradio as gr
 
@@ -564,20 +541,12 @@ def build_page(batcher: "Batcher", collection: Collection, arguments: FileArgume
                 return [*now, {"role": "assistant", "content": text}]
 
             try:
-                files = files or collection
-                found = await asyncio.to_thread(files.search, searched_for(asked, said))
-                if fits(found, arguments.min_similarity, arguments.min_coverage):
-                    sources = sources_of(files, found, arguments.num_passages, arguments.num_expand_context_chunk)
-                    prompt = prompt_of(batcher.engine, sampling, arguments.system_prompt, said, asked, sources)
-                    request = GenerationRequest(prompt.prompt_ids, sampling)
-                    async with aclosing(stream(batcher, request, arguments.request_timeout)) as growing:
-                        async for text, _ in growing:
-                            yield {chatbot: shown(with_answer(text))}
-                    passages = (f"({n}) {source.place}\n{source.text}" for n, source in enumerate(prompt.sources, 1))
-                    below = "\n\n".join(["\n".join(source_lines(text, prompt.sources)), *passages])
-                    said = with_answer(text) if text else said
-                else:
-                    text = UNKNOWN[language_of(asked)]
+                answering = answer_visitor(batcher, sampling, files or collection, arguments, said, asked)
+                async with aclosing(answering):
+                    async for text, below in answering:
+                        yield {chatbot: shown(with_answer(text)), sources_shown: below}
+                # An answer that the model was not asked for is no part of the conversation.
+                said = with_answer(text) if text and below else said
             except Exception as error:
                 text, below = text or "…", describe(error)
             yield {turns: said, chatbot: shown(with_answer(text)), sources_shown: below}
@@ -608,11 +577,34 @@ def build_page(batcher: "Batcher", collection: Collection, arguments: FileArgume
     return page.queue(api_open=False)
 
 
+async def answer_visitor(
+    batcher: "Batcher",
+    sampling: Sampling,
+    collection: Collection,
+    arguments: FileArguments,
+    history: Sequence[dict[str, str]],
+    question: str,
+) -> AsyncIterator[tuple[str, str]]:
+    """Yield the answer so far, and what is shown below it: its sources at the end, nothing if no model was asked."""
+    from medicalgpt.serving.page import stream
+
+    found = await asyncio.to_thread(collection.search, search_query(question, history))
+    prompt = ground(batcher.engine, sampling, collection, arguments, found, history, question)
+    if prompt is None:
+        yield UNKNOWN[language_of(question)], ""
+        return
+    request, text = GenerationRequest(prompt.prompt_ids, sampling), ""
+    async with aclosing(stream(batcher, request, arguments.request_timeout)) as growing:
+        async for text, _ in growing:
+            yield text, ""
+    yield text, format_passages(text, prompt.sources)
+
+
 def take_uploads(
     paths: Sequence[str], had: Sequence[Passage], arguments: FileArguments
 ) -> tuple[list[Passage], list[str]]:
-    """Read a visitor's files and delete them. Returns all of the visitor's passages, and what is to be told."""
-    passages, told = list(had), []
+    """Read a visitor's files and delete them. Returns all of the visitor's passages, and messages about them."""
+    passages, messages = list(had), []
     for path in map(Path, paths):
         name = safe_name(path.name)
         # A file of the same name takes the place of the former one.
@@ -622,12 +614,12 @@ def take_uploads(
                 raise UserError(f"{name}: at most {FILES_OF_A_VISITOR} files are taken.")
             document = read_document(path)
             passages = others + split(name, document.units, arguments.chunk_size, arguments.chunk_overlap)
-            told += [f"{name}: {notice}" for notice in document.notices]
+            messages += [f"{name}: {notice}" for notice in document.notices]
         except UserError as error:
-            told.append(str(error).replace(str(path), name))
+            messages.append(str(error).replace(str(path), name))
         finally:
             path.unlink(missing_ok=True)
-    return passages, [*dict.fromkeys(passage.file for passage in passages), *told]
+    return passages, [*dict.fromkeys(passage.file for passage in passages), *messages]
 
 
 def safe_name(name: str) -> str:

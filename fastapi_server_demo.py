@@ -1,4 +1,4 @@
-"""A small server for a trained model, to be read and changed: questions in, answers out, all in JSON.
+"""A small server for a trained model, to be read and changed: questions in, answers out, as JSON.
 
     python fastapi_server_demo.py --model_name_or_path outputs-sft --port 8008
     curl http://127.0.0.1:8008/chat -H "Content-Type: application/json" -d '{"input": "感冒了怎么办？"}'
@@ -45,7 +45,7 @@ Text = Annotated[str, Field(min_length=1)]
 
 @dataclass
 class ServerArguments(ApiArguments):
-    """Where it listens."""
+    """Where the server listens."""
 
     port: int = field(
         default=8008, metadata={"help": "Port to listen on; 0 takes a free one.", "aliases": ["--server_port"]}
@@ -53,7 +53,7 @@ class ServerArguments(ApiArguments):
 
 
 class Settings(BaseModel):
-    """How to answer; what is left out is as on the command line."""
+    """How to answer; omitted fields are as on the command line."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -97,17 +97,18 @@ class Problem(BaseModel):
 def main() -> None:
     (arguments,) = parse_args(ServerArguments, description=__doc__, unused=refused_in("fastapi_server_demo.py"))
     setup_logging()
+    # Errors in the flags show before the model is loaded.
     sampling_from(arguments)
     key = key_from(arguments)
-    # A port that is taken shows before minutes are spent on loading a model.
+    # So does a port that is taken.
     bound_socket(arguments).close()
     batcher = batcher_from(ChatEngine.from_arguments(arguments), arguments)
-    # Asked to end, it takes no more requests and finishes those that it has.
+    # When stopped, it takes no more requests and finishes those that it has.
     uvicorn.run(build_app(batcher, arguments, key), host=arguments.host, port=arguments.port)
 
 
 def build_app(batcher: Batcher, arguments: ServerArguments, key: str | None) -> FastAPI:
-    # The usual page of documentation would load scripts from another host.
+    # The usual documentation page would load scripts from another host.
     problems = {"4XX": {"model": Problem}, "5XX": {"model": Problem}}
     app = FastAPI(title="MedicalGPT", docs_url=None, redoc_url=None, responses=problems)
 
@@ -119,19 +120,7 @@ def build_app(batcher: Batcher, arguments: ServerArguments, key: str | None) -> 
         body_seconds=arguments.request_timeout,
     )
 
-    @app.exception_handler(RequestValidationError)
-    async def wrong_fields(request: Request, error: RequestValidationError) -> JSONResponse:
-        # The values themselves are not repeated: JSON cannot say all of them (NaN).
-        told = [f"{'.'.join(map(str, each['loc'][1:])) or 'the body'}: {each['msg']}" for each in error.errors()]
-        return refusal(422, "; ".join(told).encode(errors="replace").decode())
-
-    @app.exception_handler(QueueFullError)
-    async def too_many(request: Request, error: QueueFullError) -> JSONResponse:
-        return refusal(429, str(error), {"Retry-After": "1"})
-
-    @app.exception_handler(TimeoutError)
-    async def too_late(request: Request, error: TimeoutError) -> JSONResponse:
-        return refusal(504, f"There was no answer after {arguments.request_timeout} seconds.")
+    add_error_handlers(app, arguments)
 
     @app.get("/")
     async def index() -> dict[str, str]:
@@ -155,7 +144,7 @@ def build_app(batcher: Batcher, arguments: ServerArguments, key: str | None) -> 
     async def answers_to(
         request: Request, asked: Settings, questions: Sequence[str], history: Sequence[Sequence[str]] = ()
     ) -> list[Answer]:
-        """Answer questions that are asked at the same time, each after the same history."""
+        """Answer several questions, each after the same history."""
         given = asked.model_dump(include=set(Settings.model_fields), exclude_unset=True)
         system = given.pop("system_prompt", arguments.system_prompt)
         turns = [{"role": "system", "content": system}] if system else []
@@ -163,7 +152,7 @@ def build_app(batcher: Batcher, arguments: ServerArguments, key: str | None) -> 
             turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         sampling = replace(sampling_from(arguments), **given)
         if idle := {"top_p", "top_k", "seed"}.intersection(given) if sampling.temperature == 0 else None:
-            raise HTTPException(400, f"{', '.join(sorted(idle))}: without effect at temperature 0; give a temperature.")
+            raise HTTPException(400, f"{', '.join(sorted(idle))}: no effect at temperature 0; set a temperature.")
         try:
             prompts = [batcher.engine.prompt_ids([*turns, {"role": "user", "content": text}]) for text in questions]
         except UserError as error:
@@ -181,7 +170,7 @@ def build_app(batcher: Batcher, arguments: ServerArguments, key: str | None) -> 
                     if await request.is_disconnected():
                         raise HTTPException(499, "The client has left.")
         finally:
-            # Whoever does not wait any longer gives the place free.
+            # A client that no longer waits frees its place in the batch.
             for future in futures:
                 future.cancel()
         if error := answers.exception():
@@ -190,6 +179,24 @@ def build_app(batcher: Batcher, arguments: ServerArguments, key: str | None) -> 
         return answers.result()
 
     return app
+
+
+def add_error_handlers(app: FastAPI, arguments: ServerArguments) -> None:
+    """Answer what can go wrong in any route as {"detail": "…"}."""
+
+    @app.exception_handler(RequestValidationError)
+    async def wrong_fields(request: Request, error: RequestValidationError) -> JSONResponse:
+        # The values themselves are not repeated: JSON cannot express all of them (NaN).
+        problems = [f"{'.'.join(map(str, each['loc'][1:])) or 'the body'}: {each['msg']}" for each in error.errors()]
+        return refusal(422, "; ".join(problems).encode(errors="replace").decode())
+
+    @app.exception_handler(QueueFullError)
+    async def too_many(request: Request, error: QueueFullError) -> JSONResponse:
+        return refusal(429, str(error), {"Retry-After": "1"})
+
+    @app.exception_handler(TimeoutError)
+    async def too_late(request: Request, error: TimeoutError) -> JSONResponse:
+        return refusal(504, f"There was no answer after {arguments.request_timeout} seconds.")
 
 
 def as_reply(answer: Answer) -> dict[str, Any]:

@@ -1,13 +1,13 @@
-"""A page to talk to a trained model: answers appear while they are written, and a conversation has many turns.
+"""A web page to talk to a trained model: streamed answers, conversations of many turns.
 
     python gradio_demo.py --model_name_or_path outputs-sft
     python gradio_demo.py --base_model Qwen/Qwen3-0.6B --lora_model outputs-sft --port 8082
 
-Answers of several visitors are computed together. What somebody writes stays in a session of their own and is forgotten
-with it; the page stores nothing and loads nothing from other hosts.
+Several visitors are answered in one batch. What a visitor writes stays in the visitor's session and is forgotten with
+it; the page stores nothing and loads nothing from other hosts.
 
-It is for this machine alone. `--host 0.0.0.0` opens it to the network, `--share True` makes a public link through the
-servers of Gradio; both need `--auth user:password`, or the same in the environment as MEDICALGPT_AUTH.
+By default only this machine can open it. `--host 0.0.0.0` opens it to the network, `--share True` makes a public link
+through Gradio's servers; both need `--auth user:password`, or the same in the environment as MEDICALGPT_AUTH.
 """
 
 import os
@@ -30,7 +30,7 @@ from medicalgpt.serving.web import auth_from
 import gradio as gr
 from loguru import logger
 
-# Gradio asks its makers for news while it is imported.
+# Gradio contacts its makers while it is imported.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 EXAMPLES = (
@@ -43,7 +43,7 @@ EXAMPLES = (
 
 @dataclass
 class DemoArguments(PageArguments):
-    """Where the page is shown."""
+    """Where the page is served."""
 
     port: int = field(
         default=8082, metadata={"help": "Port to listen on; 0 takes a free one.", "aliases": ["--server_port"]}
@@ -58,79 +58,98 @@ def main() -> None:
     batcher = batcher_from(ChatEngine.from_arguments(arguments), arguments)
     try:
         page = build_page(batcher, arguments)
-        logger.info(f"Open {launch(page, arguments, auth)} in a browser. Ctrl-C ends the program.")
+        logger.info(f"Open {launch(page, arguments, auth)} in a browser. Ctrl-C stops the program.")
         page.block_thread()
     finally:
         batcher.close(finish=False)
 
 
-def build_page(batcher: Batcher, arguments: PageArguments) -> gr.Blocks:
-    """The page. All that it knows of a visitor is in `turns`, of which each session has its own."""
-    with gr.Blocks(title="MedicalGPT", analytics_enabled=False) as page:
-        turns = gr.State([])
-        gr.Markdown("## MedicalGPT")
-        gr.Markdown(LABEL("about"))
-        with gr.Row():
-            with gr.Column(scale=3):
-                chatbot = gr.Chatbot(
-                    label=LABEL("chat"),
-                    elem_id="chat",
-                    height="62vh",
-                    examples=[{"text": text} for text in EXAMPLES],
-                    reasoning_tags=[("<think>", "</think>")],
-                    sanitize_html=True,
-                    allow_tags=False,
-                    # What they copy is the text with its marks escaped.
-                    buttons=[],
-                    feedback_options=None,
-                )
-                notice = gr.Textbox(label=LABEL("notice"), visible=False, interactive=False, elem_id="notice")
-                question = gr.Textbox(label=LABEL("question"), max_lines=8, autofocus=True, elem_id="question")
-                with gr.Row():
-                    send, stop, retry, undo, clear = (
-                        gr.Button(LABEL(name), variant=variant, interactive=ready, min_width=80, elem_id=name)
-                        for name, variant, ready in (
-                            ("send", "primary", True),
-                            ("stop", "stop", False),
-                            ("retry", "secondary", False),
-                            ("undo", "secondary", False),
-                            ("clear", "secondary", True),
-                        )
-                    )
-            with gr.Column(scale=1, min_width=280), gr.Accordion(LABEL("settings")):
-                system = gr.Textbox(arguments.system_prompt, label=LABEL("system_prompt"), elem_id="system_prompt")
-                sliders = {
-                    name: gr.Slider(
-                        min(low, getattr(arguments, name)),
-                        max(high, getattr(arguments, name)),
-                        getattr(arguments, name),
-                        step=step,
-                        label=LABEL(name),
-                        elem_id=name,
-                    )
-                    for name, low, high, step in (
-                        ("max_new_tokens", 1, 4096, 1),
-                        ("temperature", 0, 2, 0.01),
-                        ("top_p", 0.01, 1, 0.01),
-                        ("top_k", 0, 200, 1),
-                        ("repetition_penalty", 0.5, 2, 0.01),
+@dataclass(frozen=True)
+class Layout:
+    """The components of the page.
+
+    Attributes:
+        turns: all that is known of a visitor; each session has its own.
+        sliders: by the name of the setting.
+    """
+
+    turns: gr.State
+    chatbot: gr.Chatbot
+    notice: gr.Textbox
+    question: gr.Textbox
+    buttons: dict[str, gr.Button]
+    system: gr.Textbox
+    sliders: dict[str, gr.Slider]
+    seed: gr.Textbox
+
+    def view(self, said: Turns, *, busy: bool = False, note: str = "") -> dict[gr.Component, Any]:
+        """What the page shows after these turns."""
+        return {
+            self.turns: said,
+            self.chatbot: shown(said),
+            self.notice: gr.update(value=note, visible=bool(note)),
+            self.buttons["send"]: gr.update(interactive=not busy),
+            self.buttons["stop"]: gr.update(interactive=busy),
+            self.buttons["retry"]: gr.update(interactive=bool(said) and not busy),
+            self.buttons["undo"]: gr.update(interactive=bool(said)),
+        }
+
+
+def lay_out(arguments: PageArguments) -> Layout:
+    """Place the components; to be called within `gr.Blocks`."""
+    turns = gr.State([])
+    gr.Markdown("## MedicalGPT")
+    gr.Markdown(LABEL("about"))
+    with gr.Row():
+        with gr.Column(scale=3):
+            chatbot = gr.Chatbot(
+                label=LABEL("chat"),
+                elem_id="chat",
+                height="62vh",
+                examples=[{"text": text} for text in EXAMPLES],
+                reasoning_tags=[("<think>", "</think>")],
+                sanitize_html=True,
+                allow_tags=False,
+                # They would copy the text with its markup escaped.
+                buttons=[],
+                feedback_options=None,
+            )
+            notice = gr.Textbox(label=LABEL("notice"), visible=False, interactive=False, elem_id="notice")
+            question = gr.Textbox(label=LABEL("question"), max_lines=8, autofocus=True, elem_id="question")
+            with gr.Row():
+                buttons = {
+                    name: gr.Button(LABEL(name), variant=variant, interactive=ready, min_width=80, elem_id=name)
+                    for name, variant, ready in (
+                        ("send", "primary", True),
+                        ("stop", "stop", False),
+                        ("retry", "secondary", False),
+                        ("undo", "secondary", False),
+                        ("clear", "secondary", True),
                     )
                 }
-                # A number that nobody fills in would be 0.
-                seed = gr.Textbox(
-                    "" if arguments.seed is None else str(arguments.seed), label=LABEL("seed"), elem_id="seed"
+        with gr.Column(scale=1, min_width=280), gr.Accordion(LABEL("settings")):
+            system = gr.Textbox(arguments.system_prompt, label=LABEL("system_prompt"), elem_id="system_prompt")
+            sliders = {
+                name: gr.Slider(min(low, value), max(high, value), value, step=step, label=LABEL(name), elem_id=name)
+                for name, value, low, high, step in (
+                    ("max_new_tokens", arguments.max_new_tokens, 1, 4096, 1),
+                    ("temperature", arguments.temperature, 0, 2, 0.01),
+                    ("top_p", arguments.top_p, 0.01, 1, 0.01),
+                    ("top_k", arguments.top_k, 0, 200, 1),
+                    ("repetition_penalty", arguments.repetition_penalty, 0.5, 2, 0.01),
                 )
-
-        def view(said: Turns, *, busy: bool = False, note: str = "") -> dict[gr.Component, Any]:
-            return {
-                turns: said,
-                chatbot: shown(said),
-                notice: gr.update(value=note, visible=bool(note)),
-                send: gr.update(interactive=not busy),
-                stop: gr.update(interactive=busy),
-                retry: gr.update(interactive=bool(said) and not busy),
-                undo: gr.update(interactive=bool(said)),
             }
+            # An empty number field would be 0.
+            value = "" if arguments.seed is None else str(arguments.seed)
+            seed = gr.Textbox(value, label=LABEL("seed"), elem_id="seed")
+    return Layout(turns, chatbot, notice, question, buttons, system, sliders, seed)
+
+
+def build_page(batcher: Batcher, arguments: PageArguments) -> gr.Blocks:
+    """The page: its components, and what happens when a button is pressed."""
+    with gr.Blocks(title="MedicalGPT", analytics_enabled=False) as page:
+        layout = lay_out(arguments)
+        turns, chatbot, question, view = layout.turns, layout.chatbot, layout.question, layout.view
 
         async def ask(
             event: gr.EventData, said: Turns, asked: str, system_prompt: str, seed: str, *values: float
@@ -148,7 +167,7 @@ def build_page(batcher: Batcher, arguments: PageArguments) -> gr.Blocks:
             yield {**view(said, busy=True), question: ""}
             try:
                 system_turn = [{"role": "system", "content": system_prompt}] if system_prompt.strip() else []
-                sampling = Sampling(seed=seed_of(seed), **dict(zip(sliders, values, strict=True)))
+                sampling = Sampling(seed=seed_of(seed), **dict(zip(layout.sliders, values, strict=True)))
                 request = batcher.engine.request([*system_turn, *said], sampling)
                 growing = stream(batcher, request, arguments.request_timeout)
                 async with aclosing(growing):
@@ -161,7 +180,7 @@ def build_page(batcher: Batcher, arguments: PageArguments) -> gr.Blocks:
                 yield view([*said, {"role": "assistant", "content": text}], note=note)
             else:
                 # An empty turn would teach the model to say nothing from here on.
-                note = note or "The model said nothing."
+                note = note or "The model gave no answer."
                 yield {**view(before, note=note), question: "" if again else asked}
 
         def stop_answer(said: Turns, typed: str) -> dict[gr.Component, Any]:
@@ -174,27 +193,34 @@ def build_page(batcher: Batcher, arguments: PageArguments) -> gr.Blocks:
                 said, unanswered = said[:-2], said[-2]["content"]
             return {**view(said), question: unanswered or ""}
 
-        outputs = [turns, chatbot, question, notice, send, stop, retry, undo]
+        buttons = layout.buttons
+        outputs = [
+            turns,
+            chatbot,
+            question,
+            layout.notice,
+            *(buttons[name] for name in ("send", "stop", "retry", "undo")),
+        ]
         private = {"outputs": outputs, "api_visibility": "private"}
-        # One event for all that asks, so that a visitor has one answer at a time, and the other buttons can end it.
+        # One event for everything that asks: a visitor gets one answer at a time, and the other buttons can cancel it.
         asking = gr.on(
-            [send.click, question.submit, retry.click, chatbot.example_select],
+            [buttons["send"].click, question.submit, buttons["retry"].click, chatbot.example_select],
             ask,
-            [turns, question, system, seed, *sliders.values()],
+            [turns, question, layout.system, layout.seed, *layout.sliders.values()],
             show_progress_on=chatbot,
             show_progress="minimal",
             trigger_mode="once",
             **private,
         )
         ending = {"cancels": asking, "queue": False, "show_progress": "hidden", **private}
-        stop.click(stop_answer, [turns, question], **ending)
-        undo.click(undo_turn, turns, **ending)
-        gr.on([clear.click, chatbot.clear], lambda: view([]), **ending)
+        buttons["stop"].click(stop_answer, [turns, question], **ending)
+        buttons["undo"].click(undo_turn, turns, **ending)
+        gr.on([buttons["clear"].click, chatbot.clear], lambda: view([]), **ending)
     return page.queue(default_concurrency_limit=None, api_open=False)
 
 
 def without_unanswered(said: Turns) -> tuple[Turns, str | None]:
-    """Return the turns without a last question that nobody answered, and that question."""
+    """Return the turns without a last, unanswered question, and that question."""
     if said and said[-1]["role"] == "user":
         return said[:-1], said[-1]["content"]
     return said, None

@@ -5,18 +5,18 @@
     python inference.py --model_name_or_path outputs-sft --data_file questions.jsonl --output_file answers.jsonl
     torchrun --nproc_per_node 2 inference.py --model_name_or_path outputs-sft --data_file questions.jsonl
 
-The model may be a hub name, a folder of whole weights, or the folder of an adapter (its base is found by itself);
---lora_model puts an adapter on top. The chat template and the stop tokens come with the checkpoint.
+The model may be a hub name, a folder with all weights, or the folder of an adapter (its base is found automatically);
+--lora_model adds an adapter. The chat template and the stop tokens come with the checkpoint.
 
 A row of --data_file has `conversations`, `messages`, `instruction` (with `input`), `prompt`, `query` or `question`; a
-.txt file has a question on each line. Where a row ends with an answer, that is not shown to the model and is written
-as `reference`:
+.txt file has a question on each line. If a row ends with an answer, that is not shown to the model and is written as
+`reference`:
 
     {"question": "怎么办？", "answer": "休息。"}
  -> {"question": "怎么办？", "answer": "休息。", "reference": "休息。", "response": "…", "finish_reason": "stop"}
 
-Until all rows are answered, the first ones stand in OUTPUT_FILE.partial. Under torchrun each process has the model on a
-GPU of its own and takes the next batch when it is ready for one; the file is the same with any number of processes.
+Until all rows are answered, the first ones are in OUTPUT_FILE.partial. Under torchrun each process has the model on its
+own GPU and takes the next batch when it is ready; the file is the same with any number of processes.
 """
 
 import json
@@ -55,29 +55,28 @@ from torch.distributed import HashStore, Store
 from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
-# A signal of life at least this often where no progress bar can be drawn.
-# Rows are sorted by length within so many batches: enough to pad little, and rows are written in order, so that few
-# of those that are answered have to wait for one that is not.
+# Rows are sorted by length within this many batches: enough to pad little, yet since rows are written in order, few
+# answered ones have to wait for one that is not.
 BATCHES_PER_SORT = 16
-# A process that waits for the answers of the others looks for them this often.
+# How often the first process looks for the answers of the others.
 SECONDS_BETWEEN_LOOKS = 0.05
-# For the first process to report an error that all have met, and to end, before another one reports it.
+# Time for the first process to report an error that all processes meet, and to exit, before another one reports it.
 SECONDS_TO_SPEAK = 10
 
 HELP = """/clear        forget the conversation
 /system TEXT  set the system prompt (without TEXT: show it)
 /help         this list
-/exit         leave (or Ctrl-D)
-Ctrl-C stops an answer; what was said of it stays in the conversation."""
+/exit         exit (or Ctrl-D)
+Ctrl-C stops an answer; what was printed of it stays in the conversation."""
 
 
 @dataclass
 class InferenceArguments(ChatArguments):
-    """What is asked."""
+    """What is asked, and where the answers go."""
 
     query: str | None = field(default=None, metadata={"help": "Answer this one question."})
     interactive: bool = field(
-        default=False, metadata={"help": "Talk in the terminal. The default if nothing else is asked for."}
+        default=False, metadata={"help": "Talk in the terminal. The default if nothing else is requested."}
     )
     data_file: str | None = field(
         default=None, metadata={"help": "Answer every row of this .jsonl, .json or .txt file."}
@@ -87,7 +86,7 @@ class InferenceArguments(ChatArguments):
     )
     overwrite_output_file: bool = field(default=False, metadata={"help": "Replace --output_file if it exists."})
     ignore_fields: str | None = field(
-        default=None, metadata={"help": "Fields of --data_file's rows that are no part of the question, with commas."}
+        default=None, metadata={"help": "Fields of --data_file's rows that are not part of the question, with commas."}
     )
     batch_size: int = field(default=8, metadata={"help": "Rows answered at a time.", "aliases": ["--eval_batch_size"]})
 
@@ -99,7 +98,7 @@ def main() -> None:
         mode = choose_mode(arguments)
         sampling = sampling_from(arguments)
 
-        # Everything that can be wrong with the files shows before minutes are spent on loading a model.
+        # Errors in the files show before minutes are spent on loading a model.
         questions = []
         if mode == "data_file":
             check_output_file(arguments)
@@ -119,7 +118,7 @@ def choose_mode(arguments: InferenceArguments) -> str:
     """Return "query", "interactive" or "data_file".
 
     Raises:
-        UserError: not exactly one of them is asked for, or a flag has no effect.
+        UserError: not exactly one of them is requested, or a flag has no effect.
     """
     modes = [
         name for name in ("query", "interactive", "data_file") if name in arguments.given and getattr(arguments, name)
@@ -127,7 +126,7 @@ def choose_mode(arguments: InferenceArguments) -> str:
     if not modes and sys.stdin.isatty():
         modes = ["interactive"]
     if len(modes) != 1:
-        found = " and ".join(f"--{name}" for name in modes) or "none, and the input is no terminal"
+        found = " and ".join(f"--{name}" for name in modes) or "none, and the input is not a terminal"
         raise UserError(f"choose exactly one of --query TEXT, --interactive and --data_file FILE (found: {found}).")
     problems = []
     if world_size() > 1 and modes != ["data_file"]:
@@ -135,11 +134,11 @@ def choose_mode(arguments: InferenceArguments) -> str:
     if modes != ["data_file"]:
         for name in ("output_file", "overwrite_output_file", "ignore_fields", "batch_size"):
             if name in arguments.given:
-                problems.append(f"--{name} has no effect without --data_file; leave it out.")
+                problems.append(f"--{name} has no effect without --data_file; omit it.")
     if arguments.temperature == 0:
         for name in ("top_p", "top_k", "seed"):
             if name in arguments.given:
-                problems.append(f"--{name} has no effect at --temperature 0; add --temperature 0.7, say.")
+                problems.append(f"--{name} has no effect at --temperature 0; add --temperature 0.7, for example.")
     if arguments.query is not None and not arguments.query.strip():
         problems.append("--query is empty; give it a question.")
     if arguments.batch_size < 1:
@@ -160,7 +159,7 @@ def talk(engine: ChatEngine, sampling: Sampling, system_prompt: str | None) -> N
             return
         elif command == "/clear":
             history.clear()
-            note("The conversation is forgotten.")
+            note("The conversation is cleared.")
         elif command == "/system":
             system_prompt = rest.strip() or system_prompt
             note(f"System prompt: {system_prompt or 'none'}")
@@ -175,16 +174,16 @@ def talk(engine: ChatEngine, sampling: Sampling, system_prompt: str | None) -> N
             except PromptTooLongError as error:
                 note(f"error: {error} /clear starts again.")
             except Exception as error:
-                note(f"error: {error or type(error).__name__}\nThis turn was left out of the conversation.")
+                note(f"error: {error or type(error).__name__}\nThis turn is not part of the conversation.")
             else:
-                # An empty turn would teach the model to say nothing from here on.
+                # After an empty turn, the model would give empty answers from here on.
                 if answer:
                     history += [messages[-1], {"role": "assistant", "content": answer}]
 
 
 @dataclass(frozen=True)
 class Question:
-    """One row of the data file and what is asked by it."""
+    """One row of the data file and its prompt."""
 
     row: SourceRow
     messages: list[dict[str, Any]]
@@ -197,7 +196,7 @@ def unfinished(output_file: str) -> Path:
 
 
 def check_output_file(arguments: InferenceArguments) -> None:
-    """Raises UserError if the answers would replace a file that nobody gave up."""
+    """Raises UserError if the answers would overwrite a file without permission."""
     if not is_main_process():
         return  # By now the first process may have begun to write.
     target, partial = Path(arguments.output_file), unfinished(arguments.output_file)
@@ -238,7 +237,7 @@ def read_questions(arguments: InferenceArguments) -> list[Question]:
 
 
 def to_question(row: SourceRow, ignored: frozenset[str], system_prompt: str | None) -> Question:
-    """Raises RowError if the row cannot be asked, or its answer would replace one of its own fields."""
+    """Raises RowError if the row has no prompt, or its answer would overwrite one of its own fields."""
     prompt = to_prompt(row.value, ignored)
     messages, reference = prompt["messages"], prompt["reference"]
     if isinstance(row.value, dict):
@@ -258,16 +257,16 @@ def to_question(row: SourceRow, ignored: frozenset[str], system_prompt: str | No
 
 
 def refuse(problems: list[Problem]) -> None:
-    """Raises UserError if there is a problem."""
+    """Raises UserError if there are problems."""
     if problems:
         raise UserError(f"{len(problems)} row(s) cannot be answered; nothing was generated:\n{listed(problems)}")
 
 
 def render_prompts(engine: ChatEngine, questions: list[Question]) -> list[array]:
-    """Token ids of each question's prompt, four bytes each: a long file fits in memory.
+    """Token ids of each question's prompt, four bytes per token, so that long files fit in memory.
 
     Raises:
-        UserError: any of them cannot be asked; all of these are named.
+        UserError: prompts cannot be rendered or are too long; all of them are named.
     """
     prompts: list[array] = []
     problems: list[Problem] = []
@@ -289,7 +288,7 @@ def render_prompts(engine: ChatEngine, questions: list[Question]) -> list[array]
 
 
 def in_batches(lengths: list[int], batch_size: int) -> list[list[int]]:
-    """Put the numbers of neighbouring rows of like length together, the longest first."""
+    """Batches of row numbers: neighbouring rows of similar length, the longest first."""
     width = batch_size * BATCHES_PER_SORT
     batches = []
     for first in range(0, len(lengths), width):
@@ -355,8 +354,8 @@ def answer_batches(
 ) -> Iterator[bool]:
     """Take batches that no process has taken yet, until none is left; yields True after each.
 
-    Which rows are computed together, and with which seed a row is drawn, does not depend on who does it. So answers
-    are the same from any number of processes, in 16 bits too, where sums round by the shape of a batch.
+    Which rows share a batch, and with which seed a row is sampled, does not depend on the process. So answers are the
+    same with any number of processes, also in 16 bits, where sums round by the shape of a batch.
     """
     while (number := store.add("taken", 1) - 1) < len(batches):
         answers = engine.generate([requests[row] for row in batches[number]])
@@ -380,7 +379,7 @@ def output_line(question: Question, reply: dict[str, Any]) -> str:
 
 @contextmanager
 def progress(total: int) -> Iterator[Callable[[int], Any]]:
-    """Show how far it is: a bar on a terminal, a line every 30 s otherwise. Yields `advance(number_of_new_rows)`."""
+    """Show progress: a bar on a terminal, a line every 30 s otherwise. Yields `advance(number_of_new_rows)`."""
     if sys.stderr.isatty():
         with tqdm(total=total, unit="row") as bar:
             yield bar.update
@@ -398,7 +397,7 @@ def progress(total: int) -> Iterator[Callable[[int], Any]]:
 
 @contextmanager
 def one_of_several() -> Iterator[None]:
-    """Give this process a GPU of its own, and see to it that no failed run ends without a word.
+    """Give this process its own GPU, and make sure that no failed run ends silently.
 
     Raises:
         UserError: there are fewer GPUs than processes.
@@ -409,7 +408,7 @@ def one_of_several() -> Iterator[None]:
         yield
     except UserError as error:
         if not is_main_process():
-            # Most errors are met by all processes. If this one is, the first one's end ends this one in the meantime.
+            # Most errors are met by all processes; then the end of the first one ends this one in the meantime.
             time.sleep(SECONDS_TO_SPEAK)
             print(f"\nerror in process {rank()}: {error}", file=sys.stderr, flush=True)
         raise
@@ -433,7 +432,7 @@ def stop_with_the_others(*_: object) -> NoReturn:
     if is_main_process():
         print(
             "\nerror: this run was ended (SIGTERM). torchrun does so when another process has failed or was killed; "
-            "what happened to it stands beside this message.",
+            "its own message is next to this one.",
             file=sys.stderr,
             flush=True,
         )

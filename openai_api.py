@@ -3,17 +3,17 @@
     python openai_api.py --model_name_or_path outputs-sft
     MEDICALGPT_API_KEY=choose-one python openai_api.py --model_name_or_path outputs-sft --host 0.0.0.0
 
-Then, from Python (`pip install openai`), with the name of the model's folder as its name:
+Then, from Python (`pip install openai`), with the name of the model's folder as the model:
 
     client = OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
     client.chat.completions.create(model="outputs-sft", messages=[{"role": "user", "content": "感冒了怎么办？"}])
 
 Routes: POST /v1/chat/completions and /v1/completions, whole or streamed; GET /v1/models, /health, /metrics (for
-Prometheus) and /openapi.json. What a request does not say, temperature for example, is what the flags say. A field that
-this server cannot honour is refused, never ignored. Prompts and answers are not logged.
+Prometheus) and /openapi.json. The flags set the defaults of fields that a request omits, temperature for example. A
+field that this server cannot honour is refused, never ignored. Prompts and answers are not logged.
 
-With a key, every route asks for it. Without one, the server listens on this machine only, and only to requests that
-are addressed to it by a name of this machine: no page in a browser can then reach the model under another name.
+With a key, every route requires it. Without one, the server listens on this machine only, and answers only requests
+that are addressed to it by a name of this machine: no page in a browser can then reach the model under another name.
 """
 
 import asyncio
@@ -90,13 +90,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-# How often a sampled answer that fails its check is drawn again.
+# How often a sampled answer that fails its check is sampled again.
 RETRIES = 2
 # How long connections may take to close after the last answer.
 SECONDS_TO_CLOSE = 5
-# What a log-probability of minus infinity is written as, which JSON has no number for.
+# Stands for a log-probability of minus infinity, for which JSON has no number.
 LEAST_LOG_PROB = -9999.0
-# Where many programs end a line, although JSON leaves these characters in a string as they are.
+# Many programs end a line at these characters, which JSON leaves unescaped.
 LINE_ENDS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
 # Seconds, for the histograms of /metrics.
 BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
@@ -104,28 +104,30 @@ BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
 
 @dataclass
 class OpenAIArguments(ApiArguments):
-    """Who may ask, and how much."""
+    """Who may send requests, and their limits."""
 
     served_model_name: str | None = field(
         default=None, metadata={"help": "Name of the model in requests. Default: the last part of its path."}
     )
     allow_origins: str | None = field(
         default=None,
-        metadata={"help": "Web sites whose pages may ask from a browser, with commas (https://a.org,https://b.org)."},
+        metadata={
+            "help": "Web sites whose pages may send requests from a browser, with commas (https://a.org,https://b.org)."
+        },
     )
-    max_request_bytes: int = field(default=2_000_000, metadata={"help": "Most bytes of a request's body."})
-    max_tokens_limit: int = field(default=4096, metadata={"help": "Most tokens that a request may ask for."})
+    max_request_bytes: int = field(default=2_000_000, metadata={"help": "Maximum bytes of a request's body."})
+    max_tokens_limit: int = field(default=4096, metadata={"help": "Maximum tokens that a request may ask for."})
     stop_timeout: float = field(
-        default=60.0, metadata={"help": "Seconds that running answers have to end when the server is stopped."}
+        default=60.0, metadata={"help": "Seconds that running answers have to finish when the server is stopped."}
     )
 
 
 class ApiError(HTTPException):
-    """An answer that is a refusal.
+    """A refusal or failure, in the form of the OpenAI API.
 
     Args:
-        param: the field that is to blame, `messages[0].content` for example.
-        code: a word that programs can tell it by.
+        param: the field at fault, `messages[0].content` for example.
+        code: a word by which programs recognise it.
     """
 
     def __init__(
@@ -146,7 +148,7 @@ class ApiError(HTTPException):
 
 
 def to_api_error(error: Exception) -> ApiError:
-    """The refusal or failure that an exception means."""
+    """The response to an exception."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, RequestValidationError):
@@ -156,19 +158,19 @@ def to_api_error(error: Exception) -> ApiError:
     if isinstance(error, HTTPException):
         message = f"{error.detail}: GET /openapi.json lists the routes."
         return ApiError(error.status_code, message, headers=error.headers)
-    # Without the values of variables, which hold prompts.
+    # Without the values of variables, which contain prompts.
     logger.error("".join(traceback.format_exception(error)))
-    # What is not written for people may show what is nobody's business.
+    # Messages not written for users may disclose internals.
     message = str(error) if isinstance(error, UserError) else "The answer failed; the server's log says more."
     return ApiError(500, message, code="internal_error", type="server_error")
 
 
 def invalid_body(error: RequestValidationError) -> ApiError:
-    """Say what is wrong with a body; of a field with alternatives, by the one that comes nearest."""
+    """What is wrong with a body; for a field with alternatives, judged by the nearest one."""
     problem = max(error.errors(), key=lambda problem: (len(problem["loc"]), not problem["type"].endswith("_type")))
     path, value = "", error.body
     for key in (*problem["loc"][1:], problem.get("ctx", {}).get("field")):
-        # Names of alternatives stand between the keys.
+        # Names of alternatives appear between the keys.
         if isinstance(key, int) and isinstance(value, list):
             path += f"[{key}]"
             value = value[key] if key < len(value) else None
@@ -180,13 +182,13 @@ def invalid_body(error: RequestValidationError) -> ApiError:
 
 
 class StrictRequest(Request):
-    """JSON as its standard has it: no NaN, no half of a surrogate pair."""
+    """JSON as the standard defines it: no NaN, no lone surrogates."""
 
     async def json(self) -> Any:
         try:
             return from_json(await self.body(), allow_inf_nan=False)
         except ValueError as error:
-            raise ApiError(400, f"The body is no valid JSON: {error}.") from error
+            raise ApiError(400, f"The body is not valid JSON: {error}.") from error
 
 
 class StrictRoute(APIRoute):
@@ -195,7 +197,7 @@ class StrictRoute(APIRoute):
 
         async def handle_strictly(request: Request) -> Response:
             kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-            # A page in a browser may post any other kind to any address without asking the server first.
+            # A page in a browser may post other content types to any address without a CORS preflight.
             if request.method == "POST" and kind != "application/json":
                 raise ApiError(415, f"The content type is {kind!r}; send JSON with Content-Type: application/json.")
             return await handle(StrictRequest(request.scope, request.receive))
@@ -204,7 +206,7 @@ class StrictRoute(APIRoute):
 
 
 class Metrics:
-    """What /metrics tells."""
+    """The metrics that /metrics exposes."""
 
     def __init__(self, batcher: Batcher):
         disable_created_metrics()
@@ -215,8 +217,10 @@ class Metrics:
         self.prompt_tokens = count("medicalgpt_prompt_tokens", "Tokens of answered prompts.")
         self.completion_tokens = count("medicalgpt_completion_tokens", "Tokens generated in whole answers.")
         self.seconds = make("medicalgpt_request_seconds", "From a request to the end of its answer.", ["route"])
-        self.first_token = make("medicalgpt_time_to_first_token_seconds", "From a request to its answer's first text.")
-        for name, what in (("running", "Answers that are being computed."), ("waiting", "Requests that wait.")):
+        self.first_token = make(
+            "medicalgpt_time_to_first_token_seconds", "From a request to the first text of its answer."
+        )
+        for name, what in (("running", "Answers being generated."), ("waiting", "Queued requests.")):
             gauge = Gauge(f"medicalgpt_{name}", what, registry=self.registry)
             gauge.set_function(lambda name=name: getattr(batcher, name))
 
@@ -225,11 +229,11 @@ class Service:
     """What the routes share.
 
     Attributes:
-        sampling: what holds where a request says nothing.
-        takes_tools: whether the chat template can show tools.
-        stopping: no new requests are taken.
+        sampling: the defaults for fields that a request omits.
+        takes_tools: whether the chat template can render tools.
+        stopping: the server takes no new requests.
         recent_seconds: how long the last answers took.
-        open: answers that are being waited for.
+        open: answers that clients wait for.
     """
 
     def __init__(self, arguments: OpenAIArguments, engine: ChatEngine, batcher: Batcher, key: str | None):
@@ -248,12 +252,12 @@ class Service:
         self.bytes_of = lru_cache(maxsize=None)(partial(token_bytes, engine.tokenizer))
 
     def seconds_to_wait(self) -> int:
-        """After how long one of the running answers may have ended."""
+        """After how many seconds one of the running answers may have ended."""
         mean = sum(self.recent_seconds) / len(self.recent_seconds) if self.recent_seconds else 1.0
         return min(60, max(1, math.ceil(mean)))
 
     def give_up(self) -> None:
-        """End what waits and runs, each with an error to its client."""
+        """Cancel queued and running answers, each with an error to its client."""
         for future in list(self.open):
             future.cancel()
 
@@ -272,7 +276,7 @@ class RequestLog:
         started, status, request_id = time.monotonic(), 499, f"req-{uuid.uuid4().hex}"
         scope["started"] = started
         scope["deadline"] = asyncio.get_running_loop().time() + self.service.arguments.request_timeout
-        # Answers that were asked for, to be cancelled if they are not there when the request ends.
+        # Requested answers, cancelled if they are incomplete when the request ends.
         scope["futures"] = []
         response_started = False
 
@@ -309,18 +313,18 @@ class RequestLog:
 def requests_for(
     prompts: Sequence[list[int]], body: Generation, sampling: Sampling, tools: list[dict[str, Any]] | None = None
 ) -> list[GenerationRequest]:
-    """`n` answers to each prompt, the i-th of them drawn with seed + i."""
+    """`n` answers to each prompt, the i-th of them sampled with seed + i."""
     samplings = [sampling.with_seed_offset(i) for i in range(body.n or 1)]
     return [GenerationRequest(prompt_ids, each, tools) for prompt_ids in prompts for each in samplings]
 
 
-def redrawn(request: GenerationRequest, attempt: int) -> GenerationRequest:
-    """The same question with another draw."""
+def resampled(request: GenerationRequest, attempt: int) -> GenerationRequest:
+    """The same prompt, to be sampled with another seed."""
     return dataclasses.replace(request, sampling=request.sampling.with_seed_offset(attempt * MAX_CHOICES))
 
 
 def check_common(service: Service, body: Generation) -> None:
-    """Raises ApiError for what both kinds of requests can have wrong beside their types."""
+    """Raises ApiError for what the schema does not check, in both kinds of requests."""
     if body.model != service.model_name:
         raise unknown_model(service, body.model)
     if body.stream_options is not None and not body.stream:
@@ -330,8 +334,7 @@ def check_common(service: Service, body: Generation) -> None:
             if getattr(body, name) not in (None, idle):
                 raise ApiError(
                     400,
-                    f"{name}: it has no effect at temperature 0, which this server takes if a request says none; "
-                    "say a temperature.",
+                    f"{name}: it has no effect at temperature 0, the default of this server; set a temperature.",
                     param=name,
                 )
 
@@ -342,12 +345,12 @@ def unknown_model(service: Service, name: str) -> ApiError:
 
 
 def sampling_for(service: Service, body: Generation, top_log_probs: int | None) -> Sampling:
-    """How an answer is chosen: what the request says, on top of what the flags say."""
+    """The sampling settings of a request, with the flags as defaults."""
     limit = service.arguments.max_tokens_limit
     said = [(name, getattr(body, name, None)) for name in ("max_tokens", "max_completion_tokens")]
     wanted = {value for _, value in said if value is not None}
     if len(wanted) > 1:
-        raise ApiError(400, "max_tokens and max_completion_tokens differ; say one of them.", param="max_tokens")
+        raise ApiError(400, "max_tokens and max_completion_tokens differ; set one of them.", param="max_tokens")
     for name, value in said:
         if value is not None and value > limit:
             raise ApiError(400, f"{name}: {value} is above this server's limit of {limit} tokens.", param=name)
@@ -368,13 +371,12 @@ def text_of(content: Content | None) -> str:
 
 
 def to_template(messages: Sequence[Any], system_prompt: str | None) -> list[dict[str, Any]]:
-    """Messages as the chat template takes them, which is how they are trained on.
+    """Messages in the form of the chat template, as in training.
 
-    Templates know results of tools by their order, the API knows them by the ids of calls: results are put in the order
-    of the calls.
+    Templates match tool results to calls by their order, the API by ids: results are put in the order of the calls.
 
     Raises:
-        ApiError: a call has no result, or a result no call, or something cannot be read.
+        ApiError: a call without a result, a result without a call, or arguments that are not a JSON object.
     """
 
     def refuse(number: int, message: str, where: str = "") -> ApiError:
@@ -423,7 +425,7 @@ def _missing(results: dict[str, Any]) -> str:
 
 
 def read_object(text: str) -> dict[str, Any] | None:
-    """The JSON object that is the whole of a text, or None."""
+    """The JSON object that makes up the entire text, or None."""
     try:
         value = from_json(text.strip(), allow_inf_nan=False)
     except ValueError:
@@ -432,10 +434,10 @@ def read_object(text: str) -> dict[str, Any] | None:
 
 
 def tools_for(service: Service, body: ChatRequest) -> list[dict[str, Any]] | None:
-    """The tools that the model is shown.
+    """The tools that are offered to the model.
 
     Raises:
-        ApiError: the model has no form for tools, or a field has no effect, or a tool is not there.
+        ApiError: the chat template does not support tools, a field has no effect, or tool_choice names no tool.
     """
     if body.tools is None:
         for name in ("tool_choice", "parallel_tool_calls"):
@@ -446,7 +448,7 @@ def tools_for(service: Service, body: ChatRequest) -> list[dict[str, Any]] | Non
         raise ApiError(400, "tools: this model's chat template has no form for tools.", param="tools")
     if body.tool_choice == "none":
         return None
-    # `strict` is of the API, the rest is what the model was trained to read.
+    # `strict` is a field of the API only; the rest is what the model was trained to read.
     tools = [
         {**tool, "function": {key: value for key, value in tool["function"].items() if key != "strict"}}
         for tool in body.tools
@@ -459,8 +461,8 @@ def tools_for(service: Service, body: ChatRequest) -> list[dict[str, Any]] | Non
     return tools
 
 
-def check_for(body: ChatRequest) -> Callable[[Answer], str | None] | None:
-    """What an answer has to be: a function that says what is wrong with one, or None if nothing is asked for."""
+def answer_check(body: ChatRequest) -> Callable[[Answer], str | None] | None:
+    """A function that says what is wrong with an answer, or None if the request sets no conditions."""
     must_call = body.tool_choice == "required" or isinstance(body.tool_choice, NamedTool)
     one_call = body.parallel_tool_calls is False
     must_be_json = body.response_format is not None and body.response_format.type == "json_object"
@@ -471,7 +473,7 @@ def check_for(body: ChatRequest) -> Callable[[Answer], str | None] | None:
         if one_call and len(answer.tool_calls) > 1:
             return f"calls {len(answer.tool_calls)} tools, and parallel_tool_calls is false"
         if must_be_json and not answer.tool_calls and read_object(answer.text) is None:
-            return "is no JSON object, which response_format asks for"
+            return "is not a JSON object, which response_format asks for"
         return None
 
     return problem if must_call or one_call or must_be_json else None
@@ -483,17 +485,15 @@ def submit(
     jobs: Sequence[GenerationRequest],
     on_text: Callable[[int, str], Any] | None = None,
 ) -> list["Future[Answer]"]:
-    """Ask for answers, all of them or none. `on_text` is called from another thread, with the number of the job.
+    """Queue requests, all of them or none. `on_text` is called from another thread, with the number of the request.
 
     Raises:
-        ApiError: too many requests wait, or the server is stopping.
+        ApiError: the queue is full, or the server is stopping.
     """
     arguments, metrics, seen = service.arguments, service.metrics, []
     most = arguments.max_waiting + arguments.max_batch_size
     if len(jobs) > most:
-        raise ApiError(
-            400, f"The request asks for {len(jobs)} answers; this server takes in at most {most}.", param="n"
-        )
+        raise ApiError(400, f"The request asks for {len(jobs)} answers; this server takes at most {most}.", param="n")
 
     def take(number: int, text: str) -> None:
         if not seen:
@@ -533,7 +533,7 @@ def stopping() -> ApiError:
     return ApiError(503, "The server is stopping.", code="stopping", type="server_error")
 
 
-def time_is_up(service: Service) -> ApiError:
+def timed_out(service: Service) -> ApiError:
     message = f"The answer took longer than {service.arguments.request_timeout:g} s."
     return ApiError(504, message, code="timeout", type="server_error")
 
@@ -546,7 +546,7 @@ async def wait_for(service: Service, request: Request, futures: Sequence["Future
         async with asyncio.timeout_at(request.scope["deadline"]):
             await asyncio.wait((answers, leaving), return_when=asyncio.FIRST_COMPLETED)
     except TimeoutError as error:
-        raise time_is_up(service) from error
+        raise timed_out(service) from error
     else:
         if not answers.done():
             raise ClientLeft
@@ -562,7 +562,7 @@ async def wait_for(service: Service, request: Request, futures: Sequence["Future
 async def answers_for(
     service: Service, request: Request, jobs: Sequence[GenerationRequest], check: Callable[[Answer], str | None] | None
 ) -> list[Answer]:
-    """All answers; those that fail the check are drawn again, as long as there is anything to draw.
+    """All answers; those that fail the check are sampled again, unless the answers are greedy.
 
     Raises:
         ApiError: an answer fails the check in the end; and what `wait_for` raises.
@@ -571,7 +571,7 @@ async def answers_for(
     missing = list(range(len(jobs)))
     attempts = 1 + RETRIES if check and jobs[0].sampling.temperature > 0 else 1
     for attempt in range(attempts):
-        futures = submit(service, request, [redrawn(jobs[number], attempt) for number in missing])
+        futures = submit(service, request, [resampled(jobs[number], attempt) for number in missing])
         answers.update(zip(missing, await wait_for(service, request, futures), strict=True))
         missing = [number for number in missing if check and check(answers[number])]
         if not missing:
@@ -586,7 +586,7 @@ async def answers_for(
 async def pieces_of(
     service: Service, request: Request, jobs: Sequence[GenerationRequest]
 ) -> AsyncIterator[tuple[int, str | Answer]]:
-    """Pieces of text with the number of their job as they are generated, and each answer after its last piece.
+    """Pieces of text with the number of their request as they are generated; each answer after its last piece.
 
     Raises:
         ApiError: after the time limit; ClientLeft; or what went wrong in an answer.
@@ -609,7 +609,7 @@ async def pieces_of(
                 async with asyncio.timeout_at(request.scope["deadline"]):
                     number, event = await events.get()
             except TimeoutError as error:
-                raise time_is_up(service) from error
+                raise timed_out(service) from error
             if event is None:
                 raise ClientLeft
             if isinstance(event, Future):
@@ -634,7 +634,7 @@ BYTES = {char: byte for byte, char in bytes_to_unicode().items()}
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase, token_id: int) -> bytes | None:
-    """What a token stands for. A character may have several tokens, whose bytes make it up; None: nobody knows."""
+    """The bytes of a token; a character may be split over several tokens. None if they are unknown."""
     name = tokenizer.convert_ids_to_tokens(token_id) or ""
     if byte := re.fullmatch("<0x([0-9A-F]{2})>", name):
         return bytes.fromhex(byte[1])
@@ -653,10 +653,10 @@ def token_text(known: bytes | None) -> str:
 
 
 class Form:
-    """What answers look like, whole and streamed: what the two kinds of requests have in common.
+    """The form of responses, whole and streamed: what chat and text completions have in common.
 
     Args:
-        prompts: how many prompts the answers belong to, equally many to each.
+        prompts: number of prompts; each has the same number of answers.
     """
 
     def __init__(self, service: Service, body: Generation, prompts: int = 1):
@@ -680,9 +680,9 @@ class Form:
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
     def scored(self, answer: Answer) -> list[tuple[bytes | None, float, list[tuple[bytes | None, float]]]]:
-        """Each token of the text with its log-probability and the likeliest tokens in its place."""
+        """Each token of the text with its log-probability and the most likely tokens in its place."""
         scores = answer.scores
-        # The token that ends a turn is no part of the text.
+        # The token that ends a turn is not part of the text.
         if scores and answer.finish_reason == "stop" and scores[-1].token_id in self.service.engine.stop_ids:
             scores = scores[:-1]
         bytes_of = self.service.bytes_of
@@ -715,14 +715,14 @@ class ChatForm(Form):
         }
 
     def opening(self, number: int) -> list[dict[str, Any]]:
-        """What comes before the first piece of a stream."""
+        """Chunks before the first piece of a stream."""
         return [self._chunk(number, {"role": "assistant", "content": ""})]
 
     def piece(self, number: int, text: str) -> dict[str, Any]:
         return self._chunk(number, {"content": text})
 
     def ending(self, number: int, answer: Answer) -> list[dict[str, Any]]:
-        """What comes after the last piece: calls, which are known when the text is whole, and all else."""
+        """Chunks after the last piece: tool calls, which are known when the text is complete, and the rest."""
         calls = self._calls(answer)
         chunks = [
             self._chunk(number, {"tool_calls": [{"index": position, **call}]}) for position, call in enumerate(calls)
@@ -803,14 +803,14 @@ async def respond(
     form: Form,
     check: Callable[[Answer], str | None] | None = None,
 ) -> Response:
-    """Answer whole or as a stream, as the request says. What has to be checked is not sent before."""
+    """Answer whole or as a stream, as requested. Answers with conditions are sent after they are checked."""
     if not form.body.stream:
         return JSONResponse(form.whole(await answers_for(service, request, jobs, check)))
     if check:
         events = pieces_again(await answers_for(service, request, jobs, check))
     else:
         events = pieces_of(service, request, jobs)
-    # An error that comes before any text still gets its own status.
+    # An error before the first text still gets its own status.
     first = await anext(events)
     return StreamingResponse(
         stream_of(form, len(jobs), first, events),
@@ -876,16 +876,16 @@ async def chat_completions(request: Request, body: ChatRequest) -> Any:
     messages = to_template(body.messages, service.arguments.system_prompt)
     prompt_ids = await tokenized("messages", service.engine.prompt_ids, messages, tools)
     jobs = requests_for([prompt_ids], body, sampling, tools)
-    return await respond(service, request, jobs, ChatForm(service, body), check_for(body))
+    return await respond(service, request, jobs, ChatForm(service, body), answer_check(body))
 
 
 @router.post("/v1/completions")
 async def completions(request: Request, body: CompletionRequest) -> Any:
-    """Go on with a raw text, without the chat template."""
+    """Continue a raw text, without the chat template."""
     service: Service = request.app.state.service
     check_common(service, body)
     if body.best_of not in (None, body.n or 1):
-        raise ApiError(400, "best_of: answers are not ranked here; say n.", param="best_of")
+        raise ApiError(400, "best_of: answers are not ranked here; use n.", param="best_of")
     sampling = sampling_for(service, body, body.logprobs)
     several = isinstance(body.prompt, list) and (not body.prompt or not isinstance(body.prompt[0], int))
     prompts = body.prompt if several else [body.prompt]
@@ -896,7 +896,7 @@ async def completions(request: Request, body: CompletionRequest) -> Any:
 
 
 async def tokenized(param: str, function: Callable[..., list[int]], *args: Any) -> list[int]:
-    """Token ids of a prompt, made in a thread of its own, since a long one takes a while.
+    """Token ids of a prompt, computed in another thread, since a long one takes a while.
 
     Raises:
         ApiError: the prompt is too long, or cannot be rendered.
@@ -910,7 +910,7 @@ async def tokenized(param: str, function: Callable[..., list[int]], *args: Any) 
 
 
 def completion_ids(engine: ChatEngine, prompt: str | list[int]) -> list[int]:
-    """Raises ValueError if there is nothing to go on with, or too much."""
+    """Raises ValueError if the prompt is empty, too long, or not of this vocabulary."""
     if isinstance(prompt, str):
         return engine.completion_ids(prompt)
     known = engine.model.get_input_embeddings().weight.shape[0]
@@ -947,18 +947,18 @@ def described(service: Service) -> dict[str, Any]:
 
 @router.get("/health")
 async def health() -> Any:
-    """Answers as soon as questions can be answered."""
+    """Responds as soon as the model can answer."""
     return {"status": "ok"}
 
 
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
-    """Numbers for Prometheus."""
+    """Metrics for Prometheus."""
     return Response(generate_latest(request.app.state.service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
 def make_app(service: Service, origins: Sequence[str] = ()) -> FastAPI:
-    # The pages that show an API in a browser would load scripts from elsewhere.
+    # The usual documentation pages would load scripts from another host.
     app = FastAPI(title="MedicalGPT", docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.service = service
     app.include_router(router)
@@ -986,7 +986,7 @@ async def answer_error(request: Request, error: Exception) -> Response:
 def main() -> None:
     (arguments,) = parse_args(OpenAIArguments, description=__doc__, unused=refused_in("openai_api.py"))
     setup_logging()
-    # Everything that can be wrong shows before minutes are spent on loading a model.
+    # Errors in the flags show before minutes are spent on loading a model.
     key, origins = key_from(arguments), origins_from(arguments)
     check_limits(arguments)
     with bound_socket(arguments) as listener:
@@ -1008,19 +1008,19 @@ def model_name(arguments: OpenAIArguments) -> str:
 
 
 def origins_from(arguments: OpenAIArguments) -> list[str]:
-    """Raises UserError if an origin is none."""
+    """Raises UserError if a value is not an origin."""
     origins = [origin.strip() for origin in (arguments.allow_origins or "").split(",") if origin.strip()]
     for origin in origins:
         if not re.fullmatch(r"https?://[^/*\s]+", origin):
             raise UserError(
-                f"--allow_origins: {origin!r} is no origin. Name each site as a browser does, https://example.org or "
-                "http://localhost:3000; a wildcard would let every page ask."
+                f"--allow_origins: {origin!r} is not an origin. Name each site as a browser does, https://example.org "
+                "or http://localhost:3000; a wildcard would let every page ask."
             )
     return origins
 
 
 def check_limits(arguments: OpenAIArguments) -> None:
-    """Raises UserError for limits that nothing could keep."""
+    """Raises UserError for limits that make no sense."""
     sampling_from(arguments)
     for name in ("max_request_bytes", "max_tokens_limit", "request_timeout"):
         if not getattr(arguments, name) > 0:
@@ -1035,7 +1035,7 @@ def check_limits(arguments: OpenAIArguments) -> None:
 
 
 class Server(uvicorn.Server):
-    """uvicorn that says when it serves, and ends quietly once the running answers are there."""
+    """uvicorn that prints when it serves, and exits once the running answers are complete."""
 
     def __init__(self, service: Service, origins: Sequence[str], listener: socket.socket):
         arguments = service.arguments
@@ -1064,7 +1064,7 @@ class Server(uvicorn.Server):
         announce(self.service, self.listener.getsockname()[1])
 
     def handle_exit(self, sig: int, frame: Any) -> None:
-        # A second signal says that the running answers are not worth the wait.
+        # A second signal means: do not wait for the running answers.
         if self.service.stopping:
             self.loop.call_soon_threadsafe(self.service.give_up)
         self.service.stopping = self.should_exit = True
@@ -1076,9 +1076,9 @@ class Server(uvicorn.Server):
 
 
 def announce(service: Service, port: int) -> None:
-    """Say where the model is, with a command that asks it."""
+    """Print the address, with a command that asks the model."""
     host = service.arguments.host
-    # All addresses of a machine are no address to ask.
+    # The wildcard address cannot be asked.
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     url = f"http://{in_url(host)}:{port}"
     question = {"model": service.model_name, "messages": [{"role": "user", "content": "感冒了怎么办？"}]}

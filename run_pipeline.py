@@ -1,21 +1,21 @@
 """Run the whole pipeline on one machine: base model, pretraining, fine-tuning, preferences, reinforcement learning;
-then the table, a report and some answers.
+then the table, a report and a few answers.
 
     bash scripts/run_pipeline.sh                               a tiny model, on a laptop, without GPU, network or hub
     NAME=小医 AUTHOR=我 bash scripts/run_pipeline.sh --fresh     the model introduces itself by that name
     MODEL=Qwen/Qwen3-0.6B bash scripts/run_pipeline.sh         the same pipeline with a real model on a GPU
     STAGES="pt sft rm ppo" bash scripts/run_pipeline.sh        other stages; unset: pt sft dpo
-    STAGES="pt sft grpo" bash scripts/run_pipeline.sh          rewards that are computed, not learned
+    STAGES="pt sft grpo" bash scripts/run_pipeline.sh          reward functions instead of a reward model
     bash scripts/run_pipeline.sh --fresh                       start over; without it, finished stages are kept
 
 Stages: pt (pretraining), sft (fine-tuning), rm (reward model), dpo, orpo (preferences), ppo, grpo (reinforcement
-learning), in this order. Each starts from the model that the one before it left, with its adapter merged. A reward
-model is measured, and no stage starts from it: ppo learns from its scores, and it scores the answers of all models.
+learning), in this order. Each starts from the model that the previous one saved, with its adapter merged. No
+stage starts from the reward model: it is measured, ppo learns from its scores, and it scores the answers of all models.
 
 The settings of a stage are in recipes/tiny, or with MODEL in recipes/real; its program reads them with --config.
-REWARD_MODEL=folder replaces the stage rm. OUT=folder is where everything is written, by default outputs (for a real
-model outputs/<model>). DATA=folder takes your own data, laid out as data/ is. VENV=folder is the environment, .venv by
-default; it is created first if need be, so this program itself imports nothing but the standard library.
+REWARD_MODEL=folder replaces the stage rm. Everything is written to OUT=folder, by default outputs (for a real model
+outputs/<model>). DATA=folder is your own data, with the layout of data/. VENV=folder is the environment, by default
+.venv; it is created first if necessary, so this program imports only the standard library.
 """
 
 import argparse
@@ -45,15 +45,15 @@ MAX_NEW_TOKENS = ("--max_new_tokens", "96")
 
 
 def main() -> None:
-    """Check what is asked for; then train, measure, and let the last model answer."""
+    """Check the variables; then train, measure, and let the last model answer."""
     fresh = parse_arguments()
     os.chdir(Path(__file__).resolve().parent)
     sys.stdout.reconfigure(line_buffering=True)
-    # When the reader of the output (head, less) leaves, this program ends as well.
+    # When the reader of the output (head, less) exits, this program ends as well.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     pipeline = Pipeline()
     run("bash", "scripts/setup.sh")
-    # Threads that wait should not keep a core busy that another program could use: next to one, that doubles the time.
+    # Waiting threads should not keep a core busy that another program could use: spinning doubles the time of both.
     os.environ["OMP_WAIT_POLICY"] = variable("OMP_WAIT_POLICY", "PASSIVE")
 
     began = time.time()
@@ -63,11 +63,11 @@ def main() -> None:
     pipeline.train()
     pipeline.measure()
     pipeline.answer()
-    print(f"all of it took {time.time() - began:.0f} s")
+    print(f"all steps took {time.time() - began:.0f} s")
 
 
 class Pipeline:
-    """What the environment variables ask for, and how far it has come.
+    """What the environment variables request, and the progress so far.
 
     Attributes:
         policy: the latest model, from which the next stage starts.
@@ -75,7 +75,7 @@ class Pipeline:
         parent: digest of the steps that the next one depends on.
 
     Raises:
-        SystemExit: code 2 if the variables ask for something impossible; nothing has been done then.
+        SystemExit: code 2 if the variables request something impossible; nothing has been done by then.
     """
 
     def __init__(self):
@@ -99,7 +99,7 @@ class Pipeline:
         run("rm", "-rf", "--", *(self.out / name for name in written))
 
     def prepare(self) -> None:
-        """Write the rows if the model is given a name, build the tiny base, and check that all stages have rows."""
+        """Write rows with NAME and AUTHOR if set, build the tiny base, and check that all stages have rows."""
         names = (("--name", variable("NAME")), ("--author", variable("AUTHOR")))
         if flags := [word for flag, name in names if name for word in (flag, name)]:
             self.data = self.out / "data"
@@ -110,10 +110,10 @@ class Pipeline:
         for stage in self.stages:
             rows = self.rows_of(stage)
             if not rows.exists():
-                refuse(f"the stage {stage} needs {rows}, which is not there")
+                refuse(f"the stage {stage} needs {rows}, which does not exist")
 
     def train(self) -> None:
-        """Run the stages, each on the model that the one before it left."""
+        """Run the stages, each from the model that the previous one saved."""
         scoring = ""
         if "rm" in self.stages:
             self.reward_model = str(self.out / "rm")
@@ -128,7 +128,7 @@ class Pipeline:
             command = [STAGES[stage][0], "--config", recipe, *self.flags_of(stage), "--output_dir", folder]
             self.step(stage, folder, *command, settings=read_settings(recipe), resumable=True)
             if stage == "rm":
-                # The next stage starts from the model before it, and does not depend on the reward model.
+                # The next stage starts from the model before the reward model, and does not depend on it.
                 scoring, self.parent = self.parent, before
                 continue
             self.policy = str(folder)
@@ -139,29 +139,29 @@ class Pipeline:
             self.models[stage] = self.policy
 
     def flags_of(self, stage: str) -> list[str | Path]:
-        """What a stage starts from: model and rows, and the reward model of ppo."""
+        """The model and the rows that a stage starts from, and the reward model of ppo."""
         rows = self.rows_of(stage)
         flags = ["--model_name_or_path", self.policy, "--train_file_dir", rows]
-        # A folder has its held-out rows in it.
+        # A folder contains its held-out rows.
         if rows.is_file() and (held_out := rows.with_name("validation.jsonl")).is_file():
             flags += ["--validation_file_dir", held_out]
         return [*flags, "--reward_model_path", self.reward_model] if stage == "ppo" else flags
 
     def rows_of(self, stage: str) -> Path:
         """File or folder of the training rows of a stage."""
-        # Rewards are for consultations; the pairs that teach when to be short are for models that imitate.
+        # Rewards are for consultations; the pairs that teach when to be brief are for stages that imitate.
         rewarded = stage in ("rm", "ppo") or (stage == "grpo" and not self.model)
         folder = self.data / ("reward" if rewarded else STAGES[stage][1])
         return folder / "train.jsonl" if rewarded and (folder / "train_short.jsonl").is_file() else folder
 
     def step(self, name: str, folder: Path, *command: str | Path, settings: str = "", resumable: bool = False) -> None:
-        """Run a program unless it finished before, with the same arguments and settings, after the same steps.
+        """Run a program, unless it has finished before with the same arguments and settings, after the same steps.
 
         Args:
-            name: what the step is called. A finished one leaves a digest of all that it depends on in stamps/.
+            name: of the step. A finished one writes a digest of everything that it depends on to stamps/.
             folder: where the program writes. An unfinished result is resumed from its checkpoint, or replaced.
             command: the program and its arguments.
-            settings: what it reads from elsewhere.
+            settings: what it reads from its recipe.
             resumable: whether it saves checkpoints.
         """
         stamp = self.out / "stamps" / name
@@ -171,7 +171,7 @@ class Pipeline:
                 print(f"== {name}: finished before, kept ({folder})")
                 return
             sys.exit(
-                f"error: {folder} holds the result of other settings. Start over: bash scripts/run_pipeline.sh "
+                f"error: {folder} contains the result of other settings. Start over: bash scripts/run_pipeline.sh "
                 "--fresh, or choose another folder: OUT=outputs/other bash scripts/run_pipeline.sh"
             )
         print(f"== {name}")
@@ -190,7 +190,7 @@ class Pipeline:
     def measure(self) -> None:
         """Compare all models on held-out rows, and write the report."""
         flags = ["--models", *(f"{name}={folder}" for name, folder in self.models.items())]
-        # Models that were never taught to answer write to the limit each time; 200 questions are enough for them.
+        # Models that have not been taught to answer write up to the limit each time; 200 questions are enough for them.
         if taught := [name for name in self.models if name not in ("base", "pt")]:
             flags += ["--first_chat_model", taught[0]]
         flags += self.measured_on("pretrain/validation*", "--text_file_dir", self.data / "pretrain")
@@ -198,7 +198,7 @@ class Pipeline:
         flags += self.measured_on("finetune/validation.jsonl", "--chat_file", chat)
         scored = ("--reward_model", self.reward_model) if self.reward_model else ()
         flags += self.measured_on("reward/validation.jsonl", "--preference_file", pairs, *scored)
-        # Other stages do not teach the form in which tasks are replied to.
+        # Other stages do not teach the format of replies to tasks.
         if self.model and "grpo" in self.stages:
             flags += self.measured_on("grpo/validation.jsonl", "--task_file", tasks, "--task_max_new_tokens", "512")
         print("== evaluation")
@@ -209,14 +209,14 @@ class Pipeline:
         run(self.python, "build_report.py", "--eval_file", results, "--runs", *runs, "--output_file", report)
 
     def measured_on(self, files: str, *flags: str | Path) -> tuple[str | Path, ...]:
-        """These flags if there are such files below DATA, on which no stage was trained; none otherwise."""
+        """These flags if DATA has such held-out files; none otherwise."""
         if any(self.data.glob(files)):
             return flags
-        print(f"notice: there is no {self.data / files}; what is measured on it is left out")
+        print(f"notice: there is no {self.data / files}; what is measured on it is skipped")
         return ()
 
     def answer(self) -> None:
-        """Ask the last model some questions, and show how to ask it more."""
+        """Ask the last model some questions, and show how to ask more."""
         chat = ("inference.py", "--model_name_or_path", self.policy)
         print()
         for question in QUESTIONS:
@@ -240,27 +240,27 @@ def parse_arguments() -> bool:
 
 
 def check_stages(text: str) -> list[str]:
-    """The names in STAGES; what is unknown, repeated or out of order is refused."""
+    """The names in STAGES. Unknown, repeated and misplaced ones are refused."""
     left, known = list(STAGES), " ".join(STAGES)
     for name in text.split():
         if name not in STAGES:
             refuse(f'STAGES="{text}": unknown stage {name}; known, in this order: {known}')
         if name not in left:
-            refuse(f'STAGES="{text}": {name} stands twice or too late; each stage once, in this order: {known}')
+            refuse(f'STAGES="{text}": {name} is repeated or out of order; each stage once, in this order: {known}')
         left = left[left.index(name) + 1 :]
     return text.split() or refuse(f"STAGES is empty; known, in this order: {known}")
 
 
 def check_reward_model(folder: str, stages: list[str]) -> str:
-    """The folder in REWARD_MODEL, empty if there is none; two reward models are refused, and none for ppo."""
+    """The folder in REWARD_MODEL, empty if unset. Two reward models are refused, and ppo without one."""
     if folder and not Path(folder).is_dir():
         refuse(f"REWARD_MODEL={folder}: there is no such folder")
     if folder and "rm" in stages:
-        refuse(f"REWARD_MODEL={folder} beside the stage rm: two reward models; leave one of them out")
+        refuse(f"REWARD_MODEL={folder} and the stage rm: two reward models; omit one of them")
     if "ppo" in stages and not folder and "rm" not in stages:
         refuse(
-            f'STAGES="{variable("STAGES")}": ppo needs a reward model. Train it on the road, with the stage rm before '
-            "ppo, or give the folder of one: REWARD_MODEL=outputs/rm"
+            f'STAGES="{variable("STAGES")}": ppo needs a reward model. Train one with the stage rm before ppo, '
+            "or give the folder of one: REWARD_MODEL=outputs/rm"
         )
     return folder
 
@@ -271,7 +271,7 @@ def variable(name: str, default: str = "") -> str:
 
 
 def refuse(problem: str) -> NoReturn:
-    """Say what is wrong and stop, with code 2."""
+    """Print what is wrong and exit with code 2."""
     print(f"error: {problem}", file=sys.stderr)
     sys.exit(2)
 
@@ -284,13 +284,13 @@ def run(*command: str | Path) -> None:
         try:
             code = process.wait()
         except KeyboardInterrupt:
-            continue  # Ctrl-C has reached the command as well, and how that ends decides
+            continue  # Ctrl-C has reached the command as well; its exit code counts
     if code:
         sys.exit(128 - code if code < 0 else code)
 
 
 def read_settings(recipe: Path) -> str:
-    """What a recipe sets. Its comments do not count: where they alone change, a finished stage is kept."""
+    """What a recipe sets, without comments: if only they change, a finished stage is kept."""
     lines = (re.sub(r"(^|\s)#.*", "", line).rstrip() for line in recipe.read_text(encoding="utf-8").splitlines())
     return "\n".join(line for line in lines if line)
 

@@ -1,4 +1,4 @@
-"""Check training data before training: the same parser, the same checks and the same messages as the stages.
+"""Check training data before training, with the parser, the checks and the messages of the stages.
 
     python validate_jsonl.py --file_path data/finetune/train.jsonl
     python validate_jsonl.py --file_path data/finetune --model_name_or_path outputs/tiny-base --model_max_length 512
@@ -43,8 +43,10 @@ class ValidationArguments:
     template_name: str | None = field(default=None, metadata={"help": "Chat template, as in training."})
     tool_format: str | None = field(default=None, metadata={"help": "As in supervised_finetuning.py."})
     system_prompt: str | None = field(default=None, metadata={"help": "System prompt, as in training."})
-    model_max_length: int = field(default=1024, metadata={"help": "Longest row in tokens, as in training."})
-    ignore_fields: str | None = field(default=None, metadata={"help": "Fields that may be there, with commas."})
+    model_max_length: int = field(default=1024, metadata={"help": "Maximum length of a row in tokens, as in training."})
+    ignore_fields: str | None = field(
+        default=None, metadata={"help": "Fields of a row to ignore, separated by commas."}
+    )
 
 
 def main() -> None:
@@ -102,7 +104,7 @@ def encoded_lengths(args: ValidationArguments, data: "LoadedData", name: str) ->
     apply_template(tokenizer, args.template_name, args.system_prompt, args.tool_format)
     known = attention.context_length(checkpoint.config)
     if "model_max_length" not in args.given and known:
-        # As training does.
+        # As in training.
         args.model_max_length = min(args.model_max_length, known)
     encode, sample = (encode_preference, Pair) if name == "preference" else (encode_chat, Sample)
     encoded = encode_rows(data, "train", partial(encode, tokenizer, max_length=args.model_max_length), sample=sample)

@@ -1,13 +1,13 @@
-"""Render the sources of the PDF, DOCX and HTML documents in data/rag. For maintainers; nobody else needs to run it.
+"""Render the PDF, DOCX and HTML documents in data/rag from their sources. Only maintainers need to run it.
 
     python data/build_rag.py
     python data/build_rag.py --output_dir outputs/documents
 
-`rag/sources/NAME.md` is written by hand and becomes `rag/documents/NAME.SUFFIX`, with the suffix that `SUFFIXES` gives
-it; a line `<!-- page -->` starts a new page. The MD and TXT documents are their own sources and are not touched.
+`rag/sources/NAME.md` is written by hand and becomes `rag/documents/NAME.SUFFIX`, with the suffix in `SUFFIXES`; a line
+`<!-- page -->` starts a new page. The MD and TXT documents are their own sources.
 
-Needs `markdown-it-py`, `python-docx`, the program `chromium` (prints the PDFs) and the font WenQuanYi Zen Hei, of which
-only the glyphs in use are embedded. PDF and DOCX hold the time of their writing, so their bytes change with each run;
+Needs `markdown-it-py`, `python-docx`, the program `chromium` (prints the PDFs) and the font WenQuanYi Zen Hei; only the
+glyphs in use are embedded. PDF and DOCX contain the time, so their bytes change with each run;
 tests/test_rag_samples.py compares their text with the sources.
 """
 
@@ -64,7 +64,7 @@ def language_of(source: str) -> str:
 
 
 def to_html(source: str, font: str) -> str:
-    """A whole HTML page from Markdown that begins with its title."""
+    """A complete HTML page from Markdown that begins with its title."""
     from markdown_it import MarkdownIt
 
     markdown = MarkdownIt("commonmark", {"html": True}).enable("table")
@@ -127,7 +127,7 @@ WRITERS = {"pdf": write_pdf, "docx": write_docx, "html": write_html}
 
 
 def missing_tools() -> list[str]:
-    """What is needed for writing the documents and is not installed here."""
+    """What is needed to write the documents and is not installed."""
     missing = []
     for module, package in (("markdown_it", "markdown-it-py"), ("docx", "python-docx")):
         try:
@@ -135,7 +135,7 @@ def missing_tools() -> list[str]:
         except ImportError:
             missing.append(f"the package {package} (pip install {package})")
     if not any(map(shutil.which, BROWSERS)):
-        missing.append("a program to print PDFs: chromium (apt-get install chromium)")
+        missing.append("a program that prints PDFs: chromium (apt-get install chromium)")
     command = ["fc-list", FONT]
     if not shutil.which(command[0]) or not subprocess.run(command, capture_output=True).stdout:
         missing.append(f"the font {FONT} (apt-get install fontconfig fonts-wqy-zenhei)")

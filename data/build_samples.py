@@ -3,18 +3,18 @@
     python data/build_samples.py
     python data/build_samples.py --output_dir outputs/data --name 小医 --author 我
 
-Without arguments the committed files are written again, byte for byte: there is no clock in it and the seed is fixed.
-With `--name` and `--author` a copy is written in which the assistant introduces itself by that name.
+Without arguments the committed files are written again, byte for byte: the seed is fixed, and nothing depends on the
+time. With `--name` and `--author` a copy is written in which the assistant introduces itself by that name.
 
-    pretrain/train_zh.txt, train_en.txt          one document per line; every fact of a condition in one paragraph
-    pretrain/validation.txt                      the same facts in sentences that no training document uses
+    pretrain/train_zh.txt, train_en.txt          one document per line: all facts about a condition
+    pretrain/validation.txt                      the same facts in sentences that no training document has
     finetune/train.jsonl, validation.jsonl       one conversation per line, with its category
-    reward/train.jsonl, validation.jsonl         one good and one bad answer per line; the category names the flaw
-    reward/train_short.jsonl                     fine-tuning questions, to which the short answer is the good one
+    reward/train.jsonl, validation.jsonl         one preference pair per line; the category names the flaw
+    reward/train_short.jsonl                     fine-tuning questions whose chosen answer is the short one
     grpo*/...                                    questions whose answer can be checked; see build_tasks.py
 
 A fact has one answer per language and many questions. Training and validation draw their questions from separate
-pools, so the validation loss shows whether a model learned the fact and not only the sentence it was asked in.
+pools, so the validation loss shows whether a model learned the fact and not only the wording of the question.
 """
 
 import argparse
@@ -42,12 +42,12 @@ EN_CONSULTATIONS = 60
 HELD_OUT_DOCUMENTS = {"zh": 80, "en": 40}
 
 PAIRS_PER_CONDITION = {"zh": 5, "en": 2}
-# What is wrong with the bad answers, in turn. A model that has learned short answers prefers most of those that lack
-# the emergency advice and few of the others, so that held-out accuracy starts near one half. Those that lack the
-# department keep it from learning that danger signs alone are an answer.
+# The flaws of rejected answers, in turn. A model that has learned short answers prefers most of those without emergency
+# advice and few of the others, so that held-out accuracy starts near one half. Those without the department prevent it
+# from learning that danger signs alone are an answer.
 FLAWS = ("missing_emergency", "wrong_department", "missing_emergency", "invented_certainty")
 FLAWS += ("missing_emergency", "other_language", "missing_department", "rude")
-# Fine-tuning questions that also become pairs, beside those about facts.
+# Fine-tuning questions that also become pairs, in addition to those about facts.
 SHORT_ANSWERS = {"identity": 40, "talk": 20, "refusal": 15, "emergency_talk": 10}
 LACKS_WHAT_IS_REQUIRED = ("missing_emergency", "missing_department", "wrong_department")
 
@@ -235,7 +235,7 @@ DOCUMENT_SENTENCES = {
     },
 }
 
-# Their characters all occur in the training documents: a byte never seen would weigh more than any fact.
+# All their characters occur in the training documents: an unseen byte would outweigh any fact.
 HELD_OUT_DOCUMENT_TEMPLATES = {
     "zh": [
         "出现{s}时，可能是{c}。患者到{d}就诊，做{x}来明确诊断。诊断后的治疗方法是：{m}。有{e}的患者需要急救。",
@@ -250,7 +250,7 @@ HELD_OUT_DOCUMENT_TEMPLATES = {
     ],
 }
 
-# A small model needs a question several times before it answers it; these make a question of one turn several ones.
+# A small model has to see a question several times; these turn one question into several.
 OPENINGS = {
     "identity": {
         "zh": ["{q}", "你好，{q}", "您好，{q}", "嗨，{q}", "请问一下，{q}", "那么，{q}", "{q}，谢谢"],
@@ -267,11 +267,11 @@ OPENINGS = {
     },
 }
 
-# Nobody "gets" an injury or a complication as one gets a disease; these endings take another verb.
+# In Chinese one does not "get" an injury or a complication; names with these endings take another verb.
 HAPPENS_TO_ONE = tuple("伤 骨折 中毒 出血 惊厥 黄疸 妊娠 剧吐 前期 胎盘 发作 休克 扭转 脱离 夹层 套叠 低体温症".split())
 SAYS_WHO_DECIDES = re.compile("医嘱|医生|专科|团队|立即|尽快|尽早")
 
-# Fine-tuning states the danger signs in Chinese only, so these sentences hold for every condition.
+# Fine-tuning states the danger signs in Chinese only, so these sentences fit every condition.
 EMERGENCY_EN = "If it suddenly gets worse, call an ambulance or go to the emergency department at once."
 URGENT_EN = "Call an ambulance, and do not drive there yourself."
 SENDS_TO_EMERGENCY = re.compile("120|急诊|ambulance|emergency")
@@ -283,7 +283,7 @@ Row = dict[str, Any]
 def main() -> None:
     """Read the sources, check them, and write the sample files."""
     args = parse_args()
-    # The folder of this file is on the path where it is run as a program, and where only its flags are read it is not.
+    # The folder of this file is on the search path if it runs as a program, not if only its flags are read.
     from build_tasks import build_tasks
 
     facts, talk, pairs = (read_yaml(SOURCE_DIR / f"{name}.yaml") for name in ("facts", "talk", "pairs"))
@@ -320,7 +320,7 @@ def main() -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    """Read the command line. Raises SystemExit where a renamed copy would replace the committed samples."""
+    """Read the command line. Raises SystemExit if a renamed copy would replace the committed samples."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--output_dir", type=Path, default=SOURCE_DIR, help="where to write (default: %(default)s)")
     parser.add_argument("--name", default=DEFAULT_NAME, help="what the assistant calls itself (default: %(default)s)")
@@ -343,7 +343,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def check_facts(facts: dict[str, Any]) -> None:
-    """Stop with every problem of facts.yaml at once. Raises SystemExit."""
+    """Exit with all problems of facts.yaml. Raises SystemExit."""
     problems = []
     seen: dict[tuple[str, str], int] = {}
     for number, row in enumerate(facts["conditions"], start=1):
@@ -360,7 +360,7 @@ def check_facts(facts: dict[str, Any]) -> None:
             problems.append(f"{where}: department {row['department']!r} has no entry under `departments`")
         for key in ("symptoms", "examinations"):
             if not 2 <= len(row[key]["zh"]) == len(row[key]["en"]) <= 4:
-                problems.append(f"{where}: {key} needs two to four items, as many in zh as in en")
+                problems.append(f"{where}: {key} needs two to four items, the same number in zh and in en")
         for key in ("management", "emergency"):
             problems += [f"{where}: {key}.{x} is empty" for x in ("zh", "en") if not row[key].get(x)]
     if problems:
@@ -368,39 +368,39 @@ def check_facts(facts: dict[str, Any]) -> None:
 
 
 def check_wordings(pairs: dict[str, Any], departments: dict[str, str]) -> None:
-    """Stop if pairs.yaml lacks wrong departments or wordings to choose from. Raises SystemExit."""
+    """Exit if pairs.yaml lacks wrong departments or wordings. Raises SystemExit."""
     problems = []
     for department in departments:
         wrong = pairs["wrong_department"].get(department)
         if not wrong or department in wrong or not set(wrong) <= set(departments):
-            problems.append(f"pairs.yaml: wrong_department of {department}: {wrong}, needed are other departments")
+            problems.append(f"pairs.yaml: wrong_department of {department}: {wrong}; other departments are needed")
     for language, count in PAIRS_PER_CONDITION.items():
         if (given := len(pairs["questions"]["train"][language])) < count:
-            problems.append(f"pairs.yaml: {given} training questions in {language}, needed are {count}")
+            problems.append(f"pairs.yaml: {given} training questions in {language}; {count} are needed")
     if problems:
         fail(problems)
 
 
 def fail(problems: list[str]) -> NoReturn:
-    """Print the first 20 problems and stop. Raises SystemExit."""
+    """Exit with the first 20 problems. Raises SystemExit."""
     more = [f"and {len(problems) - 20} more"] if len(problems) > 20 else []
     sys.exit("\n".join(["error: the samples were not written", *problems[:20], *more]))
 
 
 def join_zh(items: list[str]) -> str:
-    """甲、乙和丙; 以及 where an item has a 和 of its own."""
+    """甲、乙和丙; with 以及 if an item contains 和."""
     last = "以及" if any("和" in item for item in items) else "和"
     return "、".join(items[:-1]) + last + items[-1]
 
 
 def join_en(items: list[str]) -> str:
-    """a, b and c; with a comma before the last where an item has an "and" of its own."""
+    """a, b and c; with a comma before the last if an item contains "and"."""
     last = ", and " if any(" and " in item for item in items) else " and "
     return ", ".join(items[:-1]) + last + items[-1]
 
 
 def slots(row: Row, departments: dict[str, str], language: str) -> dict[str, str]:
-    """The words of one condition that sentences are filled with."""
+    """The words of a condition for the slots of sentences."""
     if language == "en":
         return {
             "c": row["en"],
@@ -426,7 +426,7 @@ def slots(row: Row, departments: dict[str, str], language: str) -> dict[str, str
 
 
 def answers(row: Row, departments: dict[str, str], language: str) -> dict[str, str]:
-    """The one answer to each kind of question about a condition."""
+    """The answer to each kind of question about a condition."""
     words = slots(row, departments, language)
     in_emergency_department = row["department"] == "急诊科"
     if language == "en":
@@ -454,7 +454,7 @@ def answers(row: Row, departments: dict[str, str], language: str) -> dict[str, s
 
 
 def build_documents(conditions: list[Row], departments: dict[str, str]) -> dict[str, list[str]]:
-    """The pretraining files: {relative path: lines}. two paragraphs per condition in each language."""
+    """The pretraining files: {relative path: lines}, with two documents per condition and language."""
     rng = random.Random(SEED)
     files: dict[str, list[str]] = {}
     for language, variants in (("zh", 2), ("en", 2)):
@@ -465,7 +465,7 @@ def build_documents(conditions: list[Row], departments: dict[str, str]) -> dict[
             urgent = pools.pop("urgent")
             if row.get("urgent"):
                 pools["department"] = urgent
-            # Sampled without repetition, so that the variants of one condition differ in every sentence.
+            # Sampled without replacement, so that the variants of a condition differ in every sentence.
             chosen = [rng.sample(pool, variants) for pool in pools.values()]
             for variant in range(variants):
                 sentences = [templates[variant].format(**words) for templates in chosen]
@@ -485,7 +485,7 @@ def build_documents(conditions: list[Row], departments: dict[str, str]) -> dict[
 
 
 def conversation(category: str, *turns: str) -> Row:
-    """One ShareGPT row; the turns are the user's and the assistant's, in turn, the user first."""
+    """One ShareGPT row; the turns alternate, the user first."""
     speakers = ("human", "gpt")
     messages = [{"from": speakers[index % 2], "value": text} for index, text in enumerate(turns)]
     return {"conversations": messages, "category": category}
@@ -494,7 +494,7 @@ def conversation(category: str, *turns: str) -> Row:
 def build_conversations(
     conditions: list[Row], departments: dict[str, str], talk: dict[str, Any], name: str, author: dict[str, str]
 ) -> tuple[list[Row], list[Row]]:
-    """The fine-tuning rows, training and validation, each in a shuffled order that does not depend on the names."""
+    """The fine-tuning rows, training and validation, shuffled in an order that does not depend on the names."""
     rng = random.Random(SEED)
     train, validation = build_fact_rows(conditions, departments, rng)
     train += build_consultations(conditions, departments, rng)
@@ -518,12 +518,12 @@ def build_conversations(
 
 
 def language_of(text: str) -> str:
-    """`zh` if there is a Chinese character in the text, `en` otherwise."""
+    """`zh` if the text contains a Chinese character, `en` otherwise."""
     return "zh" if re.search(r"[\u4e00-\u9fff]", text) else "en"
 
 
 def openings(category: str, question: str) -> list[str]:
-    """The question as it is, and with the openings of its category; none where it would end in two marks."""
+    """The question as it is and with the openings of its category, except where two punctuation marks would meet."""
     asked = [template.format(q=question) for template in OPENINGS[category][language_of(question)]]
     return [text for text in asked if not re.search(r"[。！？，][。！？，]$|[。！？]，谢谢$", text)]
 
@@ -546,7 +546,7 @@ def build_fact_rows(
 
 
 def build_consultations(conditions: list[Row], departments: dict[str, str], rng: random.Random) -> list[Row]:
-    """Conversations of two or three questions about one condition that is named in the first one only."""
+    """Conversations with two or three questions about a condition that only the first one names."""
     plan = [("zh", row) for row in conditions + rng.sample(conditions, ZH_EXTRA_CONSULTATIONS)]
     plan += [("en", row) for row in rng.sample(conditions, EN_CONSULTATIONS)]
     rows = []
@@ -568,10 +568,10 @@ def questions(rows: list[Row]) -> list[str]:
 
 
 def check_no_overlap(train: list[Row], validation: list[Row]) -> None:
-    """Stop if a question is both trained and validated, or asked twice on its own. Raises SystemExit."""
+    """Exit if a question is in both splits, or is asked alone twice. Raises SystemExit."""
     shared = sorted(set(questions(train)) & set(questions(validation)))
     problems = [f"in train and in validation: {question}" for question in shared]
-    # A consultation opens with a question that is also asked alone; it has the same answer there.
+    # A consultation begins with a question that is also asked alone, with the same answer.
     counts = Counter(questions([row for row in train + validation if row["category"] != "consultation"]))
     problems += [f"asked {count} times: {question}" for question, count in counts.items() if count > 1]
     if problems:
@@ -581,7 +581,7 @@ def check_no_overlap(train: list[Row], validation: list[Row]) -> None:
 def build_pairs(
     conditions: list[Row], departments: dict[str, str], pairs: dict[str, Any]
 ) -> tuple[list[Row], list[Row]]:
-    """The preference rows, training and validation: a prompt, a good answer and a bad one."""
+    """The preference rows, training and validation: a prompt, a chosen and a rejected answer."""
     rng = random.Random(SEED)
     train, validation = [], []
     for language, count in PAIRS_PER_CONDITION.items():
@@ -607,10 +607,10 @@ def build_pairs(
 
 
 def build_short_pairs(train: list[Row], conditions: list[Row], departments: dict[str, str]) -> list[Row]:
-    """Preference rows for training in which the short answer of the fine-tuning rows is the good one.
+    """Preference rows for training whose chosen answer is the short one of the fine-tuning rows.
 
-    Without them the other pairs teach a model to add department and danger signs to whatever it is asked. The bad
-    answer says more than was asked, or something else.
+    Without them the other pairs teach a model to add department and danger signs to every answer. The rejected answer
+    says more than was asked, or something else.
 
     Args:
         train: fine-tuning rows.
@@ -622,7 +622,7 @@ def build_short_pairs(train: list[Row], conditions: list[Row], departments: dict
         asked.setdefault(row["conversations"][1]["value"], []).append(row["conversations"][0]["value"])
     pairs = []
     for index, row in enumerate(conditions):
-        # Questions for the department alone, or what to do alone, are the nearest to those that ask for all of it.
+        # Questions about the department alone, or the treatment alone, are closest to those that ask for everything.
         plan = [("zh", "department"), ("zh", "department"), ("zh", index), ("zh", "management")]
         plan += [("zh", index + 2), ("en", index // 2)] if index % 2 else []
         plan += [("en", "department")] if index % 5 < 3 else []
@@ -651,7 +651,7 @@ def build_short_pairs(train: list[Row], conditions: list[Row], departments: dict
 
 
 def preference(turns: list[str], chosen: str, rejected: str, category: str, required: list[list[str]]) -> Row:
-    """One preference row; `turns` are the user's and the assistant's, in turn, the user first and last."""
+    """One preference row; the turns alternate, the user first and last."""
     return {
         "conversations": conversation(category, *turns)["conversations"],
         "chosen": chosen,
@@ -663,7 +663,7 @@ def preference(turns: list[str], chosen: str, rejected: str, category: str, requ
 
 
 def join_sentences(sentences: list[str], language: str) -> str:
-    """Sentences of one answer: with a space between them in English only."""
+    """Sentences of an answer, separated by spaces in English only."""
     return ("" if language == "zh" else " ").join(sentences)
 
 
@@ -681,9 +681,9 @@ def emergency_sentence(row: Row, departments: dict[str, str], language: str) -> 
 
 
 def required_words(row: Row, departments: dict[str, str], language: str) -> list[list[str]]:
-    """Groups of strings; a good answer holds one string of each: the department, and the call for help.
+    """Groups of strings; a good answer contains one string of each: the department, and the call for help.
 
-    An urgent condition's department sentence names the emergency department, so there only the ambulance counts.
+    An urgent condition's department sentence names the emergency department, so only the ambulance counts there.
     """
     ambulance, emergency_department = ("120", "急诊") if language == "zh" else ("ambulance", "emergency department")
     department = row["department"] if language == "zh" else departments[row["department"]]
@@ -701,12 +701,12 @@ def bad_answer(
     split: str,
     rng: random.Random,
 ) -> str:
-    """An answer with one flaw, often with true sentences beside it, so that its length does not give it away."""
+    """An answer with one flaw, often next to true sentences, so that its length does not give it away."""
     if flaw == "other_language":
         return good_answer(row, departments, "en" if language == "zh" else "zh")
     if flaw == "wrong_department":
         wrong = rng.choice(pairs["wrong_department"][row["department"]])
-        # Nothing but the emergency department is right for its patients, so that the urgent form would be half right.
+        # Only the emergency department is right for urgent conditions, so the urgent wording would be half right.
         urgent = row.get("urgent") and row["department"] != "急诊科"
         return good_answer(row | {"department": wrong, "urgent": urgent}, departments, language)
 
@@ -714,7 +714,7 @@ def bad_answer(
     true_sentences = [known[key] for key in ("management", "symptoms", "examinations") if key in known]
     true_sentences = [text for text in true_sentences if not SENDS_TO_EMERGENCY.search(text)]
     if flaw == "missing_emergency":
-        # Booking an appointment is the wrong advice where every minute counts.
+        # Booking an appointment is wrong advice if every minute counts.
         department = answers(row | {"urgent": False}, departments, language)["department"]
         return join_sentences([department, *true_sentences[: rng.choice((0, 0, 1))]], language)
     if flaw == "missing_department":
@@ -725,13 +725,13 @@ def bad_answer(
     return join_sentences([*true_sentences[: rng.choice((0, 1, 2))], bad], language)
 
 
-def holds(answer: str, required: list[list[str]]) -> bool:
-    """Whether the answer holds at least one string of each group."""
+def contains_all(answer: str, required: list[list[str]]) -> bool:
+    """Whether the answer contains at least one string of each group."""
     return all(any(text in answer for text in group) for group in required)
 
 
 def check_pairs(train: list[Row], validation: list[Row], finetune_questions: list[str]) -> None:
-    """Stop if a prompt occurs twice, or if an answer is not what its category says. Raises SystemExit."""
+    """Exit if a prompt occurs twice, or an answer is not what its category says. Raises SystemExit."""
     prompts = [tuple(questions([row])) for row in train + validation]
     problems = [
         f"pair asked {count} times: {' / '.join(prompt)}" for prompt, count in Counter(prompts).items() if count > 1
@@ -740,16 +740,16 @@ def check_pairs(train: list[Row], validation: list[Row], finetune_questions: lis
     problems += [f"pair also asked in the fine-tuning rows: {question}" for question in shared]
     for row in train + validation:
         required, prompt = row["meta"]["required"], questions([row])[-1]
-        if not holds(row["chosen"], required):
-            problems.append(f"pair {prompt!r}: the good answer lacks one of {required}")
-        if row["category"] in LACKS_WHAT_IS_REQUIRED and holds(row["rejected"], required):
-            problems.append(f"pair {prompt!r}: the bad answer has all of {required}")
+        if not contains_all(row["chosen"], required):
+            problems.append(f"pair {prompt!r}: the chosen answer lacks one of {required}")
+        if row["category"] in LACKS_WHAT_IS_REQUIRED and contains_all(row["rejected"], required):
+            problems.append(f"pair {prompt!r}: the rejected answer has all of {required}")
     if problems:
         fail(problems)
 
 
 def task_cases(conditions: list[Row], departments: dict[str, str], language: str, pairs: dict[str, Any]) -> list[Row]:
-    """What `build_tasks` needs to know of each condition; those of the emergency department leave nothing to ask."""
+    """What `build_tasks` needs to know about each condition, except those of the emergency department."""
     cases = []
     for row in conditions:
         if row["department"] == "急诊科":
@@ -771,7 +771,7 @@ def task_cases(conditions: list[Row], departments: dict[str, str], language: str
 
 
 def first_sign(signs: dict[str, str], language: str) -> str:
-    """The first of the danger signs of a condition; a comma within it is told apart by the other language."""
+    """The first danger sign of a condition; whether commas separate signs follows from the other language."""
     many = "、" in signs["zh"] and ", " in signs["en"]
     between, last = ("、", "或") if language == "zh" else (", ", " or ")
     text = signs[language]
@@ -779,7 +779,7 @@ def first_sign(signs: dict[str, str], language: str) -> str:
 
 
 def check_tasks(tasks: dict[str, list[Row]], asked: list[str]) -> None:
-    """Stop if a task is also asked in the fine-tuning rows or the pairs. Raises SystemExit."""
+    """Exit if a task is also asked in the fine-tuning rows or the pairs. Raises SystemExit."""
     rows = [row for side in tasks.values() for row in side]
     own = {row["question"] if "question" in row else questions([row])[0] for row in rows}
     if shared := sorted(own.intersection(asked)):

@@ -1,11 +1,11 @@
-"""Tasks with an answer that a program can check, for `build_samples.py`: questions about the facts, and arithmetic.
+"""Tasks whose answer a program can check, for `build_samples.py`: questions about the facts, and arithmetic.
 
-    grpo/train.jsonl, validation.jsonl    one question per line, with its answer, its type and what a reply must hold
-    grpo_labelled/labelled.jsonl          some training questions, each with a good reply and a bad one
-    grpo_cold_start/train.jsonl           other questions of the training kind, as conversations with a good reply
+    grpo/train.jsonl, validation.jsonl    one question per line, with its answer, its type and requirements
+    grpo_labelled/labelled.jsonl          some training questions, each with a good and a bad reply
+    grpo_cold_start/train.jsonl           other questions of the same kind, as conversations with good replies
 
-The numbers are exact: decimals and fractions, and a result that lies halfway between two roundings is not asked for.
-The medicines have no names and the doses stand in the question, so that nothing is said about any real medicine.
+The numbers are exact decimals and fractions, and no result is halfway between two roundings. The medicines have no
+names and the doses are in the question, so that nothing is said about any real medicine.
 """
 
 import itertools
@@ -46,8 +46,8 @@ TYPES |= dict.fromkeys(
 )
 TYPES |= dict.fromkeys(("dose", "dose_volume", "bmi", "drip_rate", "drop_rate", "unit_conversion"), "number")
 
-# Conditions none of whose `symptoms` is a reason for an emergency call, reviewed one by one. Only they are asked about
-# where a danger sign is to be told from a sign that can wait.
+# Conditions without any `symptoms` that call for an ambulance, reviewed one by one. Only these are used for questions
+# that distinguish a danger sign from a sign that can wait.
 MILD = frozenset(
     """
     varicose_veins common_cold chronic_gastritis functional_dyspepsia
@@ -366,7 +366,7 @@ WORDINGS: dict[str, dict[str, dict[str, list[str]]]] = {
     },
 }
 
-# How the question names the relation of two units.
+# How the question names the relation between two units.
 UNNAMED = {"zh": "", "en": ""}
 NAMED = {"zh": "（{rule}）", "en": "({rule}.)"}
 GLUCOSE = {"zh": "（葡萄糖：{rule}）", "en": "(Glucose: {rule}.)"}
@@ -388,7 +388,7 @@ BMI_CLASSES = {
     "zh": (("18.5", "24", "28"), ("偏瘦", "正常", "超重", "肥胖")),
     "en": (("18.5", "25", "30"), ("underweight", "normal", "overweight", "obese")),
 }
-# How the result comes about; a good reply says it before the answer.
+# The reasoning; a good reply states it before the answer.
 REASONS = {
     "department": {"zh": "{c}由{d}诊治。", "en": "{C} belongs to {d}."},
     "what_now": {
@@ -435,7 +435,7 @@ ADVICE = {
     "zh": "请立即拨打120或去急诊。",
     "en": "Call an ambulance or go to the emergency department at once.",
 }
-# What is wrong with a bad reply -> the categories that it is shown on, in turn.
+# Flaw of a bad reply -> the categories that it is used for, in turn.
 FLAWS = {
     "wrong_answer": ("department_choice", "dose", "bmi_class", "department", "unit_conversion", "two_conditions"),
     "missing_format": ("drip_rate", "department", "emergency_choice", "dose_volume", "what_now", "bmi"),
@@ -448,7 +448,7 @@ LABELLED_PER_FLAW = {"zh": 6, "en": 4}
 SPACE = {"zh": "", "en": " "}
 SO = {"zh": "所以答案是：", "en": "So the answer is: "}
 
-# Word for word that of grpo_training.py, where a test compares them.
+# The same text as in medicalgpt/rewards/rewards.py; a test compares them.
 SYSTEM_PROMPT = (
     "先在 <think> 和 </think> 之间一步一步地思考，再在 <answer> 和 </answer> 之间只写最终答案。用提问的语言回答。\n"
     "First think step by step between <think> and </think>, then write only the final answer between <answer> and "
@@ -465,16 +465,16 @@ Row = dict[str, Any]
 def build_tasks(cases: dict[str, list[Row]]) -> dict[str, list[Row]]:
     """The rows of GRPO by the path of their file: training, validation, labelled replies, and a cold start.
 
-    A condition of a validation row, asked about or among the options, is in no other row. No two rows ask the same,
-    and none the same calculation.
+    A condition in a validation row, in the question or the options, is in no other row. No two rows have the same
+    question or the same calculation.
 
     Args:
-        cases: for each language what is known of each condition, in the same order: its `id`, whether it is `urgent`,
-            the fields of sentences (`c`, `C`, `get`, `d`, `sign`, the first danger sign), `symptoms`, departments that
-            are `wrong` for it, what a good reply holds (`required`), and `sentences` about it.
+        cases: by language, the conditions in the same order: `id`, whether it is `urgent`, the slots of sentences (`c`,
+            `C`, `get`, `d`, `sign`, the first danger sign), `symptoms`, departments that are `wrong` for it, what a
+            good reply contains (`required`), and `sentences` about it.
 
     Raises:
-        SystemExit: there are fewer tasks of a category than `COUNTS` asks for.
+        SystemExit: a category has fewer tasks than `COUNTS` requires.
     """
     rng = random.Random(SEED)
     held_out = held_out_ids(cases["zh"], rng)
@@ -499,7 +499,7 @@ def build_tasks(cases: dict[str, list[Row]]) -> dict[str, list[Row]]:
 
 
 def without_task(row: Row) -> Row:
-    """What is written of a row."""
+    """The fields of a row that are written."""
     return {key: value for key, value in row.items() if key != "task"}
 
 
@@ -521,11 +521,11 @@ def task_rows(
     taken: set[Any],
     rng: random.Random,
 ) -> list[Row]:
-    """The first `count` tasks whose question and numbers are not in `taken`, as rows; adds them to it."""
+    """The first `count` tasks whose question and numbers are not in `taken`, as rows; `taken` is extended."""
     rows: list[Row] = []
     for task in itertools.islice(tasks, 100 * count):
         if "right" in task:
-            # In turn, so that each letter is right equally often.
+            # In turn, so that each letter is correct equally often.
             letters = LETTERS if len(task["right"]) == 1 else LETTER_PAIRS
             answer = letters[len(rows) % len(letters)]
             right, others = iter(task["right"]), iter(task["others"])
@@ -546,48 +546,48 @@ def task_rows(
             return rows
     sys.exit(
         "error: the samples were not written\n"
-        f"{category} in {language}: {len(rows)} tasks, needed are {count}; add wordings or conditions"
+        f"{category} in {language}: {len(rows)} tasks, but {count} are needed; add wordings or conditions"
     )
 
 
 def in_turn(cases: list[Row], rng: random.Random) -> Iterator[Row]:
-    """The cases in a shuffled order, again and again."""
+    """The cases in shuffled order, repeated endlessly."""
     return itertools.cycle(rng.sample(cases, len(cases)))
 
 
-def calm(cases: list[Row]) -> list[Row]:
-    """Those whose patients see the department first, not the emergency department."""
+def not_urgent(cases: list[Row]) -> list[Row]:
+    """Cases that go to their department first, not to the emergency department."""
     return [case for case in cases if not case["urgent"]]
 
 
 def about(case: Row, reason: str, **fields: Any) -> Row:
-    """A task about a condition: the fields of its sentences, how its answer is explained, and further fields."""
+    """A task about a condition: the slots of its sentences, the key of its reasoning, and further fields."""
     words = {key: case[key] for key in ("id", "c", "C", "get", "d", "sign")}
     return words | {"reason": reason, **fields}
 
 
 def department(cases: list[Row], language: str, rng: random.Random) -> Iterator[Row]:
-    """Which department a condition belongs to."""
-    for case in in_turn(calm(cases), rng):
+    """Which department treats a condition."""
+    for case in in_turn(not_urgent(cases), rng):
         yield about(case, "department", answer=case["d"], wrong_answer=rng.choice(case["wrong"]))
 
 
 def department_of_two(cases: list[Row], language: str, rng: random.Random) -> Iterator[Row]:
-    """Which of two departments it belongs to."""
+    """Which of two departments treats it."""
     for task in department(cases, language, rng):
         one, other = rng.sample((task["answer"], task["wrong_answer"]), 2)
         yield task | {"one": one, "other": other}
 
 
 def what_now(cases: list[Row], language: str, rng: random.Random) -> Iterator[Row]:
-    """A danger sign is there: a good reply calls for help, and names the department."""
+    """A danger sign is present: a good reply calls for help and names the department."""
     for case in in_turn(cases, rng):
         answer = ADVICE[language] + SPACE[language] + REASONS["department"][language].format(**case)
         yield about(case, "what_now", answer=answer, required=case["required"])
 
 
 def triage(cases: list[Row], language: str, rng: random.Random) -> Iterator[Row]:
-    """Whether a sign of a mild condition can wait, in turn one that cannot and one that can."""
+    """Whether a sign of a mild condition can wait; signs that cannot and signs that can alternate."""
     clinics = CLINICS[language]
     for case in in_turn([case for case in cases if case["id"] in MILD], rng):
         yield about(case, "danger", answer=clinics["danger"], required=[CALL_FOR_HELP[language]])
@@ -596,17 +596,17 @@ def triage(cases: list[Row], language: str, rng: random.Random) -> Iterator[Row]
 
 
 def department_choice(cases: list[Row], language: str, rng: random.Random) -> Iterator[Row]:
-    """Which of four departments a condition belongs to."""
-    for case in in_turn(calm(cases), rng):
+    """Which of four departments treats a condition."""
+    for case in in_turn(not_urgent(cases), rng):
         yield about(case, "department", right=[case["d"]], others=rng.sample(case["wrong"], 3))
 
 
 def conditions_of_department(cases: list[Row], rng: random.Random, count: int) -> Iterator[Row]:
-    """Which `count` of four conditions belong to a department: the others are those that it is wrong for."""
-    pool = calm(cases)
+    """Which `count` of four conditions a department treats; for the others it is a wrong one."""
+    pool = not_urgent(cases)
     for case in in_turn(pool, rng):
         own = [other["c"] for other in pool if other["d"] == case["d"] and other is not case]
-        # One of a department, so that no two of them suggest another answer.
+        # One per department, so that no two of them suggest another answer.
         strangers = {other["d"]: other["c"] for other in rng.sample(pool, len(pool)) if case["d"] in other["wrong"]}
         if len(own) >= count - 1 and len(strangers) >= 4 - count:
             right = [case["c"], *rng.sample(own, count - 1)]
@@ -615,12 +615,12 @@ def conditions_of_department(cases: list[Row], rng: random.Random, count: int) -
 
 
 def condition_choice(cases: list[Row], language: str, rng: random.Random) -> Iterator[Row]:
-    """Which of four conditions belongs to a department."""
+    """Which of four conditions a department treats."""
     return conditions_of_department(cases, rng, 1)
 
 
 def two_conditions(cases: list[Row], language: str, rng: random.Random) -> Iterator[Row]:
-    """Which two of four conditions belong to a department."""
+    """Which two of four conditions a department treats."""
     return conditions_of_department(cases, rng, 2)
 
 
@@ -638,7 +638,7 @@ def one_of(rng: random.Random, lowest: str, highest: str, step: str) -> Decimal:
 
 
 def rounded(value: Fraction, places: int) -> Decimal | None:
-    """To this many decimals; None halfway between two, where not everybody rounds alike."""
+    """Rounded to this many decimals; None halfway between two, where conventions differ."""
     scaled = value * 10**places
     below = math.floor(scaled)
     if scaled - below == Fraction(1, 2):
@@ -647,7 +647,7 @@ def rounded(value: Fraction, places: int) -> Decimal | None:
 
 
 def exact(value: Fraction, places: int) -> Decimal | None:
-    """The value itself, without zeros at its end; None if it has more decimals than this."""
+    """The value itself, without trailing zeros; None if it has more decimals than this."""
     result = rounded(value, places)
     if result is None or Fraction(result) != value:
         return None
@@ -655,7 +655,7 @@ def exact(value: Fraction, places: int) -> Decimal | None:
 
 
 def calculation(reason: str, result: Decimal, measure: str, **numbers: Any) -> Row:
-    """A task with this result; a wrong one is ten times as large, the most dangerous slip with doses."""
+    """A task with this result; the wrong answer is ten times as large, the most dangerous error with doses."""
     answer, wrong = (f"{value} {measure}".strip() for value in (result, 10 * result))
     return numbers | {"reason": reason, "answer": answer, "wrong_answer": wrong, "numbers": tuple(numbers.values())}
 
@@ -745,7 +745,7 @@ def drop_rate(cases: list[Row], language: str, rng: random.Random) -> Iterator[R
 
 
 def unit_conversion(cases: list[Row], language: str, rng: random.Random) -> Iterator[Row]:
-    """Another unit for the same amount; each pair of units in turn."""
+    """The same amount in another unit; each pair of units in turn."""
     for unit, to, factor, offset, values, places, rule, named in itertools.cycle(CONVERSIONS):
         value = plain(one_of(rng, *values))
         converted = Fraction(value) * Fraction(factor) + Fraction(offset)
@@ -757,7 +757,7 @@ def unit_conversion(cases: list[Row], language: str, rng: random.Random) -> Iter
 
 
 def plain(value: Decimal) -> Decimal:
-    """Without zeros at its end."""
+    """Without trailing zeros."""
     return Decimal(f"{value.normalize():f}")
 
 
@@ -788,23 +788,23 @@ def build_labelled(rows: list[Row], cases: dict[str, list[Row]], rng: random.Ran
 
 
 def lesson(row: Row) -> Row:
-    """A conversation that shows the form of a reply, to fine-tune on before GRPO."""
+    """A conversation that shows the format of a reply, for fine-tuning before GRPO."""
     turns = [{"from": "human", "value": row["question"]}, {"from": "gpt", "value": good_reply(row)}]
     return {"system": SYSTEM_PROMPT, "conversations": turns, "category": row["category"]}
 
 
 def good_reply(row: Row) -> str:
-    """How the answer comes about, and the answer."""
+    """The reasoning and the answer."""
     return reply(reason(row), row["answer"])
 
 
 def reason(row: Row) -> str:
-    """How the answer comes about."""
+    """The reasoning."""
     return REASONS[row["task"]["reason"]][row["language"]].format(**row["task"])
 
 
 def reply(thinking: str, answer: str) -> str:
-    """In the form that is asked for."""
+    """In the required format."""
     return f"<think>{thinking}</think>\n<answer>{answer}</answer>"
 
 
@@ -823,6 +823,6 @@ def bad_reply(row: Row, flaw: str, cases: dict[str, list[Row]], rng: random.Rand
     if flaw == "repetition":
         return reply(space.join([reason(row)] * 12), answer)
     if flaw == "too_long":
-        beside = [sentence for case in rng.sample(cases[language], 40) for sentence in case["sentences"]]
-        return reply(space.join([reason(row), *beside]), answer)
+        more = [sentence for case in rng.sample(cases[language], 40) for sentence in case["sentences"]]
+        return reply(space.join([reason(row), *more]), answer)
     return reply(reason(row), REASONS["department"][language].format(**task))

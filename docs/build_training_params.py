@@ -1,9 +1,9 @@
 """Write docs/training_params.md: the flags of every program, read from the dataclasses that declare them.
 
     python -m docs.build_training_params            write the page
-    python -m docs.build_training_params --check    exit code 1 if the page does not say what the code says
+    python -m docs.build_training_params --check    exit code 1 if the page is not current
 
-The page is the same on every machine: it shows defaults of classes, never of instances, which look at the hardware.
+The page is the same on every machine: it shows defaults of classes, never of instances, which depend on the hardware.
 """
 
 import argparse
@@ -51,7 +51,7 @@ from trl import SFTConfig
 
 PAGE = Path(__file__).parent / "training_params.md"
 
-# The trainer declares more than a hundred flags; these are the ones that are used most.
+# The trainer declares more than a hundred flags; these are the most common ones.
 INHERITED = (
     "num_train_epochs",
     "max_steps",
@@ -98,7 +98,7 @@ def main() -> None:
         PAGE.write_text(page, encoding="utf-8")
         print(f"{PAGE.name}: written")
     elif not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != page:
-        raise UserError(f"docs/{PAGE.name} does not say what the code says. Run: python -m docs.build_training_params")
+        raise UserError(f"docs/{PAGE.name} is not current. Run: python -m docs.build_training_params")
 
 
 def render() -> str:
@@ -107,13 +107,13 @@ def render() -> str:
         "# Flags of the programs",
         "Written by `python -m docs.build_training_params` from the argument classes; edit those, not this page.",
         "Each of these programs takes `--help`, which lists all its flags; `--config run.yaml` with lines of "
-        "`flag: value`, over which the command line wins; and `--debug`, which adds the traceback to an error. Hyphens "
-        "may stand for underscores, and a switch alone means True. Names are never abbreviated: an unknown one stops "
-        "the program, which names the nearest known flag.",
+        "`flag: value`, over which the command line takes precedence; and `--debug`, which adds the traceback to an "
+        "error. Hyphens may replace underscores, and a switch without a value means True. Names cannot be abbreviated: "
+        "an unknown one stops the program, which suggests the nearest known flag.",
         "## The stages of training",
-        "`pretraining.py`, `supervised_finetuning.py`, and, on pairs of preferences, `reward_modeling.py`, "
-        "`dpo_training.py` and `orpo_training.py`; on prompts, `ppo_training.py` and `grpo_training.py`. What a stage "
-        "has no use for it refuses; see the last section.",
+        "`pretraining.py`, `supervised_finetuning.py`, and, on preference pairs, `reward_modeling.py`, "
+        "`dpo_training.py` and `orpo_training.py`; on prompts, `ppo_training.py` and `grpo_training.py`. Flags without "
+        "effect in a stage are refused; see the last section.",
         "### Model",
         table(ModelArguments),
         "### Data",
@@ -136,7 +136,7 @@ def render() -> str:
         table(PairArguments),
         "### reward_modeling.py only",
         table(reward_modeling.RewardArguments),
-        "With `--score_file` it scores and does not train:",
+        "With `--score_file` it scores instead of training:",
         table(reward_modeling.ScoreArguments),
         "### dpo_training.py only",
         table(dpo_training.PreferenceArguments),
@@ -148,7 +148,7 @@ def render() -> str:
         "### grpo_training.py only",
         table(grpo_training.GrpoArguments),
         "### From the trainer",
-        "The ones used most; `--help` lists the others.",
+        "The most common ones; `--help` lists the others.",
         table(pretraining.PretrainingArguments, only=INHERITED),
         "## merge_peft_adapter.py",
         table(merge_peft_adapter.MergeArguments),
@@ -174,7 +174,7 @@ def render() -> str:
         "## validate_jsonl.py",
         table(validate_jsonl.ValidationArguments),
         "## Spellings of MedicalGPT and of older libraries",
-        "Taken as what they mean today. Further spellings of a flag stand below its name in the tables above.",
+        "Accepted with their current meaning. Other spellings of a flag are below its name in the tables above.",
         _rows(("given", "means"), spellings({field.name for field in dataclasses.fields(SFTConfig)})),
         "## Refused here, and why",
         "A flag that would have no effect stops the program.",
@@ -203,7 +203,7 @@ def table(cls: type, *, only: Iterable[str] = ()) -> str:
 
 
 def type_name(annotation: Any, choices: Iterable[str] | None = None) -> str:
-    """What may be given: the choices if they are few, the type otherwise."""
+    """The values of a flag: its choices if they are few, its type otherwise."""
     is_union = typing.get_origin(annotation) in (typing.Union, UnionType)
     members = [member for member in (typing.get_args(annotation) if is_union else [annotation]) if member != NoneType]
     if typing.get_origin(members[0]) is list:
@@ -217,7 +217,7 @@ def type_name(annotation: Any, choices: Iterable[str] | None = None) -> str:
 
 
 def default(field: dataclasses.Field) -> str:
-    """The default as one would type it."""
+    """The default as a user would type it."""
     if field.default_factory is not dataclasses.MISSING:
         return f"`{' '.join(map(str, field.default_factory()))}`"
     if field.default is dataclasses.MISSING:
@@ -228,7 +228,7 @@ def default(field: dataclasses.Field) -> str:
 
 
 def spellings(known: set[str]) -> list[tuple[str, str]]:
-    """Old spellings and today's, as far as today's is a flag of these programs."""
+    """Old and current spellings, if the current one is a flag of these programs."""
     rows = [(f"`--{old}`", f"`--{new}`") for old, new in RENAMED.items() if new in known]
     for old, (new, values) in RENAMED_VALUES.items():
         rows += [(f"`--{old} {given.capitalize()}`", f"`--{new} {value}`") for given, value in values.items()]

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 @dataclass
 class TemplateArguments:
-    """How conversations are written; a base of the arguments of stages that train on them."""
+    """How conversations are rendered; a base class of the arguments of stages that train on them."""
 
     template_name: str | None = field(
         default=None, metadata={"help": "Chat template, by its name in template.py. Default: the tokenizer's own."}
@@ -18,8 +18,7 @@ class TemplateArguments:
     tool_format: str | None = field(
         default=None,
         metadata={
-            "help": "How tools and their calls are written: default, qwen, llama3, glm4, mistral. Default: the "
-            "template's own."
+            "help": "Format of tools and tool calls: default, qwen, llama3, glm4, mistral. Default: the template's own."
         },
     )
     system_prompt: str | None = field(
@@ -30,23 +29,23 @@ class TemplateArguments:
 
 @dataclass
 class PairArguments(TemplateArguments):
-    """What the stages on preference pairs share; a base of their arguments."""
+    """What the stages on preference pairs share; a base class of their arguments."""
 
     model_max_length: int | None = field(
         default=None,
         metadata={
-            "help": "Most tokens of a prompt with either answer. A longer pair is refused, never cut. Unset: what the "
-            "two limits below allow together, or 1024; less if the model has fewer positions.",
+            "help": "Maximum tokens of a prompt with either answer. Longer pairs are refused, never truncated. "
+            "Unset: the sum of the two limits below, or 1024; less if the model supports fewer positions.",
             "aliases": ["--max_seq_length"],
         },
     )
     max_source_length: int | None = field(
-        default=None, metadata={"help": "Most tokens of a prompt. Unset: what --model_max_length leaves."}
+        default=None, metadata={"help": "Maximum number of tokens of a prompt. Unset: limited by --model_max_length."}
     )
     max_target_length: int | None = field(
-        default=None, metadata={"help": "Most tokens of an answer, its end included. Unset: likewise."}
+        default=None, metadata={"help": "Maximum number of tokens of an answer, including its end. Unset: likewise."}
     )
-    # Both answers of a pair are padded to the longest of the batch, so that like lengths save even more than in SFT.
+    # Both answers of a pair are padded to the longest of the batch, so grouping by length saves even more than in SFT.
     train_sampling_strategy: str = field(
         default="group_by_length",
         metadata={"help": "group_by_length, or random.", "choices": ["group_by_length", "random"]},
@@ -67,34 +66,36 @@ class PairArguments(TemplateArguments):
             if (getattr(self, name) or 0) >= self.model_max_length:
                 raise ValueError(
                     f"--{name} {getattr(self, name)} has no effect, as prompt and answer together may have "
-                    f"--model_max_length {self.model_max_length} tokens. Raise that, or leave --{name} out."
+                    f"--model_max_length {self.model_max_length} tokens. Raise it, or omit --{name}."
                 )
         super().__post_init__()
 
 
 @dataclass
 class ModelArguments:
-    """Which model, and in which numeric form."""
+    """Which model, and in which precision."""
 
     model_name_or_path: str = field(
-        metadata={"help": "Hub name, local folder, or the folder of an adapter (its base is found by itself)."}
+        metadata={
+            "help": "Hub name, local folder, or the folder of an adapter (its base model is found automatically)."
+        }
     )
     tokenizer_name_or_path: str | None = field(
-        default=None, metadata={"help": "Tokenizer, if it is not the model's own.", "aliases": ["--tokenizer_path"]}
+        default=None, metadata={"help": "Tokenizer, if not the model's own.", "aliases": ["--tokenizer_path"]}
     )
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the hub."})
-    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Folder for downloads."})
     hub: str = field(
         default="huggingface",
         metadata={
-            "help": "Where names are looked up. `HF_ENDPOINT` chooses a mirror of Hugging Face.",
+            "help": "Hub on which names are looked up. `HF_ENDPOINT` selects a mirror of Hugging Face.",
             "choices": ["huggingface", "modelscope"],
         },
     )
     dtype: str = field(
         default="auto",
         metadata={
-            "help": "Type of the loaded weights. auto: bfloat16 where the GPU has it and adapters are trained, "
+            "help": "Data type of the loaded weights. auto: bfloat16 if the GPU supports it and adapters are trained, "
             "float32 otherwise.",
             "choices": ["auto", "bfloat16", "float16", "float32"],
             "aliases": ["--torch_dtype", "--torch-dtype"],
@@ -102,7 +103,9 @@ class ModelArguments:
     )
     device_map: str | None = field(
         default=None,
-        metadata={"help": "auto spreads one model over the visible GPUs of a single process. Unset: one GPU each."},
+        metadata={
+            "help": "auto distributes one model over the visible GPUs of a single process. Unset: one GPU per process."
+        },
     )
     load_in_4bit: bool = field(default=False, metadata={"help": "Load the base as NF4; only adapters are trained."})
     load_in_8bit: bool = field(default=False, metadata={"help": "Load the base as int8; only adapters are trained."})
@@ -114,98 +117,107 @@ class ModelArguments:
 
 @dataclass
 class ChatArguments(ModelArguments):
-    """A model to talk to, and how its answers are chosen; a base of the arguments of every front end."""
+    """A model to chat with, and how its answers are sampled; a base class of the arguments of every front end."""
 
     model_name_or_path: str = field(
         metadata={
-            "help": "Hub name, local folder, or the folder of an adapter (its base is found by itself).",
+            "help": "Hub name, local folder, or the folder of an adapter (its base model is found automatically).",
             "aliases": ["--base_model"],
         }
     )
     lora_model: str | None = field(default=None, metadata={"help": "Adapter to put on top of the model."})
-    system_prompt: str | None = field(
-        default=None, metadata={"help": "System prompt for conversations that have none of their own."}
+    system_prompt: str | None = field(default=None, metadata={"help": "System prompt for conversations without one."})
+    max_new_tokens: int = field(default=512, metadata={"help": "Maximum number of tokens of an answer."})
+    temperature: float = field(default=0.0, metadata={"help": "0: greedy decoding; above 0: sampling."})
+    top_p: float = field(
+        default=1.0, metadata={"help": "Sample from the most likely tokens with this total probability."}
     )
-    max_new_tokens: int = field(default=512, metadata={"help": "Most tokens of one answer."})
-    temperature: float = field(default=0.0, metadata={"help": "0: the best token every time; above: sampled."})
-    top_p: float = field(default=1.0, metadata={"help": "Sample from the likeliest tokens of this total probability."})
-    top_k: int = field(default=0, metadata={"help": "Sample from the k likeliest tokens; 0: from all."})
+    top_k: int = field(default=0, metadata={"help": "Sample from the k most likely tokens; 0: from all."})
     repetition_penalty: float = field(
         default=1.0, metadata={"help": "Above 1: tokens that occurred already become less likely."}
     )
-    seed: int | None = field(default=None, metadata={"help": "The same seed samples the same answers."})
+    seed: int | None = field(default=None, metadata={"help": "Seed of sampling; the same seed gives the same answers."})
     stop_str: str | None = field(
-        default=None, metadata={"help": "An answer also ends before this text. The model's own ends are known."}
+        default=None, metadata={"help": "Stop before this text, in addition to the model's own stop tokens."}
     )
 
 
 @dataclass
 class ServeArguments(ChatArguments):
-    """A front end for several people at a time. The settings of ChatArguments hold where a request says none."""
+    """A front end for several users at a time. The settings of ChatArguments are the defaults of a request."""
 
     host: str = field(
         default="127.0.0.1",
-        metadata={"help": "Address to listen on. The default is for this machine alone.", "aliases": ["--server_name"]},
+        metadata={
+            "help": "Address to listen on. The default accepts connections from this machine only.",
+            "aliases": ["--server_name"],
+        },
     )
     port: int = field(
         default=8000, metadata={"help": "Port to listen on; 0 takes a free one.", "aliases": ["--server_port"]}
     )
-    max_batch_size: int = field(default=16, metadata={"help": "Most answers that are computed together."})
-    max_waiting: int = field(default=64, metadata={"help": "Most requests that may wait; more are turned away."})
+    max_batch_size: int = field(default=16, metadata={"help": "Maximum number of answers generated together."})
+    max_waiting: int = field(
+        default=64, metadata={"help": "Maximum number of queued requests; further ones are rejected."}
+    )
     batching: str = field(
         default="auto",
         metadata={
-            "help": "static: waiting requests are admitted when the running ones are answered. continuous: at every "
-            "token, for CUDA. auto: continuous on CUDA where the model can, static elsewhere.",
+            "help": "static: queued requests are admitted when the running batch is finished. continuous: at every "
+            "token, for CUDA. auto: continuous on CUDA if the model supports it, static otherwise.",
             "choices": ["auto", "static", "continuous"],
         },
     )
-    request_timeout: float = field(default=300.0, metadata={"help": "Most seconds from a request to its answer."})
+    request_timeout: float = field(
+        default=300.0, metadata={"help": "Maximum number of seconds from a request to its answer."}
+    )
 
 
 @dataclass
 class ApiArguments(ServeArguments):
-    """A server that programs ask."""
+    """A server for programs (API)."""
 
     api_key: str | None = field(
         default=None,
         metadata={
-            "help": "Key that every request must bear. Better: the variable MEDICALGPT_API_KEY, since other users of a "
-            "machine can read command lines."
+            "help": "Key that every request must carry. Safer: the variable MEDICALGPT_API_KEY, since other users of "
+            "the machine can read command lines."
         },
     )
 
 
 @dataclass
 class PageArguments(ServeArguments):
-    """A page that people look at in a browser."""
+    """A web page for people."""
 
     auth: str | None = field(
         default=None,
-        metadata={"help": "user:password that the page asks for. In the environment, MEDICALGPT_AUTH, it is safer."},
+        metadata={"help": "user:password that the page asks for. Safer: the environment variable MEDICALGPT_AUTH."},
     )
-    share: bool = field(default=False, metadata={"help": "A public link through the servers of Gradio."})
+    share: bool = field(default=False, metadata={"help": "Create a public link through Gradio's servers."})
 
 
 @dataclass
 class AttentionArguments:
-    """How attention is computed, and how far the positions reach."""
+    """How attention is computed, and over how many positions."""
 
     flash_attn: bool = field(
         default=False,
-        metadata={"help": "FlashAttention: the installed package, a prebuilt kernel, or PyTorch's own; the log says."},
+        metadata={
+            "help": "FlashAttention: the installed package, a prebuilt kernel, or PyTorch's own; the log says which."
+        },
     )
     shift_attn: bool = field(
         default=False,
         metadata={
-            "help": "Shifted sparse attention (S2-Attn of LongLoRA) in training: each token looks at a group of a "
+            "help": "Shifted sparse attention (S2-Attn of LongLoRA) in training: each token attends to a group of a "
             "quarter of the length. Evaluation and serving use full attention."
         },
     )
     rope_scaling: str | None = field(
         default=None,
         metadata={
-            "help": "Stretch the rotary positions to --model_max_length or --block_size, beyond the model's own.",
+            "help": "Scale the rotary positions to --model_max_length or --block_size, beyond the model's own limit.",
             "choices": ["linear", "dynamic", "yarn"],
         },
     )
@@ -213,24 +225,28 @@ class AttentionArguments:
 
 @dataclass
 class LoraArguments:
-    """Which weights are trained: low-rank adapters (https://arxiv.org/abs/2106.09685), or all, or some layers."""
+    """Which weights are trained: low-rank adapters (LoRA, https://arxiv.org/abs/2106.09685), all, or some layers."""
 
-    use_peft: bool = field(default=True, metadata={"help": "Train an adapter; False trains every weight."})
-    peft_path: str | None = field(default=None, metadata={"help": "Go on training this adapter."})
-    lora_rank: int = field(default=8, metadata={"help": "Rank r of the update."})
+    use_peft: bool = field(default=True, metadata={"help": "Train an adapter; False: full fine-tuning."})
+    peft_path: str | None = field(default=None, metadata={"help": "Continue training this adapter."})
+    lora_rank: int = field(default=8, metadata={"help": "Rank r of the adapter."})
     lora_alpha: float = field(default=16.0, metadata={"help": "The update is scaled by alpha / r."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the adapter's input."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the input of the adapter."})
     target_modules: str = field(
         default="all",
-        metadata={"help": "all: every linear layer but the head; or module names with commas (q_proj,v_proj)."},
+        metadata={
+            "help": "all: every linear layer except the head; or module names, separated by commas (q_proj,v_proj)."
+        },
     )
     modules_to_save: str | None = field(
         default=None,
-        metadata={"help": "Modules trained in full beside the adapter, with commas (embed_tokens,lm_head)."},
+        metadata={"help": "Modules trained in full alongside the adapter, separated by commas (embed_tokens,lm_head)."},
     )
     use_dora: bool = field(
         default=False,
-        metadata={"help": "DoRA: direction and length of each weight apart (https://arxiv.org/abs/2402.09353)."},
+        metadata={
+            "help": "DoRA: magnitude and direction of each weight are trained separately (https://arxiv.org/abs/2402.09353)."
+        },
     )
     use_rslora: bool = field(
         default=False,
@@ -238,11 +254,13 @@ class LoraArguments:
     )
     loraplus_lr_ratio: float | None = field(
         default=None,
-        metadata={"help": "LoRA+: the B matrices learn this many times faster (https://arxiv.org/abs/2402.12354)."},
+        metadata={
+            "help": "LoRA+: ratio of the learning rate of the B matrices to that of the A matrices (https://arxiv.org/abs/2402.12354)."
+        },
     )
     freeze_layers: str | None = field(
         default=None,
-        metadata={"help": "Decoder layers that stay as they are, by number, with commas and ranges (0-21,23)."},
+        metadata={"help": "Decoder layers to freeze: numbers and ranges, separated by commas (0-21,23)."},
     )
 
 
@@ -253,7 +271,7 @@ class DataArguments:
     train_file_dir: str | None = field(
         default=None,
         metadata={
-            "help": "File or folder of training data, searched with its subfolders; several with commas, and mixed by "
+            "help": "File or folder of training data, searched recursively; several separated by commas, mixed by "
             "weight if each has one (data/finetune:0.7,data/general:0.3)."
         },
     )
@@ -264,54 +282,61 @@ class DataArguments:
             "--train_file_dir are the held-out data."
         },
     )
-    dataset_name: str | None = field(default=None, metadata={"help": "Data set on the hub, instead of files."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that data set."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Dataset on the hub, instead of files."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that dataset."})
     validation_split_percentage: float = field(
         default=0.0,
-        metadata={"help": "Percent of the training rows to hold out, chosen by --data_seed, if there is no other."},
+        metadata={
+            "help": "Percentage of the training rows to hold out, chosen with --data_seed, unless there is other "
+            "held-out data."
+        },
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Use the first N training rows."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use the first N held-out rows."})
     mix_strategy: str = field(
         default="under",
         metadata={
-            "help": "How weights become rows. under: no row twice, what is too many is left out and counted; over: "
-            "every row at least once, rows of the small sources again.",
+            "help": "How weights become numbers of rows. under: no row twice, surplus rows are skipped and counted; "
+            "over: every row at least once, rows of small sources repeated.",
             "choices": ["under", "over"],
         },
     )
     streaming: bool = field(
         default=False,
-        metadata={"help": "Tokenize while training, for corpora that should not be tokenized as a whole beforehand."},
+        metadata={"help": "Tokenize during training, for corpora too large to be tokenized in advance."},
     )
-    shuffle_buffer: int = field(default=10_000, metadata={"help": "Rows among which --streaming draws the next one."})
+    shuffle_buffer: int = field(
+        default=10_000, metadata={"help": "Size of the buffer, in rows, from which --streaming draws the next row."}
+    )
     preprocessing_num_workers: int | None = field(
-        default=None, metadata={"help": "Processes that tokenize. Default: all cores where the rows are worth it."}
+        default=None,
+        metadata={"help": "Number of processes that tokenize. Default: all cores if there are enough rows."},
     )
-    overwrite_cache: bool = field(default=False, metadata={"help": "Tokenize again, whatever is in the token cache."})
+    overwrite_cache: bool = field(default=False, metadata={"help": "Tokenize again, ignoring the token cache."})
     ignore_fields: str | None = field(
-        default=None, metadata={"help": "Fields of a row that may be there and are not used, with commas."}
+        default=None, metadata={"help": "Fields of a row to ignore, separated by commas."}
     )
     skip_bad_rows: bool = field(
-        default=False, metadata={"help": "Leave out and count rows that cannot be used, instead of stopping."}
+        default=False, metadata={"help": "Skip and count rows that cannot be used, instead of stopping."}
     )
     skip_long_rows: bool = field(
-        default=False, metadata={"help": "Leave out and count rows that are too long, instead of stopping."}
+        default=False, metadata={"help": "Skip and count rows that are too long, instead of stopping."}
     )
     allow_overlap: bool = field(
-        default=False, metadata={"help": "Go on although held-out rows occur among the training rows."}
+        default=False, metadata={"help": "Continue although held-out rows occur among the training rows."}
     )
 
 
 @dataclass
 class RunArguments:
-    """What happens around the training."""
+    """The output folder and the samples shown."""
 
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Remove the run that --output_dir holds and start over."}
+        default=False, metadata={"help": "Remove the run in --output_dir and start over."}
     )
     sample_prompts: int = field(
-        default=3, metadata={"help": "Prompts answered before and after training, to see what changed; 0 for none."}
+        default=3,
+        metadata={"help": "Number of prompts answered before and after training, to see what changed; 0: none."},
     )
 
 
@@ -324,7 +349,7 @@ def help_texts(cls: type) -> dict[str, str]:
 
 
 def bf16_gpu() -> bool:
-    """Whether there is a GPU that computes in bfloat16."""
+    """Whether there is a GPU that supports bfloat16."""
     import torch
 
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -353,24 +378,24 @@ class StageDefaults:
         "layer.",
     }
 
-    bf16: bool | None = field(default=None, metadata={"help": "bfloat16 autocast. Default: on where a GPU has it."})
-    # Recomputing activations costs a fifth of the speed; it is for those who run out of memory.
+    bf16: bool | None = field(default=None, metadata={"help": "bfloat16 autocast. Default: on if the GPU supports it."})
+    # Recomputing activations costs a fifth of the speed; it is for when memory runs out.
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations to save memory."})
     do_train: bool = field(default=True, metadata={"help": "False evaluates only."})
     neftune_noise_alpha: float | None = field(
         default=None,
         metadata={
-            "help": "NEFTune: noise on the embeddings in training, of at most alpha / sqrt(length x width) "
+            "help": "NEFTune: noise on the embeddings during training, at most alpha / sqrt(length x width) "
             "(https://arxiv.org/abs/2310.05914). 5 is usual.",
             "aliases": ["--neft_alpha"],
         },
     )
-    # No tracker talks to a network unless it is named.
+    # No tracker connects to a network unless it is named.
     report_to: str = field(default="none", metadata={"help": "Tracker: tensorboard, wandb, ..."})
 
     @property
     def order_seed(self) -> int:
-        """Of splits, of mixtures, and of the order of rows."""
+        """Seed of splits, of mixtures and of the order of rows."""
         return self.seed if self.data_seed is None else self.data_seed
 
     def __post_init__(self):
@@ -385,12 +410,12 @@ class StageDefaults:
         super().__post_init__()
         if self.fsdp and self.use_cpu:
             raise ValueError(
-                "--fsdp has no effect on CPUs, where accelerate leaves it out without a word. Spread the weights over "
+                "--fsdp has no effect on CPUs, where accelerate silently ignores it. Shard the weights over "
                 "the processes with --deepspeed zero3.json."
             )
 
     def _refuse_idle_training(self) -> None:
-        """Raises ValueError for numbers with which nothing would be trained, or something else than was said."""
+        """Raises ValueError for numbers with which nothing, or not what was requested, would be trained."""
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least 1.")

@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend, printed without a traceback."""
+"""Errors that the user can fix, printed without a traceback."""
 
 import atexit
 import os
@@ -10,14 +10,14 @@ from medicalgpt.logs import is_main_process, world_size
 
 
 class UserError(Exception):
-    """Something the user can put right. The text says what happened, where, and what to do."""
+    """Something the user can fix. The message says what happened, where, and what to do."""
 
 
 def run_main(main: Callable[[], None]) -> None:
     """Run a program: a `UserError` ends it with its message and exit code 1; `--debug` shows the traceback as well.
 
     Raises:
-        SystemExit: with code 1 after a `UserError`, 130 after Ctrl-C, 141 if nobody reads the output any more.
+        SystemExit: with code 1 after a `UserError`, 130 after Ctrl-C, 141 if the reader of the output has gone.
     """
     # transformers has a `--debug` of its own that takes a value; only the bare flag is ours.
     debug = _take_bare_debug_flag(sys.argv)
@@ -32,7 +32,7 @@ def run_main(main: Callable[[], None]) -> None:
             print(f"\nerror: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
     except BrokenPipeError:
-        # The reader of our output (head, less) has left. Python would complain once more when it flushes at exit.
+        # The reader of our output (head, less) has gone. Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except KeyboardInterrupt:
@@ -43,10 +43,10 @@ def run_main(main: Callable[[], None]) -> None:
 
 
 def _leave_at_once() -> NoReturn:
-    """End a process of several, with success, before C++ libraries take themselves down.
+    """End a process of several, with success, before C++ libraries shut down.
 
-    Threads of DeepSpeed and of the process group sometimes still run then, and abort a process whose work is done and
-    saved ("terminate called without an active exception"), which the launcher takes for a failed training.
+    Threads of DeepSpeed and of the process group sometimes still run then and abort a process that has finished and
+    saved its work ("terminate called without an active exception"), which the launcher takes for a failed run.
     """
     atexit._run_exitfuncs()
     sys.stdout.flush()

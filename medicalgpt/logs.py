@@ -1,6 +1,6 @@
-"""One kind of log for all programs: plain lines on stderr, from the first process only.
+"""One log format for all programs: plain lines on stderr, from the first process only.
 
-Which process this is follows from the variables that torchrun and accelerate set; they are read here alone.
+The variables by which torchrun and accelerate number the processes are read here only.
 """
 
 import os
@@ -31,17 +31,17 @@ def local_rank() -> int:
 
 
 def local_world_size(default: int) -> int:
-    """How many processes of the run this machine has; `default` where the launcher does not tell."""
+    """How many processes of the run this machine has; `default` if the launcher does not set it."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", default))
 
 
 def is_main_process() -> bool:
-    """Whether this process speaks for all of the run."""
+    """Whether this is the first process of the run, which logs for all."""
     return rank() == 0
 
 
 def setup_logging() -> None:
-    """Send the log to stderr, and show libraries' progress bars only where a person watches a terminal."""
+    """Send the log to stderr, and show libraries' progress bars only on a terminal."""
     logger.remove()
     if is_main_process():
         logger.add(sys.stderr, format="<level>{level: <7}</level> {message}", level="INFO")
@@ -60,7 +60,7 @@ HEARTBEAT_SECONDS = 30
 def heartbeat(
     text: Callable[[], str], *, seconds: float | None = None, write: Callable[[str], object] = logger.info
 ) -> Iterator[None]:
-    """Write `text()` again and again for as long as the block runs, so that a long step is seen to be alive.
+    """Write `text()` again and again for as long as the block runs, so that a long step shows that it is alive.
 
     Args:
         seconds: from one line to the next; by default `HEARTBEAT_SECONDS`.

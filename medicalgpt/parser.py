@@ -14,9 +14,9 @@ import yaml
 
 
 class StrictParser:
-    """`HfArgumentParser` with YAML files, old spellings, and no silent guess.
+    """`HfArgumentParser` with YAML files, old spellings, and no silent guesses.
 
-    Every problem of names is reported in one message with the nearest known flag; there are no abbreviations.
+    All unknown names are reported in one message, each with the nearest known flag; there are no abbreviations.
 
     Args:
         classes: dataclasses whose fields become flags.
@@ -35,14 +35,14 @@ class StrictParser:
         )
         self.parser.error = self._fail
         self.unused = {**refused_in(), **(unused or {})}
-        self.parser.add_argument("--config", help="YAML file of flags; the command line wins over it.")
+        self.parser.add_argument("--config", help="YAML file of flags; the command line takes precedence.")
         help_of = {name: text for cls in classes for name, text in help_texts(cls).items()}
         for action in self.parser._actions:
             action.help = help_of.get(action.dest, action.help)
             if action.dest in self.unused:
                 action.help = SUPPRESS
             if action.type is string_to_bool and action.nargs is None:
-                # Switches whose default is None (--bf16) are on when named alone, as the other ones are.
+                # Switches whose default is None (--bf16) are on when given without a value, like all others.
                 action.nargs, action.const = "?", True
         self.dest_of = {
             option.lstrip("-"): action.dest
@@ -71,12 +71,12 @@ class StrictParser:
                     continue
                 name, equals, value = token[2:].partition("=")
                 following = part[position + 1] if position + 1 < len(part) else None
-                new, new_value, problem = self._today(name, value if equals else following, origins[position])
+                new, new_value, problem = self._current(name, value if equals else following, origins[position])
                 if problem:
                     problems.append(problem)
                     continue
                 dest = self.dest_of[new]
-                # A command line may repeat a flag, the last one wins; in a file a second one is an oversight.
+                # A command line may repeat a flag, the last one wins; in a file a second one is a mistake.
                 if dest in seen_here and (seen_here[dest] != name or origins[position]):
                     problems.append(
                         f"{origins[position]}--{name} and --{seen_here[dest]} set the same thing; keep one of them."
@@ -101,8 +101,8 @@ class StrictParser:
         instance.given = frozenset(given.intersection(names))
         return instance
 
-    def _today(self, name: str, value: str | None, origin: str) -> tuple[str, str | None, str | None]:
-        """Return (today's name, its value if that changes, problem)."""
+    def _current(self, name: str, value: str | None, origin: str) -> tuple[str, str | None, str | None]:
+        """Return (current name, its value if that changes, problem)."""
         plain = name.replace("-", "_")
         target = plain if plain in self.unused else self.dest_of.get(name)
         if target in self.unused:
@@ -111,7 +111,7 @@ class StrictParser:
             new, values = RENAMED_VALUES[plain]
             key = "true" if value is None or value.startswith("--") else value.lower()
             if key not in values or value is None or value.startswith("--"):
-                return name, None, f"{origin}--{name} needs True or False; today it is --{new} {values['true']}"
+                return name, None, f"{origin}--{name} needs True or False; it is now --{new} {values['true']}"
             return new, values[key], None
         if RENAMED.get(plain) in self.dest_of:
             return RENAMED[plain], None, None
@@ -119,11 +119,11 @@ class StrictParser:
             return name, None, None
         known = [option for option in self.dest_of if option.replace("-", "_") == option and option not in self.unused]
         near = difflib.get_close_matches(plain, known, n=1, cutoff=0.6)
-        hint = f"did you mean --{near[0]}?" if near else "see --help for the flags it has."
+        hint = f"did you mean --{near[0]}?" if near else "see --help for all flags."
         return name, None, f"{origin}unknown flag --{name}: {hint}"
 
     def _split_config(self, argv: list[str]) -> tuple[tuple[list[str], list[str]], tuple[list[str], list[str]]]:
-        """Separate `--config FILE` from the command line; both as (tokens, where each token stands)."""
+        """Separate `--config FILE` from the command line; both as (tokens, the origin of each token)."""
         rest: list[str] = []
         path: str | None = None
         index = 0
@@ -147,7 +147,7 @@ class StrictParser:
                 text = file.read()
             loader = yaml.SafeLoader(text)
             root = loader.get_single_node()
-            # A mapping is taken key by key, since a dict would hide keys that stand there twice.
+            # A mapping is taken key by key, since a dict would hide duplicate keys.
             entries = root.value if isinstance(root, yaml.MappingNode) else []
             values = [loader.construct_object(value, deep=True) for _, value in entries]
         except OSError as error:
@@ -195,7 +195,7 @@ def parse_args(
         argv: arguments without the program's name; the command line by default.
 
     Raises:
-        SystemExit: code 2 after a message that names every unknown, unused or doubled flag.
+        SystemExit: code 2 after a message that names every unknown, unused or duplicate flag.
     """
     return StrictParser(*classes, description=description, unused=unused).parse(sys.argv[1:] if argv is None else argv)
 

@@ -19,33 +19,33 @@ PPO, GRPO = ("ppo_training.py",), ("grpo_training.py",)
 CHAT = ("inference.py", "openai_api.py", "fastapi_server_demo.py", "gradio_demo.py", "chatpdf.py")
 TRAINING = PT + SFT + PAIRS + PPO + GRPO
 
-# Reasons of several flags.
+# Reasons that several flags share.
 NO_UPLOAD = "Upload with `hf upload` after training; no stage pushes by itself."
 ANSWERS_ONLY = "Only answers are trained on; --train_on_inputs True trains on all."
-NO_METRICS = "The trainer knows what it evaluates."
+NO_METRICS = "The trainer determines what it evaluates."
 NO_LABELS = "There are no labels."
-PAIRS_AT_ONCE = "Held-out pairs are averaged all at once."
+PAIRS_AT_ONCE = "Metrics are averaged over all held-out pairs at once."
 SCORES_AT_ONCE = "Scores are averaged all at once."
-PROMPTS_AT_ONCE = "Held-out prompts are averaged all at once."
-REWARDS_ONLY = "Nothing is kept of an evaluation but its rewards."
+PROMPTS_AT_ONCE = "Metrics are averaged over all held-out prompts at once."
+REWARDS_ONLY = "Only the rewards of an evaluation are kept."
 WEIGHTS_AS_THEY_ARE = "An evaluation uses the weights as they are."
-RANDOM_PROMPTS = "Prompts are drawn at random; answers of like length are not known before."
+RANDOM_PROMPTS = "Prompts are drawn at random; the lengths of the answers are not known in advance."
 PROMPTS_IN_MEMORY = "Prompts are in memory; nothing is loaded."
-FIXED_REFERENCE = "The reference stays where training began."
-WEIGHTS_TO_BFLOAT16 = "It would turn the trained weights into bfloat16. Faster: --use_vllm."
+FIXED_REFERENCE = "The reference model does not change."
+WEIGHTS_TO_BFLOAT16 = "It would convert the trained weights to bfloat16. For speed use --use_vllm."
 
-# Of each flag: the programs that refuse it, and why, with what to do instead.
+# Each flag with the programs that refuse it, and why, with what to do instead.
 REFUSED: dict[str, dict[tuple[str, ...], str]] = {
-    # What other tools know.
+    # Flags of other tools.
     "logging_dir": {
         EVERY: "TensorBoard files go below --output_dir; name a tracker with --report_to tensorboard.",
     },
     "save_safetensors": {EVERY: "Weights are always saved as safetensors; leave the flag out."},
     "fp16_backend": {EVERY: "Choose --bf16 or --fp16; the backend is torch's own."},
-    # What transformers declares for every training.
+    # Fields of TrainingArguments without effect in any stage.
     "do_predict": {TRAINING: "These scripts train and evaluate; generate with inference.py."},
     "logging_nan_inf_filter": {
-        TRAINING: "A loss that is no number is always shown, and nothing is saved after it.",
+        TRAINING: "A loss that is not finite is always shown, and nothing is saved after it.",
     },
     "push_to_hub": {TRAINING: NO_UPLOAD},
     "hub_model_id": {TRAINING: NO_UPLOAD},
@@ -57,45 +57,45 @@ REFUSED: dict[str, dict[tuple[str, ...], str]] = {
     "include_num_input_tokens_seen": {TRAINING: "The count is num_tokens in metrics.jsonl."},
     # Rows: they are read, checked, rendered and encoded before the trainer sees them.
     "max_length": {
-        PT + SFT: "Say --model_max_length (fine-tuning) or --block_size (pretraining).",
-        PAIRS + PPO: "Say --model_max_length.",
+        PT + SFT: "Use --model_max_length (fine-tuning) or --block_size (pretraining).",
+        PAIRS + PPO: "Use --model_max_length.",
     },
     "block_size": {SFT + PAIRS + PPO: "That is for pretraining.py; here it is --model_max_length."},
     "truncation_mode": {
-        PT + SFT + PAIRS: "Nothing is cut: a row that is too long is refused, or left out with --skip_long_rows True.",
+        PT + SFT + PAIRS: "Nothing is cut: a row that is too long is refused, or skipped with --skip_long_rows True.",
     },
     "dataset_text_field": {PT + SFT: "Rows are recognised by their fields; data/README.md shows the formats."},
     "dataset_kwargs": {PT + SFT: "Rows are encoded before the trainer sees them."},
-    "dataset_num_proc": {PT + SFT + PAIRS: "Say --preprocessing_num_workers."},
+    "dataset_num_proc": {PT + SFT + PAIRS: "Use --preprocessing_num_workers."},
     "padding_free": {
-        PT + SFT: "Say --packing True.",
-        PAIRS: "Pairs are padded; rows of like length share a batch.",
+        PT + SFT: "Use --packing True.",
+        PAIRS: "Pairs are padded; rows of similar length share a batch.",
     },
     "packing_strategy": {PT + SFT: "Whole sequences are packed, best fit first."},
     "eval_packing": {PT + SFT: "Held-out rows are never packed."},
     "completion_only_loss": {PT + SFT: ANSWERS_ONLY},
     "assistant_only_loss": {PT + SFT: ANSWERS_ONLY},
-    "chat_template_path": {PT + SFT + PAIRS: "Say --template_name."},
+    "chat_template_path": {PT + SFT + PAIRS: "Use --template_name."},
     "chat_template_kwargs": {
-        GRPO: "Prompts are encoded before training as serving would send them; say --template_name.",
+        GRPO: "Prompts are encoded before training as serving would send them; use --template_name.",
     },
-    "eos_token": {PT + SFT + PAIRS: "The chat template sets it; say --template_name."},
+    "eos_token": {PT + SFT + PAIRS: "The chat template sets it; use --template_name."},
     "pad_token": {PT + SFT + PAIRS: "It follows from the tokenizer."},
     "remove_unused_columns": {
-        PT + SFT + PAIRS + PPO: "The trainer is given nothing but what it uses.",
-        GRPO: "Every field of a row goes to the reward functions.",
+        PT + SFT + PAIRS + PPO: "The trainer only gets the columns that it uses.",
+        GRPO: "Every field of a row is passed to the reward functions.",
     },
     "streaming": {
         PAIRS: "Pairs are tokenized before training; for corpora there is pretraining.py --streaming True.",
         PPO + GRPO: "Prompts are tokenized before training.",
     },
     "shuffle_buffer": {
-        PAIRS: "It belongs to --streaming, which the stages on preference pairs do not have.",
-        PPO + GRPO: "It belongs to --streaming, which this stage does not have.",
+        PAIRS: "It is for --streaming, which the stages on preference pairs do not have.",
+        PPO + GRPO: "It is for --streaming, which this stage does not have.",
     },
     # The order of rows, and how they are loaded.
     "group_by_length": {PT: "Blocks are of equal length."},
-    "shuffle_dataset": {PT + SFT: "Rows are shuffled anyway in each epoch, by --data_seed."},
+    "shuffle_dataset": {PT + SFT: "Rows are always shuffled in each epoch, with --data_seed."},
     "length_column_name": {
         PAIRS: "Pairs are grouped by the tokens of their longer sequence.",
         PPO: RANDOM_PROMPTS,
@@ -106,12 +106,12 @@ REFUSED: dict[str, dict[tuple[str, ...], str]] = {
         GRPO: "Each epoch has a new order of prompts; --shuffle_dataset False keeps theirs.",
     },
     "auto_find_batch_size": {
-        PPO: "Say --per_device_train_batch_size.",
+        PPO: "Use --per_device_train_batch_size.",
         GRPO: "A batch must hold whole groups of answers; lower --per_device_train_batch_size yourself.",
     },
     "dataloader_drop_last": {
         PPO: "A step is always full: it takes prompts of the next epoch where one ends.",
-        GRPO: "No prompt is left out: the last batch of an epoch is filled up from its beginning.",
+        GRPO: "No prompt is dropped: the last batch of an epoch is filled with prompts from its beginning.",
     },
     "dataloader_num_workers": {PPO: PROMPTS_IN_MEMORY},
     "dataloader_persistent_workers": {PPO: PROMPTS_IN_MEMORY},
@@ -121,7 +121,7 @@ REFUSED: dict[str, dict[tuple[str, ...], str]] = {
     "dataloader_pin_memory": {PPO: PROMPTS_IN_MEMORY},
     "ignore_data_skip": {PPO: "Nothing is skipped: a step's prompts follow from its number."},
     # The model.
-    "model_init_kwargs": {PT + SFT + PAIRS + GRPO: "Say --dtype, --load_in_4bit, --model_revision and the like."},
+    "model_init_kwargs": {PT + SFT + PAIRS + GRPO: "Use --dtype, --load_in_4bit, --model_revision and the like."},
     "trust_remote_code": {
         PT + SFT + PAIRS + GRPO: "Code of a checkpoint is never run; use a model that transformers itself knows.",
     },
@@ -129,7 +129,7 @@ REFUSED: dict[str, dict[tuple[str, ...], str]] = {
         GRPO: "Trained weights are float32 anyway, and log-probabilities are computed in float32.",
     },
     # The loss.
-    "neftune_noise_alpha": {PAIRS + PPO + GRPO: "Noise on the embeddings is for supervised_finetuning.py."},
+    "neftune_noise_alpha": {PAIRS + PPO + GRPO: "Noise on the embeddings (NEFTune) is for supervised_finetuning.py."},
     "label_smoothing_factor": {
         PAIRS: "The loss is of pairs; dpo_training.py has --label_smoothing.",
         PPO + GRPO: NO_LABELS,
@@ -138,47 +138,47 @@ REFUSED: dict[str, dict[tuple[str, ...], str]] = {
     "average_tokens_across_devices": {
         PAIRS: "The loss is a mean over pairs, not over tokens.",
         PPO: "The loss is always a mean over the tokens of all processes.",
-        GRPO: "What a token weighs follows from --loss_type.",
+        GRPO: "The weight of a token follows from --loss_type.",
     },
-    "sync_ref_model": {GRPO: f"{FIXED_REFERENCE} To move it, start again from the result."},
+    "sync_ref_model": {GRPO: f"{FIXED_REFERENCE} To update it, start a new run from the result."},
     "ref_model_mixup_alpha": {GRPO: FIXED_REFERENCE},
     "ref_model_sync_steps": {GRPO: FIXED_REFERENCE},
     # Evaluation.
     "include_for_metrics": {PAIRS + PPO + GRPO: NO_METRICS},
     "prediction_loss_only": {
-        PAIRS + PPO: "An evaluation always gives all its numbers.",
+        PAIRS + PPO: "An evaluation always reports all its metrics.",
         GRPO: "An evaluation gives rewards.",
     },
     "batch_eval_metrics": {PAIRS: PAIRS_AT_ONCE, PPO: SCORES_AT_ONCE, GRPO: PROMPTS_AT_ONCE},
     "eval_do_concat_batches": {PAIRS: PAIRS_AT_ONCE, PPO: SCORES_AT_ONCE, GRPO: PROMPTS_AT_ONCE},
     "eval_use_gather_object": {PPO: SCORES_AT_ONCE, GRPO: REWARDS_ONLY},
-    "eval_accumulation_steps": {PPO: "Nothing but scores is kept.", GRPO: REWARDS_ONLY},
-    "per_device_eval_batch_size": {PPO: "Say --rollout_forward_batch_size."},
-    "bf16_full_eval": {PPO: "Say --dtype bfloat16.", GRPO: WEIGHTS_AS_THEY_ARE},
-    "fp16_full_eval": {PPO: "Say --dtype float16.", GRPO: WEIGHTS_AS_THEY_ARE},
+    "eval_accumulation_steps": {PPO: "Only scores are kept.", GRPO: REWARDS_ONLY},
+    "per_device_eval_batch_size": {PPO: "Use --rollout_forward_batch_size."},
+    "bf16_full_eval": {PPO: "Use --dtype bfloat16.", GRPO: WEIGHTS_AS_THEY_ARE},
+    "fp16_full_eval": {PPO: "Use --dtype float16.", GRPO: WEIGHTS_AS_THEY_ARE},
     "num_generations_eval": {
         GRPO: "Held-out prompts are answered once each, greedily, so that evaluations can be compared.",
     },
     # How answers are sampled.
-    "generation_kwargs": {GRPO: "Sampling has flags of its own: --temperature, --top_p, --top_k, --min_p."},
+    "generation_kwargs": {GRPO: "Use the sampling flags: --temperature, --top_p, --top_k, --min_p."},
     "use_transformers_continuous_batching": {GRPO: WEIGHTS_TO_BFLOAT16},
     "use_transformers_paged": {GRPO: WEIGHTS_TO_BFLOAT16},
-    "transformers_continuous_batching_config": {GRPO: "It belongs to continuous batching, which is not used here."},
-    "vllm_importance_sampling_cap": {GRPO: "Today it is --vllm_importance_sampling_clip_max."},
+    "transformers_continuous_batching_config": {GRPO: "It is for continuous batching, which is not used here."},
+    "vllm_importance_sampling_cap": {GRPO: "It is now --vllm_importance_sampling_clip_max."},
     "max_tool_calling_iterations": {
-        GRPO: "Tools of a row are shown to the model, and its calls are judged, not run.",
+        GRPO: "The tools of a row are shown to the model; its calls are scored, not executed.",
     },
     "log_multimodal": {GRPO: "There are no images."},
     "log_completions_hub_repo": {
         GRPO: "Nothing is uploaded; --log_completions True writes tables below --output_dir.",
     },
     # Front ends.
-    "qlora": {CHAT: "It is a way to train; --load_in_4bit loads the weights in 4 bits."},
-    "template_name": {CHAT: "The chat template is saved with the model; a stage of training installs another."},
-    "resize_emb": {CHAT: "An adapter with new tokens brings their rows along."},
+    "qlora": {CHAT: "QLoRA is a training method; --load_in_4bit loads the weights in 4 bits."},
+    "template_name": {CHAT: "The chat template is saved with the model; a training stage installs another."},
+    "resize_emb": {CHAT: "An adapter with new tokens contains their embedding rows."},
     "only_cpu": {CHAT: "Hide the GPUs: CUDA_VISIBLE_DEVICES= in front of the command."},
     "context_len": {CHAT: "A prompt may be as long as the model's context; --max_new_tokens limits the answer."},
-    "single_tune": {CHAT: "A conversation goes on until /clear."},
+    "single_tune": {CHAT: "A conversation continues until /clear."},
 }
 
 

@@ -10,7 +10,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
 MODEL=${MODEL:-outputs/sft-merged}          # hub name, or folder; the reference is the same model
-NPROC=${NPROC:-1}                           # processes, one a GPU
+NPROC=${NPROC:-1}                           # processes, one per GPU
 LAUNCH=("$PYTHON")
 [ "$NPROC" = 1 ] || LAUNCH=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$NPROC")
 
@@ -19,12 +19,12 @@ FLAGS=(
   --model_name_or_path "$MODEL"
   --train_file_dir data/reward              # .jsonl, .json; files named validation* are held out
   --output_dir "${OUT:-outputs-dpo}"
-  --use_peft True                           # an adapter; False trains every weight, next to a copy as reference
-  --target_modules all                      # every linear layer but the head
-  --loss_type sigmoid                       # DPO itself; docs/dpo_training.md has the others
-  --per_device_train_batch_size 4           # pairs a GPU; halve it when out of memory ...
+  --use_peft True                           # an adapter; False is full fine-tuning, with a copy as reference
+  --target_modules all                      # every linear layer except the head
+  --loss_type sigmoid                       # the original DPO loss; the others are in docs/dpo_training.md
+  --per_device_train_batch_size 4           # pairs per GPU; halve it when out of memory ...
   --gradient_accumulation_steps 4           # ... and double this: only the time changes
-  --warmup_ratio 0.1                        # share of the steps in which the rate rises
+  --warmup_ratio 0.1                        # share of the steps in which the learning rate rises
   --logging_steps 10
   --eval_strategy steps --eval_steps 50     # loss, rewards and accuracy on the held-out pairs
   --save_steps 50 --save_total_limit 3

@@ -10,7 +10,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
 MODEL=${MODEL:-outputs/sft-merged}          # hub name, or folder
-NPROC=${NPROC:-1}                           # processes, one a GPU
+NPROC=${NPROC:-1}                           # processes, one per GPU
 LAUNCH=("$PYTHON")
 [ "$NPROC" = 1 ] || LAUNCH=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$NPROC")
 
@@ -19,8 +19,8 @@ FLAGS=(
   --model_name_or_path "$MODEL"
   --train_file_dir data/grpo                # .jsonl, .json; files named validation* are held out
   --output_dir "${OUT:-outputs-grpo}"
-  --use_peft True                           # an adapter; False trains every weight
-  --target_modules all                      # every linear layer but the head
+  --use_peft True                           # an adapter; False is full fine-tuning
+  --target_modules all                      # every linear layer except the head
   --eval_strategy steps --eval_steps 50     # rewards on the held-out prompts
   --save_steps 50 --save_total_limit 3
 )

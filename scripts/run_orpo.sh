@@ -9,8 +9,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
-MODEL=${MODEL:-outputs/sft-merged}          # hub name, or folder; a base model will do, with --template_name
-NPROC=${NPROC:-1}                           # processes, one a GPU
+MODEL=${MODEL:-outputs/sft-merged}          # hub name, or folder; a base model also works, with --template_name
+NPROC=${NPROC:-1}                           # processes, one per GPU
 LAUNCH=("$PYTHON")
 [ "$NPROC" = 1 ] || LAUNCH=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$NPROC")
 
@@ -19,10 +19,10 @@ FLAGS=(
   --model_name_or_path "$MODEL"
   --train_file_dir data/reward              # .jsonl, .json; files named validation* are held out
   --output_dir "${OUT:-outputs-orpo}"
-  --use_peft True                           # an adapter; False trains every weight
-  --target_modules all                      # every linear layer but the head
+  --use_peft True                           # an adapter; False is full fine-tuning
+  --target_modules all                      # every linear layer except the head
   --num_train_epochs 1
-  --per_device_train_batch_size 2           # pairs a GPU, two answers each; halve it when out of memory ...
+  --per_device_train_batch_size 2           # pairs per GPU, two answers each; halve it when out of memory ...
   --gradient_accumulation_steps 8           # ... and double this: only the time changes
   --logging_steps 10
   --eval_strategy steps --eval_steps 100    # loss and accuracy on the held-out pairs

@@ -12,7 +12,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
 MODEL=${MODEL:-outputs/sft-merged}          # hub name, or folder; the reference is the same model
 REWARD_MODEL=${REWARD_MODEL:-outputs/rm}    # hub name, or folder; the critic starts from it
-NPROC=${NPROC:-1}                           # processes, one a GPU
+NPROC=${NPROC:-1}                           # processes, one per GPU
 LAUNCH=("$PYTHON")
 [ "$NPROC" = 1 ] || LAUNCH=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$NPROC")
 
@@ -23,8 +23,8 @@ FLAGS=(
   --train_file_dir data/reward/train.jsonl  # only the prompts are used; the policy writes the answers
   --validation_file_dir data/reward/validation.jsonl
   --output_dir "${OUT:-outputs-ppo}"
-  --use_peft True                           # an adapter; False trains every weight, next to a copy as reference
-  --target_modules all                      # every linear layer but the head
+  --use_peft True                           # an adapter; False is full fine-tuning, with a copy as reference
+  --target_modules all                      # every linear layer except the head
   --eval_strategy steps --eval_steps 10     # score, length and end rate on the held-out prompts
   --save_steps 10 --save_total_limit 3
 )

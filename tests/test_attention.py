@@ -481,7 +481,7 @@ def test_where_scaling_is_refused(work, tmp_path):
     refused(tmp_path / "phi3", "--rope_scaling yarn does not work with phi3 models")
     refused(work / "base", "no effect: the model has 512 positions, and the training length is 512", length=512)
     refused(tmp_path / "gpt2", "gpt2 models have no rotary positions")
-    refused(tmp_path / "layered", "layers of gemma3_text models differ")
+    refused(tmp_path / "layered", "the layers of gemma3_text models have different positions")
     refused(tmp_path / "scaled", r"scaled already \(linear, up to 1024 tokens\)")
 
 

@@ -125,15 +125,15 @@ TOOL_ROWS = {
 }
 # What is wrong, a row, words of the reason, words of the remedy.
 REFUSED = [
-    ("no object", "a string", "no object", "JSON object"),
-    ("list", [1], "no object", "JSON object"),
+    ("not an object", "a string", "not an object", "JSON object"),
+    ("list", [1], "not an object", "JSON object"),
     ("no format", {"foo": 1}, "no known chat format (fields: foo)", "data/README.md"),
     ("text row", {"text": "t"}, "no known chat format", "messages"),
     ("unknown field", {**PAIR, "score": 3, "note": ""}, "unknown field(s) note, score", "--ignore_fields note,score"),
-    ("no turns", {"messages": []}, "holds none", "two turns"),
+    ("no turns", {"messages": []}, "is empty or not a list", "two turns"),
     ("turns as text", {"messages": "hello"}, "must be a list of turns", "two turns"),
-    ("turn as text", {"messages": ["hello"]}, "turn 1 is no object", '{"from"'),
-    ("turn as number in a prompt", {"prompt": [3], "completion": "A"}, "turn 1 is no object", '{"from"'),
+    ("turn as text", {"messages": ["hello"]}, "turn 1 is not an object", '{"from"'),
+    ("turn as number in a prompt", {"prompt": [3], "completion": "A"}, "turn 1 is not an object", '{"from"'),
     ("unknown role", {"messages": [{"role": "bot", "content": "x"}]}, "unknown role 'bot'", "gpt"),
     ("no role", {"messages": [{"content": "x"}]}, "unknown role None", "gpt"),
     ("unknown field of a turn", {"messages": [{**QUESTION, "emotion": "sad"}]}, "turn 1 has unknown fields", "Known"),
@@ -145,7 +145,7 @@ REFUSED = [
         "",
     ),
     ("turn without text", {"messages": [{"role": "user"}]}, "turn 1 (user) is empty", "Remove"),
-    ("content of parts", {"messages": [{"role": "user", "content": [{"text": "x"}]}]}, "is no text", "one string"),
+    ("content of parts", {"messages": [{"role": "user", "content": [{"text": "x"}]}]}, "is not text", "one string"),
     ("user calls", {"messages": [{**QUESTION, "tool_calls": [CALL]}]}, "turn 1 (user) has tool calls", "assistant"),
     ("weight 0", {"messages": [QUESTION, {**ANSWER, "weight": 0}]}, "turn 2 has the weight 0", "weight"),
     ("starts with assistant", {"messages": [ANSWER]}, "turn 1 is assistant, expected system or user", "Turns are"),
@@ -156,7 +156,7 @@ REFUSED = [
     ("ends with result", {"messages": [QUESTION, CALLED, RESULT]}, "the last turn is tool", "missing turn"),
     ("result without call", {"messages": [QUESTION, RESULT, ANSWER]}, "turn 2 is tool, expected assistant", ""),
     ("call without result", {"messages": [QUESTION, CALLED, ANSWER]}, "turn 3 is assistant, expected tool", ""),
-    ("broken call", {"messages": [QUESTION, {"role": "function_call", "value": "{x"}]}, "call is broken JSON", "Mend"),
+    ("broken call", {"messages": [QUESTION, {"role": "function_call", "value": "{x"}]}, "call is broken JSON", "Fix"),
     ("no call", {"messages": [QUESTION, {"role": "function_call", "value": "[]"}]}, "no function is called", "Write"),
     (
         "call without name",
@@ -179,29 +179,34 @@ REFUSED = [
     (
         "arguments as list",
         {"messages": [QUESTION, {"from": "function_call", "value": '{"name": "f", "arguments": [1]}'}]},
-        "arguments are no object",
+        "arguments are not an object",
         "Write",
     ),
     (
         "half a character in arguments",
         {"messages": [QUESTION, {"from": "function_call", "value": '{"name": "f", "arguments": {"a": "\\ud83d"}}'}]},
         "half a character",
-        "Mend",
+        "Fix",
     ),
-    ("broken tools", {**FORMATS["openai"][0], "tools": "[{"}, "the column `tools` is broken JSON", "Mend"),
-    ("tools as object", {**FORMATS["openai"][0], "tools": TOOL}, "`tools` is no list", "Write"),
+    ("broken tools", {**FORMATS["openai"][0], "tools": "[{"}, "the column `tools` is broken JSON", "Fix"),
+    ("tools as object", {**FORMATS["openai"][0], "tools": TOOL}, "`tools` is not a list", "Write"),
     ("tool without name", {**FORMATS["openai"][0], "tools": [{"parameters": {}}]}, "a tool has no name", "name"),
     ("alpaca without output", {"instruction": "Q"}, "`instruction` without `output`", "output"),
     ("alpaca, null output", {"instruction": "Q", "output": None}, "the last turn is user", "missing turn"),
     ("alpaca, null instruction", {"instruction": None, "input": "I", "output": "A"}, "`instruction` is empty", ""),
-    ("alpaca, input of parts", {"instruction": "Q", "input": ["I"], "output": "A"}, "`input` is no text", "string"),
-    ("alpaca, history as text", {"instruction": "Q", "output": "A", "history": "Q1"}, "`history` is no list", "Write"),
+    ("alpaca, input of parts", {"instruction": "Q", "input": ["I"], "output": "A"}, "`input` is not text", "string"),
+    (
+        "alpaca, history as text",
+        {"instruction": "Q", "output": "A", "history": "Q1"},
+        "`history` is not a list",
+        "Write",
+    ),
     ("alpaca, triple", {"instruction": "Q", "output": "A", "history": [["a", "b", "c"]]}, "other than pairs", "Write"),
     ("alpaca, empty history", {"instruction": "Q", "output": "A", "history": [["a", ""]]}, "`history` is empty", ""),
     ("empty prompt", {"prompt": "", "response": "A"}, "`prompt` is empty", "Remove"),
     ("empty response", {"prompt": "Q", "response": " "}, "`response` is empty", "Remove"),
-    ("response as number", {"prompt": "Q", "response": 5}, "`response` is empty or no text", "Remove"),
-    ("system as list", {**PAIR, "system": ["s"]}, "`system` is empty or no text", "Remove"),
+    ("response as number", {"prompt": "Q", "response": 5}, "`response` is empty or not text", "Remove"),
+    ("system as list", {**PAIR, "system": ["s"]}, "`system` is empty or not text", "Remove"),
 ]
 
 
@@ -294,11 +299,11 @@ def test_ignored_fields_may_be_there():
     ("value", "reason"),
     [
         ({"text": ""}, "`text` is empty"),
-        ({"text": None}, "`text` is empty or no string"),
+        ({"text": None}, "`text` is empty or not a string"),
         ({"text": "t", "url": "u"}, "unknown field(s) url"),
         ({"messages": []}, "no field `text`"),
         (" \t", "`text` is empty"),
-        (["t"], "no object"),
+        (["t"], "not an object"),
     ],
 )
 def test_unusable_documents_are_refused(value, reason):
@@ -328,7 +333,7 @@ def test_broken_json_names_line_and_column(tmp_path):
     assert [str(row.place) for row in rows] == [f"{path}:1", f"{path}:3", f"{path}:4"]
     assert isinstance(rows[1], Problem)
     assert str(rows[1]) == (
-        f'{path}:3: broken JSON at column 29: Expecting value [: "Q", "response": }}]. Mend the line.'
+        f'{path}:3: broken JSON at column 29: Expecting value [: "Q", "response": }}]. Fix the line.'
     )
 
 
@@ -357,7 +362,7 @@ def test_one_json_object_is_one_row(tmp_path):
         ('[{"text": "a"},\n]', 2, "expected another row after ','", 1),
         ('[{"text": "a"}]\n[{"text": "b"}]', 2, "more text after the list", 1),
         ('[{"text": "a"}', 1, "expected ',' or ']'", 1),
-        ('{"text": "a"}\n{"text": "b"}', 1, "a row a line is .jsonl", 0),
+        ('{"text": "a"}\n{"text": "b"}', 1, "one row per line is .jsonl", 0),
         ("not json", 1, "Expecting value", 0),
     ],
 )
@@ -379,7 +384,7 @@ def test_half_a_character_is_a_problem_of_its_row(tmp_path):
     )
     whole, torn, plain = read_rows(path)
     assert (whole.value, plain.value) == ({"text": "😀"}, {"text": "\\ud83d"})
-    assert str(torn) == f"{path}:2: half a character, \\ud83d, without its other half. Mend the text."
+    assert str(torn) == f"{path}:2: half a character, \\ud83d, without its other half. Fix the text."
 
 
 def test_gb18030_is_read_with_a_notice(tmp_path, log):
@@ -510,7 +515,7 @@ def test_nothing_to_read_is_said(tmp_path):
         (tmp_path / "nowhere", "no such file or folder"),
         (tmp_path / "empty.jsonl", "empty.jsonl is empty"),
         (tmp_path / "a.pdf", "the suffix must be one of"),
-        (tmp_path / "folder", "holds no data files"),
+        (tmp_path / "folder", "has no data files"),
     ):
         with pytest.raises(UserError, match=part):
             load(place)
@@ -557,7 +562,7 @@ def test_a_file_named_for_training_is_trained_on_whatever_its_name(folder):
 
 
 def test_only_held_out_files_is_refused(folder):
-    with pytest.raises(UserError, match="holds only held-out files"):
+    with pytest.raises(UserError, match="has only held-out files"):
         load(folder / "all" / "sub")
 
 
@@ -678,7 +683,7 @@ def test_bad_rows_are_left_out_and_counted_when_asked(tmp_path, log):
         "train": [("a.jsonl", 4, 2, {"unusable": 2}), ("b.json", 3, 2, {"unusable": 1})],
         "validation": [("validation.jsonl", 2, 1, {"unusable": 1})],
     }
-    assert sum("left out: " in line for line in log) == 4
+    assert sum("skipped: " in line for line in log) == 4
 
 
 def test_what_a_stage_finds_is_counted_where_the_row_stands(tmp_path):
@@ -697,7 +702,7 @@ def test_what_a_stage_finds_is_counted_where_the_row_stands(tmp_path):
 
 def test_no_row_left_is_refused(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "", "response": "A"}])
-    with pytest.raises(UserError, match="every training row was left out"):
+    with pytest.raises(UserError, match="every training row was skipped"):
         load(path).settle(DataArguments(skip_bad_rows=True))
 
 

@@ -244,9 +244,9 @@ def test_html_in_the_encoding_it_declares(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("a.doc", b"x", "the suffix is none of"),
-        ("a.pdf", b"hello", "damaged, or no pdf file"),
-        ("a.docx", b"hello", "damaged, or no docx file"),
+        ("a.doc", b"x", "its suffix is not one of"),
+        ("a.pdf", b"hello", "damaged, or not a pdf file"),
+        ("a.docx", b"hello", "damaged, or not a docx file"),
         ("a.txt", b"\xff\xff\xff", "neither UTF-8 nor gb18030"),
         ("b.txt", "发热".encode("utf-16"), "UTF-16|neither"),
         ("a.md", b" \n\n", "no text"),

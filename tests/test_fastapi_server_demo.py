@@ -146,7 +146,7 @@ def test_health_and_description(served):
         ("/chat", {"input": ""}, 422, "input"),
         ("/chat", {"input": 5}, 422, "input"),
         ("/chat", {"input": "x", "top_p": 0}, 422, "top_p"),
-        ("/chat", {"input": "x", "top_p": 0.5, "seed": 1}, 400, "seed, top_p: without effect at temperature 0"),
+        ("/chat", {"input": "x", "top_p": 0.5, "seed": 1}, 400, "seed, top_p: no effect at temperature 0"),
         ("/chat", {"input": "x", "temperature": float("nan")}, 422, "temperature"),
         ("/chat", {"input": "x", "seed": 2**70}, 422, "seed"),
         ("/chat", {"input": "x", "max_new_tokens": "5"}, 422, "max_new_tokens"),

@@ -559,7 +559,7 @@ TORN = [
     (["--generation_batch_size", "16", "--steps_per_generation", "2"], "say the same; keep one"),
     (["--num_iterations", "0"], "--num_iterations 0 must be at least 1"),
     (["--loss_type", "ppo"], "invalid choice: 'ppo'"),
-    (["--generation_kwargs", "{}"], "has no effect in this program. Sampling has flags of its own"),
+    (["--generation_kwargs", "{}"], "has no effect in this program. Use the sampling flags"),
 ]
 
 

@@ -145,7 +145,7 @@ def test_an_adapter_whose_head_is_gone_is_refused(work, tmp_path):
     kept = {name: weight for name, weight in weights.items() if "score" not in name}
     assert len(kept) == len(weights) - 1
     save_file(kept, adapter / "adapter_model.safetensors")
-    with pytest.raises(UserError, match="holds no head, so that what it gives would be random"):
+    with pytest.raises(UserError, match="has no head, so its outputs would be random"):
         run_here(SCRIPT, "--lora_model", adapter, "--output_dir", tmp_path / "never")
     assert not (tmp_path / "never").exists()
 

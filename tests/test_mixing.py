@@ -82,8 +82,8 @@ def test_places_and_weights_are_read(tmp_path, monkeypatch):
         ("a:inf,b:1", "the weight 'inf'"),
         ("a:much,b:1", "the weight 'much'"),
         ("a:,b:1", "the weight ''"),
-        (":1,b:1", "the place ''"),
-        ("a:1,b", "gives weights to some places, but not to b"),
+        (":1,b:1", "the path ''"),
+        ("a:1,b", "gives weights to some paths, but not to b"),
         ("a,,b", "an empty part"),
         ("a,b,", "an empty part"),
     ],
@@ -99,7 +99,7 @@ def test_a_file_reached_twice_is_refused(folders):
     (folders / "link").symlink_to(folders / "b")
     for second in ("a", "a/one.jsonl", "link"):
         place = f"{folders / 'a'},{folders / 'b'},{folders / second}"
-        with pytest.raises(UserError, match="reaches .* twice, by .* and by"):
+        with pytest.raises(UserError, match="contains .* twice, in .* and in"):
             load_data(DataArguments(train_file_dir=place), to_text)
 
 
@@ -195,7 +195,7 @@ def test_over_has_every_row_and_counts_repetitions(folders, tokenizer):
     one, two, b = entries(data)
     assert (one["used"], one["drawn"], two["used"], two["drawn"]) == (20, 20, 10, 10)
     assert b == b | {"rows": 13, "used": 12, "drawn": 90, "left_out": {"unusable": 1}, "share": 0.75}
-    assert f"90 rows of {folders / 'b'}, 75.00% for a weight of 75.00%; 12 different ones" in data.summary()
+    assert f"90 rows of {folders / 'b'}, 75.00% for a weight of 75.00%; 12 distinct ones" in data.summary()
 
 
 @pytest.mark.parametrize("strategy", ["under", "over"])

@@ -98,7 +98,7 @@ FORMATS = {
 
 # What is wrong, a row, words of the reason, words of the remedy.
 REFUSED = [
-    ("no object", "text", "no object", "JSON object"),
+    ("not an object", "text", "not an object", "JSON object"),
     ("no answers", {"prompt": QUESTION}, "no field `chosen`", "`chosen` and `rejected`"),
     ("rows of fine-tuning", {"messages": [USER, CHOSEN]}, "no field `chosen`", "`chosen` and `rejected`"),
     ("no chosen", {"prompt": QUESTION, "rejected": BAD}, "no field `chosen`", "`chosen` and `rejected`"),
@@ -113,7 +113,7 @@ REFUSED = [
         "unknown field(s) score_chosen, score_rejected",
         "--ignore_fields score_chosen,score_rejected",
     ),
-    ("equal", {"prompt": QUESTION, "chosen": GOOD, "rejected": GOOD}, "are the same answer", "prefers nothing"),
+    ("equal", {"prompt": QUESTION, "chosen": GOOD, "rejected": GOOD}, "are the same answer", "no preference"),
     ("equal but for space", {"prompt": "Q", "chosen": "a b", "rejected": " a\n\nb "}, "are the same answer", "Remove"),
     (
         "equal, as text and as turn",
@@ -142,8 +142,13 @@ REFUSED = [
         "Remove the row",
     ),
     ("empty", {"prompt": QUESTION, "chosen": GOOD, "rejected": " \n"}, "`rejected` is empty", "Remove the row"),
-    ("null", {"prompt": QUESTION, "chosen": None, "rejected": BAD}, "`chosen` is empty or no text", "fill the field"),
-    ("number", {"prompt": QUESTION, "chosen": GOOD, "rejected": 3}, "`rejected` is empty or no text", "fill the field"),
+    ("null", {"prompt": QUESTION, "chosen": None, "rejected": BAD}, "`chosen` is empty or not text", "fill the field"),
+    (
+        "number",
+        {"prompt": QUESTION, "chosen": GOOD, "rejected": 3},
+        "`rejected` is empty or not text",
+        "fill the field",
+    ),
     ("empty response", {"question": "Q", "response_chosen": "", "response_rejected": BAD}, "`response_chosen` is", ""),
     (
         "empty turn",
@@ -157,29 +162,29 @@ REFUSED = [
         "`rejected`: turn 1 has the unknown role 'bot'",
         "Roles are",
     ),
-    ("no turn", {"prompt": QUESTION, "chosen": [], "rejected": BAD}, "`chosen` has 0 turns", "the answer alone"),
+    ("no turn", {"prompt": QUESTION, "chosen": [], "rejected": BAD}, "`chosen` has 0 turns", "only the answer"),
     (
         "several turns",
         {"prompt": QUESTION, "chosen": [calling("上海"), RESULT, CHOSEN], "rejected": [REJECTED]},
-        "`chosen` has 3 turns beside a prompt, expected one",
-        "the answer alone",
+        "`chosen` has 3 turns next to a prompt, expected one",
+        "only the answer",
     ),
     (
         "prompt twice",
         {"prompt": QUESTION, "chosen": [USER, CHOSEN], "rejected": [USER, REJECTED]},
-        "`chosen` has 2 turns beside a prompt",
+        "`chosen` has 2 turns next to a prompt",
         "--ignore_fields prompt.",
     ),
     (
         "answer of the user",
         {"prompt": QUESTION, "chosen": CHOSEN, "rejected": USER},
-        "`rejected` is a turn of the user, no answer",
+        "`rejected` is a turn of the user, not an answer",
         "gpt, assistant, function_call",
     ),
     (
         "answer of a tool",
         {"prompt": QUESTION, "chosen": RESULT, "rejected": REJECTED},
-        "`chosen` is a turn of the tool, no answer",
+        "`chosen` is a turn of the tool, not an answer",
         "gpt, assistant, function_call",
     ),
     (
@@ -212,8 +217,8 @@ REFUSED = [
     ("empty prompt", {"prompt": "", **TEXTS}, "`prompt` is empty", "Remove"),
     ("late system", {"prompt": [USER, CHOSEN, SYSTEM], **TEXTS}, "turn 3 is system", "first"),
     ("two systems", {**ROW, "system": "s", "system_prompt": "t"}, "both `system` and `system_prompt`", "Keep one"),
-    ("history as text", {**ROW, "history": "你好"}, "`history` is no list", "[[question, answer], ...]"),
-    ("broken tools", {**ROW, "tools": "[{"}, "the column `tools` is broken JSON", "Mend"),
+    ("history as text", {**ROW, "history": "你好"}, "`history` is not a list", "[[question, answer], ...]"),
+    ("broken tools", {**ROW, "tools": "[{"}, "the column `tools` is broken JSON", "Fix"),
     (
         "dialogue as text",
         {"chosen": "\n\nHuman: Q\n\nAssistant: a", "rejected": "\n\nHuman: Q\n\nAssistant: b"},
@@ -225,13 +230,13 @@ REFUSED = [
     (
         "conversations of other questions",
         {"chosen": [USER, CHOSEN], "rejected": [BEFORE[0], REJECTED]},
-        "have another turn 1, and it is not the last of both",
+        "differ in turn 1, which is not the last of both",
         "share all turns but the last",
     ),
     (
         "conversations of other lengths",
         {"chosen": [USER, CHOSEN], "rejected": [USER, REJECTED, USER, CHOSEN]},
-        "have another turn 2, and it is not the last of both",
+        "differ in turn 2, which is not the last of both",
         "share all turns but the last",
     ),
 ]

@@ -50,10 +50,10 @@ def parse(stage, *flags):
     return values, {name for group in parsed for name in group.given}
 
 
-def is_what_stands_there(value, written):
-    """Whether a parsed value is the one in the file, where numbers like 1e-3 are text."""
+def is_written_value(value, written):
+    """Whether a parsed value is the one in the file, where a number like 1e-3 is text."""
     if isinstance(written, list):
-        return len(value) == len(written) and all(map(is_what_stands_there, value, written))
+        return len(value) == len(written) and all(map(is_written_value, value, written))
     if isinstance(value, Enum):
         return value.value == written
     return value == (type(value)(written) if isinstance(value, float) else written)
@@ -73,7 +73,7 @@ def test_the_program_of_a_stage_takes_its_recipe(tmp_path, recipe):
         "warmup_steps" if name == "warmup_ratio" else name: value for name, value in settings_of(recipe).items()
     }
     assert given == {"model_name_or_path", "output_dir", *settings}
-    assert not {name: values[name] for name in settings if not is_what_stands_there(values[name], settings[name])}
+    assert not {name: values[name] for name in settings if not is_written_value(values[name], settings[name])}
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=name_of)
@@ -102,5 +102,5 @@ def test_the_results_state_the_steps_of_reinforcement_learning():
         "GRPO": (grpo["max_steps"], grpo["per_device_train_batch_size"] * grpo["gradient_accumulation_steps"]),
     }
     text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    stated = re.findall(r"(PPO|GRPO): commit\s+\w+, (\d+) steps of (\d+) answers", text)
+    stated = re.findall(r"(PPO|GRPO):\s+commit\s+\w+, (\d+) steps of (\d+) answers", text)
     assert {name: (int(steps), int(number)) for name, steps, number in stated} == answers

@@ -243,10 +243,10 @@ def has_too_few_questions(pairs):
     [
         (shares_a_prompt, "pair asked 2 times"),
         (asks_as_in_fine_tuning, "also asked in the fine-tuning rows: 阿莫西林我该吃几片"),
-        (forgets_the_ambulance, "the good answer lacks"),
-        (gives_the_right_department_as_wrong, "the bad answer has all of"),
+        (forgets_the_ambulance, "the chosen answer lacks"),
+        (gives_the_right_department_as_wrong, "the rejected answer has all of"),
         (has_an_unknown_department, "wrong_department of 眼科: ['占星科']"),
-        (has_too_few_questions, "4 training questions in zh, needed are 5"),
+        (has_too_few_questions, "4 training questions in zh; 5 are needed"),
     ],
 )
 def test_the_generator_stops_at_pairs_that_are_not_what_they_say(spoil, message, pairs, tmp_path):

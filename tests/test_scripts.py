@@ -65,12 +65,12 @@ def test_a_stage_is_launched_with_further_flags(tmp_path, script, processes):
     "stages, message",
     [
         ("pt sftt", 'STAGES="pt sftt": unknown stage sftt; known, in this order: pt sft rm dpo orpo ppo grpo'),
-        ("sft pt", "pt stands twice or too late"),
-        ("pt sft sft", "sft stands twice or too late"),
-        ("pt dpo rm", "rm stands twice or too late"),
-        ("pt sft ppo rm", "rm stands twice or too late"),
+        ("sft pt", "pt is repeated or out of order"),
+        ("pt sft sft", "sft is repeated or out of order"),
+        ("pt dpo rm", "rm is repeated or out of order"),
+        ("pt sft ppo rm", "rm is repeated or out of order"),
         (" ", "STAGES is empty"),
-        ("pt sft ppo", 'STAGES="pt sft ppo": ppo needs a reward model. Train it on the road, with the stage rm before'),
+        ("pt sft ppo", 'STAGES="pt sft ppo": ppo needs a reward model. Train one with the stage rm before ppo'),
     ],
 )
 def test_impossible_stages_are_refused_before_anything_is_done(tmp_path, stages, message):
@@ -83,7 +83,7 @@ def test_impossible_stages_are_refused_before_anything_is_done(tmp_path, stages,
 @pytest.mark.parametrize(
     "stages, message",
     [
-        ("pt sft rm ppo", "beside the stage rm: two reward models"),
+        ("pt sft rm ppo", "and the stage rm: two reward models"),
         ("pt sft", "there is no such folder"),
     ],
 )
@@ -138,7 +138,7 @@ def pipeline(tmp_path):
 
 @pytest.fixture
 def data(tmp_path):
-    """A folder laid out as data/ is, with files that hold nothing."""
+    """A folder with the layout of data/, and empty files."""
     folder = tmp_path / "data"
     for name in ("pretrain", "finetune", "reward", "grpo"):
         (folder / name).mkdir(parents=True)
@@ -172,7 +172,7 @@ def is_stage(program):
 
 
 @pytest.mark.parametrize(
-    "stages, road",
+    "stages, expected",
     [
         (None, {"pt": "tiny-base", "sft": "pt", "dpo": "sft-merged"}),
         ("pt sft", {"pt": "tiny-base", "sft": "pt"}),
@@ -192,7 +192,7 @@ def is_stage(program):
         ),
     ],
 )
-def test_each_stage_starts_from_the_last_model_of_the_road(tmp_path, pipeline, data, stages, road):
+def test_each_stage_starts_from_the_last_policy(tmp_path, pipeline, data, stages, expected):
     out = tmp_path / "out"
     done, ran = pipeline(DATA=data, **({} if stages is None else {"STAGES": stages}))
     assert done.returncode == 0, done.stderr
@@ -201,23 +201,23 @@ def test_each_stage_starts_from_the_last_model_of_the_road(tmp_path, pipeline, d
         for program, flags in ran
         if is_stage(program)
     }
-    assert starts == {str(out / stage): str(out / start) for stage, start in road.items()}
+    assert starts == {str(out / stage): str(out / start) for stage, start in expected.items()}
     merged = [value(flags, "--lora_model") for program, flags in ran if program == "merge_peft_adapter.py"]
-    assert merged == [str(out / stage) for stage in road if stage not in ("pt", "rm")]
+    assert merged == [str(out / stage) for stage in expected if stage not in ("pt", "rm")]
 
     (evaluation,) = (flags for program, flags in ran if program == "eval_pipeline.py")
     models = evaluation[1 : evaluation.index(next(flag for flag in evaluation[1:] if flag.startswith("--")))]
-    assert [model.partition("=")[0] for model in models] == ["base", *(stage for stage in road if stage != "rm")]
-    assert value(evaluation, "--first_chat_model") == next(stage for stage in road if stage != "pt")
-    assert ("--reward_model" in evaluation) == ("rm" in road)
+    assert [model.partition("=")[0] for model in models] == ["base", *(stage for stage in expected if stage != "rm")]
+    assert value(evaluation, "--first_chat_model") == next(stage for stage in expected if stage != "pt")
+    assert ("--reward_model" in evaluation) == ("rm" in expected)
     assert "--task_file" not in evaluation
     (report,) = (flags for program, flags in ran if program == "build_report.py")
-    assert [flag for flag in report if "=" in flag] == [f"{stage}={out / stage}" for stage in road]
+    assert [flag for flag in report if "=" in flag] == [f"{stage}={out / stage}" for stage in expected]
     answering = {value(flags, "--model_name_or_path") for program, flags in ran if program == "inference.py"}
     assert answering == {models[-1].partition("=")[2]}
 
 
-def test_a_reward_model_on_the_road_changes_no_other_stage(pipeline):
+def test_a_reward_model_in_the_pipeline_changes_no_other_stage(pipeline):
     assert pipeline()[0].returncode == 0
     done, ran = pipeline(STAGES="pt sft rm dpo")
     assert done.returncode == 0, done.stderr
@@ -225,7 +225,7 @@ def test_a_reward_model_on_the_road_changes_no_other_stage(pipeline):
     assert "== dpo: finished before, kept" in done.stdout
 
 
-def test_ppo_learns_from_the_reward_model_of_the_road(tmp_path, pipeline, data):
+def test_ppo_learns_from_the_reward_model_of_the_pipeline(tmp_path, pipeline, data):
     done, ran = pipeline(STAGES="pt sft rm ppo", DATA=data)
     assert done.returncode == 0, done.stderr
     flags = dict(ran)["ppo_training.py"]
@@ -238,25 +238,25 @@ def test_ppo_learns_from_a_reward_model_that_is_given(tmp_path, pipeline, data):
     given = tmp_path / "my-rm"
     given.mkdir()
     (given / "model.safetensors").write_text("weights", encoding="utf-8")
-    road = {"STAGES": "pt sft ppo", "REWARD_MODEL": str(given), "DATA": data}
-    done, ran = pipeline(**road)
+    variables = {"STAGES": "pt sft ppo", "REWARD_MODEL": str(given), "DATA": data}
+    done, ran = pipeline(**variables)
     assert done.returncode == 0, done.stderr
     assert value(dict(ran)["ppo_training.py"], "--reward_model_path") == str(given)
     assert value(dict(ran)["eval_pipeline.py"], "--reward_model") == str(given)
     assert "reward_modeling.py" not in dict(ran)
 
-    done, ran = pipeline(**road)
+    done, ran = pipeline(**variables)
     assert "== ppo: finished before, kept" in done.stdout and not any(is_stage(program) for program, _ in ran)
     (given / "model.safetensors").write_text("weightS", encoding="utf-8")
-    done, ran = pipeline(**road)
+    done, ran = pipeline(**variables)
     assert done.returncode == 1
-    assert "ppo holds the result of other settings" in done.stderr
+    assert "ppo contains the result of other settings" in done.stderr
     assert "== sft: finished before, kept" in done.stdout and not any(is_stage(program) for program, _ in ran)
 
 
 def test_ppo_does_not_outlive_its_reward_model(tmp_path, pipeline, data):
-    road = {"STAGES": "pt sft rm dpo ppo grpo", "DATA": data}
-    assert pipeline(**road)[0].returncode == 0
+    variables = {"STAGES": "pt sft rm dpo ppo grpo", "DATA": data}
+    assert pipeline(**variables)[0].returncode == 0
     # The same tree with another reward model, which is trained anew.
     script, recipes = copy_pipeline(tmp_path / "tree")
     with (recipes / "tiny" / "rm.yaml").open("a", encoding="utf-8") as recipe:
@@ -264,9 +264,9 @@ def test_ppo_does_not_outlive_its_reward_model(tmp_path, pipeline, data):
     out = tmp_path / "out"
     shutil.rmtree(out / "rm")
     (out / "stamps" / "rm").unlink()
-    done, ran = pipeline(script=script, **road)
+    done, ran = pipeline(script=script, **variables)
     assert done.returncode == 1
-    assert f"{out / 'ppo'} holds the result of other settings" in done.stderr
+    assert f"{out / 'ppo'} contains the result of other settings" in done.stderr
     assert [program for program, _ in ran] == ["reward_modeling.py"]
     assert "== dpo-merged: finished before, kept" in done.stdout
 
@@ -284,7 +284,7 @@ def test_a_stage_is_kept_while_its_recipe_sets_the_same(tmp_path, pipeline):
     done, ran = pipeline(script=script, DATA=str(ROOT / "data"))
     assert done.returncode == 1
     assert "== pt: finished before, kept" in done.stdout and ran == []
-    assert f"{tmp_path / 'out' / 'sft'} holds the result of other settings" in done.stderr
+    assert f"{tmp_path / 'out' / 'sft'} contains the result of other settings" in done.stderr
 
 
 def test_fresh_does_not_remove_the_reward_model_that_is_given(tmp_path, pipeline, data):
@@ -304,14 +304,14 @@ def test_what_is_not_held_out_is_not_measured(pipeline, data):
     assert not any("--validation_file_dir" in flags for _, flags in ran)
     unmeasured = {"--preference_file", "--reward_model", "--task_file", "--task_max_new_tokens"}
     assert not unmeasured & set(dict(ran)["eval_pipeline.py"])
-    assert f"there is no {data}/grpo/validation.jsonl; what is measured on it is left out" in done.stdout
+    assert f"there is no {data}/grpo/validation.jsonl; what is measured on it is skipped" in done.stdout
 
 
 def test_a_stage_from_another_model_is_not_taken_for_the_same(pipeline):
     assert pipeline(STAGES="pt sft orpo")[0].returncode == 0
     done, ran = pipeline(STAGES="pt orpo")
     assert done.returncode == 1
-    assert "orpo holds the result of other settings" in done.stderr and "--fresh" in done.stderr
+    assert "orpo contains the result of other settings" in done.stderr and "--fresh" in done.stderr
     assert ran == []
 
 
@@ -348,7 +348,7 @@ def test_missing_rows_of_a_stage_are_named_before_training(tmp_path, pipeline):
     (tmp_path / "data" / "finetune").mkdir(parents=True)
     done, ran = pipeline(STAGES="sft dpo", DATA=str(tmp_path / "data"))
     assert done.returncode == 2
-    assert f"the stage dpo needs {tmp_path / 'data' / 'reward'}, which is not there" in done.stderr
+    assert f"the stage dpo needs {tmp_path / 'data' / 'reward'}, which does not exist" in done.stderr
     assert not any(is_stage(program) for program, _ in ran)
 
 

@@ -4,7 +4,6 @@ import dataclasses
 import threading
 import time
 from concurrent.futures import CancelledError, wait
-from dataclasses import replace
 
 from medicalgpt.errors import UserError
 from medicalgpt.serving.batchers import BatcherClosedError, QueueFullError, make_batcher
@@ -136,7 +135,7 @@ def test_several_new_tokens_at_once(engine):
     for sampling in (GREEDY, Sampling(max_new_tokens=30, temperature=0.7, seed=3, log_probs=True, top_log_probs=2)):
         text = engine.chat(ask("hello"), sampling).text
         # With a stop string, the answer ends within what comes at once.
-        settings += [sampling, replace(sampling, stop=(text[len(text) // 2],))]
+        settings += [sampling, dataclasses.replace(sampling, stop=(text[len(text) // 2],))]
     alone = [engine.chat(ask("hello"), sampling) for sampling in settings]
     assert [answer.finish_reason for answer in alone] == ["length", "stop"] * 2
     assert alone[1].completion_tokens % 5 and alone[3].completion_tokens % 5
@@ -153,7 +152,8 @@ def test_several_new_tokens_at_once(engine):
         batcher._manager.get_result = late
         for sampling, expected in zip(settings, alone, strict=True):
             pieces = []
-            same(batcher.submit(engine.prompt_ids(ask("hello")), sampling, on_text=pieces.append).result(20), expected)
+            request = dataclasses.replace(engine.request(ask("hello"), sampling), on_text=pieces.append)
+            same(batcher.submit(request).result(20), expected)
             assert "".join(pieces) == expected.text
     assert lengths[:3] == [5, 10, 12]
 

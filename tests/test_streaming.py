@@ -29,7 +29,7 @@ def encode(row):
     """A byte a token; rows that begin with `melt` cannot be encoded at all."""
     ids = list(row["text"].encode())
     if row["text"].startswith("melt"):
-        raise EncodingError("it melts", "Mend it")
+        raise EncodingError("it melts", "Fix it")
     if len(ids) > LONGEST:
         raise EncodingError(f"{len(ids)} tokens", "Shorten it", too_long=True)
     return [Sample(ids, ids)]
@@ -150,7 +150,7 @@ def test_fill_blocks_is_best_fit():
 
 
 def test_small_windows_lose_nothing(folder, monkeypatch):
-    monkeypatch.setattr(streaming, "PACKED_TOGETHER", 3)
+    monkeypatch.setattr(streaming, "BLOCKS_PER_WINDOW", 3)
     data = check_data(arguments(folder), to_text)
     whole = list(islice(stream(data, 100), 60))
     one, two = epochs(whole, 2)
@@ -275,7 +275,7 @@ def test_all_problems_come_at_once(tmp_path):
 
 
 def test_reading_stops_where_problems_have_no_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(streaming, "MOST_PROBLEMS", 10)
+    monkeypatch.setattr(streaming, "MAX_PROBLEMS", 10)
     write_jsonl(tmp_path / "rows.jsonl", [{"body": "?"}] * 30)
     with pytest.raises(DataError, match="10 problem"):
         check_data(arguments(tmp_path), to_text)
@@ -306,7 +306,7 @@ def test_a_row_that_must_not_be_left_out_ends_the_stream_with_its_place(tmp_path
     path = write_jsonl(tmp_path / "rows.jsonl", [*documents("a", 5), {"text": "melt"}])
     last = list(stream(check_data(arguments(tmp_path), to_text)))[-1]
     assert set(last) == {"failure"}
-    assert f"{path}:6: it melts. Mend it." in last["failure"] and "--skip_bad_rows True" in last["failure"]
+    assert f"{path}:6: it melts. Fix it." in last["failure"] and "--skip_bad_rows True" in last["failure"]
     assert StreamCollator(None)([{"input_ids": [1]}, last]) == last
 
 
@@ -316,14 +316,14 @@ def test_a_file_that_changes_ends_the_stream(tmp_path):
     reader = iter(samples)
     next(reader)
     write_jsonl(path, documents("b", 30))
-    assert "was changed while it was trained on" in list(reader)[-1]["failure"]
+    assert "was changed during training" in list(reader)[-1]["failure"]
 
 
 def test_an_epoch_without_a_sample_ends_the_stream(tmp_path):
     rows = [{"text": "short"}, {"text": "y" * 99}] * 5
     write_jsonl(tmp_path / "rows.jsonl", rows)
     data = check_data(arguments(tmp_path, shuffle_buffer=1, skip_long_rows=True), to_text)
-    assert "a whole epoch gave no sample" in next(iter(stream(data, process=1, processes=2)))["failure"]
+    assert "an entire epoch gave no sample" in next(iter(stream(data, process=1, processes=2)))["failure"]
 
 
 # -- the programs -----------------------------------------------------------------------------------------------------
@@ -356,11 +356,11 @@ REFUSED = [
     (["--skip_long_rows", "False"], "--skip_long_rows True"),
     (["--train_sampling_strategy", "group_by_length"], "needs the lengths of all rows"),
     (["--validation_split_percentage", 5], "--validation_file_dir"),
-    (["--num_train_epochs", 2], "Say --max_steps alone"),
-    (["--save_strategy", "epoch"], "Say --save_steps N"),
+    (["--num_train_epochs", 2], "Use --max_steps only"),
+    (["--save_strategy", "epoch"], "Use --save_steps N"),
     (["--shuffle_buffer", 0], "must be at least 1"),
     (["--preprocessing_num_workers", 2], "--dataloader_num_workers"),
-    (["--streaming", "False", "--shuffle_buffer", 5], "with --streaming True only"),
+    (["--streaming", "False", "--shuffle_buffer", 5], "only has an effect with --streaming True"),
 ]
 
 
@@ -390,7 +390,7 @@ def test_fine_tuning_streams(work, tmp_path, capsys):
     log = capsys.readouterr().err
     record = read_json(tmp_path / "out" / "run.json")
     assert record["status"] == "finished" and record["plan"]["estimated"] is True
-    assert "sequences      about " in log and "left out: " in log and " tokens, longer than the 55 that fit" in log
+    assert "sequences      about " in log and "skipped: " in log and " tokens, longer than the 55 that fit" in log
     seen = record["streamed"]
     # Steps hold samples, epochs hold rows.
     assert seen["samples"] == 80 and seen["epochs_begun"] == 3

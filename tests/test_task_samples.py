@@ -423,8 +423,8 @@ def test_labelled_replies_have_the_flaw_that_they_name(labelled, train):
             assert not any(term in block(bad, "answer") for term in CALLS[row["language"]])
 
 
-def test_the_cold_start_shows_the_form_that_grpo_asks_for(cold_start):
-    tree = ast.parse((ROOT / "grpo_training.py").read_text(encoding="utf-8"))
+def test_the_cold_start_shows_the_format_that_grpo_asks_for(cold_start):
+    tree = ast.parse((ROOT / "medicalgpt" / "rewards" / "rewards.py").read_text(encoding="utf-8"))
     named = {n.targets[0].id: n.value for n in tree.body if isinstance(n, ast.Assign) and hasattr(n.targets[0], "id")}
     system = ast.literal_eval(named["SYSTEM_PROMPT"])
     assert 300 <= len(cold_start) <= 500

@@ -160,7 +160,7 @@ def test_the_format_may_be_said(tmp_path):
     with pytest.raises(DataError, match="no field `chosen`"):
         run_here(SCRIPT, "--file_path", chat, "--format", "preference")
     preferences = write_jsonl(tmp_path / "c.jsonl", PREFERENCES)
-    with pytest.raises(DataError, match=r"c.jsonl:1: two answers.*go to dpo_training.py.*\n.*c.jsonl:2: two answers"):
+    with pytest.raises(DataError, match=r"c.jsonl:1: two answers.*are for dpo_training.py.*\n.*c.jsonl:2: two answers"):
         run_here(SCRIPT, "--file_path", preferences, "--format", "chat")
 
 

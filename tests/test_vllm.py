@@ -82,10 +82,10 @@ def test_a_reward_model_is_refused(tmp_path, model):
     "flags, variables, message",
     [
         ([], {"MODEL": "no/such"}, "MODEL=no/such: there is no such folder"),
-        ([], {"HOST": "0.0.0.0"}, "HOST=0.0.0.0 lets other machines ask the model. Set a key"),
-        ([], {"HOST": "::"}, "HOST=:: lets other machines ask the model. Set a key"),
+        ([], {"HOST": "0.0.0.0"}, "HOST=0.0.0.0 lets other machines use the model. Set the key"),
+        ([], {"HOST": "::"}, "HOST=:: lets other machines use the model. Set the key"),
         ([], {"DEVICE": "gpu"}, "DEVICE=gpu: known are auto, cuda and cpu"),
-        ([], {"PORT": "eight"}, "PORT=eight cannot be had"),
+        ([], {"PORT": "eight"}, "PORT=eight cannot be used"),
         (["--api-key", "x"], {}, "can be read by every user of the machine"),
         (["--api_key=x"], {}, "can be read by every user of the machine"),
         (["--port", "1"], {}, "--port is set by a variable"),
@@ -102,7 +102,7 @@ def test_a_port_that_is_taken_is_refused(tmp_path, model):
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        assert "cannot be had: another program is there" in refusal(tmp_path, model, PORT=str(taken.getsockname()[1]))
+        assert "cannot be used: another program has it" in refusal(tmp_path, model, PORT=str(taken.getsockname()[1]))
 
 
 def test_an_environment_of_another_build_is_refused(tmp_path, model):
@@ -110,7 +110,7 @@ def test_an_environment_of_another_build_is_refused(tmp_path, model):
     (tmp_path / "venv" / ".installed-vllm").write_text("vllm==0.1.0\n")
     server = Server(tmp_path, model, VLLM_VENV=str(tmp_path / "venv"))
     assert server.process.wait(timeout=60) == 2
-    assert "holds vllm==0.1.0, and vllm" in server.printed()
+    assert "contains vllm==0.1.0, and vllm" in server.printed()
 
 
 # --- real vLLM -------------------------------------------------------------------------------------------------------
@@ -263,4 +263,4 @@ def test_a_server_that_dies_is_told_at_once_with_its_last_lines(caller, tmp_path
     assert server.process.wait(timeout=120) == 1
     assert time.monotonic() - began < 100
     assert "argument --max-num-seqs" in server.printed()
-    assert "error: vLLM has ended before it was ready; these are the last lines of" in server.printed()
+    assert "error: vLLM exited before it was ready; above are the last lines of" in server.printed()

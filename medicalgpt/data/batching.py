@@ -1,4 +1,4 @@
-"""Put encoded sequences into batches: padded, or packed without letting packed sequences see each other."""
+"""Batch encoded sequences: padded, or packed so that packed sequences do not attend to each other."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ from trl import pack_dataset
 
 
 def pack(dataset: Dataset, block_size: int) -> Dataset:
-    """Put whole sequences together into blocks of at most `block_size` tokens (best fit, nothing is cut).
+    """Put whole sequences together into blocks of at most `block_size` tokens (best fit, nothing is truncated).
 
     Args:
         dataset: columns `input_ids` and `labels`, each sequence at most `block_size` long.
@@ -34,13 +34,13 @@ class Collator:
 
     Rows with `seq_lengths` are packed blocks: position ids restart at each sequence and no attention mask is given,
     since transformers then keeps the sequences apart (and only then: a mask of ones would switch that off). The first
-    token of each sequence is not supervised, for what stands before it belongs to another. Other rows are padded on
-    the right, with an attention mask.
+    token of each sequence is not supervised, since what precedes it belongs to another sequence. Other rows are padded
+    on the right, with an attention mask.
 
     Args:
-        pad_token_id: fills up; such positions are never supervised.
-        flatten: make one row of the batch, as FlashAttention wants packed sequences: it tells them apart only in a
-            batch of one row.
+        pad_token_id: for padding, which is never supervised.
+        flatten: make one row of the batch, for FlashAttention, which distinguishes packed sequences only in a batch
+            of one row.
 
     Returns (by call):
         `input_ids`, `labels` of shape (batch, length), with `position_ids` or `attention_mask` of the same shape.
@@ -66,7 +66,7 @@ class Collator:
         return {
             "input_ids": _pad(ids, self.pad_token_id),
             "labels": _pad(labels, IGNORED),
-            # The padding counts from 0 again, which makes it a sequence of its own that nothing looks at.
+            # Positions of the padding restart at 0, which makes it a separate sequence that nothing attends to.
             "position_ids": _pad_positions(positions),
         }
 

@@ -1,4 +1,4 @@
-"""A cache on disk for encoded rows, which cannot be stale: its key holds everything that the tokens follow from."""
+"""A cache on disk for encoded rows that cannot be stale: its key covers everything that the tokens depend on."""
 
 import atexit
 import hashlib
@@ -28,43 +28,43 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
-# The code between a row and its tokens. Packed blocks are kept with the tokens, hence batching, trl and datasets.
+# The code between a row and its tokens. Packed blocks are cached with the tokens, hence batching, trl and datasets.
 MODULES = ("medicalgpt.data.tokenizing", "medicalgpt.data.batching")
 LIBRARIES = ("tokenizers", "transformers", "jinja2", "datasets", "trl")
 MANIFEST = "manifest.json"
 
 
 class Unknown(ValueError):
-    """Something that tokens may follow from and that a key cannot hold."""
+    """Something that tokens may depend on and that a key cannot cover."""
 
 
 def token_key(rows: Rows, encode: partial) -> str:
-    """What tells the tokens of these rows from all others, as 32 hex digits.
+    """The key of the tokens of these rows, 32 hex digits.
 
-    It holds the rows themselves (so that files, limits, splits and conversion are in it), the tokenizer with its chat
+    It covers the rows themselves (so that files, limits, splits and conversion are in it), the tokenizer with its chat
     template and settings, the function with its arguments, the source of the code, and versions of libraries.
 
     Args:
-        encode: of a module's function, a tokenizer, and plain values by name.
+        encode: a function of a module, a tokenizer, and plain values as keyword arguments.
 
     Raises:
-        Unknown: `encode` holds something else.
+        Unknown: `encode` has something else.
     """
     function = encode.func
     if not inspect.isfunction(function) or "<" in function.__qualname__:
-        raise Unknown(f"{function} is no function of a module")
+        raise Unknown(f"{function} is not a function of a module")
     if len(encode.args) != 1:
-        raise Unknown(f"{function.__qualname__} was given {len(encode.args)} arguments without a name, not one")
+        raise Unknown(f"{function.__qualname__} has {len(encode.args)} positional arguments instead of one")
     (tokenizer,) = encode.args
     if not isinstance(tokenizer, PreTrainedTokenizerBase) or not tokenizer.is_fast:
-        raise Unknown(f"{type(tokenizer).__name__} is no fast tokenizer, whose state could be read")
-    settings = {name: value for name, value in vars(tokenizer).items() if name not in NO_SETTINGS}
+        raise Unknown(f"{type(tokenizer).__name__} is not a fast tokenizer, whose state could be read")
+    settings = {name: value for name, value in vars(tokenizer).items() if name not in UNRELATED_ATTRIBUTES}
     parts = {
         "rows": rows.digest(),
         "function": f"{function.__module__}.{function.__qualname__}",
         "keywords": encode.keywords,
         "tokenizer": [type(tokenizer).__qualname__, tokenizer.backend_tokenizer.to_str(), settings],
-        # A template that writes today's date gives other tokens tomorrow.
+        # A template that writes today's date gives different tokens tomorrow.
         "date": str(date.today()) if "strftime_now" in str(tokenizer.chat_template) else None,
         "code": [code_version(*MODULES), hash_file(inspect.getsourcefile(function))],
         "versions": {name: version(name) for name in LIBRARIES},
@@ -73,8 +73,8 @@ def token_key(rows: Rows, encode: partial) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-# `_tokenizer` is in the key by its own text; the others change with use and have no part in any token.
-NO_SETTINGS = ("_tokenizer", "deprecation_warnings", "name_or_path", "files_loaded", "init_inputs")
+# `_tokenizer` is in the key as its own text; the others change with use and do not affect any token.
+UNRELATED_ATTRIBUTES = ("_tokenizer", "deprecation_warnings", "name_or_path", "files_loaded", "init_inputs")
 
 
 def _as_json(value: Any) -> str:
@@ -86,16 +86,16 @@ def _as_json(value: Any) -> str:
 def through_cache(
     key: str | None, make: Callable[[Path], None], read: Callable[[Path], T], *, renew: bool = False
 ) -> T:
-    """What `read` gives for a folder that `make` has filled: now, or earlier under the same key.
+    """The result of `read` for a folder that `make` has filled, now or earlier under the same key.
 
-    Only one process of a machine makes it, the others wait. It is committed when it is whole, and checked by size and
-    hash when it is taken.
+    Only one process of a machine makes it, the others wait. It is committed when it is complete, and checked by hash
+    when it is used.
 
     Args:
         key: None makes it in a temporary folder, which is removed when the process ends.
         make: writes files into an empty folder.
         read: must have opened what it needs when it returns.
-        renew: make it anew, once for all processes that were started together.
+        renew: make it again, once for all processes that were started together.
 
     Raises:
         UserError: the cache cannot be written.
@@ -112,8 +112,8 @@ def through_cache(
         with heartbeat(lambda: f"waiting for another process that tokenizes the same rows ({folder})"):
             lock.acquire()
         try:
-            if _is_whole(folder, renew):
-                logger.info(f"tokens taken from the cache at {folder} (to renew them: --overwrite_cache True)")
+            if _is_complete(folder, renew):
+                logger.info(f"tokens taken from the cache at {folder} (to tokenize again: --overwrite_cache True)")
             else:
                 _make_aside(folder, make)
             return read(folder)
@@ -121,29 +121,29 @@ def through_cache(
             lock.release()
     except OSError as error:
         raise UserError(
-            f"the token cache {cache} cannot be used ({error}). Make room there, or name another folder with "
+            f"the token cache {cache} cannot be used ({error}). Free some space, or choose another folder with "
             "HF_DATASETS_CACHE."
         ) from error
 
 
-def _is_whole(folder: Path, renew: bool) -> bool:
+def _is_complete(folder: Path, renew: bool) -> bool:
     if not folder.exists():
         return False
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if renew and manifest["launch"] != _launch():
             return False
-        whole = all(hash_file(folder / name) == digest for name, digest in manifest["files"].items())
+        complete = all(hash_file(folder / name) == digest for name, digest in manifest["files"].items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        whole = False
-    if not whole:
-        logger.warning(f"the token cache at {folder} is damaged; it is made anew")
-    return whole
+        complete = False
+    if not complete:
+        logger.warning(f"the token cache at {folder} is damaged; the rows are tokenized again")
+    return complete
 
 
 def _make_aside(folder: Path, make: Callable[[Path], None]) -> None:
     aside = folder.with_suffix(".partial")
-    # Left by a process that was killed, or damaged, or to be renewed.
+    # Left by a process that was killed.
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     try:
@@ -162,7 +162,7 @@ ALONE = uuid.uuid4().hex
 
 
 def _launch() -> str:
-    """The same for all processes of this machine that one launcher started, and for no others."""
+    """A name that all processes of this machine share if one launcher started them, and no others have."""
     if local_world_size(world_size()) == 1:
         return ALONE
     return "-".join([os.environ.get("TORCHELASTIC_RUN_ID", ""), os.environ.get("MASTER_PORT", ""), str(os.getppid())])

@@ -1,8 +1,8 @@
 """From converted rows to token ids and labels.
 
-The chat template of the tokenizer renders every conversation, here as in serving, so the two cannot differ. Each row
-is checked while it is encoded: the ids before an answer are the ids that serving would send as the prompt, the answer
-and its turn end are supervised, and the whole row fits.
+The tokenizer's chat template renders every conversation, here and in serving, so the two cannot differ. Each row is
+checked while it is encoded: the ids before an answer are the ids that serving would send as the prompt, the answer and
+its turn end are supervised, and the entire row fits.
 """
 
 import json
@@ -38,7 +38,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids up to where an answer begins."""
+    """Token ids of a prompt, up to the start of the answer."""
 
     prompt_ids: list[int]
 
@@ -68,12 +68,12 @@ def encode_chat(
     Args:
         tokenizer: with a chat template that marks assistant text by `{% generation %}`.
         row: `messages` in OpenAI form, ending with the assistant, and `tools` in OpenAI form or None.
-        max_length: in tokens; a longer sequence is refused, never cut.
+        max_length: in tokens; a longer sequence is refused, never truncated.
         train_on_inputs: supervise the prompts too, each in one sample only.
         mask_history: supervise the last turn only.
 
     Raises:
-        EncodingError: too long, refused by the template, or an answer whose first characters melt into the last token
+        EncodingError: too long, refused by the template, or an answer whose first characters merge with the last token
             of the prompt.
     """
     messages, tools = row["messages"], row["tools"]
@@ -84,7 +84,7 @@ def encode_chat(
         texts = {turn: _render_to_turn_end(tokenizer, messages[: turn + 1], tools) for turn in turns}
     except TemplateError as error:
         raise EncodingError(
-            f"the chat template refuses it: {error}", "Mend the row, or choose another --template_name"
+            f"the chat template refuses it: {error}", "Fix the row, or choose another --template_name"
         ) from error
     samples: list[Sample] = []
     for group in _stable_groups(turns[-1:] if mask_history else turns, prompts, texts):
@@ -117,22 +117,22 @@ def encode_preference(
     Args:
         tokenizer: with a chat template that marks assistant text by `{% generation %}`.
         row: `messages` and `tools` of the prompt, `chosen` and `rejected`, an assistant message each.
-        max_length: most tokens of the prompt with either answer; nothing is ever cut.
-        max_source_length: most tokens of the prompt.
-        max_target_length: most tokens of an answer, its turn end included.
+        max_length: maximum number of tokens of the prompt with either answer; nothing is ever truncated.
+        max_source_length: maximum number of tokens of the prompt.
+        max_target_length: maximum number of tokens of an answer, including its turn end.
 
     Returns:
         One pair.
 
     Raises:
-        EncodingError: as `encode_chat`, or answers that differ in nothing the tokenizer keeps, or need other prompts.
+        EncodingError: as `encode_chat`, or answers that become the same tokens or need different prompts.
     """
     answers, prompts = [], []
     for name in ("chosen", "rejected"):
         chat = {"messages": [*row["messages"], row[name]], "tools": row["tools"]}
         try:
             (sample,) = encode_chat(tokenizer, chat, mask_history=True)
-            # What a template writes after the turn end is no part of the pair.
+            # What a template writes after the turn end is not part of the pair.
             ((start, end),) = _spans([label != IGNORED for label in sample.labels])
             _refuse_too_long(end, max_length)
         except EncodingError as error:
@@ -146,12 +146,12 @@ def encode_preference(
             if limit is not None and count > limit:
                 raise EncodingError(
                     f"the {what} has {count} tokens, more than {flag} {limit}",
-                    f"Raise {flag}, shorten the row, or leave it out with --skip_long_rows True",
+                    f"Raise {flag}, shorten the row, or skip it with --skip_long_rows True",
                     too_long=True,
                 )
     if prompts[0] != prompts[1]:
         raise EncodingError(
-            "the template writes another prompt before the chosen answer than before the rejected one",
+            "the template writes different prompts before the chosen and the rejected answer",
             "Give both answers a reasoning, or neither",
         )
     if answers[0] == answers[1]:
@@ -162,18 +162,18 @@ def encode_preference(
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], *, max_length: int | None = None
 ) -> list[Prompt]:
-    """Encode what an answer is asked for, as serving would send it.
+    """Encode a prompt as serving would send it.
 
     Args:
         tokenizer: with a chat template.
         row: `messages` and `tools` of the prompt.
-        max_length: in tokens; a longer prompt is refused, never cut.
+        max_length: in tokens; a longer prompt is refused, never truncated.
 
     Returns:
         One prompt.
 
     Raises:
-        EncodingError: too long, refused by the template, or a text that spells a special token.
+        EncodingError: too long, refused by the template, or a text that contains a special token.
     """
     refuse_special_tokens(tokenizer, row["messages"], row["tools"])
     try:
@@ -186,19 +186,19 @@ def encode_prompt(
         )
     except TemplateError as error:
         raise EncodingError(
-            f"the chat template refuses it: {error}", "Mend the row, or choose another --template_name"
+            f"the chat template refuses it: {error}", "Fix the row, or choose another --template_name"
         ) from error
     if max_length is not None and len(ids) > max_length:
         raise EncodingError(
             f"a prompt of {len(ids)} tokens, longer than the {max_length} that leave room for the answer",
-            "Raise --model_max_length, shorten the row, or leave it out with --skip_long_rows True",
+            "Raise --model_max_length, shorten the row, or skip it with --skip_long_rows True",
             too_long=True,
         )
     return [Prompt(list(ids))]
 
 
 def _stable_groups(turns: Sequence[int], prompts: dict[int, str], texts: dict[int, str]) -> list[list[int]]:
-    """Turns that can share a sample: in the text up to the last of them, each stands as it does when it is answered."""
+    """Turns that can share a sample: in the text up to the last of them, each is the same as when it is answered."""
     groups: list[list[int]] = []
     left = list(turns)
     while left:
@@ -220,10 +220,10 @@ def _check_prompt(text: str, prompt: str, start: int) -> None:
             f"{'begins without one' if thinks else 'holds one'}, so that it would be trained after another prompt",
             "Choose the template's form without thinking (…_nothink), or give the answer its reasoning"
             if thinks
-            else "Choose the template's form with thinking, or take the reasoning out",
+            else "Choose the template's form with thinking, or remove the reasoning",
         )
     raise EncodingError(
-        "the first characters of an answer form one token with the end of the prompt, so that no model could produce "
+        "the first characters of an answer form one token with the end of the prompt, so that no model could generate "
         "them in serving",
         "Remove the white space at the start of the answer, or begin it with another character",
     )
@@ -232,13 +232,13 @@ def _check_prompt(text: str, prompt: str, start: int) -> None:
 def refuse_special_tokens(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None
 ) -> None:
-    """Raises EncodingError if a text spells a special token: as the end of a turn in the middle of it, say."""
+    """Raises EncodingError if a text contains a special token, such as the end of a turn in the middle of it."""
     texts = [(f"turn {number}", message) for number, message in enumerate(messages, start=1)]
     for where, value in [*texts, ("the column `tools`", tools or [])]:
         if found := special_tokens_in(tokenizer, json.dumps(value, ensure_ascii=False)):
             raise EncodingError(
                 f"{where} holds {', '.join(found)}, which this tokenizer reads as a special token",
-                "Take it out of the text, or write it in another way",
+                "Remove it from the text, or write it differently",
             )
 
 
@@ -271,7 +271,7 @@ def _encode_rendered(
         tokenize=True,
         return_dict=True,
         return_assistant_tokens_mask=True,
-        # A text beyond the tokenizer's own limit is measured below; its warning would only alarm.
+        # The length is checked below; the tokenizer's own warning would only confuse.
         tokenizer_kwargs={"return_offsets_mapping": True, "verbose": False},
     )
     ids, mask, offsets = encoded["input_ids"], encoded["assistant_masks"], encoded["offset_mapping"]
@@ -283,13 +283,13 @@ def _refuse_too_long(length: int, max_length: int | None) -> None:
     if max_length is not None and length > max_length:
         raise EncodingError(
             f"{length} tokens, longer than the {max_length} that fit",
-            "Raise --model_max_length, shorten the row, or leave it out with --skip_long_rows True",
+            "Raise --model_max_length, shorten the row, or skip it with --skip_long_rows True",
             too_long=True,
         )
 
 
 def _spans(mask: Sequence[int]) -> list[tuple[int, int]]:
-    """Runs of ones as (start, end). Turns of the assistant never touch: a user or tool turn stands between."""
+    """Runs of ones as (start, end). Turns of the assistant are never adjacent: a user or tool turn is between them."""
     spans, start = [], None
     for position, bit in enumerate([*mask, 0]):
         if bit and start is None:
@@ -306,7 +306,7 @@ def render_prompts(tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, 
     prompts = []
     for row in rows[::step][:count]:
         turns = [number for number, message in enumerate(row["messages"]) if message["role"] == "assistant"]
-        # Rows of preferences and tasks have answers beside the prompt, which may end with several turns.
+        # Rows of preferences and tasks have their answers outside of the prompt, which may have several turns.
         first = len(row["messages"]) if {"chosen", "columns"} & set(row) or not turns else turns[0]
         prompts.append(
             tokenizer.apply_chat_template(
@@ -317,7 +317,7 @@ def render_prompts(tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, 
 
 
 def document_starts(tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]], count: int) -> list[list[int]]:
-    """Token ids of the first quarter of up to `count` documents, for the model to go on with."""
+    """Token ids of the first quarter of up to `count` documents, for the model to continue."""
     starts = []
     for row in rows[:count]:
         ids = tokenizer(row["text"][: max(8, len(row["text"]) // 4)], verbose=False)["input_ids"]
@@ -328,14 +328,14 @@ def document_starts(tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str,
 def encode_document(
     tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], *, block_size: int, end: bool = True
 ) -> list[Sample]:
-    """Encode one document for pretraining, its end token included, in pieces of at most `block_size` tokens.
+    """Encode one document for pretraining, with its end token, in pieces of at most `block_size` tokens.
 
-    No token is lost: a document longer than a block goes on in the next piece.
+    No token is lost: a document longer than a block continues in the next piece.
 
     Args:
-        tokenizer: adds its own BOS if it wants one.
+        tokenizer: adds its own BOS if it has one.
         row: the document as `text`.
-        block_size: tokens of a piece at the most.
+        block_size: maximum number of tokens of a piece.
         end: append the end-of-text token.
     """
     ids = tokenizer(row["text"], add_special_tokens=True, verbose=False)["input_ids"]

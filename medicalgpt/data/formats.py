@@ -6,7 +6,7 @@ from typing import Any
 
 from medicalgpt.data.sources import RowError
 
-# Fields that say something about a row and are not part of it.
+# Fields that describe a row and are not part of it.
 METADATA_FIELDS = frozenset({"id", "idx", "source", "category", "lang", "language", "meta", "metadata"})
 
 USER_ROLES = ("human", "user")
@@ -27,11 +27,13 @@ def to_text(value: Any, ignore: frozenset[str] = frozenset()) -> dict[str, Any]:
     _require_object(value)
     if "text" not in value:
         raise RowError(
-            "no field `text`", 'Pretraining rows are {"text": "..."}; chat rows go to supervised_finetuning.py.', value
+            "no field `text`",
+            'Pretraining rows are {"text": "..."}; chat rows are for supervised_finetuning.py.',
+            value,
         )
     _refuse_unknown(value, {"text"}, ignore)
     if not isinstance(value["text"], str) or not value["text"].strip():
-        raise RowError("`text` is empty or no string", "Remove the row or give it a text.", value["text"])
+        raise RowError("`text` is empty or not a string", "Remove the row or give it a text.", value["text"])
     return {"text": value["text"]}
 
 
@@ -51,7 +53,7 @@ def to_messages(value: Any, ignore: frozenset[str] = frozenset()) -> dict[str, A
 
 
 def to_prompt(value: Any, ignore: frozenset[str] = frozenset()) -> dict[str, Any]:
-    """What is put to a model: `{"messages": [...], "tools": ... , "reference": str | None}`.
+    """The prompt of a model: `{"messages": [...], "tools": ... , "reference": str | None}`.
 
     Takes the formats of `to_messages`, where a final assistant turn becomes the reference answer, and rows that hold
     only a question: a line of text, or `prompt`, `query`, `question`, `instruction` (with `input`).
@@ -83,7 +85,7 @@ def to_preference(value: Any, ignore: frozenset[str] = frozenset()) -> dict[str,
             answers (white space apart), a prompt that is missing or ends with the assistant.
     """
     _require_object(value)
-    # Some data sets hold the prompt twice: an ignored field makes way for the other.
+    # Some datasets have the prompt twice: an ignored field gives way to the other.
     prompt = {name: item for name, item in value.items() if name not in ignore}
     columns = next((pair for pair in PREFERENCE_FIELDS if set(pair) & set(prompt)), PREFERENCE_FIELDS[0])
     both = f"`{columns[0]}` and `{columns[1]}`"
@@ -91,13 +93,13 @@ def to_preference(value: Any, ignore: frozenset[str] = frozenset()) -> dict[str,
         if column not in prompt:
             raise RowError(
                 f"no field `{column}`",
-                f"Rows of preferences have {both}; rows with one answer go to supervised_finetuning.py.",
+                f"Preference rows have {both}; rows with one answer are for supervised_finetuning.py.",
                 value,
             )
     answers = [_to_answer(prompt.pop(column), column) for column in columns]
     if third := sorted(set(prompt) & ANSWER_FIELDS):
         raise RowError(
-            f"`{third[0]}` is a third answer beside {both}",
+            f"`{third[0]}` is a third answer next to {both}",
             f"Remove it, or pass --ignore_fields {','.join(third)}.",
             prompt[third[0]],
         )
@@ -115,25 +117,25 @@ def to_preference(value: Any, ignore: frozenset[str] = frozenset()) -> dict[str,
     for column, turns in zip(columns, answers, strict=True):
         if len(turns) != 1:
             raise RowError(
-                f"`{column}` has {len(turns)} turns beside a prompt, expected one",
-                "Keep the answer alone in it; or, if both are whole conversations, pass --ignore_fields "
+                f"`{column}` has {len(turns)} turns next to a prompt, expected one",
+                "Keep only the answer in it; or, if both are whole conversations, pass --ignore_fields "
                 f"{','.join(sorted(set(prompt).intersection(PROMPT_FIELDS)))}.",
                 value[column],
             )
         if turns[0]["role"] != "assistant":
             raise RowError(
-                f"`{column}` is a turn of the {turns[0]['role']}, no answer",
+                f"`{column}` is a turn of the {turns[0]['role']}, not an answer",
                 f"Answers have one of the roles {', '.join(ASSISTANT_ROLES + CALL_ROLES)}.",
                 value[column],
             )
     (chosen,), (rejected,) = answers
     if canonical(chosen) == canonical(rejected):
-        raise RowError(f"{both} are the same answer", "Remove the row: it prefers nothing.", value[columns[0]])
+        raise RowError(f"{both} are the same answer", "Remove the row: it has no preference.", value[columns[0]])
     return {**conversation, "chosen": chosen, "rejected": rejected}
 
 
 def to_task(value: Any, ignore: frozenset[str] = frozenset()) -> dict[str, Any]:
-    """A prompt and what answers to it may be judged by: `{"messages": [...], "tools": [...] | None, "columns": {...}}`.
+    """A prompt and what its answers can be scored with: `{"messages": [...], "tools": [...] | None, "columns": {...}}`.
 
     The prompt comes in the formats of `to_prompt` and `to_preference`. Every other field of the row is a column under
     its own name; a final turn of the assistant, or an answer field under another name, is the column `answer`.
@@ -148,9 +150,9 @@ def to_task(value: Any, ignore: frozenset[str] = frozenset()) -> dict[str, Any]:
     if not set(columns) & set(PROMPT_FIELDS) and any(set(pair) <= set(columns) for pair in PREFERENCE_FIELDS):
         prompt = {name: item for name, item in to_preference(value, ignore).items() if name in ("messages", "tools")}
     else:
-        # What else a row may be asked by is a column of its own.
+        # Any other prompt field of the row is a column of its own.
         asked = next((name for name in PROMPT_FIELDS if name in columns), "prompt")
-        parts = [asked, *(["input"] if asked == "instruction" else []), *OPENING_FIELDS]
+        parts = [asked, *(["input"] if asked == "instruction" else []), *LEADING_FIELDS]
         prompt = _to_conversation({name: columns.pop(name) for name in parts if name in columns}, ignore, False)
     messages = prompt["messages"]
     if messages and messages[-1]["role"] == "assistant":
@@ -167,8 +169,8 @@ PAIR_FIELDS = (("prompt", "response"), ("prompt", "completion"), ("query", "resp
 PREFERENCE_FIELDS = (("chosen", "rejected"), ("response_chosen", "response_rejected"))
 PROMPT_FIELDS = ("conversations", "messages", "instruction", "prompt", "query", "question")
 ANSWER_FIELDS = {"output", *(answer for _, answer in PAIR_FIELDS)}
-# Fields of any conversation, beside those that hold its turns.
-OPENING_FIELDS = ("tools", "system", "system_prompt", "history")
+# Fields of any conversation besides those with its turns.
+LEADING_FIELDS = ("tools", "system", "system_prompt", "history")
 
 
 def _to_answer(value: Any, column: str) -> list[dict[str, Any]]:
@@ -183,7 +185,7 @@ def _to_answer(value: Any, column: str) -> list[dict[str, Any]]:
 
 
 def _common_beginning(value: dict, columns: tuple[str, str], answers: list[list[dict]]) -> list[Any]:
-    """The prompt of two conversations that differ in their last turn, as it stands in the row."""
+    """The prompt of two conversations that differ in their last turn, as it is in the row."""
     both = f"`{columns[0]}` and `{columns[1]}`"
     if min(len(turns) for turns in answers) < 2:
         raise RowError(
@@ -194,7 +196,7 @@ def _common_beginning(value: dict, columns: tuple[str, str], answers: list[list[
     for number, (one, other) in enumerate(zip_longest(*(turns[:-1] for turns in answers)), start=1):
         if one != other:
             raise RowError(
-                f"{both} have another turn {number}, and it is not the last of both",
+                f"{both} differ in turn {number}, which is not the last of both",
                 "Whole conversations must share all turns but the last, which is the answer.",
                 one or other,
             )
@@ -206,7 +208,7 @@ def _to_conversation(value: Any, ignore: frozenset[str], answer_needed: bool = T
     if {"chosen", "rejected"} <= set(value) - ignore:
         raise RowError(
             "two answers, `chosen` and `rejected`",
-            "Rows of preferences go to dpo_training.py, orpo_training.py or reward_modeling.py.",
+            "Preference rows are for dpo_training.py, orpo_training.py or reward_modeling.py.",
             value,
         )
     if "conversations" in value:
@@ -228,18 +230,20 @@ def _to_conversation(value: Any, ignore: frozenset[str], answer_needed: bool = T
 
 
 def _from_turns(value: dict, column: str, ignore: frozenset[str]) -> dict[str, Any]:
-    _refuse_unknown(value, {column, *OPENING_FIELDS}, ignore)
+    _refuse_unknown(value, {column, *LEADING_FIELDS}, ignore)
     turns = value[column]
     if not isinstance(turns, list) or not turns:
-        raise RowError(f"`{column}` must be a list of turns and holds none", "Give it at least two turns.", turns)
-    messages = _opening(value)
+        raise RowError(
+            f"`{column}` must be a list of turns, and is empty or not a list", "Give it at least two turns.", turns
+        )
+    messages = _leading_turns(value)
     messages += [_to_message(turn, number) for number, turn in enumerate(turns, start=1)]
     return {"messages": messages, "tools": _to_tools(value.get("tools"))}
 
 
 def _to_message(turn: Any, number: int) -> dict[str, Any]:
     if not isinstance(turn, dict):
-        raise RowError(f"turn {number} is no object", 'A turn is {"from": "human", "value": "..."}.', turn)
+        raise RowError(f"turn {number} is not an object", 'A turn is {"from": "human", "value": "..."}.', turn)
     role_field = "from" if "from" in turn else "role"
     text_field = "value" if "value" in turn else "content"
     known = {role_field, text_field, "tool_calls", "tool_call_id", "name", "reasoning_content", "weight"}
@@ -258,7 +262,7 @@ def _to_message(turn: Any, number: int) -> dict[str, Any]:
     if calls and role not in ASSISTANT_ROLES:
         raise RowError(f"turn {number} ({role}) has tool calls", "Only the assistant calls tools.", turn)
     if text is not None and not isinstance(text, str):
-        raise RowError(f"turn {number} ({role}) is no text", "Write the turn as one string.", text)
+        raise RowError(f"turn {number} ({role}) is not text", "Write the turn as one string.", text)
     if not calls and not (text or "").strip():
         raise RowError(f"turn {number} ({role}) is empty", "Remove the row or write the turn.", turn)
     if role in CALL_ROLES:
@@ -290,7 +294,7 @@ def _to_tool_calls(value: Any, number: int) -> list[dict[str, Any]]:
             raise RowError(f"turn {number}: the function call has unknown fields {unknown}", remedy, value)
         arguments = _parse_inner_json(function.get("arguments", {}), f"turn {number}: the call's arguments")
         if not isinstance(arguments, dict):
-            raise RowError(f"turn {number}: the call's arguments are no object", remedy, value)
+            raise RowError(f"turn {number}: the call's arguments are not an object", remedy, value)
         result.append({"type": "function", "function": {"name": function["name"], "arguments": arguments}})
     return result
 
@@ -300,7 +304,7 @@ def _to_tools(value: Any) -> list[dict[str, Any]] | None:
         return None
     tools = _parse_inner_json(value, "the column `tools`")
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise RowError("`tools` is no list of objects", 'Write [{"name": ..., "parameters": {...}}].', value)
+        raise RowError("`tools` is not a list of objects", 'Write [{"name": ..., "parameters": {...}}].', value)
     wrapped = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
     for tool in wrapped:
         if not isinstance(tool["function"], dict) or not isinstance(tool["function"].get("name"), str):
@@ -315,20 +319,20 @@ def _parse_inner_json(value: Any, what: str) -> Any:
         parsed = json.loads(value)
         json.dumps(parsed, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
-        raise RowError(f"{what} is broken JSON ({error.msg})", "Mend the JSON inside the string.", value) from error
+        raise RowError(f"{what} is broken JSON ({error.msg})", "Fix the JSON inside the string.", value) from error
     except UnicodeEncodeError as error:
-        raise RowError(f"{what} holds half a character", "Mend the text.", value) from error
+        raise RowError(f"{what} has half a character", "Fix the text.", value) from error
     return parsed
 
 
 def _from_alpaca(value: dict, ignore: frozenset[str], answer_needed: bool) -> dict[str, Any]:
-    _refuse_unknown(value, {"instruction", "input", "output", *OPENING_FIELDS}, ignore)
+    _refuse_unknown(value, {"instruction", "input", "output", *LEADING_FIELDS}, ignore)
     if "output" not in value and answer_needed:
         raise RowError("`instruction` without `output`", "Give the row its answer as `output`.", value)
-    messages = _opening(value)
+    messages = _leading_turns(value)
     question = _text_message("user", value["instruction"], "instruction")
     if value.get("input") is not None and not isinstance(value["input"], str):
-        raise RowError("`input` is no text", "Write it as one string.", value["input"])
+        raise RowError("`input` is not text", "Write it as one string.", value["input"])
     if (value.get("input") or "").strip():
         question["content"] += f"\n{value['input']}"
     messages.append(question)
@@ -338,9 +342,9 @@ def _from_alpaca(value: dict, ignore: frozenset[str], answer_needed: bool) -> di
 
 
 def _from_pair(value: dict, question: str, answer: str, ignore: frozenset[str]) -> dict[str, Any]:
-    _refuse_unknown(value, {question, answer, *OPENING_FIELDS}, ignore)
+    _refuse_unknown(value, {question, answer, *LEADING_FIELDS}, ignore)
     asked = value[question]
-    messages = _opening(value)
+    messages = _leading_turns(value)
     if isinstance(asked, list):
         messages += [_to_message(turn, number) for number, turn in enumerate(asked, start=1)]
     else:
@@ -353,30 +357,30 @@ def _from_pair(value: dict, question: str, answer: str, ignore: frozenset[str]) 
     return {"messages": messages, "tools": _to_tools(value.get("tools"))}
 
 
-def _opening(value: dict) -> list[dict[str, Any]]:
-    """The turns that stand before a row's own: `system` (or `system_prompt`), then `history`."""
+def _leading_turns(value: dict) -> list[dict[str, Any]]:
+    """The turns before those of the row itself: `system` (or `system_prompt`), then `history`."""
     columns = [column for column in ("system", "system_prompt") if value.get(column)]
     if len(columns) == 2:
         raise RowError("both `system` and `system_prompt`", "Keep one of them.", value["system_prompt"])
     messages = [_text_message("system", value[column], column) for column in columns]
     history = value.get("history") or []
     if not isinstance(history, list):
-        raise RowError("`history` is no list", "Write [[question, answer], ...].", history)
+        raise RowError("`history` is not a list", "Write [[question, answer], ...].", history)
     for pair in history:
         if not isinstance(pair, list) or len(pair) != 2:
-            raise RowError("`history` holds something other than pairs", "Write [[question, answer], ...].", pair)
+            raise RowError("`history` has something other than pairs", "Write [[question, answer], ...].", pair)
         messages += [_text_message("user", pair[0], "history"), _text_message("assistant", pair[1], "history")]
     return messages
 
 
 def _text_message(role: str, text: Any, column: str) -> dict[str, Any]:
     if not isinstance(text, str) or not text.strip():
-        raise RowError(f"`{column}` is empty or no text", "Remove the row or fill the field.", text)
+        raise RowError(f"`{column}` is empty or not text", "Remove the row or fill the field.", text)
     return {"role": role, "content": text}
 
 
 def _check_order(messages: list[dict[str, Any]], must_end_with: str) -> None:
-    """system? then user, assistant (or assistant with calls, tool results, assistant), again and again."""
+    """system? then user, assistant (or assistant with calls, tool results, assistant), repeated."""
     allowed = ("system", "user")
     for number, message in enumerate(messages, start=1):
         role = message["role"]
@@ -407,7 +411,7 @@ def _check_order(messages: list[dict[str, Any]], must_end_with: str) -> None:
 
 def _require_object(value: Any) -> None:
     if not isinstance(value, dict):
-        raise RowError(f"the row is a {type(value).__name__}, no object", "Each row is a JSON object {...}.", value)
+        raise RowError(f"the row is a {type(value).__name__}, not an object", "Each row is a JSON object {...}.", value)
 
 
 def _refuse_unknown(value: dict, known: set[str], ignore: frozenset[str]) -> None:
@@ -420,12 +424,12 @@ def _refuse_unknown(value: dict, known: set[str], ignore: frozenset[str]) -> Non
 
 
 def canonical(value: Any) -> str:
-    """JSON that is the same for values that differ in white space or in the order of fields only."""
+    """JSON that is the same for values that differ only in white space or in the order of fields."""
     return json.dumps(_without_layout(value), ensure_ascii=False, sort_keys=True)
 
 
 def _without_layout(value: Any) -> Any:
-    """The value with white space in all its strings made alike."""
+    """The value with white space in all its strings normalized."""
     if isinstance(value, str):
         return " ".join(value.split())
     if isinstance(value, list):

@@ -1,7 +1,7 @@
 """Find files, read rows with their line numbers, recognise each row's format, convert it, and refuse what is broken.
 
-Nothing is dropped or repaired in silence: a row is used, or it is a `Problem` with file, line, value, reason and
-remedy. `LoadedData.account` holds the balance, rows = used + left out by reason, for each file.
+Nothing is silently dropped or repaired: a row is used, or it is a `Problem` with file, line, value, reason and remedy.
+`LoadedData.account` has the balance of each file, rows = used + left out, by reason.
 """
 
 import hashlib
@@ -46,8 +46,8 @@ class FileAccount:
     """The balance of one file: rows = used + sum(left_out.values()).
 
     Attributes:
-        mixture: of a file in a weighted mixture: its source, the source's weight and the share it got, and `drawn`,
-            how many rows of this file an epoch has, those that come again counted again.
+        mixture: of a file in a weighted mixture: its source, the source's weight and its share, and `drawn`, the number
+            of rows of this file in an epoch, repeated ones counted each time.
     """
 
     file: str
@@ -82,10 +82,10 @@ class LoadedData:
     sources: list[Source] = field(default_factory=list)
 
     def settle(self, arguments: DataArguments) -> None:
-        """Leave out and count the rows with problems, as far as the flags allow it.
+        """Skip and count the rows with problems, as far as the flags allow it.
 
         Raises:
-            DataError: any problem that no flag allows to leave out, all at once.
+            DataError: rows with problems that no flag allows to skip, all at once.
             UserError: no training row is left.
         """
         allowed = {
@@ -96,7 +96,7 @@ class LoadedData:
         if refused := [problem for problem in self.problems if not allowed[problem.kind]]:
             raise DataError(refused)
         for problem in self.problems[:SHOWN_PROBLEMS]:
-            logger.warning(f"left out: {problem}")
+            logger.warning(f"skipped: {problem}")
         by_file = {(side, account.file): account for side, accounts in self.account.items() for account in accounts}
         for problem in self.problems:
             if problem.side:
@@ -113,17 +113,17 @@ class LoadedData:
             setattr(self, side, on_disk(rows).select(keep))
         self.problems = []
         if not self.train:
-            raise UserError("every training row was left out; see the warnings above.\n" + self.summary())
+            raise UserError("every training row was skipped; see the warnings above.\n" + self.summary())
 
     def mix(self, encoded: "Dataset", arguments: DataArguments, seed: int) -> "Dataset":
-        """Take from the encoded training rows as many of each source as its weight says; all of them without weights.
+        """Take as many encoded training rows of each source as its weight requires; all of them without weights.
 
-        Call it after `settle`, so that the shares are those of the rows that are trained. A row counts once, whatever
-        the number of its samples. Rows that are not taken are counted as "not in the mixture".
+        Call it after `settle`, so that the shares are those of the rows that are trained on. A row counts once,
+        whatever the number of its samples. Rows that are not taken are counted as "not in the mixture".
 
         Args:
-            encoded: column `place`; the samples of a row stand together, rows in the order of `train`.
-            arguments: `mix_strategy`, and `max_train_samples` as the most rows that the mixture may have.
+            encoded: column `place`; the samples of a row are adjacent, rows in the order of `train`.
+            arguments: `mix_strategy`, and `max_train_samples` as the maximum number of rows of the mixture.
             seed: chooses the rows.
 
         Raises:
@@ -146,8 +146,8 @@ class LoadedData:
             if size == 0:
                 raise UserError(
                     f"--train_file_dir: a mixture of {sum(sizes)} rows has none of {source.place} (weight "
-                    f"{float(source.weight):.4g}, {count} usable rows). Give it another weight or more rows, or leave "
-                    "it out."
+                    f"{float(source.weight):.4g}, {count} usable rows). Give it another weight or more rows, or omit "
+                    "it."
                 )
         times = np.zeros(len(owners), dtype=np.int64)
         for number, size in enumerate(sizes):
@@ -155,7 +155,7 @@ class LoadedData:
         self._count_mixture(times, sizes)
         self.train = on_disk(self.train).select(times > 0)
         lengths = np.diff([*starts, len(encoded)])
-        # Each pass over the rows holds those that are to come once more.
+        # Each pass has the rows that occur at least once more.
         passes = [np.flatnonzero(times > number) for number in range(times.max())]
         rows = np.concatenate(passes)
         first_of_row = np.repeat(np.array(starts)[rows], lengths[rows])
@@ -165,7 +165,7 @@ class LoadedData:
     def _count_mixture(self, times: np.ndarray, sizes: list[int]) -> None:
         accounts = {account.file: account for account in self.account["train"]}
         at = 0
-        # Rows stand in the order of their files.
+        # Rows are in the order of their files.
         for source, size in zip(self.sources, sizes, strict=True):
             for path in source.files:
                 account = accounts[str(path)]
@@ -199,7 +199,7 @@ class LoadedData:
                 drawn, used = sum(part.mixture["drawn"] for part in parts), sum(part.used for part in parts)
                 lines.append(
                     f"{'mixture':<10} {drawn:>7} rows of {source.place}, {parts[0].mixture['share']:.2%} for a weight "
-                    f"of {float(source.weight):.2%}" + (f"; {used} different ones" if used < drawn else "")
+                    f"of {float(source.weight):.2%}" + (f"; {used} distinct ones" if used < drawn else "")
                 )
         return "\n".join(lines)
 
@@ -212,8 +212,8 @@ def load_data(
 ) -> LoadedData:
     """Read, convert and check the training and held-out rows.
 
-    Rows that cannot be used stand in `problems` of the result, so that a stage can add its own (too long, say);
-    `LoadedData.settle` then reports all of them at once, or leaves them out and counts them.
+    Rows that cannot be used are in `problems` of the result, to which a stage can add its own (rows that are too long);
+    `LoadedData.settle` then reports all of them at once, or skips and counts them.
 
     Args:
         arguments: the data flags.
@@ -287,13 +287,13 @@ def convert_files(
 
 def _split(data: LoadedData, percentage: float, seed: int) -> None:
     if not 0 < percentage < 100:
-        raise UserError(f"--validation_split_percentage {percentage} must lie between 0 and 100.")
+        raise UserError(f"--validation_split_percentage {percentage} must be between 0 and 100.")
     if len(data.train) < 2:
         if data.problems:
             logger.warning("nothing could be held out: --validation_split_percentage needs two usable rows")
             return
-        raise UserError("--validation_split_percentage: of a single row nothing can be held out. Leave it out.")
-    # Rows that occur twice stay on one side; groups of equal rows are numbered as they first occur.
+        raise UserError("--validation_split_percentage: nothing can be held out of a single row. Omit the flag.")
+    # Duplicate rows stay on one side; groups of equal rows are numbered by first occurrence.
     _, first, group = np.unique(_identities(data.train), return_index=True, return_inverse=True)
     numbers = np.empty(len(first), dtype=np.int64)
     numbers[np.argsort(first)] = np.arange(len(first))
@@ -329,18 +329,18 @@ def refuse_overlap(data: LoadedData, allowed: bool) -> None:
     if allowed:
         logger.warning(f"{message}\n  Evaluation will look better than it is (--allow_overlap True)")
         return
-    raise UserError(f"{message}\nRemove them from one side, or say --allow_overlap True.")
+    raise UserError(f"{message}\nRemove them from one side, or pass --allow_overlap True.")
 
 
 def _identities(rows: Sequence[dict[str, Any]]) -> np.ndarray:
-    """What tells rows apart, (rows,) of 16 bytes."""
+    """The identities of rows, (rows,) of 16 bytes."""
     return np.fromiter((identity(row) for row in rows), dtype="S16", count=len(rows))
 
 
 def identity(row: dict[str, Any]) -> bytes:
-    """What tells converted rows apart, 16 bytes: what they hold, white space apart.
+    """A hash of a converted row, 16 bytes, that ignores white space.
 
-    Of preferences and tasks it is only the prompt: one that is trained on is not held out, whatever its answers are.
+    Of preferences and tasks it covers only the prompt: a prompt that is trained on is not held out with other answers.
     """
     content = {key: value for key, value in row.items() if key not in ("place", "chosen", "rejected", "columns")}
     return hashlib.sha256(canonical(content).encode()).digest()[:16]

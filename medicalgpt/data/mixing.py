@@ -1,4 +1,4 @@
-"""Which rows of several sources make a mixture with the shares that were asked for."""
+"""Which rows of several sources make a mixture with the requested shares."""
 
 import math
 from collections.abc import Sequence
@@ -11,12 +11,12 @@ import numpy as np
 
 
 def parse_sources(text: str) -> list[tuple[str, Fraction | None]]:
-    """`data/a:0.7,data/b:0.3` as places and weights that add up to 1; `a,b` as places without weights.
+    """`data/a:0.7,data/b:0.3` as paths and weights that add up to 1; `a,b` as paths without weights.
 
-    What exists as it is written, with its commas or colons, is that path.
+    A text that is an existing path, with its commas or colons, is that path.
 
     Raises:
-        UserError: an empty part, a weight that is no positive number, or weights on some parts only.
+        UserError: an empty part, a weight that is not a positive number, or weights on some parts only.
     """
     if Path(text).exists():
         return [(text, None)]
@@ -26,9 +26,9 @@ def parse_sources(text: str) -> list[tuple[str, Fraction | None]]:
     sources = [_parse_source(part) for part in parts]
     weights = [weight for _, weight in sources if weight is not None]
     if weights and len(weights) < len(sources):
-        bare = ", ".join(place for place, weight in sources if weight is None)
+        unweighted = ", ".join(place for place, weight in sources if weight is None)
         raise UserError(
-            f"--train_file_dir {text} gives weights to some places, but not to {bare}. Give each one a weight "
+            f"--train_file_dir {text} gives weights to some paths, but not to {unweighted}. Give each one a weight "
             "(data/a:0.7,data/b:0.3), or none."
         )
     total = sum(weights)
@@ -40,13 +40,13 @@ def _parse_source(part: str) -> tuple[str, Fraction | None]:
     if Path(part).exists() or not colon:
         return part, None
     try:
-        # A fraction keeps 0.7 as it is written; with floats a share of 700 rows could become 699.
+        # A fraction is exactly 0.7; with floats a share of 700 rows could become 699.
         weight = Fraction(number) if math.isfinite(float(number)) else Fraction(0)
     except ValueError:
         weight = Fraction(0)
     if weight <= 0 or not place:
         raise UserError(
-            f"--train_file_dir: {part!r} is no file or folder, and read as a place with a weight it has the place "
+            f"--train_file_dir: {part!r} is not a file or folder, and as a path with a weight it has the path "
             f"{place!r} and the weight {number!r}, which must be a positive number. Write data/a:0.7."
         )
     return place, weight
@@ -57,13 +57,13 @@ def mixture_sizes(
 ) -> list[int]:
     """How many rows of each source the mixture has.
 
-    `under` gives the largest mixture in which no row stands twice, `over` the smallest in which every row stands. The
+    `under` gives the largest mixture without a repeated row, `over` the smallest that has every row. The
     sum is exact, and each size is less than one row away from its share.
 
     Args:
-        rows: how many there are.
+        rows: number of rows of each source.
         weights: positive, adding up to 1.
-        limit: no more rows than these.
+        limit: maximum number of rows.
     """
     wholes = [count / weight for count, weight in zip(rows, weights, strict=True)]
     total = math.floor(min(wholes)) if strategy == "under" else math.ceil(max(wholes))
@@ -78,7 +78,7 @@ def mixture_sizes(
 
 
 def draw(rows: int, size: int, seed: Sequence[int]) -> np.ndarray:
-    """How often each row is in the mixture, (rows,): all rows equally often, `size % rows` of them once more."""
+    """How often each row occurs in the mixture, (rows,): all equally often, `size % rows` of them once more."""
     times = np.full(rows, size // rows, dtype=np.int64)
     times[np.random.default_rng(seed).permutation(rows)[: size % rows]] += 1
     return times

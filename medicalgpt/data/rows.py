@@ -14,16 +14,16 @@ import numpy as np
 
 
 class Rows(Sequence):
-    """An unchangeable sequence of JSON objects in a temporary file; each costs 16 bytes of memory.
+    """An immutable sequence of JSON objects in a temporary file; each costs 16 bytes of memory.
 
-    The file lies in the system's temporary folder (`TMPDIR` chooses another), has no name there, and is gone with the
+    The file is in the system's temporary folder (`TMPDIR` chooses another), has no name there, and disappears with the
     last `Rows` that needs it. Processes forked from this one can read it.
 
     Args:
-        rows: dicts that JSON can hold; they come out as they went in.
+        rows: dicts that JSON can hold; they are read back unchanged.
 
     Raises:
-        UserError: the temporary folder has no room for them.
+        UserError: the temporary folder has no space for them.
     """
 
     def __init__(self, rows: Iterable[dict[str, Any]] = ()):
@@ -67,14 +67,14 @@ class Rows(Sequence):
                 self._file.flush()
         except OSError as error:
             raise UserError(
-                f"the rows could not be written to {tempfile.gettempdir()} ({error}). Make room there, or set TMPDIR "
+                f"the rows could not be written to {tempfile.gettempdir()} ({error}). Free some space, or set TMPDIR "
                 "to a folder on a larger disk."
             ) from error
         return written
 
     def _raw(self, index: int) -> bytes:
         start = int(self._starts[index])
-        # A read at a place of its own: forked processes share the file's position.
+        # pread, since forked processes share the position of the file.
         return os.pread(self._file.fileno(), int(self._ends[index]) - start, start)
 
 

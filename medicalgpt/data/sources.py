@@ -1,7 +1,6 @@
-"""Where rows come from: files, their encodings and lines, and hub data sets.
+"""Where rows come from: files and their lines, and datasets on the hub.
 
-Nothing is dropped or repaired in silence: a row is read, or it is a `Problem` with file, line, value, reason and
-remedy.
+Nothing is silently dropped or repaired: a row is read, or it is a `Problem` with file, line, value, reason and remedy.
 """
 
 import json
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 
 
 SUFFIXES = (".jsonl", ".json", ".txt", ".md")
-# Shards and splits are named so on the hub too: these prefixes mark rows that are never trained on.
+# Shards and splits on the hub have these names too: the prefixes mark rows that are never trained on.
 HELD_OUT_NAME = re.compile(r"^(validation|valid|val|dev|eval|test)([-_.]|$)", re.IGNORECASE)
 SHOWN_PROBLEMS = 20
 
@@ -34,7 +33,7 @@ class Place(NamedTuple):
     """Where a row is: the identity of a row, which messages show as `file:line`.
 
     Attributes:
-        file: as it was named, or the data set and split on the hub.
+        file: the path as given, or dataset and split on the hub.
         line: counted from 1.
         item: its number in the list of a .json file, where a line may hold many rows; 0 elsewhere.
     """
@@ -101,7 +100,7 @@ class RowError(ValueError):
 
 
 def listed(problems: Sequence[Problem]) -> str:
-    """The first problems, an indented line each, and how many more there are."""
+    """The first problems, one indented line each, and the number of the others."""
     lines = list(map(str, problems[:SHOWN_PROBLEMS]))
     if len(problems) > SHOWN_PROBLEMS:
         lines.append(f"… and {len(problems) - SHOWN_PROBLEMS} more")
@@ -115,8 +114,8 @@ class DataError(UserError):
         self.problems = problems
         super().__init__(
             f"{len(problems)} problem(s) in the data:\n{listed(problems)}\n"
-            "Nothing was trained. Mend the rows, or leave them out and have them counted: --skip_bad_rows True "
-            "(rows that are too long: --skip_long_rows True)."
+            "Nothing was trained. Fix the rows, or skip and count them: --skip_bad_rows True (rows that are too long: "
+            "--skip_long_rows True)."
         )
 
 
@@ -149,7 +148,7 @@ def find_files(place: str) -> list[Path]:
         and f.stem.lower() not in ("readme", "readme_zh", "license")
     )
     if not files:
-        raise UserError(f"{place} holds no data files; put {', '.join(SUFFIXES)} files there.")
+        raise UserError(f"{place} has no data files; put {', '.join(SUFFIXES)} files there.")
     return files
 
 
@@ -160,7 +159,7 @@ def read_rows(file: str | Path | TextFile, document_unit: str = "auto") -> Itera
     entire file.
 
     Args:
-        file: .jsonl (a row a line), .json (a list of rows, or one row), .txt or .md.
+        file: .jsonl (one row per line), .json (a list of rows, or one row), .txt or .md.
         document_unit: what one document is in .txt and .md: `line`, `paragraph` (blank lines between), `file`, or
             `auto`: line for .txt, file for .md.
     """
@@ -182,18 +181,18 @@ def _parse_json(place: Place, line: str) -> SourceRow | Problem:
     except json.JSONDecodeError as error:
         column = error.colno
         snippet = line[max(0, column - 20) : column + 20]
-        return Problem(place, f"broken JSON at column {column}: {error.msg}", "Mend the line.", snippet)
+        return Problem(place, f"broken JSON at column {column}: {error.msg}", "Fix the line.", snippet)
 
 
 def _whole_characters(row: SourceRow, raw: str) -> SourceRow | Problem:
-    """The row, unless it holds a lone surrogate, half a character: JSON can spell it, no tokenizer can read it."""
+    """The row, unless it has a lone surrogate, half a character: valid in JSON, but no tokenizer can read it."""
     if "\\ud" not in raw.lower():
         return row
     try:
         json.dumps(row.value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         half = f"\\u{ord(error.object[error.start]):x}"
-        return Problem(row.place, f"half a character, {half}, without its other half", "Mend the text.")
+        return Problem(row.place, f"half a character, {half}, without its other half", "Fix the text.")
     return row
 
 
@@ -205,7 +204,7 @@ def _read_json(path: str, text: str) -> Iterator[SourceRow | Problem]:
         if not text[position : position + 1] == "[":
             value, end = decoder.raw_decode(text, position)
             if _skip_space(text, end) != len(text):
-                raise json.JSONDecodeError("more text after the value; a row a line is .jsonl", text, end)
+                raise json.JSONDecodeError("more text after the value; one row per line is .jsonl", text, end)
             place = Place(path, text.count("\n", 0, position) + 1)
             yield _whole_characters(SourceRow(place, value), text)
             return
@@ -228,7 +227,7 @@ def _read_json(path: str, text: str) -> Iterator[SourceRow | Problem]:
         yield Problem(
             Place(path, error.lineno),
             f"broken JSON at column {error.colno}: {error.msg}",
-            "Mend the file; rows after this place were not read.",
+            "Fix the file; rows after this place were not read.",
             shorten(text[max(0, error.pos - 20) : error.pos + 20]),
             kind="unreadable",
         )
@@ -265,7 +264,7 @@ def _read_text(file: TextFile, unit: str) -> Iterator[SourceRow]:
 
 @dataclass
 class Source:
-    """One place of `--train_file_dir`; with weights, `limit` is its part of `--max_train_samples`."""
+    """One path of `--train_file_dir`; with weights, `limit` is its part of `--max_train_samples`."""
 
     place: str
     files: list[Path]
@@ -281,44 +280,44 @@ def column_values(dataset: "Dataset", name: str) -> Iterator[Any]:
 def choose_files(arguments: DataArguments) -> tuple[list[Source], list[Path]]:
     """The sources of training rows, and the held-out files."""
     if bool(arguments.train_file_dir) == bool(arguments.dataset_name):
-        raise UserError("name the data with exactly one of --train_file_dir and --dataset_name.")
+        raise UserError("give the data with exactly one of --train_file_dir and --dataset_name.")
     if not arguments.train_file_dir:
         held_out = find_files(arguments.validation_file_dir) if arguments.validation_file_dir else []
         return [], held_out
     sources: list[Source] = []
-    beside: list[Path] = []
+    held_out_by_name: list[Path] = []
     reached: dict[Path, str] = {}
     for place, weight in parse_sources(arguments.train_file_dir):
         found = find_files(place)
         for path in found:
             if other := reached.get(path.resolve()):
                 raise UserError(
-                    f"--train_file_dir reaches {path} twice, by {other} and by {place}. Name places that do not hold "
-                    "each other."
+                    f"--train_file_dir contains {path} twice, in {other} and in {place}. Give paths that do not "
+                    "contain each other."
                 )
         reached |= {path.resolve(): place for path in found}
         held_out = [] if Path(place).is_file() else [path for path in found if HELD_OUT_NAME.match(path.name)]
         train = [path for path in found if path not in held_out]
         if not train:
-            raise UserError(f"{place} holds only held-out files ({', '.join(map(str, held_out))}).")
+            raise UserError(f"{place} has only held-out files ({', '.join(map(str, held_out))}).")
         limit = arguments.max_train_samples
         if weight is not None and limit is not None:
             limit = math.ceil(limit * weight)
         sources.append(Source(place, train, weight, limit))
-        beside += held_out
+        held_out_by_name += held_out
     if sources[0].weight is None and "mix_strategy" in getattr(arguments, "given", ()):
         raise UserError(
             f"--mix_strategy {arguments.mix_strategy} has no effect without weights. Give them (--train_file_dir "
-            "data/a:0.7,data/b:0.3), or leave the flag out."
+            "data/a:0.7,data/b:0.3), or omit the flag."
         )
-    if beside:
-        logger.info(f"held out by their names, never trained on: {', '.join(map(str, beside))}")
+    if held_out_by_name:
+        logger.info(f"held out by their names, never trained on: {', '.join(map(str, held_out_by_name))}")
     if not arguments.validation_file_dir:
-        return sources, beside
+        return sources, held_out_by_name
     validation = find_files(arguments.validation_file_dir)
     trained = {path.resolve() for source in sources for path in source.files}
     by_name = [path for path in validation if HELD_OUT_NAME.match(path.name)]
-    # One folder for both: the names tell the sides apart.
+    # One folder for both: the names distinguish the sides.
     shared = any(path.resolve() in trained for path in validation)
     return sources, by_name if shared and by_name else validation
 
@@ -332,14 +331,14 @@ class InputFile(NamedTuple):
 
 
 def open_files(paths: list[Path], document_unit: str) -> Iterator[InputFile]:
-    """Files one after another: none is opened before the rows of the one before it were taken."""
+    """Files one after another; each is opened after the rows of the previous one have been read."""
     for path in paths:
         file = open_text(path)
         yield InputFile(str(path), file.sha256, read_rows(file, document_unit))
 
 
 def open_hub(arguments: DataArguments, with_validation: bool) -> Iterator[tuple[str, list[InputFile], int | None]]:
-    """Side, rows and limit of the splits of a data set on the hub."""
+    """Side, rows and limit of the splits of a dataset on the hub."""
     import datasets
 
     name = arguments.dataset_name
@@ -347,13 +346,13 @@ def open_hub(arguments: DataArguments, with_validation: bool) -> Iterator[tuple[
         splits = datasets.load_dataset(name, arguments.dataset_config_name)
     except Exception as error:
         raise UserError(
-            f"the data set {name} could not be loaded from the hub ({type(error).__name__}: "
+            f"the dataset {name} could not be loaded from the hub ({type(error).__name__}: "
             f"{shorten(str(error), 160)}). Check the name and the network, set HF_ENDPOINT to a mirror, or use files "
             "with --train_file_dir."
         ) from error
     held_out = next((split for split in ("validation", "test") if split in splits), None)
     if "train" not in splits:
-        raise UserError(f"the data set {name} has no split `train`; it has {', '.join(splits)}.")
+        raise UserError(f"the dataset {name} has no split `train`; it has {', '.join(splits)}.")
     for side, split, limit in (
         ("train", "train", arguments.max_train_samples),
         ("validation", held_out if with_validation else None, arguments.max_eval_samples),
@@ -365,10 +364,10 @@ def open_hub(arguments: DataArguments, with_validation: bool) -> Iterator[tuple[
 
 def _hub_rows(name: str, split: "Dataset") -> Iterator[SourceRow]:
     for number, value in enumerate(split, start=1):
-        # Columns that a row of mixed formats lacks come as None.
+        # Columns that a row of mixed formats does not have are None.
         yield SourceRow(Place(name, number), {key: item for key, item in value.items() if item is not None})
 
 
 def ignored_fields(names: str | None) -> frozenset[str]:
-    """The fields that `--ignore_fields` names, with commas between them: rows may have them, and they are not used."""
+    """The fields in `--ignore_fields`, separated by commas: rows may have them, and they are not used."""
     return frozenset(filter(None, (names or "").replace(" ", "").split(",")))

@@ -1,8 +1,8 @@
-"""Train on corpora larger than memory: rows are read, tokenized and packed while the model trains.
+"""Train on corpora larger than memory: rows are read, tokenized and packed during training.
 
 Before the first step one pass over the files checks the format of every row, in memory that does not grow with them.
-The order of an epoch follows from seed and epoch alone, and each batch carries its `Position` in that order, so that a
-run that was stopped goes on with the very next sample.
+The order of an epoch follows from seed and epoch alone, and each batch carries its `Position` in that order, so that an
+interrupted run resumes with the very next sample.
 """
 
 import itertools
@@ -43,10 +43,10 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 # Rows drawn from the whole corpus to be shown and measured before training.
 DRAWN_ROWS = 100
-# Beyond this number of problems nobody reads on, and memory has to stay flat.
-MOST_PROBLEMS = 1_000
-# Blocks that are filled together: the more, the fuller they are, and the longer the first one takes.
-PACKED_TOGETHER = 64
+# Nobody reads more problems than this, and memory use has to stay flat.
+MAX_PROBLEMS = 1_000
+# Blocks that are packed together: the more, the fuller they are, and the longer the first one takes.
+BLOCKS_PER_WINDOW = 64
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class StreamedFile:
         text: the file with its encoding, without its bytes.
         rows: its first usable rows, as many as are used.
         chosen: of these, the rows that the last pass of an epoch reads.
-        bad: numbers of the rows, counted from 0, that are left out.
-        size, modified: by which a change is seen.
+        bad: numbers of the rows, from 0, that are skipped.
+        size, modified: to detect a change of the file.
     """
 
     text: TextFile
@@ -79,12 +79,12 @@ class StreamedFile:
             UserError: the file is no longer the one that was checked.
         """
         if (self.size, self.modified) != _size_and_time(self.path):
-            raise UserError(f"{self.path} was changed while it was trained on. Start anew with files that stay.")
+            raise UserError(f"{self.path} was changed during training. Start again with files that do not change.")
         usable = (row for number, row in enumerate(read_rows(self.text, document_unit)) if number not in self.bad)
         return itertools.islice(usable, self.rows)
 
     def read_chosen(self, document_unit: str, seed: int) -> Iterator[SourceRow]:
-        """Rows drawn without putting back, each subset of that size with the same chance, in the file's order."""
+        """Rows drawn without replacement, each subset of that size equally likely, in the order of the file."""
         draw, wanted = random.Random(f"{seed} {self.path}"), self.chosen
         for number, row in enumerate(self.read(document_unit) if wanted else ()):
             if draw.random() * (self.rows - number) < wanted:
@@ -94,7 +94,7 @@ class StreamedFile:
 
 @dataclass(frozen=True)
 class StreamedSource:
-    """Files that are read as one, `copies` times in whole and once the chosen rows of each."""
+    """Files that are read as one: `copies` times in full, then once the chosen rows of each."""
 
     files: list[StreamedFile]
     copies: int = 1
@@ -105,7 +105,7 @@ class StreamedSource:
         return sum(file.rows * self.copies + file.chosen for file in self.files)
 
     def read(self, document_unit: str, seed: int, draw: random.Random) -> Iterator[SourceRow]:
-        """The rows of one epoch, the order of the files drawn anew for each pass."""
+        """The rows of one epoch; each pass has its own order of the files."""
         for turn in range(self.copies + 1):
             for file in draw.sample(self.files, len(self.files)):
                 yield from file.read(document_unit) if turn < self.copies else file.read_chosen(document_unit, seed)
@@ -118,12 +118,12 @@ def _size_and_time(path: Path) -> tuple[int, int]:
 
 @dataclass
 class StreamedData(LoadedData):
-    """What the first pass found: `train` holds a few rows drawn from all of them, `validation` every held-out row.
+    """The result of the first pass: `train` has a sample of all rows, `validation` every held-out row.
 
     Attributes:
         arguments, convert, document_unit, seed: as given to `check_data`.
         streams: what an epoch reads.
-        seconds: how long the pass took.
+        seconds: duration of the pass.
     """
 
     arguments: DataArguments | None = None
@@ -139,7 +139,7 @@ class StreamedData(LoadedData):
         return sum(stream.rows for stream in self.streams)
 
     def settle(self, arguments: DataArguments) -> None:
-        """As `LoadedData.settle`; rows that training itself will leave out and count are not counted here."""
+        """As `LoadedData.settle`; rows that training itself will skip and count are not counted here."""
         drawn = {place_of(row) for row in self.train} - {place_of(row) for row in self.validation}
         allowed = {"too long": arguments.skip_long_rows, "unusable": arguments.skip_bad_rows}
         self.problems = [
@@ -152,7 +152,7 @@ class StreamedData(LoadedData):
         self.train = drawn_rows
 
     def mix(self, encoded: Dataset, arguments: DataArguments, seed: int) -> Dataset:
-        """The drawn rows as they are: weights become numbers of rows in the first pass."""
+        """The drawn rows unchanged: weights became numbers of rows in the first pass."""
         return encoded
 
 
@@ -169,7 +169,7 @@ def check_data(
 
     Raises:
         UserError: no data named, nothing found, or held-out rows that occur among the training rows.
-        DataError: more problems than anybody reads.
+        DataError: more than `MAX_PROBLEMS` problems.
     """
     began = time.time()
     sources, validation_files = choose_files(arguments)
@@ -196,7 +196,7 @@ def check_data(
     draw = random.Random(seed)
     with heartbeat(lambda: f"checking the training rows: {sum(account.rows for account in accounts):,} so far"):
         for number, row in enumerate(_checked_rows(data)):
-            # Each row so far is among the drawn ones with the same chance (reservoir sampling).
+            # Each row so far is equally likely to be among the drawn ones (reservoir sampling).
             if number < DRAWN_ROWS:
                 drawn.append(row)
             elif (at := draw.randrange(number + 1)) < DRAWN_ROWS:
@@ -216,7 +216,7 @@ def check_data(
 
 
 def _checked_rows(data: StreamedData) -> Iterator[dict[str, Any]]:
-    """Yield the training rows that can be used, converted; what an epoch will read joins `data.streams`."""
+    """Yield the usable training rows, converted; add what an epoch will read to `data.streams`."""
     ignore, limit = ignored_fields(data.arguments.ignore_fields), data.arguments.max_train_samples
     for source in data.sources:
         if source.weight is not None:
@@ -225,7 +225,7 @@ def _checked_rows(data: StreamedData) -> Iterator[dict[str, Any]]:
         for path in source.files:
             size, modified = _size_and_time(path)
             text = open_text(path)
-            rows = _Watched(read_rows(text, data.document_unit), data)
+            rows = _NumberedRows(read_rows(text, data.document_unit), data)
             usable, before, bad = 0, -1, set()
             file = InputFile(str(path), text.sha256, rows)
             for row in convert_files(data, "train", [file], data.convert, ignore, limit):
@@ -241,8 +241,8 @@ def _checked_rows(data: StreamedData) -> Iterator[dict[str, Any]]:
         data.streams.append(stream)
 
 
-class _Watched:
-    """The rows of a file on their way to the converter: the number of the last one, from 0, and a limit on problems."""
+class _NumberedRows:
+    """The rows of a file, with the number of the last one, from 0; problems are counted after each row."""
 
     def __init__(self, rows: Iterator[SourceRow | Problem], data: StreamedData):
         self.rows, self.data, self.number = rows, data, -1
@@ -255,22 +255,22 @@ class _Watched:
 
 
 def _count_problems(data: StreamedData) -> None:
-    """Count and show rows that may be left out, so that memory does not grow with them."""
+    """Count and show rows that may be skipped, so that memory does not grow with them."""
     if data.problems and data.arguments.skip_bad_rows:
         accounts = data.account["train"]
         left_out = [problem for problem in data.problems if problem.kind == "unusable"]
         data.problems = [problem for problem in data.problems if problem.kind != "unusable"]
         shown = sum(account.left_out["unusable"] for account in accounts)
         for problem in left_out[: max(0, SHOWN_PROBLEMS - shown)]:
-            logger.warning(f"left out: {problem}")
+            logger.warning(f"skipped: {problem}")
         accounts[-1].left_out += Counter(unusable=len(left_out))
-    if len(data.problems) >= MOST_PROBLEMS:
-        logger.warning(f"reading stopped after {MOST_PROBLEMS:,} problems")
+    if len(data.problems) >= MAX_PROBLEMS:
+        logger.warning(f"reading stopped after {MAX_PROBLEMS:,} problems")
         raise DataError(data.problems)
 
 
 def _mix(data: StreamedData) -> None:
-    """Give each file its number of rows, so that the sources have the shares that were asked for."""
+    """Give each file its number of rows, so that the sources have the requested shares."""
     weights = [source.weight for source in data.sources]
     counts = [stream.rows for stream in data.streams]
     sizes = mixture_sizes(counts, weights, data.arguments.mix_strategy, data.arguments.max_train_samples)
@@ -279,8 +279,8 @@ def _mix(data: StreamedData) -> None:
         if size == 0:
             raise UserError(
                 f"--train_file_dir: a mixture of {sum(sizes)} rows has none of {source.place} (weight "
-                f"{float(source.weight):.4g}, {count} usable rows). Give it another weight or more rows, or leave it "
-                "out."
+                f"{float(source.weight):.4g}, {count} usable rows). Give it another weight or more rows, or omit "
+                "it."
             )
         copies, chosen = divmod(size, count)
         files = data.streams[number].files
@@ -303,18 +303,18 @@ def _mix(data: StreamedData) -> None:
 
 @dataclass(frozen=True)
 class Position:
-    """Where a reader stands after a sample, and what it has met so far.
+    """Where a reader is after a sample, and what it has read so far.
 
     Rows are tokenized in windows: a row alone, or as many as fill some blocks when they are packed.
 
     Attributes:
         epoch: from 0.
-        row: rows of this epoch drawn before the present window, those of other readers included.
-        done: samples of the present window that came out already.
-        passed: epochs so far as a fraction.
-        rows: own rows of all finished windows; rows = used + sum(left_out.values()).
-        samples: own samples so far.
-        left_out: own rows left out in all finished windows, by reason.
+        row: rows of this epoch drawn before the current window, including those of other readers.
+        done: samples of the current window that were already yielded.
+        passed: epochs so far, with the fraction of the current one.
+        rows: rows of this reader in all finished windows; rows = used + sum(left_out.values()).
+        samples: samples of this reader so far.
+        left_out: rows of this reader skipped in all finished windows, by reason.
     """
 
     epoch: int = 0
@@ -327,22 +327,21 @@ class Position:
 
 
 class StreamedSamples(IterableDataset):
-    """Endless samples, epoch after epoch; each process and each of its loader workers reads rows of its own.
+    """Infinite samples, epoch after epoch; each process and each of its loader workers reads its own rows.
 
-    A file's rows stay together as far as the buffer does not mix them, so the order of the files changes in each
-    epoch too. Packed blocks hold whole sequences only, as those of `batching.pack`.
+    Rows of a file stay together except for what the buffer shuffles, so the order of the files changes in each epoch
+    too. Packed blocks have complete sequences only, as those of `batching.pack`.
 
     Args:
         data: result of `check_data`.
         encode: takes a converted row, returns samples, raises `EncodingError`.
-        drawn: the encoded rows of `data.train`, from which the whole is estimated.
+        drawn: the encoded rows of `data.train`, from which totals are estimated.
         block_size: tokens of a packed block; None gives sequences as they are.
         process, processes: which of how many this is.
 
     Yields:
-        `input_ids`, `labels`, `position`, and `seq_lengths` where sequences are packed. A row that must not be left
-        out ends the stream with `failure`, the message, since an exception would lose its type on the way out of a
-        worker.
+        `input_ids`, `labels`, `position`, and `seq_lengths` where sequences are packed. A row that must not be
+        skipped ends the stream with `failure`, the message, since an exception of a worker would lose its type.
     """
 
     def __init__(
@@ -369,7 +368,7 @@ class StreamedSamples(IterableDataset):
         self.next_worker = 0
 
     def estimate(self) -> tuple[int, int, int]:
-        """Samples, tokens and supervised tokens of an epoch, reckoned from the rows drawn beforehand."""
+        """Samples, tokens and supervised tokens of an epoch, estimated from the drawn rows."""
         scale = self.rows / self.drawn_rows
         tokens = sum(map(len, self.drawn["input_ids"])) * scale
         supervised = sum(label != IGNORED for labels in self.drawn["labels"] for label in labels) * scale
@@ -377,7 +376,7 @@ class StreamedSamples(IterableDataset):
         return max(1, round(samples)), round(tokens), round(supervised)
 
     def fingerprint(self, workers: int) -> dict[str, Any]:
-        """All from which the order follows, beside the files."""
+        """Everything that determines the order, apart from the files."""
         return {
             "seed": self.seed,
             "shuffle_buffer": self.buffer_size,
@@ -389,7 +388,7 @@ class StreamedSamples(IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
         workers = info.num_workers if info else 1
-        # The loader asks its workers in turn and begins with the first: that one takes the turn that is due.
+        # The loader asks its workers in turn, from the first: that one takes over the turn that is due.
         worker = ((info.id if info else 0) + self.next_worker) % workers
         position = self.start[worker] if self.start else Position()
         try:
@@ -422,15 +421,15 @@ class StreamedSamples(IterableDataset):
                 at = replace(after, samples=at.samples, passed=at.passed)
             if from_start and at.samples == before:
                 raise UserError(
-                    f"a whole epoch gave no sample: {dict(at.left_out)} of {at.rows} rows were left out. "
-                    "Raise the length, or mend the rows."
+                    f"an entire epoch gave no sample: {dict(at.left_out)} of {at.rows} rows were skipped. "
+                    "Raise the length, or fix the rows."
                 )
             at = replace(at, epoch=at.epoch + 1, row=0, done=0)
 
     def _windows(self, epoch: int, first: int, reader: int, readers: int) -> Iterator["_Window"]:
         """Rows `first` and later of an epoch, those of this reader, tokenized together."""
         window = _Window(first)
-        tokens, most = 0, PACKED_TOGETHER * (self.block_size or 0)
+        tokens, most = 0, BLOCKS_PER_WINDOW * (self.block_size or 0)
         for number, row in enumerate(self._order(epoch)):
             if number < first or number % readers != reader:
                 continue
@@ -450,12 +449,12 @@ class StreamedSamples(IterableDataset):
             window.samples = [asdict(sample) for sample in window.samples]
             return window
         window.samples = fill_blocks(window.samples, self.block_size)
-        # Filling goes by length; blocks of short sequences must not always come last.
+        # Sequences are packed by length; blocks of short ones must not always come last.
         random.Random(f"{self.seed} {epoch} {window.start}").shuffle(window.samples)
         return window
 
     def _order(self, epoch: int) -> Iterator[SourceRow]:
-        """All rows of an epoch, shuffled by a buffer from which a random row makes room for the next one."""
+        """All rows of an epoch, shuffled by a buffer in which the next row replaces a random one."""
         draw = random.Random(f"{self.seed} {epoch}")
         buffer: list[SourceRow] = []
         for row in self._rows(draw):
@@ -469,7 +468,7 @@ class StreamedSamples(IterableDataset):
         yield from buffer
 
     def _rows(self, draw: random.Random) -> Iterator[SourceRow]:
-        """The rows of all sources, each source as likely to give the next one as it has rows left."""
+        """The rows of all sources, each source with a probability proportional to its remaining rows."""
         left = [stream.rows for stream in self.data.streams]
         rows = [stream.read(self.data.document_unit, self.seed, draw) for stream in self.data.streams]
         while any(left):
@@ -485,19 +484,19 @@ class StreamedSamples(IterableDataset):
             problem = Problem(row.place, error.reason, error.remedy + ".", kind=kind)
         if kind == "unusable" and not self.data.arguments.skip_bad_rows:
             raise UserError(
-                f"{problem}\nTraining has ended here. Go on from the last checkpoint without such rows: "
+                f"{problem}\nTraining stopped here. Resume from the last checkpoint without such rows: "
                 "--skip_bad_rows True --resume_from_checkpoint True."
             )
         left_out[kind] += 1
         if warn and self.shown < SHOWN_PROBLEMS:
             self.shown += 1
-            logger.warning(f"left out: {problem}")
+            logger.warning(f"skipped: {problem}")
         return []
 
 
 @dataclass
 class _Window:
-    """Rows that are tokenized together: row numbers from `start` to before `end`, of which `rows` are one's own."""
+    """Rows that are tokenized together: row numbers from `start` to before `end`, of which `rows` are this reader's."""
 
     start: int
     end: int = 0
@@ -507,7 +506,7 @@ class _Window:
 
 
 def fill_blocks(samples: Sequence[Sample], block_size: int) -> list[dict[str, list[int]]]:
-    """Put whole sequences together, the longest first, each into the fullest block that has room (best fit).
+    """Pack complete sequences, the longest first, each into the fullest block with enough space (best fit).
 
     Args:
         samples: none longer than `block_size`.

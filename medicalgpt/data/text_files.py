@@ -1,4 +1,4 @@
-"""Text files: one look at the bytes gives hash, encoding and, of a small file, the lines as well."""
+"""Text files: one pass over the bytes gives hash and encoding, and the lines too if the file is small."""
 
 import codecs
 import hashlib
@@ -11,19 +11,19 @@ from medicalgpt.errors import UserError
 
 from loguru import logger
 
-# A file up to this size is held while its rows are read, so that it is read from disk once.
+# A file up to this size is kept in memory while its rows are read, so that it is read from disk once.
 MAX_HELD_BYTES = 16 * 1024 * 1024
 BLOCK_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True)
 class TextFile:
-    """A file of text, and what reading its bytes has shown.
+    """A text file with its hash and its encoding.
 
     Attributes:
         sha256: of its bytes, as hex.
         encoding: `utf-8-sig` or `gb18030`.
-        content: the bytes of a file of at most `MAX_HELD_BYTES`; a larger one is read again for its lines.
+        content: the bytes of a file of at most `MAX_HELD_BYTES`; a larger file is read again for its lines.
     """
 
     path: Path
@@ -37,7 +37,7 @@ class TextFile:
         return content.decode(self.encoding)
 
     def lines(self) -> Iterator[tuple[int, str]]:
-        """Numbers and texts of the lines that hold more than white space, without their ends; a line at a time."""
+        """Numbers and texts of the lines that are not blank, without line ends; one line at a time."""
         binary = self.path.open("rb") if self.content is None else io.BytesIO(self.content)
         # Only a line feed ends a line: U+2028 and the like are allowed inside a string of JSON.
         with io.TextIOWrapper(binary, encoding=self.encoding, newline="\n") as file:
@@ -83,7 +83,7 @@ def _accepts(decoder: codecs.IncrementalDecoder, block: bytes, final: bool = Fal
 
 
 def _first_line_not_utf8(path: Path) -> int:
-    # The byte of a line's end is never a part of another character.
+    # The byte of a line feed is never part of another character.
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not _accepts(codecs.getincrementaldecoder("utf-8")(), line, final=True):

@@ -1,4 +1,4 @@
-"""Encode many rows: in several processes, through the token cache, with a balance of what was left out."""
+"""Encode many rows: in several processes, and through the token cache."""
 
 import json
 import os
@@ -39,16 +39,16 @@ def encode_rows(
 ) -> Dataset:
     """Encode all rows of one side; rows that fail join `data.problems`.
 
-    The result lies on disk and is kept for runs with the same rows, tokenizer, arguments and code (see cache.py). Of
-    the processes that torchrun starts on a machine one encodes, the others wait.
+    The result is on disk and is kept for runs with the same rows, tokenizer, arguments and code (see cache.py). Of the
+    processes that torchrun starts on a machine, one encodes and the others wait.
 
     Args:
-        data: converted rows; `LoadedData.settle` says what becomes of those that cannot be encoded.
+        data: converted rows; `LoadedData.settle` decides about those that cannot be encoded.
         side: `train` or `validation`.
         encode: takes a row, returns samples, raises `EncodingError`. The result is kept only if this is
             `functools.partial(function, tokenizer, name=value, ...)`.
-        num_proc: processes; by default as many as there are cores, and thousands of rows.
-        overwrite_cache: encode again, whatever was kept.
+        num_proc: number of processes; by default one per 1,000 rows, at most one per core.
+        overwrite_cache: encode again, ignoring the cache.
         sample: what `encode` returns, `Sample`, `Pair` or `Prompt`.
 
     Returns:
@@ -60,13 +60,13 @@ def encode_rows(
     rows = on_disk(getattr(data, side))
     if num_proc is not None and num_proc < 1:
         raise UserError(f"--preprocessing_num_workers {num_proc} must be at least 1.")
-    workers = num_proc or max(1, min(len(os.sched_getaffinity(0)), len(rows) // ROWS_WORTH_A_PROCESS))
+    workers = num_proc or max(1, min(len(os.sched_getaffinity(0)), len(rows) // MIN_ROWS_PER_PROCESS))
     key = None
     if isinstance(encode, partial):
         try:
             key = token_key(rows, encode)
         except Unknown as reason:
-            logger.info(f"tokens are not kept for the next run: {reason}")
+            logger.info(f"tokens are not cached: {reason}")
 
     def read(folder: Path) -> Dataset:
         with (folder / "problems.jsonl").open(encoding="utf-8") as file:
@@ -84,7 +84,7 @@ def encode_sides(
     seed: int,
     sample: type = Sample,
 ) -> tuple[Dataset, Dataset | None]:
-    """Encode the training and the held-out rows, settle what becomes of rows that fail, and mix the sources.
+    """Encode the training and the held-out rows, skip rows that fail as far as the flags allow it, and mix the sources.
 
     Args:
         arguments: the data flags.
@@ -92,7 +92,7 @@ def encode_sides(
         encode, sample: see `encode_rows`.
 
     Returns:
-        What is trained on, and what is held out; None where no row is.
+        The training and the held-out samples; None where no row is held out.
 
     Raises:
         UserError: see `encode_rows`, `LoadedData.settle` and `LoadedData.mix`.
@@ -104,7 +104,7 @@ def encode_sides(
     return data.mix(train, arguments, seed), validation
 
 
-ROWS_WORTH_A_PROCESS = 1000
+MIN_ROWS_PER_PROCESS = 1000
 ROWS_AT_A_TIME = 200
 BYTES_AT_A_TIME = 16 * 1024 * 1024
 
@@ -133,13 +133,13 @@ def _write_encoded(rows: Rows, encode: Callable, workers: int, side: str, sample
             # Forked processes have rows and tokenizer already, without a copy.
             pool = ProcessPoolExecutor(workers, get_context("fork"), _start_worker, (rows, encode, schema))
             stack.callback(pool.shutdown, cancel_futures=True)
-            stack.enter_context(_killed_workers_named())
+            stack.enter_context(_report_killed_workers())
             parts = pool.map(_encode_part_in_worker, starts)
         waiting: list[pa.RecordBatch] = []
         for batch, found in parts:
             problems.write("".join(json.dumps(asdict(problem), ensure_ascii=False) + "\n" for problem in found))
             waiting.append(pa.ipc.read_record_batch(pa.py_buffer(batch), schema))
-            # Few large pieces: each one costs memory when the file is opened.
+            # A few large pieces: each one costs memory when the file is opened.
             if sum(part.nbytes for part in waiting) >= BYTES_AT_A_TIME:
                 samples.write(pa.concat_batches(waiting))
                 waiting = []
@@ -150,12 +150,12 @@ def _write_encoded(rows: Rows, encode: Callable, workers: int, side: str, sample
 
 
 @contextmanager
-def _killed_workers_named() -> Iterator[None]:
+def _report_killed_workers() -> Iterator[None]:
     try:
         yield
     except BrokenProcessPool as error:
         raise UserError(
-            "a process that tokenizes was killed, maybe for want of memory. Take fewer of them: "
+            "a tokenizing process was killed, possibly because memory ran out. Use fewer of them: "
             "--preprocessing_num_workers 1."
         ) from error
 
@@ -184,13 +184,13 @@ _work: tuple[Rows, Callable, pa.Schema] | None = None
 def _start_worker(rows: Rows, encode: Callable, schema: pa.Schema) -> None:
     global _work
     _work = rows, encode, schema
-    # Ctrl-C goes to all; the first process ends the others. Threads of a tokenizer do not survive a fork.
+    # Ctrl-C reaches all processes; the first one ends the others. Threads of a tokenizer do not survive a fork.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _leave_with_parent() -> None:
+def _exit_with_parent() -> None:
     parent_process().join()
     os._exit(1)
 

@@ -160,8 +160,8 @@ def require_shiftable(config: PreTrainedConfig) -> None:
         )
     if getattr(config, "sliding_window", None):
         raise UserError(
-            f"--shift_attn does not work with the sliding window of {config.sliding_window} tokens that this model "
-            "has. Leave it out."
+            f"--shift_attn does not work with the sliding window of {config.sliding_window} tokens of this model. "
+            "Leave it out."
         )
 
 

@@ -1,8 +1,7 @@
-"""Text out of PDF, DOCX, HTML, Markdown and plain text files, with the page or the headings that it stands under.
+"""Text from PDF, DOCX, HTML, Markdown and plain text files, with its page or headings.
 
-A document may come from anyone, and may be made to hurt whoever opens it. So it is parsed in a child process with
-limits on memory, time and output; what goes wrong there ends as a message, and the caller lives on. Nothing that a
-document refers to is fetched.
+A document may come from anyone and may be malicious. So it is parsed in a child process with limits on memory, time and
+output; a failure there becomes a message, and the caller survives. Nothing that a document refers to is fetched.
 """
 
 import io
@@ -25,9 +24,9 @@ from medicalgpt.errors import UserError
 
 SUFFIXES = (".pdf", ".docx", ".html", ".htm", ".md", ".markdown", ".txt")
 MEGABYTE = 1 << 20
-# Pages of a few MB have some ten thousand; the parser needs about a kilobyte for each.
+# Pages of a few MB have about ten thousand; the parser needs about a kilobyte for each.
 MAX_TAGS = 200_000
-# Text of office documents is packed to between a half and a twentieth.
+# Office documents compress to between a half and a twentieth.
 MAX_ZIP_RATIO = 100
 MAX_ZIP_PARTS = 10_000
 BLOCKS = frozenset(
@@ -36,14 +35,14 @@ BLOCKS = frozenset(
     "tfoot th thead tr ul".split()
 )
 HIDDEN_STYLE = re.compile(r"display\s*:\s*none|visibility\s*:\s*hidden", re.IGNORECASE)
-# A new line begins with these, also in the middle of a paragraph.
+# These begin a new line, even within a paragraph.
 MARKDOWN_LINE = re.compile(r"\s*([-*+>|]|\d+[.)])(\s|\S*\|)")
 NOT_TEXT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What reading one document may cost.
+    """Limits on reading one document.
 
     Attributes:
         input_bytes: size of the file.
@@ -67,8 +66,8 @@ class Unit:
     """A paragraph, or a table with a line for each row and ` | ` between its cells.
 
     Attributes:
-        headings: from the outermost to the nearest one; of a PDF, which has no marked headings, empty.
-        page: of a PDF, counted from 1.
+        headings: from the outermost to the nearest; empty for a PDF, which has no marked headings.
+        page: of a PDF, from 1.
     """
 
     text: str
@@ -78,10 +77,10 @@ class Unit:
 
 @dataclass(frozen=True)
 class Document:
-    """What was read.
+    """The text of a document.
 
     Attributes:
-        notices: what of the file is not among the units, a sentence each.
+        notices: what was not read, a sentence each.
     """
 
     units: tuple[Unit, ...]
@@ -89,11 +88,11 @@ class Document:
 
 
 class DocumentError(UserError):
-    """A document that cannot be read; the text names the file, the reason and the remedy."""
+    """A document that cannot be read; the message names the file, the reason and the remedy."""
 
 
 class Refused(Exception):
-    """In the child process: why this document cannot be read, and what to do."""
+    """In the child process: why this document cannot be read, and the remedy."""
 
 
 def read_document(path: str | Path, limits: Limits | None = None) -> Document:
@@ -119,7 +118,7 @@ def read_document(path: str | Path, limits: Limits | None = None) -> Document:
             output.seek(0)
             answer = _answer(output.read(limits.output_bytes), child.returncode, limits)
     except subprocess.TimeoutExpired:
-        answer = {"error": f"reading takes more than {limits.wall_seconds:g} s. Split it, or save it anew."}
+        answer = {"error": f"reading takes more than {limits.wall_seconds:g} s. Split it, or save it again."}
     except Refused as error:
         answer = {"error": str(error)}
     if "error" in answer:
@@ -130,12 +129,12 @@ def read_document(path: str | Path, limits: Limits | None = None) -> Document:
 
 def _load(path: Path, limits: Limits) -> bytes:
     """The bytes of a file; of a text file, as UTF-8."""
-    # The child process does without this module, since it imports much that needs time and memory.
+    # Not imported in the child process, where it would cost time and memory.
     from medicalgpt.data.text_files import open_text
 
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
-        raise Refused(f"the suffix is none of {', '.join(SUFFIXES)}. Save it as one of these.")
+        raise Refused(f"its suffix is not one of {', '.join(SUFFIXES)}. Save it as one of these.")
     try:
         size = path.stat().st_size
         if size > limits.input_bytes:
@@ -161,21 +160,23 @@ def _declared_text(data: bytes) -> str | None:
     if declared is None:
         return None
     try:
-        # Pages that declare gb2312 often hold characters of its successors.
+        # Pages that declare gb2312 often contain characters of its successors.
         return data.decode("gb18030" if declared in ("gb2312", "gbk") else declared)
     except (LookupError, ValueError) as error:
-        raise Refused(f"it declares the encoding {declared}, and is not in it. Save it as UTF-8.") from error
+        raise Refused(f"it declares the encoding {declared}, but is not in it. Save it as UTF-8.") from error
 
 
 def _answer(written: bytes, code: int, limits: Limits) -> dict[str, Any]:
-    """What the child process wrote, or the error that it died of."""
+    """The output of the child process, or the error that ended it."""
     try:
         return json.loads(written)
     except ValueError:
         if code == -signal.SIGXCPU:
-            return {"error": f"reading takes more than {limits.cpu_seconds} s of computing. Split it, or save it anew."}
+            return {
+                "error": f"reading takes more than {limits.cpu_seconds} s of computing. Split it, or save it again."
+            }
         how = f"by signal {-code}" if code < 0 else f"with code {code}"
-        return {"error": f"the process that reads it died ({how}): it is damaged, or made to do harm. Save it anew."}
+        return {"error": f"the process that reads it died ({how}): it is damaged or malicious. Save it again."}
 
 
 def serve() -> None:
@@ -183,7 +184,7 @@ def serve() -> None:
     suffix, limits = sys.argv[1], Limits(**json.loads(sys.argv[2]))
     for kind, soft, hard in (
         (resource.RLIMIT_AS, limits.memory_bytes, limits.memory_bytes),
-        # The soft limit ends the process with a signal that tells why, the hard one without.
+        # The soft limit ends the process with a signal that names the reason, the hard one does not.
         (resource.RLIMIT_CPU, limits.cpu_seconds, limits.cpu_seconds + 5),
         (resource.RLIMIT_FSIZE, limits.output_bytes, limits.output_bytes),
         (resource.RLIMIT_CORE, 0, 0),
@@ -197,7 +198,7 @@ def serve() -> None:
         answer = {"error": f"reading needs more than {limits.memory_bytes / MEGABYTE:g} MB of memory. Split it."}
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"[:200]
-        answer = {"error": f"it is damaged, or no {suffix[1:]} file ({reason}). Save it anew."}
+        answer = {"error": f"it is damaged, or not a {suffix[1:]} file ({reason}). Save it again."}
     text = json.dumps(answer)
     if len(text) > limits.output_bytes:
         text = json.dumps({"error": f"its text has more than {limits.output_bytes / MEGABYTE:g} MB. Split it."})
@@ -213,7 +214,7 @@ def _parse(data: bytes, suffix: str, limits: Limits) -> dict[str, Any]:
     else:
         text = data.decode("utf-8", "surrogatepass").replace("\r\n", "\n").replace("\r", "\n")
         if "\0" in text:
-            raise Refused("it holds zero bytes, so it is no text, or UTF-16. Save it as UTF-8.")
+            raise Refused("it contains zero bytes, so it is not text, or UTF-16. Save it as UTF-8.")
         read = {".txt": _read_text, ".md": _read_markdown, ".markdown": _read_markdown}.get(suffix, _read_html)
         units = read(text)
     kept, strange = [], 0
@@ -231,7 +232,7 @@ def _parse(data: bytes, suffix: str, limits: Limits) -> dict[str, Any]:
 
 
 def _with_bare_headings(units: Iterable[Unit]) -> Iterator[Unit]:
-    """Put in a heading as text of its own where nothing stands below it."""
+    """Insert a heading as a unit where there is no text below it."""
     used: set[tuple[str, ...]] = set()
     open_path: tuple[str, ...] = ()
     for unit in chain(units, [Unit("")]):
@@ -249,7 +250,7 @@ def _width(line: str) -> int:
 
 
 def _join(lines: Iterable[str], continues: Callable[[str, str], bool]) -> str:
-    """Put a line behind the one before where `continues(before, line)`, with a space unless Chinese meets there."""
+    """Join a line to the previous one where `continues(before, line)`, with a space unless both sides are Chinese."""
     text = before = ""
     for line in lines:
         glue = "\n"
@@ -263,9 +264,9 @@ def _join(lines: Iterable[str], continues: Callable[[str, str], bool]) -> str:
 
 
 def _unwrap(lines: list[str]) -> str:
-    """Put together what was broken only because the line was full."""
+    """Join lines that were broken only because they were full."""
     full = 0.75 * max(map(_width, lines), default=0)
-    # Short lines all over are a list or a table.
+    # If all lines are short, they are a list or a table.
     return _join(
         lines, lambda before, line: full > 30 and _width(before) > full and before.rstrip()[-1:] not in "。！？"
     )
@@ -303,7 +304,7 @@ def _read_markdown(text: str) -> Iterator[Unit]:
         heading = re.match(r"\s{0,3}(#{1,6})\s+(.*?)\s*#*\s*$", line)
         underlined = re.match(r"\s{0,3}(=+|-+)\s*$", line)
         if fence:
-            # A line of a program is a line, whatever it begins with.
+            # A line of code is a line, whatever it begins with.
             fence = "" if mark and mark[1].startswith(fence) else fence
             yield Unit(line if fence else "", _path(headings))
         elif mark:
@@ -322,7 +323,7 @@ def _read_markdown(text: str) -> Iterator[Unit]:
 
 
 def _read_html(text: str) -> Iterator[Unit]:
-    """What a page shows. What a style sheet hides is taken for shown; style attributes are looked at."""
+    """The visible text of a page. Style attributes are respected, style sheets are not."""
     from bs4 import BeautifulSoup
 
     if text.count("<") > MAX_TAGS:
@@ -331,7 +332,7 @@ def _read_html(text: str) -> Iterator[Unit]:
     unseen = [*soup(["head", "script", "style", "noscript", "template"]), *soup.select("[hidden], [aria-hidden=true]")]
     for tag in [*unseen, *soup(style=HIDDEN_STYLE)]:
         tag.decompose()
-    # A row in which there is another table is there for the layout of the page.
+    # A row that contains another table serves the layout of the page.
     for row in [row for row in soup("tr") if not row.find("table")]:
         row.string = " | ".join(" ".join(cell.get_text(" ").split()) for cell in row(["td", "th"]))
     headings: list[tuple[int, str]] = []
@@ -348,7 +349,7 @@ def _read_html(text: str) -> Iterator[Unit]:
 
 
 def _html_pieces(soup: Any) -> Iterator[tuple[Any, str]]:
-    """Each string of a page with the block that it stands in; all rows of a table stand in the table."""
+    """Each string of a page with its block; all rows of a table belong to the table."""
     from bs4 import NavigableString, Tag
 
     block_of = {id(soup): soup}
@@ -356,7 +357,7 @@ def _html_pieces(soup: Any) -> Iterator[tuple[Any, str]]:
         block = block_of[id(node.parent)]
         if isinstance(node, Tag):
             block_of[id(node)] = node if node.name in BLOCKS else block
-        # Comments and the like are strings too, of other types.
+        # Comments are strings too, of other types.
         if node.name != "br" and type(node) is not NavigableString:
             continue
         if block.name == "tr":
@@ -371,7 +372,7 @@ def _read_pdf(data: bytes, notices: list[str]) -> Iterator[Unit]:
 
     reader = PdfReader(io.BytesIO(data))
     try:
-        # Without a password, if it is only printing or the like that is forbidden.
+        # No password is needed if only printing and the like are forbidden.
         locked = reader.is_encrypted and not reader.decrypt("")
     except DependencyError:
         locked = True
@@ -391,7 +392,7 @@ def _read_pdf(data: bytes, notices: list[str]) -> Iterator[Unit]:
 
 
 def _read_docx(data: bytes, notices: list[str], limits: Limits) -> Iterator[Unit]:
-    """Body, text boxes, footnotes. Headers and footers of pages, comments and deleted text are left out."""
+    """Body, text boxes, footnotes. Page headers and footers, comments and deleted text are skipped."""
     _refuse_bomb(data, notices, limits)
     import docx
     from docx.oxml import parse_xml
@@ -402,7 +403,7 @@ def _read_docx(data: bytes, notices: list[str], limits: Limits) -> Iterator[Unit
     headings: list[tuple[int, str]] = []
     table, rows = None, {}
     for element in [*document.element.body.iter(qn("w:p")), None]:
-        # Every cell has a paragraph, so that no empty one is lost. Tables within tables become part of their cell.
+        # Every cell has a paragraph, so no empty one is lost. Nested tables become part of their cell.
         row = next(reversed([*element.iterancestors(qn("w:tr"))]), None) if element is not None else None
         inside = row.getparent() if row is not None else None
         if inside is not table:
@@ -431,7 +432,7 @@ def _read_docx(data: bytes, notices: list[str], limits: Limits) -> Iterator[Unit
 def _docx_text(paragraph: Any) -> str:
     from docx.oxml.ns import qn
 
-    # A text box stands within a paragraph, and once more for programs that know none.
+    # A text box is within a paragraph, with a copy for programs that do not support text boxes.
     if any(parent.tag.endswith("}Fallback") for parent in paragraph.iterancestors()):
         return ""
     nodes = paragraph.xpath(".//*[self::w:t or self::w:tab or self::w:br][not(ancestor::w:r/w:rPr/w:vanish)]")
@@ -440,21 +441,21 @@ def _docx_text(paragraph: Any) -> str:
 
 
 def _refuse_bomb(data: bytes, notices: list[str], limits: Limits) -> None:
-    """Raises Refused by what the archive's directory says, before anything is unpacked."""
+    """Raises Refused by the archive's directory, before anything is unpacked."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         parts = archive.infolist()
         unpacked = sum(part.file_size for part in parts)
         if len(parts) > MAX_ZIP_PARTS:
-            raise Refused(f"it has {len(parts)} parts, at most {MAX_ZIP_PARTS} are read. Save it anew.")
+            raise Refused(f"it has {len(parts)} parts, at most {MAX_ZIP_PARTS} are read. Save it again.")
         if unpacked > limits.unpacked_bytes or unpacked > MEGABYTE and unpacked > MAX_ZIP_RATIO * len(data):
             raise Refused(
                 f"its {len(data) / MEGABYTE:.2f} MB would unpack to {unpacked / MEGABYTE:.0f} MB, as a zip bomb does "
-                f"(most: {limits.unpacked_bytes / MEGABYTE:g} MB, and {MAX_ZIP_RATIO} times its size). Save it anew."
+                f"(most: {limits.unpacked_bytes / MEGABYTE:g} MB, and {MAX_ZIP_RATIO} times its size). Save it again."
             )
         for part in parts:
             content = archive.read(part) if part.filename.endswith((".xml", ".rels")) else b""
             if b"<!DOCTYPE" in content or "<!DOCTYPE".encode("utf-16-le") in content:
-                raise Refused(f"its part {part.filename} declares a document type, which DOCX forbids. Save it anew.")
+                raise Refused(f"its part {part.filename} declares a document type, which DOCX forbids. Save it again.")
         embedded = sum("/embeddings/" in part.filename for part in parts)
         pictures = sum("/media/" in part.filename for part in parts)
     if embedded or pictures:

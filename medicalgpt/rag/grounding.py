@@ -1,4 +1,4 @@
-"""From passages found to a prompt with numbered sources, and from an answer to its citations."""
+"""From retrieved passages to a prompt with numbered sources, and from an answer to its citations."""
 
 import re
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from medicalgpt.models.templating import special_tokens_in
-from medicalgpt.rag.retrieval import SENTENCE, Collection, Found, language_of, stands_alone
+from medicalgpt.rag.retrieval import SENTENCE, Collection, SearchResult, language_of, stands_alone
 from medicalgpt.serving.chat import ChatEngine, PromptTooLongError
 from medicalgpt.serving.generation import Sampling
 from medicalgpt.serving.terminal import system_message
@@ -27,18 +27,18 @@ PROMPT = {
 }
 
 
-def fits(found: Found, min_similarity: float | None, min_coverage: float) -> bool:
-    """Whether the passages are near enough to the question for a model to be asked."""
+def is_relevant(found: SearchResult, min_similarity: float | None, min_coverage: float) -> bool:
+    """Whether the passages are relevant enough to the question to ask a model."""
     near = min_similarity is not None and (found.similarity or -1) >= min_similarity
     return bool(found.order) and (near or found.coverage >= min_coverage)
 
 
 @dataclass(frozen=True)
 class Source:
-    """What stands under one number in the prompt: a passage, or several neighbours.
+    """The text under one number in the prompt: a passage, or several neighbouring ones.
 
     Attributes:
-        passages: indexes in the collection.
+        passages: their indexes in the collection.
     """
 
     place: str
@@ -52,7 +52,7 @@ class GroundedPrompt:
 
     Attributes:
         prompt_ids: `messages`, rendered.
-        sources: those that are in it; citations are numbers of these, from 1.
+        sources: those in the prompt; citations are their numbers, from 1.
     """
 
     messages: list[dict[str, str]]
@@ -60,8 +60,10 @@ class GroundedPrompt:
     sources: list[Source]
 
 
-def sources_of(collection: Collection, found: Found, num_passages: int, num_expand_context_chunk: int) -> list[Source]:
-    """The best passages, each with its neighbours if that is asked for, none twice."""
+def build_sources(
+    collection: Collection, found: SearchResult, num_passages: int, num_expand_context_chunk: int
+) -> list[Source]:
+    """The best passages, each with its neighbours if requested, none twice."""
     passages, reach, sources, shown = collection.passages, num_expand_context_chunk, [], set()
     for index in found.order[:num_passages]:
         if index in shown:
@@ -69,7 +71,7 @@ def sources_of(collection: Collection, found: Found, num_passages: int, num_expa
         near = range(max(0, index - reach), min(len(passages), index + reach + 1))
         group = [i for i in near if passages[i].file == passages[index].file and i not in shown]
         shown.update(group)
-        text = joined([passages[i].text for i in group])
+        text = merge_overlapping([passages[i].text for i in group])
         pages = sorted({passages[i].page for i in group if passages[i].page})
         place = passages[index].place
         if len(pages) > 1:
@@ -78,8 +80,8 @@ def sources_of(collection: Collection, found: Found, num_passages: int, num_expa
     return sources
 
 
-def joined(texts: Sequence[str]) -> str:
-    """Neighbouring passages as one text; sentences at the end of one that begin the next stand there once."""
+def merge_overlapping(texts: Sequence[str]) -> str:
+    """Neighbouring passages as one text, without repeating the sentences that they share."""
     whole = texts[0]
     for text in texts[1:]:
         ends = [match.end() for match in SENTENCE.finditer(text)]
@@ -88,17 +90,17 @@ def joined(texts: Sequence[str]) -> str:
     return whole
 
 
-def searched_for(question: str, history: Sequence[dict[str, str]]) -> str:
-    """What passages are looked up by: the question; behind the last one, if it has too few terms to stand alone.
+def search_query(question: str, history: Sequence[dict[str, str]]) -> str:
+    """The text to search with: the question, after the previous one if it has too few terms to stand alone.
 
-    A model could rewrite the question instead, which small ones do badly.
+    A model could rewrite the question instead, but small ones do that badly.
     """
     last = next((turn["content"] for turn in reversed(history) if turn["role"] == "user"), None)
     return question if last is None or stands_alone(question) else f"{last}\n{question}"
 
 
-def neutral(tokenizer: Any, text: str) -> tuple[str, int]:
-    """Text in which no special token is spelled (a word joiner stands within each), and how many were."""
+def escape_special_tokens(tokenizer: Any, text: str) -> tuple[str, int]:
+    """The text with a word joiner inside each special token, so that it is read as text, and their number."""
     count = 0
     while spelled := special_tokens_in(tokenizer, text):
         token = max(spelled, key=len)
@@ -109,7 +111,7 @@ def neutral(tokenizer: Any, text: str) -> tuple[str, int]:
     return text, count
 
 
-def prompt_of(
+def build_prompt(
     engine: ChatEngine,
     sampling: Sampling,
     system_prompt: str | None,
@@ -117,10 +119,10 @@ def prompt_of(
     question: str,
     sources: Sequence[Source],
 ) -> GroundedPrompt:
-    """The conversation with the sources before its last question.
+    """The conversation with the sources before its last question, rendered.
 
-    What does not fit is left out whole, and the log says so: first the oldest turns, then the last sources. Room for
-    --max_new_tokens, or for a quarter of the context if that is less, is kept for the answer.
+    What does not fit is omitted whole, with a warning: first the oldest turns, then the last sources. Room for
+    --max_new_tokens, or for a quarter of the context if that is less, is reserved for the answer.
 
     Raises:
         PromptTooLongError: even the first source does not fit.
@@ -131,7 +133,7 @@ def prompt_of(
     turns, given = len(history), len(sources)
     while True:
         passages = "\n\n".join(f"[{n}] {source.place}\n{source.text}" for n, source in enumerate(sources, start=1))
-        passages, marks = neutral(engine.tokenizer, passages)
+        passages, marks = escape_special_tokens(engine.tokenizer, passages)
         text = PROMPT[language].format(unknown=UNKNOWN[language], passages=passages, question=question)
         messages = [*system_message(system_prompt), *history, {"role": "user", "content": text}]
         try:
@@ -151,23 +153,23 @@ def prompt_of(
     if len(sources) < given or len(history) < turns:
         logger.warning(
             f"the model's context of {engine.context_length} tokens is too short: {given - len(sources)} of {given} "
-            f"passages and {(turns - len(history)) // 2} earlier turn(s) were left out"
+            f"passages and {(turns - len(history)) // 2} earlier turn(s) were omitted"
         )
     if marks:
-        logger.warning(f"the files spell {marks} special tokens of this model; in the prompt they are plain text")
+        logger.warning(f"the files contain {marks} special tokens of this model; in the prompt they are plain text")
     return GroundedPrompt(messages, prompt_ids, sources)
 
 
-def citations(answer: str, sources: Sequence[Source]) -> tuple[list[int], list[int]]:
-    """The numbers that an answer cites, each once and in its order: those of sources, and those of none."""
+def parse_citations(answer: str, sources: Sequence[Source]) -> tuple[list[int], list[int]]:
+    """The numbers that an answer cites, each once and in order: those of sources, and those of no source."""
     found = [int(number) for match in CITATION.finditer(answer) for number in re.findall(r"\d+", match[1])]
     cited = list(dict.fromkeys(found))
     return [n for n in cited if 1 <= n <= len(sources)], [n for n in cited if not 1 <= n <= len(sources)]
 
 
-def source_lines(answer: str, sources: Sequence[Source]) -> list[str]:
-    """What is shown below an answer: what it cites, or, if it cites nothing, what was given to the model."""
-    cited, invented = citations(answer, sources)
+def format_sources(answer: str, sources: Sequence[Source]) -> list[str]:
+    """Lines to show below an answer: the sources it cites or, if it cites none, those given to the model."""
+    cited, invented = parse_citations(answer, sources)
     lines = [f"[{n}] {sources[n - 1].place}" for n in cited]
     if not cited:
         lines = ["Sources given, of which the answer cites none:"]
@@ -175,3 +177,9 @@ def source_lines(answer: str, sources: Sequence[Source]) -> list[str]:
     if invented:
         lines.append(f"The answer cites {', '.join(f'[{n}]' for n in invented)}, which is no source.")
     return lines
+
+
+def format_passages(answer: str, sources: Sequence[Source]) -> str:
+    """`format_sources`, and below them the text of each source."""
+    passages = (f"({n}) {source.place}\n{source.text}" for n, source in enumerate(sources, start=1))
+    return "\n\n".join(["\n".join(format_sources(answer, sources)), *passages])

@@ -1,7 +1,6 @@
-"""Passages of documents: split along headings and sentences, kept on disk, ranked for a question.
+"""Passages of documents: split along headings and sentences, stored on disk, ranked for a question.
 
-BM25 counts words, and Chinese characters and pairs of them; sentence embeddings can be added, and both rankings are
-fused then.
+BM25 counts words, Chinese characters and pairs of them. Sentence embeddings can be added; both rankings are then fused.
 """
 
 import hashlib
@@ -15,13 +14,12 @@ from importlib.metadata import version
 from itertools import chain
 from math import log
 from pathlib import Path
-from typing import Any
 
 from medicalgpt.code_version import code_version
 from medicalgpt.errors import UserError
 from medicalgpt.files import hash_file, write_atomically
 from medicalgpt.models.hub import fingerprint
-from medicalgpt.rag.documents import Unit
+from medicalgpt.rag.documents import SUFFIXES, Unit, read_document
 
 import bm25s
 import numpy as np
@@ -29,22 +27,22 @@ from loguru import logger
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-# https://doi.org/10.1145/1571941.1572114: ranks that both lists agree on win over the first place of one.
-FUSION = 60
+# Reciprocal rank fusion (https://doi.org/10.1145/1571941.1572114): being high in both rankings beats first in one.
+RRF_K = 60
 HAN = "\u3005\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 WORD = re.compile(rf"[{HAN}]+|\d+(?:\.\d+)+|(?:(?![{HAN}_])\w)+")
-LONGEST_SENTENCE = 1000  # characters; what goes on without an end is cut there
+LONGEST_SENTENCE = 1000  # characters; longer text without a sentence end is cut
 SENTENCE = re.compile(
     rf".{{1,{LONGEST_SENTENCE}}}?(?:[。！？；!?]+[”’』」）)\"']*|[.;](?=\s)|\n|$)\s*|.{{{LONGEST_SENTENCE}}}", re.DOTALL
 )
 WORDS_OF_A_QUESTION = 4  # Chinese characters, or words of other scripts
-# What a question has of its form and not of its subject, in Chinese.
+# Words of Chinese questions that belong to the form, not the subject.
 QUESTION_FORM = re.compile(
     "请问|为什么|什么时候|什么|怎么办|怎么样|怎么|怎样|如何|多少|多久|哪些|哪里|哪儿|哪个|哪|几|是否|是不是|能不能|可不可以|"
     "可以|需要|应该|有没有|吗|呢|吧|么|的|了|我|您|你"
 )
-# Words of English questions; Chinese characters that say little alone, while pairs of them count.
-WEAK_WORDS = frozenset(
+# Words of English questions; Chinese characters that mean little alone, although pairs of them count.
+STOP_WORDS = frozenset(
     "a about am an and any are as at be been by can could do does did for from had has have how i if in into is it its "
     "many me much my no not of on or our shall should so such than that the their them then there these they this "
     "those to us was we were what when where which who whom whose why will with would you your".split()
@@ -53,7 +51,7 @@ WEAK_WORDS = frozenset(
 
 @dataclass(frozen=True)
 class Passage:
-    """A few sentences that stand together in one file, under one heading, on one page."""
+    """A few neighbouring sentences of one file, under one heading, on one page."""
 
     file: str
     text: str
@@ -69,17 +67,17 @@ class Passage:
         return "\n".join([*self.headings, self.text])
 
     @property
-    def plain(self) -> str:
-        return plain(self.text)
+    def normalized(self) -> str:
+        return normalize(self.text)
 
 
-def plain(text: str) -> str:
-    """Without what differs between a text and its extract: white space, marks between cells, forms of characters."""
+def normalize(text: str) -> str:
+    """The text without what may differ in an extract: white space, cell separators, compatible character forms."""
     return re.sub(r"[\s|]+", "", unicodedata.normalize("NFKC", text))
 
 
 def split(file: str, units: Iterable[Unit], size: int, overlap: int) -> list[Passage]:
-    """Passages of whole sentences, of at most `size` words each, unless one sentence is longer.
+    """Passages of whole sentences, at most `size` words each, unless one sentence is longer.
 
     A heading or a page begins a new passage. Within one, the last sentences of a passage, up to `overlap` words,
     are the first of the next.
@@ -113,7 +111,7 @@ def split(file: str, units: Iterable[Unit], size: int, overlap: int) -> list[Pas
 
 
 def count_words(text: str) -> int:
-    """Characters of Chinese and words of other scripts."""
+    """Number of Chinese characters and of words of other scripts."""
     return sum(len(word) if is_han(word) else 1 for word in WORD.findall(text))
 
 
@@ -121,12 +119,12 @@ def is_han(word: str) -> bool:
     return re.match(f"[{HAN}]", word) is not None
 
 
-def terms(text: str, left_out: frozenset[str] = frozenset()) -> list[str]:
-    """What is counted: Chinese characters and pairs of neighbouring ones, words and numbers of other scripts.
+def terms(text: str, stop_words: frozenset[str] = frozenset()) -> list[str]:
+    """The terms of a text: Chinese characters and pairs of neighbours, words and numbers of other scripts.
 
-    Pairs alone miss what is said with other words: on data/rag, characters beside them raised hit@5 of Chinese
-    questions from 79% to 97%. A word's plural counts as the word (Harman's S stemmer, 1991). Forms of one character
-    that Unicode holds to be compatible are one, since PDF files often have radicals in place of characters.
+    Pairs alone miss paraphrases: on data/rag, adding single characters raised hit@5 of Chinese questions from 79% to
+    97%. A word's plural counts as the word (Harman's S stemmer, 1991). Compatible forms of a
+    character (Unicode NFKC) are the same, since PDF files often have radicals in place of characters.
     """
     found: list[str] = []
     # PDF files break lines within words.
@@ -134,9 +132,9 @@ def terms(text: str, left_out: frozenset[str] = frozenset()) -> list[str]:
     for word in WORD.findall(text):
         if is_han(word):
             found += [word[at : at + 2] for at in range(len(word) - 1)] + list(word)
-        elif word not in left_out:
+        elif word not in stop_words:
             found.append(singular(word))
-    return [term for term in found if term not in left_out]
+    return [term for term in found if term not in stop_words]
 
 
 def singular(word: str) -> str:
@@ -146,28 +144,28 @@ def singular(word: str) -> str:
 
 
 def question_terms(question: str) -> list[str]:
-    """The terms of a question's subject; of all of it, if nothing is left without the words that make it a question."""
-    subject = terms(QUESTION_FORM.sub(" \N{FULL STOP} ", question), left_out=WEAK_WORDS)
+    """The terms of a question without question words; all of its terms if nothing else is left."""
+    subject = terms(QUESTION_FORM.sub(" \N{FULL STOP} ", question), stop_words=STOP_WORDS)
     return subject or terms(question)
 
 
 def stands_alone(question: str) -> bool:
-    """Whether a question names its subject; a short one ("And for children?") goes on from the last."""
+    """Whether a question names its subject; a short one ("And for children?") continues the previous one."""
     return sum(not is_han(term) or len(term) == 1 for term in set(question_terms(question))) >= WORDS_OF_A_QUESTION
 
 
 def language_of(text: str) -> str:
-    """zh or en, whatever there is more of."""
+    """zh or en, whichever the text has more of."""
     words = WORD.findall(text)
     chinese = sum(len(word) for word in words if is_han(word))
     return "zh" if chinese > sum(not is_han(word) for word in words) else "en"
 
 
 class Embedder:
-    """Embeddings of length 1, from sentence-transformers.
+    """Embeddings of norm 1, from sentence-transformers.
 
     Raises:
-        UserError: the model cannot be had.
+        UserError: the model cannot be loaded.
     """
 
     def __init__(self, name: str, cache_dir: str | None = None):
@@ -180,8 +178,8 @@ class Embedder:
         except (OSError, ValueError) as error:
             raise UserError(
                 f"--sim_model_name {name} cannot be loaded: {str(error).splitlines()[0][:200]}\n"
-                "Name a folder or a hub model with safetensors weights. Without access to the hub, fetch it elsewhere "
-                f"with `hf download {name}` and give the folder, or leave the flag out: BM25 needs no model."
+                "Name a folder or a hub model with safetensors weights. Without access to the hub, download it "
+                f"elsewhere with `hf download {name}` and give the folder, or omit the flag: BM25 needs no model."
             ) from error
         self.key = json.dumps([name, fingerprint(name), version("sentence-transformers")])
 
@@ -199,13 +197,13 @@ class Embedder:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a search gave.
+class SearchResult:
+    """The result of a search.
 
     Attributes:
         order: indexes of passages, best first.
-        coverage: the share of the question's terms that the three best by BM25 have together, weighed by how rare
-            the terms are among the passages.
+        coverage: share of the question's terms found in the three best passages by BM25, weighted by how rare the
+            terms are among the passages.
         similarity: the largest cosine between question and passage; None without embeddings.
     """
 
@@ -217,7 +215,7 @@ class Found:
 class Collection:
     """Passages that can be searched.
 
-    The vector index is a matrix that is multiplied with the question's vector: exact, with nothing to train or to tune.
+    The vector index is a matrix, multiplied by the question's vector: exact, with nothing to train or tune.
     A hundred thousand passages of 768 numbers are 300 MB and take 10 ms; approximate indexes pay beyond that.
     """
 
@@ -235,29 +233,29 @@ class Collection:
             self.bm25.index(words, show_progress=False)
 
     def with_more(self, passages: Sequence[Passage]) -> "Collection":
-        """This collection and further passages."""
+        """A collection with further passages."""
         vectors = self.vectors
         if self.embedder and passages:
             fresh = self.embedder.embed([passage.searched for passage in passages])
             vectors = fresh if vectors is None else np.concatenate([vectors, fresh])
         return Collection([*self.passages, *passages], self.embedder, vectors)
 
-    def search(self, question: str) -> Found:
-        """Rank the passages that have something of the question, by BM25 and, where there are embeddings, by both."""
+    def search(self, question: str) -> SearchResult:
+        """Rank the passages that share terms with the question, by BM25 and, with embeddings, by both."""
         if not self.passages:
-            return Found([], 0.0, None)
+            return SearchResult([], 0.0, None)
         asked = question_terms(question)
-        # A question of signs alone has no terms.
+        # A question of punctuation alone has no terms.
         scores = self.bm25.get_scores(asked) if asked else np.zeros(len(self.passages))
         order = [index for index in np.argsort(-scores, kind="stable").tolist() if scores[index] > 0]
         coverage = self._coverage(frozenset(asked), order[:3])
         if self.embedder is None:
-            return Found(order, coverage, None)
+            return SearchResult(order, coverage, None)
         cosines = self.vectors @ self.embedder.embed_question(question)
         fused = Counter()
         for ranking in (order, np.argsort(-cosines, kind="stable").tolist()):
-            fused.update({index: 1 / (FUSION + rank) for rank, index in enumerate(ranking, start=1)})
-        return Found([index for index, _ in fused.most_common()], coverage, float(cosines.max()))
+            fused.update({index: 1 / (RRF_K + rank) for rank, index in enumerate(ranking, start=1)})
+        return SearchResult([index for index, _ in fused.most_common()], coverage, float(cosines.max()))
 
     def _coverage(self, asked: frozenset[str], indexes: Sequence[int]) -> float:
         weights = {term: log(1 + (len(self.passages) + 0.5) / (self.frequency[term] + 0.5)) for term in asked}
@@ -265,22 +263,71 @@ class Collection:
         return sum(weights[term] for term in held) / sum(weights.values()) if weights else 0.0
 
 
-class Shelf:
-    """The passages of files on disk, an entry for each path, so that only new and changed files are read.
+def find_documents(places: Sequence[str]) -> list[Path]:
+    """All documents at these places, each once; other files in the folders are counted in the log.
 
-    An entry is taken only if its key fits: content of the file, settings, code and versions. Entries of files that are
-    gone are removed. There is no index of terms on disk: BM25 counts 5,000 pages in two seconds.
+    Raises:
+        UserError: a place does not exist, or has no documents.
+    """
+    # MedicalGPT separates files by commas, and a name may contain one.
+    parts = [part for place in places for part in ([place] if Path(place).exists() else place.split(","))]
+    files: dict[Path, Path] = {}
+    problems = []
+    for place in map(Path, filter(None, map(str.strip, parts))):
+        if not place.is_dir():
+            files[place.resolve()] = place
+            if not place.is_file():
+                problems.append(f"{place}: no such file or folder (looked in {Path.cwd()})")
+            continue
+        inside = [path for path in sorted(place.rglob("*")) if path.is_file() and not path.name.startswith(".")]
+        fitting = [path for path in inside if path.suffix.lower() in SUFFIXES]
+        others = Counter(path.suffix.lower() or "no suffix" for path in inside if path not in set(fitting))
+        if others:
+            kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(others.items()))
+            logger.warning(f"{place}: skipped, as only {', '.join(SUFFIXES)} files are read: {kinds}")
+        if not fitting:
+            problems.append(f"{place}: no {', '.join(SUFFIXES)} files in it")
+        files.update((path.resolve(), path) for path in fitting)
+    if problems:
+        raise UserError("--files:\n  " + "\n  ".join(problems))
+    return list(files.values())
+
+
+class DocumentStore:
+    """Passages of files, stored on disk with an entry for each path, so that only new and changed files are read.
+
+    An entry is used only if its key matches: content of the file, settings, code and versions. Entries of deleted files
+    are removed. There is no index of terms on disk: BM25 indexes 5,000 pages in two seconds.
     """
 
-    def __init__(self, folder: str | Path, settings: dict[str, Any]):
+    def __init__(self, folder: str | Path, chunk_size: int, chunk_overlap: int):
         self.folder = Path(folder)
+        self.chunk_size, self.chunk_overlap = chunk_size, chunk_overlap
         libraries = {name: version(name) for name in ("pypdf", "python-docx", "beautifulsoup4")}
-        self.settings = {**settings, "code": code_version(__name__), **libraries}
+        self.settings = {"size": chunk_size, "overlap": chunk_overlap, "code": code_version(__name__), **libraries}
         try:
-            # Extracts of medical documents are nobody else's business.
+            # Extracts of medical documents are private.
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
             raise UserError(f"--index_dir {folder} cannot be used ({error.strerror}). Name another folder.") from error
+
+    def read(self, path: Path) -> tuple[list[Passage], Sequence[str], bool]:
+        """The passages of a file, the notices about it, and whether they were on disk.
+
+        Raises:
+            UserError: the file cannot be read, or the entry cannot be written.
+        """
+        try:
+            if kept := self.passages(path):
+                return *kept, True
+            # The key first: if the file changes while it is read, the entry does not match next time.
+            key = self.key(path)
+            document = read_document(path)
+            passages = split(str(path), document.units, self.chunk_size, self.chunk_overlap)
+            self.keep(path, key, passages, document.notices)
+            return passages, document.notices, False
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror or error}. Check the file.") from error
 
     def key(self, path: Path) -> str:
         return json.dumps({"sha256": hash_file(path), **self.settings}, sort_keys=True)
@@ -289,7 +336,7 @@ class Shelf:
         return self.folder / (hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32] + suffix)
 
     def passages(self, path: Path) -> tuple[list[Passage], list[str]] | None:
-        """What is kept of this file as it is now, with the notices about it; None if there is nothing."""
+        """The stored passages of this file as it is now, with its notices; None if there are none."""
         entry = self.entry(path, ".json")
         if not entry.exists():
             return None
@@ -297,13 +344,13 @@ class Shelf:
             header, _, body = entry.read_text(encoding="utf-8").partition("\n")
             header = json.loads(header)
             if header["digest"] != hashlib.sha256(body.encode()).hexdigest():
-                raise ValueError("its digest is another")
+                raise ValueError("its digest does not match")
             if header["key"] != self.key(path):
                 return None
             kept = json.loads(body)
             return [Passage(str(path), *row[:1], tuple(row[1]), row[2]) for row in kept["passages"]], kept["notices"]
         except (ValueError, KeyError, TypeError) as error:
-            logger.warning(f"the index entry {entry} is damaged ({error}); {path} is read anew")
+            logger.warning(f"the index entry {entry} is damaged ({error}); {path} is read again")
             return None
 
     def keep(self, path: Path, key: str, passages: list[Passage], notices: Sequence[str]) -> None:
@@ -314,7 +361,7 @@ class Shelf:
         self._write(self.entry(path, ".json"), f"{header}\n{body}".encode())
 
     def vectors(self, path: Path, passages: list[Passage], embedder: "Embedder") -> np.ndarray:
-        """Embeddings of a file's passages (passages, dimensions), from disk where they fit, else made and kept."""
+        """Embeddings of a file's passages (passages, dimensions), from disk if they match, else computed and stored."""
         entry = self.entry(path, ".safetensors")
         texts = hashlib.sha256("\0".join(passage.searched for passage in passages).encode()).hexdigest()
         try:
@@ -324,13 +371,13 @@ class Shelf:
         except FileNotFoundError:
             pass
         except SafetensorError as error:
-            logger.warning(f"the index entry {entry} is damaged ({error}); {path} is embedded anew")
+            logger.warning(f"the index entry {entry} is damaged ({error}); {path} is embedded again")
         vectors = embedder.embed([passage.searched for passage in passages])
         self._write(entry, save({"vectors": vectors}, metadata={"texts": texts, "model": embedder.key}))
         return vectors
 
-    def forget_missing(self) -> None:
-        """Remove the entries of files that are not there any more."""
+    def remove_missing(self) -> None:
+        """Remove the entries of files that no longer exist."""
         for entry in self.folder.glob("*.json"):
             try:
                 with entry.open(encoding="utf-8") as file:
@@ -338,7 +385,7 @@ class Shelf:
             except (OSError, ValueError, KeyError, TypeError):
                 continue
             if not Path(path).exists():
-                logger.info(f"{path} is gone, and now from the index too")
+                logger.info(f"{path} is gone; removed from the index")
                 entry.unlink(missing_ok=True)
                 entry.with_suffix(".safetensors").unlink(missing_ok=True)
 

@@ -1,8 +1,9 @@
 """Concurrent requests to one model, answered in batches.
 
-A model answers sixteen conversations in little more time than one. A `Batcher` takes requests from any thread and hands
-each one a future. `StaticBatcher` answers those that wait together, and admits the next when all of them are done.
-`ContinuousBatcher` admits at every token, through the paged attention of transformers, which is made for CUDA.
+A model answers sixteen conversations in little more time than one. A `Batcher` takes requests from any thread and
+returns a future for each. `StaticBatcher` answers the queued requests together and admits the next ones when all of
+them are done. `ContinuousBatcher` admits at every token, through the paged attention of transformers, which is made for
+CUDA.
 """
 
 import copy
@@ -26,12 +27,16 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
 from transformers.generation.continuous_batching.requests import FutureRequestState, GenerationOutput
 
-# Attention that pages of a cache can serve.
+# Attention that a paged cache supports.
 PAGED_LAYERS = {"full_attention", "sliding_attention"}
 
 
 class QueueFullError(RuntimeError):
-    """More requests wait than may wait; `waiting` says how many."""
+    """The queue is full.
+
+    Attributes:
+        waiting: number of queued requests.
+    """
 
     def __init__(self, waiting: int):
         super().__init__(f"{waiting} requests wait already. Try again in a moment.")
@@ -39,7 +44,7 @@ class QueueFullError(RuntimeError):
 
 
 class BatcherClosedError(RuntimeError):
-    """The batcher takes no requests any more."""
+    """The batcher no longer takes requests."""
 
 
 class Batcher(ABC):
@@ -47,8 +52,8 @@ class Batcher(ABC):
 
     Args:
         engine: the model.
-        max_batch_size: most answers that are computed together.
-        max_waiting: most requests that may wait beside them.
+        max_batch_size: maximum number of answers that are generated together.
+        max_waiting: maximum number of queued requests.
 
     Raises:
         ValueError: a limit is below 1.
@@ -67,43 +72,43 @@ class Batcher(ABC):
     @property
     @abstractmethod
     def waiting(self) -> int:
-        """Requests that nothing was computed for yet."""
+        """Number of queued requests: nothing has been generated for them yet."""
 
     @property
     @abstractmethod
     def running(self) -> int:
-        """Answers that are being computed."""
+        """Number of answers that are being generated."""
 
     @abstractmethod
     def _admit(self, jobs: Sequence[tuple[GenerationRequest, "Future[Answer]"]]) -> None:
-        """Take requests in; called under the lock."""
+        """Queue requests; called under the lock."""
 
     @abstractmethod
     def _join(self) -> None:
-        """Wait until nothing is computed any more."""
+        """Wait until nothing is being generated."""
 
     @abstractmethod
     def _cancel_all(self) -> None:
-        """Cancel what waits and runs; called under the lock."""
+        """Cancel queued and running requests; called under the lock."""
 
     def submit(self, request: GenerationRequest) -> "Future[Answer]":
         """Queue one request.
 
         Args:
-            request: its `on_text` is called in the thread that computes all answers: it has to be quick. `on_end`,
+            request: its `on_text` is called in the thread that generates all answers, so it must be quick. `on_end`,
                 `cancelled` and `on_error` are set here.
 
         Returns:
-            The answer to come. It may be cancelled until it is there, which gives its place free at the next token.
+            The future answer. Cancelling it frees its place in the batch at the next token.
 
         Raises:
-            QueueFullError: too many requests wait.
+            QueueFullError: too many requests are queued.
             BatcherClosedError: after `close`.
         """
         return self.submit_many([request])[0]
 
     def submit_many(self, requests: Sequence[GenerationRequest]) -> list["Future[Answer]"]:
-        """Queue several requests; all of them are taken in, or none. Errors are those of `submit`."""
+        """Queue several requests, all of them or none. Errors are those of `submit`."""
         admitted: list[tuple[GenerationRequest, Future[Answer]]] = []
         for request in requests:
             future: Future[Answer] = Future()
@@ -125,10 +130,10 @@ class Batcher(ABC):
         return [future for _, future in admitted]
 
     def close(self, finish: bool = True) -> None:
-        """Take no new requests, and return when nothing is computed any more.
+        """Take no new requests, and return when nothing is being generated.
 
         Args:
-            finish: answer what waits and runs; otherwise it is cancelled.
+            finish: answer queued and running requests first; otherwise they are cancelled.
         """
         with self._changed:
             self._closed = True
@@ -145,7 +150,7 @@ class Batcher(ABC):
 
 
 class StaticBatcher(Batcher):
-    """Answers the waiting requests together; the next are admitted when each of these has its answer."""
+    """Answers the queued requests together; the next are admitted when each of these has its answer."""
 
     def __init__(self, engine: ChatEngine, max_batch_size: int = 16, max_waiting: int = 64):
         super().__init__(engine, max_batch_size, max_waiting)
@@ -191,18 +196,18 @@ class StaticBatcher(Batcher):
         try:
             self.engine.generate([request for request, _ in batch])
         except BaseException as error:
-            # The thread goes on: what broke this batch need not break the next one.
+            # The thread continues: what broke this batch need not break the next one.
             logger.opt(exception=error).debug("a batch failed")
             for _, future in batch:
                 settle(future, error=error)
 
 
 class ContinuousBatcher(Batcher):
-    """Admits a waiting request as soon as an answer ends, at any token.
+    """Admits a queued request as soon as an answer ends, at any token.
 
-    The library schedules and runs the model on pages of a shared cache; tokens are chosen by the rows of `ChatEngine`,
-    so that an answer is the one that `ChatEngine.chat` gives. Until the batcher is closed, the model attends to pages
-    and answers through it alone.
+    transformers schedules the requests and runs the model on pages of a shared cache; each request's `AnswerState`
+    chooses its tokens, so an answer is the one that `ChatEngine.chat` gives. Until the batcher is closed, the model
+    uses paged attention and can be used through the batcher only.
 
     Raises:
         UserError: the model has layers that the library cannot page.
@@ -210,26 +215,30 @@ class ContinuousBatcher(Batcher):
 
     def __init__(self, engine: ChatEngine, max_batch_size: int = 16, max_waiting: int = 64):
         super().__init__(engine, max_batch_size, max_waiting)
-        if reasons := against_continuous(engine):
+        if reasons := continuous_obstacles(engine):
             raise UserError(
                 f"Continuous batching cannot serve this model: {'; '.join(reasons)}. Use --batching static."
             )
         self._jobs: dict[str, tuple[AnswerState, Future[Answer]]] = {}
         self._numbers = itertools.count()
         self._manager = engine.model.init_continuous_batching(
-            _beside_sampling(engine),
+            _config_without_sampling(engine),
             ContinuousBatchingConfig(
                 max_requests_per_batch=max_batch_size,
-                # Rows choose tokens on the host's terms: each with its own settings, at every step.
+                # Each request chooses its token with its own settings, on the host, at every step.
                 use_async_batching=False,
                 use_cuda_graph=False,
-                # A CPU has no memory of its own, of which nearly all could be taken for the cache.
+                # By default nearly all free memory becomes cache, which would be all of the machine's on a CPU.
                 max_memory_percent=None if engine.model.device.type == "cuda" else 0.05,
             ),
         )
         processor = self._manager.logit_processor
         processor.logits_processor.append(_PagedChooser())
-        processor.supported_keys, processor.tensors_required, processor.do_processing = {"row": AnswerState}, 1, True
+        processor.supported_keys, processor.tensors_required, processor.do_processing = (
+            {"answer_state": AnswerState},
+            1,
+            True,
+        )
         self._manager.start()
         self._thread = threading.Thread(target=self._deliver, name="ContinuousBatcher", daemon=True)
         self._thread.start()
@@ -245,10 +254,14 @@ class ContinuousBatcher(Batcher):
     def _admit(self, jobs: Sequence[tuple[GenerationRequest, "Future[Answer]"]]) -> None:
         for request, future in jobs:
             name = str(next(self._numbers))
-            row = self.engine.begin(request)
-            self._jobs[name] = row, future
+            state = self.engine.begin(request)
+            self._jobs[name] = state, future
             self._manager.add_request(
-                list(request.prompt_ids), request_id=name, max_new_tokens=row.max_tokens, streaming=True, row=row
+                list(request.prompt_ids),
+                request_id=name,
+                max_new_tokens=state.max_tokens,
+                streaming=True,
+                answer_state=state,
             )
             future.add_done_callback(lambda future, name=name: self._forget(name))
 
@@ -269,7 +282,7 @@ class ContinuousBatcher(Batcher):
             future.cancel()
 
     def _deliver(self) -> None:
-        """Hand each new token to its row, until the manager has stopped."""
+        """Pass each new token to its request, until the manager has stopped."""
         while not self._closed or self._jobs:
             output = self._manager.get_result(timeout=0.1)
             if output is not None:
@@ -284,26 +297,26 @@ class ContinuousBatcher(Batcher):
                 return
 
     def _take(self, output: GenerationOutput) -> None:
-        # What the manager has finished must not be cancelled there any more.
+        # A request that the manager has finished must not be cancelled there.
         find = self._jobs.pop if output.is_finished() else self._jobs.get
-        row, future = find(output.request_id, (None, None))
-        if row is None:
+        state, future = find(output.request_id, (None, None))
+        if state is None:
             return
         if output.error is not None:
             settle(future, error=RuntimeError(output.error))
             return
         # Under load, an output may hold more than one new token.
-        for token_id in output.generated_tokens[len(row.token_ids) :]:
-            if not row.ended:
-                row.add(token_id)
+        for token_id in output.generated_tokens[len(state.token_ids) :]:
+            if not state.ended:
+                state.add(token_id)
         with self._changed:
             self._changed.notify_all()
 
 
 class _PagedChooser(ContinuousBatchingLogitsProcessor):
-    """Lets the row of each request choose among the scores of its next token."""
+    """Lets each request choose its next token from the scores."""
 
-    supported_kwargs = {"row": AnswerState}
+    supported_kwargs = {"answer_state": AnswerState}
     ignored_kwargs = ()
 
     def __init__(self) -> None:
@@ -313,22 +326,22 @@ class _PagedChooser(ContinuousBatchingLogitsProcessor):
         int32_tensor.zero_()
 
     def prepare_tensor_args(self, requests_with_new_token: list[FutureRequestState]) -> torch.Tensor:
-        """Keep the requests, in the order of the scores that come next; the tensor itself has no use here."""
+        """Keep the requests in the order of the coming scores; the tensor itself is not used."""
         self._states = list(requests_with_new_token)
         return torch.zeros(len(self._states), dtype=torch.int32)
 
     def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
-        """scores: (requests, vocabulary), float32, perhaps with further rows of no request at the end."""
+        """scores: (requests, vocabulary), float32, possibly with padding rows at the end."""
         refuse_nan(scores[: len(self._states)])
         for number, future_state in enumerate(self._states):
             state = future_state.state
             before = torch.tensor([*state.initial_tokens, *state.generated_tokens], device=scores.device)
-            state.logit_processor_kwargs["row"].choose(scores[number], before)
+            state.logit_processor_kwargs["answer_state"].choose(scores[number], before)
         return scores
 
 
-def _beside_sampling(engine: ChatEngine) -> GenerationConfig:
-    """What the checkpoint says of generation beside sampling, which is the work of the rows: suppressed tokens, say."""
+def _config_without_sampling(engine: ChatEngine) -> GenerationConfig:
+    """The checkpoint's generation settings without sampling (suppressed tokens, for example): requests do their own."""
     config = copy.deepcopy(engine.model.generation_config)
     config.update(
         do_sample=False,
@@ -341,14 +354,14 @@ def _beside_sampling(engine: ChatEngine) -> GenerationConfig:
     return config
 
 
-def against_continuous(engine: ChatEngine) -> list[str]:
-    """Why continuous batching would not give the model's own answers; empty if it does."""
+def continuous_obstacles(engine: ChatEngine) -> list[str]:
+    """Reasons why continuous batching would not give the model's own answers; empty if it does."""
     reasons = []
     config = engine.model.config.get_text_config()
     layers = set(getattr(config, "layer_types", None) or ["full_attention"]) - PAGED_LAYERS
     if layers:
         reasons.append(f"it has layers of the kind {', '.join(sorted(layers))}")
-    processors = engine.model._get_logits_processor(_beside_sampling(engine))
+    processors = engine.model._get_logits_processor(_config_without_sampling(engine))
     names = [type(each).__name__ for each in processors if not getattr(each, "supports_continuous_batching", False)]
     if names:
         reasons.append(f"its generation_config.json asks for {', '.join(names)}")
@@ -356,7 +369,7 @@ def against_continuous(engine: ChatEngine) -> list[str]:
 
 
 def batcher_from(engine: ChatEngine, arguments: ServeArguments) -> Batcher:
-    """The batcher that the flags ask for. Errors are those of `make_batcher`."""
+    """The batcher that the flags request. Errors are those of `make_batcher`."""
     return make_batcher(
         engine,
         batching=arguments.batching,
@@ -368,13 +381,13 @@ def batcher_from(engine: ChatEngine, arguments: ServeArguments) -> Batcher:
 def make_batcher(
     engine: ChatEngine, *, batching: str = "auto", max_batch_size: int = 16, max_waiting: int = 64
 ) -> Batcher:
-    """The batcher that `--batching` names: static, continuous, or auto, which is continuous on CUDA where it can be.
+    """The batcher that `--batching` names: static, continuous, or auto, which is continuous on CUDA where possible.
 
     Raises:
-        UserError: continuous batching is asked for and the model cannot do it, or a limit is below 1.
+        UserError: continuous batching is requested and the model does not support it, or a limit is below 1.
     """
     if batching == "auto":
-        batching = "continuous" if engine.model.device.type == "cuda" and not against_continuous(engine) else "static"
+        batching = "continuous" if engine.model.device.type == "cuda" and not continuous_obstacles(engine) else "static"
     kind = {"static": StaticBatcher, "continuous": ContinuousBatcher}[batching]
     try:
         return kind(engine, max_batch_size, max_waiting)

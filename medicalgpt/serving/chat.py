@@ -1,8 +1,8 @@
 """Answers from a chat model, for every front end: terminal, files, servers, evaluation, samples during training.
 
-`ChatEngine` keeps no conversation. A caller passes all messages each time and owns the history. What the engine
-promises is the same in `chat`, `stream` and `batch`: the prompt is exactly what the tokenizer's chat template
-renders, an answer does not depend on the answers that are computed beside it, and text never ends in half a character.
+`ChatEngine` is stateless: callers pass the whole conversation each time and own the history. What the engine guarantees
+is the same in `chat`, `stream` and `batch`: the prompt is exactly what the tokenizer's chat template renders, an answer
+does not depend on the others in its batch, and text never ends in half a character.
 """
 
 import dataclasses
@@ -49,14 +49,14 @@ class PromptTooLongError(UserError, ValueError):
     def __init__(self, prompt_tokens: int, context_length: int):
         super().__init__(
             f"The prompt has {prompt_tokens} tokens; this model's context of {context_length} tokens has room for "
-            f"{context_length - 1} and an answer. Shorten the text or leave out older turns."
+            f"{context_length - 1} and an answer. Shorten the text or omit older turns."
         )
         self.prompt_tokens = prompt_tokens
         self.context_length = context_length
 
 
 class NoChatTemplateError(UserError, ValueError):
-    """The tokenizer cannot render any conversation."""
+    """The tokenizer has no chat template."""
 
 
 class ChatTemplateError(UserError, ValueError):
@@ -64,24 +64,24 @@ class ChatTemplateError(UserError, ValueError):
 
 
 class SpecialTokenError(UserError, ValueError):
-    """A text in a conversation spells a special token, so that the tokenizer would not read it as text."""
+    """A text in a conversation contains a special token, which the tokenizer would not read as text."""
 
 
 class ChatEngine:
     """A model and its tokenizer, ready to answer.
 
-    The engine may be called from several threads. It puts the model in evaluation mode while it answers and
-    puts it back afterwards, so that a model in training can be sampled.
+    The engine may be called from several threads. While it answers, the model is in evaluation mode; afterwards its
+    mode is restored, so a model in training can be sampled.
 
     Args:
         model: a causal language model, with or without adapters.
         tokenizer: its tokenizer, with a chat template.
 
     Attributes:
-        context_length: tokens of a prompt and its answer that the model can hold; None where it says none.
-        special_ids: special tokens of the tokenizer, from text to id.
+        context_length: maximum number of tokens of a prompt and its answer; None if the model has no limit.
+        special_ids: ids of the tokenizer's special tokens, by their text.
         stop_ids: tokens that end an answer.
-        stop_strings: texts that end an answer.
+        stop_strings: strings that end an answer.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
@@ -168,7 +168,7 @@ class ChatEngine:
 
     @classmethod
     def from_arguments(cls, arguments: ChatArguments) -> "ChatEngine":
-        """Load what the flags say. Errors are those of `from_pretrained`."""
+        """Load the model that the flags name. Errors are those of `from_pretrained`."""
         return cls.from_pretrained(
             arguments.model_name_or_path,
             lora_model=arguments.lora_model,
@@ -192,11 +192,11 @@ class ChatEngine:
             PromptTooLongError: no room is left for an answer.
             NoChatTemplateError: the tokenizer has no chat template.
             ChatTemplateError: the template refuses these messages.
-            SpecialTokenError: a text would be read as a special token, the end of a turn for example.
+            SpecialTokenError: a text contains a special token, the end of a turn for example.
         """
         if not self.tokenizer.chat_template:
             raise NoChatTemplateError(
-                "The tokenizer has no chat template, so a conversation cannot be put into tokens. Train one in: "
+                "The tokenizer has no chat template, so a conversation cannot be tokenized. Train with one: "
                 "supervised_finetuning.py installs a template and saves it with the model; --template_name chooses it."
             )
         spelled = templating.special_tokens_in(
@@ -204,8 +204,8 @@ class ChatEngine:
         )
         if spelled:
             raise SpecialTokenError(
-                f"The conversation holds {', '.join(spelled)}, which this model's tokenizer reads as a special token. "
-                "Take it out of the text, or write it in another way."
+                f"The conversation contains {', '.join(spelled)}, which this model's tokenizer reads as a special "
+                "token. Remove it from the text, or write it another way."
             )
         try:
             ids = self.tokenizer.apply_chat_template(
@@ -217,7 +217,7 @@ class ChatEngine:
         return ids
 
     def completion_ids(self, text: str) -> list[int]:
-        """Tokens of a raw text that the model shall go on with, without any chat template.
+        """Token ids of a raw text for the model to continue, without the chat template.
 
         Raises:
             PromptTooLongError: no room is left for an answer.
@@ -225,7 +225,7 @@ class ChatEngine:
         """
         ids = self.tokenizer(text, verbose=False)["input_ids"]
         if not ids:
-            raise ValueError("The text is empty, so there is nothing to go on with.")
+            raise ValueError("The text is empty, so there is nothing to continue.")
         self.require_room(ids)
         return ids
 
@@ -237,7 +237,7 @@ class ChatEngine:
     def request(
         self, messages: Messages, sampling: Sampling | None = None, tools: Tools | None = None
     ) -> GenerationRequest:
-        """Render one conversation, the next answer of which is asked for.
+        """Render a conversation into a request for its next answer.
 
         Args:
             messages: all turns so far, `{"role": ..., "content": ...}` each. They are not changed.
@@ -256,8 +256,8 @@ class ChatEngine:
     def stream(self, request: GenerationRequest) -> "AnswerStream":
         """Answer one prompt piece by piece.
 
-        The pieces are the text of the answer. Calls of tools are known when it is whole: they are in the answer at the
-        end, and what may become a call is held back until then.
+        The pieces are the text of the answer. Tool calls are known when it is complete: they are in
+        `AnswerStream.answer` at the end, and text that may become a call is held back until then.
         """
         return AnswerStream(self, request)
 
@@ -271,9 +271,9 @@ class ChatEngine:
     ) -> list[Answer]:
         """Answer many prompts, `batch_size` of similar length at a time.
 
-        Each answer is the one that the prompt gets alone. With a seed, prompt i is sampled with `seed + i`, whatever
-        the batch size. (In 16 bits, sums round differently in batches of another shape, so that a near tie between
-        two tokens may fall the other way.)
+        Each answer is the same as if the prompt were answered alone. With a seed, prompt i is sampled with `seed + i`,
+        whatever the batch size. (In 16 bits, sums round differently in batches of another shape, so a near tie between
+        two tokens may be decided differently.)
 
         Args:
             prompts: token ids of each rendered prompt, see `prompt_ids`.
@@ -297,7 +297,7 @@ class ChatEngine:
             GenerationRequest(prompt_ids, sampling.with_seed_offset(index), offered)
             for index, (prompt_ids, offered) in enumerate(zip(prompts, tools, strict=True))
         ]
-        # Longest first: if memory does not suffice, that shows in the first batch.
+        # Longest first: if memory is too small, the first batch shows it.
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
         answers: dict[int, Answer] = {}
         for start in range(0, len(order), batch_size):
@@ -308,41 +308,41 @@ class ChatEngine:
         return [answers[index] for index in range(len(prompts))]
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[Answer | None]:
-        """Run the model on prompts of any lengths until each has its answer. No answer depends on another.
+        """Generate the answers to prompts of any lengths in one batch. No answer depends on another.
 
         Returns:
-            The answers, None where a request was cancelled or failed by itself.
+            The answers, None where a request was cancelled or failed on its own.
         """
         device = self.model.device
-        rows = [self.begin(request) for request in requests]
-        width = max(len(row.prompt_ids) for row in rows)
-        # Any token will do as padding, since the attention mask hides it; a prompt's own is sure to be in the model.
-        padding = rows[0].prompt_ids[0]
-        input_ids = torch.full((len(rows), width), padding, dtype=torch.long)
+        states = [self.begin(request) for request in requests]
+        width = max(len(state.prompt_ids) for state in states)
+        # Any token can be padding, since the attention mask hides it; one of a prompt is certainly in the vocabulary.
+        padding = states[0].prompt_ids[0]
+        input_ids = torch.full((len(states), width), padding, dtype=torch.long)
         attention_mask = torch.zeros_like(input_ids)
-        for number, row in enumerate(rows):
-            input_ids[number, width - len(row.prompt_ids) :] = torch.tensor(row.prompt_ids)
-            attention_mask[number, width - len(row.prompt_ids) :] = 1
+        for number, state in enumerate(states):
+            input_ids[number, width - len(state.prompt_ids) :] = torch.tensor(state.prompt_ids)
+            attention_mask[number, width - len(state.prompt_ids) :] = 1
         # The current CUDA device belongs to a thread, and custom kernels run on it wherever their tensors are.
         on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
         with on_device, _evaluation_mode(self.model):
             self.model.generate(
                 input_ids=input_ids.to(device),
                 attention_mask=attention_mask.to(device),
-                max_new_tokens=max(row.max_tokens for row in rows),
+                max_new_tokens=max(state.max_tokens for state in states),
                 eos_token_id=sorted(self.stop_ids) or None,
                 pad_token_id=padding,
                 use_cache=True,
-                # Choosing the token is the work of the rows: whatever the model's generation_config says about
-                # sampling would come on top, and would see the padding.
+                # Each request chooses its own tokens: sampling by the model's generation_config would come on top, and
+                # would see the padding.
                 do_sample=False,
                 num_beams=1,
                 repetition_penalty=1.0,
                 stop_strings=None,
-                logits_processor=LogitsProcessorList([Chooser(rows, width)]),
-                stopping_criteria=StoppingCriteriaList([Recorder(rows)]),
+                logits_processor=LogitsProcessorList([Chooser(states, width)]),
+                stopping_criteria=StoppingCriteriaList([Recorder(states)]),
             )
-        return [row.answer for row in rows]
+        return [state.answer for state in states]
 
     def begin(self, request: GenerationRequest) -> AnswerState:
         """The answer to a request before its first token."""
@@ -358,7 +358,7 @@ class ChatEngine:
 
 
 def settle(future: "Future[Answer]", answer: Answer | None = None, error: BaseException | None = None) -> None:
-    """Give a future its answer or error, unless it was cancelled meanwhile."""
+    """Set the answer or the error of a future, unless it was cancelled in the meantime."""
     with suppress(InvalidStateError):
         if error is not None:
             future.set_exception(error)
@@ -369,7 +369,7 @@ def settle(future: "Future[Answer]", answer: Answer | None = None, error: BaseEx
 class AnswerStream(Iterator[str]):
     """The pieces of an answer while it is generated; joined, they are the text of the answer.
 
-    Generation begins with the first piece that is asked for, in its own thread. It stops when the stream is closed,
+    Generation begins when the first piece is requested, in its own thread. It stops when the stream is closed,
     left as a context manager, or no longer referenced. An error in it is raised by `next`.
     """
 
@@ -379,14 +379,14 @@ class AnswerStream(Iterator[str]):
 
     @property
     def answer(self) -> Answer | None:
-        """The whole answer after the last piece; None before, and if the stream was closed early."""
+        """The complete answer after the last piece; None before, and if the stream was closed early."""
         return self._finished[0] if self._finished else None
 
     def __next__(self) -> str:
         return next(self._pieces)
 
     def close(self) -> None:
-        """Stop generating, which takes up to one step of the model."""
+        """Stop generating, which takes up to one forward pass."""
         self._pieces.close()
 
     def __enter__(self) -> "AnswerStream":
@@ -424,7 +424,7 @@ def _pieces(engine: ChatEngine, request: GenerationRequest, finished: list[Answe
 
 @contextmanager
 def _evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Dropout and the like off, and afterwards on again in just those modules where they were on."""
+    """Evaluation mode; afterwards, training mode is restored in exactly those modules that were in it."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""Choosing tokens: sampling settings, answers, and the rows of a batch."""
+"""Choosing tokens: sampling settings, requests, answers, and the state of an answer while it is generated."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -18,10 +18,10 @@ Tools = Sequence[Any]
 
 # torch takes seeds below 2**63; half of that leaves room to add a row number.
 MAX_SEED = 2**62
-# As many likely tokens beside the chosen one as can be asked for.
+# Maximum number of alternatives per token.
 MAX_TOP_LOG_PROBS = 20
 
-# What a decoder writes for bytes that are no character, or not yet one.
+# Written by a decoder for bytes that are not a complete character.
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -30,17 +30,17 @@ class Sampling:
     """How the next token is chosen, and where an answer ends.
 
     Args:
-        max_new_tokens: most tokens of one answer; less where the model's context ends before.
-        temperature: the scores are divided by it; 0 takes the best token every time (greedy).
-        top_p: keep the likeliest tokens that hold this share of the probability (https://arxiv.org/abs/1904.09751).
-        top_k: keep the k likeliest tokens; 0 keeps all.
-        repetition_penalty: scores of tokens in the prompt or the answer are made worse by this factor
-            (https://arxiv.org/abs/1909.05858); 1 does nothing.
-        stop: strings that end the answer and are not part of it.
+        max_new_tokens: maximum tokens of one answer; fewer where the model's context ends first.
+        temperature: the logits are divided by it; 0 always takes the most likely token (greedy).
+        top_p: keep the most likely tokens that hold this share of the probability (https://arxiv.org/abs/1904.09751).
+        top_k: keep the k most likely tokens; 0 keeps all.
+        repetition_penalty: lowers the logits of tokens in the prompt or the answer by this factor
+            (https://arxiv.org/abs/1909.05858); 1 is off.
+        stop: strings that end the answer; they are not part of it.
         seed: the same seed gives the same text. Unset: drawn from torch's global generator.
-        log_probs: note how probable each token was in the draw; not for temperature 0.
-        top_log_probs: note how probable the model finds each token, before all of the above, and so many of the
-            likeliest ones beside it. Unset: nothing is noted.
+        log_probs: record the log-probability of each token as it was sampled; not for temperature 0.
+        top_log_probs: record the model's log-probability of each token, before all of the above, and of this many of
+            the most likely tokens in its place. Unset: nothing is recorded.
 
     Raises:
         ValueError: a value is outside of its range.
@@ -58,14 +58,14 @@ class Sampling:
 
     def __post_init__(self):
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        for name, right, wanted in (
+        for name, valid, wanted in (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
             ("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
             ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "above 0"),
             ("stop", all(self.stop), "without empty strings"),
-            ("log_probs", not self.log_probs or self.temperature > 0, "False where nothing is drawn"),
+            ("log_probs", not self.log_probs or self.temperature > 0, "False at temperature 0"),
             (
                 "top_log_probs",
                 self.top_log_probs is None or 0 <= self.top_log_probs <= MAX_TOP_LOG_PROBS,
@@ -73,7 +73,7 @@ class Sampling:
             ),
             ("seed", self.seed is None or 0 <= self.seed < MAX_SEED, "at least 0 and below 2**62"),
         ):
-            if not right:
+            if not valid:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, it must be {wanted}.")
 
     def with_seed_offset(self, offset: int) -> "Sampling":
@@ -82,7 +82,7 @@ class Sampling:
 
 
 def sampling_from(arguments: ChatArguments) -> Sampling:
-    """What the flags say of sampling.
+    """The sampling settings of the flags.
 
     Raises:
         UserError: a value is outside of its range.
@@ -97,11 +97,11 @@ def sampling_from(arguments: ChatArguments) -> Sampling:
 
 @dataclass(frozen=True)
 class TokenScore:
-    """How probable the model found a token of its answer.
+    """The model's log-probability of a token of its answer.
 
     Attributes:
-        log_prob: its log-probability under the model, before temperature, penalties and the like.
-        top: the likeliest tokens in its place, each with its log-probability, the best first.
+        log_prob: its log-probability under the model, before temperature and penalties.
+        top: the most likely tokens in its place, each with its log-probability, best first.
     """
 
     token_id: int
@@ -117,11 +117,11 @@ class Answer:
         text: the answer without stop token and stop string.
         finish_reason: "stop" if the model or a stop string ended it, "length" if the tokens ran out.
         prompt_tokens: tokens of the rendered prompt.
-        completion_tokens: tokens generated, the stop token among them.
-        tool_calls: calls of the tools that were offered, in OpenAI form with arguments as a dict; they are no part of
-            `text`. What is no well-formed call of an offered tool stays in `text`.
-        token_ids: what the model wrote, the stop token among it.
-        log_probs: of each of these tokens, as it was drawn, if that was asked for.
+        completion_tokens: tokens generated, including the stop token.
+        tool_calls: calls of the offered tools, in OpenAI form with arguments as a dict; they are not part of `text`.
+            Anything that is not a well-formed call of an offered tool stays in `text`.
+        token_ids: what the model generated, including the stop token.
+        log_probs: of each of these tokens, as sampled, if requested.
         scores: of each of these tokens, if `top_log_probs` was set.
     """
 
@@ -143,10 +143,10 @@ class GenerationRequest:
         prompt_ids: the rendered prompt, from `ChatEngine.prompt_ids` or `completion_ids`.
         sampling: how tokens are chosen; greedy by default.
         tools: the tools offered in the prompt, whose calls are parsed out of the answer.
-        on_text: called with each piece of text that has become certain, in the thread that generates.
-        on_end: called with the answer as soon as it is there, which may be before those beside it.
-        cancelled: asked at every token; True ends the answer, and `on_end` is not called.
-        on_error: called if this answer fails, while those beside it go on. Unset: the error is raised for all.
+        on_text: called with each piece of text that is final, in the thread that generates.
+        on_end: called with the answer as soon as it is complete, possibly before others in the batch.
+        cancelled: called at every token; True ends the answer, and `on_end` is not called.
+        on_error: called if this answer fails, while others in the batch continue. Unset: the error is raised for all.
     """
 
     prompt_ids: Sequence[int]
@@ -159,23 +159,23 @@ class GenerationRequest:
 
 
 class AnswerState:
-    """One growing answer: chooses its tokens, decodes whole characters, finds stop strings, knows when it has ended.
+    """One answer while it is generated: chooses its tokens, decodes whole characters, finds stop strings, and ends.
 
-    The draw of a token is the Gumbel-max trick (https://arxiv.org/abs/1411.0030): `argmax(score + Gumbel noise)` is
-    distributed like a draw from `softmax(score)`. With a generator of its own, a row is the same alone and in any
+    Tokens are sampled with the Gumbel-max trick (https://arxiv.org/abs/1411.0030): `argmax(score + Gumbel noise)` is
+    distributed like a sample from `softmax(score)`. With its own generator, an answer is the same alone and in any
     batch.
 
     Attributes:
-        max_tokens: most tokens that it may have.
+        max_tokens: maximum number of tokens.
         ended: whether it needs no further token.
-        answer: once it has ended, unless it was cancelled.
-        token_ids: the answer so far, its stop token among it.
+        answer: the complete answer once it has ended, unless it was cancelled.
+        token_ids: the answer so far, including its stop token.
 
     Args:
         special_ids: ids of the special tokens by their text.
         stop_ids: ids that end an answer.
-        stop_strings: strings that end an answer, besides those of the request.
-        context_length: most tokens of prompt and answer together; None where there is no limit.
+        stop_strings: strings that end an answer, in addition to those of the request.
+        context_length: maximum number of tokens of prompt and answer together; None for no limit.
         device: where the scores are.
     """
 
@@ -203,8 +203,8 @@ class AnswerState:
             self._generator = torch.Generator(device).manual_seed(seed_of(self._sampling))
 
         self._tools: ToolFormat | None = tool_format_of(tokenizer) if request.tools else None
-        # Special tokens are left out of the text, where they could not be found as strings. The marks of a call are
-        # kept: without them, it could not be told from text.
+        # Special tokens are not decoded, so as strings they could not be found. The marks of a tool call are decoded:
+        # without them, it could not be distinguished from text.
         stop = (*self._sampling.stop, *stop_strings)
         self._stop_ids = stop_ids.union(special_ids[text] for text in stop if text in special_ids)
         self._stop_strings = tuple(text for text in stop if text not in special_ids)
@@ -214,22 +214,22 @@ class AnswerState:
 
         self._tokenizer = tokenizer
         self.token_ids: list[int] = []
-        # On the device until the end, since reading a number there makes the device wait.
+        # On the device until the end, since reading a number synchronizes with it.
         self._log_probs: list[torch.Tensor] = []
         self._scores: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-        # Text that is certain, how much of it was passed on, and text that may be the beginning of a stop string.
+        # Final text, how much of it was passed on, and text that may be the beginning of a stop string.
         self._text = ""
         self._passed_on = 0
         self._held = ""
-        # A token's text can depend on the token before (spaces, bytes of a character), so that decoding starts at
-        # `_context`, tokens before `_fresh` are decoded already, and `_seen` characters after them too.
+        # A token's text can depend on the token before (spaces, bytes of a character), so decoding starts at
+        # `_context`; tokens before `_fresh` are decoded already, and so are `_seen` characters after them.
         self._ids: list[int] = []
         self._context = 0
         self._fresh = 0
         self._seen = 0
 
     def choose(self, scores: torch.Tensor, before: torch.Tensor) -> None:
-        """Change scores in place so that the best one is the next token.
+        """Change scores in place so that the highest one is the next token.
 
         Args:
             scores: of the whole vocabulary, (vocabulary,), float32.
@@ -251,7 +251,7 @@ class AnswerState:
             self._scores.append((plain[scores.argmax()], top.indices, top.values))
 
     def add(self, token_id: int) -> None:
-        """Take in the next token and pass on the text that became certain."""
+        """Add the next token and pass on the text that is now final."""
         if self._request.cancelled():
             self.ended = True
             return
@@ -286,7 +286,7 @@ class AnswerState:
         text, calls = self._tools.parse(self._text, tools) if self._tools else (self._text, [])
         self._pass_on(text)
         self.ended = True
-        # In a continuous batch, tokens may have been chosen after the one that ended a stop string.
+        # In a continuous batch, tokens may have been chosen after the one that completed a stop string.
         log_probs = self._log_probs[: len(self.token_ids)]
         self.answer = Answer(
             text=text,
@@ -328,33 +328,33 @@ class AnswerState:
 
 
 class Chooser(LogitsProcessor):
-    """Lets each row choose among the scores of its next token."""
+    """Lets each answer choose its next token from the scores."""
 
-    def __init__(self, rows: Sequence[AnswerState], width: int):
-        self.rows = rows
-        self.padding = [width - len(row.prompt_ids) for row in rows]
+    def __init__(self, states: Sequence[AnswerState], width: int):
+        self.states = states
+        self.padding = [width - len(state.prompt_ids) for state in states]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """input_ids: (batch, length); scores: (batch, vocabulary), float32."""
         refuse_nan(scores)
-        for number, row in enumerate(self.rows):
-            if not row.ended:
-                row.choose(scores[number], input_ids[number, self.padding[number] :])
+        for number, state in enumerate(self.states):
+            if not state.ended:
+                state.choose(scores[number], input_ids[number, self.padding[number] :])
         return scores
 
 
 class Recorder(StoppingCriteria):
-    """Hands each new token to its row, and ends the rows that have their answer."""
+    """Adds each new token to its answer, and stops the answers that have ended."""
 
-    def __init__(self, rows: Sequence[AnswerState]):
-        self.rows = rows
+    def __init__(self, states: Sequence[AnswerState]):
+        self.states = states
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        """input_ids: (batch, length). Returns (batch,), True where a row has ended."""
-        for row, token_id in zip(self.rows, input_ids[:, -1].tolist(), strict=True):
-            if not row.ended:
-                row.add(token_id)
-        return torch.tensor([row.ended for row in self.rows], device=input_ids.device)
+        """input_ids: (batch, length). Returns (batch,), True where an answer has ended."""
+        for state, token_id in zip(self.states, input_ids[:, -1].tolist(), strict=True):
+            if not state.ended:
+                state.add(token_id)
+        return torch.tensor([state.ended for state in self.states], device=input_ids.device)
 
 
 def refuse_nan(scores: torch.Tensor) -> None:
@@ -362,12 +362,12 @@ def refuse_nan(scores: torch.Tensor) -> None:
     if scores.isnan().any():
         raise UserError(
             "The model's scores are not numbers (NaN), so no token can be chosen. Weights in float16 overflow in "
-            "many models: load them with --dtype bfloat16 or float32. If that is no cure, the weights are broken."
+            "many models: load them with --dtype bfloat16 or float32. If that does not help, the weights are broken."
         )
 
 
 def _kept(scores: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """Return scores (vocabulary,) divided by the temperature, and those that top_k and top_p leave out at -inf."""
+    """Return scores (vocabulary,) divided by the temperature, with those that top_k and top_p exclude at -inf."""
     # With the best score at 0, no temperature however small makes it overflow.
     scores = (scores - scores.max()) / sampling.temperature
     if 0 < sampling.top_k < len(scores):
@@ -380,7 +380,7 @@ def _kept(scores: torch.Tensor, sampling: Sampling) -> torch.Tensor:
 
 
 def _draw(scores: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Return scores (vocabulary,) whose argmax is a draw from `softmax(scores)`."""
+    """Return scores (vocabulary,) whose argmax is a sample from `softmax(scores)`."""
     noise = torch.empty_like(scores).exponential_(generator=generator)
     return scores - noise.clamp_min(torch.finfo(noise.dtype).tiny).log()
 
@@ -388,5 +388,5 @@ def _draw(scores: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 def seed_of(sampling: Sampling) -> int:
     if sampling.seed is not None:
         return sampling.seed
-    # Greedy answers draw nothing: a look at a model in training must not change the training's random numbers.
+    # Greedy answers need no random numbers: sampling a model in training must not change those of the training.
     return int(torch.randint(MAX_SEED, ())) if sampling.temperature > 0 else 0

@@ -9,13 +9,13 @@ from medicalgpt.serving.generation import MAX_SEED
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WrapValidator, model_validator
 from pydantic_core import PydanticCustomError
 
-# Answers to one prompt, and strings that end an answer, that a request may ask for.
+# Maximum number of answers to one prompt, and of stop strings, in a request.
 MAX_CHOICES = 16
 MAX_STOPS = 16
 
 
 class Body(BaseModel):
-    """Strict: no value is converted, no field is unknown."""
+    """Strict: values are not converted, unknown fields are refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -128,7 +128,7 @@ class ResponseFormat(Body):
     @classmethod
     def _no_schema(cls, value: Any) -> Any:
         if isinstance(value, dict) and value.get("type") == "json_schema":
-            raise ValueError("answers cannot be held to a schema. Say json_object, and put the schema into the prompt.")
+            raise ValueError("answers cannot be held to a schema. Use json_object, and put the schema into the prompt.")
         return value
 
 
@@ -136,18 +136,20 @@ class StreamOptions(Body):
     include_usage: bool | None = None
 
 
-Penalty = Annotated[float | None, refused_unless(0, "only 0 is known; there is repetition_penalty.")]
+Penalty = Annotated[float | None, refused_unless(0, "only 0 is supported; there is repetition_penalty.")]
 Stop = Annotated[str, Field(min_length=1)]
 
 
 class Generation(Body):
-    """What both kinds of requests say of their answers."""
+    """Fields that both kinds of requests share."""
 
     model: str
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0, description="An extension: sample from the k likeliest tokens; 0: from all.")
+    top_k: int | None = Field(
+        None, ge=0, description="An extension: sample from the k most likely tokens; 0: from all."
+    )
     repetition_penalty: float | None = Field(None, gt=0, le=10, description="An extension.")
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
@@ -156,8 +158,8 @@ class Generation(Body):
     stream_options: StreamOptions | None = None
     frequency_penalty: Penalty = None
     presence_penalty: Penalty = None
-    logit_bias: Annotated[dict[str, float] | None, refused_unless({}, "scores cannot be changed here.")] = None
-    user: str | None = Field(None, description="Without effect, as in the OpenAI API itself.")
+    logit_bias: Annotated[dict[str, float] | None, refused_unless({}, "logits cannot be changed here.")] = None
+    user: str | None = Field(None, description="Has no effect, as in the OpenAI API itself.")
 
 
 class ChatRequest(Generation):
@@ -165,22 +167,22 @@ class ChatRequest(Generation):
         Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
     ] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    # Templates show a tool as it was written, in training and here.
+    # Templates render a tool as it was written, in training and here.
     tools: Annotated[list[Annotated[Tool, WrapValidator(_as_it_came)]] | None, Field(min_length=1)] = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    metadata: dict[str, str] | None = Field(None, description="Without effect, as in the OpenAI API itself.")
-    store: Annotated[bool | None, refused_unless(False, "this server keeps nothing.")] = None
+    metadata: dict[str, str] | None = Field(None, description="Has no effect, as in the OpenAI API itself.")
+    store: Annotated[bool | None, refused_unless(False, "this server stores nothing.")] = None
 
 
 class CompletionRequest(Generation):
     prompt: str | list[str] | list[int] | list[list[int]]
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: Annotated[bool | None, refused_unless(False, "an answer never repeats its prompt here.")] = None
-    suffix: Annotated[str | None, refused_unless("", "the model can only go on, not fill in.")] = None
+    suffix: Annotated[str | None, refused_unless("", "the model can only continue a text, not fill in.")] = None
     best_of: int | None = Field(None, ge=1)
 
 

@@ -20,12 +20,12 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 Turns = list[dict[str, str]]
-# Code in Markdown, and what browsers take for a tag or a character; thoughts are folded by their tags.
+# Code in Markdown, and what browsers read as a tag or an entity; reasoning is folded by its tags.
 CODE = re.compile(r"(```.*?(?:```|$)|`[^`\n]+`)", re.DOTALL)
 HTML = re.compile(r"<(?=[a-zA-Z/!?])(?!/?think>)|&(?=[a-zA-Z#])")
 # The browser's language chooses.
 LABELS = {
-    "about": ("A model in training makes mistakes and is no doctor.", "训练中的模型会出错，不能代替医生。"),
+    "about": ("A model in training makes mistakes and is not a doctor.", "训练中的模型会出错，不能代替医生。"),
     "chat": ("Conversation", "对话"),
     "question": ("Your question", "您的问题"),
     "send": ("Send", "发送"),
@@ -36,17 +36,17 @@ LABELS = {
     "notice": ("Notice", "提示"),
     "settings": ("Settings", "设置"),
     "system_prompt": ("System prompt", "系统提示词"),
-    "max_new_tokens": ("Most new tokens", "最大词元数"),
+    "max_new_tokens": ("Max new tokens", "最大 token 数"),
     "temperature": ("Temperature", "温度"),
     "top_p": ("Top-p", "Top-p"),
     "top_k": ("Top-k (0: all)", "Top-k（0：全部）"),
     "repetition_penalty": ("Repetition penalty", "重复惩罚"),
-    "seed": ("Seed (empty: by chance)", "随机种子（空：随机）"),
+    "seed": ("Seed (empty: random)", "随机种子（空：随机）"),
 }
 LABEL = gr.I18n(
     **{language: {name: both[i] for name, both in LABELS.items()} for i, language in enumerate(("en", "zh"))}
 )
-# Sanitized Markdown still has images, and an image from another host would tell it what the page has been told.
+# Sanitized Markdown still has images, and an image from another host could send it what the page was told.
 CONTENT_POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; object-src 'none'; "
@@ -55,15 +55,15 @@ CONTENT_POLICY = (
 
 
 def launch(page: gr.Blocks, arguments: PageArguments, auth: tuple[str, str] | None, max_file_size: int = 1) -> str:
-    """Serve the page in a thread of its own; returns its address.
+    """Serve the page in its own thread; returns its address.
 
     Args:
-        max_file_size: most bytes of an upload; so little where the page takes none.
+        max_file_size: maximum bytes of an upload; the default suits pages without uploads.
 
     Raises:
         UserError: the address cannot be listened on.
     """
-    # Gradio itself asks for the password.
+    # With a password, Gradio itself checks who asks.
     access = [] if auth else [Middleware(AccessMiddleware, refuse=_refuse, protection="--auth")]
     with bound_socket(arguments) as listener:
         port = listener.getsockname()[1]
@@ -108,7 +108,7 @@ def with_content_policy(app: ASGIApp) -> ASGIApp:
 
 
 def shown(said: Turns) -> Turns:
-    """The turns with HTML written out, but for code and thoughts: sanitizing would take it away without a word."""
+    """The turns with HTML escaped, except in code and reasoning: sanitizing would silently remove it."""
     turns = []
     for turn in said:
         parts = CODE.split(turn["content"])
@@ -118,11 +118,11 @@ def shown(said: Turns) -> Turns:
 
 
 async def stream(batcher: Batcher, request: GenerationRequest, timeout: float) -> AsyncIterator[tuple[str, str]]:
-    """Yield the answer so far each time that it has grown, and a note on it. Closing cancels the request.
+    """Yield the answer so far whenever it has grown, and a note on it. Closing the iterator cancels the request.
 
     Raises:
         QueueFullError, BatcherClosedError: see `Batcher.submit`.
-        TimeoutError: it took longer than `timeout` seconds.
+        TimeoutError: the answer took longer than `timeout` seconds.
     """
     loop = asyncio.get_running_loop()
     deadline = loop.time() + timeout
@@ -137,7 +137,7 @@ async def stream(batcher: Batcher, request: GenerationRequest, timeout: float) -
     try:
         while (piece := await asyncio.wait_for(pieces.get(), deadline - loop.time())) is not None:
             text += piece
-            # A page that is slower than the model catches up here.
+            # A page that is slower than the model skips to the newest text.
             if pieces.empty():
                 yield text, ""
         answer = future.result()
@@ -148,7 +148,7 @@ async def stream(batcher: Batcher, request: GenerationRequest, timeout: float) -
 
 
 def describe(error: Exception) -> str:
-    """What a visitor is told of an error."""
+    """What a visitor is told about an error."""
     if isinstance(error, (UserError, ValueError, QueueFullError, BatcherClosedError)):
         return str(error)
     if isinstance(error, TimeoutError):

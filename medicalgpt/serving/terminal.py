@@ -30,16 +30,16 @@ def say(engine: ChatEngine, request: GenerationRequest) -> str:
 
 
 def note(text: str) -> None:
-    """Tell the person something that is no part of an answer."""
+    """Print something that is not part of an answer, to stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
 def typed_lines() -> Iterator[str]:
-    """What a person types, line by line, until Ctrl-D, the end of the input, or Ctrl-C at the prompt."""
+    """The lines that the user types, until Ctrl-D, the end of the input, or Ctrl-C at the prompt."""
     if sys.stdin.isatty():
         import readline  # noqa: F401  (gives `input` line editing that knows wide characters)
 
-        note("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves.")
+        note("/help lists the commands, Ctrl-C stops an answer, Ctrl-D exits.")
     while True:
         try:
             line = input("\n> " if sys.stdin.isatty() else "")

@@ -152,8 +152,8 @@ def svg_curve(
     left, right, top, bottom = 52, width - 14, 34 + 18 * legend_rows, height - 42
     xs = [x for points in ordered.values() for x, y in points if math.isfinite(y)]
     ys = [y for points in ordered.values() for _, y in points if math.isfinite(y)]
-    x_ticks, x_low, x_high = _axis(min(xs), max(xs), whole=all(x == int(x) for x in xs), widen=False)
-    y_ticks, y_low, y_high = _axis(min(ys), max(ys), whole=False, widen=True)
+    x_ticks, x_low, x_high = _axis(min(xs), max(xs), integers=all(x == int(x) for x in xs), widen=False)
+    y_ticks, y_low, y_high = _axis(min(ys), max(ys), integers=False, widen=True)
 
     def place(x: float, y: float) -> Point:
         return (
@@ -222,7 +222,7 @@ def _number(value: object) -> float:
         return math.nan
 
 
-def _axis(low: float, high: float, whole: bool, widen: bool) -> tuple[list[tuple[float, str]], float, float]:
+def _axis(low: float, high: float, integers: bool, widen: bool) -> tuple[list[tuple[float, str]], float, float]:
     """Return labelled ticks at 1, 2 or 5 times a power of ten, and the ends of the axis."""
     if low == high:
         margin = max(abs(low) * 0.1, 0.5)
@@ -230,7 +230,7 @@ def _axis(low: float, high: float, whole: bool, widen: bool) -> tuple[list[tuple
     rough = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
-    if whole:
+    if integers:
         step = max(step, 1.0)
     if widen:
         low, high = math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step

@@ -29,7 +29,7 @@ STATE_FILE = "stream.json"
 
 
 def check_flags(data_args: DataArguments, args: SFTConfig, *, rows_can_be_too_long: bool) -> None:
-    """Refuse flags that cannot be kept with --streaming, and set what follows from it in `args`.
+    """Refuse flags that do not work with --streaming, and set what follows from it in `args`.
 
     Args:
         rows_can_be_too_long: the stage refuses rows by their number of tokens.
@@ -40,30 +40,32 @@ def check_flags(data_args: DataArguments, args: SFTConfig, *, rows_can_be_too_lo
     given = args.given | data_args.given
     if not data_args.streaming:
         if "shuffle_buffer" in given:
-            raise UserError("--shuffle_buffer has an effect with --streaming True only; rows are fully shuffled else.")
+            raise UserError(
+                "--shuffle_buffer only has an effect with --streaming True; otherwise rows are fully shuffled."
+            )
         return
     if args.max_steps <= 0:
         raise UserError(
-            "--streaming needs --max_steps: the learning rate falls over all steps, and how many an epoch has is known "
-            "only after all rows were tokenized. The log gives an estimate before the first step."
+            "--streaming needs --max_steps: the learning rate schedule covers all steps, and their number per epoch is "
+            "unknown until all rows are tokenized. The log gives an estimate before the first step."
         )
     if rows_can_be_too_long and not data_args.skip_long_rows:
         raise UserError(
-            "--streaming tokenizes while it trains, so a row that is too long is found only then. Say beforehand that "
-            "such rows are left out and counted: --skip_long_rows True."
+            "--streaming tokenizes during training, so a row that is too long is found only then. Allow in advance "
+            "that such rows are skipped and counted: --skip_long_rows True."
         )
     if data_args.shuffle_buffer < 1:
         raise UserError(
-            f"--shuffle_buffer {data_args.shuffle_buffer} must be at least 1, which keeps the files' order."
+            f"--shuffle_buffer {data_args.shuffle_buffer} must be at least 1, which keeps the order of the files."
         )
     refused = {
-        "num_train_epochs": "Say --max_steps alone.",
+        "num_train_epochs": "Use --max_steps only.",
         "overwrite_cache": "Nothing is cached.",
         "preprocessing_num_workers": "Tokenize in other processes with --dataloader_num_workers.",
-        "ignore_data_skip": "A resumed run goes on with the very next row.",
-        "dataloader_drop_last": "Every batch is full: an epoch goes on into the next.",
-        "dataloader_persistent_workers": "Workers live as long as the run anyway.",
-        "dataloader_in_order": "Batches come in order always, or a run could not be resumed.",
+        "ignore_data_skip": "A resumed run always continues with the next row.",
+        "dataloader_drop_last": "Every batch is full: it continues with rows of the next epoch.",
+        "dataloader_persistent_workers": "Workers always live as long as the run.",
+        "dataloader_in_order": "Batches always come in order; otherwise a run could not be resumed.",
     }
     for name, remedy in refused.items():
         if name in given:
@@ -71,29 +73,29 @@ def check_flags(data_args: DataArguments, args: SFTConfig, *, rows_can_be_too_lo
     if data_args.validation_split_percentage:
         raise UserError(
             "--validation_split_percentage needs all rows in memory, which --streaming avoids. Put the held-out rows "
-            "into a file of their own: --validation_file_dir."
+            "into a separate file: --validation_file_dir."
         )
     if data_args.dataset_name:
         raise UserError(
-            "--streaming reads files. Load the data set to a folder with `hf download --repo-type dataset` and name it "
-            "with --train_file_dir, or leave --streaming out: data sets of the hub are kept on the disk."
+            "--streaming reads files. Download the dataset to a folder with `hf download --repo-type dataset` and pass "
+            "it to --train_file_dir, or omit --streaming: datasets of the hub are kept on disk."
         )
     for name in ("eval_strategy", "save_strategy", "logging_strategy"):
         if getattr(args, name) == "epoch":
             step = name.replace("strategy", "steps")
-            raise UserError(f"--{name} epoch: with --streaming epochs have no end to stop at. Say --{step} N.")
+            raise UserError(f"--{name} epoch: with --streaming epochs have no end to stop at. Use --{step} N.")
     if args.train_sampling_strategy != "random":
         if "train_sampling_strategy" in given:
             raise UserError(
                 f"--train_sampling_strategy {args.train_sampling_strategy} needs the lengths of all rows, which "
-                "--streaming does not know. Leave it out, or use --packing True against padding."
+                "--streaming does not know. Omit it, or use --packing True to avoid padding."
             )
         args.train_sampling_strategy = "random"
 
 
 @dataclass
 class StreamCollator:
-    """A collator whose batches also say where in the stream their last sample stands."""
+    """A collator whose batches also have the position of their last sample in the stream."""
 
     collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
 
@@ -106,13 +108,13 @@ class StreamCollator:
 class StreamTrainer(TokenTrainer):
     """`TokenTrainer` on `StreamedSamples`.
 
-    The library would cut an epoch short or long where a stream ends, give the first samples twice so that all ranks
-    have equally many, and skip to a checkpoint's place within the first epoch only. Here the stream has no end, each
-    rank reads rows of its own, and checkpoints hold the `Position` of every reader.
+    The library would end an epoch early or late where a stream ends, repeat the first samples so that all ranks have
+    equally many, and skip to a checkpoint's position in the first epoch only. Here the stream has no end, each rank
+    reads its own rows, and checkpoints have the `Position` of every reader.
     """
 
     def __init__(self, *, train_dataset: StreamedSamples, **kwargs: Any):
-        # TRL looks at one row and takes no data set of another kind than its own.
+        # TRL inspects one row and accepts only datasets of its own type.
         super().__init__(train_dataset=train_dataset.drawn.select([0]), **kwargs)
         self.train_dataset = train_dataset
         self.args.ignore_data_skip = True
@@ -126,7 +128,7 @@ class StreamTrainer(TokenTrainer):
         if self.train_dataset.rows < readers:
             raise UserError(
                 f"{self.train_dataset.rows} rows are too few for {readers} readers (processes x "
-                "--dataloader_num_workers). Leave --streaming out for so few rows."
+                "--dataloader_num_workers). Omit --streaming for so few rows."
             )
         return DataLoader(
             self.train_dataset,
@@ -136,17 +138,17 @@ class StreamTrainer(TokenTrainer):
             prefetch_factor=self.args.dataloader_prefetch_factor,
             multiprocessing_context=self.args.dataloader_multiprocessing_context,
             pin_memory=self.args.dataloader_pin_memory,
-            # The loader would otherwise draw from the generator that dropout uses, once more in a resumed run.
+            # Otherwise the loader would draw from the generator that dropout uses, once more in a resumed run.
             generator=torch.Generator(),
         )
 
     def get_batch_samples(self, epoch_iterator: Iterator, *args: Any) -> tuple[list, Any]:
-        return super().get_batch_samples(self._noted(epoch_iterator), *args)
+        return super().get_batch_samples(self._track_positions(epoch_iterator), *args)
 
-    def _noted(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    def _track_positions(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         for batch in batches:
             if "failure" in batch:
-                # Only the first process speaks for an error that all have.
+                # Only the first process reports an error that all have.
                 if not is_main_process():
                     print(f"error: {batch['failure']}", file=sys.stderr, flush=True)
                 raise UserError(batch["failure"])
@@ -157,15 +159,17 @@ class StreamTrainer(TokenTrainer):
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         if resume_from_checkpoint:
-            self._go_on(Path(resume_from_checkpoint))
+            self._resume(Path(resume_from_checkpoint))
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
-    def _go_on(self, checkpoint: Path) -> None:
+    def _resume(self, checkpoint: Path) -> None:
         saved = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
         now = self.train_dataset.fingerprint(self.args.dataloader_num_workers)
         if changed := [name for name, value in now.items() if saved["order"][name] != value]:
             shown = ", ".join(f"{name} {saved['order'][name]} (now {now[name]})" for name in changed)
-            raise UserError(f"{checkpoint} was streamed with another {shown}. Resume with the same, or start anew.")
+            raise UserError(
+                f"{checkpoint} was streamed with another {shown}. Resume with the same value, or start again."
+            )
         own = saved["readers"][self.args.process_index]
         self.positions = [Position(**position) for position in own["positions"]]
         self.next_worker = own["next_worker"]

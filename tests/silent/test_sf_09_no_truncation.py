@@ -104,7 +104,7 @@ def test_nothing_left_is_an_error(folder, tmp_path):
     write_jsonl(tmp_path / "data" / "rows.jsonl", [LONG_ANSWER, LONG_PROMPT])
     done = run_program("supervised_finetuning.py", *flags(folder, tmp_path, "--skip_long_rows", "True"), check=False)
     assert done.returncode == 1
-    assert "every training row was left out" in done.stderr and "2 too long" in done.stderr
+    assert "every training row was skipped" in done.stderr and "2 too long" in done.stderr
     assert not (tmp_path / "out").exists()
 
 

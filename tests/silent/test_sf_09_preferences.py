@@ -88,6 +88,6 @@ def test_left_out_and_counted_and_the_others_whole(model, tmp_path, stage):
 
 @on_every_stage
 def test_nothing_left_is_an_error(model, tmp_path, stage):
-    with pytest.raises(UserError, match="every training row was left out"):
+    with pytest.raises(UserError, match="every training row was skipped"):
         open_pairs(stage, model, tmp_path, list(LONG.values()), *FLAGS, "--skip_long_rows", "True")
     assert not (tmp_path / "out").exists()

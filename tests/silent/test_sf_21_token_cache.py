@@ -287,7 +287,7 @@ def documents(tmp_path, texts):
         (partial(Holder().encode), "no function of a module"),
         (partial(lambda tokenizer, row: [Sample([1], [1])], tiny_tokenizer()), "no function of a module"),
         (partial(broken, tiny_tokenizer(), stop_at={"a"}), "a set among the arguments"),
-        (partial(broken, "no tokenizer"), "str is no fast tokenizer"),
+        (partial(broken, "no tokenizer"), "str is not a fast tokenizer"),
         (partial(broken), "0 arguments without a name"),
     ],
 )
@@ -304,7 +304,7 @@ def test_without_a_key_rows_are_encoded_each_time(tmp_path, log, folder):
         for _ in range(2):
             assert [place["line"] for place in encode_rows(data, "train", encode)["place"]] == [1, 2]
     assert len(lines.read_text().splitlines()) == 8 and not folder.exists()
-    assert sum("tokens are not kept for the next run: a PosixPath" in line for line in log) == 2
+    assert sum("tokens are not cached: a PosixPath" in line for line in log) == 2
 
 
 def test_problems_of_a_hit_are_those_of_a_miss(tmp_path, log):
@@ -340,7 +340,7 @@ def test_a_damaged_entry_is_made_anew_with_a_warning(path, log, folder, name, da
     first = chat_tokens(path)
     damage(whole(folder)[0] / name)
     assert chat_tokens(path) == first
-    assert hits(log) == 0 and sum("is damaged; it is made anew" in line for line in log) == 1
+    assert hits(log) == 0 and sum("is damaged; the rows are tokenized again" in line for line in log) == 1
     assert chat_tokens(path) == first and hits(log) == 1
 
 

@@ -160,12 +160,12 @@ def test_a_flag_without_its_effect_stops_the_run(open_run, tmp_path, stage, lie,
 
 # flags -> words of the refusal.
 REFUSED = {
-    ("--neft_alpha", 5): "--neft_alpha has no effect in this program. Noise on the embeddings is for supervised",
+    ("--neft_alpha", 5): "--neft_alpha has no effect in this program. Noise on the embeddings",
     ("--streaming", "True"): "--streaming has no effect in this program. Pairs are tokenized before training",
-    ("--shuffle_buffer", 9): "--shuffle_buffer has no effect in this program. It belongs to --streaming",
+    ("--shuffle_buffer", 9): "--shuffle_buffer has no effect in this program. It is for --streaming",
     ("--packing", "True"): "unknown flag --packing: ",
     ("--block_size", 99): "--block_size",
-    ("--max_length", 99): "Say --model_max_length",
+    ("--max_length", 99): "Use --model_max_length",
     ("--padding_free", "True"): "Pairs are padded",
     ("--train_on_inputs", "True"): "unknown flag --train_on_inputs: ",
     ("--label_smoothing_factor", 0.1): "--label_smoothing_factor has no effect in this program",
