@@ -152,7 +152,7 @@ IN_BFLOAT16 = {
 def test_scores_are_float32_where_all_else_is_bfloat16(base, data, tmp_path, case):
     """In training, in the evaluation and when scored: what is read from the last hidden state is not rounded."""
     opened = open_stage(STAGE, *flags(base, data, tmp_path / "out", *IN_BFLOAT16[case]))
-    trainer, ends = opened.trainer, []
+    trainer, ends, types = opened.trainer, [], set()
     model = trainer.model
     causal = model.get_base_model() if "all weights" not in case else model
     head = causal.score.modules_to_save["default"] if "all weights" not in case else causal.score
@@ -163,12 +163,13 @@ def test_scores_are_float32_where_all_else_is_bfloat16(base, data, tmp_path, cas
         ends.append(output.last_hidden_state[torch.arange(len(last)), last].detach())
 
     causal.model.register_forward_hook(note, with_kwargs=True)
+    causal.model.layers[0].mlp.down_proj.register_forward_hook(lambda _, inputs, output: types.add(output.dtype))
     batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[n] for n in range(len(PAIRS))]))
     model.train()
-    with trainer.compute_loss_context_manager():
+    with trainer.accelerator.autocast():
         loss = trainer.compute_loss(model, dict(batch))
     model.eval()
-    with trainer.compute_loss_context_manager():
+    with trainer.accelerator.autocast():
         values = trainer.pair_values(model, dict(batch))
     for hidden in ends:
         scores = hidden.float() @ head.weight[0].detach()
@@ -178,7 +179,7 @@ def test_scores_are_float32_where_all_else_is_bfloat16(base, data, tmp_path, cas
         for name, expected in (("chosen_reward", chosen), ("rejected_reward", rejected), ("margin", chosen - rejected)):
             assert values[name].dtype == torch.float32
             assert values[name].tolist() == pytest.approx(expected.tolist(), abs=1e-5)
-    assert len(ends) == 2 and (case != "base" or ends[0].dtype == torch.bfloat16)
+    assert len(ends) == 2 and types == {torch.bfloat16}
     if case == "base":
         ends.clear()
         live = RewardScorer(model, opened.tokenizer).score(chats(), batch_size=1)
