@@ -172,7 +172,7 @@ class LeanDropout(torch.nn.Dropout):
         return torch.native_dropout(input, self.p, train=True)[0] if self.training and self.p else input
 
 
-def lighten_dropout(model: torch.nn.Module) -> None:
+def replace_lora_dropout(model: torch.nn.Module) -> None:
     """Replace the dropout of adapters by `LeanDropout`: it is most of what they keep for the backward pass."""
     for module in model.modules():
         if isinstance(module, LoraLayer):

@@ -67,7 +67,7 @@ def check_optimizer(args: TrainingArguments, use_peft: bool) -> None:
         args.optim_target_modules = names.replace(" ", "").split(",")
 
 
-def speed_up_b(optimizer: torch.optim.Optimizer, model: torch.nn.Module, ratio: float) -> None:
+def apply_loraplus(optimizer: torch.optim.Optimizer, model: torch.nn.Module, ratio: float) -> None:
     """LoRA+ (https://arxiv.org/abs/2402.12354): the B matrices of adapters get `ratio` times the learning rate.
 
     They become parameter groups beside those that they were in, with the same weight decay, so that any optimizer with
@@ -93,7 +93,7 @@ def speed_up_b(optimizer: torch.optim.Optimizer, model: torch.nn.Module, ratio: 
     optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
 
 
-def require_effect(args: TrainingArguments, optimizer: torch.optim.Optimizer) -> None:
+def check_flags_applied(args: TrainingArguments, optimizer: torch.optim.Optimizer) -> None:
     """Compare the flags of the optimizer that the user gave with what the optimizer holds.
 
     transformers hands each optimizer only some of them, and leaves the others out without a word.
