@@ -51,7 +51,6 @@ from template import apply_template
 import torch
 from datasets import Dataset
 from loguru import logger
-from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase, Trainer, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
@@ -103,7 +102,7 @@ class RewardTrainer(PairTrainer):
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
         scores = outputs.logits.squeeze(-1).float()
         chosen, rejected = scores.chunk(2)
-        loss = -logsigmoid(chosen - rejected)
+        loss = -torch.nn.functional.logsigmoid(chosen - rejected)
         if self.args.center_rewards_coefficient is not None:
             # Equation 2 of https://arxiv.org/abs/2312.09244; the pairwise loss does not fix the mean score.
             loss = loss + self.args.center_rewards_coefficient * (chosen + rejected) ** 2
@@ -163,7 +162,8 @@ def main() -> None:
         unused=refused_in("reward_modeling.py"),
     )
     if score_args.score_file:
-        score(model_args, data_args, score_args, args.per_device_eval_batch_size, set().union(*(g.given for g in groups)))
+        given = {name for group in groups for name in group.given}
+        score(model_args, data_args, score_args, args.per_device_eval_batch_size, given)
         return
     if score_args.given:
         raise UserError(f"--{', --'.join(sorted(score_args.given))} would have no effect without --score_file FILE.")
