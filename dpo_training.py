@@ -75,28 +75,27 @@ from trl.trainer.utils import use_adapter
 
 @dataclass
 class PreferenceArguments(PairArguments, StageDefaults, DPOConfig):
-    """What differs from TRL's `DPOConfig`."""
+    """Changes to TRL's `DPOConfig`."""
 
-    output_dir: str = field(default="outputs-dpo", metadata={"help": "Where the result goes."})
+    output_dir: str = field(default="outputs-dpo", metadata={"help": "Output folder."})
     reference_model: str | None = field(
         default=None,
         metadata={
-            "help": "Another reference model, with the same tokenizer. Unset: the model that training starts from."
+            "help": "A separate reference model, with the same tokenizer. Unset: the model that training starts from."
         },
     )
-    # TRL finds out in the first step that it does not know a name.
     loss_type: list[str] = field(
         default_factory=lambda: ["sigmoid"],
-        metadata={"help": "Loss, or several that are added up with --loss_weights.", "choices": list(LOSSES)},
+        metadata={"help": "Loss, or several that are summed with --loss_weights.", "choices": list(LOSSES)},
     )
     f_divergence_type: str = field(
         default="reverse_kl",
-        metadata={"help": "Divergence that holds the model at the reference.", "choices": list(DIVERGENCES)},
+        metadata={"help": "Divergence that keeps the model close to the reference.", "choices": list(DIVERGENCES)},
     )
 
 
 def check_flags(args: PreferenceArguments, use_peft: bool) -> None:
-    """Refuse flags that the chosen losses and reference have no use for, and values outside their range.
+    """Refuse flags that have no effect with the chosen losses and reference, and values outside their range.
 
     Raises:
         UserError: each with the remedy.
@@ -105,8 +104,8 @@ def check_flags(args: PreferenceArguments, use_peft: bool) -> None:
     smoothed, differing = ", ".join(sorted(SMOOTHED_LOSSES)), ", ".join(sorted(MARGIN_LOSSES))
     of_reference = losses != {"sft"}
     used = {
-        "beta": (of_reference, "--loss_type sft knows no reference"),
-        "ld_alpha": (of_reference, "--loss_type sft weighs all tokens alike"),
+        "beta": (of_reference, "--loss_type sft has no reference"),
+        "ld_alpha": (of_reference, "--loss_type sft weights all tokens equally"),
         "label_smoothing": (losses & SMOOTHED_LOSSES, f"it is for --loss_type {smoothed}, not {names}"),
         "discopop_tau": ("discopop" in losses, "it is for --loss_type discopop"),
         "f_divergence_type": (losses & MARGIN_LOSSES, f"it is for --loss_type {differing}, not {names}"),
@@ -121,41 +120,41 @@ def check_flags(args: PreferenceArguments, use_peft: bool) -> None:
     }
     for name, (has_effect, reason) in used.items():
         if name in args.given and not has_effect:
-            raise UserError(f"--{name} has no effect here: {reason}. Leave it out.")
-    for name, low, high, sound in (
-        ("beta", "above 0", "", args.beta > 0),
-        ("ld_alpha", "0", "1", args.ld_alpha is None or 0 <= args.ld_alpha <= 1),
-        ("label_smoothing", "0", "below 0.5", 0 <= args.label_smoothing < 0.5),
-        ("discopop_tau", "above 0", "", args.discopop_tau > 0),
-        ("ref_model_mixup_alpha", "above 0", "1", 0 < args.ref_model_mixup_alpha <= 1),
-        ("ref_model_sync_steps", "at least 1", "", args.ref_model_sync_steps >= 1),
+            raise UserError(f"--{name} has no effect here: {reason}. Omit it.")
+    for name, allowed, valid in (
+        ("beta", "above 0", args.beta > 0),
+        ("ld_alpha", "between 0 and 1", args.ld_alpha is None or 0 <= args.ld_alpha <= 1),
+        ("label_smoothing", "at least 0 and below 0.5", 0 <= args.label_smoothing < 0.5),
+        ("discopop_tau", "above 0", args.discopop_tau > 0),
+        ("ref_model_mixup_alpha", "above 0 and at most 1", 0 < args.ref_model_mixup_alpha <= 1),
+        ("ref_model_sync_steps", "at least 1", args.ref_model_sync_steps >= 1),
     ):
-        if not sound:
-            raise UserError(f"--{name} {getattr(args, name)} must be {' and '.join(filter(None, (low, high)))}.")
+        if not valid:
+            raise UserError(f"--{name} {getattr(args, name)} must be {allowed}.")
     if losses & {"robust", "exo_pair"} and not args.label_smoothing:
         raise UserError(
-            f"--loss_type {names} needs --label_smoothing, the share of pairs that may be labelled the wrong way "
-            "round. 0.1 is usual for robust, 0.001 for exo_pair; without one, robust is the sigmoid loss."
+            f"--loss_type {names} needs --label_smoothing, the share of pairs whose labels may be swapped. "
+            "0.1 is usual for robust, 0.001 for exo_pair; at 0, robust is the sigmoid loss."
         )
     others = sorted(losses - MARGIN_LOSSES - {"sft"})
     if args.f_divergence_type != "reverse_kl" and others:
         raise UserError(f"--f_divergence_type {args.f_divergence_type} is not defined for {', '.join(others)}.")
     if args.use_weighting and losses & {"aot", "aot_unpaired"}:
-        raise UserError(f"--use_weighting weighs pairs, and {names} takes them apart. Leave one of the two out.")
+        raise UserError(f"--use_weighting weights pairs, which {names} takes apart. Omit one of the two.")
     sharded = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1")
     if args.precompute_ref_log_probs and sharded and not use_peft:
         raise UserError(
-            "--precompute_ref_log_probs does not go with FSDP, under which TRL would take the model from its folder "
-            "anew. Leave it out, or use --deepspeed zero3.json."
+            "--precompute_ref_log_probs cannot be combined with FSDP, which shards the model when training starts. "
+            "Omit it, or use --deepspeed zero3.json."
         )
     if args.sync_ref_model:
         for clash, remedy in (
-            (use_peft, "an adapter, whose reference has no weights of its own: add --use_peft False"),
-            (args.precompute_ref_log_probs, "--precompute_ref_log_probs, for which the reference must stay"),
+            (use_peft, "an adapter, whose reference has no separate weights: add --use_peft False"),
+            (args.precompute_ref_log_probs, "--precompute_ref_log_probs, which needs a fixed reference"),
             (args.resume_from_checkpoint, "--resume_from_checkpoint: checkpoints do not hold the moved reference"),
         ):
             if clash:
-                raise UserError(f"--sync_ref_model True moves the reference, which does not go with {remedy}.")
+                raise UserError(f"--sync_ref_model True moves the reference, which cannot be combined with {remedy}.")
 
 
 class PreferenceTrainer(PairTrainer):
@@ -228,7 +227,7 @@ class PreferenceTrainer(PairTrainer):
         return answer_log_probs(outputs.log_probs.float(), inputs["completion_mask"][:, 1:], self.args.ld_alpha)
 
     def pair_values(self, model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        # The routers' loss is not part of what held-out pairs are compared by.
+        # Held-out pairs are evaluated without the load balancing loss, which depends on the batch.
         routed = self.model.training and self.router_coefficient
         outputs = score_answers(model, inputs, **({"output_router_logits": True} if routed else {}))
         mask = inputs["completion_mask"][:, 1:]
@@ -260,7 +259,7 @@ class PreferenceTrainer(PairTrainer):
         }
 
     def _loss(self, pairs: PairLogProbs) -> torch.Tensor:
-        """All of --loss_type added up."""
+        """The weighted sum of all --loss_type."""
         weights = self.args.loss_weights or [1.0] * len(self.args.loss_type)
         return sum(
             weight * dpo_loss(name, pairs, self.args) for name, weight in zip(self.args.loss_type, weights, strict=True)
@@ -290,7 +289,7 @@ def main() -> None:
     tokenizer = loading.stage_tokenizer(checkpoint, model_args)
     stop = apply_template(tokenizer, args.template_name, args.system_prompt, args.tool_format)
 
-    # 3 data: both answers follow the same prompt; pairs that do not fit are refused, not cut
+    # 3 data: both answers follow the same prompt; pairs that are too long are refused, never truncated
     data = load_data(data_args, to_preference, seed=args.order_seed)
     encode = partial(
         encode_preference,
@@ -332,7 +331,7 @@ def main() -> None:
         tokenizer,
         stop_ids=stop_token_ids(tokenizer, stop),
         sample_prompts=render_prompts(tokenizer, data.validation or data.train, run_args.sample_prompts),
-        note="Preference optimization: the model has learned to prefer the chosen answers of the pairs below.",
+        note="Preference optimization: the model was trained to prefer the chosen answers of the pairs below.",
     )
 
 

@@ -1,15 +1,15 @@
 """Odds ratio preference optimization (ORPO): fine-tuning and preferences in one stage, without a reference model.
 
-Changes what the model answers and which answers it avoids, at once: the chosen answers are imitated as in supervised
-fine-tuning, and their odds are raised against those of the rejected answers (https://arxiv.org/abs/2403.07691). It
-starts from a base model or from a fine-tuned one, and needs the memory of one model only.
+The model learns the chosen answers as in supervised fine-tuning, and at the same time their odds are raised relative to
+those of the rejected answers (https://arxiv.org/abs/2403.07691). Training starts from a base model or a fine-tuned one
+and needs the memory of a single model.
 
     python orpo_training.py --model_name_or_path outputs/sft-merged --train_file_dir data/reward \\
         --output_dir outputs/orpo
     torchrun --nproc_per_node 2 orpo_training.py --model_name_or_path outputs/sft-merged \\
         --train_file_dir data/reward --output_dir outputs/orpo --load_in_4bit True --qlora True
 
-Data (.jsonl or .json), recognised row by row; data/README.md shows all forms:
+Data (.jsonl or .json), format recognised per row; data/README.md shows all formats:
 
     {"conversations": [{"from": "human", "value": "..."}], "chosen": "the better answer", "rejected": "the worse one"}
 
@@ -58,17 +58,17 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 @dataclass
 class OrpoArguments(PairArguments, StageDefaults, TrainingArguments):
-    """What differs from transformers' `TrainingArguments`."""
+    """Changes to transformers' `TrainingArguments`."""
 
-    output_dir: str = field(default="outputs-orpo", metadata={"help": "Where the result goes."})
+    output_dir: str = field(default="outputs-orpo", metadata={"help": "Output folder."})
     orpo_beta: float = field(
         default=0.1,
         metadata={
-            "help": "Weight of the odds ratio beside the imitation, lambda in the paper; 0 imitates only.",
+            "help": "Weight of the odds ratio loss, lambda in the paper; 0 is fine-tuning on the chosen answers alone.",
             "aliases": ["--beta"],
         },
     )
-    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps; below 1, that share of them."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every N steps; below 1, the share of all steps."})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -91,7 +91,7 @@ def log_odds(mean_log_probs: torch.Tensor) -> torch.Tensor:
 
 
 def orpo_loss(chosen: torch.Tensor, rejected: torch.Tensor, beta: float) -> dict[str, torch.Tensor]:
-    """The loss of ORPO (equations 3 to 7 of https://arxiv.org/abs/2403.07691), pair by pair.
+    """The loss of ORPO (equations 3 to 7 of https://arxiv.org/abs/2403.07691) for each pair.
 
     loss = nll_loss - beta * log sigmoid(log_odds_ratio)
 
@@ -100,8 +100,8 @@ def orpo_loss(chosen: torch.Tensor, rejected: torch.Tensor, beta: float) -> dict
         beta: weight of the odds ratio, lambda in the paper.
 
     Returns:
-        Each of shape (pairs,): `loss`; `nll_loss`, that of imitating the chosen answer; `log_odds_ratio`, by which the
-        odds of the chosen answer exceed those of the rejected one.
+        Each of shape (pairs,): `loss`; `nll_loss`, of fine-tuning on the chosen answer; `log_odds_ratio`, the log of
+        the chosen answer's odds over the rejected one's.
     """
     log_odds_ratio = log_odds(chosen) - log_odds(rejected)
     return {
@@ -144,7 +144,7 @@ def main() -> None:
         unused=refused_in("orpo_training.py"),
     )
     if not 0 <= args.orpo_beta < math.inf:
-        raise UserError(f"--orpo_beta {args.orpo_beta} is no weight of a loss: give 0 or more. 0.1 is usual.")
+        raise UserError(f"--orpo_beta {args.orpo_beta} is not a valid loss weight: use 0 or more. 0.1 is usual.")
     training_defaults(args, adapter_rate=5e-5, full_rate=5e-6, use_peft=lora_args.use_peft)
     disable_lora_dropout(args, lora_args)
     checkpoint = loading.stage_checkpoint(model_args, lora_args)
@@ -155,7 +155,7 @@ def main() -> None:
     tokenizer = loading.stage_tokenizer(checkpoint, model_args)
     stop = apply_template(tokenizer, args.template_name, args.system_prompt, args.tool_format)
 
-    # 3 data: both answers follow the same prompt; pairs that do not fit are refused, not cut
+    # 3 data: both answers follow the same prompt; pairs that are too long are refused, never truncated
     data = load_data(data_args, to_preference, seed=args.order_seed)
     encode = partial(
         encode_preference,
@@ -198,7 +198,7 @@ def main() -> None:
         tokenizer,
         stop_ids=stop_token_ids(tokenizer, stop),
         sample_prompts=render_prompts(tokenizer, data.validation or data.train, run_args.sample_prompts),
-        note="Fine-tuning with preferences: the model has learned to answer as the chosen answers below do.",
+        note="Fine-tuning with preferences: the model was trained to answer like the chosen answers below.",
     )
 
 

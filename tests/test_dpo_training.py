@@ -8,7 +8,7 @@ from dpo_training import LOSSES, PreferenceArguments, check_flags
 from medicalgpt.errors import UserError
 from medicalgpt.parser import parse_args
 from tests.helpers import open_stage, read_json, run_here, run_program, save_model, stop_tokens, write_jsonl
-from tests.silent.pairs import open_pairs, pair, pairs
+from tests.silent.pairs import open_pairs, pair, pairs, shake, trl_dpo
 from tests.tiny import END_OF_TEXT, TURN_END, make_tiny, tiny_tokenizer
 
 import pytest
@@ -217,6 +217,34 @@ def test_each_flag_changes_the_loss(work, tmp_path):
     assert len(losses) == 1 + len(WHAT_FLAGS_CHANGE)
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        [],
+        ["--use_weighting", "True"],
+        ["--ld_alpha", "0.3", "--loss_type", "sigmoid", "bco_pair", "sft", "--loss_weights", "0.8", "0.2", "1"],
+    ],
+    ids=["alone", "weighted", "several losses"],
+)
+def test_loss_gradient_and_metrics_of_a_pair_are_those_of_trl(work, tmp_path, more):
+    trainer = open_pairs(SCRIPT, work / "model", tmp_path, [pair(1, 5, 9)], "--beta", 0.3, *more).trainer
+    shake(trainer.model)
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    reference = dict(zip(("ref_chosen_logps", "ref_rejected_logps"), trainer.reference_log_probs(batch), strict=True))
+    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    loss, wanted = trl_dpo(trainer.args, trainer.model, batch | {name: each[None] for name, each in reference.items()})
+    expected = torch.autograd.grad(loss, trained)
+    trainer.model.train()
+    values = trainer.pair_values(trainer.model, batch)
+    found = torch.autograd.grad(values["loss"], trained)
+    metrics = {name: column.item() for name, column in values.items()}
+    assert metrics.pop("loss") == pytest.approx(loss.item(), rel=1e-5)
+    del wanted["num_tokens"]
+    assert metrics == pytest.approx(wanted, rel=1e-5, abs=1e-6) and len(metrics) == 10
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
 def test_the_batch_is_padded_to_a_multiple(work, tmp_path):
     trainer = open_pairs(SCRIPT, work / "model", tmp_path, pairs(4), "--pad_to_multiple_of", 64).trainer
     assert next(iter(trainer.get_train_dataloader()))["input_ids"].shape[1] % 64 == 0
@@ -241,10 +269,10 @@ REFUSED = [
     (["--label_smoothing", "0.1"], "no effect here: it is for --loss_type aot, aot_unpaired, exo_pair, robust"),
     (["--loss_type", "robust"], "needs --label_smoothing"),
     (["--loss_type", "exo_pair"], "needs --label_smoothing"),
-    (["--loss_type", "robust", "--label_smoothing", "0.5"], "must be 0 and below 0.5"),
+    (["--loss_type", "robust", "--label_smoothing", "0.5"], "must be at least 0 and below 0.5"),
     (["--loss_type", "sft", "--beta", "0.2"], "--beta has no effect here"),
     (["--loss_type", "sft", "--ld_alpha", "0.2"], "--ld_alpha has no effect here"),
-    (["--ld_alpha", "1.5"], "must be 0 and 1"),
+    (["--ld_alpha", "1.5"], "must be between 0 and 1"),
     (["--beta", "0"], "must be above 0"),
     (["--discopop_tau", "1"], "it is for --loss_type discopop"),
     (["--loss_type", "apo_zero", "--f_divergence_type", "forward_kl"], "--f_divergence_type has no effect here"),
@@ -254,7 +282,7 @@ REFUSED = [
     (["--ref_model_sync_steps", "2"], "it is for --sync_ref_model"),
     (["--ref_model_mixup_alpha", "0.2"], "it is for --sync_ref_model"),
     (["--sync_ref_model", "True"], "add --use_peft False"),
-    (["--loss_type", "aot", "--use_weighting", "True"], "takes them apart"),
+    (["--loss_type", "aot", "--use_weighting", "True"], "takes apart"),
     (["--activation_offloading", "True"], "on the CPU already"),
 ]
 
@@ -278,7 +306,7 @@ def test_fsdp_would_load_another_reference(monkeypatch):
     check_flags(args, use_peft=False)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     check_flags(args, use_peft=True)
-    with pytest.raises(UserError, match="does not go with FSDP"):
+    with pytest.raises(UserError, match="cannot be combined with FSDP"):
         check_flags(args, use_peft=False)
 
 
