@@ -1,4 +1,4 @@
-"""What the trainers of the stages share, and the trainer of pretraining and supervised fine-tuning."""
+"""The base of the stages' trainers, and the trainers of token-level stages and of preference pairs."""
 
 import math
 from collections import defaultdict
@@ -26,48 +26,48 @@ from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head, disable_dr
 
 
 def training_defaults(args: TrainingArguments, *, adapter_rate: float, full_rate: float, use_peft: bool) -> None:
-    """Fill in what depends on the machine or on other flags, in place.
+    """Set in place what depends on the machine or on other flags.
 
     Args:
-        args: parsed arguments, of `StageDefaults` and of transformers or TRL; `learning_rate` of None takes one of the
-            two rates.
+        args: parsed arguments, of `StageDefaults` and of transformers or TRL; a `learning_rate` of None becomes one of
+            the two below.
         adapter_rate: learning rate for adapters.
-        full_rate: learning rate for all weights.
+        full_rate: learning rate for full fine-tuning.
     """
     check_optimizer(args, use_peft)
     if args.learning_rate is None:
         args.learning_rate = adapter_rate if use_peft else full_rate
     if "eval_on_start" not in args.given and args.eval_strategy != "no":
         args.eval_on_start = True
-    # Rows are encoded and measured already; the trainer neither cuts nor drops any.
+    # Rows are encoded and measured already; the trainer must neither truncate nor drop any.
     args.max_length = None
     args.dataset_kwargs = {"skip_prepare_dataset": True}
 
 
 def disable_lora_dropout(args: TrainingArguments, lora: LoraArguments) -> None:
-    """With `--disable_dropout`, the default of stages that compare log-probabilities, adapters have none either.
+    """Set `lora.lora_dropout` to 0 under `--disable_dropout`, the default of stages that compare log-probabilities.
 
     Raises:
-        UserError: a dropout was asked for that would have no effect.
+        UserError: `--lora_dropout` was given, which would have no effect.
     """
     if not args.disable_dropout:
         return
     if "lora_dropout" in getattr(lora, "given", ()) and lora.lora_dropout:
         raise UserError(
-            f"--lora_dropout {lora.lora_dropout} has no effect here, where dropout is switched off so that two passes "
-            "over an answer give the same log-probability. Leave it out, or add --disable_dropout False."
+            f"--lora_dropout {lora.lora_dropout} has no effect here: dropout is disabled so that two passes over an "
+            "answer give the same log-probability. Omit it, or add --disable_dropout False."
         )
     lora.lora_dropout = 0.0
 
 
-# Several processes on CPUs have the devices cpu:0, cpu:1, …, to which torch.load cannot load an optimizer's state.
+# Several CPU processes have the devices cpu:0, cpu:1, …, to which torch.load cannot load an optimizer's state.
 torch.serialization.register_package(
     0, lambda storage: None, lambda storage, place: storage if place.startswith("cpu:") else None
 )
 
 
 def sequence_lengths(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """For each token the number of tokens of its own sequence, whatever it is padded or packed with.
+    """For each token the length of its own sequence, without padding and without sequences packed with it.
 
     Args:
         inputs: a batch of `batching.Collator`.
@@ -84,14 +84,14 @@ def sequence_lengths(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 @contextmanager
 def embedding_noise(model: torch.nn.Module, inputs: dict[str, torch.Tensor], alpha: float | None) -> Iterator[None]:
-    """NEFTune (https://arxiv.org/abs/2310.05914): within it, what the embedding gives has uniform noise on it.
+    """NEFTune (https://arxiv.org/abs/2310.05914): within this context the embedding adds uniform noise to its output.
 
-    The noise is at most `alpha / sqrt(length x width)`, where the length is that of the token's own sequence. The
-    library's hook takes the length of the whole row, so that padding and packing would make the noise smaller.
+    The noise is at most `alpha / sqrt(length x width)`, with the length of the token's own sequence. The library's hook
+    uses the length of the padded or packed row, which would make the noise smaller.
 
     Args:
         model: with or without adapters.
-        inputs: the batch that the model will be given.
+        inputs: the batch that the model will receive.
         alpha: None for no noise.
     """
     if not alpha:
@@ -112,10 +112,10 @@ def embedding_noise(model: torch.nn.Module, inputs: dict[str, torch.Tensor], alp
 
 
 class EpochSampler(LengthGroupedSampler):
-    """Rows of like length together, in an order that follows from seed and epoch alone.
+    """Groups rows of similar length, in an order that depends on seed and epoch alone.
 
-    The library's sampler draws from the global generator, so that a resumed run would not see the rows that the
-    stopped one had left, but some of them twice and others never.
+    The library's sampler draws from the global generator, so a resumed run would see some rows twice and others
+    never.
     """
 
     def __init__(self, batch_size: int, lengths: list[int], seed: int):
@@ -131,24 +131,24 @@ class EpochSampler(LengthGroupedSampler):
 
 
 class StageTrainer(Trainer):
-    """What every stage's trainer does otherwise than transformers and TRL. Put it before the trainer among the bases.
+    """How every stage's trainer differs from transformers' and TRL's. List it before TRL's trainer among the bases.
 
     - The order of rows grouped by length depends on seed and epoch only (see `EpochSampler`).
-    - `num_tokens` goes on where a resumed run had stopped.
-    - `loraplus_lr_ratio` gives the B matrices a learning rate of their own (see `optimizers.py`).
-    - On a CPU dropout keeps less for the backward pass (see `cpu.py`).
+    - `num_tokens` continues after a resume.
+    - `loraplus_lr_ratio` gives the B matrices a separate learning rate (see `optimizers.py`).
+    - On a CPU, dropout keeps less for the backward pass (see `cpu.py`).
     """
 
     def __init__(self, *, loraplus_lr_ratio: float | None = None, **kwargs: Any):
         head = kwargs["model"].get_output_embeddings()
         if isinstance(head, BaseTunerLayer):
             raise UserError(
-                "an adapter on the head would not be trained: the loss multiplies by the head's own weight. Leave the "
-                "head out of --target_modules; --modules_to_save lm_head trains it in full."
+                "an adapter on the head would not be trained: the loss multiplies by the head's own weight. Remove the "
+                "head from --target_modules; --modules_to_save lm_head trains it in full."
             )
         exact = {one: one.data for one in kwargs["model"].parameters() if one.requires_grad}
         super().__init__(**kwargs)
-        # TRL rounds the adapters of quantized models to bfloat16: one that is gone on with would begin elsewhere.
+        # TRL rounds the adapters of quantized models to bfloat16, which would change one that training continues.
         for parameter, data in exact.items():
             if parameter.dtype != data.dtype:
                 parameter.data = data.to(parameter.device)
@@ -166,7 +166,7 @@ class StageTrainer(Trainer):
         """The optimizer that `--optim` names.
 
         Raises:
-            UserError: it cannot be built, or it has no use for one of the flags given.
+            UserError: it cannot be built, or ignores one of the flags given.
         """
         if self.optimizer is None:
             try:
@@ -180,7 +180,7 @@ class StageTrainer(Trainer):
         return self.optimizer
 
     def set_rates(self, optimizer: torch.optim.Optimizer) -> None:
-        """Where a stage gives parameters another rate than `--learning_rate`; the ratio of LoRA+ multiplies it."""
+        """Hook for stages with a second learning rate; the ratio of LoRA+ multiplies it."""
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
         if self.args.train_sampling_strategy != "group_by_length":
@@ -206,10 +206,10 @@ class StageTrainer(Trainer):
 
 
 class TokenTrainer(StageTrainer, SFTTrainer):
-    """`trl.SFTTrainer` on encoded rows, with the differences of `StageTrainer` and four more.
+    """`trl.SFTTrainer` on encoded rows, with the changes of `StageTrainer` and these.
 
-    - The evaluation loss is the sum over all supervised tokens divided by their number, so it does not depend on the
-      batch size, as a mean of batch means does.
+    - The evaluation loss is the sum over all supervised tokens divided by their number, which unlike a mean of batch
+      means does not depend on the batch size.
     - `num_tokens` counts the tokens of packed batches too.
     - NEFTune's noise is scaled by each sequence's own length (see `embedding_noise`).
     - On a CPU only supervised positions go through the LM head (see `cpu.py`).
@@ -218,7 +218,7 @@ class TokenTrainer(StageTrainer, SFTTrainer):
     def __init__(self, **kwargs: Any):
         if kwargs["args"].packing:
             require_separate_packs(kwargs["model"], kwargs["data_collator"])
-        # Blocks come packed (see batching.py); TRL's own packing would not let a collator in.
+        # Blocks are packed already (see batching.py); TRL's packing does not allow a collator.
         kwargs["args"].packing = False
         super().__init__(compute_metrics=token_means, **kwargs)
         self.neftune_noise_alpha = None
@@ -238,7 +238,7 @@ class TokenTrainer(StageTrainer, SFTTrainer):
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[None, torch.Tensor, torch.Tensor]:
-        """Per row (batch, 3): summed loss, supervised tokens, tokens predicted right."""
+        """Per row (batch, 3): summed loss, supervised tokens, correctly predicted tokens."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = model(**inputs, fused_lm_head=True)
