@@ -55,7 +55,7 @@ from medicalgpt.rewards.rewards import REWARDS, SYSTEM_PROMPT, RewardFunction, c
 from medicalgpt.rewards.scoring import RewardScorer
 from medicalgpt.training.cpu import add_cpu_head
 from medicalgpt.training.runs import Run
-from medicalgpt.training.trainers import StageTrainer, settle_dropout, switch_off_dropout, training_defaults
+from medicalgpt.training.trainers import StageTrainer, disable_dropout, disable_lora_dropout, training_defaults
 from template import apply_template
 
 import torch
@@ -210,7 +210,7 @@ class GroupTrainer(StageTrainer, GRPOTrainer):
         # The bonus on entropy needs its gradient, which the quicker head does not have.
         self._add_cpu_head(self.model, measured=True)
         if args.disable_dropout:
-            switch_off_dropout(self.model)
+            disable_dropout(self.model)
         if beta:
             self._add_reference(reference, start_from)
         self._prompt_ids: list[list[int]] = []
@@ -228,7 +228,7 @@ class GroupTrainer(StageTrainer, GRPOTrainer):
                 adapters.add_reference_adapter(self.model, start_from)
             return
         if self.args.disable_dropout:
-            switch_off_dropout(reference)
+            disable_dropout(reference)
         add_fused_lm_head(reference, temperature=self.temperature)
         self._add_cpu_head(reference, measured=False)
         if self.is_deepspeed_enabled:
@@ -842,7 +842,7 @@ def main() -> None:
         raise UserError("--model_name_or_path is missing: the model that is to be trained.")
     check_flags(args)
     training_defaults(args, adapter_rate=1e-5, full_rate=1e-6, use_peft=lora_args.use_peft)
-    settle_dropout(args, lora_args)
+    disable_lora_dropout(args, lora_args)
     checkpoint = loading.stage_checkpoint(model_args, lora_args)
     loading.resolve_length(args, "model_max_length", checkpoint, attention_args)
     settle_completion_length(args)

@@ -58,7 +58,7 @@ from medicalgpt.serving.chat import ChatEngine
 from medicalgpt.serving.generation import Answer, Sampling
 from medicalgpt.training.cpu import add_cpu_head
 from medicalgpt.training.runs import Run
-from medicalgpt.training.trainers import StageTrainer, settle_dropout, switch_off_dropout, training_defaults
+from medicalgpt.training.trainers import StageTrainer, disable_dropout, disable_lora_dropout, training_defaults
 from template import apply_template
 
 import torch
@@ -453,7 +453,7 @@ class PpoTrainer(StageTrainer):
         self.scores_seen = torch.zeros(3, dtype=torch.float64)
         for model in filter(None, (self.model, reference)):
             if self.args.disable_dropout:
-                switch_off_dropout(model)
+                disable_dropout(model)
         for model in filter(None, (self.policy, reference)):
             base = model.get_base_model() if isinstance(model, PeftModel) else model
             add_fused_lm_head(base, temperature=self.args.temperature, outputs=("log_probs", "entropy"))
@@ -955,7 +955,7 @@ def main() -> None:
     if args.load_best_model_at_end and not args.given & {"metric_for_best_model", "greater_is_better"}:
         args.metric_for_best_model, args.greater_is_better = "score", True
     training_defaults(args, adapter_rate=1e-5, full_rate=1e-6, use_peft=lora_args.use_peft)
-    settle_dropout(args, lora_args)
+    disable_lora_dropout(args, lora_args)
     checkpoint = loading.stage_checkpoint(model_args, lora_args)
     loading.resolve_length(args, "model_max_length", checkpoint, attention_args)
     run = Run("ppo_training", args, checkpoint, run_args, model_args, attention_args, data_args, lora_args)

@@ -291,7 +291,7 @@ def test_a_family_without_a_model_that_scores_is_refused(data, tmp_path):
         )
     ).save_pretrained(tmp_path / "granite")
     tokenizer.save_pretrained(tmp_path / "granite")
-    with pytest.raises(UserError, match="of the type granite, for which transformers has no model with a head"):
+    with pytest.raises(UserError, match="of type granite, for which transformers has no model with a scoring head"):
         run_here(STAGE, *flags(tmp_path / "granite", data, tmp_path / "out"))
 
 
@@ -310,7 +310,7 @@ def test_as_a_user_train_then_score(base, data, trained, tmp_path):
     """The same head and scores as in this process: nothing depends on what ran before."""
     out = tmp_path / "rm"
     done = run_program(STAGE, *flags(base, data, out))
-    assert "a new head, random numbers at first" in done.stderr and "LOAD REPORT" not in done.stderr
+    assert "a new head with random weights" in done.stderr and "LOAD REPORT" not in done.stderr
     assert f"next: python reward_modeling.py --model_name_or_path {out}" in done.stderr
     asked = ("--model_name_or_path", out, "--score_file", data / "train.jsonl", "--output_file", tmp_path / "s.jsonl")
     done = run_program(STAGE, *asked, "--per_device_eval_batch_size", 2)
