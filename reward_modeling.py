@@ -45,14 +45,14 @@ from medicalgpt.parser import parse_args
 from medicalgpt.refusals import refused_in
 from medicalgpt.rewards.scoring import (
     RewardScorer,
-    claim_output,
+    check_output_file,
+    choose_padding,
     is_reward_adapter,
     is_reward_model,
-    read_judged,
+    read_score_file,
     restore_head,
     score_in_float32,
     score_rows,
-    scoring_pad,
 )
 from medicalgpt.training.runs import Run
 from medicalgpt.training.trainers import PairTrainer, settle_dropout, training_defaults
@@ -189,7 +189,7 @@ def main() -> None:
     tokenizer = loading.stage_tokenizer(checkpoint, model_args)
     stop = apply_template(tokenizer, args.template_name, args.system_prompt, args.tool_format)
     stop_ids = stop_token_ids(tokenizer, stop)
-    tokenizer.pad_token = scoring_pad(tokenizer, stop_ids)
+    tokenizer.pad_token = choose_padding(tokenizer, stop_ids)
     logger.info(f"{head}; scores are read at {stop[0]}, padding is {tokenizer.pad_token}")
 
     # 3 data: both answers follow the same prompt; pairs that do not fit are refused, not cut
@@ -283,9 +283,9 @@ def score(
         )
     if world_size() > 1:
         raise UserError("--score_file runs in a single process. Start it with python, not with torchrun.")
-    claim_output(score_args.score_file, score_args.output_file, score_args.overwrite_output_file)
+    check_output_file(score_args.score_file, score_args.output_file, score_args.overwrite_output_file)
     ignored = ignored_fields(data_args.ignore_fields)
-    rows, problems = read_judged(score_args.score_file, ignored)
+    rows, problems = read_score_file(score_args.score_file, ignored)
     scorer = RewardScorer.from_pretrained(
         model_args.model_name_or_path,
         tokenizer_name_or_path=model_args.tokenizer_name_or_path,
