@@ -638,7 +638,7 @@ def flag_effects(args: GrpoArguments) -> dict[str, tuple[Any, str]]:
     moved = args.gradient_accumulation_steps % rounds != 0 or args.use_vllm
     corrected = args.use_vllm and args.vllm_importance_sampling_correction
     on_policy = (
-        "each answer is trained on once, with the weights that sampled it, so the ratio is 1; add --num_iterations 2 "
+        "each answer is trained on once, with the weights that sampled it, so the ratio is 1; add --num_iterations 2, "
         f"or --steps_per_generation {2 * args.gradient_accumulation_steps}"
     )
     loss, vllm, adaptive = args.loss_type, "it is for --use_vllm True", "it is for --use_adaptive_entropy True"

@@ -21,7 +21,7 @@ from tests.tiny import END_OF_TEXT, TURN_END, make_tiny, tiny_tokenizer
 import pandas as pd
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForSequenceClassification, TrainerCallback
+from transformers import Qwen3Config, Qwen3ForSequenceClassification, Trainer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 NAN = math.nan
@@ -614,7 +614,7 @@ def test_rewards_are_checked_without_a_model(work, tmp_path, capsys):
         run_here(STAGE, "--train_file_dir", work / "data")
 
 
-# --- what of TRL is built upon ---------------------------------------------------------------------------------------
+# --- what of TRL and transformers is built upon ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -628,6 +628,11 @@ def test_rewards_are_checked_without_a_model(work, tmp_path, capsys):
 def test_what_is_overridden_is_there(name):
     """A method under a name that TRL has given up would never be called."""
     assert name in vars(GroupTrainer) and name in vars(GRPOTrainer)
+
+
+@pytest.mark.parametrize("name", ["get_batch_samples", "evaluation_loop", "_load_rng_state"])
+def test_what_is_overridden_of_the_base_trainer_is_there(name):
+    assert name in vars(GroupTrainer) and name in vars(Trainer) and name not in vars(GRPOTrainer)
 
 
 def test_state_of_trls_trainer(work, tmp_path):

@@ -56,7 +56,7 @@ def is_reward_model(config: PreTrainedConfig) -> bool:
         return False
     if config.num_labels != 1:
         raise CheckpointError(
-            f"{config._name_or_path} has a head with {config.num_labels} outputs: it is a classifier, and a reward "
+            f"{config.name_or_path} has a head with {config.num_labels} outputs: it is a classifier, and a reward "
             "model has one output. Start from a language model, or from a reward model."
         )
     return True
