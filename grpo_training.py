@@ -169,7 +169,7 @@ def zero_std_groups(rewards: torch.Tensor, weights: torch.Tensor, num_generation
 
     Args:
         rewards: (groups x num_generations, functions); NaN where a function does not apply. An answer that no function
-            applies to is left out of its group.
+            applies to is ignored in its group.
         weights: (functions,)
         num_generations: answers per group.
     """

@@ -770,7 +770,7 @@ class PpoTrainer(StageTrainer):
         """
         self.model.eval()
         parts = []
-        for batch in zip(*(whole.split(self.args.rollout_forward_batch_size) for whole in sequences), strict=True):
+        for batch in zip(*(each.split(self.args.rollout_forward_batch_size) for each in sequences), strict=True):
             with self.compute_loss_context_manager():
                 log_probs, entropy, values = self.model(*batch)
                 with self._reference_policy() as reference:
@@ -912,7 +912,7 @@ class ScoredAnswers:
 def load_critic(
     tokenizer: PreTrainedTokenizerBase,
     scorer: RewardScorer,
-    judge: Checkpoint,
+    reward_checkpoint: Checkpoint,
     args: PpoArguments,
     model_args: ModelArguments,
     lora_args: LoraArguments,
@@ -922,7 +922,7 @@ def load_critic(
 
     Args:
         tokenizer: that of the policy.
-        scorer, judge: the reward model and its checkpoint.
+        scorer, reward_checkpoint: the reward model and its checkpoint.
         load: further arguments of `loading.load_trainable`.
 
     Raises:
@@ -931,7 +931,7 @@ def load_critic(
     flag = "--reward_model_path" if args.value_model_path is None else "--value_model_path"
     path, policy = args.value_model_path or args.reward_model_path, model_args.model_name_or_path
     if args.value_model_path is None:
-        start, critic_tokenizer = judge, scorer.tokenizer
+        start, critic_tokenizer = reward_checkpoint, scorer.tokenizer
     else:
         start = Checkpoint.resolve(path, hub=model_args.hub, cache_dir=model_args.cache_dir)
         critic_tokenizer = loading.stage_tokenizer(start, model_args)
@@ -1002,9 +1002,9 @@ def main() -> None:
     reference = None if lora_args.use_peft else copy.deepcopy(policy).requires_grad_(False)
     if lora_args.use_peft and checkpoint.adapter:
         adapters.add_reference_adapter(policy, checkpoint.adapter)
-    judge = Checkpoint.resolve(args.reward_model_path, hub=model_args.hub, cache_dir=model_args.cache_dir)
+    reward_checkpoint = Checkpoint.resolve(args.reward_model_path, hub=model_args.hub, cache_dir=model_args.cache_dir)
     scorer = RewardScorer.from_checkpoint(
-        judge,
+        reward_checkpoint,
         dtype=model_args.dtype,
         load_in_4bit=model_args.load_in_4bit or model_args.qlora,
         load_in_8bit=model_args.load_in_8bit,
@@ -1012,7 +1012,7 @@ def main() -> None:
     scorer.require_readable(
         tasks[Place(**place)] for rows in filter(None, (train, validation)) for place in rows["place"]
     )
-    critic = load_critic(tokenizer, scorer, judge, args, model_args, lora_args, **load)
+    critic = load_critic(tokenizer, scorer, reward_checkpoint, args, model_args, lora_args, **load)
 
     # 5 trainer
     trainer = PpoTrainer(

@@ -109,19 +109,19 @@ def strip_markup(text: str) -> str:
     return re.sub(r"\bm\^(?:2|\{2\})", "m2", text).strip()
 
 
-def parse_quantity(text: str, whole: bool = False) -> Quantity | None:
+def parse_quantity(text: str, full_match: bool = False) -> Quantity | None:
     """The only number in a text, with its unit; None for no number, several numbers, or a calculation.
 
     Only what follows the last "=" or "≈" counts.
 
     Args:
-        whole: accept no text around the quantity.
+        full_match: accept no text around the quantity.
     """
     text = re.split("[=≈]", strip_markup(text).casefold())[-1].strip(" .。")
     if CALCULATION.search(text):
         return None
     matches = list(QUANTITY.finditer(text))
-    if whole and not (matches and matches[0].group() == text):
+    if full_match and not (matches and matches[0].group() == text):
         return None
     found = set()
     for match in matches:
@@ -219,7 +219,7 @@ def infer_answer_type(gold: str, question: str) -> str:
     offered = all(re.search(rf"(?<![A-Za-z]){letter}\s*[.、:)]", narrow_question) for letter in "AB")
     if letters and (offered or len(letters.group()) == 1) or offered and re.match("[A-H][.、:)]", narrow_gold):
         return "choice"
-    if parse_quantity(gold, whole=True):
+    if parse_quantity(gold, full_match=True):
         return "number"
     return "number" if is_formula(UNIT_AT_END.sub("", strip_markup(gold))) else "text"
 

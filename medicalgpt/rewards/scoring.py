@@ -481,12 +481,14 @@ def score_rows(
     """
     encoded: list[tuple[ScorableRow, list[list[int]]]] = []
     problems = list(problems)
-    for judged in rows:
+    for scorable in rows:
         try:
-            encoded.append((judged, [scorer.encode(each, judged.tools) for each in judged.conversations.values()]))
+            encoded.append(
+                (scorable, [scorer.encode(each, scorable.tools) for each in scorable.conversations.values()])
+            )
         except EncodingError as error:
             kind = "too long" if error.too_long else "unusable"
-            problems.append(Problem(judged.row.place, error.reason, f"{error.remedy}.", kind=kind))
+            problems.append(Problem(scorable.row.place, error.reason, f"{error.remedy}.", kind=kind))
     allowed = {"unusable": skip_bad_rows, "too long": skip_long_rows, "unreadable": False}
     if refused := [problem for problem in problems if not allowed[problem.kind]]:
         raise UserError(
@@ -510,12 +512,12 @@ def score_rows(
         for first in range(0, len(encoded), batch_size * BATCHES_PER_WRITE):
             part = encoded[first : first + batch_size * BATCHES_PER_WRITE]
             scores = iter(scorer.score_ids([ids for _, each in part for ids in each], batch_size, bar.update))
-            for judged, _ in part:
-                result = {name: next(scores) for name in judged.conversations}
+            for scorable, _ in part:
+                result = {name: next(scores) for name in scorable.conversations}
                 if len(result) == 2:
                     result["margin"] = result["chosen_score"] - result["rejected_score"]
                 results.append(result)
-                file.write(json.dumps({**judged.row.value, **result}, ensure_ascii=False) + "\n")
+                file.write(json.dumps({**scorable.row.value, **result}, ensure_ascii=False) + "\n")
     partial.replace(target)
     counts = Counter(problem.kind for problem in problems)
     skipped = ", ".join(f"{count} {kind}" for kind, count in counts.items()) or "none"
