@@ -271,7 +271,7 @@ def test_the_adapter_of_a_language_model_is_refused(base, data, tmp_path):
         with pytest.raises(UserError, match="is an adapter of a language model") as caught:
             run_here(STAGE, *flags(model, data, tmp_path / "out", *more))
         assert remedy in str(caught.value)
-    with pytest.raises(CheckpointError, match="is an adapter of a language model, without a head"):
+    with pytest.raises(CheckpointError, match="is an adapter of a language model, without a scoring head"):
         RewardScorer.from_pretrained(str(sft))
 
 
