@@ -183,7 +183,7 @@ def main() -> None:
     tokenizer = loading.stage_tokenizer(checkpoint, model_args)
     stop = apply_template(tokenizer, args.template_name, args.system_prompt, args.tool_format)
     stop_ids = stop_token_ids(tokenizer, stop)
-    tokenizer.pad_token = scoring.scoring_pad(tokenizer, stop_ids)
+    tokenizer.pad_token = scoring.choose_padding(tokenizer, stop_ids)
     logger.info(f"{head}; scores are read at {stop[0]}, padding is {tokenizer.pad_token}")
 
     # 3 data: both answers follow the same prompt; pairs that are too long are refused, never truncated
@@ -270,8 +270,8 @@ def score(
         raise UserError(f"--{idle} would have no effect with --score_file, which trains nothing. Omit them.")
     if world_size() > 1:
         raise UserError("--score_file runs in a single process. Start it with python, not with torchrun.")
-    scoring.claim_output(score_args.score_file, score_args.output_file, score_args.overwrite_output_file)
-    rows, problems = scoring.read_judged(score_args.score_file, ignored_fields(data_args.ignore_fields))
+    scoring.check_output_file(score_args.score_file, score_args.output_file, score_args.overwrite_output_file)
+    rows, problems = scoring.read_score_file(score_args.score_file, ignored_fields(data_args.ignore_fields))
     scorer = scoring.RewardScorer.from_checkpoint(
         Checkpoint.from_arguments(model_args),
         dtype=model_args.dtype,

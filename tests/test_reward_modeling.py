@@ -272,14 +272,14 @@ def test_the_adapter_of_a_language_model_is_refused(base, data, tmp_path):
         with pytest.raises(UserError, match="is an adapter of a language model") as caught:
             run_here(STAGE, *flags(model, data, tmp_path / "out", *more))
         assert remedy in str(caught.value)
-    with pytest.raises(CheckpointError, match="is an adapter of a language model, without a head"):
+    with pytest.raises(CheckpointError, match="is an adapter of a language model, without a scoring head"):
         RewardScorer.from_pretrained(str(sft))
 
 
 def test_a_head_for_classes_is_refused(base, data, tmp_path):
     AutoModelForSequenceClassification.from_pretrained(base, num_labels=3).save_pretrained(tmp_path / "classes")
     tiny_tokenizer().save_pretrained(tmp_path / "classes")
-    with pytest.raises(CheckpointError, match="a head with 3 outputs: it tells classes apart"):
+    with pytest.raises(CheckpointError, match="a head with 3 outputs: it is a classifier"):
         run_here(STAGE, *flags(tmp_path / "classes", data, tmp_path / "out"))
 
 
@@ -314,7 +314,7 @@ def test_as_a_user_train_then_score(base, data, trained, tmp_path):
     assert f"next: python reward_modeling.py --model_name_or_path {out}" in done.stderr
     asked = ("--model_name_or_path", out, "--score_file", data / "train.jsonl", "--output_file", tmp_path / "s.jsonl")
     done = run_program(STAGE, *asked, "--per_device_eval_batch_size", 2)
-    assert "5 rows, scored 5, left out: none" in done.stderr and "accuracy" in done.stderr
+    assert "5 rows, scored 5, skipped: none" in done.stderr and "accuracy" in done.stderr
     rows = read_json(tmp_path / "s.jsonl")
     found = [row[name] for row in rows for name in ("chosen_score", "rejected_score")]
     assert found == pytest.approx(trained[1], abs=1e-4)
@@ -390,7 +390,7 @@ def test_several_processes_do_not_write_one_file(monkeypatch):
 
 
 def test_a_language_model_is_no_scorer(base, data, tmp_path):
-    with pytest.raises(UserError, match="is a language model, without a head that scores. Train one"):
+    with pytest.raises(UserError, match="is a language model, without a scoring head. Train one"):
         run_here(
             STAGE,
             *("--model_name_or_path", base, "--score_file", data / "train.jsonl"),
