@@ -54,7 +54,7 @@ def check_family(config: PreTrainedConfig, quantizing_flag: str | None = None) -
         problem = "is an encoder, which sees the tokens that it should predict; use a decoder-only model"
     if problem:
         raise UserError(
-            f"{config._name_or_path or 'the model'} is of the type {kind}, which {problem}, such as Qwen/Qwen3-0.6B. "
+            f"{config.name_or_path or 'the model'} is of the type {kind}, which {problem}, such as Qwen/Qwen3-0.6B. "
             "docs/models.md lists the families."
         )
     if quantizing_flag:
@@ -90,7 +90,7 @@ def fused_experts(model: torch.nn.Module) -> dict[str, int]:
     """
     sizes: Counter = Counter()
     for prefix, module in model.named_modules():
-        if isinstance(module, torch.nn.modules.conv._ConvNd):
+        if isinstance(module, (torch.nn.Conv1d, torch.nn.ConvTranspose1d)):
             continue
         for name, parameter in module.named_parameters(recurse=False):
             # Under ZeRO-3 the weight itself is an empty tensor.

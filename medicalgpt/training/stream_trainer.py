@@ -120,7 +120,7 @@ class StreamTrainer(TokenTrainer):
         self.args.ignore_data_skip = True
         self.positions: list[Position] = [Position()] * max(1, self.args.dataloader_num_workers)
         self.next_worker = 0
-        self.add_callback(_EpochOfStream(self))
+        self.add_callback(_StreamProgress(self))
 
     def get_train_dataloader(self) -> DataLoader:
         workers = self.args.dataloader_num_workers
@@ -181,14 +181,13 @@ class StreamTrainer(TokenTrainer):
             f"rows before it are read again, not tokenized (about {again:.0f} s)"
         )
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        super()._save_checkpoint(*args, **kwargs)
+    def save_positions(self, checkpoint: Path) -> None:
+        """Write the positions of all readers into a checkpoint. Call it on every process."""
         own = {"positions": [asdict(position) for position in self.positions], "next_worker": self.next_worker}
         readers = gather_object([own])
         if self.args.should_save:
             state = {"order": self.train_dataset.fingerprint(self.args.dataloader_num_workers), "readers": readers}
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            (folder / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+            (checkpoint / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
 
     def seen(self) -> dict[str, Any]:
         """What all processes have trained on so far, for run.json. Call it on every process.
@@ -244,8 +243,8 @@ def token_trainer(
     )
 
 
-class _EpochOfStream(TrainerCallback):
-    """Log the epoch of the rows; to the library the endless stream is one epoch."""
+class _StreamProgress(TrainerCallback):
+    """The epoch of the rows, since to the library the endless stream is one epoch, and the positions in checkpoints."""
 
     def __init__(self, trainer: StreamTrainer):
         self.trainer = trainer
@@ -253,3 +252,7 @@ class _EpochOfStream(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         positions = self.trainer.positions
         state.epoch = sum(position.passed for position in positions) / len(positions)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Before `CheckpointCommitter`, which is added later: the manifest covers this file too.
+        self.trainer.save_positions(Path(args.output_dir) / f"checkpoint-{state.global_step}")

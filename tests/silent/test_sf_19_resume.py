@@ -81,6 +81,7 @@ def test_stopped_and_resumed_equals_never_stopped(place, tmp_path, name):
         with pytest.raises(KeyboardInterrupt):
             run.finish()
         assert first == wanted[: stop * per_step]
+        assert "stream.json" in read_json(output / f"checkpoint-{checkpoint}" / "manifest.json")
         run, second = opened(place, name, output, "--resume_from_checkpoint", "True")
         run.finish()
         assert second == wanted[checkpoint * per_step :]
