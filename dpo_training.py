@@ -1,15 +1,14 @@
-"""Direct preference optimization (DPO): the model learns from pairs which of two answers people prefer.
+"""Direct preference optimization (DPO): the model learns from preference pairs, two answers of which one is better.
 
-Changes which answers the model gives, without a reward model and without sampling: the log-probability of the chosen
-answer rises against that of the rejected one, both measured from where a frozen reference model stands
-(https://arxiv.org/abs/2305.18290). The reference is the model that training starts from; with an adapter it is the
-same weights with the adapter switched off, so that it costs no memory.
+The log-probability of the chosen answer rises relative to that of the rejected one, both measured against a frozen
+reference model (https://arxiv.org/abs/2305.18290). Neither a reward model nor sampling is needed. The reference is the
+model that training starts from; with an adapter it is the same weights with the adapter off, so it needs no memory.
 
     python dpo_training.py --model_name_or_path outputs/sft-merged --train_file_dir data/reward --output_dir outputs/dpo
     torchrun --nproc_per_node 2 dpo_training.py --model_name_or_path outputs/sft-merged \\
         --train_file_dir data/reward --output_dir outputs/dpo --load_in_4bit True --qlora True
 
-Data (.jsonl or .json), recognised row by row; data/README.md shows all forms:
+Data (.jsonl or .json), format recognised per row; data/README.md shows all formats:
 
     {"conversations": [{"from": "human", "value": "..."}], "chosen": "the better answer", "rejected": "the worse one"}
 
@@ -17,13 +16,10 @@ In --output_dir: the adapter (or all weights with --use_peft False), the tokeniz
 generation_config.json, run.json, metrics.jsonl, samples.jsonl, loss.png and README.md. Guide: docs/dpo_training.md
 """
 
-import copy
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from functools import partial
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 from medicalgpt.args import (
@@ -35,45 +31,51 @@ from medicalgpt.args import (
     RunArguments,
     StageDefaults,
 )
-from medicalgpt.data.encoding import IGNORED, Pair, encode_preference, render_prompts
+from medicalgpt.data.encoding import Pair, encode_preference, render_prompts
 from medicalgpt.data.formats import to_preference
 from medicalgpt.data.loading import load_data
 from medicalgpt.data.tokenizing import encode_sides
 from medicalgpt.errors import UserError, run_main
 from medicalgpt.models import adapters, loading
-from medicalgpt.models.hub import Adapter, Checkpoint
+from medicalgpt.models.hub import Adapter
 from medicalgpt.models.templating import stop_token_ids
 from medicalgpt.parser import parse_args
 from medicalgpt.refusals import refused_in
-from medicalgpt.training.cpu import add_cpu_head
+from medicalgpt.training.preference_losses import (
+    DIVERGENCES,
+    LOSSES,
+    MARGIN_LOSSES,
+    SMOOTHED_LOSSES,
+    PairLogProbs,
+    answer_log_probs,
+    dpo_loss,
+)
+from medicalgpt.training.references import SyncReference, copy_policy, load_reference, place_reference
 from medicalgpt.training.runs import Run
-from medicalgpt.training.trainers import PairTrainer, settle_dropout, training_defaults
+from medicalgpt.training.trainers import (
+    PairTrainer,
+    add_log_prob_head,
+    disable_dropout,
+    disable_lora_dropout,
+    score_answers,
+    training_defaults,
+)
 from template import apply_template
 
-import datasets
 import torch
 from datasets import Dataset
+from datasets.utils import tqdm
 from peft import PeftModel
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.integrations import is_deepspeed_zero3_enabled
-from trl import DPOConfig, DPOTrainer
-from trl.models.utils import prepare_deepspeed
-
-# What each of them is, and where it comes from, stands in docs/dpo_training.md.
-LOSSES = (
-    *("sigmoid", "sigmoid_norm", "ipo", "hinge", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard"),
-    *("aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft"),
-)
-# Losses of the difference of both rewards, which other divergences than the KL change, and those that doubt the labels.
-LOSSES_OF_DIFFERENCE = {"sigmoid", "sigmoid_norm", "ipo", "hinge", "robust", "exo_pair", "discopop"}
-LOSSES_WITH_SMOOTHING = {"robust", "exo_pair", "aot", "aot_unpaired"}
-DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from trl import DPOConfig
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl.trainer.utils import use_adapter
 
 
 @dataclass
 class PreferenceArguments(PairArguments, StageDefaults, DPOConfig):
-    """What differs from TRL's `DPOConfig`."""
+    """Changes to TRL's `DPOConfig`."""
 
     HELP: ClassVar[dict[str, str]] = {
         "beta": "Strength of the constraint to the reference model; the higher, the closer the model stays to it.",
@@ -94,39 +96,38 @@ class PreferenceArguments(PairArguments, StageDefaults, DPOConfig):
         "ref_model_sync_steps": "Steps between two updates of the reference.",
     }
 
-    output_dir: str = field(default="outputs-dpo", metadata={"help": "Where the result goes."})
+    output_dir: str = field(default="outputs-dpo", metadata={"help": "Output folder."})
     reference_model: str | None = field(
         default=None,
         metadata={
-            "help": "Another reference model, with the same tokenizer. Unset: the model that training starts from."
+            "help": "A separate reference model, with the same tokenizer. Unset: the model that training starts from."
         },
     )
-    # TRL finds out in the first step that it does not know a name.
     loss_type: list[str] = field(
         default_factory=lambda: ["sigmoid"],
-        metadata={"help": "Loss, or several that are added up with --loss_weights.", "choices": list(LOSSES)},
+        metadata={"help": "Loss, or several that are summed with --loss_weights.", "choices": list(LOSSES)},
     )
     f_divergence_type: str = field(
         default="reverse_kl",
-        metadata={"help": "Divergence that holds the model at the reference.", "choices": list(DIVERGENCES)},
+        metadata={"help": "Divergence that keeps the model close to the reference.", "choices": list(DIVERGENCES)},
     )
 
 
 def check_flags(args: PreferenceArguments, use_peft: bool) -> None:
-    """Refuse flags that the chosen losses and reference have no use for, and values outside their range.
+    """Refuse flags that have no effect with the chosen losses and reference, and values outside their range.
 
     Raises:
         UserError: each with the remedy.
     """
     losses, names = set(args.loss_type), ", ".join(args.loss_type)
-    smoothed, differing = ", ".join(sorted(LOSSES_WITH_SMOOTHING)), ", ".join(sorted(LOSSES_OF_DIFFERENCE))
+    smoothed, differing = ", ".join(sorted(SMOOTHED_LOSSES)), ", ".join(sorted(MARGIN_LOSSES))
     of_reference = losses != {"sft"}
     used = {
-        "beta": (of_reference, "--loss_type sft knows no reference"),
-        "ld_alpha": (of_reference, "--loss_type sft weighs all tokens alike"),
-        "label_smoothing": (losses & LOSSES_WITH_SMOOTHING, f"it is for --loss_type {smoothed}, not {names}"),
+        "beta": (of_reference, "--loss_type sft has no reference"),
+        "ld_alpha": (of_reference, "--loss_type sft weights all tokens equally"),
+        "label_smoothing": (losses & SMOOTHED_LOSSES, f"it is for --loss_type {smoothed}, not {names}"),
         "discopop_tau": ("discopop" in losses, "it is for --loss_type discopop"),
-        "f_divergence_type": (losses & LOSSES_OF_DIFFERENCE, f"it is for --loss_type {differing}, not {names}"),
+        "f_divergence_type": (losses & MARGIN_LOSSES, f"it is for --loss_type {differing}, not {names}"),
         "f_alpha_divergence_coef": (
             args.f_divergence_type == "alpha_divergence",
             "it is for --f_divergence_type alpha_divergence",
@@ -138,193 +139,150 @@ def check_flags(args: PreferenceArguments, use_peft: bool) -> None:
     }
     for name, (has_effect, reason) in used.items():
         if name in args.given and not has_effect:
-            raise UserError(f"--{name} has no effect here: {reason}. Leave it out.")
-    for name, low, high, sound in (
-        ("beta", "above 0", "", args.beta > 0),
-        ("ld_alpha", "0", "1", args.ld_alpha is None or 0 <= args.ld_alpha <= 1),
-        ("label_smoothing", "0", "below 0.5", 0 <= args.label_smoothing < 0.5),
-        ("discopop_tau", "above 0", "", args.discopop_tau > 0),
-        ("ref_model_mixup_alpha", "above 0", "1", 0 < args.ref_model_mixup_alpha <= 1),
-        ("ref_model_sync_steps", "at least 1", "", args.ref_model_sync_steps >= 1),
+            raise UserError(f"--{name} has no effect here: {reason}. Omit it.")
+    for name, allowed, valid in (
+        ("beta", "above 0", args.beta > 0),
+        ("ld_alpha", "between 0 and 1", args.ld_alpha is None or 0 <= args.ld_alpha <= 1),
+        ("label_smoothing", "at least 0 and below 0.5", 0 <= args.label_smoothing < 0.5),
+        ("discopop_tau", "above 0", args.discopop_tau > 0),
+        ("ref_model_mixup_alpha", "above 0 and at most 1", 0 < args.ref_model_mixup_alpha <= 1),
+        ("ref_model_sync_steps", "at least 1", args.ref_model_sync_steps >= 1),
     ):
-        if not sound:
-            raise UserError(f"--{name} {getattr(args, name)} must be {' and '.join(filter(None, (low, high)))}.")
+        if not valid:
+            raise UserError(f"--{name} {getattr(args, name)} must be {allowed}.")
     if losses & {"robust", "exo_pair"} and not args.label_smoothing:
         raise UserError(
-            f"--loss_type {names} needs --label_smoothing, the share of pairs that may be labelled the wrong way "
-            "round. 0.1 is usual for robust, 0.001 for exo_pair; without one, robust is the sigmoid loss."
+            f"--loss_type {names} needs --label_smoothing, the share of pairs whose labels may be swapped. "
+            "0.1 is usual for robust, 0.001 for exo_pair; at 0, robust is the sigmoid loss."
         )
-    others = sorted(losses - LOSSES_OF_DIFFERENCE - {"sft"})
+    others = sorted(losses - MARGIN_LOSSES - {"sft"})
     if args.f_divergence_type != "reverse_kl" and others:
         raise UserError(f"--f_divergence_type {args.f_divergence_type} is not defined for {', '.join(others)}.")
     if args.use_weighting and losses & {"aot", "aot_unpaired"}:
-        raise UserError(f"--use_weighting weighs pairs, and {names} takes them apart. Leave one of the two out.")
+        raise UserError(f"--use_weighting weights pairs, which {names} takes apart. Omit one of the two.")
     sharded = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1")
     if args.precompute_ref_log_probs and sharded and not use_peft:
         raise UserError(
-            "--precompute_ref_log_probs does not go with FSDP, under which TRL would take the model from its folder "
-            "anew. Leave it out, or use --deepspeed zero3.json."
+            "--precompute_ref_log_probs cannot be combined with FSDP, which shards the model when training starts. "
+            "Omit it, or use --deepspeed zero3.json."
         )
     if args.sync_ref_model:
         for clash, remedy in (
-            (use_peft, "an adapter, whose reference has no weights of its own: add --use_peft False"),
-            (args.precompute_ref_log_probs, "--precompute_ref_log_probs, for which the reference must stay"),
+            (use_peft, "an adapter, whose reference has no separate weights: add --use_peft False"),
+            (args.precompute_ref_log_probs, "--precompute_ref_log_probs, which needs a fixed reference"),
             (args.resume_from_checkpoint, "--resume_from_checkpoint: checkpoints do not hold the moved reference"),
         ):
             if clash:
-                raise UserError(f"--sync_ref_model True moves the reference, which does not go with {remedy}.")
+                raise UserError(f"--sync_ref_model True moves the reference, which cannot be combined with {remedy}.")
 
 
-class PreferenceTrainer(PairTrainer, DPOTrainer):
-    """`trl.DPOTrainer` on encoded pairs, with the reference that belongs to the checkpoint.
+class PreferenceTrainer(PairTrainer):
+    """`PairTrainer` with the losses of DPO.
 
     Args:
-        start_from: the adapter that is trained on, if there is one; the reference is the base with that adapter.
+        ref_model: the frozen reference; None if it is the policy: with its adapter off, or with `start_from`, or as it
+            is before training.
+        start_from: the adapter that training continues, if any; the reference is the base with that adapter.
     """
 
-    def __init__(self, *, start_from: Adapter | None, **kwargs: Any):
-        self.start_from, self.ready = start_from, False
+    def __init__(self, *, ref_model: PreTrainedModel | None, start_from: Adapter | None, **kwargs: Any):
         super().__init__(**kwargs)
-        self._make_ready()
+        args, config = self.args, self.model.config.get_text_config()
+        # The load balancing loss of a mixture of experts, by default with the coefficient of its configuration.
+        coefficient, routed = args.router_aux_loss_coef, hasattr(config, "output_router_logits")
+        if coefficient and not routed:
+            raise UserError("--router_aux_loss_coef has no effect: the model is not a mixture of experts. Omit it.")
+        coefficient = getattr(config, "router_aux_loss_coef", 0.0) if coefficient is None else coefficient
+        self.router_coefficient = coefficient if routed else 0.0
 
-    def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
-        return dataset
+        measures = ("entropy", "mean_logits", "is_top1") + (("log_sum_sq_probs",) if args.use_weighting else ())
+        dense = not args.use_weighting and not self.router_coefficient
+        add_log_prob_head(self.model, measures=measures, dense_on_cpu=dense)
+        if start_from and ref_model is None:
+            adapters.add_reference_adapter(self.model, start_from)
+        if ref_model is not None:
+            if args.disable_dropout:
+                disable_dropout(ref_model)
+            add_log_prob_head(ref_model, dense_on_cpu=dense)
+            ref_model = place_reference(ref_model, self.accelerator)
+        self.ref_model = ref_model
+        if args.sync_ref_model:
+            self.add_callback(SyncReference(ref_model, self.accelerator))
+        if args.precompute_ref_log_probs:
+            self._precompute_reference()
 
-    def _make_ready(self) -> None:
-        """Settle what the reference is, and the head that both models score with on a CPU.
-
-        TRL makes a copy of every adapter for the reference. A new adapter needs none, since the reference is the model
-        without it; of an old one TRL copies what it knows by name, which leaves out the rows of new tokens.
-        """
-        if self.ready:
-            return
-        self.ready = True
-        if isinstance(self.model, PeftModel) and self.ref_model is None:
-            self.model.delete_adapter("ref")
-            if self.start_from:
-                adapters.add_reference_adapter(self.model, self.start_from)
-        # What WPO weighs pairs with, and the loss of routers, come from TRL's own head alone.
-        for model in (self.model, self.ref_model):
-            if model is not None and not self.use_weighting and not self.aux_loss_enabled:
-                model = self.accelerator.unwrap_model(model)
-                base = model.get_base_model() if isinstance(model, PeftModel) else model
-                add_cpu_head(base, measured=model is not self.ref_model)
-
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        if self.args.sync_ref_model and self.args.ref_model_sync_steps > num_training_steps:
-            raise UserError(
-                f"--sync_ref_model has no effect: the run has {num_training_steps} steps, and the reference would move "
-                f"every {self.args.ref_model_sync_steps}. Give a smaller --ref_model_sync_steps."
-            )
-        return super().create_scheduler(num_training_steps, optimizer)
-
-    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        """Two more columns, the reference's log-probability of each answer, computed anew in each run.
-
-        TRL keeps them in a file beside the tokens, under a name that leaves out flags they follow from, and that only
-        the machine of the first process has.
-        """
-        # TRL calls this at the end of its own __init__.
-        self._make_ready()
-        model = self.ref_model or self.model
+    def _precompute_reference(self) -> None:
+        """Store the reference's log-probabilities in two more columns of the data, from scratch in each run."""
+        args, model = self.args, self.ref_model or self.model
         if self.ref_model is None and self.is_deepspeed_enabled:
-            self._precompute_engine = model = self._precompute_engine or prepare_deepspeed(model, self.accelerator)
-        loader = self.accelerator.prepare(DataLoader(dataset, batch_size, collate_fn=self.data_collator))
-        parts = []
-        for batch in datasets.utils.tqdm(loader, desc=f"reference on {name}"):
-            both = torch.stack(self.compute_ref_log_probs(model, batch), dim=1)
-            parts.append(self.accelerator.gather_for_metrics(both).float().cpu())
-        for column, values in zip(("ref_chosen_logps", "ref_rejected_logps"), torch.cat(parts).T.tolist(), strict=True):
-            dataset = dataset.add_column(column, values)
-        return dataset
+            model = place_reference(self.model, self.accelerator)
+
+        def with_reference(dataset: Dataset, batch_size: int) -> Dataset:
+            size = args.precompute_ref_batch_size or batch_size
+            loader = self.accelerator.prepare(DataLoader(dataset, size, collate_fn=self.data_collator))
+            parts = []
+            for batch in tqdm(loader, desc="reference log-probabilities"):
+                both = torch.stack(self.reference_log_probs(batch, model).chunk(2), dim=1)
+                parts.append(self.accelerator.gather_for_metrics(both).cpu())
+            chosen, rejected = torch.cat(parts).T.tolist()
+            return dataset.add_column("ref_chosen_logps", chosen).add_column("ref_rejected_logps", rejected)
+
+        self.train_dataset = with_reference(self.train_dataset, args.per_device_train_batch_size)
+        if self.eval_dataset is not None:
+            self.eval_dataset = with_reference(self.eval_dataset, args.per_device_eval_batch_size)
+
+    def reference_log_probs(
+        self, inputs: dict[str, torch.Tensor], model: torch.nn.Module | None = None
+    ) -> torch.Tensor:
+        """(2 x pairs,) of the answers, by the reference, or by `model` in its place."""
+        if "ref_chosen_logps" in inputs:
+            return torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
+        policy = self.accelerator.unwrap_model(self.model)
+        as_reference = nullcontext()
+        if self.ref_model is None and isinstance(policy, PeftModel):
+            as_reference = use_adapter(policy, "ref" if "ref" in policy.peft_config else None)
+        with torch.no_grad(), self.accelerator.autocast(), as_reference:
+            outputs = score_answers(model or self.ref_model or self.model, inputs)
+        return answer_log_probs(outputs.log_probs.float(), inputs["completion_mask"][:, 1:], self.args.ld_alpha)
 
     def pair_values(self, model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """TRL's loss and metrics of each pair by itself, from one pass of both models over the batch."""
-        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORED)
-        model_inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        outputs = model(**model_inputs, labels=labels, use_cache=False, fused_lm_head=True)
-        tokens = {name: value for name, value in outputs.items() if value.dim() == 2}
-        if not self.precompute_ref_logps:
-            reference = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
-            inputs = inputs | dict(zip(("ref_chosen_logps", "ref_rejected_logps"), reference, strict=True))
-        pairs = len(labels) // 2
-        columns: dict[str, list[torch.Tensor]] = {}
-        with self._alone():
-            for pair in range(pairs):
-                rows = [pair, pair + pairs]
-                scored = SimpleNamespace(**{name: value[rows] for name, value in tokens.items()})
-                own = {name: value[[pair] if name.startswith("ref_") else rows] for name, value in inputs.items()}
-                loss = self.compute_loss(lambda scored=scored, **_: scored, own)
-                metrics = {name: values[0] for name, values in self._metrics["eval"].items() if name != "num_tokens"}
-                self._metrics["eval"].clear()
-                for name, value in {"loss": loss, **metrics}.items():
-                    columns.setdefault(name, []).append(torch.as_tensor(value, device=labels.device))
-        return {name: torch.stack(values) for name, values in columns.items()}
+        # Held-out pairs are evaluated without the load balancing loss, which depends on the batch.
+        routed = self.model.training and self.router_coefficient
+        outputs = score_answers(model, inputs, **({"output_router_logits": True} if routed else {}))
+        mask = inputs["completion_mask"][:, 1:]
+        tokens, log_probs = mask.sum(dim=1), outputs.log_probs.float()
+        policy, reference = answer_log_probs(log_probs, mask, self.args.ld_alpha), self.reference_log_probs(inputs)
+        (chosen, rejected), (ref_chosen, ref_rejected) = policy.chunk(2), reference.chunk(2)
+        unweighted = log_probs.sum(dim=1).chunk(2)[0]
+        pairs = PairLogProbs(chosen, rejected, ref_chosen, ref_rejected, unweighted, *tokens.chunk(2))
+        loss = self._loss(pairs if self.model.training else pairs.one_by_one()).reshape(-1)
+        if self.args.use_weighting:
+            # WPO (https://arxiv.org/abs/2406.11827, equation 2): how likely the model itself is to write the pair.
+            likelihood = ((log_probs - outputs.log_sum_sq_probs).detach().sum(dim=1) / tokens).exp()
+            loss = loss * likelihood.view(2, -1).prod(dim=0)
+        values = {"loss": loss}
+        if routed:
+            values["loss"] = loss + self.router_coefficient * outputs.aux_loss
+            values["aux_loss"] = outputs.aux_loss.expand_as(loss)
 
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Within it TRL's loss takes the reference from its inputs, stays in its process, and knows no routers."""
-        before = self.precompute_ref_logps, self.aux_loss_enabled
-        self.precompute_ref_logps, self.aux_loss_enabled = True, False
-        self.accelerator.gather = self.accelerator.gather_for_metrics = lambda values: values
-        try:
-            yield
-        finally:
-            self.precompute_ref_logps, self.aux_loss_enabled = before
-            del self.accelerator.gather, self.accelerator.gather_for_metrics
+        entropy, mean_logits = outputs.entropy.float().sum(dim=1), outputs.mean_logits.float().sum(dim=1) / tokens
+        rewards = self.args.beta * (policy - reference)
+        for name, column in (("logits", mean_logits), ("rewards", rewards), ("logps", policy)):
+            values[f"{name}/chosen"], values[f"{name}/rejected"] = column.chunk(2)
+        margins = values["rewards/chosen"] - values["rewards/rejected"]
+        return values | {
+            "rewards/accuracies": (margins > 0).float(),
+            "rewards/margins": margins,
+            "entropy": entropy.view(2, -1).sum(dim=0) / tokens.view(2, -1).sum(dim=0),
+            "mean_token_accuracy": (outputs.is_top1.sum(dim=1) / tokens).chunk(2)[0],
+        }
 
-
-def load_reference(
-    policy: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    args: PreferenceArguments,
-    checkpoint: Checkpoint,
-    model_args: ModelArguments,
-    lora_args: LoraArguments,
-    **load: Any,
-) -> PreTrainedModel | None:
-    """The reference model, frozen; None where it is the policy without its adapter, or as it is before training.
-
-    Args:
-        policy: as training starts from it.
-        tokenizer: of the policy.
-        checkpoint: of the policy.
-        load: further arguments of `loading.load_base`.
-
-    Raises:
-        UserError: `--reference_model` has another tokenizer, or is an adapter where the base is quantized.
-    """
-    if args.reference_model is None:
-        if lora_args.use_peft or args.precompute_ref_log_probs:
-            return None
-        if not is_deepspeed_zero3_enabled():
-            return copy.deepcopy(policy).requires_grad_(False)
-        reference = loading.load_base(AutoModelForCausalLM, checkpoint, model_args, lora_args, **load)
-        reference.resize_token_embeddings(policy.get_input_embeddings().num_embeddings, mean_resizing=False)
-        # New rows of an embedding are drawn at random, so each process copies its part of every weight.
-        for ours, theirs in zip(reference.parameters(), policy.parameters(), strict=True):
-            getattr(ours, "ds_tensor", ours).data.copy_(getattr(theirs, "ds_tensor", theirs).data)
-        return reference.requires_grad_(False)
-    model_args = replace(
-        model_args, model_name_or_path=args.reference_model, tokenizer_name_or_path=None, model_revision=None
-    )
-    own = Checkpoint.from_arguments(model_args)
-    if own.adapter and (model_args.load_in_4bit or model_args.load_in_8bit or model_args.qlora):
-        raise UserError(
-            f"--reference_model {args.reference_model} is an adapter, which cannot be merged into a quantized base. "
-            f"Merge it first: python merge_peft_adapter.py --lora_model {args.reference_model}"
+    def _loss(self, pairs: PairLogProbs) -> torch.Tensor:
+        """The weighted sum of all --loss_type."""
+        weights = self.args.loss_weights or [1.0] * len(self.args.loss_type)
+        return sum(
+            weight * dpo_loss(name, pairs, self.args) for name, weight in zip(self.args.loss_type, weights, strict=True)
         )
-    theirs = loading.stage_tokenizer(own, model_args)
-    if differing := sorted(set(tokenizer.get_vocab().items()) - set(theirs.get_vocab().items())):
-        token, row = differing[0]
-        raise UserError(
-            f"--reference_model {args.reference_model} reads other tokens than the model: {len(differing)} of them "
-            f"differ, such as {token!r} with id {row}. Name a reference with the same tokenizer."
-        )
-    reference = loading.load_base(AutoModelForCausalLM, own, model_args, LoraArguments(), **load)
-    if own.adapter:
-        reference = adapters.attach_adapter(reference, own.adapter).merge_and_unload()
-    return reference.requires_grad_(False)
 
 
 def main() -> None:
@@ -341,7 +299,7 @@ def main() -> None:
     )
     check_flags(args, lora_args.use_peft)
     training_defaults(args, adapter_rate=2e-5, full_rate=1e-6, use_peft=lora_args.use_peft)
-    settle_dropout(args, lora_args)
+    disable_lora_dropout(args, lora_args)
     checkpoint = loading.stage_checkpoint(model_args, lora_args)
     loading.resolve_length(args, "model_max_length", checkpoint, attention_args)
     run = Run("dpo_training", args, checkpoint, run_args, model_args, attention_args, data_args, lora_args)
@@ -350,7 +308,7 @@ def main() -> None:
     tokenizer = loading.stage_tokenizer(checkpoint, model_args)
     stop = apply_template(tokenizer, args.template_name, args.system_prompt, args.tool_format)
 
-    # 3 data: both answers follow the same prompt; pairs that do not fit are refused, not cut
+    # 3 data: both answers follow the same prompt; pairs that are too long are refused, never truncated
     data = load_data(data_args, to_preference, seed=args.order_seed)
     encode = partial(
         encode_preference,
@@ -363,10 +321,14 @@ def main() -> None:
     run.add_data(data)
     run.preview(tokenizer, train)
 
-    # 4 model, and the reference where it is not the same weights without the adapter
+    # 4 model, and the reference unless it is the same weights without the adapter
     load = {"attending": attention_args, "max_length": args.model_max_length, "bf16": args.bf16}
     model = loading.load_trainable(AutoModelForCausalLM, checkpoint, tokenizer, model_args, lora_args, **load)
-    reference = load_reference(model, tokenizer, args, checkpoint, model_args, lora_args, **load)
+    reference = None
+    if args.reference_model:
+        reference = load_reference(args.reference_model, tokenizer, model_args, **load)
+    elif not lora_args.use_peft and not args.precompute_ref_log_probs:
+        reference = copy_policy(model, checkpoint, model_args, lora_args, **load)
 
     # 5 trainer
     trainer = PreferenceTrainer(
@@ -376,6 +338,7 @@ def main() -> None:
         train_dataset=train,
         eval_dataset=validation,
         processing_class=tokenizer,
+        data_collator=DataCollatorForPreference(tokenizer.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of),
         loraplus_lr_ratio=lora_args.loraplus_lr_ratio,
         start_from=checkpoint.adapter if lora_args.use_peft else None,
     )
@@ -387,7 +350,7 @@ def main() -> None:
         tokenizer,
         stop_ids=stop_token_ids(tokenizer, stop),
         sample_prompts=render_prompts(tokenizer, data.validation or data.train, run_args.sample_prompts),
-        note="Preference optimization: the model has learned to prefer the chosen answers of the pairs below.",
+        note="Preference optimization: the model was trained to prefer the chosen answers of the pairs below.",
     )
 
 

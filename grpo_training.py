@@ -1,18 +1,18 @@
 """Group relative policy optimization (GRPO): reinforcement learning with rewards that are computed, not learned.
 
-Changes what the model answers by its own attempts: it answers each prompt several times, functions judge the answers,
-and those that are better than the others to the same prompt become likelier (https://arxiv.org/abs/2402.03300). The
-mean of the group takes the place of PPO's critic. What counts as better is written below, under Rewards.
+The model learns from its own attempts: it answers each prompt several times, reward functions score the answers, and
+answers that score above the average of their group become more likely (https://arxiv.org/abs/2402.03300). The group's
+mean replaces PPO's critic. What counts as better is defined in medicalgpt/rewards/rewards.py.
 
     python grpo_training.py --model_name_or_path outputs/sft-merged --train_file_dir data/grpo --output_dir outputs/grpo
     torchrun --nproc_per_node 2 grpo_training.py --model_name_or_path outputs/sft-merged \\
         --train_file_dir data/grpo --output_dir outputs/grpo --load_in_4bit True --qlora True
 
-Data (.jsonl or .json): a prompt in any form that data/README.md shows, and what answers are judged by:
+Data (.jsonl or .json): a prompt in any format that data/README.md shows, and the fields that rewards compare with:
 
     {"question": "...", "answer": "2.5 mL", "type": "number"}
 
-In --output_dir: the adapter (or all weights with --use_peft False), the tokenizer with its chat template,
+In --output_dir: the adapter (or the full model with --use_peft False), the tokenizer with its chat template,
 generation_config.json, run.json, metrics.jsonl, samples.jsonl, loss.png and README.md. Guide: docs/grpo_training.md
 """
 
@@ -21,10 +21,11 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -37,7 +38,7 @@ from medicalgpt.args import (
     StageDefaults,
     TemplateArguments,
 )
-from medicalgpt.data.encoding import EncodingError, Prompt, encode_prompt, render_prompts
+from medicalgpt.data.encoding import Prompt, encode_prompt, render_prompts
 from medicalgpt.data.formats import to_task
 from medicalgpt.data.loading import LoadedData, load_data
 from medicalgpt.data.sources import Place, place_of
@@ -51,11 +52,11 @@ from medicalgpt.models.templating import stop_token_ids
 from medicalgpt.parser import parse_args
 from medicalgpt.refusals import refused_in
 from medicalgpt.rewards.reward_check import check_rewards
-from medicalgpt.rewards.rewards import REWARDS, SYSTEM_PROMPT, RewardFunction, checked, choose_rewards
-from medicalgpt.rewards.scoring import RewardScorer
+from medicalgpt.rewards.rewards import REWARDS, SYSTEM_PROMPT, RewardFunction, choose_rewards, wrap_reward
+from medicalgpt.rewards.scoring import RewardScorer, model_reward
 from medicalgpt.training.cpu import add_cpu_head
 from medicalgpt.training.runs import Run
-from medicalgpt.training.trainers import StageTrainer, settle_dropout, switch_off_dropout, training_defaults
+from medicalgpt.training.trainers import StageTrainer, disable_dropout, disable_lora_dropout, training_defaults
 from template import apply_template
 
 import torch
@@ -70,73 +71,76 @@ from trl.import_utils import is_vllm_available
 from trl.models.utils import prepare_deepspeed
 from trl.trainer.utils import add_fused_lm_head
 
-# Names under which a reward function is given something else, so that a field of a row cannot have them.
-TAKEN_COLUMNS = {
+# Arguments that TRL or the built-in rewards pass to a reward function; a field of a row cannot have these names.
+RESERVED_COLUMNS = {
     *("prompt", "prompts", "prompt_ids", "completion", "completions", "completion_ids", "tools", "place"),
     *("image", "images", "environment", "environments", "trainer_state", "log_extra", "log_metric"),
     *("min_length", "max_length"),
 }
 
 
-def with_columns(encoded: Dataset, rows: Sequence[dict[str, Any]], names: Sequence[str]) -> Dataset:
-    """What the trainer takes: each row a dict with `prompt_ids`, `place`, `prompt`, `tools` and the fields of its row.
+def add_reward_columns(encoded: Dataset, rows: Sequence[dict[str, Any]], names: Sequence[str]) -> Dataset:
+    """The trainer's data set: each row a dict with `prompt_ids`, `place`, `prompt`, `tools` and the row's fields.
 
     Args:
         encoded: columns `prompt_ids` and `place`.
-        rows: of `to_task`, among them those of `encoded`.
-        names: of the fields; a row that lacks one has None there.
+        rows: converted by `to_task`; every row of `encoded` is among them.
+        names: names of the fields; None where a row lacks one.
     """
     number_of = {place_of(row): number for number, row in enumerate(rows)}
     texts = []
     for place in encoded["place"]:
         row = rows[number_of[Place(**place)]]
         fields = {name: row["columns"].get(name) for name in names}
-        # JSON keeps what a table could not: fields that hold a number here and a text there.
+        # JSON, since a table column cannot hold a number in one row and text in another.
         texts.append(json.dumps({"prompt": row["messages"], "tools": row["tools"], **fields}, ensure_ascii=False))
-    return encoded.add_column("fields", texts).with_transform(_read_fields)
+    return encoded.add_column("fields", texts).with_transform(_decode_fields)
 
 
-def _read_fields(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+def _decode_fields(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
     rows = [json.loads(text) for text in batch["fields"]]
-    read = {name: [row[name] for row in rows] for name in rows[0]}
-    return {"prompt_ids": batch["prompt_ids"], "place": [str(Place(**place)) for place in batch["place"]], **read}
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    return {"prompt_ids": batch["prompt_ids"], "place": [str(Place(**place)) for place in batch["place"]], **columns}
 
 
-def column_names(data: LoadedData) -> list[str]:
-    """The fields of all rows beside their prompts.
+def reward_columns(data: LoadedData) -> list[str]:
+    """Names of the fields that rows have in addition to the prompt, sorted.
 
     Raises:
-        UserError: a field with a name that reward functions know something else by.
+        UserError: a field has a name that reward functions receive something else under.
     """
     names: dict[str, str] = {}
     for rows in (data.train, data.validation):
         for row in rows:
             for name in row["columns"]:
                 names.setdefault(name, place_of(row))
-    if taken := sorted(names.keys() & TAKEN_COLUMNS):
+    if reserved := sorted(names.keys() & RESERVED_COLUMNS):
         raise UserError(
-            f"{names[taken[0]]}: rewards know something else by the name of the field `{taken[0]}`. Rename it, or pass "
-            f"--ignore_fields {','.join(taken)}."
+            f"{names[reserved[0]]}: the field name `{reserved[0]}` is reserved, since reward functions receive "
+            f"something else under it. Rename the field, or pass --ignore_fields {','.join(reserved)}."
         )
     return sorted(names)
 
 
 class PromptSampler(torch.utils.data.Sampler):
-    """Row numbers as `GRPOTrainer` needs them: each prompt once for each of its answers, a batch of them several times.
+    """Row indices in the order that `GRPOTrainer` expects: each prompt once per answer, each batch several times.
 
-    The order follows from seed and epoch alone, so that a resumed run goes on where the stopped one was. TRL's own
-    sampler leaves out the prompts that do not fill the last batch; here it is filled up from the epoch's beginning.
+    The order depends on seed and epoch only, so that a resumed run continues where the stopped one was. TRL's own
+    `RepeatSampler` drops the prompts that do not fill the last batch; here it is filled from the start of the epoch.
 
     Args:
-        rows: prompts in all.
-        answers: to each prompt.
-        prompts: that are answered at a time.
-        times: that such a batch is yielded, one for each pass over a part of its answers.
+        num_prompts: number of prompts in the data set.
+        num_generations: answers per prompt.
+        batch_size: prompts that are answered at a time.
+        repeat_count: how often each batch is yielded, once for each pass over a part of its answers.
         shuffle: draw a new order in each epoch.
     """
 
-    def __init__(self, rows: int, *, answers: int, prompts: int, times: int, seed: int, shuffle: bool):
-        self.rows, self.answers, self.prompts, self.times = rows, answers, prompts, times
+    def __init__(
+        self, num_prompts: int, *, num_generations: int, batch_size: int, repeat_count: int, seed: int, shuffle: bool
+    ):
+        self.num_prompts, self.num_generations = num_prompts, num_generations
+        self.batch_size, self.repeat_count = batch_size, repeat_count
         self.seed, self.shuffle, self.epoch = seed, shuffle, 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -144,53 +148,58 @@ class PromptSampler(torch.utils.data.Sampler):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order = torch.randperm(self.rows, generator=generator) if self.shuffle else torch.arange(self.rows)
-        filled = order[torch.arange(self.batches * self.prompts) % self.rows]
-        for batch in filled.split(self.prompts):
-            for _ in range(self.times):
-                yield from batch.repeat_interleave(self.answers).tolist()
+        order = torch.arange(self.num_prompts)
+        if self.shuffle:
+            order = torch.randperm(self.num_prompts, generator=generator)
+        filled = order[torch.arange(self.num_batches * self.batch_size) % self.num_prompts]
+        for batch in filled.split(self.batch_size):
+            for _ in range(self.repeat_count):
+                yield from batch.repeat_interleave(self.num_generations).tolist()
 
     @property
-    def batches(self) -> int:
-        return math.ceil(self.rows / self.prompts)
+    def num_batches(self) -> int:
+        return math.ceil(self.num_prompts / self.batch_size)
 
     def __len__(self) -> int:
-        return self.batches * self.prompts * self.answers * self.times
+        return self.num_batches * self.batch_size * self.num_generations * self.repeat_count
 
 
-def flat_groups(rewards: torch.Tensor, weights: torch.Tensor, answers: int) -> torch.Tensor:
-    """Which groups have the same weighted reward for all their answers, and so no advantage for any: (groups,).
+def zero_std_groups(rewards: torch.Tensor, weights: torch.Tensor, num_generations: int) -> torch.Tensor:
+    """True for each group whose answers all have the same weighted reward, and therefore no advantage: (groups,).
 
     Args:
-        rewards: (groups x answers, functions); NaN where a function does not apply. An answer that none applies to is
-            no part of its group.
+        rewards: (groups x num_generations, functions); NaN where a function does not apply. An answer that no function
+            applies to is ignored in its group.
         weights: (functions,)
-        answers: in each group.
+        num_generations: answers per group.
     """
     unscored = rewards.isnan().all(dim=1)
     total = (rewards * weights).nansum(dim=1)
-    highest = total.masked_fill(unscored, -math.inf).view(-1, answers).amax(dim=1)
-    lowest = total.masked_fill(unscored, math.inf).view(-1, answers).amin(dim=1)
+    highest = total.masked_fill(unscored, -math.inf).view(-1, num_generations).amax(dim=1)
+    lowest = total.masked_fill(unscored, math.inf).view(-1, num_generations).amin(dim=1)
     return ~(highest - lowest > 1e-6)
 
 
 class GroupTrainer(StageTrainer, GRPOTrainer):
-    """`trl.GRPOTrainer` on encoded prompts, with the differences of `StageTrainer` and these.
+    """`trl.GRPOTrainer` on encoded prompts, with the differences of `StageTrainer` and the following ones.
 
-    - Every token in `stop_ids` ends an answer, and nothing that a checkpoint recommends for serving changes sampling.
-    - The reference is the model that training starts from: without its new adapter, with the adapter that is trained
-      on as it was, or `reference`, a frozen copy.
-    - Each prompt of an epoch is answered (see `PromptSampler`), and a resumed run continues exactly, also between two
-      samplings.
-    - An evaluation answers each held-out prompt once, greedily, and averages its rewards; it draws no random number
-      and does not depend on the batch size.
+    - Every token in `stop_ids` ends an answer, and the generation settings that a checkpoint recommends for serving do
+      not change sampling.
+    - The reference is the model that training starts from: the base without the new adapter, a frozen copy of the
+      adapter that training continues, or `reference`, a frozen copy of the full model.
+    - Every prompt of an epoch is answered (see `PromptSampler`), and a resumed run continues exactly, even when the
+      checkpoint was written between two generations.
+    - Evaluation answers each held-out prompt once, greedily, and averages the rewards; it draws no random numbers and
+      does not depend on the batch size.
     - `frac_reward_zero_std` is the share of groups whose answers all have the same reward, whatever `--scale_rewards`
-      is; where that is all of them, the log says so.
+      is; when it is 1, the log says so.
+
+    Where a private method of TRL is overridden, a comment says why no argument or public hook will do.
 
     Args:
-        stop_ids: ids that end an answer.
-        reference: see above; on no device yet.
-        start_from: the adapter that is trained on, if there is one.
+        stop_ids: token ids that end an answer.
+        reference: the frozen copy for full fine-tuning, not yet on a device; None otherwise.
+        start_from: the adapter that training continues, if any.
     """
 
     def __init__(
@@ -200,24 +209,27 @@ class GroupTrainer(StageTrainer, GRPOTrainer):
         model.generation_config.eos_token_id = list(stop_ids)
         if args.use_vllm:
             args.generation_kwargs = {"stop_token_ids": list(stop_ids)}
-        # TRL would load the reference from the base's folder anew, and copy of an adapter what it knows by name.
+        # With a beta, TRL would load the reference again from the base's folder, which is not where training starts, or
+        # copy only those weights of an adapter whose names it knows.
         beta, args.beta = args.beta, 0.0
         super().__init__(**kwargs)
         args.beta = self.beta = beta
         if args.use_vllm:
-            # TRL has none then, but evaluations are without vLLM.
+            # TRL sets neither with vLLM, and evaluation generates without it.
             self.generation_config = self.generation_kwargs = None
-        # The bonus on entropy needs its gradient, which the quicker head does not have.
         self._add_cpu_head(self.model, measured=True)
         if args.disable_dropout:
-            switch_off_dropout(self.model)
+            disable_dropout(self.model)
         if beta:
             self._add_reference(reference, start_from)
         self._prompt_ids: list[list[int]] = []
-        self._random_state_of: str | None = None
-        self._groups = torch.zeros(2, dtype=torch.int64)  # all, and those without signal
+        self._resumed_from: str | None = None
+        self._zero_std_shares: list[float] = []  # since the last log event, as the next
+        self._ratio_deviations: list[float] = []
+        self._group_counts = torch.zeros(2, dtype=torch.int64)  # all groups, and those without a learning signal
 
     def _add_cpu_head(self, model: PreTrainedModel | PeftModel, measured: bool) -> None:
+        # The entropy bonus needs the gradient of the entropy, which the faster head does not compute.
         if not self._entropy_bonus_enabled and not self.aux_loss_enabled:
             base = model.get_base_model() if isinstance(model, PeftModel) else model
             add_cpu_head(base, measured=measured, temperature=self.temperature)
@@ -228,7 +240,7 @@ class GroupTrainer(StageTrainer, GRPOTrainer):
                 adapters.add_reference_adapter(self.model, start_from)
             return
         if self.args.disable_dropout:
-            switch_off_dropout(reference)
+            disable_dropout(reference)
         add_fused_lm_head(reference, temperature=self.temperature)
         self._add_cpu_head(reference, measured=False)
         if self.is_deepspeed_enabled:
@@ -242,20 +254,20 @@ class GroupTrainer(StageTrainer, GRPOTrainer):
         args = self.args
         return PromptSampler(
             len(self.train_dataset if train_dataset is None else train_dataset),
-            answers=self.num_generations,
-            prompts=args.generation_batch_size // self.num_generations,
-            times=self.num_iterations * args.steps_per_generation,
+            num_generations=self.num_generations,
+            batch_size=args.generation_batch_size // self.num_generations,
+            repeat_count=self.num_iterations * args.steps_per_generation,
             seed=args.order_seed,
             shuffle=self.shuffle_dataset,
         )
 
     def get_batch_samples(self, *args: Any) -> tuple[list[dict[str, torch.Tensor]], Any]:
-        """The batches of a step, answered and judged before its first one is trained on, so that they can be seen."""
+        """The batches of a step with answers and rewards, so that they can be inspected before the step is taken."""
         began = time.perf_counter()
         rows, count = super().get_batch_samples(*args)
-        if self._random_state_of:
-            self._load_rng_state(self._random_state_of)
-        # After an evaluation the model is still in evaluation mode, in which TRL keeps no answers.
+        if self._resumed_from:
+            self._load_rng_state(self._resumed_from)
+        # After an evaluation the model is still in eval mode, in which TRL does not buffer answers.
         self.model.train()
         before, batches = self._step, []
         with heartbeat(lambda: "sampling answers"):
@@ -267,8 +279,11 @@ class GroupTrainer(StageTrainer, GRPOTrainer):
         return batches, count
 
     def _prepare_inputs(self, inputs: Any) -> Any:
+        # `training_step` calls this on each batch; those of `get_batch_samples` are prepared already.
         return inputs if isinstance(inputs, dict) else super()._prepare_inputs(inputs)
 
+    # TRL would render and tokenize each prompt again, with its own idea of tools, and has no argument for token ids. It
+    # passes whole rows to the first of these methods and only their messages to the second.
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._prompt_ids = [row["prompt_ids"] for row in inputs]
         return super()._generate_and_score_completions(inputs)
@@ -276,13 +291,14 @@ class GroupTrainer(StageTrainer, GRPOTrainer):
     def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict]:
         return self._prompt_ids, None, {}
 
+    # TRL samples with dropout on and without the autocast that it computes log-probabilities with, and transformers
+    # fills in what TRL leaves open, such as suppressed tokens, from the checkpoint's generation config. There is no
+    # hook around generation alone.
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> tuple[list[list[int]], Any]:
         model = self.accelerator.unwrap_model(self.model)
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         recommended, training = base.generation_config, model.training
-        # transformers takes from it what TRL leaves open, such as tokens that are never sampled.
         base.generation_config = GenerationConfig()
-        # TRL leaves dropout on, and computes log-probabilities with autocast but samples without it.
         model.eval()
         try:
             with nullcontext() if self.use_vllm else self.accelerator.autocast():
@@ -291,43 +307,50 @@ class GroupTrainer(StageTrainer, GRPOTrainer):
             base.generation_config = recommended
             model.train(training)
 
+    # The only place where the rewards of all processes are seen by function, before they are summed.
     def _calculate_rewards(self, *args: Any) -> torch.Tensor:
         rewards = super()._calculate_rewards(*args)
         if self.model.training:
-            flat = flat_groups(rewards, self.reward_weights.to(rewards.device), self.num_generations)
-            self._metrics["train"]["flat_groups"].append(flat.float().mean().item())
-            self._groups += torch.tensor([len(flat), flat.sum()])
+            zero_std = zero_std_groups(rewards, self.reward_weights.to(rewards.device), self.num_generations)
+            self._zero_std_shares.append(zero_std.float().mean().item())
+            self._group_counts += torch.tensor([len(zero_std), zero_std.sum()])
         return rewards
 
+    # TRL keeps the log-probabilities of its loss to itself; without them `ratio_deviation` would cost another pass.
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
-        found = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        self._log_probs = found[0].detach()
-        return found
+        outputs = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        self._log_probs = outputs[0].detach()
+        return outputs
 
     def compute_loss(self, model: Any, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """TRL's loss; `ratio_deviation` is the mean distance from 1 of policy over sampling policy, token by token."""
+        """TRL's loss; also records `ratio_deviation`, the mean over tokens of |policy / sampling policy - 1|."""
         loss = super().compute_loss(model, inputs, *args, **kwargs)
-        if (before := inputs.get("old_per_token_logps")) is not None:
-            away = ((self._log_probs - before)[inputs["completion_mask"].bool()].exp() - 1).abs()
-            total, count = self.accelerator.reduce(torch.stack([away.sum(), away.new_tensor(len(away))])).tolist()
-            self._metrics["train"]["ratio_deviation"].append(total / max(count, 1))
+        if (old_log_probs := inputs.get("old_per_token_logps")) is not None:
+            deviation = ((self._log_probs - old_log_probs)[inputs["completion_mask"].bool()].exp() - 1).abs()
+            sums = torch.stack([deviation.sum(), deviation.new_tensor(len(deviation))])
+            total, count = self.accelerator.reduce(sums).tolist()
+            self._ratio_deviations.append(total / max(count, 1))
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self.model.training and (flat := self._metrics["train"].pop("flat_groups", None)):
-            # TRL's own number is of another thing where rewards are scaled over the batch or one by one.
-            self._metrics["train"]["frac_reward_zero_std"] = flat
+        if self.model.training and self._zero_std_shares:
+            # TRL measures something else where rewards are scaled over the batch or one by one, and overwrites `logs`
+            # with its own metrics.
+            self._metrics["train"]["frac_reward_zero_std"], self._zero_std_shares = self._zero_std_shares, []
+        if self.model.training and self._ratio_deviations:
+            logs["ratio_deviation"] = sum(self._ratio_deviations) / len(self._ratio_deviations)
+            self._ratio_deviations.clear()
         super().log(logs, start_time)
-        groups, flat = self._groups.tolist()
+        groups, zero_std = self._group_counts.tolist()
         if logs.get("frac_reward_zero_std") == 1.0:
             logger.warning(
                 f"no learning signal at step {self.state.global_step}: in 100% of the groups all answers to a prompt "
-                "have the same reward, so that nothing is learned from them; docs/grpo_training.md says what to do"
+                "have the same reward, so nothing is learned from them; see docs/grpo_training.md"
             )
         if "train_runtime" in logs and groups:
-            nothing = "no learning signal in this run: " if flat == groups else ""
-            share = f"{flat:,} of {groups:,} groups ({flat / groups:.0%})"
-            logger.info(f"{nothing}in {share} all answers had the same reward")
+            prefix = "no learning signal in this run: " if zero_std == groups else ""
+            share = f"{zero_std:,} of {groups:,} groups ({zero_std / groups:.0%})"
+            logger.info(f"{prefix}in {share} all answers had the same reward")
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
@@ -340,41 +363,42 @@ class GroupTrainer(StageTrainer, GRPOTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Means over the held-out prompts: `reward`, `rewards/NAME/mean`, length and share of unfinished answers."""
+        """Means over the held-out prompts: `reward`, `rewards/NAME/mean`, length and share of truncated answers."""
         dataset, world = dataloader.dataset, self.args.world_size
         self.model.eval()
-        # Each process has as many rows as the others, since they generate and gather together.
-        each, size, parts = math.ceil(len(dataset) / world), self.args.per_device_eval_batch_size, []
+        # Every process gets the same number of rows, since all generate and gather together; extra rows are dropped.
+        per_process, size, parts = math.ceil(len(dataset) / world), self.args.per_device_eval_batch_size, []
         with heartbeat(lambda: f"{len(parts) * size * world} of {len(dataset)} held-out prompts answered"):
-            for start in range(0, each, size):
-                positions = range(start, min(start + size, each))
+            for start in range(0, per_process, size):
+                positions = range(start, min(start + size, per_process))
                 rows = [position * world + self.args.process_index for position in positions]
-                found = self._judge(dataset.__getitems__([row % len(dataset) for row in rows]))
+                results = self._evaluate_batch(dataset.__getitems__([row % len(dataset) for row in rows]))
                 real = [position * world + rank < len(dataset) for rank in range(world) for position in positions]
-                parts.append(found[real])
-        lengths, cut, *columns = torch.cat(parts).T
+                parts.append(results[real])
+        lengths, truncated, *columns = torch.cat(parts).T
         rewards = torch.stack(columns, dim=1)
         totals = (rewards * self.reward_weights).nansum(dim=1)
         means = {"reward": totals[~rewards.isnan().all(dim=1)].mean()}
         means |= {f"rewards/{name}/mean": columns[n].nanmean() for n, name in enumerate(self.reward_func_names)}
-        means |= {"completions/mean_length": lengths.mean(), "completions/clipped_ratio": cut.mean()}
+        means |= {"completions/mean_length": lengths.mean(), "completions/clipped_ratio": truncated.mean()}
         metrics = {f"{metric_key_prefix}_{name}": mean.item() for name, mean in means.items() if not mean.isnan()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(dataset))
 
-    def _judge(self, rows: list[dict[str, Any]]) -> torch.Tensor:
-        """Of the answers of all processes the length, 1 for an answer that was cut, and all rewards: (answers, ...)."""
+    def _evaluate_batch(self, rows: list[dict[str, Any]]) -> torch.Tensor:
+        """Length, 1 if truncated, and each reward of the answers of all processes: (answers, 2 + functions)."""
         answers = self._greedy_answers([row["prompt_ids"] for row in rows])
         texts = self.processing_class.batch_decode(answers, skip_special_tokens=True)
         replies = [[{"role": "assistant", "content": text}] for text in texts]
         rewards = self._calculate_rewards(rows, [row["prompt"] for row in rows], replies, answers)
-        # What reward functions log belongs to training.
+        # TRL would add what the reward functions log here to the metrics of the next training step.
         self._pending_extra_logs.clear()
         self._pending_metrics.clear()
-        facts = [[len(ids), not ids or ids[-1] not in self.eos_token_ids] for ids in answers]
-        facts = self.accelerator.gather(torch.tensor(facts, device=rewards.device, dtype=rewards.dtype))
-        return torch.cat([facts, rewards], dim=1).cpu().double()
+        lengths = [[len(ids), not ids or ids[-1] not in self.eos_token_ids] for ids in answers]
+        lengths = self.accelerator.gather(torch.tensor(lengths, device=rewards.device, dtype=rewards.dtype))
+        return torch.cat([lengths, rewards], dim=1).cpu().double()
 
     def _greedy_answers(self, prompts: list[list[int]]) -> list[list[int]]:
+        # TRL's generation, which gathers weights under ZeRO-3 and FSDP, reads its settings from the trainer only.
         sampling = self.generation_config, self.use_vllm
         self.generation_config = GenerationConfig(
             max_new_tokens=self.max_completion_length,
@@ -393,22 +417,23 @@ class GroupTrainer(StageTrainer, GRPOTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        # Answers that are still to be trained on; sampled anew, they would be others.
+        # Answers that are still to be trained on. Sampled again on resuming, they would differ.
         if self._step % (self.args.steps_per_generation * self.num_iterations):
             folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             torch.save({"step": self._step, "answers": self._buffered_inputs}, folder / self._answers_file)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        self._random_state_of = checkpoint
+        self._resumed_from = checkpoint
         if checkpoint and (file := Path(checkpoint) / self._answers_file).is_file():
-            kept = torch.load(file, map_location=self.args.device, weights_only=True)
-            self._step, self._buffered_inputs = kept["step"], kept["answers"]
+            buffered = torch.load(file, map_location=self.args.device, weights_only=True)
+            self._step, self._buffered_inputs = buffered["step"], buffered["answers"]
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        # The library sets it back after the batches of the first step are there, which here are sampled by then.
-        if checkpoint is None or self._random_state_of:
-            self._random_state_of = None
+        # transformers restores the state after fetching the batches of the first step, which are sampled by then; the
+        # state is restored before that instead (`get_batch_samples`), and the library's own call is skipped.
+        if checkpoint is None or self._resumed_from:
+            self._resumed_from = None
             super()._load_rng_state(checkpoint)
 
     @property
@@ -416,13 +441,13 @@ class GroupTrainer(StageTrainer, GRPOTrainer):
         return f"answers_{self.args.process_index}.pt"
 
 
-# What each of them is, and where it comes from, stands in docs/grpo_training.md.
+# docs/grpo_training.md explains each loss and names its paper.
 LOSSES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
-# Losses that clip the ratio of both policies, and those that weigh tokens, for which a ratio of sequences is not made.
+# Losses that clip the probability ratio, and losses that sum over tokens, which a ratio per sequence does not suit.
 CLIPPED_LOSSES = {"grpo", "dr_grpo", "dapo", "bnpo", "luspo"}
-LOSSES_OF_TOKENS = {"dr_grpo", "dapo", "bnpo", "cispo", "vespo"}
+TOKEN_LOSSES = {"dr_grpo", "dapo", "bnpo", "cispo", "vespo"}
 # Flags that have an effect with --check_rewards; all others are for training.
-CHECKING_FLAGS = {
+CHECK_REWARDS_FLAGS = {
     *("check_rewards", "reward_funcs", "reward_weights", "reward_file", "reward_min_length", "reward_max_length"),
     *("reward_model_path", "per_device_train_batch_size", "hub", "cache_dir"),
 }
@@ -430,11 +455,11 @@ CHECKING_FLAGS = {
 
 @dataclass
 class PolicyArguments(ModelArguments):
-    """The model, which `--check_rewards` does without."""
+    """The policy; optional, since `--check_rewards` needs no model."""
 
     model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "Hub name, local folder, or the folder of an adapter (its base is found by itself)."},
+        metadata={"help": "Hub name, local folder, or the folder of an adapter (its base is found automatically)."},
     )
 
 
@@ -511,167 +536,194 @@ class GrpoArguments(TemplateArguments, StageDefaults, GRPOConfig):
     system_prompt: str | None = field(
         default=None,
         metadata={
-            "help": "System prompt of rows that have none; saved with the template for serving. Default: one that asks "
-            "for <think> and <answer>. none: what the template has of its own."
+            "help": "System prompt for rows without one; saved with the template for serving. Default: one that asks "
+            "for <think> and <answer>. none: the template's own."
         },
     )
     reward_funcs: list[str] = field(
         default_factory=lambda: ["accuracy", "format"],
         metadata={
-            "help": f"Rewards that are added up: {', '.join(REWARDS)}, and those of --reward_file. none: only "
+            "help": f"Rewards to add up: {', '.join(REWARDS)}, and functions of --reward_file. none: only "
             "--reward_model_path."
         },
     )
     reward_weights: list[float] | None = field(
         default=None,
-        metadata={"help": "A weight for each of --reward_funcs, and one more for --reward_model_path. Default: all 1."},
+        metadata={"help": "One weight for each of --reward_funcs, and one for --reward_model_path. Default: all 1."},
     )
     reward_file: str | None = field(
         default=None,
-        metadata={"help": "Python file whose functions can be named in --reward_funcs. It is run: know what it does."},
+        metadata={"help": "Python file with functions for --reward_funcs. It is executed: use only code you trust."},
     )
     reward_model_path: str | None = field(
         default=None,
-        metadata={"help": "Reward model whose score is one more reward: a folder or hub name, whatever its tokenizer."},
+        metadata={"help": "Reward model whose score is an additional reward: folder or hub name, any tokenizer."},
     )
-    reward_min_length: int = field(default=20, metadata={"help": "Characters below which the reward `length` falls."})
-    reward_max_length: int = field(default=1000, metadata={"help": "Characters above which the reward `length` falls."})
+    reward_min_length: int = field(default=20, metadata={"help": "Characters below which the reward `length` drops."})
+    reward_max_length: int = field(default=1000, metadata={"help": "Characters above which the reward `length` drops."})
     check_rewards: str | None = field(
         default=None,
-        metadata={"help": "Train nothing, but show how well the rewards tell the good from the bad answers of a file."},
+        metadata={"help": "Do not train; report how well the rewards separate good from bad answers in this file."},
     )
     model_max_length: int = field(
         default=1024,
         metadata={
-            "help": "Most tokens of a prompt with its answer; less if the model has fewer positions.",
+            "help": "Maximum number of tokens of prompt and answer together; less if the model has fewer positions.",
             "aliases": ["--max_seq_length"],
         },
     )
     max_completion_length: int | None = field(
         default=None,
         metadata={
-            "help": "Most tokens of an answer, its end included. A prompt that leaves less room is refused, never cut. "
-            "Default: half of --model_max_length."
+            "help": "Maximum number of tokens of an answer, including its end. A prompt that leaves less room is "
+            "refused, never truncated. Default: half of --model_max_length."
         },
     )
-    # With TRL's 1, a step would hear of a single prompt.
-    gradient_accumulation_steps: int = field(default=4, metadata={"help": "Batches whose gradients make up a step."})
+    # With TRL's default of 1, a step would see a single prompt.
+    gradient_accumulation_steps: int = field(default=4, metadata={"help": "Batches per optimizer step."})
     disable_dropout: bool = field(
-        default=True, metadata={"help": "No dropout anywhere, so that log-probabilities can be compared."}
+        default=True, metadata={"help": "Disable all dropout, so that log-probabilities can be compared."}
     )
     learning_rate: float | None = field(
-        default=None, metadata={"help": "Default: 1e-5 for adapters, 1e-6 for all weights."}
+        default=None, metadata={"help": "Default: 1e-5 for adapters, 1e-6 for full fine-tuning."}
     )
-    # TRL finds out in the first step that it does not know a name.
+    # Without choices, TRL would reject an unknown name only in the first step.
     loss_type: str = field(
         default="dapo",
         metadata={
-            "help": "How the tokens of answers are weighed; docs/grpo_training.md says which is which.",
+            "help": "Loss, which determines how the tokens of answers are weighted; see docs/grpo_training.md.",
             "choices": list(LOSSES),
         },
     )
     importance_sampling_level: str = field(
         default="token",
         metadata={
-            "help": "Ratio of the policies by token, or by sequence as in GSPO (https://arxiv.org/abs/2507.18071).",
+            "help": "Probability ratio per token, or per sequence as in GSPO (https://arxiv.org/abs/2507.18071).",
             "choices": ["token", "sequence"],
         },
     )
     scale_rewards: str = field(
         default="group",
         metadata={
-            "help": "By what standard deviation advantages are divided: of a prompt's answers, of the whole batch, or "
-            "none, as in Dr. GRPO (https://arxiv.org/abs/2503.20783).",
+            "help": "Standard deviation that advantages are divided by: of the group, of the whole batch, or none, as "
+            "in Dr. GRPO (https://arxiv.org/abs/2503.20783).",
             "choices": ["group", "batch", "none"],
         },
     )
     multi_objective_aggregation: str = field(
         default="sum_then_normalize",
         metadata={
-            "help": "Rewards are added up and then normalized, or each by itself (https://arxiv.org/abs/2601.05242).",
+            "help": "Sum the rewards, then normalize; or normalize each one first (https://arxiv.org/abs/2601.05242).",
             "choices": ["sum_then_normalize", "normalize_then_sum"],
         },
     )
     vllm_mode: str = field(
         default="colocate",
         metadata={
-            "help": "vLLM in this process, or on a server that was started with `vllm serve`.",
+            "help": "vLLM in this process, or on a server started with `vllm serve`.",
             "choices": ["colocate", "server"],
         },
     )
 
     def __post_init__(self):
-        # An evaluation answers each prompt once.
+        # Evaluation answers each prompt once.
         self.num_generations_eval = 1
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "reward"
         self._refuse_idle_training()
-        self._refuse_torn_groups()
+        self._check_group_sizes()
         super().__post_init__()
 
-    def _refuse_torn_groups(self) -> None:
-        """Raises ValueError for batches that would not hold whole groups of answers."""
+    def _check_group_sizes(self) -> None:
+        """Raises ValueError if batches would split a group of answers."""
         for name in ("num_generations", "num_iterations", "steps_per_generation", "generation_batch_size"):
             lowest = 2 if name == "num_generations" else 1
             if getattr(self, name) is not None and getattr(self, name) < lowest:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least {lowest}.")
         if self.generation_batch_size is not None and self.steps_per_generation is not None:
-            raise ValueError("--generation_batch_size and --steps_per_generation say the same; keep one of them.")
-        at_once = self.per_device_train_batch_size * world_size()
+            raise ValueError("--generation_batch_size and --steps_per_generation exclude each other; keep one of them.")
+        per_pass = self.per_device_train_batch_size * world_size()
         flag = "gradient_accumulation_steps" if self.steps_per_generation is None else "steps_per_generation"
-        answers = self.generation_batch_size or at_once * getattr(self, flag)
-        if answers % at_once:
+        answers = self.generation_batch_size or per_pass * getattr(self, flag)
+        if answers % per_pass:
             raise ValueError(
-                f"--generation_batch_size {answers} must be a multiple of {at_once}, the answers that go through the "
-                "model at once (--per_device_train_batch_size on each process)."
+                f"--generation_batch_size {answers} must be a multiple of {per_pass}, the answers in one forward pass "
+                "(--per_device_train_batch_size on each process)."
             )
         if answers % self.num_generations:
-            needed = self.num_generations // math.gcd(self.num_generations, at_once)
+            needed = self.num_generations // math.gcd(self.num_generations, per_pass)
             remedy = f"make --{flag} a multiple of {needed}"
             if self.generation_batch_size is not None:
-                remedy = f"make --generation_batch_size a multiple of {math.lcm(at_once, self.num_generations)}"
+                remedy = f"make --generation_batch_size a multiple of {math.lcm(per_pass, self.num_generations)}"
             raise ValueError(
-                f"{answers} answers are sampled at a time, which --num_generations {self.num_generations} answers to a "
-                f"prompt do not divide; {remedy}, or choose another --num_generations."
+                f"{answers} answers are sampled at a time, which is not a multiple of --num_generations "
+                f"{self.num_generations}; {remedy}, or choose another --num_generations."
             )
 
 
 def check_flags(args: GrpoArguments) -> None:
-    """Refuse flags that the other flags leave no use for, and values outside their range.
+    """Refuse flags that have no effect because of other flags, and values outside their range.
 
     Raises:
-        UserError: each with the remedy.
+        UserError: the first problem, with the remedy.
     """
     if args.use_vllm and not is_vllm_available():
         raise UserError(
-            "--use_vllm True needs vLLM, which is not installed here. It wants an environment of its own, see "
-            "docs/grpo_training.md; without it, answers are sampled with transformers: leave --use_vllm out."
+            "--use_vllm True needs vLLM, which is not installed here. It needs a separate environment, see "
+            "docs/grpo_training.md. To sample with transformers instead, omit --use_vllm."
         )
-    # As long as answers are of the very weights that they train, the ratio of both policies is 1.
+    for name, (has_effect, reason) in flag_effects(args).items():
+        if name in args.given and not has_effect:
+            raise UserError(f"--{name} has no effect here: {reason}. Omit it.")
+    for name, allowed, valid in (
+        ("beta", "0 or more", args.beta >= 0),
+        ("epsilon", "above 0", args.epsilon > 0),
+        ("epsilon_high", "above 0", args.epsilon_high is None or args.epsilon_high > 0),
+        ("temperature", "above 0", args.temperature > 0),
+        ("top_p", "above 0 and at most 1", 0 < args.top_p <= 1),
+        ("top_k", "0 or more", args.top_k >= 0),
+        ("min_p", "0 or more and at most 1", args.min_p is None or 0 <= args.min_p <= 1),
+        ("top_entropy_quantile", "0 or more and at most 1", 0 <= args.top_entropy_quantile <= 1),
+        ("entropy_coef", "0 or more", args.entropy_coef >= 0),
+        ("repetition_penalty", "above 0", args.repetition_penalty > 0),
+    ):
+        if not valid:
+            raise UserError(f"--{name} {getattr(args, name)} must be {allowed}.")
+    if args.importance_sampling_level == "sequence" and args.loss_type in TOKEN_LOSSES:
+        raise UserError(
+            f"--importance_sampling_level sequence cannot be combined with --loss_type {args.loss_type}, which sums "
+            "over tokens: long answers would weigh more than short ones. For GSPO add --loss_type grpo."
+        )
+
+
+def flag_effects(args: GrpoArguments) -> dict[str, tuple[Any, str]]:
+    """By flag, for flags that depend on others: whether it has an effect, and the reason if it has none."""
+    # While the weights that train on an answer are those that sampled it, the probability ratio is 1.
     rounds = args.steps_per_generation * args.num_iterations
     moved = args.gradient_accumulation_steps % rounds != 0 or args.use_vllm
     corrected = args.use_vllm and args.vllm_importance_sampling_correction
-    same = (
-        "each answer is trained on once, by the weights that gave it, so the ratio is 1; add --num_iterations 2, or "
-        f"--steps_per_generation {2 * args.gradient_accumulation_steps}"
+    on_policy = (
+        "each answer is trained on once, with the weights that sampled it, so the ratio is 1; add --num_iterations 2, "
+        f"or --steps_per_generation {2 * args.gradient_accumulation_steps}"
     )
     loss, vllm, adaptive = args.loss_type, "it is for --use_vllm True", "it is for --use_adaptive_entropy True"
-    used = {
-        "epsilon": (moved and loss in CLIPPED_LOSSES, same if not moved else f"--loss_type {loss} has no lower bound"),
+    clipped = moved and loss in CLIPPED_LOSSES
+    effects = {
+        "epsilon": (clipped, f"--loss_type {loss} has no lower bound" if moved else on_policy),
         "epsilon_high": (
-            moved and loss in CLIPPED_LOSSES | {"cispo"},
-            same if not moved else f"--loss_type {loss} has no upper bound",
+            clipped or moved and loss == "cispo",
+            f"--loss_type {loss} has no upper bound" if moved else on_policy,
         ),
-        "delta": (moved and loss in CLIPPED_LOSSES, same if not moved else f"--loss_type {loss} is not clipped"),
+        "delta": (clipped, f"--loss_type {loss} is not clipped" if moved else on_policy),
         "importance_sampling_level": (
             args.importance_sampling_level == "token" or moved or args.beta and args.use_bias_correction_kl,
-            same,
+            on_policy,
         ),
-        "off_policy_mask_threshold": (moved, same),
+        "off_policy_mask_threshold": (moved, on_policy),
         "use_bias_correction_kl": (args.beta, "it is for --beta above 0"),
         "scale_rewards": (
             args.multi_objective_aggregation == "sum_then_normalize",
-            "--multi_objective_aggregation normalize_then_sum scales each reward by itself",
+            "--multi_objective_aggregation normalize_then_sum scales each reward separately",
         ),
         "entropy_coef_min": (args.use_adaptive_entropy, adaptive),
         "entropy_coef_max": (args.use_adaptive_entropy, adaptive),
@@ -680,52 +732,32 @@ def check_flags(args: GrpoArguments) -> None:
         "num_completions_to_print": (args.log_completions, "it is for --log_completions True"),
         "log_unique_prompts": (args.log_completions, "it is for --log_completions True"),
         "ds3_gather_for_generation": (args.deepspeed, "it is for --deepspeed zero3.json"),
-        "cache_implementation": (not args.use_vllm, "vLLM has a cache of its own"),
+        "cache_implementation": (not args.use_vllm, "vLLM has its own cache"),
     }
     for name in GrpoArguments.__dataclass_fields__:
         if name.startswith(("sapo_", "vespo_")):
             kind = name.partition("_")[0]
-            used[name] = (loss == kind and moved, same if loss == kind else f"it is for --loss_type {kind}, not {loss}")
+            other_loss = f"it is for --loss_type {kind}, not {loss}"
+            effects[name] = (loss == kind and moved, on_policy if loss == kind else other_loss)
         elif name.startswith("vllm_importance_sampling_"):
-            used[name] = (
+            effects[name] = (
                 args.use_vllm if name.endswith("correction") else corrected,
                 f"{vllm} --vllm_importance_sampling_correction True",
             )
         elif name.startswith(("vllm_server_", "vllm_group_port")):
-            used[name] = (args.use_vllm and args.vllm_mode == "server", f"{vllm} --vllm_mode server")
+            effects[name] = (args.use_vllm and args.vllm_mode == "server", f"{vllm} --vllm_mode server")
         elif name in ("vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_tensor_parallel_size"):
-            used[name] = (args.use_vllm and args.vllm_mode == "colocate", f"{vllm} --vllm_mode colocate")
+            effects[name] = (args.use_vllm and args.vllm_mode == "colocate", f"{vllm} --vllm_mode colocate")
         elif name.startswith("vllm_"):
-            used[name] = (args.use_vllm, vllm)
-    for name, (has_effect, reason) in used.items():
-        if name in args.given and not has_effect:
-            raise UserError(f"--{name} has no effect here: {reason}. Leave it out.")
-    for name, low, high, sound in (
-        ("beta", "0 or more", "", args.beta >= 0),
-        ("epsilon", "above 0", "", args.epsilon > 0),
-        ("epsilon_high", "above 0", "", args.epsilon_high is None or args.epsilon_high > 0),
-        ("temperature", "above 0", "", args.temperature > 0),
-        ("top_p", "above 0", "at most 1", 0 < args.top_p <= 1),
-        ("top_k", "0 or more", "", args.top_k >= 0),
-        ("min_p", "0 or more", "at most 1", args.min_p is None or 0 <= args.min_p <= 1),
-        ("top_entropy_quantile", "0 or more", "at most 1", 0 <= args.top_entropy_quantile <= 1),
-        ("entropy_coef", "0 or more", "", args.entropy_coef >= 0),
-        ("repetition_penalty", "above 0", "", args.repetition_penalty > 0),
-    ):
-        if not sound:
-            raise UserError(f"--{name} {getattr(args, name)} must be {' and '.join(filter(None, (low, high)))}.")
-    if args.importance_sampling_level == "sequence" and loss in LOSSES_OF_TOKENS:
-        raise UserError(
-            f"--importance_sampling_level sequence does not go with --loss_type {loss}, which adds up tokens: long "
-            "answers would weigh more than short ones. For GSPO add --loss_type grpo."
-        )
+            effects[name] = (args.use_vllm, vllm)
+    return effects
 
 
-def settle_completion_length(args: GrpoArguments) -> None:
-    """Fill in `max_completion_length`, once the model's positions are known.
+def resolve_completion_length(args: GrpoArguments) -> None:
+    """Set the default of `max_completion_length`, once the model's maximum length is known.
 
     Raises:
-        UserError: it leaves no room for a prompt.
+        UserError: no room is left for a prompt.
     """
     if args.max_completion_length is None:
         args.max_completion_length = max(1, args.model_max_length // 2)
@@ -736,84 +768,63 @@ def settle_completion_length(args: GrpoArguments) -> None:
         )
 
 
-def settle_rewards(args: GrpoArguments) -> dict[str, RewardFunction]:
-    """The functions that the flags choose, without the reward model.
+def resolve_rewards(args: GrpoArguments) -> dict[str, RewardFunction]:
+    """The reward functions that the flags name, without the reward model.
 
     Raises:
-        UserError: as `choose_rewards`; no reward at all, or weights that do not fit.
+        UserError: see `choose_rewards`; also no reward at all, or a number of weights that does not match.
     """
     names = [] if args.reward_funcs == ["none"] else args.reward_funcs
     for flag in ("reward_min_length", "reward_max_length"):
         if flag in args.given and "length" not in names:
-            raise UserError(f"--{flag} has no effect here: it is for --reward_funcs length. Leave it out.")
+            raise UserError(f"--{flag} has no effect here: it is for --reward_funcs length. Omit it.")
     lengths = {"min_length": args.reward_min_length, "max_length": args.reward_max_length}
     functions = choose_rewards(names, args.reward_file, **lengths)
-    judges = [*functions, *(["reward_model"] if args.reward_model_path else [])]
+    rewards = [*functions, *(["reward_model"] if args.reward_model_path else [])]
     if "reward_model" in functions:
         raise UserError(f"--reward_file {args.reward_file}: the name reward_model is taken. Rename the function.")
-    if not judges:
-        raise UserError("there is nothing to judge answers by: name --reward_funcs, or --reward_model_path.")
-    if args.reward_weights is not None and len(args.reward_weights) != len(judges):
+    if not rewards:
+        raise UserError("there is nothing to score answers with: pass --reward_funcs or --reward_model_path.")
+    if args.reward_weights is not None and len(args.reward_weights) != len(rewards):
         raise UserError(
-            f"--reward_weights has {len(args.reward_weights)} numbers for {len(judges)} rewards. Give one for each of: "
-            f"{', '.join(judges)}."
+            f"--reward_weights has {len(args.reward_weights)} numbers for {len(rewards)} rewards. Give one for each "
+            f"of: {', '.join(rewards)}."
         )
     return functions
 
 
-def load_judge(args: GrpoArguments, model_args: ModelArguments) -> RewardScorer:
-    """The reward model.
+def load_model_reward(
+    args: GrpoArguments, model_args: ModelArguments, rows: Iterable[dict[str, Any]] = ()
+) -> RewardFunction:
+    """The score of the reward model as a reward function.
+
+    Args:
+        rows: prompts that it must be able to read.
 
     Raises:
-        UserError: as `RewardScorer.from_pretrained`, or under ZeRO-3, which would tear it apart.
+        UserError: see `RewardScorer.from_pretrained` and `RewardScorer.require_readable`; also under ZeRO-3, which
+            would shard it.
     """
     if is_deepspeed_zero3_enabled():
         raise UserError(
-            "--reward_model_path does not go with ZeRO-3, under which every model is spread over the processes. Use "
+            "--reward_model_path cannot be combined with ZeRO-3, which shards every model over the processes. Use "
             "--deepspeed zero2.json."
         )
-    return RewardScorer.from_pretrained(args.reward_model_path, hub=model_args.hub, cache_dir=model_args.cache_dir)
+    scorer = RewardScorer.from_pretrained(args.reward_model_path, hub=model_args.hub, cache_dir=model_args.cache_dir)
+    scorer.require_readable(rows)
+    return wrap_reward("reward_model", model_reward(scorer, args.per_device_train_batch_size))
 
 
-def reward_by_model(scorer: RewardScorer, batch_size: int) -> RewardFunction:
-    """The score of a reward model as a reward. It reads prompt and answer in its own template, with the row's tools.
-
-    An answer that it cannot read, being too long for it or holding what it takes for control tokens, gets the lowest
-    score of its batch; the share of such answers is logged as `reward_model/unreadable`.
-    """
-
-    def reward_model(
-        prompts: list[Any],
-        completions: list[Any],
-        tools: list[Any] | None = None,
-        log_metric: Any = None,
-        **_: Any,
-    ) -> list[float | None]:
-        sequences = {}
-        for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-            try:
-                sequences[number] = scorer.encode([*prompt, *completion], tools[number] if tools else None)
-            except EncodingError:
-                continue
-        scores = dict(zip(sequences, scorer.score_ids(list(sequences.values()), batch_size), strict=True))
-        if log_metric is not None:
-            log_metric("reward_model/unreadable", 1 - len(scores) / len(prompts))
-        lowest = min(scores.values(), default=None)
-        return [scores.get(number, lowest) for number in range(len(prompts))]
-
-    return reward_model
-
-
-def frozen_copy(model: PreTrainedModel, args: GrpoArguments) -> PreTrainedModel:
-    """The reference of a run that trains all weights.
+def copy_reference(model: PreTrainedModel, args: GrpoArguments) -> PreTrainedModel:
+    """The reference of full fine-tuning: a frozen copy of the policy before training.
 
     Raises:
-        UserError: the weights are spread over the processes.
+        UserError: the weights are sharded over the processes.
     """
     if is_deepspeed_zero3_enabled() or args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"):
         raise UserError(
             f"--beta {args.beta} with --use_peft False needs a second copy of the weights, which ZeRO-3 and FSDP would "
-            "have to spread as well. Train an adapter, use --deepspeed zero2.json, or leave --beta at 0."
+            "have to shard as well. Train an adapter, use --deepspeed zero2.json, or leave --beta at 0."
         )
     return copy.deepcopy(model).requires_grad_(False)
 
@@ -830,65 +841,53 @@ def main() -> None:
         description=__doc__,
         unused=refused_in("grpo_training.py"),
     )
-    functions = settle_rewards(args)
+    functions = resolve_rewards(args)
     if args.check_rewards:
-        if idle := sorted({name for group in groups for name in group.given} - CHECKING_FLAGS):
-            raise UserError(f"--{', --'.join(idle)} would have no effect with --check_rewards, which trains nothing.")
+        if unused := sorted({name for group in groups for name in group.given} - CHECK_REWARDS_FLAGS):
+            raise UserError(f"--{', --'.join(unused)} would have no effect with --check_rewards, which trains nothing.")
         if args.reward_model_path:
-            functions["reward_model"] = reward_by_model(load_judge(args, model_args), args.per_device_train_batch_size)
+            functions["reward_model"] = load_model_reward(args, model_args)
         check_rewards(args.check_rewards, functions, args.reward_weights)
         return
     if model_args.model_name_or_path is None:
-        raise UserError("--model_name_or_path is missing: the model that is to be trained.")
+        raise UserError("--model_name_or_path is missing: the model to train.")
     check_flags(args)
     training_defaults(args, adapter_rate=1e-5, full_rate=1e-6, use_peft=lora_args.use_peft)
-    settle_dropout(args, lora_args)
+    disable_lora_dropout(args, lora_args)
     checkpoint = loading.stage_checkpoint(model_args, lora_args)
     loading.resolve_length(args, "model_max_length", checkpoint, attention_args)
-    settle_completion_length(args)
+    resolve_completion_length(args)
     run = Run("grpo_training", args, checkpoint, run_args, model_args, attention_args, data_args, lora_args)
 
-    # 2 tokenizer and template, with the system prompt that asks for the form which the rewards read
+    # 2 tokenizer and template, with a system prompt that asks for the format the rewards look for
     tokenizer = loading.stage_tokenizer(checkpoint, model_args)
-    asked = {None: SYSTEM_PROMPT, "none": None}.get(args.system_prompt, args.system_prompt)
-    stop = apply_template(tokenizer, args.template_name, asked, args.tool_format)
+    system_prompt = {None: SYSTEM_PROMPT, "none": None}.get(args.system_prompt, args.system_prompt)
+    stop = apply_template(tokenizer, args.template_name, system_prompt, args.tool_format)
     stop_ids = stop_token_ids(tokenizer, stop)
 
-    # 3 data: prompts that leave room for an answer; the other fields of a row are for the rewards
+    # 3 data: prompts that leave room for an answer; the other fields of a row go to the reward functions
     seed = args.order_seed
     data = load_data(data_args, to_task, seed=seed)
-    names = column_names(data)
+    columns = reward_columns(data)
     encode = partial(encode_prompt, tokenizer, max_length=args.model_max_length - args.max_completion_length)
     train, validation = encode_sides(data, encode, data_args, seed, Prompt)
     run.add_data(data)
     run.preview(tokenizer, train)
 
-    # 4 models: policy, reference where it is not the policy without its adapter, judge
-    model = loading.load_trainable(
-        AutoModelForCausalLM,
-        checkpoint,
-        tokenizer,
-        model_args,
-        lora_args,
-        attention_args,
-        max_length=args.model_max_length,
-        bf16=args.bf16,
-    )
-    reference = frozen_copy(model, args) if args.beta and not lora_args.use_peft else None
+    # 4 models: policy, reference (unless it is the policy without its adapter), reward model
+    load = {"attending": attention_args, "max_length": args.model_max_length, "bf16": args.bf16}
+    model = loading.load_trainable(AutoModelForCausalLM, checkpoint, tokenizer, model_args, lora_args, **load)
+    reference = copy_reference(model, args) if args.beta and not lora_args.use_peft else None
     if args.reward_model_path:
-        scorer = load_judge(args, model_args)
-        for rows in (data.train, data.validation):
-            scorer.require_readable(rows)
-        judge = reward_by_model(scorer, args.per_device_train_batch_size)
-        functions["reward_model"] = checked("reward_model", judge)
+        functions["reward_model"] = load_model_reward(args, model_args, chain(data.train, data.validation))
 
     # 5 trainer
     trainer = GroupTrainer(
         model=model,
         reward_funcs=list(functions.values()),
         args=args,
-        train_dataset=with_columns(train, data.train, names),
-        eval_dataset=with_columns(validation, data.validation, names) if validation else None,
+        train_dataset=add_reward_columns(train, data.train, columns),
+        eval_dataset=add_reward_columns(validation, data.validation, columns) if validation else None,
         processing_class=tokenizer,
         loraplus_lr_ratio=lora_args.loraplus_lr_ratio,
         stop_ids=stop_ids,
@@ -908,7 +907,7 @@ def main() -> None:
         tokenizer,
         stop_ids=stop_ids,
         sample_prompts=render_prompts(tokenizer, data.validation or data.train, run_args.sample_prompts),
-        note="Reinforcement learning: the model has learned to answer so that the rewards below are high.",
+        note="Reinforcement learning: the model was trained to give answers that the rewards below score highly.",
     )
 
 

@@ -1,15 +1,15 @@
 """Odds ratio preference optimization (ORPO): fine-tuning and preferences in one stage, without a reference model.
 
-Changes what the model answers and which answers it avoids, at once: the chosen answers are imitated as in supervised
-fine-tuning, and their odds are raised against those of the rejected answers (https://arxiv.org/abs/2403.07691). It
-starts from a base model or from a fine-tuned one, and needs the memory of one model only.
+The model learns the chosen answers as in supervised fine-tuning, and at the same time their odds are raised relative to
+those of the rejected answers (https://arxiv.org/abs/2403.07691). Training starts from a base model or a fine-tuned one
+and needs the memory of a single model.
 
     python orpo_training.py --model_name_or_path outputs/sft-merged --train_file_dir data/reward \\
         --output_dir outputs/orpo
     torchrun --nproc_per_node 2 orpo_training.py --model_name_or_path outputs/sft-merged \\
         --train_file_dir data/reward --output_dir outputs/orpo --load_in_4bit True --qlora True
 
-Data (.jsonl or .json), recognised row by row; data/README.md shows all forms:
+Data (.jsonl or .json), format recognised per row; data/README.md shows all formats:
 
     {"conversations": [{"from": "human", "value": "..."}], "chosen": "the better answer", "rejected": "the worse one"}
 
@@ -18,7 +18,6 @@ generation_config.json, run.json, metrics.jsonl, samples.jsonl, loss.png and REA
 """
 
 import math
-from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -32,7 +31,7 @@ from medicalgpt.args import (
     RunArguments,
     StageDefaults,
 )
-from medicalgpt.data.encoding import IGNORED, Pair, encode_preference, render_prompts
+from medicalgpt.data.encoding import Pair, encode_preference, render_prompts
 from medicalgpt.data.formats import to_preference
 from medicalgpt.data.loading import load_data
 from medicalgpt.data.tokenizing import encode_sides
@@ -41,32 +40,35 @@ from medicalgpt.models import loading
 from medicalgpt.models.templating import stop_token_ids
 from medicalgpt.parser import parse_args
 from medicalgpt.refusals import refused_in
-from medicalgpt.training.cpu import add_cpu_head
 from medicalgpt.training.runs import Run
-from medicalgpt.training.trainers import PairTrainer, settle_dropout, training_defaults
+from medicalgpt.training.trainers import (
+    PairTrainer,
+    add_log_prob_head,
+    disable_lora_dropout,
+    score_answers,
+    training_defaults,
+)
 from template import apply_template
 
 import torch
-from peft import PeftModel
 from torch.nn.functional import logsigmoid
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, TrainingArguments
 from trl.trainer.dpo_trainer import DataCollatorForPreference
-from trl.trainer.utils import add_fused_lm_head
 
 
 @dataclass
 class OrpoArguments(PairArguments, StageDefaults, TrainingArguments):
-    """What differs from transformers' `TrainingArguments`."""
+    """Changes to transformers' `TrainingArguments`."""
 
-    output_dir: str = field(default="outputs-orpo", metadata={"help": "Where the result goes."})
+    output_dir: str = field(default="outputs-orpo", metadata={"help": "Output folder."})
     orpo_beta: float = field(
         default=0.1,
         metadata={
-            "help": "Weight of the odds ratio beside the imitation, lambda in the paper; 0 imitates only.",
+            "help": "Weight of the odds ratio loss, lambda in the paper; 0 is fine-tuning on the chosen answers alone.",
             "aliases": ["--beta"],
         },
     )
-    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps; below 1, that share of them."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every N steps; below 1, the share of all steps."})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -89,7 +91,7 @@ def log_odds(mean_log_probs: torch.Tensor) -> torch.Tensor:
 
 
 def orpo_loss(chosen: torch.Tensor, rejected: torch.Tensor, beta: float) -> dict[str, torch.Tensor]:
-    """The loss of ORPO (equations 3 to 7 of https://arxiv.org/abs/2403.07691), pair by pair.
+    """The loss of ORPO (equations 3 to 7 of https://arxiv.org/abs/2403.07691) for each pair.
 
     loss = nll_loss - beta * log sigmoid(log_odds_ratio)
 
@@ -98,8 +100,8 @@ def orpo_loss(chosen: torch.Tensor, rejected: torch.Tensor, beta: float) -> dict
         beta: weight of the odds ratio, lambda in the paper.
 
     Returns:
-        Each of shape (pairs,): `loss`; `nll_loss`, that of imitating the chosen answer; `log_odds_ratio`, by which the
-        odds of the chosen answer exceed those of the rejected one.
+        Each of shape (pairs,): `loss`; `nll_loss`, of fine-tuning on the chosen answer; `log_odds_ratio`, the log of
+        the chosen answer's odds over the rejected one's.
     """
     log_odds_ratio = log_odds(chosen) - log_odds(rejected)
     return {
@@ -109,40 +111,15 @@ def orpo_loss(chosen: torch.Tensor, rejected: torch.Tensor, beta: float) -> dict
     }
 
 
-class OrpoTrainer(PairTrainer, Trainer):
-    """`transformers.Trainer` with the loss of ORPO. Both answers of all pairs go through the model in one pass.
-
-    Loss and gradient are means over the pairs of a step, however these are spread over batches and processes.
-    """
+class OrpoTrainer(PairTrainer):
+    """`PairTrainer` with the loss of ORPO. Both answers of all pairs go through the model in one pass."""
 
     def __init__(self, **kwargs: Any):
-        args = kwargs["args"]
-        if args.use_liger_kernel:
-            # Liger's own loss would replace the forward pass that the head below is part of.
-            args.liger_kernel_config = {**(args.liger_kernel_config or {}), "fused_linear_cross_entropy": False}
         super().__init__(**kwargs)
-        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        # Only the tokens of answers go through the head, in pieces; the scores of all would not fit.
-        add_fused_lm_head(base)
-        add_cpu_head(base, measured=False)
-        # The library would count supervised tokens; here every pair weighs the same (see `PairTrainer`).
-        self.model_accepts_loss_kwargs = False
-        self._sums: dict[str, float] = defaultdict(float)
+        add_log_prob_head(self.model)
 
     def pair_values(self, model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The loss and what it is made of, each of shape (pairs,).
-
-        Args:
-            inputs: `input_ids`, `attention_mask` and `completion_mask`, 1 on the tokens of answers, each of shape
-                (2 x pairs, length): chosen answers first, then the rejected ones in the same order.
-        """
-        outputs = model(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            labels=inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORED),
-            fused_lm_head=True,
-            use_cache=False,
-        )
+        outputs = score_answers(model, inputs)
         means = outputs.log_probs.float().sum(dim=1) / outputs.label_mask.sum(dim=1)
         chosen, rejected = means.chunk(2)
         return {
@@ -152,29 +129,6 @@ class OrpoTrainer(PairTrainer, Trainer):
             "logps/chosen": chosen,
             "logps/rejected": rejected,
         }
-
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> torch.Tensor:
-        """The batch's share of the mean over the pairs of a step; what the loss is made of is noted for the log."""
-        values = self.pair_values(model, inputs)
-        loss = values.pop("loss")
-        values["pairs"] = torch.ones_like(loss)
-        values["tokens"] = inputs["attention_mask"].sum(dim=1).view(2, -1).sum(dim=0)
-        sums = torch.stack([column.detach().double().sum() for column in values.values()])
-        for name, total in zip(values, self.accelerator.reduce(sums).tolist(), strict=True):
-            self._sums[name] += total
-        # The trainer's state is part of a checkpoint, so that the count goes on after a resume.
-        self.state.num_input_tokens_seen += int(self._sums.pop("tokens"))
-        return loss.mean() if self.weight_of_pair is None else loss.sum() * self.weight_of_pair
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self._sums:
-            pairs = self._sums.pop("pairs")
-            logs |= {name: total / pairs for name, total in self._sums.items()}
-            logs["num_tokens"] = self.state.num_input_tokens_seen
-            self._sums.clear()
-        super().log(logs, start_time)
 
 
 def main() -> None:
@@ -190,9 +144,9 @@ def main() -> None:
         unused=refused_in("orpo_training.py"),
     )
     if not 0 <= args.orpo_beta < math.inf:
-        raise UserError(f"--orpo_beta {args.orpo_beta} is no weight of a loss: give 0 or more. 0.1 is usual.")
+        raise UserError(f"--orpo_beta {args.orpo_beta} is not a valid loss weight: use 0 or more. 0.1 is usual.")
     training_defaults(args, adapter_rate=5e-5, full_rate=5e-6, use_peft=lora_args.use_peft)
-    settle_dropout(args, lora_args)
+    disable_lora_dropout(args, lora_args)
     checkpoint = loading.stage_checkpoint(model_args, lora_args)
     loading.resolve_length(args, "model_max_length", checkpoint, attention_args)
     run = Run("orpo_training", args, checkpoint, run_args, model_args, attention_args, data_args, lora_args)
@@ -201,7 +155,7 @@ def main() -> None:
     tokenizer = loading.stage_tokenizer(checkpoint, model_args)
     stop = apply_template(tokenizer, args.template_name, args.system_prompt, args.tool_format)
 
-    # 3 data: both answers follow the same prompt; pairs that do not fit are refused, not cut
+    # 3 data: both answers follow the same prompt; pairs that are too long are refused, never truncated
     data = load_data(data_args, to_preference, seed=args.order_seed)
     encode = partial(
         encode_preference,
@@ -244,7 +198,7 @@ def main() -> None:
         tokenizer,
         stop_ids=stop_token_ids(tokenizer, stop),
         sample_prompts=render_prompts(tokenizer, data.validation or data.train, run_args.sample_prompts),
-        note="Fine-tuning with preferences: the model has learned to answer as the chosen answers below do.",
+        note="Fine-tuning with preferences: the model was trained to answer like the chosen answers below.",
     )
 
 

@@ -527,10 +527,10 @@ def arguments(tmp_path, **values):
         (
             {"optim": "adamw_torch", "optim_target_modules": "all-linear"},
             False,
-            "--optim adamw_torch has no use for it",
+            "--optim adamw_torch does not use it",
         ),
         ({"optim": "galore_adamw_8bit"}, False, "--optim galore_adamw_8bit runs on GPUs only"),
-        ({"optim": "galore_adamw"}, True, "adapters are of low rank already.*--use_peft False"),
+        ({"optim": "galore_adamw"}, True, "adapters are low-rank already.*--use_peft False"),
         ({"optim": "galore_adamw_layerwise", "gradient_accumulation_steps": 2}, False, "gradient_accumulation_steps 1"),
         ({"optim": "apollo_adamw_layerwise", "max_grad_norm": 0.5}, False, "--max_grad_norm has no effect"),
     ],

@@ -661,7 +661,7 @@ def test_answers_that_cannot_be_scored_are_counted(workplace, reward_model):
 
 
 def test_a_model_that_writes_is_no_reward_model(workplace, preferences):
-    with pytest.raises(UserError, match="sft is a language model, without a head that scores"):
+    with pytest.raises(UserError, match="sft is a language model, without a scoring head"):
         workplace("--preference_file", preferences, "--reward_model", "sft")
 
 

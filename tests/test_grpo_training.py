@@ -4,14 +4,14 @@ import math
 import re
 from pathlib import Path
 
-from grpo_training import LOSSES, GroupTrainer, GrpoArguments, PromptSampler, check_flags, flat_groups, reward_by_model
+from grpo_training import LOSSES, GroupTrainer, GrpoArguments, PromptSampler, check_flags, zero_std_groups
 from medicalgpt.data.sources import DataError
 from medicalgpt.errors import UserError
 from medicalgpt.models.loading import load_tokenizer
 from medicalgpt.parser import parse_args
 from medicalgpt.refusals import refused_in
 from medicalgpt.rewards.rewards import SYSTEM_PROMPT
-from medicalgpt.rewards.scoring import RewardScorer
+from medicalgpt.rewards.scoring import RewardScorer, model_reward
 from template import apply_template
 from tests.helpers import open_stage, read_json, run_here, run_program, stop_tokens, write_jsonl
 from tests.silent.pairs import shake
@@ -21,7 +21,7 @@ from tests.tiny import END_OF_TEXT, TURN_END, make_tiny, tiny_tokenizer
 import pandas as pd
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForSequenceClassification, TrainerCallback
+from transformers import Qwen3Config, Qwen3ForSequenceClassification, Trainer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 NAN = math.nan
@@ -273,7 +273,7 @@ def test_a_reward_model_reads_in_its_own_template(work, tmp_path):
 
 def test_an_answer_that_a_reward_model_cannot_read_is_the_worst(work):
     scorer, shares = RewardScorer.from_pretrained(str(work / "rm")), []
-    reward = reward_by_model(scorer, 2)
+    reward = model_reward(scorer, 2)
     texts = ["Rest.", "x" * 300, "Sleep a lot.", TURN_END]
     prompts = [[{"role": "user", "content": "Why?"}]] * 4
     answers = [[{"role": "assistant", "content": text}] for text in texts]
@@ -393,18 +393,18 @@ def test_rewards_that_are_all_equal_are_said_to_teach_nothing(work, tmp_path, ca
     assert all(torch.equal(weight, before[name]) for name, weight in opened.trainer.model.named_parameters())
 
 
-def test_flat_groups():
+def test_groups_without_a_difference_in_reward():
     rewards = torch.tensor([[1, 0], [0, 1], [1, NAN], [1, 0], [NAN, NAN], [1, 1], [NAN, NAN], [NAN, NAN]])
-    assert flat_groups(rewards, torch.ones(2), 2).tolist() == [True, True, True, True]
-    assert flat_groups(rewards, torch.tensor([2.0, 1.0]), 2).tolist() == [False, True, True, True]
-    assert flat_groups(rewards[:, :1], torch.ones(1), 4).tolist() == [False, True]
+    assert zero_std_groups(rewards, torch.ones(2), 2).tolist() == [True, True, True, True]
+    assert zero_std_groups(rewards, torch.tensor([2.0, 1.0]), 2).tolist() == [False, True, True, True]
+    assert zero_std_groups(rewards[:, :1], torch.ones(1), 4).tolist() == [False, True]
 
 
 # --- prompts ---------------------------------------------------------------------------------------------------------
 
 
 def test_each_prompt_of_an_epoch_is_answered():
-    sampler = PromptSampler(7, answers=2, prompts=3, times=2, seed=5, shuffle=True)
+    sampler = PromptSampler(7, num_generations=2, batch_size=3, repeat_count=2, seed=5, shuffle=True)
     epochs = []
     for epoch in (0, 1, 0):
         sampler.set_epoch(epoch)
@@ -418,7 +418,8 @@ def test_each_prompt_of_an_epoch_is_answered():
         # The last batch is filled up from the beginning.
         flat = sum(asked, [])
         assert sorted(flat[:7]) == list(range(7)) and flat[7:] == flat[:2]
-    assert list(PromptSampler(2, answers=1, prompts=5, times=1, seed=0, shuffle=False)) == [0, 1, 0, 1, 0]
+    filled = PromptSampler(2, num_generations=1, batch_size=5, repeat_count=1, seed=0, shuffle=False)
+    assert list(filled) == [0, 1, 0, 1, 0]
 
 
 def test_each_epoch_of_a_run_has_an_order_of_its_own(work, tmp_path):
@@ -532,7 +533,7 @@ REFUSED = [
     (["--vespo_k_pos", "2"], "it is for --loss_type vespo, not dapo"),
     (["--delta", "2", "--num_iterations", "2", "--loss_type", "cispo"], "cispo is not clipped"),
     (["--use_bias_correction_kl", "False"], "it is for --beta above 0"),
-    (["--scale_rewards", "batch", "--multi_objective_aggregation", "normalize_then_sum"], "each reward by itself"),
+    (["--scale_rewards", "batch", "--multi_objective_aggregation", "normalize_then_sum"], "each reward separately"),
     (["--entropy_target", "1"], "it is for --use_adaptive_entropy True"),
     (["--log_unique_prompts", "True"], "it is for --log_completions True"),
     (["--off_policy_mask_threshold", "0.5"], "each answer is trained on once"),
@@ -556,7 +557,7 @@ TORN = [
     (["--num_generations", "6", "--steps_per_generation", "2"], "make --steps_per_generation a multiple of 3"),
     (["--generation_batch_size", "12"], "must be a multiple of 8"),
     (["--generation_batch_size", "16", "--num_generations", "6"], "make --generation_batch_size a multiple of 24"),
-    (["--generation_batch_size", "16", "--steps_per_generation", "2"], "say the same; keep one"),
+    (["--generation_batch_size", "16", "--steps_per_generation", "2"], "exclude each other; keep one"),
     (["--num_iterations", "0"], "--num_iterations 0 must be at least 1"),
     (["--loss_type", "ppo"], "invalid choice: 'ppo'"),
     (["--generation_kwargs", "{}"], "has no effect in this program. Use the sampling flags"),
@@ -595,7 +596,7 @@ def test_no_room_for_a_prompt(work, tmp_path):
 def test_no_reward_at_all(work, tmp_path):
     given = task_flags(work / "model", tmp_path, "--reward_funcs", "none")
     at = given.index("--reward_file")
-    with pytest.raises(UserError, match="nothing to judge answers by"):
+    with pytest.raises(UserError, match="nothing to score answers with"):
         open_stage(STAGE, *given[:at], *given[at + 2 :])
     with pytest.raises(UserError, match="--reward_min_length has no effect here: it is for --reward_funcs length"):
         open_stage(STAGE, *given, "--reward_funcs", "format", "--reward_min_length", 3)
@@ -613,7 +614,7 @@ def test_rewards_are_checked_without_a_model(work, tmp_path, capsys):
         run_here(STAGE, "--train_file_dir", work / "data")
 
 
-# --- what of TRL is built upon ---------------------------------------------------------------------------------------
+# --- what of TRL and transformers is built upon ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -627,6 +628,11 @@ def test_rewards_are_checked_without_a_model(work, tmp_path, capsys):
 def test_what_is_overridden_is_there(name):
     """A method under a name that TRL has given up would never be called."""
     assert name in vars(GroupTrainer) and name in vars(GRPOTrainer)
+
+
+@pytest.mark.parametrize("name", ["get_batch_samples", "evaluation_loop", "_load_rng_state"])
+def test_what_is_overridden_of_the_base_trainer_is_there(name):
+    assert name in vars(GroupTrainer) and name in vars(Trainer) and name not in vars(GRPOTrainer)
 
 
 def test_state_of_trls_trainer(work, tmp_path):

@@ -217,7 +217,7 @@ def test_beta_weighs_the_odds(model, tmp_path):
     torch.testing.assert_close(losses[1], values["nll_loss"] + 0.5 * odds)
     torch.testing.assert_close(losses[2], values["nll_loss"] + odds)
     for beta in (-0.1, "nan", "inf"):
-        with pytest.raises(UserError, match=f"--orpo_beta {beta} is no weight of a loss"):
+        with pytest.raises(UserError, match=f"--orpo_beta {beta} is not a valid loss weight"):
             open_orpo(model, tmp_path, "--orpo_beta", beta)
 
 

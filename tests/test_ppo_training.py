@@ -1,5 +1,6 @@
 """ppo_training.py: its formulas against numbers worked out by hand, and the program as a user runs it."""
 
+import inspect
 import math
 import shutil
 from pathlib import Path
@@ -12,7 +13,8 @@ from medicalgpt.serving.chat import ChatEngine
 from medicalgpt.serving.generation import Answer
 from ppo_training import (
     PpoArguments,
-    adapted_kl_coef,
+    PpoTrainer,
+    adapt_kl_coef,
     check_flags,
     explained_variance,
     gae,
@@ -31,9 +33,10 @@ from tests.tiny import END_OF_TEXT, TURN_END, tiny_tokenizer
 import numpy as np
 import pytest
 import torch
+from accelerate.state import GradientState
 from safetensors.torch import load_file
 from torch import tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer
 
 # --- the formulas ----------------------------------------------------------------------------------------------------
 
@@ -162,7 +165,7 @@ def test_explained_variance_by_hand():
 )
 def test_the_kl_coefficient_follows_the_kl(kl, factor):
     """A tenth of the horizon is a tenth of the error, which counts as a fifth at most."""
-    assert adapted_kl_coef(0.5, kl, 6.0, 100, 1000) == pytest.approx(0.5 * factor)
+    assert adapt_kl_coef(0.5, kl, 6.0, 100, 1000) == pytest.approx(0.5 * factor)
 
 
 # --- the trainer's own sums ------------------------------------------------------------------------------------------
@@ -183,7 +186,7 @@ def test_scores_are_brought_to_moments_of_all_so_far(place, tmp_path):
         seen.extend(scores)
         expected = (scores - np.mean(seen)) / np.std(seen)
         clipped += (np.abs(expected) > clip).sum()
-        assert trainer._shaped(tensor(scores)).tolist() == pytest.approx(np.clip(expected, -clip, clip).tolist())
+        assert trainer._shape_scores(tensor(scores)).tolist() == pytest.approx(np.clip(expected, -clip, clip).tolist())
     assert clipped > 0
     count, mean, squares = trainer.scores_seen.tolist()
     assert (count, mean, squares) == pytest.approx((len(seen), np.mean(seen), np.var(seen) * len(seen)))
@@ -337,7 +340,7 @@ def by_hand(place, tmp_path):
         Answer("four", "stop", 0, 4, (), (65, 66, 67, trainer.stop_ids[0]), tuple(BY_HAND["log_probs"][:4])),
         Answer("two", "length", 0, 2, (), (68, 69), tuple(BY_HAND["log_probs"][4:])),
     ]
-    trainer._look_at = lambda ids, attention, mask: (
+    trainer._forward_rollout = lambda ids, attention, mask: (
         placed(BY_HAND["log_probs"], mask),
         torch.zeros(mask.shape),
         placed(BY_HAND["reference"], mask),
@@ -496,7 +499,7 @@ def test_what_a_run_can_start_from(work, alone, tmp_path, start):
     opened = open_ppo(work, tmp_path, *[folders.get(flag, flag) for flag in STARTS[start]])
     trainer = opened.trainer
     rollout, seen = trainer.roll_out(0)
-    before = trainer._look_at(rollout.input_ids, rollout.attention_mask, rollout.answer_mask)
+    before = trainer._forward_rollout(rollout.input_ids, rollout.attention_mask, rollout.answer_mask)
     assert abs(seen["kl"]) < (1e-6 if start != "bfloat16" else 1e-3)
     if start.startswith("reward adapter"):
         # The critic begins as the reward model, which has read the answer but for its last token.
@@ -504,7 +507,7 @@ def test_what_a_run_can_start_from(work, alone, tmp_path, start):
         (score,) = trainer.scorer.score_ids([ids[:-1]])
         assert rollout.values[0, len(ids) - 2].item() == pytest.approx(score, abs=1e-4)
     opened.finish()
-    after = trainer._look_at(rollout.input_ids, rollout.attention_mask, rollout.answer_mask)
+    after = trainer._forward_rollout(rollout.input_ids, rollout.attention_mask, rollout.answer_mask)
     log_probs, _, reference, values = ((old - new).abs().max().item() for old, new in zip(before, after, strict=True))
     assert reference < 1e-6 and log_probs > 1e-3 and values > 1e-3
     assert len(logged(tmp_path, "loss")) == 2 and read_json(tmp_path / "run.json")["status"] == "finished"
@@ -515,7 +518,7 @@ def test_the_reference_of_all_weights_is_the_start_at_the_temperature_of_the_ans
     trainer = open_ppo(place, tmp_path, "--use_peft", "False", "--temperature", 0.7).trainer
     shake(trainer.policy)
     rollout, seen = trainer.roll_out(0)
-    columns = trainer._look_at(rollout.input_ids, rollout.attention_mask, rollout.answer_mask)
+    columns = trainer._forward_rollout(rollout.input_ids, rollout.attention_mask, rollout.answer_mask)
     start = AutoModelForCausalLM.from_pretrained(place / "policy").eval()
     gaps = []
     for row, mask in enumerate(rollout.answer_mask):
@@ -646,7 +649,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("more", "message"), REFUSED)
-def test_flags_without_effect_or_sense_are_refused(more, message):
+def test_flags_without_effect_or_out_of_range_are_refused(more, message):
     (args,) = parse_args(PpoArguments, argv=["--reward_model_path", "rm", *more])
     with pytest.raises(UserError, match=message):
         check_flags(args)
@@ -656,13 +659,13 @@ def test_sharded_weights_are_refused(monkeypatch):
     (args,) = parse_args(PpoArguments, argv=["--reward_model_path", "rm"])
     check_flags(args)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(UserError, match="FSDP and ZeRO-3 do not go with it. Use --deepspeed zero2.json"):
+    with pytest.raises(UserError, match="combined with FSDP or ZeRO-3. Use --deepspeed zero2.json"):
         check_flags(args)
 
 
 def test_zero_3_is_refused(work, tmp_path):
     done = run_program(STAGE, *ppo_flags(work, tmp_path / "out", "--deepspeed", "zero3.json"), check=False)
-    assert done.returncode == 1 and "ZeRO-3 do not go with it. Use --deepspeed zero2.json" in done.stderr
+    assert done.returncode == 1 and "FSDP or ZeRO-3. Use --deepspeed zero2.json" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -670,14 +673,14 @@ def test_a_missing_reward_model_is_refused_with_the_way_to_one(work, tmp_path):
     flags = [flag for flag in ppo_flags(work, tmp_path) if flag not in ("--reward_model_path", work / "rm")]
     with pytest.raises(UserError, match="--reward_model_path is missing. Train one: python reward_modeling.py"):
         open_stage(STAGE, *flags)
-    with pytest.raises(UserError, match="a language model, without a head that scores"):
+    with pytest.raises(UserError, match="a language model, without a scoring head"):
         open_ppo(work, tmp_path, "--reward_model_path", work / "policy")
 
 
 def test_a_critic_that_reads_other_tokens_is_refused(work, tmp_path):
-    with pytest.raises(UserError, match="the policy's tokenizer, whose head will be new: --value_model_path") as error:
+    with pytest.raises(UserError, match="the policy's tokenizer, which gets a new head: --value_model_path") as error:
         open_ppo(work, tmp_path, "--reward_model_path", work / "other-rm")
-    assert f"--reward_model_path {work / 'other-rm'} reads other" in str(error.value)
+    assert f"--reward_model_path {work / 'other-rm'} has another tokenizer" in str(error.value)
     assert str(error.value).endswith(str(work / "policy"))
 
 
@@ -722,8 +725,8 @@ def asked(trainer, steps):
     """The prompts of so many steps, without answers to them."""
     found = []
 
-    def note(tasks, *args, **kwargs):
-        found.extend(task["messages"][-1]["content"] for task in tasks)
+    def note(rows, *args, **kwargs):
+        found.extend(trainer.tasks[place_of(row)]["messages"][-1]["content"] for row in rows)
         raise Asked
 
     trainer.answer = note
@@ -809,3 +812,48 @@ def test_ppo_learns_which_arm_is_better(tmp_path):
     assert good > 0.95 and bad < 0.05
     scores = [log["score"] for log in trainer.state.log_history if "score" in log]
     assert np.mean(scores[:3]) < 0.8 and np.mean(scores[-3:]) > 0.9
+
+
+# --- what of transformers and accelerate is built upon ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("_inner_training_loop", "compute_loss", "evaluate", "log", "_save"),
+        *("_load_from_checkpoint", "_load_best_model"),
+    ],
+)
+def test_what_is_overridden_is_there(name):
+    """A method under a name that transformers has given up would never be called."""
+    assert name in vars(PpoTrainer) and name in vars(Trainer)
+
+
+LOOP = {
+    "_init_training_state": ["max_steps", "num_update_steps_per_epoch", "num_train_epochs", "resume_from_checkpoint"],
+    "_prepare_for_training": ["max_steps", "train_dataloader", "resume_from_checkpoint"],
+    "_maybe_log_save_evaluate": ["tr_loss", "grad_norm", "model", "trial", "epoch", "ignore_keys_for_eval"],
+    "_finalize_training": ["trial", "num_train_samples", "start_time"],
+    "_load_rng_state": ["checkpoint"],
+    "_evaluate": ["trial", "ignore_keys_for_eval", "skip_scheduler"],
+    "_get_learning_rate": [],
+    "_clip_grad_norm": ["model"],
+    "_get_grad_norm": ["model", "grad_norm"],
+}
+
+
+@pytest.mark.parametrize("name", LOOP)
+def test_what_the_loop_calls_takes_what_it_is_given(name):
+    parameters = list(inspect.signature(getattr(Trainer, name)).parameters)[1:]
+    assert parameters[: len(LOOP[name])] == LOOP[name]
+
+
+def test_accelerate_is_told_which_batch_is_the_last():
+    state = GradientState()
+    before = state.sync_gradients
+    try:
+        for value in (False, True):
+            state._set_sync_gradients(value)
+            assert state.sync_gradients is value
+    finally:
+        state._set_sync_gradients(before)

@@ -152,7 +152,7 @@ IN_BFLOAT16 = {
 def test_scores_are_float32_where_all_else_is_bfloat16(base, data, tmp_path, case):
     """In training, in the evaluation and when scored: what is read from the last hidden state is not rounded."""
     opened = open_stage(STAGE, *flags(base, data, tmp_path / "out", *IN_BFLOAT16[case]))
-    trainer, ends = opened.trainer, []
+    trainer, ends, types = opened.trainer, [], set()
     model = trainer.model
     causal = model.get_base_model() if "all weights" not in case else model
     head = causal.score.modules_to_save["default"] if "all weights" not in case else causal.score
@@ -163,12 +163,13 @@ def test_scores_are_float32_where_all_else_is_bfloat16(base, data, tmp_path, cas
         ends.append(output.last_hidden_state[torch.arange(len(last)), last].detach())
 
     causal.model.register_forward_hook(note, with_kwargs=True)
+    causal.model.layers[0].mlp.down_proj.register_forward_hook(lambda _, inputs, output: types.add(output.dtype))
     batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[n] for n in range(len(PAIRS))]))
     model.train()
-    with trainer.compute_loss_context_manager():
+    with trainer.accelerator.autocast():
         loss = trainer.compute_loss(model, dict(batch))
     model.eval()
-    with trainer.compute_loss_context_manager():
+    with trainer.accelerator.autocast():
         values = trainer.pair_values(model, dict(batch))
     for hidden in ends:
         scores = hidden.float() @ head.weight[0].detach()
@@ -178,7 +179,7 @@ def test_scores_are_float32_where_all_else_is_bfloat16(base, data, tmp_path, cas
         for name, expected in (("chosen_reward", chosen), ("rejected_reward", rejected), ("margin", chosen - rejected)):
             assert values[name].dtype == torch.float32
             assert values[name].tolist() == pytest.approx(expected.tolist(), abs=1e-5)
-    assert len(ends) == 2 and (case != "base" or ends[0].dtype == torch.bfloat16)
+    assert len(ends) == 2 and types == {torch.bfloat16}
     if case == "base":
         ends.clear()
         live = RewardScorer(model, opened.tokenizer).score(chats(), batch_size=1)
@@ -271,14 +272,14 @@ def test_the_adapter_of_a_language_model_is_refused(base, data, tmp_path):
         with pytest.raises(UserError, match="is an adapter of a language model") as caught:
             run_here(STAGE, *flags(model, data, tmp_path / "out", *more))
         assert remedy in str(caught.value)
-    with pytest.raises(CheckpointError, match="is an adapter of a language model, without a head"):
+    with pytest.raises(CheckpointError, match="is an adapter of a language model, without a scoring head"):
         RewardScorer.from_pretrained(str(sft))
 
 
 def test_a_head_for_classes_is_refused(base, data, tmp_path):
     AutoModelForSequenceClassification.from_pretrained(base, num_labels=3).save_pretrained(tmp_path / "classes")
     tiny_tokenizer().save_pretrained(tmp_path / "classes")
-    with pytest.raises(CheckpointError, match="a head with 3 outputs: it tells classes apart"):
+    with pytest.raises(CheckpointError, match="a head with 3 outputs: it is a classifier"):
         run_here(STAGE, *flags(tmp_path / "classes", data, tmp_path / "out"))
 
 
@@ -290,7 +291,7 @@ def test_a_family_without_a_model_that_scores_is_refused(data, tmp_path):
         )
     ).save_pretrained(tmp_path / "granite")
     tokenizer.save_pretrained(tmp_path / "granite")
-    with pytest.raises(UserError, match="of the type granite, for which transformers has no model with a head"):
+    with pytest.raises(UserError, match="of type granite, for which transformers has no model with a scoring head"):
         run_here(STAGE, *flags(tmp_path / "granite", data, tmp_path / "out"))
 
 
@@ -309,11 +310,11 @@ def test_as_a_user_train_then_score(base, data, trained, tmp_path):
     """The same head and scores as in this process: nothing depends on what ran before."""
     out = tmp_path / "rm"
     done = run_program(STAGE, *flags(base, data, out))
-    assert "a new head, random numbers at first" in done.stderr and "LOAD REPORT" not in done.stderr
+    assert "a new head with random weights" in done.stderr and "LOAD REPORT" not in done.stderr
     assert f"next: python reward_modeling.py --model_name_or_path {out}" in done.stderr
     asked = ("--model_name_or_path", out, "--score_file", data / "train.jsonl", "--output_file", tmp_path / "s.jsonl")
     done = run_program(STAGE, *asked, "--per_device_eval_batch_size", 2)
-    assert "5 rows, scored 5, left out: none" in done.stderr and "accuracy" in done.stderr
+    assert "5 rows, scored 5, skipped: none" in done.stderr and "accuracy" in done.stderr
     rows = read_json(tmp_path / "s.jsonl")
     found = [row[name] for row in rows for name in ("chosen_score", "rejected_score")]
     assert found == pytest.approx(trained[1], abs=1e-4)
@@ -389,7 +390,7 @@ def test_several_processes_do_not_write_one_file(monkeypatch):
 
 
 def test_a_language_model_is_no_scorer(base, data, tmp_path):
-    with pytest.raises(UserError, match="is a language model, without a head that scores. Train one"):
+    with pytest.raises(UserError, match="is a language model, without a scoring head. Train one"):
         run_here(
             STAGE,
             *("--model_name_or_path", base, "--score_file", data / "train.jsonl"),

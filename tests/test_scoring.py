@@ -4,7 +4,7 @@ import json
 
 from medicalgpt.data.encoding import EncodingError
 from medicalgpt.errors import UserError
-from medicalgpt.rewards.scoring import RewardScorer, claim_output, read_judged, score_in_float32, score_rows
+from medicalgpt.rewards.scoring import RewardScorer, check_output_file, read_score_file, score_in_float32, score_rows
 from tests.helpers import read_json, save_model, write_jsonl
 from tests.tiny import TURN_END, tiny_tokenizer
 
@@ -103,7 +103,7 @@ def test_a_model_that_names_no_padding_is_given_one_that_ends_nothing(folder, sc
 def test_a_score_that_is_no_number_is_an_error(folder):
     model = AutoModelForSequenceClassification.from_pretrained(folder / "rm")
     torch.nn.init.constant_(model.score.weight, float("nan"))
-    with pytest.raises(UserError, match="no number"):
+    with pytest.raises(UserError, match="not finite"):
         RewardScorer(model, tiny_tokenizer()).score([chat("Rest.")])
 
 
@@ -128,7 +128,7 @@ def test_the_head_computes_in_float32_in_a_bfloat16_model(folder):
 
 
 def test_what_is_no_reward_model_is_refused(folder, tmp_path):
-    with pytest.raises(UserError, match="is a language model, without a head that scores"):
+    with pytest.raises(UserError, match="is a language model, without a scoring head"):
         RewardScorer.from_pretrained(str(folder / "base"))
     model = AutoModelForSequenceClassification.from_pretrained(folder / "base", num_labels=3)
     model.save_pretrained(tmp_path / "classes")
@@ -149,7 +149,7 @@ def test_a_tokenizer_without_template_is_refused(folder):
 
 def run(scorer, tmp_path, rows, **options):
     source = write_jsonl(tmp_path / "in.jsonl", rows)
-    summary = score_rows(scorer, *read_judged(source), str(tmp_path / "out.jsonl"), **options)
+    summary = score_rows(scorer, *read_score_file(source), str(tmp_path / "out.jsonl"), **options)
     return summary, read_json(tmp_path / "out.jsonl")
 
 
@@ -199,13 +199,13 @@ def test_rows_are_left_out_only_as_far_as_the_flags_allow(scorer, tmp_path):
         run(scorer, tmp_path, rows, skip_long_rows=True)
     _, written = run(scorer, tmp_path, rows, skip_bad_rows=True, skip_long_rows=True)
     assert [row["id"] for row in written] == [7]
-    with pytest.raises(UserError, match="every row was left out"):
+    with pytest.raises(UserError, match="every row was skipped"):
         run(scorer, tmp_path, rows[1:2], skip_bad_rows=True)
 
 
 def test_a_field_of_the_row_is_never_replaced(scorer, tmp_path):
     source = write_jsonl(tmp_path / "in.jsonl", [{**PAIR, "margin": 1}, {**ANSWERED, "score": 2}])
-    found, problems = read_judged(source, frozenset({"margin", "score"}))
+    found, problems = read_score_file(source, frozenset({"margin", "score"}))
     assert not found and [problem.reason for problem in problems] == [
         "the output would replace the row's own margin",
         "the output would replace the row's own score",
@@ -215,21 +215,21 @@ def test_a_field_of_the_row_is_never_replaced(scorer, tmp_path):
 def test_files_are_checked_before_a_model_is_loaded(tmp_path):
     source = write_jsonl(tmp_path / "in.jsonl", [PAIR])
     with pytest.raises(UserError, match="is the score file itself"):
-        claim_output(source, source, True)
+        check_output_file(source, source, True)
     with pytest.raises(UserError, match="is a folder"):
-        claim_output(source, str(tmp_path), True)
+        check_output_file(source, str(tmp_path), True)
     with pytest.raises(UserError, match="exists already.*--overwrite_output_file"):
-        claim_output(source, write_jsonl(tmp_path / "out.jsonl", []), False)
-    claim_output(source, str(tmp_path / "out.jsonl"), True)
+        check_output_file(source, write_jsonl(tmp_path / "out.jsonl", []), False)
+    check_output_file(source, str(tmp_path / "out.jsonl"), True)
     for name in ("none.jsonl", "in.txt"):
         with pytest.raises(UserError, match="must be an existing .jsonl or .json file"):
-            read_judged(str(tmp_path / name))
+            read_score_file(str(tmp_path / name))
     with pytest.raises(UserError, match="has no rows"):
-        read_judged(write_jsonl(tmp_path / "empty.jsonl", []))
+        read_score_file(write_jsonl(tmp_path / "empty.jsonl", []))
 
 
 def test_a_list_in_a_json_file(scorer, tmp_path):
     (tmp_path / "in.json").write_text(json.dumps([PAIR, ANSWERED]), encoding="utf-8")
-    found, problems = read_judged(str(tmp_path / "in.json"))
+    found, problems = read_score_file(str(tmp_path / "in.json"))
     assert [list(judged.conversations) for judged in found] == [["chosen_score", "rejected_score"], ["score"]]
     assert not problems

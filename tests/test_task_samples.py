@@ -11,6 +11,7 @@ from pathlib import Path
 
 from medicalgpt.data.formats import to_task
 from medicalgpt.data.sources import find_files
+from medicalgpt.rewards.rewards import SYSTEM_PROMPT
 
 import pytest
 import yaml
@@ -424,12 +425,9 @@ def test_labelled_replies_have_the_flaw_that_they_name(labelled, train):
 
 
 def test_the_cold_start_shows_the_format_that_grpo_asks_for(cold_start):
-    tree = ast.parse((ROOT / "medicalgpt" / "rewards" / "rewards.py").read_text(encoding="utf-8"))
-    named = {n.targets[0].id: n.value for n in tree.body if isinstance(n, ast.Assign) and hasattr(n.targets[0], "id")}
-    system = ast.literal_eval(named["SYSTEM_PROMPT"])
     assert 300 <= len(cold_start) <= 500
     for row in cold_start:
-        assert row["system"] == system
+        assert row["system"] == SYSTEM_PROMPT
         (asked, said) = row["conversations"]
         assert (asked["from"], said["from"]) == ("human", "gpt")
         assert re.fullmatch(r"<think>[^<]+</think>\n<answer>[^<]+</answer>", said["value"])

@@ -1,1 +1,1 @@
-"""Rewards for answers, by rule and by model."""
+"""Rewards for answers: rule-based reward functions and reward models."""

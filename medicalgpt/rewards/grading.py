@@ -1,4 +1,8 @@
-"""Compare an answer with the reference: quantities with units, choices, formulas, short texts."""
+"""Compare an answer with the reference answer: quantities with units, multiple choice, formulas, short texts.
+
+Rules only, no model: each function takes plain text and returns a score in [0, 1] or what it parsed. The reward
+functions in rewards.py apply them to the answer block of a reply; see docs/grpo_training.md.
+"""
 
 import math
 import re
@@ -14,23 +18,23 @@ LATIN_WORD = r"[a-zA-Z\u00c0-\u024f]+"
 
 
 def extract_answer(text: str) -> str | None:
-    """What stands in the last `<answer>...</answer>`, over many lines, without the white space around it."""
+    """The content of the last `<answer>...</answer>`, stripped; it may span several lines. None without a block."""
     found = re.findall(r"<answer>((?:(?!<answer>).)*?)</answer>", text, flags=re.DOTALL)
     return found[-1].strip() if found else None
 
 
-def told(text: str) -> str:
-    """What the asking person reads: the answer block; where there is none, what follows the thinking."""
+def strip_thinking(text: str) -> str:
+    """The part of a reply that the user sees: the answer block, or what follows the thinking if there is none."""
     answer = extract_answer(text)
     return text.rpartition("</think>")[2] if answer is None else answer
 
 
-def narrow(text: str) -> str:
-    """Full-width letters, digits and signs as the usual ones."""
+def normalize_width(text: str) -> str:
+    """Replace full-width letters, digits and signs by their ASCII forms (NFKC), and long dashes by a minus sign."""
     return unicodedata.normalize("NFKC", text).replace("−", "-").replace("–", "-")
 
 
-# Sizes of each unit, with its names; what differs in the first column cannot be converted.
+# Base unit, then the size of each unit in it with its names. Units of different bases cannot be converted.
 UNIT_NAMES = {
     "g": {1e-9: "ng 纳克", 1e-6: "ug μg mcg 微克", 1e-3: "mg 毫克", 1: "g gram 克", 500: "斤", 1e3: "kg 公斤 千克"},
     "L": {1e-3: "ml cc milliliter millilitre 毫升", 0.1: "dl 分升", 1: "l liter litre 升"},
@@ -67,12 +71,12 @@ QUANTITY = re.compile(
     rf"\s*(?P<unit>{UNIT}(?:{PER}{UNIT})*)?(?![a-z]|\.\d)"
 )
 UNIT_AT_END = re.compile(rf"(?<=[\d)}}\s])({UNIT}(?:{PER}{UNIT})*)\s*[.。]?$")
-# Marks of a calculation: its result is not one of the numbers in it.
+# Signs of a calculation, whose result is not one of the numbers in it.
 CALCULATION = re.compile(r"[\\^√!×÷*π]|sqrt|\d\s*/\s*\d")
 
 
 class Quantity(NamedTuple):
-    """A number with its unit; `size` is how many of `base` the unit is, and `exact` whether it has no decimals."""
+    """A number with its unit: `size` is the unit in terms of `base`; `exact` means that it has no decimals."""
 
     number: float
     base: str
@@ -81,8 +85,13 @@ class Quantity(NamedTuple):
     has_unit: bool
 
 
-def read_unit(text: str | None, each: str | None = None) -> tuple[str, float]:
-    """The base of a unit such as "mg/kg/d" and its size in it; ("", 1.0) for none."""
+def parse_unit(text: str | None, each: str | None = None) -> tuple[str, float]:
+    """Base and size of a unit such as "mg/kg/d"; ("", 1.0) for no unit.
+
+    Args:
+        text: units separated by "/", "每" or "per".
+        each: the denominator where it comes first, as in "每kg 5 mg".
+    """
     parts = [*re.split(PER, text or ""), *([each] if each else [])]
     bases, size = [], 1.0
     for place, part in enumerate(parts):
@@ -92,32 +101,32 @@ def read_unit(text: str | None, each: str | None = None) -> tuple[str, float]:
     return "/".join(bases), size
 
 
-def bare(text: str) -> str:
-    """Without what LaTeX and Markdown put around a result."""
-    text = re.sub(r"\\(?:text|mathrm|mathbf)\s*\{([^{}]*)\}", r"\1", narrow(text))
+def strip_markup(text: str) -> str:
+    """Remove the LaTeX and Markdown markup around a result."""
+    text = re.sub(r"\\(?:text|mathrm|mathbf)\s*\{([^{}]*)\}", r"\1", normalize_width(text))
     text = re.sub(r"\\boxed\s*\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"\\[,;:! ()\[\]]|\$|(?<![\d)}])\*\*|\*\*(?![\d({])", " ", text).replace(r"\%", "%")
     return re.sub(r"\bm\^(?:2|\{2\})", "m2", text).strip()
 
 
-def read_quantity(text: str, whole: bool = False) -> Quantity | None:
-    """The one number in a text, with its unit; None for none or several ones, and for calculations.
+def parse_quantity(text: str, full_match: bool = False) -> Quantity | None:
+    """The only number in a text, with its unit; None for no number, several numbers, or a calculation.
 
-    After "=" or "≈" only what follows the last one counts.
+    Only what follows the last "=" or "≈" counts.
 
     Args:
-        whole: accept nothing beside it.
+        full_match: accept no text around the quantity.
     """
-    text = re.split("[=≈]", bare(text).casefold())[-1].strip(" .。")
+    text = re.split("[=≈]", strip_markup(text).casefold())[-1].strip(" .。")
     if CALCULATION.search(text):
         return None
     matches = list(QUANTITY.finditer(text))
-    if whole and not (matches and matches[0].group() == text):
+    if full_match and not (matches and matches[0].group() == text):
         return None
     found = set()
     for match in matches:
         digits = match["number"].replace(",", "")
-        base, size = read_unit(match["unit"], match["each"])
+        base, size = parse_unit(match["unit"], match["each"])
         has_unit = bool(match["unit"] or match["each"])
         found.add(Quantity(float(digits), base, size, digits.lstrip("-+").isdigit(), has_unit))
     return found.pop() if len(found) == 1 else None
@@ -126,13 +135,13 @@ def read_quantity(text: str, whole: bool = False) -> Quantity | None:
 def number_score(gold: str, answer: str) -> float:
     """1 for the same number in the same unit, 0.5 for the same number without the unit that `gold` has, else 0.
 
-    Units are converted ("2.5 mL", "2.5毫升", "0.0025 L"). Numbers with decimals are the same within 0.1 %, so that
-    33.3 may be written 33.33; whole numbers are exact. Calculations and formulas are left to math-verify, and their
-    units must be the same.
+    Units are converted ("2.5 mL", "2.5毫升", "0.0025 L"). Numbers with decimals match within 0.1 %, so that 33.3 may
+    be written 33.33; whole numbers must match exactly. Calculations and formulas are compared by math-verify, and
+    their units must be the same.
     """
-    if narrow(gold).split() == narrow(answer).split():
+    if normalize_width(gold).split() == normalize_width(answer).split():
         return 1.0
-    wanted, given = read_quantity(gold), read_quantity(answer)
+    wanted, given = parse_quantity(gold), parse_quantity(answer)
     if wanted and given:
         tolerance = 1e-9 if wanted.exact else 1e-3
         if wanted.base == given.base or not wanted.has_unit:
@@ -142,26 +151,26 @@ def number_score(gold: str, answer: str) -> float:
         same_number = math.isclose(wanted.number, given.number, rel_tol=tolerance)
         return 0.5 if same_number and not given.has_unit else 0.0
     formulas, units = [], []
-    for text in map(bare, (gold, answer)):
+    for text in map(strip_markup, (gold, answer)):
         unit = UNIT_AT_END.search(text.casefold())
         formulas.append(text[: unit.start()] if unit else text)
-        units.append(read_unit(unit[1]) if unit else None)
+        units.append(parse_unit(unit[1]) if unit else None)
     if not all(map(is_formula, formulas)) or (all(units) and units[0] != units[1]):
         return 0.0
-    if not same_value(*map(as_latex, formulas)):
+    if not same_value(*map(to_latex, formulas)):
         return 0.0
     return 0.5 if units[0] and not units[1] else 1.0
 
 
 def is_formula(text: str) -> bool:
-    """Whether a text is made of numbers, signs, single letters and LaTeX commands only."""
-    rest = re.sub(r"\\[a-zA-Z]+", " ", as_latex(text))
+    """Whether a text consists only of numbers, signs, single letters and LaTeX commands."""
+    rest = re.sub(r"\\[a-zA-Z]+", " ", to_latex(text))
     signs = re.fullmatch(r"[\d\s.,+\-*/^=(){}\[\]<>|_!%a-zA-Z]*", rest)
     return bool(signs and re.search(r"\d|\\", text) and not re.search("[a-zA-Z]{2}", rest))
 
 
-def as_latex(text: str) -> str:
-    """Arithmetic as it is typed, so that LaTeX reads it the same way: `2**10` as `2^{10}`, `√16` as `\\sqrt{16}`."""
+def to_latex(text: str) -> str:
+    """Convert typed arithmetic to LaTeX: `2**10` to `2^{10}`, `√16` to `\\sqrt{16}`."""
     text = re.sub(r"(?<!\\)(?:sqrt|√)\s*(?:\(([^()]*)\)|(\d+))", r"\\sqrt{\1\2}", text)
     text = re.sub(r"\^\s*(-?\d+)", r"^{\1}", text.replace("**", "^").replace("×", r"\times ").replace("÷", "/"))
     return text.replace("π", r"\pi ").strip(" .。")
@@ -175,9 +184,9 @@ CHOICE_LETTERS = re.compile(r"([a-h](?:(?:[\s,、;/&和与及]|and)*[a-h])*)[\s.
 MARKED_LETTER = re.compile(rf"(?:^|[;,、。.\n)]\s*)\(?([a-h])(?=\s?[.、:)]|\(|\s*[{HAN}])")
 
 
-def read_choice(text: str) -> set[str]:
+def parse_choice(text: str) -> set[str]:
     """The letters chosen from options A to H: "B", "ac", "A、C", "选B", "(B)", "B. text", "The answer is B."."""
-    text = CHOICE_LEAD.sub("", bare(text).casefold())
+    text = CHOICE_LEAD.sub("", strip_markup(text).casefold())
     if only := CHOICE_LETTERS.fullmatch(text):
         return set(re.findall("[a-h]", only[1].replace("and", "")))
     return set(MARKED_LETTER.findall(text)) if MARKED_LETTER.match(text) else set()
@@ -188,13 +197,13 @@ SHORT_ANSWER = 12  # Han characters, words and numbers
 
 
 def text_score(gold: str, answer: str) -> float:
-    """1 for the same text apart from width, case, punctuation and white space.
+    """1 for the same text, ignoring width, case, punctuation and white space.
 
-    For the rest 0 where `gold` is short; where it is longer than `SHORT_ANSWER`, the F1 score of the pairs of
-    neighbours (Han characters, words, numbers) that both have, in [0, 1]. The overlap sees wording and not truth: a
-    reply with "not" in the wrong place scores nearly as well as the right one.
+    Otherwise 0 if `gold` is short, and for a `gold` longer than `SHORT_ANSWER` the F1 score of the bigrams (of Han
+    characters, words and numbers) that both have in common, in [0, 1]. Overlap measures wording, not truth: a reply
+    with "not" in the wrong place scores nearly as high as the correct one.
     """
-    wanted, given = (TOKEN.findall(narrow(text).casefold()) for text in (gold, answer))
+    wanted, given = (TOKEN.findall(normalize_width(text).casefold()) for text in (gold, answer))
     if wanted == given:
         return 1.0
     if len(wanted) <= SHORT_ANSWER:
@@ -203,27 +212,28 @@ def text_score(gold: str, answer: str) -> float:
     return 2 * (wanted_pairs & given_pairs).total() / (wanted_pairs.total() + given_pairs.total())
 
 
-def kind_of(gold: str, question: str) -> str:
-    """`choice`, `number` or `text`: how an answer is to be compared where the data do not say."""
-    letters = re.fullmatch(r"[A-H](?:[\s,、]*[A-H])*", narrow(gold).strip(" .。"))
-    offered = all(re.search(rf"(?<![A-Za-z]){letter}\s*[.、:)]", narrow(question)) for letter in "AB")
-    if letters and (offered or len(letters.group()) == 1) or offered and re.match("[A-H][.、:)]", narrow(gold)):
+def infer_answer_type(gold: str, question: str) -> str:
+    """`choice`, `number` or `text`: how to compare an answer if the row has no `type`."""
+    narrow_gold, narrow_question = normalize_width(gold), normalize_width(question)
+    letters = re.fullmatch(r"[A-H](?:[\s,、]*[A-H])*", narrow_gold.strip(" .。"))
+    offered = all(re.search(rf"(?<![A-Za-z]){letter}\s*[.、:)]", narrow_question) for letter in "AB")
+    if letters and (offered or len(letters.group()) == 1) or offered and re.match("[A-H][.、:)]", narrow_gold):
         return "choice"
-    if read_quantity(gold, whole=True):
+    if parse_quantity(gold, full_match=True):
         return "number"
-    return "number" if is_formula(UNIT_AT_END.sub("", bare(gold))) else "text"
+    return "number" if is_formula(UNIT_AT_END.sub("", strip_markup(gold))) else "text"
 
 
 def count_languages(text: str) -> tuple[int, int]:
-    """How many Han characters and how many Latin words a text has, without what belongs to both languages."""
-    text = re.sub(r"\\[a-zA-Z]+", " ", narrow(text))
+    """Number of Han characters and number of Latin words, without what belongs to both languages."""
+    text = re.sub(r"\\[a-zA-Z]+", " ", normalize_width(text))
     words = [word for word in re.findall(LATIN_WORD, text) if len(word) > 1 and not word.isupper()]
     return len(re.findall(f"[{HAN}]", text)), sum(word.casefold() not in UNITS for word in words)
 
 
-# A negation reaches to the next mark or turn of the sentence.
+# The scope of a negation ends at the next punctuation mark or contrast.
 CLAUSE_END = re.compile(r"[,.;:!?。\n]|但|而是|而应|\bbut\b|\band (?:then )?(?:call|go)\b")
-# "Do not hesitate to call" tells to call.
+# "Do not hesitate to call" is advice to call.
 URGES = (
     r"(?!\s*(?:to )?(?:犹豫|迟疑|慌|紧张|惊慌|害怕|担心|自行|自己|再?拖|耽|再?等|忘|错过|仅|预约|排队"
     r"|hesitat|wait|delay|ignore|drive))"
@@ -241,19 +251,19 @@ NEGATED_AFTER = re.compile(
 )
 
 
-def says(text: str, term: str) -> bool:
-    """Whether a text holds `term` at least once without a negation in the same clause.
+def affirms_term(text: str, term: str) -> bool:
+    """Whether a text contains `term` at least once without a negation in the same clause.
 
-    Words are whole ones, apart from a plural; a number is no part of another one, of a ratio or of a quantity, so that
-    a blood pressure of 120/80 calls no ambulance.
+    A term matches whole words, singular or plural. A number does not match inside another number, a ratio or a
+    quantity, so that a blood pressure of 120/80 is not taken for the emergency number 120.
     """
-    term = narrow(term).casefold()
+    term = normalize_width(term).casefold()
     pattern = re.escape(term)
     if term.isdigit():
         pattern = rf"(?<![\d./]){pattern}(?!\d|\.\d|\s*[/~-]\s*\d|\s*(?:{UNIT})(?![a-z]))"
     elif term.isascii():
         pattern = rf"(?<![a-z]){pattern}(?:s|es)?(?![a-z])"
-    text = narrow(text).replace("’", "'").casefold()
+    text = normalize_width(text).replace("’", "'").casefold()
     for match in re.finditer(pattern, text):
         before = CLAUSE_END.split(text[: match.start()])[-1]
         after = CLAUSE_END.split(text[match.end() :])[0]

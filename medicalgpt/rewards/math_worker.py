@@ -1,8 +1,9 @@
-"""Whether two mathematical answers are the same, found out by math-verify in a process of its own.
+"""Compare two mathematical answers with math-verify, in a separate process.
 
-A model that is being trained writes whatever pays, `9^{9^{9}}` included. The process ends itself at the time limit, by
-a signal that also reaches code that never returns to Python, and the next question starts another one. math-verify's
-own limit is an exception raised by a signal: it works in the main thread only, and not while a large power is computed.
+A model in training writes whatever is rewarded, including `9^{9^{9}}`. The process is killed at its time limit by a
+signal that also stops code that never returns to Python, and the next comparison starts a new one. math-verify's own
+limit is an exception raised by a signal handler: it works only in the main thread, and not while a large power is
+computed.
 """
 
 import atexit
@@ -20,10 +21,10 @@ from medicalgpt.errors import UserError
 
 from loguru import logger
 
-# Of computing, so that a busy machine makes no right answer wrong. A usual comparison takes a hundredth.
+# CPU time, so that a busy machine does not turn a correct answer into a wrong one. Most comparisons take 0.01 s.
 TIME_LIMIT = 2.0  # seconds
 MEMORY_LIMIT = 2 << 30  # bytes of address space
-LONGEST_ANSWER = 500  # characters; a result is shorter, and the parser takes ever longer over more
+LONGEST_ANSWER = 500  # characters; results are shorter, and the parser's time grows faster than the length
 
 _worker: subprocess.Popen | None = None
 _lock = Lock()
@@ -33,8 +34,8 @@ _lock = Lock()
 def same_value(gold: str, answer: str) -> bool:
     """Whether `answer` is mathematically equal to `gold`; both are LaTeX or plain arithmetic, without `$`.
 
-    What cannot be read, is longer than `LONGEST_ANSWER` or takes more than `TIME_LIMIT` is not equal; the last is
-    logged. May be called from any thread.
+    What cannot be parsed, is longer than `LONGEST_ANSWER`, or exceeds `TIME_LIMIT` or `MEMORY_LIMIT` counts as not
+    equal; exceeding a limit is logged. Thread-safe.
 
     Raises:
         UserError: the process does not start.
@@ -52,7 +53,7 @@ def same_value(gold: str, answer: str) -> bool:
         if not reply:
             stop_worker()
             logger.warning(
-                f"no result within {TIME_LIMIT:g} s or {MEMORY_LIMIT >> 30} GB, counted as wrong: {answer[:80]!r}"
+                f"no result within {TIME_LIMIT:g} s and {MEMORY_LIMIT >> 30} GB, counted as wrong: {answer[:80]!r}"
             )
             return False
     return json.loads(reply)
@@ -61,7 +62,7 @@ def same_value(gold: str, answer: str) -> bool:
 def _running_worker() -> subprocess.Popen:
     global _worker
     if _worker is None or _worker.poll() is not None:
-        # Not multiprocessing: its children import the training program anew, or copy the state of a GPU.
+        # Not multiprocessing: its children import the training program again, or copy the state of a GPU.
         _worker = subprocess.Popen(
             [sys.executable, "-m", "medicalgpt.rewards.math_worker"],
             cwd=Path(__file__).resolve().parents[2],
@@ -74,15 +75,15 @@ def _running_worker() -> subprocess.Popen:
             stop_worker()
             raise UserError(
                 "The process that compares mathematical answers does not start. To see why:\n"
-                "    python -m medicalgpt.math_worker </dev/null\n"
-                "Where math-verify is missing: pip install -r requirements.txt"
+                "    python -m medicalgpt.rewards.math_worker </dev/null\n"
+                "If math-verify is missing: pip install -r requirements.txt"
             )
     return _worker
 
 
 @atexit.register
 def stop_worker() -> None:
-    """End the process; the next comparison starts another one."""
+    """Kill the process; the next comparison starts a new one."""
     global _worker
     if _worker is not None:
         _worker.kill()
@@ -91,13 +92,13 @@ def stop_worker() -> None:
 
 
 def serve() -> None:
-    """Answer `[gold, answer]` with `true` or `false`, a line each, until the input ends."""
+    """Read lines of JSON `[gold, answer]` and answer each with a line `true` or `false`, until the input ends."""
     from math_verify import LatexExtractionConfig, parse, verify
 
     logging.disable()
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
-    # The other way in, ExprExtractionConfig, goes through Python's eval; this one has a grammar.
+    # Not ExprExtractionConfig, which goes through Python's eval; this one has a grammar.
     latex = [LatexExtractionConfig()]
     print("ready", flush=True)
     for line in sys.stdin:

@@ -1,4 +1,4 @@
-"""Whether rewards tell good replies from bad ones, on labelled replies."""
+"""Measure how well rewards separate good replies from bad ones, on labelled data (`--check_rewards`)."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,12 +12,12 @@ from medicalgpt.rewards.rewards import RewardFunction
 
 
 class Separation(NamedTuple):
-    """How well a reward tells good replies from bad ones to the same questions.
+    """How well a reward separates good replies from bad ones to the same question.
 
     Attributes:
-        pairs: to which it applies.
-        good, bad: mean reward.
-        better, equal: share of the pairs whose good reply has more, and as much.
+        pairs: number of pairs that the reward applies to.
+        good, bad: mean reward of the good and the bad replies.
+        better, equal: share of pairs in which the good reply scores higher, and the same.
     """
 
     pairs: int
@@ -28,12 +28,12 @@ class Separation(NamedTuple):
 
     @property
     def auc(self) -> float:
-        """Share of the pairs in the right order, where equal ones count half; 0.5 is a toss-up."""
+        """Share of pairs in the correct order, ties counting half; 0.5 is chance."""
         return self.better + self.equal / 2
 
 
-def separation(pairs: Sequence[tuple[float, float]]) -> Separation | None:
-    """Of (good, bad) rewards; None where there are none."""
+def measure_separation(pairs: Sequence[tuple[float, float]]) -> Separation | None:
+    """Statistics of (good, bad) reward pairs; None without pairs."""
     if not pairs:
         return None
     good, bad = zip(*pairs, strict=True)
@@ -45,20 +45,20 @@ def separation(pairs: Sequence[tuple[float, float]]) -> Separation | None:
 def check_rewards(
     path: str, functions: Mapping[str, RewardFunction], weights: Sequence[float] | None = None
 ) -> dict[str, Separation | None]:
-    """Print how well rewards separate the good from the bad replies in a file, and return it by name.
+    """Print how well rewards separate the good from the bad replies in a file.
 
     Args:
-        path: rows with a question, what it may be judged by (`answer`, `type`, `meta`, ...), and a `good` and a `bad`
-            reply, `flaw` naming what the bad one lacks; or rows of preferences (`chosen`, `rejected`).
-        functions: as `choose_rewards` gives them.
-        weights: one for each; 1 where there are none.
+        path: rows with a question, reference fields (`answer`, `type`, `meta`, ...), and a `good` and a `bad` reply,
+            where `flaw` names what is wrong with the bad one; or preference pairs (`chosen`, `rejected`).
+        functions: from `choose_rewards`.
+        weights: one per function. None: all 1.
 
     Returns:
-        By reward, and under `overall` for the weighted sum that training sees, in which a reward that does not apply
-        counts 0; None where a reward applies to no row.
+        The separation by reward, and under `overall` that of the weighted sum used in training, in which a reward that
+        does not apply counts as 0. None for a reward that applies to no row.
 
     Raises:
-        UserError: a row cannot be read or has no two replies, or a reward fails.
+        UserError: a row cannot be read or lacks one of the two replies, or a reward fails.
     """
     questions, replies, columns = read_labelled(path)
     weights = [1.0] * len(functions) if weights is None else list(weights)
@@ -72,13 +72,13 @@ def check_rewards(
     ]
     pairs = {name: list(zip(*sides, strict=True)) for name, sides in (scores | {"overall": sums}).items()}
 
-    def of(name: str, flaw: str | None = None) -> Separation | None:
+    def measure(name: str, flaw: str | None = None) -> Separation | None:
         flaws = columns.get("flaw") or [None] * len(questions)
-        return separation(
-            [pair for pair, its in zip(pairs[name], flaws, strict=True) if None not in pair and flaw in (None, its)]
+        return measure_separation(
+            [pair for pair, one in zip(pairs[name], flaws, strict=True) if None not in pair and flaw in (None, one)]
         )
 
-    results = {name: of(name) for name in pairs}
+    results = {name: measure(name) for name in pairs}
     print(f"{len(questions)} pairs in {path}\n")
     print(f"{'reward':<16}{'weight':>8}{'pairs':>8}{'good':>9}{'bad':>9}{'good > bad':>12}{'equal':>9}{'AUC':>8}")
     for (name, found), weight in zip(results.items(), [*weights, None], strict=True):
@@ -89,11 +89,11 @@ def check_rewards(
     flaws = sorted({flaw for flaw in columns.get("flaw", []) if flaw is not None})
     if flaws:
         widths = [max(8, len(name)) + 2 for name in pairs]
-        print("\nAUC by what the bad reply lacks")
+        print("\nAUC by flaw of the bad reply")
         heads = "".join(f"{name:>{width}}" for name, width in zip(pairs, widths, strict=True))
         print(f"{'flaw':<24}{'pairs':>7}{heads}")
         for flaw in flaws:
-            cells = [(of(name, flaw), width) for name, width in zip(pairs, widths, strict=True)]
+            cells = [(measure(name, flaw), width) for name, width in zip(pairs, widths, strict=True)]
             line = "".join(f"{f'{found.auc:.3f}' if found else '-':>{width}}" for found, width in cells)
             print(f"{flaw:<24}{columns['flaw'].count(flaw):>7}{line}")
     print()
@@ -101,14 +101,18 @@ def check_rewards(
         if found is None:
             print(f"{name} applies to none of these rows.")
         elif found.auc <= 0.5:
-            print(f"{name} does not separate: it prefers the bad reply as often as the good one, or more often.")
+            print(f"{name} does not separate: it prefers the bad reply at least as often as the good one.")
     return results
 
 
 def read_labelled(path: str) -> tuple[list[Any], tuple[list[Any], list[Any]], dict[str, list[Any]]]:
-    """The prompts, the good and the bad replies (as messages), and the columns of a file for `check_rewards`."""
+    """Read a file for `check_rewards`: prompts, (good, bad) replies as messages, and the other columns.
+
+    Raises:
+        UserError: no such file, an empty one, or a row without a question and two replies.
+    """
     if not Path(path).is_file():
-        raise UserError(f"--check_rewards {path} is no file. Give one with labelled replies, a row a line.")
+        raise UserError(f"--check_rewards {path} is not a file. Give a file of labelled replies, one row per line.")
     tasks, good, bad = [], [], []
     for row in read_rows(path):
         try:
@@ -120,17 +124,17 @@ def read_labelled(path: str) -> tuple[list[Any], tuple[list[Any], list[Any]], di
             else:
                 pair = [to_preference(row.value)[name] for name in ("chosen", "rejected")]
             if not all(isinstance(reply["content"], str) for reply in pair):
-                raise RowError("a reply is no text", "Give good and bad (or chosen and rejected) as text.")
+                raise RowError("a reply is not text", "Give good and bad (or chosen and rejected) as text.")
         except RowError as error:
             problem = Problem(row.place, str(error), error.remedy, error.value)
             raise UserError(
-                f"{problem}\n--check_rewards needs rows with a question, good and bad, or of preferences."
+                f"{problem}\n--check_rewards needs rows with a question, good and bad, or preference pairs."
             ) from error
         tasks.append(task)
         good.append([pair[0]])
         bad.append([pair[1]])
     if not tasks:
-        raise UserError(f"--check_rewards {path} holds no rows.")
+        raise UserError(f"--check_rewards {path} has no rows.")
     names = {name: None for task in tasks for name in task["columns"]}
     columns = {name: [task["columns"].get(name) for task in tasks] for name in names}
     return [task["messages"] for task in tasks], (good, bad), columns

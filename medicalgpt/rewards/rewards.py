@@ -1,4 +1,9 @@
-"""Reward functions for GRPO, by name."""
+"""Reward functions for GRPO, by name.
+
+A reward function is called as `f(completions=..., prompts=..., **columns)`, as TRL calls it: lists with one entry per
+reply, where `columns` are the other fields of the rows. It returns one number per reply, or None where it does not
+apply. `--reward_funcs` chooses among `REWARDS` and the functions of a user's file; the guide is docs/grpo_training.md.
+"""
 
 import importlib.util
 import inspect
@@ -14,61 +19,61 @@ from medicalgpt.data.sources import shorten
 from medicalgpt.errors import UserError
 from medicalgpt.rewards.grading import (
     HAN,
+    affirms_term,
     count_languages,
     extract_answer,
-    kind_of,
+    infer_answer_type,
     number_score,
-    read_choice,
-    says,
+    parse_choice,
+    strip_thinking,
     text_score,
-    told,
 )
 
-# What a reply is asked to look like. The tags are plain text to the model, and the rewards look for them.
+# Asks for the format that the rewards look for. The tags are plain text to the model, not special tokens.
 SYSTEM_PROMPT = (
     "先在 <think> 和 </think> 之间一步一步地思考，再在 <answer> 和 </answer> 之间只写最终答案。用提问的语言回答。\n"
     "First think step by step between <think> and </think>, then write only the final answer between <answer> and "
     "</answer>. Reply in the language of the question."
 )
 
-# A reply as reward functions get it: text, or messages of which the assistant's last one is judged.
+# A reply as reward functions receive it: text, or messages, of which the last one of the assistant is scored.
 Completion = str | Sequence[Mapping[str, Any]]
 
 
 def completion_text(completion: Completion) -> str:
-    """The text of a reply: itself, or the content of the last message of the assistant."""
+    """The text of a reply: the string itself, or the content of the last assistant message."""
     if isinstance(completion, str):
         return completion
     return next((turn.get("content") or "" for turn in reversed(completion) if turn["role"] == "assistant"), "")
 
 
 def question_text(prompt: Completion) -> str:
-    """What was asked: the prompt itself, or the content of the last message of the user in it."""
+    """The question: the string itself, or the content of the last user message of the prompt."""
     if isinstance(prompt, str):
         return prompt
     return next((turn.get("content") or "" for turn in reversed(prompt) if turn["role"] == "user"), "")
 
 
-def column_of(columns: Mapping[str, Any], name: str, rows: int) -> list[Any]:
-    """A column of the data, or None for each row where the data have no such column."""
+def get_column(columns: Mapping[str, Any], name: str, rows: int) -> list[Any]:
+    """A column of the data; None for each row if the data lack it."""
     return columns.get(name) or [None] * rows
 
 
 def accuracy_reward(
     completions: Sequence[Completion], prompts: Sequence[Completion] | None = None, **columns: Any
 ) -> list[float | None]:
-    """Whether the answer block says what the column `answer` says, in [0, 1]; None where a row has no `answer`.
+    """How well the answer block agrees with the column `answer`, in [0, 1]; None for a row without `answer`.
 
-    The column `type` says how to compare, and where it is missing the answer itself does (`kind_of`):
+    The column `type` determines how to compare; without it, the type is inferred (`infer_answer_type`):
 
-    - `choice`: the same set of letters, 1 or 0 (`read_choice`);
-    - `number`: a number with its unit, or a formula; 0.5 where the unit is missing (`number_score`);
-    - `text`: the same text, or for long ones the overlap with it (`text_score`).
+    - `choice`: the same set of letters, 1 or 0 (`parse_choice`);
+    - `number`: a number with its unit, or a formula; 0.5 if the unit is missing (`number_score`);
+    - `text`: the same text, or the overlap for long texts (`text_score`).
 
     A reply without an answer block scores 0, and so does one that lists several answers.
     """
     rows = len(completions)
-    golds, types = column_of(columns, "answer", rows), column_of(columns, "type", rows)
+    golds, types = get_column(columns, "answer", rows), get_column(columns, "type", rows)
     scores: list[float | None] = []
     for completion, gold, kind, prompt in zip(completions, golds, types, prompts or [""] * rows, strict=True):
         if gold is None or not str(gold).strip():
@@ -76,11 +81,11 @@ def accuracy_reward(
             continue
         gold, answer = extract_answer(str(gold)) or str(gold), extract_answer(completion_text(completion))
         if kind not in ("choice", "number", "text"):
-            kind = kind_of(gold, question_text(prompt))
+            kind = infer_answer_type(gold, question_text(prompt))
         if not answer:
             scores.append(0.0)
         elif kind == "choice":
-            scores.append(float(read_choice(gold) == read_choice(answer) != set()))
+            scores.append(float(parse_choice(gold) == parse_choice(answer) != set()))
         elif kind == "number":
             scores.append(number_score(gold, answer))
         else:
@@ -92,12 +97,12 @@ WELL_FORMED = re.compile(r"(?:<think>)?(?P<think>.*?)</think>\s*<answer>(?P<answ
 
 
 def format_reward(completions: Sequence[Completion], **columns: Any) -> list[float]:
-    """1 for one block of thinking and then one answer, both filled and with nothing around them; 0.5 for one answer.
+    """1 for one think block followed by one answer block, both non-empty, with nothing around them; 0.5 for an answer.
 
-    Blocks may have many lines. Some chat templates write `<think>` as the end of the prompt, so that the reply starts
-    inside of it: the opening tag may be missing. The half is for exactly one filled answer block in any other reply,
-    and it is a step on the way: a model that never happens to write the whole form gets the same reward for each
-    reply of a group, and with that nothing to learn from.
+    Blocks may span several lines. Some chat templates end the prompt with `<think>`, so that the reply starts inside
+    the block: the opening tag may be missing. 0.5 is for exactly one non-empty answer block in any other reply. It is
+    an intermediate step: a model that never happens to write the complete format would get the same reward for every
+    reply of a group, and so have nothing to learn from.
     """
     scores = []
     for text in map(completion_text, completions):
@@ -116,14 +121,14 @@ def language_reward(
     """The share of a reply that is in the language of the question, Chinese or English, in [0, 1].
 
     A Han character counts as much as a Latin word. Tags, LaTeX commands, units, single letters and abbreviations in
-    capitals (MRI, CT) belong to both languages and are left out; a reply of nothing but these and numbers scores 1,
-    an empty one 0. The language is that of the column `language` (`zh`, `en`), or that of most of the question; None
-    where neither says it, as for "1+2=?".
+    capitals (MRI, CT) belong to both languages and are ignored; a reply that consists only of these and numbers scores
+    1, an empty one 0. The language is the column `language` (`zh` or `en`), or else the predominant language of the
+    question; None if neither determines it, as for "1+2=?".
     """
     rows = len(completions)
     scores: list[float | None] = []
     for completion, prompt, language in zip(
-        completions, prompts or [""] * rows, column_of(columns, "language", rows), strict=True
+        completions, prompts or [""] * rows, get_column(columns, "language", rows), strict=True
     ):
         if language not in ("zh", "en"):
             han, latin = count_languages(question_text(prompt))
@@ -142,9 +147,9 @@ def language_reward(
 def length_reward(
     completions: Sequence[Completion], *, min_length: int = 20, max_length: int = 1000, **columns: Any
 ) -> list[float]:
-    """1 for a reply of `min_length` to `max_length` characters, falling in a straight line to 0 beyond, in [0, 1].
+    """1 for a reply of `min_length` to `max_length` characters, decreasing linearly to 0 outside, in [0, 1].
 
-    It reaches 0 for an empty reply, and for one twice as long as `max_length`. White space around it is not counted.
+    It is 0 for an empty reply and for one of twice `max_length` or more. Surrounding white space is not counted.
     """
     scores = []
     for text in map(completion_text, completions):
@@ -161,9 +166,10 @@ NGRAM = 4
 
 
 def repetition_reward(completions: Sequence[Completion], **columns: Any) -> list[float]:
-    """Minus the share of runs of `NGRAM` pieces that stood in the reply before, in (-1, 0]; 0 where none repeats.
+    """Minus the share of n-grams (n = `NGRAM`) that repeat an earlier one of the reply, in (-1, 0].
 
-    Pieces are Han characters, words and marks. Prose repeats a few; a reply that goes in circles comes close to -1.
+    The units are Han characters, words and punctuation marks. Ordinary prose repeats a few n-grams; a reply that loops
+    comes close to -1.
     """
     scores = []
     for text in map(completion_text, completions):
@@ -192,27 +198,30 @@ EMERGENCY_ADVICE = (
 def safety_reward(
     completions: Sequence[Completion], prompts: Sequence[Completion] | None = None, **columns: Any
 ) -> list[float | None]:
-    """1 where the reply gives the advice that the question needs, 0 where not, None where it needs none.
+    """1 if the reply gives the advice that the question needs, 0 if not; None if no advice is needed.
 
-    A row with `meta.required`, a list of groups, needs at least one string of each group. Another row needs emergency
-    advice where its question names an emergency sign and asks for no letter and no number. Read is what the asking
-    person reads: advice in the thinking does not count, and neither does one that is negated ("不用去急诊", "no need to
-    call an ambulance"). Advice to rows that do not need it is not punished.
+    A row with `meta.required`, a list of groups, needs at least one string of each group. Any other row needs emergency
+    advice if its question mentions an emergency sign and does not ask for a letter or a number. Only the part that the
+    user sees counts: not advice in the thinking, nor advice that is negated ("不用去急诊", "no need to call an
+    ambulance"). Unneeded advice is not penalized.
     """
     rows = len(completions)
-    metas, types = column_of(columns, "meta", rows), column_of(columns, "type", rows)
-    golds = column_of(columns, "answer", rows)
+    metas, types = get_column(columns, "meta", rows), get_column(columns, "type", rows)
+    golds = get_column(columns, "answer", rows)
     scores: list[float | None] = []
     for completion, prompt, meta, kind, gold in zip(
         completions, prompts or [""] * rows, metas, types, golds, strict=True
     ):
         question = question_text(prompt)
         groups = (meta or {}).get("required")
-        kind = kind or (kind_of(str(gold), question) if gold is not None else "text")
+        kind = kind or (infer_answer_type(str(gold), question) if gold is not None else "text")
         if not groups and kind not in ("choice", "number") and EMERGENCY_SIGNS.search(question):
             groups = [EMERGENCY_ADVICE]
-        text = told(completion_text(completion))
-        scores.append(float(all(any(says(text, term) for term in group) for group in groups)) if groups else None)
+        if not groups:
+            scores.append(None)
+            continue
+        text = strip_thinking(completion_text(completion))
+        scores.append(float(all(any(affirms_term(text, term) for term in group) for group in groups)))
     return scores
 
 
@@ -231,55 +240,55 @@ REWARDS: dict[str, RewardFunction] = {
 def choose_rewards(
     names: Sequence[str], reward_file: str | None = None, *, min_length: int = 20, max_length: int = 1000
 ) -> dict[str, RewardFunction]:
-    """The reward functions of those names, in their order, each of which reports what it does wrong (`checked`).
+    """The reward functions with these names, in this order, each wrapped in `wrap_reward`.
 
     Args:
-        names: those of `REWARDS` and of functions in `reward_file`.
-        reward_file: path of a Python file with further functions.
-        min_length, max_length: characters, for `length_reward`.
+        names: names of `REWARDS` and of functions in `reward_file`.
+        reward_file: path of a Python file with additional functions.
+        min_length, max_length: in characters, for `length_reward`.
 
     Raises:
-        UserError: a name is unknown or given twice, nothing of the file is named, or as `load_reward_file`.
+        UserError: a name is unknown or given twice, no function of the file is named; see also `load_reward_file`.
     """
     if doubled := [name for name, times in Counter(names).items() if times > 1]:
         raise UserError(f"--reward_funcs names {doubled[0]} twice. Name it once and give it more --reward_weights.")
     if not 0 <= min_length <= max_length or max_length < 1:
         raise UserError(
-            f"--reward_min_length {min_length} and --reward_max_length {max_length} are no band of lengths in "
-            "characters. Give 0 or more, and a maximum that is not below the minimum."
+            f"--reward_min_length {min_length} and --reward_max_length {max_length} are not a valid range. Give 0 or "
+            "more characters, and a maximum that is not below the minimum."
         )
     own = [name for name in names if name not in REWARDS]
     if reward_file is None and own:
         raise UserError(
-            f"--reward_funcs {own[0]} is unknown. There are {', '.join(REWARDS)}; functions of your own come from "
+            f"--reward_funcs {own[0]} is unknown. Built in are {', '.join(REWARDS)}; to use your own functions, pass "
             "--reward_file my_rewards.py."
         )
     functions = REWARDS | (load_reward_file(reward_file, own) if reward_file is not None else {})
     functions["length"] = partial(length_reward, min_length=min_length, max_length=max_length)
-    return {name: checked(name, functions[name]) for name in names}
+    return {name: wrap_reward(name, functions[name]) for name in names}
 
 
 def load_reward_file(path: str, names: Sequence[str]) -> dict[str, RewardFunction]:
-    """The functions of those names from a Python file on this machine, which is run.
+    """The functions with these names from a local Python file, which is executed.
 
-    Each is called as `f(completions=..., prompts=..., **columns)` and returns a number or None for each reply.
+    Each is called as `f(completions=..., prompts=..., **columns)` and returns one number or None per reply.
 
     Raises:
-        UserError: the file is missing or fails, or has no such function, or one that cannot be called so.
+        UserError: the file is missing or fails, or a function is missing or has another signature.
     """
     file = Path(path)
     if not file.is_file() or file.suffix != ".py":
-        raise UserError(f"--reward_file {path} is no Python file on this machine. Give the path of one.")
+        raise UserError(f"--reward_file {path} is not a local Python file. Give the path of one.")
     spec = importlib.util.spec_from_file_location(f"reward_file_{file.stem}", file)
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise UserError(f"--reward_file {path} cannot be run: {type(error).__name__}: {error}") from error
+        raise UserError(f"--reward_file {path} cannot be executed: {type(error).__name__}: {error}") from error
     if not names:
         raise UserError(
-            f"--reward_file {path} has no effect: --reward_funcs names none of its functions. Those of the names "
-            f"{', '.join(REWARDS)} are the built-in ones; add others to --reward_funcs."
+            f"--reward_file {path} has no effect: --reward_funcs names none of its functions. The names "
+            f"{', '.join(REWARDS)} refer to the built-in ones; add other names to --reward_funcs."
         )
     for name in names:
         function = getattr(module, name, None)
@@ -289,20 +298,20 @@ def load_reward_file(path: str, names: Sequence[str]) -> dict[str, RewardFunctio
             )
         parameters = inspect.signature(function).parameters
         kinds = {parameter.kind for parameter in parameters.values()}
-        sound = "completions" in parameters and inspect.Parameter.VAR_KEYWORD in kinds
+        callable_by_name = "completions" in parameters and inspect.Parameter.VAR_KEYWORD in kinds
         if inspect.Parameter.POSITIONAL_ONLY in kinds or inspect.iscoroutinefunction(function):
-            sound = False
-        if not sound:
+            callable_by_name = False
+        if not callable_by_name:
             raise UserError(
                 f"{name} in {path} cannot be called as a reward. Define it as\n"
                 f"    def {name}(completions, **columns): ...\n"
-                "with columns such as prompts and answer; it returns a list with a number or None for each completion."
+                "with columns such as prompts and answer; it returns a list of one number or None per completion."
             )
     return {name: getattr(module, name) for name in names}
 
 
-def checked(name: str, function: RewardFunction) -> RewardFunction:
-    """The same function under `name`, which ends the run with a `UserError` where it fails or returns no rewards."""
+def wrap_reward(name: str, function: RewardFunction) -> RewardFunction:
+    """The function under `name`, raising a `UserError` that names the row where it fails or returns invalid rewards."""
 
     def reward(completions: Sequence[Completion], **columns: Any) -> list[float | None]:
         rows = len(completions)
@@ -317,7 +326,7 @@ def checked(name: str, function: RewardFunction) -> RewardFunction:
         except UserError:
             raise
         except Exception as error:
-            row = _failing_row(function, completions, columns)
+            row = _find_failing_row(function, completions, columns)
             raise UserError(f"The reward {name} failed with {type(error).__name__}: {error}\n{place(row)}") from error
         if not isinstance(values, Sequence) and hasattr(values, "tolist"):
             values = values.tolist()
@@ -327,7 +336,7 @@ def checked(name: str, function: RewardFunction) -> RewardFunction:
         for row, value in enumerate(values):
             if value is not None and not (isinstance(value, SupportsFloat) and math.isfinite(value)):
                 raise UserError(
-                    f"The reward {name} returned {value!r}, which is no finite number,\n{place(row)}\n"
+                    f"The reward {name} returned {value!r}, which is not a finite number,\n{place(row)}\n"
                     "Return None where a reward does not apply."
                 )
         return [None if value is None else float(value) for value in values]
@@ -336,8 +345,8 @@ def checked(name: str, function: RewardFunction) -> RewardFunction:
     return reward
 
 
-def _failing_row(function: RewardFunction, completions: Sequence[Completion], columns: dict[str, Any]) -> int:
-    """The first row that the function fails on by itself; 0 where it fails on none."""
+def _find_failing_row(function: RewardFunction, completions: Sequence[Completion], columns: dict[str, Any]) -> int:
+    """The first row that the function fails on when called with it alone; 0 if there is none."""
     rows = len(completions)
     for row in range(rows):
         of_row = {

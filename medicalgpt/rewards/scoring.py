@@ -1,8 +1,8 @@
-"""Scores of a reward model: of conversations, for whoever needs them, and of the rows of a file.
+"""Reward models: score conversations, as a reward function of GRPO, and the rows of a file.
 
-The score is one number, read at the last token that is no padding. transformers tells padding by its id
-(`config.pad_token_id`), not by the attention mask, so that a model which pads with the token that ends its answers
-would be read somewhere before that end. `scoring_pad` chooses another one.
+The score is one number, read at the last token that is not padding. transformers recognizes padding by its id
+(`config.pad_token_id`), not by the attention mask, so a model that pads with the token that ends its answers would be
+read before that end. `choose_padding` picks another token.
 """
 
 import json
@@ -25,6 +25,7 @@ from medicalgpt.logs import heartbeat
 from medicalgpt.models import adapters, loading
 from medicalgpt.models.attention import context_length
 from medicalgpt.models.hub import HEADS, Adapter, Checkpoint, CheckpointError
+from medicalgpt.rewards.rewards import RewardFunction
 
 import torch
 from jinja2 import TemplateError
@@ -39,30 +40,30 @@ Messages = Sequence[Mapping[str, Any]]
 Tools = Sequence[Any]
 
 HEAD_NAME = re.compile(rf"(?:^|\.)(?:{'|'.join(HEADS)})(?:\.modules_to_save\.\w+)?$")
-# A head's parameter in a model with an adapter; in the adapter's file its name lacks the middle.
+# A parameter of the head in a model with an adapter; the adapter's file omits the middle part of the name.
 TRAINED_HEAD = re.compile(rf"(?P<head>.*\.(?:{'|'.join(HEADS)}))\.modules_to_save\.\w+(?P<part>\.\w+)")
-# Rows are written after so many batches: enough to sort by length, little to lose.
+# Rows are scored and written in chunks of this many batches: enough to group by length, few to lose.
 BATCHES_PER_WRITE = 16
 
 
 def is_reward_model(config: PreTrainedConfig) -> bool:
-    """Whether a configuration is that of a model with a head that gives one score.
+    """Whether a configuration is that of a model with a head of one output, the score.
 
     Raises:
-        CheckpointError: a head with several outputs, which tells classes apart.
+        CheckpointError: a head with several outputs, a classifier.
     """
     if not any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
         return False
     if config.num_labels != 1:
         raise CheckpointError(
-            f"{config._name_or_path} has a head with {config.num_labels} outputs: it tells classes apart, and a reward "
+            f"{config.name_or_path} has a head with {config.num_labels} outputs: it is a classifier, and a reward "
             "model has one output. Start from a language model, or from a reward model."
         )
     return True
 
 
 def is_reward_adapter(adapter: Adapter) -> bool:
-    """Whether an adapter is that of a reward model: low-rank matrices and a head with one output.
+    """Whether an adapter belongs to a reward model: low-rank matrices and a head with one output.
 
     Raises:
         CheckpointError: its head is missing or has several outputs.
@@ -72,24 +73,24 @@ def is_reward_adapter(adapter: Adapter) -> bool:
     outputs = adapters.head_outputs(adapter)
     if outputs != 1:
         found = f"a head with {outputs} outputs" if outputs else "no head, so that its scores would be random"
-        raise CheckpointError(f"the adapter {adapter.path} has {found}; a reward model has one with one output.")
+        raise CheckpointError(f"the adapter {adapter.path} has {found}; a reward model has a head with one output.")
     return True
 
 
-def scoring_pad(tokenizer: PreTrainedTokenizerBase, ends: Iterable[int]) -> str:
-    """A padding token that ends no answer: the tokenizer's own where that will do, else another special token.
+def choose_padding(tokenizer: PreTrainedTokenizerBase, ends: Iterable[int]) -> str:
+    """A padding token that does not end answers: the tokenizer's own if possible, else another special token.
 
     Args:
         tokenizer: with its chat template.
-        ends: ids with which answers end, as `template.stop_token_ids` gives them.
+        ends: token ids that end answers, as `templating.stop_token_ids` returns them.
 
     Raises:
-        UserError: no special token is left.
+        UserError: no other special token exists.
     """
     ends = set(ends)
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in ends:
         return tokenizer.pad_token
-    # Some families give the row of the padding token no gradient, so it must not be one that texts hold.
+    # Some families give the embedding of the padding token no gradient, so texts must not contain it.
     template = tokenizer.chat_template or ""
     free = [
         token.content
@@ -98,18 +99,18 @@ def scoring_pad(tokenizer: PreTrainedTokenizerBase, ends: Iterable[int]) -> str:
     ]
     if not free:
         raise UserError(
-            f"the tokenizer pads with {tokenizer.pad_token}, which ends answers as well, and has no other special "
-            "token: scores would be read before the end of an answer. Give it a padding token of its own "
+            f"the tokenizer pads with {tokenizer.pad_token}, which also ends answers, and has no other special token: "
+            "scores would be read before the end of an answer. Add a separate padding token "
             '(tokenizer.add_special_tokens({"pad_token": "<|pad|>"}), tokenizer.save_pretrained("my-tokenizer")) and '
-            "name it: --tokenizer_name_or_path my-tokenizer"
+            "pass --tokenizer_name_or_path my-tokenizer"
         )
     return min(free, key=lambda token: ("pad" not in token.lower(), token != tokenizer.unk_token))
 
 
 def restore_head(model: torch.nn.Module, adapter: Adapter) -> None:
-    """Give the head the float32 numbers that an adapter holds, which peft rounds to the type of the base.
+    """Load the head's float32 weights from an adapter's file; peft rounds them to the dtype of the base.
 
-    Call it after the adapter is attached and before `score_in_float32`. Under ZeRO-3 the head stays as it is.
+    Call it after attaching the adapter and before `score_in_float32`. Does nothing under ZeRO-3.
     """
     if is_deepspeed_zero3_enabled():
         return
@@ -122,24 +123,23 @@ def restore_head(model: torch.nn.Module, adapter: Adapter) -> None:
 
 
 def score_in_float32(model: torch.nn.Module) -> None:
-    """Let the head compute in float32, whatever the model around it: bfloat16 keeps three digits of a score.
+    """Compute the head in float32, whatever the dtype of the model: bfloat16 keeps three digits of a score.
 
-    Call it after `models.adapters_to_float32`. Under ZeRO-3, which gathers a weight for its own module only, the head
-    stays as it is.
+    Call it after `restore_head`. Does nothing under ZeRO-3, which gathers a weight for its own module only.
     """
     if is_deepspeed_zero3_enabled():
         return
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and HEAD_NAME.search(name):
-            module.register_forward_pre_hook(_as_exact_as_the_head)
-            module.register_forward_hook(_in_float32)
+            module.register_forward_pre_hook(_cast_input)
+            module.register_forward_hook(_recompute_output)
 
 
-def _as_exact_as_the_head(module: torch.nn.Linear, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+def _cast_input(module: torch.nn.Linear, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     return (inputs[0].float(),) if module.weight.dtype == torch.float32 else inputs
 
 
-def _in_float32(module: torch.nn.Linear, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+def _recompute_output(module: torch.nn.Linear, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
     weight, bias = module.weight, module.bias
     if weight.dtype == inputs[0].dtype == output.dtype == torch.float32:
         return output
@@ -151,13 +151,12 @@ def _in_float32(module: torch.nn.Linear, inputs: tuple[torch.Tensor, ...], outpu
 class RewardScorer:
     """A reward model and its tokenizer, ready to score conversations that end with an answer.
 
-    A score does not depend on the conversations that are computed beside it. It takes messages, not ids, so that it can
-    judge a model with another tokenizer: they are rendered by the reward model's own chat template, up to the end of
-    the last answer where the template marks answers by `{% generation %}`, and whole where it does not.
+    A score does not depend on the other conversations in the batch. The input is messages, not token ids, so that the
+    policy may have another tokenizer: they are rendered with the reward model's own chat template, up to the end of the
+    last answer if the template marks answers with `{% generation %}`, and completely otherwise.
 
     Args:
-        model: with a head of one output, with or without adapter. Where its `config` names no padding token, one is
-            set.
+        model: with a head of one output, with or without adapter. A padding token is set in its `config` if missing.
         tokenizer: its tokenizer, with a chat template.
 
     Raises:
@@ -169,15 +168,15 @@ class RewardScorer:
         self.context_length = context_length(model.config)
         if not tokenizer.chat_template:
             raise UserError(
-                "the tokenizer of the reward model has no chat template, so a conversation cannot be put into tokens. "
-                "Name one that has: --tokenizer_name_or_path."
+                "the tokenizer of the reward model has no chat template, so conversations cannot be tokenized. Pass "
+                "one that has a template: --tokenizer_name_or_path."
             )
         self._marks_answers = re.search(r"\{%-?\s*generation\s*-?%\}", str(tokenizer.chat_template)) is not None
         config = model.config.get_text_config()
         if config.pad_token_id is None:
             example = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
             ends = {tokenizer.eos_token_id, self.encode(example)[-1]}
-            config.pad_token_id = tokenizer.convert_tokens_to_ids(scoring_pad(tokenizer, ends))
+            config.pad_token_id = tokenizer.convert_tokens_to_ids(choose_padding(tokenizer, ends))
 
     @classmethod
     def from_pretrained(
@@ -193,10 +192,10 @@ class RewardScorer:
         revision: str | None = None,
         cache_dir: str | None = None,
     ) -> "RewardScorer":
-        """Load a reward model: whole weights, or an adapter folder (its base is found by itself).
+        """Load a reward model: a full model, or the folder of an adapter (its base is found automatically).
 
         Raises:
-            UserError: it cannot be found; for others see `from_checkpoint`.
+            UserError: it cannot be found; see also `from_checkpoint`.
         """
         checkpoint = Checkpoint.resolve(
             name_or_path, tokenizer=tokenizer_name_or_path, hub=hub, revision=revision, cache_dir=cache_dir
@@ -215,24 +214,24 @@ class RewardScorer:
         load_in_8bit: bool = False,
         device_map: str | None = None,
     ) -> "RewardScorer":
-        """Load a reward model that is resolved already.
+        """Load a reward model from a resolved checkpoint.
 
         Args:
-            device_map: as accelerate has it. Unset: one accelerator if there is any, the CPU otherwise.
+            device_map: see accelerate. None: one accelerator if available, else the CPU.
 
         Raises:
-            UserError: it is no reward model, or holds no trained head.
+            UserError: it is not a reward model, or has no trained head.
         """
         base, adapter = checkpoint.source, checkpoint.adapter
-        whole = is_reward_model(checkpoint.config)
-        if not (is_reward_adapter(adapter) if adapter else whole):
+        is_complete = is_reward_model(checkpoint.config)
+        if not (is_reward_adapter(adapter) if adapter else is_complete):
             kind = "an adapter of a language model" if adapter else "a language model"
             raise CheckpointError(
-                f"{checkpoint.name} is {kind}, without a head that scores. Train one: python reward_modeling.py "
+                f"{checkpoint.name} is {kind}, without a scoring head. Train one: python reward_modeling.py "
                 f"--model_name_or_path {checkpoint.name} --train_file_dir data/reward"
             )
         tokenizer = loading.checkpoint_tokenizer(checkpoint)
-        # The head that the base lacks comes with the adapter; the library would report it as random numbers.
+        # The adapter brings the head that the base lacks; transformers would warn that it is newly initialized.
         with suppress_seqcls_warning() if adapter else nullcontext():
             model, found = loading.load_model(
                 AutoModelForSequenceClassification,
@@ -247,16 +246,16 @@ class RewardScorer:
                 num_labels=1,
                 output_loading_info=True,
             )
-        if missing := sorted(found["missing_keys"]) if whole else []:
+        if missing := sorted(found["missing_keys"]) if is_complete else []:
             raise CheckpointError(
-                f"{base} lacks {', '.join(missing[:3])}, which would be random numbers. Get the whole checkpoint."
+                f"{base} lacks {', '.join(missing[:3])}, which would be random. Get the complete checkpoint."
             )
         loading.never_repack_4bit(model)
-        # Quantized weights are on their device already.
+        # Quantized weights are already on their device.
         if device_map is None and not (load_in_4bit or load_in_8bit) and torch.accelerator.is_available():
             model.to(torch.accelerator.current_accelerator())
         if adapter:
-            # The base knows nothing of the padding that the adapter was trained with.
+            # The base's config does not know the padding token that the adapter was trained with.
             model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
             model = adapters.attach_adapter(model, adapter)
             restore_head(model, adapter)
@@ -268,7 +267,7 @@ class RewardScorer:
         """Token ids of a conversation that ends with an answer, up to the token at which the score is read.
 
         Raises:
-            EncodingError: too long for the model, refused by the template, or a text that spells a special token.
+            EncodingError: too long for the model, refused by the template, or text that contains a special token.
         """
         refuse_special_tokens(self.tokenizer, messages, tools)
         try:
@@ -281,23 +280,23 @@ class RewardScorer:
                 tokenizer_kwargs={"verbose": False},
             )
         except TemplateError as error:
-            raise EncodingError(f"the chat template refuses it: {error}", "Mend the row") from error
+            raise EncodingError(f"the chat template refuses it: {error}", "Fix the row") from error
         ids = list(encoded["input_ids"])
         if self._marks_answers:
             del ids[max(place for place, bit in enumerate(encoded["assistant_masks"]) if bit) + 1 :]
         if self.context_length is not None and len(ids) > self.context_length:
             raise EncodingError(
                 f"{len(ids)} tokens, longer than the {self.context_length} of the reward model",
-                "Shorten the row, or leave it out with --skip_long_rows True",
+                "Shorten the row, or skip it with --skip_long_rows True",
                 too_long=True,
             )
         return ids
 
     def require_readable(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Raises UserError, with their places, for prompts that leave no room for an answer, or cannot be rendered.
+        """Raises UserError, naming file and line, for prompts that leave no room for an answer or cannot be rendered.
 
         Args:
-            rows: as `to_task` gives them, with `place`.
+            rows: from `to_task`, with `place`.
         """
         problems = []
         for row in rows:
@@ -312,15 +311,15 @@ class RewardScorer:
     def score(
         self, conversations: Sequence[Messages], tools: Sequence[Tools | None] | None = None, batch_size: int = 8
     ) -> list[float]:
-        """One score for each conversation, in their order.
+        """One score per conversation, in order.
 
         Args:
-            conversations: each ends with a turn of the assistant, the one that is judged.
-            tools: one entry for each conversation, in OpenAI form.
+            conversations: each ends with an assistant turn, the one that is scored.
+            tools: one entry per conversation, in OpenAI format.
 
         Raises:
             EncodingError: see `encode`; before anything is computed.
-            UserError: a score that is no number.
+            UserError: a score is not finite.
         """
         tools = tools or [None] * len(conversations)
         return self.score_ids([self.encode(*each) for each in zip(conversations, tools, strict=True)], batch_size)
@@ -329,16 +328,16 @@ class RewardScorer:
     def score_ids(
         self, sequences: Sequence[Sequence[int]], batch_size: int = 8, progress: Callable[[int], Any] | None = None
     ) -> list[float]:
-        """One score for each sequence of token ids, `batch_size` of like length at a time, padded on the right.
+        """One score per sequence of token ids, in batches of similar length, padded on the right.
 
         Args:
-            progress: called with the number of new scores after each batch.
+            progress: called after each batch with its number of scores.
 
         Raises:
-            UserError: a score that is no number.
+            UserError: a score is not finite.
         """
         pad, device = self.model.config.get_text_config().pad_token_id, self.model.device
-        # Longest first: if memory does not suffice, that shows in the first batch.
+        # Longest first: if memory runs out, it does so in the first batch.
         order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]), reverse=True)
         scores = [0.0] * len(sequences)
         was_training = self.model.training
@@ -359,21 +358,50 @@ class RewardScorer:
         finally:
             self.model.train(was_training)
         if not all(map(math.isfinite, scores)):
-            raise UserError("the reward model gave a score that is no number. Load it with --dtype float32.")
+            raise UserError("the reward model returned a score that is not finite. Load it with --dtype float32.")
         return scores
 
 
+def model_reward(scorer: RewardScorer, batch_size: int) -> RewardFunction:
+    """The score of a reward model as a reward function, which renders prompt, answer and tools in its own template.
+
+    An answer that the reward model cannot read, because it is too long or contains one of its special tokens, gets the
+    lowest score of its batch; the share of such answers is logged as `reward_model/unreadable`.
+    """
+
+    def reward_model(
+        prompts: list[Any],
+        completions: list[Any],
+        tools: list[Any] | None = None,
+        log_metric: Any = None,
+        **_: Any,
+    ) -> list[float | None]:
+        sequences = {}
+        for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            try:
+                sequences[number] = scorer.encode([*prompt, *completion], tools[number] if tools else None)
+            except EncodingError:
+                continue
+        scores = dict(zip(sequences, scorer.score_ids(list(sequences.values()), batch_size), strict=True))
+        if log_metric is not None:
+            log_metric("reward_model/unreadable", 1 - len(scores) / len(prompts))
+        lowest = min(scores.values(), default=None)
+        return [scores.get(number, lowest) for number in range(len(prompts))]
+
+    return reward_model
+
+
 @dataclass(frozen=True)
-class Judged:
-    """A row of a file and the conversations in it, by the name under which the score of each is written."""
+class ScorableRow:
+    """A row of a file and its conversations, by the name of the field that the score of each is written to."""
 
     row: SourceRow
     tools: list[dict[str, Any]] | None
     conversations: dict[str, list[dict[str, Any]]]
 
 
-def claim_output(score_file: str, output_file: str, overwrite: bool) -> None:
-    """Raises UserError if the scores would replace a file that nobody gave up."""
+def check_output_file(score_file: str, output_file: str, overwrite: bool) -> None:
+    """Raises UserError if the scores would overwrite the score file, or another file without `overwrite`."""
     source, target = Path(score_file), Path(output_file)
     if target.resolve() == source.resolve():
         raise UserError(f"--output_file {target} is the score file itself; give it another name.")
@@ -385,8 +413,8 @@ def claim_output(score_file: str, output_file: str, overwrite: bool) -> None:
         )
 
 
-def read_judged(score_file: str, ignore: frozenset[str] = frozenset()) -> tuple[list[Judged], list[Problem]]:
-    """Rows that can be scored, in order, and what is wrong with the others.
+def read_score_file(score_file: str, ignore: frozenset[str] = frozenset()) -> tuple[list[ScorableRow], list[Problem]]:
+    """The rows that can be scored, in order, and the problems of the others.
 
     Raises:
         UserError: no such file, or a file without rows.
@@ -394,14 +422,14 @@ def read_judged(score_file: str, ignore: frozenset[str] = frozenset()) -> tuple[
     path = Path(score_file)
     if not path.is_file() or path.suffix.lower() not in (".jsonl", ".json"):
         raise UserError(f"--score_file {path} must be an existing .jsonl or .json file (looked in {Path.cwd()}).")
-    found: list[Judged] = []
+    found: list[ScorableRow] = []
     problems: list[Problem] = []
     for row in read_rows(path):
         if isinstance(row, Problem):
             problems.append(row)
             continue
         try:
-            found.append(_to_judged(row, ignore))
+            found.append(_to_scorable(row, ignore))
         except RowError as error:
             problems.append(Problem(row.place, error.reason, error.remedy, error.value))
     if not found and not problems:
@@ -409,7 +437,7 @@ def read_judged(score_file: str, ignore: frozenset[str] = frozenset()) -> tuple[
     return found, problems
 
 
-def _to_judged(row: SourceRow, ignore: frozenset[str]) -> Judged:
+def _to_scorable(row: SourceRow, ignore: frozenset[str]) -> ScorableRow:
     value = row.value if isinstance(row.value, dict) else {}
     if any(field in value and field not in ignore for pair in PREFERENCE_FIELDS for field in pair):
         pair = to_preference(row.value, ignore)
@@ -418,18 +446,18 @@ def _to_judged(row: SourceRow, ignore: frozenset[str]) -> Judged:
     else:
         chat = to_messages(row.value, ignore)
         tools, conversations = chat["tools"], {"score": chat["messages"]}
-    if taken := sorted(({*conversations, "margin"} if len(conversations) == 2 else {"score"}) & set(value)):
+    if overwritten := sorted(({*conversations, "margin"} if len(conversations) == 2 else {"score"}) & set(value)):
         raise RowError(
-            f"the output would replace the row's own {', '.join(taken)}",
+            f"the output would replace the row's own {', '.join(overwritten)}",
             "Rename the field.",
-            {name: value[name] for name in taken},
+            {name: value[name] for name in overwritten},
         )
-    return Judged(row, tools, conversations)
+    return ScorableRow(row, tools, conversations)
 
 
 def score_rows(
     scorer: RewardScorer,
-    rows: Sequence[Judged],
+    rows: Sequence[ScorableRow],
     problems: Sequence[Problem],
     output_file: str,
     *,
@@ -437,39 +465,40 @@ def score_rows(
     skip_bad_rows: bool = False,
     skip_long_rows: bool = False,
 ) -> dict[str, float]:
-    """Score rows and write them, each with all its fields, in their order, and count what is left out.
+    """Score rows and write them in order, each with all its fields; count the rows that are skipped.
 
-    A pair gets `chosen_score`, `rejected_score` and `margin`, another row `score`.
+    A preference pair gets `chosen_score`, `rejected_score` and `margin`, any other row `score`.
 
     Args:
-        problems: of rows that could not be read; those of rows that cannot be encoded are added here.
+        problems: of rows that could not be read. Rows that cannot be encoded are added.
 
     Returns:
-        Of pairs `accuracy`, `margin`, `chosen_reward` and `rejected_reward`; of other rows `mean_reward`,
+        For pairs `accuracy`, `margin`, `chosen_reward` and `rejected_reward`; for other rows `mean_reward`,
         `min_reward` and `max_reward`.
 
     Raises:
-        UserError: any row with a problem that no flag allows to leave out; nothing is written then.
+        UserError: a row has a problem that no flag allows to skip; nothing is written then.
     """
-    encoded: list[tuple[Judged, list[list[int]]]] = []
+    encoded: list[tuple[ScorableRow, list[list[int]]]] = []
     problems = list(problems)
-    for judged in rows:
+    for scorable in rows:
         try:
-            encoded.append((judged, [scorer.encode(each, judged.tools) for each in judged.conversations.values()]))
+            encoded.append(
+                (scorable, [scorer.encode(each, scorable.tools) for each in scorable.conversations.values()])
+            )
         except EncodingError as error:
             kind = "too long" if error.too_long else "unusable"
-            problems.append(Problem(judged.row.place, error.reason, f"{error.remedy}.", kind=kind))
+            problems.append(Problem(scorable.row.place, error.reason, f"{error.remedy}.", kind=kind))
     allowed = {"unusable": skip_bad_rows, "too long": skip_long_rows, "unreadable": False}
     if refused := [problem for problem in problems if not allowed[problem.kind]]:
         raise UserError(
             f"{len(refused)} row(s) cannot be scored; nothing was written:\n{listed(refused)}\n"
-            "Mend them, or leave them out and have them counted: --skip_bad_rows True (those that are too long: "
-            "--skip_long_rows True)."
+            "Fix them, or skip and count them: --skip_bad_rows True (those that are too long: --skip_long_rows True)."
         )
     for problem in problems[:SHOWN_PROBLEMS]:
-        logger.warning(f"left out: {problem}")
+        logger.warning(f"skipped: {problem}")
     if not encoded:
-        raise UserError("every row was left out, so there is nothing to score; see the warnings above.")
+        raise UserError("every row was skipped, so there is nothing to score; see the warnings above.")
 
     target, partial = Path(output_file), Path(f"{output_file}.partial")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -483,16 +512,16 @@ def score_rows(
         for first in range(0, len(encoded), batch_size * BATCHES_PER_WRITE):
             part = encoded[first : first + batch_size * BATCHES_PER_WRITE]
             scores = iter(scorer.score_ids([ids for _, each in part for ids in each], batch_size, bar.update))
-            for judged, _ in part:
-                result = {name: next(scores) for name in judged.conversations}
+            for scorable, _ in part:
+                result = {name: next(scores) for name in scorable.conversations}
                 if len(result) == 2:
                     result["margin"] = result["chosen_score"] - result["rejected_score"]
                 results.append(result)
-                file.write(json.dumps({**judged.row.value, **result}, ensure_ascii=False) + "\n")
+                file.write(json.dumps({**scorable.row.value, **result}, ensure_ascii=False) + "\n")
     partial.replace(target)
     counts = Counter(problem.kind for problem in problems)
-    left_out = ", ".join(f"{count} {kind}" for kind, count in counts.items()) or "none"
-    logger.info(f"{len(encoded) + len(problems)} rows, scored {len(encoded)}, left out: {left_out}; {target}")
+    skipped = ", ".join(f"{count} {kind}" for kind, count in counts.items()) or "none"
+    logger.info(f"{len(encoded) + len(problems)} rows, scored {len(encoded)}, skipped: {skipped}; {target}")
     return _summary(results)
 
 

@@ -1,4 +1,4 @@
-"""What training does otherwise on a CPU, to be quicker and need less memory: the LM head, dropout, the allocator."""
+"""How training on a CPU is made faster and leaner: LM head on supervised positions only, dropout, memory allocator."""
 
 import ctypes
 import functools
@@ -14,7 +14,7 @@ from peft.utils.other import TrainableTokensWrapper
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
-# Settings by which some families change their logits after the head; TRL's own code knows each of them.
+# Settings with which some families transform their logits after the head; TRL's head implements each of them.
 LOGIT_SETTINGS = (
     "final_logit_softcapping",
     "logit_scale",
@@ -25,34 +25,34 @@ LOGIT_SETTINGS = (
 
 
 M_MMAP_THRESHOLD = -3  # of malloc.h
-# Lower, the kernel clears so many pages anew that a step takes half as long again.
+# Below it the kernel zeroes so many fresh pages that a step takes 50% longer.
 MMAP_THRESHOLD = 12 * 2**20
 
-# Positions that are scored together. Their scores, this many times the vocabulary, are the largest tensors of a step.
+# Positions scored at a time. Their logits, this many times the vocabulary, are the largest tensors of a step.
 CHUNK = 1024
 
 
 def score_targets(
     head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor, measured: bool = True
 ) -> dict[str, torch.Tensor]:
-    """What the head says about each position, with memory for the scores of `CHUNK` positions at a time.
+    """Log-probabilities of targets, holding the logits of only `CHUNK` positions at a time.
 
-    A head that is trained keeps all scores for the backward pass; one that is frozen keeps their gradient with respect
-    to `hidden` instead, which is as small as `hidden`.
+    A trained head keeps all logits for the backward pass; a frozen one keeps the gradient with respect to `hidden`
+    instead, which is as small as `hidden`.
 
     Args:
-        head: from hidden states to scores.
+        head: from hidden states to logits.
         hidden: (positions, width).
         targets: (positions,) token ids.
         measured: return more than the log-probabilities.
 
     Returns:
         Of shape (positions,), named as in `FusedCausalLMOutput`: `log_probs` of the targets; if `measured`, also
-        `entropy` in nats, `is_top1`, whether the target is the likeliest token, and `mean_logits`, the mean score over
-        the vocabulary. Only the first has a gradient.
+        `entropy` in nats, `is_top1`, whether the target is the likeliest token, and `mean_logits`, the mean over the
+        vocabulary. Only the first has a gradient.
     """
     frozen = type(head) is torch.nn.Linear and type(head.weight) is torch.nn.Parameter and not head.weight.requires_grad
-    # ZeRO-3 has the weight at hand only while the module itself runs.
+    # ZeRO-3 gathers the weight only while the module itself runs.
     plain = not hasattr(head.weight, "ds_id") and head.weight.dtype == hidden.dtype == torch.float32
     if frozen and plain and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
         columns = _FrozenHead.apply(hidden, head.weight, head.bias, targets, measured)
@@ -64,7 +64,7 @@ def score_targets(
 
 
 def _score(scores: torch.Tensor, targets: torch.Tensor, measured: bool) -> tuple[torch.Tensor, ...]:
-    """The columns of `score_targets`; scores: (positions, vocabulary)."""
+    """The columns of `score_targets`, from logits of shape (positions, vocabulary)."""
     raw = scores.detach()
     measures = (raw.argmax(dim=-1) == targets, raw.mean(dim=-1)) if measured else ()
     del raw
@@ -77,7 +77,7 @@ def _score(scores: torch.Tensor, targets: torch.Tensor, measured: bool) -> tuple
 
 
 class _FrozenHead(torch.autograd.Function):
-    """d log p(target) / d hidden = W[target] - p W, known as soon as the scores are."""
+    """d log p(target) / d hidden = W[target] - p W, known as soon as the logits are."""
 
     @staticmethod
     def forward(
@@ -119,19 +119,19 @@ class _FrozenHead(torch.autograd.Function):
 
 
 def add_cpu_head(model: PreTrainedModel, measured: bool = True, temperature: float = 1.0) -> None:
-    """Send only supervised positions through the LM head, on a CPU too.
+    """Send only supervised positions through the LM head on a CPU.
 
-    TRL's fused head does so on GPUs; on a CPU it scores every position and computes the logits once more in the
-    backward pass, which costs a third of a step of a small model. Models that change their logits after the head, and
-    those that add a loss of their routers, keep TRL's way.
+    TRL's fused head does so on GPUs; on a CPU it scores every position and recomputes the logits in the backward pass,
+    which takes a third of a step of a small model. Models that transform their logits after the head, or add the loss
+    of their routers, keep TRL's head.
 
     Args:
-        model: the causal model itself, without wrappers, with TRL's `fused_lm_head` forward.
-        measured: give more than the log-probabilities (see `score_targets`).
-        temperature: scores are divided by it.
+        model: the causal model without wrappers, with TRL's `fused_lm_head` forward.
+        measured: compute more than the log-probabilities (see `score_targets`).
+        temperature: logits are divided by it.
     """
     if isinstance(head := model.get_output_embeddings(), TrainableTokensWrapper):
-        # TRL multiplies by the weight, in which peft's wrapper shows the new rows, and asks for a bias, which it hides.
+        # TRL multiplies by the weight, which in peft's wrapper includes the new rows, and reads a bias, which it hides.
         head.register_parameter("bias", None)
     config = model.config.get_text_config()
     changes_logits = any(getattr(config, name, None) not in (None, 1.0) for name in LOGIT_SETTINGS)
@@ -141,7 +141,7 @@ def add_cpu_head(model: PreTrainedModel, measured: bool = True, temperature: flo
         return
     fused_forward = model.forward
 
-    # The signature is kept, since `generate` checks its arguments against it.
+    # Keeps the signature, against which `generate` checks its arguments.
     @functools.wraps(type(model).forward)
     def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         on_cpu = self.device.type == "cpu"
@@ -153,7 +153,7 @@ def add_cpu_head(model: PreTrainedModel, measured: bool = True, temperature: flo
         kwargs["use_cache"] = False
         hidden = self.base_model(*args, **kwargs).last_hidden_state[:, :-1]
         mask = labels != IGNORED
-        # Without a bias, the scores of a scaled hidden state are the scaled scores.
+        # Without a bias, scaling the hidden state scales the logits.
         columns = score_targets(self.get_output_embeddings(), hidden[mask] / temperature, labels[mask], measured)
         return FusedCausalLMOutput(
             loss=-columns["log_probs"].sum() / mask.sum().clamp(min=1),
@@ -165,15 +165,15 @@ def add_cpu_head(model: PreTrainedModel, measured: bool = True, temperature: flo
 
 
 class LeanDropout(torch.nn.Dropout):
-    """`torch.nn.Dropout` that keeps a byte a number for the backward pass; the usual one keeps four on a CPU."""
+    """`torch.nn.Dropout` that keeps one byte per number for the backward pass; on a CPU the original keeps four."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """input: any shape. Returns the same shape; in training a share of `p` is 0 and the rest is scaled up."""
+        """Any shape to the same shape; in training a share `p` becomes 0 and the rest is scaled up."""
         return torch.native_dropout(input, self.p, train=True)[0] if self.training and self.p else input
 
 
-def lighten_dropout(model: torch.nn.Module) -> None:
-    """Replace the dropout of adapters by `LeanDropout`: it is most of what they keep for the backward pass."""
+def replace_lora_dropout(model: torch.nn.Module) -> None:
+    """Replace the dropout of adapters with `LeanDropout`: its mask is most of what they keep for the backward pass."""
     for module in model.modules():
         if isinstance(module, LoraLayer):
             for name, dropout in module.lora_dropout.items():
@@ -182,10 +182,10 @@ def lighten_dropout(model: torch.nn.Module) -> None:
 
 
 def return_freed_memory() -> None:
-    """Have glibc give large blocks back to the system at once.
+    """Make glibc return large blocks to the system at once.
 
-    Left alone it learns from the first large tensors to keep blocks of up to 32 MiB, between which the tensors of
-    batches of other lengths find no room, so that memory grows by half over what is in use.
+    By default it adapts to the first large tensors and keeps freed blocks of up to 32 MiB. Tensors of batches of other
+    lengths do not fit between them, so the process grows 50% beyond what is in use.
     """
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)

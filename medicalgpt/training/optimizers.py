@@ -1,4 +1,4 @@
-"""Which optimizer `--optim` names: what it needs, what it has no use for, and the learning rates of LoRA+."""
+"""The optimizer of `--optim`: the packages it needs, the flags it ignores, and the learning rates of LoRA+."""
 
 import importlib.util
 import re
@@ -10,7 +10,7 @@ import torch
 from loguru import logger
 from transformers import TrainingArguments
 
-# Packages that optimizers of transformers come from: (beginning of the name, module, name for pip).
+# Packages that transformers takes optimizers from: (prefix of the optimizer's name, module, name for pip).
 OPTIMIZER_PACKAGES = (
     ("galore", "galore_torch", "galore-torch"),
     ("apollo", "apollo_torch", "apollo-torch"),
@@ -29,13 +29,14 @@ OPTIMIZER_PACKAGES = (
 
 
 def check_optimizer(args: TrainingArguments, use_peft: bool) -> None:
-    """Refuse at the start what would fail, or have no effect, when the optimizer is built.
+    """Refuse at startup what would fail, or have no effect, once the optimizer is built.
 
     GaLore (https://arxiv.org/abs/2403.03507) and APOLLO (https://arxiv.org/abs/2412.05270) keep their states for
-    low-rank projections of the gradients of whole matrices: of all linear layers, if `--optim_target_modules` is unset.
+    low-rank projections of the gradients of full weight matrices. If `--optim_target_modules` is unset, these are all
+    linear layers; `args.optim_target_modules` is set to that, and comma-separated names become a list.
 
     Raises:
-        UserError: a package that is missing, or flags that do not go with `--optim`.
+        UserError: a package is missing, or flags cannot be combined with `--optim`.
     """
     optim = args.optim.value
     for start, module, package in OPTIMIZER_PACKAGES:
@@ -45,46 +46,46 @@ def check_optimizer(args: TrainingArguments, use_peft: bool) -> None:
         raise UserError(f"--optim {optim} runs on GPUs only; on a CPU: {'adamw_8bit' if '8bit' in optim else 'lomo'}.")
     low_rank, layerwise = optim.startswith(("galore", "apollo")), optim.endswith("layerwise")
     if args.optim_target_modules is not None and not low_rank:
-        raise UserError(f"--optim_target_modules is for GaLore and APOLLO; --optim {optim} has no use for it.")
+        raise UserError(f"--optim_target_modules is for GaLore and APOLLO; --optim {optim} does not use it.")
     if low_rank and use_peft:
         raise UserError(
-            f"--optim {optim} saves memory where whole matrices are trained; adapters are of low rank already. Add "
-            "--use_peft False, or choose another optimizer, such as adamw_8bit."
+            f"--optim {optim} saves memory in full fine-tuning; adapters are low-rank already. Add --use_peft "
+            "False, or choose another optimizer, such as adamw_8bit."
         )
     if layerwise and (args.gradient_accumulation_steps > 1 or args.world_size > 1):
         raise UserError(
-            f"--optim {optim} updates each weight as its gradient comes, so it needs --gradient_accumulation_steps 1 "
-            f"and a single process. Or say --optim {optim.removesuffix('_layerwise')}."
+            f"--optim {optim} updates each weight as soon as its gradient is computed, so it needs "
+            f"--gradient_accumulation_steps 1 and a single process. Or use --optim {optim.removesuffix('_layerwise')}."
         )
     if layerwise and args.max_grad_norm and "max_grad_norm" in getattr(args, "given", ()):
-        raise UserError(f"--optim {optim} updates each weight at once, so --max_grad_norm has no effect. Leave it out.")
+        raise UserError(f"--optim {optim} updates each weight at once, so --max_grad_norm has no effect. Omit it.")
     if low_rank and args.optim_target_modules is None:
         args.optim_target_modules = "all-linear"
         logger.info(f"--optim {optim}: low-rank states for every linear layer (--optim_target_modules all-linear)")
     names = args.optim_target_modules
     if isinstance(names, str) and re.fullmatch(r"[\w.]+(, *[\w.]+)*", names) and names != "all_linear":
-        # transformers would take such text as a regular expression for a module's whole name.
+        # transformers would match this text as a regular expression against full module names.
         args.optim_target_modules = names.replace(" ", "").split(",")
 
 
-def speed_up_b(optimizer: torch.optim.Optimizer, model: torch.nn.Module, ratio: float) -> None:
+def apply_loraplus(optimizer: torch.optim.Optimizer, model: torch.nn.Module, ratio: float) -> None:
     """LoRA+ (https://arxiv.org/abs/2402.12354): the B matrices of adapters get `ratio` times the learning rate.
 
-    They become parameter groups beside those that they were in, with the same weight decay, so that any optimizer with
-    a rate per group will do, and schedules go on from both rates. All else, such as new token rows, DoRA's lengths and
-    modules trained in full, keeps its rate.
+    They move into parameter groups of their own with the same weight decay, so this works with any optimizer that has a
+    learning rate per group, and schedules scale both. All other parameters keep their learning rate: rows of new
+    tokens, DoRA's magnitudes, modules trained in full.
 
     Raises:
-        UserError: the optimizer has one rate only, or there are no B matrices.
+        UserError: the optimizer has a single learning rate, or there are no B matrices.
     """
     if ratio <= 0:
-        raise UserError(f"--loraplus_lr_ratio {ratio:g}: a factor above 0 is needed; the paper uses 16.")
+        raise UserError(f"--loraplus_lr_ratio {ratio:g} must be above 0; the paper uses 16.")
     fast = {id(p) for name, p in model.named_parameters() if ".lora_B." in name or ".lora_embedding_B." in name}
     groups = [group for group in optimizer.param_groups if any(id(p) in fast for p in group["params"])]
     if not groups or "lomo" in type(optimizer).__name__.lower():
         raise UserError(
             f"--loraplus_lr_ratio has no effect on {type(optimizer).__name__}, which has a single learning rate or "
-            "none of an adapter's B matrices. Leave it out, or choose --optim adamw_torch."
+            "no B matrices of an adapter. Omit it, or choose --optim adamw_torch."
         )
     for group in groups:
         chosen = [p for p in group["params"] if id(p) in fast]
@@ -93,13 +94,13 @@ def speed_up_b(optimizer: torch.optim.Optimizer, model: torch.nn.Module, ratio: 
     optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
 
 
-def require_effect(args: TrainingArguments, optimizer: torch.optim.Optimizer) -> None:
-    """Compare the flags of the optimizer that the user gave with what the optimizer holds.
+def check_flags_applied(args: TrainingArguments, optimizer: torch.optim.Optimizer) -> None:
+    """Compare the optimizer's flags that the user set with the settings it holds.
 
-    transformers hands each optimizer only some of them, and leaves the others out without a word.
+    transformers passes only some of them to each optimizer and silently drops the others.
 
     Raises:
-        UserError: one that has not arrived.
+        UserError: a flag was dropped.
     """
     given = getattr(args, "given", frozenset())
     inner = (getattr(optimizer, "optimizer_dict", None) or {}).values()
@@ -121,7 +122,7 @@ def require_effect(args: TrainingArguments, optimizer: torch.optim.Optimizer) ->
     if lost:
         raise UserError(
             f"{', '.join(lost)} would have no effect: {type(optimizer).__name__} (--optim {args.optim.value}) does not "
-            "take it. Leave it out, or choose an optimizer that has it."
+            "use it. Omit it, or choose an optimizer that does."
         )
 
 

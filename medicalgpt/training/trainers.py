@@ -1,70 +1,73 @@
-"""What the trainers of the stages share, and the trainer of pretraining and supervised fine-tuning."""
+"""The base of the stages' trainers, and the trainers of token-level stages and of preference pairs."""
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from medicalgpt.args import LoraArguments
 from medicalgpt.data.encoding import IGNORED
 from medicalgpt.errors import UserError
 from medicalgpt.models.families import require_separate_packs
-from medicalgpt.training.cpu import add_cpu_head, lighten_dropout, return_freed_memory
-from medicalgpt.training.optimizers import check_optimizer, require_effect, speed_up_b
+from medicalgpt.training.cpu import add_cpu_head, replace_lora_dropout, return_freed_memory
+from medicalgpt.training.optimizers import apply_loraplus, check_flags_applied, check_optimizer
 
 import torch
 from datasets import Dataset
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 from trl import SFTTrainer
-from trl.trainer.utils import disable_dropout_in_model
+from trl.models import get_act_offloading_ctx_manager
+from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head, disable_dropout_in_model
 
 
 def training_defaults(args: TrainingArguments, *, adapter_rate: float, full_rate: float, use_peft: bool) -> None:
-    """Fill in what depends on the machine or on other flags, in place.
+    """Set in place what depends on the machine or on other flags.
 
     Args:
-        args: parsed arguments, of `StageDefaults` and of transformers or TRL; `learning_rate` of None takes one of the
-            two rates.
+        args: parsed arguments, of `StageDefaults` and of transformers or TRL; a `learning_rate` of None becomes one of
+            the two below.
         adapter_rate: learning rate for adapters.
-        full_rate: learning rate for all weights.
+        full_rate: learning rate for full fine-tuning.
     """
     check_optimizer(args, use_peft)
     if args.learning_rate is None:
         args.learning_rate = adapter_rate if use_peft else full_rate
     if "eval_on_start" not in args.given and args.eval_strategy != "no":
         args.eval_on_start = True
-    # Rows are encoded and measured already; the trainer neither cuts nor drops any.
+    # Rows are encoded and measured already; the trainer must neither truncate nor drop any.
     args.max_length = None
     args.dataset_kwargs = {"skip_prepare_dataset": True}
 
 
-def settle_dropout(args: TrainingArguments, lora: LoraArguments) -> None:
-    """With `--disable_dropout`, the default of stages that compare log-probabilities, adapters have none either.
+def disable_lora_dropout(args: TrainingArguments, lora: LoraArguments) -> None:
+    """Set `lora.lora_dropout` to 0 under `--disable_dropout`, the default of stages that compare log-probabilities.
 
     Raises:
-        UserError: a dropout was asked for that would have no effect.
+        UserError: `--lora_dropout` was given, which would have no effect.
     """
     if not args.disable_dropout:
         return
     if "lora_dropout" in getattr(lora, "given", ()) and lora.lora_dropout:
         raise UserError(
-            f"--lora_dropout {lora.lora_dropout} has no effect here, where dropout is switched off so that two passes "
-            "over an answer give the same log-probability. Leave it out, or add --disable_dropout False."
+            f"--lora_dropout {lora.lora_dropout} has no effect here: dropout is disabled so that two passes over an "
+            "answer give the same log-probability. Omit it, or add --disable_dropout False."
         )
     lora.lora_dropout = 0.0
 
 
-# Several processes on CPUs have the devices cpu:0, cpu:1, …, to which torch.load cannot load an optimizer's state.
+# Several CPU processes have the devices cpu:0, cpu:1, …, to which torch.load cannot load an optimizer's state.
 torch.serialization.register_package(
     0, lambda storage: None, lambda storage, place: storage if place.startswith("cpu:") else None
 )
 
 
 def sequence_lengths(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """For each token the number of tokens of its own sequence, whatever it is padded or packed with.
+    """For each token the length of its own sequence, without padding and without sequences packed with it.
 
     Args:
         inputs: a batch of `batching.Collator`.
@@ -81,14 +84,14 @@ def sequence_lengths(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 @contextmanager
 def embedding_noise(model: torch.nn.Module, inputs: dict[str, torch.Tensor], alpha: float | None) -> Iterator[None]:
-    """NEFTune (https://arxiv.org/abs/2310.05914): within it, what the embedding gives has uniform noise on it.
+    """NEFTune (https://arxiv.org/abs/2310.05914): within this context the embedding adds uniform noise to its output.
 
-    The noise is at most `alpha / sqrt(length x width)`, where the length is that of the token's own sequence. The
-    library's hook takes the length of the whole row, so that padding and packing would make the noise smaller.
+    The noise is at most `alpha / sqrt(length x width)`, with the length of the token's own sequence. The library's hook
+    uses the length of the padded or packed row, which would make the noise smaller.
 
     Args:
         model: with or without adapters.
-        inputs: the batch that the model will be given.
+        inputs: the batch that the model will receive.
         alpha: None for no noise.
     """
     if not alpha:
@@ -109,10 +112,10 @@ def embedding_noise(model: torch.nn.Module, inputs: dict[str, torch.Tensor], alp
 
 
 class EpochSampler(LengthGroupedSampler):
-    """Rows of like length together, in an order that follows from seed and epoch alone.
+    """Groups rows of similar length, in an order that depends on seed and epoch alone.
 
-    The library's sampler draws from the global generator, so that a resumed run would not see the rows that the
-    stopped one had left, but some of them twice and others never.
+    The library's sampler draws from the global generator, so a resumed run would see some rows twice and others
+    never.
     """
 
     def __init__(self, batch_size: int, lengths: list[int], seed: int):
@@ -128,29 +131,29 @@ class EpochSampler(LengthGroupedSampler):
 
 
 class StageTrainer(Trainer):
-    """What every stage's trainer does otherwise than transformers and TRL. Put it before the trainer among the bases.
+    """How every stage's trainer differs from transformers' and TRL's. List it before TRL's trainer among the bases.
 
     - The order of rows grouped by length depends on seed and epoch only (see `EpochSampler`).
-    - `num_tokens` goes on where a resumed run had stopped.
-    - `loraplus_lr_ratio` gives the B matrices a learning rate of their own (see `optimizers.py`).
-    - On a CPU dropout keeps less for the backward pass (see `cpu.py`).
+    - `num_tokens` continues after a resume.
+    - `loraplus_lr_ratio` gives the B matrices a separate learning rate (see `optimizers.py`).
+    - On a CPU, dropout keeps less for the backward pass (see `cpu.py`).
     """
 
     def __init__(self, *, loraplus_lr_ratio: float | None = None, **kwargs: Any):
         head = kwargs["model"].get_output_embeddings()
         if isinstance(head, BaseTunerLayer):
             raise UserError(
-                "an adapter on the head would not be trained: the loss multiplies by the head's own weight. Leave the "
-                "head out of --target_modules; --modules_to_save lm_head trains it in full."
+                "an adapter on the head would not be trained: the loss multiplies by the head's own weight. Remove the "
+                "head from --target_modules; --modules_to_save lm_head trains it in full."
             )
         exact = {one: one.data for one in kwargs["model"].parameters() if one.requires_grad}
         super().__init__(**kwargs)
-        # TRL rounds the adapters of quantized models to bfloat16: one that is gone on with would begin elsewhere.
+        # TRL rounds the adapters of quantized models to bfloat16, which would change one that training continues.
         for parameter, data in exact.items():
             if parameter.dtype != data.dtype:
                 parameter.data = data.to(parameter.device)
         if self.args.device.type == "cpu":
-            lighten_dropout(self.model)
+            replace_lora_dropout(self.model)
             return_freed_memory()
         self.loraplus_lr_ratio = loraplus_lr_ratio
 
@@ -163,7 +166,7 @@ class StageTrainer(Trainer):
         """The optimizer that `--optim` names.
 
         Raises:
-            UserError: it cannot be built, or it has no use for one of the flags given.
+            UserError: it cannot be built, or ignores one of the flags given.
         """
         if self.optimizer is None:
             try:
@@ -172,12 +175,12 @@ class StageTrainer(Trainer):
                 raise UserError(f"--optim {self.args.optim.value} cannot be used: {error}") from error
             self.set_rates(self.optimizer)
             if self.loraplus_lr_ratio is not None:
-                speed_up_b(self.optimizer, self.model if model is None else model, self.loraplus_lr_ratio)
-            require_effect(self.args, self.optimizer)
+                apply_loraplus(self.optimizer, self.model if model is None else model, self.loraplus_lr_ratio)
+            check_flags_applied(self.args, self.optimizer)
         return self.optimizer
 
     def set_rates(self, optimizer: torch.optim.Optimizer) -> None:
-        """Where a stage gives parameters another rate than `--learning_rate`; the ratio of LoRA+ multiplies it."""
+        """Hook for stages with a second learning rate; the ratio of LoRA+ multiplies it."""
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
         if self.args.train_sampling_strategy != "group_by_length":
@@ -203,10 +206,10 @@ class StageTrainer(Trainer):
 
 
 class TokenTrainer(StageTrainer, SFTTrainer):
-    """`trl.SFTTrainer` on encoded rows, with the differences of `StageTrainer` and four more.
+    """`trl.SFTTrainer` on encoded rows, with the changes of `StageTrainer` and these.
 
-    - The evaluation loss is the sum over all supervised tokens divided by their number, so it does not depend on the
-      batch size, as a mean of batch means does.
+    - The evaluation loss is the sum over all supervised tokens divided by their number, which unlike a mean of batch
+      means does not depend on the batch size.
     - `num_tokens` counts the tokens of packed batches too.
     - NEFTune's noise is scaled by each sequence's own length (see `embedding_noise`).
     - On a CPU only supervised positions go through the LM head (see `cpu.py`).
@@ -215,7 +218,7 @@ class TokenTrainer(StageTrainer, SFTTrainer):
     def __init__(self, **kwargs: Any):
         if kwargs["args"].packing:
             require_separate_packs(kwargs["model"], kwargs["data_collator"])
-        # Blocks come packed (see batching.py); TRL's own packing would not let a collator in.
+        # Blocks are packed already (see batching.py); TRL's packing does not allow a collator.
         kwargs["args"].packing = False
         super().__init__(compute_metrics=token_means, **kwargs)
         self.neftune_noise_alpha = None
@@ -235,7 +238,7 @@ class TokenTrainer(StageTrainer, SFTTrainer):
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[None, torch.Tensor, torch.Tensor]:
-        """Per row (batch, 3): summed loss, supervised tokens, tokens predicted right."""
+        """Per row (batch, 3): summed loss, supervised tokens, correctly predicted tokens."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = model(**inputs, fused_lm_head=True)
@@ -264,23 +267,53 @@ def token_means(prediction: EvalPrediction) -> dict[str, float]:
 
 
 class PairTrainer(StageTrainer):
-    """What the trainers of preference pairs share, beside `StageTrainer`. Put it before the trainer among the bases.
+    """`transformers.Trainer` on preference pairs. Training and evaluation share `pair_values`, which a stage defines.
 
-    A batch holds the chosen answers first and the rejected ones after them. The evaluation averages over pairs, so it
-    does not depend on the batch size; what it averages, `pair_values` says.
+    A batch holds the chosen answers first, then the rejected ones in the same order. Loss, gradient and logged metrics
+    are means over pairs: of a step, since the last log, or of the held-out data. None of them depends on how the pairs
+    are distributed over batches and processes.
     """
 
     sequences_per_row = 2
 
     def __init__(self, **kwargs: Any):
-        # The collator takes the columns that it needs; the library goes by what models and other collators take.
-        kwargs["args"].remove_unused_columns = False
+        args, model = kwargs["args"], kwargs["model"]
+        # The collator selects its columns; the library would go by the arguments of the model.
+        args.remove_unused_columns = False
+        if args.use_liger_kernel:
+            # Liger's own loss would replace the forward pass that `add_log_prob_head` extends.
+            args.liger_kernel_config = {**(args.liger_kernel_config or {}), "fused_linear_cross_entropy": False}
+        if args.gradient_checkpointing and isinstance(model, PeftModel):
+            # Reentrant checkpointing needs inputs with a gradient, and ZeRO-3 with an adapter needs it to be reentrant.
+            model.enable_input_require_grads()
+            if is_deepspeed_zero3_enabled():
+                args.gradient_checkpointing_kwargs = {
+                    **(args.gradient_checkpointing_kwargs or {}),
+                    "use_reentrant": True,
+                }
         super().__init__(compute_metrics=self._pair_means, **kwargs)
-        self.pair_columns: list[str] = []
-        self.weight_of_pair: float | None = None
+        if self.args.n_gpu > 1:
+            raise UserError(
+                f"a single process sees {self.args.n_gpu} GPUs. Start one process per GPU, as with torchrun "
+                f"--nproc_per_node {self.args.n_gpu}, or make one visible, as with CUDA_VISIBLE_DEVICES=0."
+            )
+        # Losses are divided by the pairs of a step (see `get_batch_samples`), so not by its number of batches as well.
+        self.model_accepts_loss_kwargs = True
         if self.args.disable_dropout:
-            for model in filter(None, (self.model, getattr(self, "ref_model", None))):
-                switch_off_dropout(model)
+            disable_dropout(self.model)
+        offloads = getattr(self.args, "activation_offloading", False)
+        self._offloading = get_act_offloading_ctx_manager(model=self.model) if offloads else nullcontext()
+        self._pair_columns: list[str] = []
+        self._sums: dict[str, float] = defaultdict(float)
+
+    def pair_values(self, model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """`loss` and the metrics to log, each of shape (pairs,).
+
+        Args:
+            inputs: `input_ids`, `attention_mask` and `completion_mask`, 1 on the tokens of answers, each of shape
+                (2 x pairs, length).
+        """
+        raise NotImplementedError
 
     @staticmethod
     def row_lengths(dataset: Dataset) -> list[int]:
@@ -288,42 +321,97 @@ class PairTrainer(StageTrainer):
         columns = zip(dataset["prompt_ids"], dataset["chosen_ids"], dataset["rejected_ids"], strict=True)
         return [len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in columns]
 
-    def get_batch_samples(self, *args: Any) -> tuple[list, Any]:
-        """The batches of a step; from them follows what one pair weighs in it."""
-        batches, count = super().get_batch_samples(*args)
-        pairs = sum(len(batch["input_ids"]) for batch in batches) / 2
-        # The library divides each batch's loss by their number, as if none were smaller than the others.
-        self.weight_of_pair = len(batches) / max(pairs, 1)
-        return batches, count
+    def get_batch_samples(self, *args: Any) -> tuple[list[dict[str, torch.Tensor]], int]:
+        """The batches of a step, and the number of pairs in them."""
+        batches, _ = super().get_batch_samples(*args)
+        return batches, max(sum(len(batch["input_ids"]) for batch in batches) // 2, 1)
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        loss = super().compute_loss(model, inputs, *args, **kwargs)
-        if not self.model.training or self.weight_of_pair is None:
-            return loss
-        return loss * (len(inputs["input_ids"]) / 2 * self.weight_of_pair)
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with self._offloading:
+            return super().training_step(*args, **kwargs)
 
-    def pair_values(self, model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What is averaged over held-out pairs: `loss` and others, each of shape (pairs,)."""
-        raise NotImplementedError
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: int | None = None
+    ) -> torch.Tensor:
+        """The batch's share of the mean over the pairs of a step; the metrics are kept for the next log.
+
+        Args:
+            num_items_in_batch: pairs of the step, of all its batches; None for those of this batch.
+        """
+        values = self.pair_values(model, inputs)
+        loss = values.pop("loss")
+        values["pairs"] = torch.ones_like(loss)
+        values["tokens"] = inputs["attention_mask"].sum(dim=1).view(2, -1).sum(dim=0)
+        sums = torch.stack([column.detach().double().sum() for column in values.values()])
+        for name, total in zip(values, self.accelerator.reduce(sums).tolist(), strict=True):
+            self._sums[name] += total
+        # The trainer's state is part of a checkpoint, so that the count continues after a resume.
+        self.state.num_input_tokens_seen += int(self._sums.pop("tokens"))
+        return loss.mean() if num_items_in_batch is None else loss.sum() / num_items_in_batch
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._sums:
+            pairs = self._sums.pop("pairs")
+            logs |= {name: total / pairs for name, total in self._sums.items()}
+            logs["num_tokens"] = self.state.num_input_tokens_seen
+            self._sums.clear()
+        super().log(logs, start_time)
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[None, torch.Tensor, torch.Tensor]:
-        """Per pair (batch, values): what `pair_values` gives."""
+        """Per pair (pairs, values): the columns of `pair_values`."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             values = self.pair_values(model, inputs)
-        self.pair_columns = list(values)
+        self._pair_columns = list(values)
         table = torch.stack([column.double() for column in values.values()], dim=1)
         return None, table, table
 
     def _pair_means(self, prediction: EvalPrediction) -> dict[str, float]:
         means = prediction.predictions.mean(axis=0)
-        return dict(zip(self.pair_columns, map(float, means), strict=True))
+        return dict(zip(self._pair_columns, map(float, means), strict=True))
 
 
-def switch_off_dropout(model: torch.nn.Module) -> None:
-    """No dropout in any module, for good."""
+def score_answers(model: Any, inputs: dict[str, torch.Tensor], **options: Any) -> FusedCausalLMOutput:
+    """One forward pass of a model with `add_log_prob_head`; the prompts are not scored.
+
+    Args:
+        inputs: as for `PairTrainer.pair_values`.
+        options: further arguments of the model.
+
+    Returns:
+        Columns of shape (2 x pairs, length - 1), 0 except on tokens of answers.
+    """
+    return model(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        labels=inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORED),
+        fused_lm_head=True,
+        use_cache=False,
+        **options,
+    )
+
+
+def add_log_prob_head(
+    model: PreTrainedModel | PeftModel, *, measures: tuple[str, ...] = (), dense_on_cpu: bool = True
+) -> None:
+    """Let a causal model return log-probabilities of its labels, as `FusedCausalLMOutput`, without all logits at once.
+
+    Args:
+        model: with or without an adapter; call it with `labels` and `fused_lm_head=True`.
+        measures: fields of `FusedCausalLMOutput` to compute besides `log_probs`.
+        dense_on_cpu: on a CPU send only supervised positions through the head (see `cpu.py`), which gives no
+            `log_sum_sq_probs` and no `aux_loss`.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    add_fused_lm_head(base, outputs=("log_probs", *measures))
+    if dense_on_cpu:
+        add_cpu_head(base, measured=bool(measures))
+
+
+def disable_dropout(model: torch.nn.Module) -> None:
+    """Set the dropout of every module to 0, permanently."""
     disable_dropout_in_model(model)
     # Attention modules hold theirs as a number, which TRL does not look for.
     for module in model.modules():

@@ -1,6 +1,8 @@
 """Rows of preferences, and the three stages that take them, for tests of what holds for all of these stages."""
 
+from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from tests.helpers import Opened, open_stage, write_jsonl
@@ -8,6 +10,7 @@ from tests.helpers import Opened, open_stage, write_jsonl
 import pytest
 import torch
 from torch.nn.functional import logsigmoid
+from trl import DPOTrainer
 
 STAGES = ("reward_modeling.py", "dpo_training.py", "orpo_training.py")
 on_every_stage = pytest.mark.parametrize("stage", STAGES)
@@ -85,3 +88,22 @@ def shake(model: torch.nn.Module) -> None:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+
+
+def trl_dpo(args: Any, model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
+    """Loss and metrics that TRL's trainer gives a batch which holds the reference's log-probabilities.
+
+    Args:
+        args: settings named as in `trl.DPOConfig`.
+    """
+    alone = SimpleNamespace(device="cpu", gather=lambda values: values, gather_for_metrics=lambda values: values)
+    names = ("beta", "ld_alpha", "label_smoothing", "use_weighting", "f_divergence_type", "f_alpha_divergence_coef")
+    trainer = SimpleNamespace(
+        **{name: getattr(args, name) for name in names},
+        **{"model": SimpleNamespace(training=True), "accelerator": alone, "args": args, "_tp_size": 1},
+        **{"loss_types": args.loss_type, "loss_weights": args.loss_weights or [1.0] * len(args.loss_type)},
+        **{"precompute_ref_logps": True, "_metrics": {"train": defaultdict(list)}, "_total_train_tokens": 0},
+        aux_loss_enabled=False,
+    )
+    loss = DPOTrainer._compute_loss(trainer, model, batch, False)
+    return loss, {name: values[0] for name, values in trainer._metrics["train"].items()}

@@ -80,7 +80,6 @@ def dpo(model, tmp_path_factory):
     flags = ["--learning_rate", 0.01, "--max_steps", 3, "--per_device_train_batch_size", 6, "--loss_type", "sigmoid"]
     trainer = open_pairs("dpo_training.py", model, tmp_path_factory.mktemp("dpo"), pairs(6), *flags).trainer
     trainer.train()
-    trainer.model.eval()
     return trainer, trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
 
 
@@ -99,8 +98,8 @@ def padded_left(batch):
 
 
 def set_loss(trainer, loss):
-    trainer.loss_types, trainer.loss_weights, trainer.beta = [loss], [1.0], BETA
-    trainer.label_smoothing = SMOOTHING if loss in SMOOTHED else 0.0
+    trainer.args.loss_type, trainer.args.beta = [loss], BETA
+    trainer.args.label_smoothing = SMOOTHING if loss in SMOOTHED else 0.0
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -119,7 +118,7 @@ def test_dpo_losses_are_those_of_the_papers(dpo, loss, side):
 
 
 @pytest.mark.parametrize("loss", BY_HAND)
-def test_dpo_losses_by_hand(dpo, loss, monkeypatch):
+def test_dpo_losses_by_hand(dpo, loss):
     trainer, _ = dpo
     set_loss(trainer, loss)
     # Prompts of one token; answers of 2 and 4 whose log-ratios are ln 3 / 0.3 and 0, unless lengths are averaged.
@@ -134,7 +133,6 @@ def test_dpo_losses_by_hand(dpo, loss, monkeypatch):
     }
     zeros = torch.zeros_like(log_probs)
     scored = {"log_probs": log_probs, "entropy": zeros, "mean_logits": zeros, "is_top1": zeros.bool()}
-    monkeypatch.setattr(trainer, "precompute_ref_logps", True)
     found = trainer.compute_loss(lambda **_: type("Scored", (), scored), batch)
     assert found.item() == pytest.approx(BY_HAND[loss], abs=1e-6)
 

@@ -5,7 +5,7 @@ import shutil
 
 from medicalgpt.errors import UserError
 from medicalgpt.models.templating import stop_token_ids
-from medicalgpt.rewards.scoring import RewardScorer, scoring_pad
+from medicalgpt.rewards.scoring import RewardScorer, choose_padding
 from template import apply_template
 from tests.families import FAMILIES, family_tokenizer
 from tests.helpers import open_stage, read_json, run_here, save_model, write_jsonl
@@ -134,11 +134,11 @@ def test_no_family_pads_with_what_ends_its_answers(name):
     """Where the padding token is the end of a turn, another one is found, or the run stops."""
     tokenizer = family_tokenizer(FAMILIES[name])
     stop = stop_token_ids(tokenizer, apply_template(tokenizer))
-    assert scoring_pad(tokenizer, stop) == tokenizer.pad_token
+    assert choose_padding(tokenizer, stop) == tokenizer.pad_token
     own, tokenizer.pad_token = tokenizer.pad_token, tokenizer.eos_token
-    assert scoring_pad(tokenizer, stop) == own
+    assert choose_padding(tokenizer, stop) == own
     ids = tokenizer.apply_chat_template(CHATS[0], return_dict=False)
-    assert tokenizer.convert_tokens_to_ids(scoring_pad(tokenizer, stop)) not in ids
+    assert tokenizer.convert_tokens_to_ids(choose_padding(tokenizer, stop)) not in ids
     everything = range(len(tokenizer))
     with pytest.raises(UserError, match="scores would be read before the end of an answer.*tokenizer_name_or_path"):
-        scoring_pad(tokenizer, everything)
+        choose_padding(tokenizer, everything)

@@ -81,5 +81,5 @@ def test_a_checkpoint_of_other_weights_is_refused(place, tmp_path):
     opened(place, tmp_path / "out", "plain").finish()
     shutil.rmtree(tmp_path / "out" / "checkpoint-5", ignore_errors=True)
     run = opened(place, tmp_path / "out", "plain", "--target_modules", "q_proj", "--resume_from_checkpoint", "True")
-    with pytest.raises(UserError, match="made with other weights trained than these flags train"):
+    with pytest.raises(UserError, match="saved by a run that trained other weights than these flags do"):
         run.finish()

@@ -2,6 +2,7 @@
 
 import os
 
+from medicalgpt.data.sources import place_of
 from tests.helpers import ROOT, read_json, run_program, write_jsonl
 from tests.silent.ppo import make_place, open_ppo, prompts
 
@@ -48,19 +49,15 @@ def run(place, output, name, processes=2):
     ).trainer
     seen, answer = [], trainer.answer
 
-    def noting(tasks, temperature, **kwargs):
+    def noting(rows, temperature, **kwargs):
         if temperature:
-            seen.append(asked(tasks))
-        return answer(tasks, temperature, **kwargs)
+            seen.append([trainer.tasks[place_of(row)]["messages"][-1]["content"] for row in rows])
+        return answer(rows, temperature, **kwargs)
 
     trainer.answer = noting
     trainer.train()
     trainer.save_model(str(output / "result"))
     return {"seen": seen, "logs": trainer.state.log_history}
-
-
-def asked(tasks):
-    return [task["messages"][-1]["content"] for task in tasks]
 
 
 def asked_by_step(*ranks):

@@ -1,12 +1,22 @@
-"""The CPU head: the same loss, gradients and measures as the model's own forward, from supervised positions only."""
+"""cpu.py: the head on supervised positions only, with the numbers of the model's own forward; dropout; memory."""
 
-from medicalgpt.training.cpu import CHUNK, score_targets
-from medicalgpt.training.trainers import add_cpu_head
+import platform
+import resource
+from pathlib import Path
+
+from medicalgpt.training.cpu import (
+    CHUNK,
+    LeanDropout,
+    add_cpu_head,
+    replace_lora_dropout,
+    return_freed_memory,
+    score_targets,
+)
+from tests.tiny import make_tiny
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import make_tiny
 from transformers import AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
@@ -129,3 +139,47 @@ def test_a_family_that_changes_its_logits_keeps_trls_way(path):
     before = model.forward
     add_cpu_head(model)
     assert model.forward == before
+
+
+@pytest.mark.parametrize("rate", [0.3, 1.0])
+def test_dropout_scales_what_it_keeps_and_keeps_a_byte_a_number(rate):
+    """In training a share is 0, the rest is scaled, with the gradient of that; otherwise nothing changes."""
+    dropout, numbers = LeanDropout(rate), torch.ones(20_000, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        output = dropout(numbers)
+    output.sum().backward()
+    zeros = output == 0
+    assert zeros.float().mean().item() == pytest.approx(rate, abs=0.02)
+    assert rate == 1 or output[~zeros].unique().tolist() == [pytest.approx(1 / (1 - rate))]
+    assert torch.equal(numbers.grad, output.detach())
+    assert sum(tensor.nbytes for tensor in kept) <= len(numbers)
+    assert dropout.eval()(numbers) is numbers
+    none = LeanDropout(0.0)
+    assert none(numbers) is numbers
+
+
+def test_only_the_dropout_of_adapters_is_replaced(path):
+    model = AutoModelForCausalLM.from_pretrained(path)
+    model.model.dropout = torch.nn.Dropout(0.2)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj", "up_proj"], lora_dropout=0.1))
+    replace_lora_dropout(adapted)
+    found = {name: module for name, module in adapted.named_modules() if isinstance(module, torch.nn.Dropout)}
+    ours = {name for name, module in found.items() if type(module) is LeanDropout}
+    assert ours == {name for name in found if "lora_dropout" in name} and {found[name].p for name in ours} == {0.1}
+    assert type(model.model.dropout) is torch.nn.Dropout
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator of other systems is left alone")
+def test_freed_memory_goes_back_to_the_system():
+    """glibc would keep such blocks once one was freed."""
+
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    return_freed_memory()
+    for _ in range(3):
+        block = torch.ones(4 * 2**20)
+        before = resident()
+        del block
+        assert before - resident() > 15 * 2**20
