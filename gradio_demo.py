@@ -10,7 +10,6 @@ By default only this machine can open it. `--host 0.0.0.0` opens it to the netwo
 through Gradio's servers; both need `--auth user:password`, or the same in the environment as MEDICALGPT_AUTH.
 """
 
-import os
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -29,9 +28,6 @@ from medicalgpt.serving.web import auth_from
 
 import gradio as gr
 from loguru import logger
-
-# Gradio contacts its makers while it is imported.
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 EXAMPLES = (
     "一氧化碳中毒要看什么科？",

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from template import apply_template
+from tests.tiny import byte_backend
 
 import torch
-from tiny import byte_backend
 from tokenizers import processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 

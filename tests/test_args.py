@@ -15,9 +15,9 @@ import supervised_finetuning
 from medicalgpt.args import DataArguments, LoraArguments, ModelArguments, RunArguments, StageDefaults
 from medicalgpt.parser import StrictParser, parse_args
 from medicalgpt.refusals import EVERY, REFUSED, RENAMED, TRAINING, refused_in
+from tests.helpers import ROOT, run_program
 
 import pytest
-from helpers import ROOT, run_program
 from transformers import TrainingArguments
 from trl import SFTConfig
 

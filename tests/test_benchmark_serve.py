@@ -9,10 +9,10 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from benchmarks import serve
+from tests.helpers import read_json, write_jsonl
+from tests.tiny import make_tiny
 
 import pytest
-from helpers import read_json, write_jsonl
-from tiny import make_tiny
 
 ANSWERS = {f"question {number}": f"answer {number}" for number in range(8)}
 

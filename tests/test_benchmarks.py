@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 from benchmarks import peers, preference_cpu, preference_gpu, rl_gpu, sft_cpu
+from tests.helpers import read_json, write_jsonl
 
 import pytest
 import torch
-from helpers import read_json, write_jsonl
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_callback import CallbackHandler

@@ -7,10 +7,10 @@ from medicalgpt.data import cache
 from medicalgpt.data.cache import Unknown, through_cache, token_key
 from medicalgpt.data.encoding import encode_document
 from medicalgpt.data.rows import Rows
+from tests.tiny import tiny_tokenizer
 
 import datasets
 import pytest
-from tiny import tiny_tokenizer
 
 ROWS = Rows([{"text": "a"}])
 

@@ -12,11 +12,11 @@ from collections import Counter
 from medicalgpt.errors import UserError
 from medicalgpt.serving.chat import ChatEngine, ChatTemplateError, PromptTooLongError, SpecialTokenError
 from medicalgpt.serving.generation import GenerationRequest, Sampling, _draw, _kept
+from tests.tiny import TURN_END, make_tiny
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import TURN_END, make_tiny
 from tokenizers.processors import TemplateProcessing
 
 ANSWERS = {

@@ -15,14 +15,14 @@ from medicalgpt.rag.grounding import build_prompt, escape_special_tokens, format
 from medicalgpt.rag.retrieval import Collection, Passage, language_of
 from medicalgpt.serving.chat import ChatEngine, PromptTooLongError, SpecialTokenError
 from medicalgpt.serving.generation import Sampling
+from tests.helpers import read_json, run_here, write_jsonl
 from tests.passages import ILLNESSES
+from tests.tiny import TURN_END, make_tiny
 
 import numpy as np
 import pytest
-from helpers import read_json, run_here, write_jsonl
 from loguru import logger
 from safetensors.numpy import load_file, save_file
-from tiny import TURN_END, make_tiny
 
 
 def arguments(*flags: str) -> FileArguments:
@@ -268,9 +268,10 @@ def test_a_damaged_entry_is_made_anew(notes, log, capsys, monkeypatch, damage):
 @pytest.fixture(scope="module")
 def sentence_model(tmp_path_factory) -> str:
     """A random BERT of one layer over bytes, with the mean of its tokens as the embedding."""
+    from tests.tiny import tiny_tokenizer
+
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-    from tiny import tiny_tokenizer
     from transformers import BertConfig, BertModel
 
     folder = tmp_path_factory.mktemp("bert")
@@ -408,10 +409,11 @@ def test_uploads_are_read_and_deleted(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_page_in_a_browser(tmp_path):
     """Upload two files, one of them broken, ask, and see the source; nothing is asked of another host."""
+    from tests.servers import running_server
+
     from selenium import webdriver
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import WebDriverWait
-    from servers import running_server
 
     chromedriver = shutil.which("chromedriver")
     if not chromedriver:

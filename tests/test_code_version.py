@@ -6,9 +6,9 @@ from medicalgpt import code_version as module
 from medicalgpt.code_version import code_version, import_closure
 from medicalgpt.data import cache
 from medicalgpt.rag import retrieval
+from tests.helpers import ROOT
 
 import pytest
-from helpers import ROOT
 
 PROJECT = {
     "program.py": """

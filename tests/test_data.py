@@ -17,9 +17,9 @@ from medicalgpt.data.sources import DataError, Place, Problem, RowError, SourceR
 from medicalgpt.data.text_files import open_text
 from medicalgpt.errors import UserError
 from medicalgpt.files import hash_file
+from tests.helpers import write_jsonl
 
 import pytest
-from helpers import write_jsonl
 from loguru import logger
 
 QUESTION, ANSWER = {"role": "user", "content": "什么是感冒？"}, {"role": "assistant", "content": "一种病毒感染。"}

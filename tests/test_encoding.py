@@ -6,10 +6,10 @@ from medicalgpt.data.loading import FileAccount, LoadedData
 from medicalgpt.data.sources import Place
 from medicalgpt.data.tokenizing import encode_rows
 from template import apply_template
+from tests.helpers import chat
+from tests.tiny import tiny_tokenizer
 
 import pytest
-from helpers import chat
-from tiny import tiny_tokenizer
 from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
 

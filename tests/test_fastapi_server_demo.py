@@ -15,13 +15,13 @@ from medicalgpt.serving.batchers import make_batcher
 from medicalgpt.serving.chat import ChatEngine
 from medicalgpt.serving.generation import Sampling
 from medicalgpt.serving.web import key_from
+from tests.gate import Gate
+from tests.servers import running_server
+from tests.tiny import make_tiny
 
 import httpx
 import pytest
 import uvicorn
-from gate import Gate
-from servers import running_server
-from tiny import make_tiny
 
 ANSWERS = {"你好": "你好！我是小医，很高兴为您服务。", "发烧怎么办？": "多休息，多喝水。", "Hi": "Hello!"}
 

@@ -13,15 +13,15 @@ from medicalgpt.serving.chat import ChatEngine
 from medicalgpt.serving.generation import GenerationRequest, Sampling
 from medicalgpt.serving.page import launch
 from medicalgpt.serving.web import auth_from
+from tests.gate import Gate
+from tests.servers import running_server
+from tests.tiny import make_tiny
 
 import httpx
 import pytest
-from gate import Gate
 from selenium import webdriver
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
-from servers import running_server
-from tiny import make_tiny
 
 SCRIPT = '<script>window.hacked = 1</script><img src="x" onerror="window.hacked = 1">'
 GREETING, FEVER = "你好", "发烧怎么办？"

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import inference
 from medicalgpt.errors import UserError
+from tests.tiny import make_tiny
 
 import pytest
 import torch
-from tiny import make_tiny
 
 ROOT = Path(__file__).parent.parent
 ANSWERS = {"你好": "你好！我是小医。", "头痛怎么办？": "多休息，多喝水。", "Who?": "小医 am I."}

@@ -11,13 +11,13 @@ from medicalgpt.models.adapters import add_lora, attach_adapter
 from medicalgpt.models.hub import Adapter, CheckpointError, fingerprint
 from medicalgpt.models.loading import load_model
 from template import apply_template
+from tests.helpers import read_json, run_here, run_program
+from tests.tiny import make_tiny, tiny_tokenizer
 
 import pytest
 import torch
-from helpers import read_json, run_here, run_program
 from peft import PeftModel, TaskType
 from safetensors.torch import load_file, save_file
-from tiny import make_tiny, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
 
 SCRIPT = "merge_peft_adapter.py"

@@ -11,10 +11,10 @@ from medicalgpt.data.loading import load_data
 from medicalgpt.data.mixing import draw, mixture_sizes, parse_sources
 from medicalgpt.data.tokenizing import encode_rows
 from medicalgpt.errors import UserError
+from tests.helpers import write_jsonl
+from tests.tiny import tiny_tokenizer
 
 import pytest
-from helpers import write_jsonl
-from tiny import tiny_tokenizer
 
 THIRDS = [Fraction(1, 3), Fraction(2, 3)]
 

@@ -33,14 +33,14 @@ from medicalgpt.models.loading import (
     quantization_config,
     stage_checkpoint,
 )
+from tests.helpers import run_program
+from tests.tiny import make_tiny, tiny_tokenizer
 
 import pytest
 import torch
-from helpers import run_program
 from loguru import logger
 from peft import PeftModel, TaskType
 from safetensors.torch import load_file, save_file
-from tiny import make_tiny, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 HIDDEN, VOCABULARY = 64, 260

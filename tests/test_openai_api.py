@@ -19,14 +19,14 @@ from medicalgpt.serving.batchers import make_batcher
 from medicalgpt.serving.chat import ChatEngine
 from medicalgpt.serving.generation import Sampling
 from openai_api import OpenAIArguments, Service, make_app, token_bytes, token_text
+from tests.helpers import run_here
+from tests.servers import Server, running_server
+from tests.tiny import TURN_END, make_tiny
 
 import openai
 import pytest
 import torch
-from helpers import run_here
-from servers import Server, running_server
 from starlette.testclient import TestClient
-from tiny import TURN_END, make_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 KEY = "a-key-that-nobody-may-see"

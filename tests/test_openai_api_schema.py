@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from medicalgpt.serving.batchers import make_batcher
 from medicalgpt.serving.chat import ChatEngine
 from openai_api import OpenAIArguments, Service, make_app
+from tests.tiny import make_tiny
 
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis.strategies import sampled_from
 from starlette.testclient import TestClient
-from tiny import make_tiny
 
 LOCAL = {"Host": "localhost"}
 MODEL = {"model": "tiny"}

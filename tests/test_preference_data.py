@@ -7,9 +7,9 @@ from medicalgpt.data.formats import to_messages, to_preference
 from medicalgpt.data.loading import load_data
 from medicalgpt.data.sources import DataError, RowError, place_of
 from medicalgpt.errors import UserError
+from tests.helpers import ROOT, write_jsonl
 
 import pytest
-from helpers import ROOT, write_jsonl
 from loguru import logger
 
 QUESTION, GOOD, BAD = "胸痛怎么办？", "立即拨打120。", "睡一觉就好。"

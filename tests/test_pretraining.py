@@ -10,12 +10,12 @@ from medicalgpt.errors import UserError
 from medicalgpt.models.adapters import attach_adapter
 from medicalgpt.models.hub import Adapter, fingerprint
 from medicalgpt.models.loading import load_model
+from tests.helpers import read_json, run_here, run_program, stop_tokens, write_jsonl
+from tests.tiny import TURN_END, make_tiny, tiny_tokenizer
 
 import pytest
 import torch
-from helpers import read_json, run_here, run_program, stop_tokens, write_jsonl
 from safetensors.torch import load_file
-from tiny import TURN_END, make_tiny, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SCRIPT = "pretraining.py"

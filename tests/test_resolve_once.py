@@ -4,10 +4,10 @@ from collections import Counter
 from pathlib import Path
 
 from medicalgpt.models import hub
+from tests.helpers import open_stage, write_jsonl
+from tests.tiny import make_tiny
 
 import pytest
-from helpers import open_stage, write_jsonl
-from tiny import make_tiny
 from transformers import AutoConfig
 
 SFT = "supervised_finetuning.py"

@@ -19,13 +19,13 @@ from medicalgpt.training.checkpoints import (
     find_checkpoint,
 )
 from medicalgpt.training.runs import Run, model_card, next_commands, render_supervision
+from tests.helpers import chat, read_json, write_jsonl
+from tests.tiny import make_tiny, tiny_tokenizer
 
 import pytest
 import torch
-from helpers import chat, read_json, write_jsonl
 from loguru import logger
 from safetensors.torch import save_file
-from tiny import make_tiny, tiny_tokenizer
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 

@@ -9,11 +9,12 @@ import sys
 from argparse import ArgumentParser
 from pathlib import Path
 
+from tests.helpers import ROOT
+from tests.test_docs import Parsed, start
+from tests.tiny import make_tiny
+
 import pytest
 import yaml
-from helpers import ROOT
-from test_docs import Parsed, start
-from tiny import make_tiny
 
 SCRIPTS = sorted((ROOT / "scripts").glob("*.sh"))
 STAGE_SCRIPTS = [path for path in SCRIPTS if path.stem not in ("run_pipeline", "run_tests", "setup", "vllm_deployment")]

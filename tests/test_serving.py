@@ -10,10 +10,10 @@ from medicalgpt.serving.batchers import BatcherClosedError, QueueFullError, make
 from medicalgpt.serving.chat import ChatEngine
 from medicalgpt.serving.generation import GenerationRequest, Sampling
 from tests.families import FAMILIES, make_family
+from tests.tiny import make_tiny
 
 import pytest
 from peft import LoraConfig, get_peft_model
-from tiny import make_tiny
 
 KINDS = ["static", "continuous"]
 GREEDY = Sampling(max_new_tokens=12)

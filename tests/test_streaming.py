@@ -12,11 +12,11 @@ from medicalgpt.data.sources import DataError
 from medicalgpt.data.streaming import Position, StreamedSamples, check_data, fill_blocks
 from medicalgpt.errors import UserError
 from medicalgpt.training.stream_trainer import StreamCollator
+from tests.helpers import open_stage, read_json, run_here, write_jsonl
+from tests.tiny import make_tiny
 
 import pytest
 from datasets import Dataset
-from helpers import open_stage, read_json, run_here, write_jsonl
-from tiny import make_tiny
 from torch.utils.data import DataLoader
 
 # A stream has no end: a fault in it can loop forever.

@@ -17,12 +17,12 @@ from medicalgpt.models.adapters import attach_adapter
 from medicalgpt.models.hub import Adapter, CheckpointError, fingerprint
 from medicalgpt.models.loading import load_model
 from medicalgpt.serving.chat import ChatEngine
+from tests.helpers import ROOT, read_json, run_here, run_program, stop_tokens, write_jsonl
+from tests.tiny import END_OF_TEXT, TURN_END, make_tiny
 
 import pytest
 import torch
-from helpers import ROOT, read_json, run_here, run_program, stop_tokens, write_jsonl
 from safetensors.torch import load_file
-from tiny import END_OF_TEXT, TURN_END, make_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SCRIPT = "supervised_finetuning.py"

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from medicalgpt.data.sources import DataError
 from medicalgpt.errors import UserError
+from tests.helpers import ROOT, run_here, run_program, write_jsonl
+from tests.tiny import make_tiny
 
 import pytest
-from helpers import ROOT, run_here, run_program, write_jsonl
-from tiny import make_tiny
 
 SCRIPT = "validate_jsonl.py"
 GOOD = [

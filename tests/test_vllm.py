@@ -16,10 +16,11 @@ import time
 import urllib.error
 import urllib.request
 
+from tests.families import make_family
+from tests.helpers import ROOT, chat, run_here, write_jsonl
+from tests.vllm_server import SCRIPT, Server, needs_vllm, serving
+
 import pytest
-from families import make_family
-from helpers import ROOT, chat, run_here, write_jsonl
-from vllm_server import SCRIPT, Server, needs_vllm, serving
 
 TOOL = {
     "type": "function",

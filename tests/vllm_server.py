@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.helpers import ROOT
+
 import pytest
-from helpers import ROOT
 
 SCRIPT = ROOT / "scripts" / "vllm_deployment.sh"
 VENV = Path(os.environ.get("VLLM_VENV", ROOT / ".venv-vllm"))

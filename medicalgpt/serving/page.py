@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import html
+import os
 import re
 from collections.abc import AsyncIterator
 
@@ -63,6 +64,8 @@ def launch(page: gr.Blocks, arguments: PageArguments, auth: tuple[str, str] | No
     Raises:
         UserError: the address cannot be listened on.
     """
+    # Gradio has requests of its own that look at this variable alone, whatever the page was built with.
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     # With a password, Gradio itself checks who asks.
     access = [] if auth else [Middleware(AccessMiddleware, refuse=_refuse, protection="--auth")]
     with bound_socket(arguments) as listener:

@@ -154,7 +154,7 @@ from medicalgpt.data.encoding import encode_document
 from medicalgpt.data.formats import to_text
 from medicalgpt.data.loading import load_data
 from medicalgpt.data.tokenizing import encode_rows
-from tiny import tiny_tokenizer
+from tests.tiny import tiny_tokenizer
 data = load_data(DataArguments(train_file_dir={path!r}), to_text)
 print(encode_rows(data, "train", partial(encode_document, tiny_tokenizer(), block_size=50))[:])
 """

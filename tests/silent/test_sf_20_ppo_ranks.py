@@ -25,7 +25,7 @@ DRIVER = """
 import json, os, sys
 from pathlib import Path
 from medicalgpt.errors import run_main
-from tests.silent.test_sf_20_ppo import RUNS, run
+from tests.silent.test_sf_20_ppo_ranks import RUNS, run
 
 place = Path(sys.argv[1])
 

@@ -4,7 +4,7 @@ import os
 
 from tests.helpers import ROOT, open_stage, read_json, run_program, save_model, write_jsonl
 from tests.silent.pairs import STAGES, on_every_stage, pairs, stage_flags
-from tests.silent.test_sf_28_preferences import results, shake
+from tests.silent.test_sf_28_pairs_held_out import results, shake
 from tests.tiny import tiny_tokenizer
 
 import pytest
@@ -17,8 +17,8 @@ from pathlib import Path
 from medicalgpt.errors import run_main
 from tests.helpers import open_stage
 from tests.silent.pairs import STAGES
-from tests.silent.test_sf_20_preferences import flags
-from tests.silent.test_sf_28_preferences import results, shake
+from tests.silent.test_sf_20_preference_ranks import flags
+from tests.silent.test_sf_28_pairs_held_out import results, shake
 
 place = Path(sys.argv[1])
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from medicalgpt.errors import run_main
 from tests.helpers import open_stage
 from tests.silent.tasks import STAGE
-from tests.silent.test_sf_20_grpo import flags, trained
+from tests.silent.test_sf_20_grpo_ranks import flags, trained
 
 place = Path(sys.argv[1])
 
