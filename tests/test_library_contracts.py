@@ -3,7 +3,7 @@
 import ast
 import atexit
 import ctypes
-import importlib
+import importlib.util
 import inspect
 import platform
 import re
@@ -238,3 +238,15 @@ def test_gradients_are_synchronized_on_request():
             assert state.sync_gradients is value
     finally:
         state._set_sync_gradients(before)
+
+
+def test_attributes_of_sharded_parameters():
+    """Read from the files: to import DeepSpeed takes seconds."""
+    spec = importlib.util.find_spec("deepspeed")
+    if spec is None:
+        pytest.skip("DeepSpeed is not installed")
+    folder = Path(spec.origin).parent / "runtime" / "zero"
+    sharding = (folder / "partition_parameters.py").read_text(encoding="utf-8")
+    for name in ("ds_id", "ds_shape", "ds_numel", "ds_tensor"):
+        assert re.search(rf"param\.{name} = ", sharding), name
+    assert re.search(r"self\.bit16_groups\b.* = ", (folder / "stage_1_and_2.py").read_text(encoding="utf-8"))
