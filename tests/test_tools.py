@@ -633,7 +633,7 @@ def test_refused_form_of_a_family_names_those_that_can_be_had(load):
 
 def test_help_lists_the_forms_that_can_be_had():
     text = " ".join(run_program("supervised_finetuning.py", "--help").stdout.split())
-    assert f"are written: {', '.join(COMMON)}. " in text
+    assert f"tool calls: {', '.join(COMMON)}. " in text
 
 
 def test_own_template_takes_no_other_form(load):
