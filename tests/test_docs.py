@@ -3,17 +3,16 @@
 import argparse
 import os
 import re
-import runpy
 import shlex
 import subprocess
 import sys
 from functools import cache
 from pathlib import Path
-from unittest.mock import patch
 
 from docs import build_training_params
 from medicalgpt.errors import UserError
 from medicalgpt.refusals import REFUSED, RENAMED, RENAMED_VALUES
+from tests.docs import Parsed, code_blocks, start
 
 import pytest
 
@@ -34,24 +33,6 @@ BROKEN_ROWS = """\
 """
 
 
-class Parsed(BaseException):
-    """Ends a program once its command line has been read; no program can catch it by accident."""
-
-
-def start(program: Path, arguments: list[str], parse_args) -> None:
-    """Run a program as `__main__` up to its first call of argparse, which `parse_args(parser, args)` answers."""
-
-    def replaced(parser, args=None, namespace=None):
-        parse_args(parser, args)
-        raise Parsed
-
-    with (
-        patch.object(argparse.ArgumentParser, "parse_args", replaced),
-        patch.object(sys, "argv", [program.name, *arguments]),
-    ):
-        runpy.run_path(str(program), run_name="__main__")
-
-
 @cache
 def flags_of(program: Path) -> frozenset[str]:
     """All flags of a program, today's and older spellings."""
@@ -62,11 +43,6 @@ def flags_of(program: Path) -> frozenset[str]:
         pass
     older = {*RENAMED, *RENAMED_VALUES} if "--config" in found else set()
     return frozenset(found) | {f"--{name}" for name in older}
-
-
-def code_blocks(page: Path) -> list[tuple[str, str]]:
-    """(language, text) of each fenced block."""
-    return re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
 
 
 def commands(page: Path) -> list[list[str]]:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from medicalgpt.rewards.reward_check import check_rewards
 from medicalgpt.rewards.rewards import SYSTEM_PROMPT, accuracy_reward, choose_rewards
-from tests.helpers import read_json, run_here, write_jsonl
+from tests.docs import code_blocks
+from tests.helpers import ROOT, read_json, run_here, write_jsonl
 from tests.silent.ppo import make_place, ppo_flags, prompts
 from tests.silent.tasks import task_flags, tasks
-from tests.test_docs import ROOT, code_blocks
 from tests.tiny import make_tiny
 
 import pytest

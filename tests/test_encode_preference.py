@@ -27,7 +27,7 @@ from tests.silent.chats import (
     turn_end_ids,
 )
 from tests.silent.pairs import pair, pairs
-from tests.test_template import TOKENIZERS
+from tests.templates import TOKENIZERS
 from tests.tiny import tiny_tokenizer
 
 import datasets

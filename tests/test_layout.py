@@ -1,6 +1,9 @@
 """The shape of the tree: which module may import which, and how long a file and a function may become."""
 
 import ast
+import textwrap
+from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -34,6 +37,7 @@ LONG_FUNCTIONS: dict[str, tuple[int, str]] = {}
 PROGRAMS = sorted(ROOT.glob("*.py"))
 PACKAGE = sorted((ROOT / "medicalgpt").rglob("*.py"))
 SOURCES = [*PROGRAMS, *PACKAGE, *sorted((ROOT / "docs").glob("*.py")), *sorted((ROOT / "benchmarks").glob("*.py"))]
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 
 def name_of(file: Path) -> str:
@@ -47,6 +51,10 @@ def tree_of(file: Path) -> ast.Module:
 
 def imports_of(file: Path) -> set[str]:
     """Dotted names that a file imports at any depth, what only a type checker reads left out."""
+    return imports_in(tree_of(file))
+
+
+def imports_in(tree: ast.Module) -> set[str]:
 
     def visit(node: ast.AST):
         for child in ast.iter_child_nodes(node):
@@ -57,7 +65,7 @@ def imports_of(file: Path) -> set[str]:
             elif not (isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING")):
                 yield from visit(child)
 
-    return set(visit(tree_of(file)))
+    return set(visit(tree))
 
 
 def wing_of(module: str) -> str | None:
@@ -167,3 +175,28 @@ def test_the_environment_is_not_written_at_import(file):
         )
     ]
     assert not wrong, f"{name_of(file)} writes the environment while it is imported, in line {wrong}"
+
+
+def programs_in(file: Path) -> Iterator[ast.Module]:
+    """The programs that a test holds as text, to start them in other processes."""
+    for node in ast.walk(tree_of(file)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and "import " in node.value:
+            with suppress(SyntaxError, ValueError):
+                yield ast.parse(textwrap.dedent(node.value))
+
+
+def test_tests_do_not_import_each_other():
+    names = {file.stem for file in TESTS if file.stem.startswith("test_")}
+
+    def imported(tree: ast.Module) -> set[str]:
+        return {part for module in imports_in(tree) for part in module.split(".")} & names
+
+    # A program that a test starts may import what it shares with that test.
+    found = {
+        name_of(file): sorted(
+            imported(tree_of(file)).union(*(imported(program) - {file.stem} for program in programs_in(file)))
+        )
+        for file in TESTS
+    }
+    wrong = {name: tests for name, tests in found.items() if tests}
+    assert not wrong, f"tests import from other tests: move what they share into a separate module: {wrong}"

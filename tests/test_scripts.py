@@ -9,8 +9,8 @@ import sys
 from argparse import ArgumentParser
 from pathlib import Path
 
+from tests.docs import Parsed, start
 from tests.helpers import ROOT
-from tests.test_docs import Parsed, start
 from tests.tiny import make_tiny
 
 import pytest

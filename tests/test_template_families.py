@@ -6,7 +6,7 @@ from pathlib import Path
 from medicalgpt.data.encoding import encode_chat
 from medicalgpt.models.templating import EOS
 from template import TEMPLATES, apply_template, get_template
-from tests.test_template import (
+from tests.templates import (
     SYSTEM,
     TOOL,
     assistant,

@@ -11,7 +11,7 @@ from medicalgpt.serving.chat import ChatEngine
 from medicalgpt.serving.generation import GenerationRequest, Sampling
 from template import TEMPLATES, _turns, apply_template, get_template
 from tests.helpers import chat, read_json, run_here, run_program, save_model, write_jsonl
-from tests.test_template import CORE, TOKENIZERS, assistant, byte_level, official, text_of, tool, user
+from tests.templates import CORE, TOKENIZERS, assistant, byte_level, official, text_of, tool, user
 from tests.tiny import tiny_tokenizer
 
 import pytest

@@ -4,7 +4,7 @@ import json
 
 from medicalgpt.data.formats import to_messages
 from template import TEMPLATES, apply_template
-from tests.test_template import CORE, NO_SYSTEM, NO_TOOLS, THINKING, TOKENIZERS
+from tests.templates import CORE, NO_SYSTEM, NO_TOOLS, THINKING, TOKENIZERS
 
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase

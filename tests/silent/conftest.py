@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+# Its asserts are to show what they compared, like those of the tests.
+pytest.register_assert_rewrite("tests.silent.row_counts")
+
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():

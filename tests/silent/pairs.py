@@ -90,6 +90,12 @@ def shake(model: torch.nn.Module) -> None:
                 parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
 
 
+def results(metrics: dict[str, float]) -> dict[str, float]:
+    """What an evaluation says of the model, without how long it took."""
+    timed = ("epoch", "_time", "_runtime", "_per_second")
+    return {name: value for name, value in metrics.items() if not name.endswith(timed)}
+
+
 def trl_dpo(args: Any, model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
     """Loss and metrics that TRL's trainer gives a batch which holds the reference's log-probabilities.
 

@@ -10,7 +10,7 @@ from medicalgpt.training.runs import GreedyAnswers
 from template import TEMPLATES, apply_template
 from tests.helpers import chat, open_stage, save_model, write_jsonl
 from tests.silent.chats import PAIRS, conversation
-from tests.test_template import CASES, CORE, SUPPORTED, TOKENIZERS, repeats_bos
+from tests.templates import CASES, CORE, SUPPORTED, TOKENIZERS, repeats_bos
 
 import pytest
 

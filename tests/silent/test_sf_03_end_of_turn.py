@@ -6,7 +6,7 @@ from medicalgpt.serving.chat import ChatEngine
 from medicalgpt.serving.generation import Sampling
 from template import apply_template
 from tests.helpers import chat, run_here, save_model, write_jsonl
-from tests.test_template import CASES, SUPPORTED, TOKENIZERS
+from tests.templates import CASES, SUPPORTED, TOKENIZERS
 from tests.tiny import tiny_tokenizer
 
 import pytest

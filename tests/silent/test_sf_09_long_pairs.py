@@ -5,8 +5,8 @@ import math
 from medicalgpt.data.sources import DataError
 from medicalgpt.errors import UserError
 from tests.helpers import read_json, save_model
+from tests.silent.callbacks import Watch
 from tests.silent.pairs import on_every_stage, open_pairs, pair
-from tests.silent.test_sf_09_no_truncation import Watch
 from tests.tiny import tiny_tokenizer
 
 import pytest

@@ -4,11 +4,11 @@ import math
 
 from medicalgpt.data.sources import DataError
 from tests.helpers import open_stage, read_json, run_program, write_jsonl
+from tests.silent.callbacks import Watch
 from tests.tiny import make_tiny
 
 import pytest
 import torch
-from transformers import TrainerCallback
 
 LIMIT = 80
 SHORT = [{"prompt": f"Question {n}?", "response": "Rest. " * n} for n in (1, 2, 4)]
@@ -34,21 +34,6 @@ def flags(folder, tmp_path, *more):
         *("--model_max_length", LIMIT, "--sample_prompts", 0, "--save_strategy", "no", "--logging_steps", 1),
         *("--per_device_train_batch_size", 2, "--learning_rate", 1e-3, "--use_peft", "False", *more),
     ]
-
-
-class Watch(TrainerCallback):
-    """Loss and gradient norm of every step."""
-
-    def __init__(self):
-        self.losses, self.gradients = [], []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        norms = [parameter.grad.norm() for parameter in model.parameters() if parameter.grad is not None]
-        self.gradients.append(torch.stack(norms).norm().item())
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" in logs:
-            self.losses.append(logs["loss"])
 
 
 @pytest.mark.parametrize("long", [LONG_ANSWER, LONG_LATER, LONG_PROMPT])

@@ -19,7 +19,7 @@ from medicalgpt.serving.chat import ChatEngine
 from medicalgpt.serving.generation import Sampling
 from template import apply_template
 from tests.helpers import read_json, run_here, save_model, write_jsonl
-from tests.test_template import TOKENIZERS
+from tests.templates import TOKENIZERS
 
 import gradio as gr
 import pytest

@@ -18,7 +18,7 @@ from tests.silent.chats import (
     supervised_runs,
     turns_of,
 )
-from tests.test_template import CORE, NO_SYSTEM, TOKENIZERS
+from tests.templates import CORE, NO_SYSTEM, TOKENIZERS
 
 import pytest
 from transformers import AutoModelForCausalLM

@@ -16,7 +16,7 @@ from tests.silent.chats import (
     turn_end_ids,
     turns_of,
 )
-from tests.test_template import TOKENIZERS
+from tests.templates import TOKENIZERS
 
 import pytest
 

@@ -1,8 +1,8 @@
 """A GRPO run that was stopped and resumed asks the prompts and samples the answers of a run without a stop."""
 
 from tests.helpers import read_json
+from tests.silent.callbacks import Kill
 from tests.silent.tasks import noted, open_tasks, tasks
-from tests.silent.test_sf_19_resume import Kill
 from tests.tiny import make_tiny
 
 import pytest

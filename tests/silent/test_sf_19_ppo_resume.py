@@ -4,8 +4,8 @@ import shutil
 
 from medicalgpt.errors import UserError
 from tests.helpers import read_json, write_jsonl
+from tests.silent.callbacks import Kill
 from tests.silent.ppo import make_place, open_ppo, prompts
-from tests.silent.test_sf_19_resume import Kill
 
 import pytest
 import torch

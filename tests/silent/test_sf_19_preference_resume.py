@@ -1,8 +1,8 @@
 """A run on pairs that was stopped and resumed has the losses, metrics and counts of a run without a stop."""
 
 from tests.helpers import read_json, save_model
+from tests.silent.callbacks import Kill
 from tests.silent.pairs import on_every_stage, open_pairs, pairs
-from tests.silent.test_sf_19_resume import Kill
 from tests.tiny import tiny_tokenizer
 
 import pytest

@@ -6,10 +6,10 @@ import shutil
 
 from medicalgpt.errors import UserError
 from tests.helpers import open_stage, read_json, write_jsonl
+from tests.silent.callbacks import Kill
 from tests.tiny import make_tiny
 
 import pytest
-from transformers import TrainerCallback
 
 STEPS = 12
 # Length, whether rows are packed, and how they are read: (stage, flags).
@@ -51,15 +51,6 @@ def opened(place, name, output, *more):
 
     run.trainer.training_step = noting
     return run, seen
-
-
-class Kill(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
 
 
 def steps(output):

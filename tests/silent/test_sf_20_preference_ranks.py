@@ -3,8 +3,7 @@
 import os
 
 from tests.helpers import ROOT, open_stage, read_json, run_program, save_model, write_jsonl
-from tests.silent.pairs import STAGES, on_every_stage, pairs, stage_flags
-from tests.silent.test_sf_28_pairs_held_out import results, shake
+from tests.silent.pairs import STAGES, on_every_stage, pairs, results, shake, stage_flags
 from tests.tiny import tiny_tokenizer
 
 import pytest
@@ -16,9 +15,8 @@ import json, os, sys
 from pathlib import Path
 from medicalgpt.errors import run_main
 from tests.helpers import open_stage
-from tests.silent.pairs import STAGES
+from tests.silent.pairs import STAGES, results, shake
 from tests.silent.test_sf_20_preference_ranks import flags
-from tests.silent.test_sf_28_pairs_held_out import results, shake
 
 place = Path(sys.argv[1])
 

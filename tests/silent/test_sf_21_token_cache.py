@@ -148,7 +148,7 @@ def test_order_and_place_of_rows_count(path, log, tmp_path):
 PROGRAM = """
 import sys
 from functools import partial
-sys.path.append({tests!r})
+sys.path.append({root!r})
 from medicalgpt.args import DataArguments
 from medicalgpt.data.encoding import encode_document
 from medicalgpt.data.formats import to_text
@@ -166,7 +166,7 @@ def test_other_code_gives_other_tokens(tmp_path):
     shutil.copytree(ROOT / "medicalgpt", project / "medicalgpt")
     shutil.copy(ROOT / "template.py", project)
     path = write_jsonl(tmp_path / "texts.jsonl", [{"text": "abc"}])
-    program = PROGRAM.format(tests=str(ROOT / "tests"), path=path)
+    program = PROGRAM.format(root=str(ROOT), path=path)
 
     def run():
         done = subprocess.run(
@@ -284,11 +284,11 @@ def documents(tmp_path, texts):
     [
         (partial(encode_document, tiny_tokenizer(), block_size=3, end=object()), "a object among the arguments"),
         (partial(encode_document, tiny_tokenizer(), block_size=Path("3")), "among the arguments"),
-        (partial(Holder().encode), "no function of a module"),
-        (partial(lambda tokenizer, row: [Sample([1], [1])], tiny_tokenizer()), "no function of a module"),
+        (partial(Holder().encode), "not a function of a module"),
+        (partial(lambda tokenizer, row: [Sample([1], [1])], tiny_tokenizer()), "not a function of a module"),
         (partial(broken, tiny_tokenizer(), stop_at={"a"}), "a set among the arguments"),
         (partial(broken, "no tokenizer"), "str is not a fast tokenizer"),
-        (partial(broken), "0 arguments without a name"),
+        (partial(broken), "0 positional arguments"),
     ],
 )
 def test_what_a_key_cannot_hold_is_not_kept(tmp_path, encode, reason):
@@ -367,7 +367,7 @@ def test_a_program_killed_while_it_writes_leaves_no_entry(tmp_path, log, folder)
 
 
 def test_a_killed_process_of_many_is_named(tmp_path, folder):
-    with pytest.raises(UserError, match="a process that tokenizes was killed"):
+    with pytest.raises(UserError, match="a tokenizing process was killed"):
         encode_rows(documents(tmp_path, ["a"] * 500), "train", partial(kill, tiny_tokenizer()), 2)
     assert whole(folder) == []
 

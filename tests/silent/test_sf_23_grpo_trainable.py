@@ -2,7 +2,7 @@
 
 from tests.families import Followed
 from tests.silent.tasks import open_tasks, tasks
-from tests.silent.test_sf_23_trainable import LINEAR, declared
+from tests.silent.trainable import LINEAR, declared
 from tests.tiny import make_tiny
 
 import pytest

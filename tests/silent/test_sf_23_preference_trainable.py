@@ -3,7 +3,7 @@
 from tests.families import Followed
 from tests.helpers import read_json, save_model
 from tests.silent.pairs import on_every_stage, open_pairs, pairs
-from tests.silent.test_sf_23_trainable import LINEAR, declared
+from tests.silent.trainable import LINEAR, declared
 from tests.tiny import tiny_tokenizer
 
 import pytest

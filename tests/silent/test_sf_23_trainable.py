@@ -1,16 +1,14 @@
 """What is said to be trained gets a gradient and moves; nothing else does."""
 
-import re
-
 from tests.families import Followed, make_family
 from tests.helpers import open_stage, read_json, save_model, write_jsonl
+from tests.silent.trainable import LINEAR, declared
 from tests.tiny import tiny_tokenizer
 
 import pytest
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 # flags -> modules with an adapter, modules that are trained in full.
 CASES = {
     "all linear": ([], LINEAR, set()),
@@ -31,15 +29,6 @@ STAGES = {
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("sf23")
     return {tied: save_model(root / f"tied-{tied}", tiny_tokenizer(), tied=tied) for tied in (False, True)}
-
-
-def declared(name, adapters, full):
-    """Whether the flags ask for this parameter to be trained."""
-    if adapters is None:
-        return True
-    module = re.sub(r"\.(lora_[AB]|modules_to_save)\.default|\.weight|\.original_module|\.base_layer", "", name)
-    module = module.rpartition(".")[2]
-    return module in adapters if ".lora_" in name else module in full and ".modules_to_save.default." in name
 
 
 @pytest.mark.parametrize("tied", [False, True])

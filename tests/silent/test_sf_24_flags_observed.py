@@ -1,15 +1,26 @@
 """Each flag is seen to do what it says before the first step, and a run whose flag has no effect is stopped."""
 
 from medicalgpt.errors import UserError
-from tests.helpers import Opened, open_stage, read_json, save_model, write_jsonl
+from tests.helpers import Opened, open_stage, save_model, write_jsonl
+from tests.silent.settings import (
+    LINEAR,
+    adapter_frozen,
+    adapter_in_bfloat16,
+    autocast_off,
+    base_trained,
+    no_accumulation,
+    no_checkpointing,
+    one_layer_unquantized,
+    other_rate,
+    smaller_batch,
+    table,
+)
 from tests.tiny import tiny_tokenizer
 
 import pytest
 import torch
-from torch import nn
 from torch.nn.functional import linear
 
-LINEAR = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
 ADAPTER = "rank 8, scale 2, dropout 0.05 on 14 layers"
 FULL = ("--use_peft", "False")
 # Rows of like length would hide noise that is scaled by the length of the longest one.
@@ -35,11 +46,6 @@ def open_run(base, tmp_path):
         )
 
     return make
-
-
-def table(opened: Opened) -> dict[str, dict]:
-    """The table of a run by the names of its lines."""
-    return {line["name"]: line for line in read_json(opened.run.output_dir / "run.json")["observed"]}
 
 
 # flags -> lines, each with what is observed.
@@ -129,21 +135,6 @@ def base_in_bfloat16(trainer):
             parameter.data = parameter.data.bfloat16()
 
 
-def adapter_in_bfloat16(trainer):
-    for parameter in trainer.model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.bfloat16()
-
-
-def autocast_off(trainer):
-    trainer.accelerator.native_amp = False
-
-
-def one_layer_unquantized(trainer):
-    layer = trainer.model.get_base_model().model.layers[0].mlp.up_proj
-    layer.base_layer = nn.Linear(layer.base_layer.in_features, layer.base_layer.out_features, bias=False)
-
-
 def other_scale(trainer):
     trainer.model.get_base_model().model.layers[0].mlp.up_proj.scaling["default"] = 1.0
 
@@ -151,14 +142,6 @@ def other_scale(trainer):
 def one_adapter_less(trainer):
     layer = trainer.model.get_base_model().model.layers[0]
     layer.mlp.up_proj = layer.mlp.up_proj.base_layer
-
-
-def adapter_frozen(trainer):
-    trainer.model.get_base_model().model.layers[0].mlp.up_proj.lora_A.default.weight.requires_grad_(False)
-
-
-def base_trained(trainer):
-    trainer.model.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight.requires_grad_(True)
 
 
 def frozen_layer_trained(trainer):
@@ -182,10 +165,6 @@ def frozen_in_the_optimizer(trainer):
     trainer.optimizer = torch.optim.AdamW(trainer.model.parameters(), lr=2e-4, fused=True)
 
 
-def other_rate(trainer):
-    trainer.args.learning_rate = 1e-5
-
-
 def one_rate_for_all(trainer):
     trainer.loraplus_lr_ratio = None
 
@@ -196,14 +175,6 @@ def other_schedule(trainer):
 
 def no_warmup(trainer):
     trainer.args.warmup_steps = 0
-
-
-def smaller_batch(trainer):
-    trainer._train_batch_size = 1
-
-
-def no_accumulation(trainer):
-    trainer.args.gradient_accumulation_steps = 1
 
 
 def mask_of_ones(trainer):
@@ -248,10 +219,6 @@ def noise_in_evaluation(trainer):
 
 def noise_unasked(trainer):
     trainer.args.neftune_noise_alpha = 5.0
-
-
-def no_checkpointing(trainer):
-    trainer.args.gradient_checkpointing = False
 
 
 LIES = [

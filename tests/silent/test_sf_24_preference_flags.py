@@ -3,7 +3,7 @@
 from medicalgpt.errors import UserError
 from tests.helpers import open_stage, read_json, run_here
 from tests.silent.pairs import on_every_stage, open_pairs, pairs, stage_flags
-from tests.silent.test_sf_24_flags_observed import (
+from tests.silent.settings import (
     LINEAR,
     adapter_frozen,
     adapter_in_bfloat16,

@@ -4,7 +4,7 @@ import json
 
 from tests.helpers import open_stage, read_json, save_model, write_jsonl
 from tests.silent.pairs import on_every_stage, pair, pairs, questions, stage_flags
-from tests.silent.test_sf_25_balance_of_rows import SKIP, balance, check, logged
+from tests.silent.row_counts import SKIP, balance, check, logged
 from tests.tiny import tiny_tokenizer
 
 import pytest

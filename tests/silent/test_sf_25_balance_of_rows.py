@@ -2,9 +2,9 @@
 
 import json
 import re
-from collections import Counter
 
 from tests.helpers import open_stage, read_json, run_program, save_model, write_jsonl
+from tests.silent.row_counts import SKIP, balance, check, logged
 from tests.tiny import tiny_tokenizer
 
 import pytest
@@ -20,7 +20,6 @@ BAD = [
     ["no object"],
     {"messages": [{"role": "assistant", "content": "first"}, {"role": "user", "content": "last"}]},
 ]
-SKIP = ["--skip_bad_rows", "True", "--skip_long_rows", "True"]
 
 
 @pytest.fixture(scope="module")
@@ -43,33 +42,6 @@ def asked(dataset, tokenizer):
 
 def questions(rows):
     return sorted(row["prompt"] for row in rows)
-
-
-def balance(entries, side):
-    """rows, used and left out by reason of one side, and the same for each file, each of them in balance."""
-    of_side = [entry for entry in entries if entry["side"] == side]
-    for entry in of_side:
-        assert entry["rows"] == entry["used"] + sum(entry["left_out"].values()) and entry["used"] >= 0
-    left_out = sum((Counter(entry["left_out"]) for entry in of_side), Counter())
-    return sum(entry["rows"] for entry in of_side), sum(entry["used"] for entry in of_side), dict(left_out)
-
-
-def logged(text, side):
-    """The same numbers as the log gives them."""
-    rows, used, reasons = re.search(rf"{side} +(\d+) rows in \d+ file\(s\), used (\d+), left out: (.*)", text).groups()
-    counted = [reason.split(" ", 1) for reason in reasons.split(", ") if reasons != "none"]
-    return int(rows), int(used), {name: int(count) for count, name in counted}
-
-
-def check(opened, capsys, side, rows, used, left_out):
-    """run.json, log and what the trainer has say the same."""
-    log = capsys.readouterr().err
-    opened.finish()
-    entries = read_json(opened.run.output_dir / "run.json")["data"]
-    dataset = {"train": opened.trainer.train_dataset, "validation": opened.trainer.eval_dataset}[side]
-    assert balance(entries, side) == logged(log, side) == (rows, used, left_out)
-    assert len(dataset) == used
-    return entries, dataset
 
 
 def test_folder_with_rows_of_all_kinds(folder, tmp_path, capsys):

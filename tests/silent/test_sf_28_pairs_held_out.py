@@ -2,7 +2,7 @@
 
 from medicalgpt.errors import UserError
 from tests.helpers import open_stage, save_model, write_jsonl
-from tests.silent.pairs import on_every_stage, pair, pairs, plain_losses, shake, stage_flags
+from tests.silent.pairs import on_every_stage, pair, pairs, plain_losses, results, shake, stage_flags
 from tests.tiny import tiny_tokenizer
 
 import pytest
@@ -12,12 +12,6 @@ import torch
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("sf28"), tiny_tokenizer())
-
-
-def results(metrics):
-    """What an evaluation says of the model, without how long it took."""
-    timed = ("epoch", "_time", "_runtime", "_per_second")
-    return {name: value for name, value in metrics.items() if not name.endswith(timed)}
 
 
 @pytest.mark.parametrize("use_peft", [True, False])

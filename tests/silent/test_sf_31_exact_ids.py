@@ -15,7 +15,7 @@ from tests.silent.chats import (
     turn_end_ids,
     turns_of,
 )
-from tests.test_template import CORE, TOKENIZERS
+from tests.templates import CORE, TOKENIZERS
 
 import pytest
 
