@@ -3,10 +3,10 @@
     python build_tiny_model.py --output_dir outputs/tiny-base
     python pretraining.py --model_name_or_path outputs/tiny-base --train_file_dir data/pretrain --output_dir outputs/pt
 
-The architecture is Qwen3 with tied embeddings and about 4 million parameters, so whatever runs with it runs with real
-models too. The tokenizer is a byte-level BPE (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909) trained on the
-sample texts: any text can be encoded and decoded without loss. Nothing is downloaded. It knows nothing before
-pretraining, and after all stages only the few facts in the samples.
+The architecture is Qwen3 with tied embeddings and about 4 million parameters, so what runs with it also runs with real
+models. The tokenizer is a byte-level BPE (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909) trained on the
+sample texts: any text can be encoded and decoded without loss. Nothing is downloaded. The model knows nothing
+before pretraining, and after all stages only the few facts in the samples.
 
 In `output_dir`: config.json, generation_config.json, model.safetensors and the tokenizer with the `chatml` template.
 """
@@ -33,7 +33,7 @@ BYTES = 256
 
 
 def main() -> None:
-    """Train the tokenizer, draw the weights, save both."""
+    """Train the tokenizer, initialize the weights, save both."""
     args = parse_args()
     setup_logging()
     check_output_dir(args.output_dir, args.overwrite_output_dir)
@@ -41,7 +41,7 @@ def main() -> None:
 
     tokenizer = train_tokenizer(training_texts(args.data_dir), args.vocab_size, args.max_position_embeddings)
     stop = apply_template(tokenizer, "chatml")
-    # A base model ends texts, not turns: fine-tuning makes the turn end its end token.
+    # A base model ends texts, not turns: fine-tuning makes the turn end the EOS token.
     tokenizer.eos_token = END_OF_TEXT
     model = build_model(tokenizer, stop_token_ids(tokenizer, stop), args)
 
@@ -60,13 +60,13 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--output_dir", type=Path, required=True, help="where to save the model")
     parser.add_argument("--data_dir", type=Path, default=Path("data"), help="folder with pretrain/ and finetune/")
-    parser.add_argument("--vocab_size", type=int, default=4096, help="tokens, special tokens and bytes included")
+    parser.add_argument("--vocab_size", type=int, default=4096, help="tokens, including special tokens and bytes")
     parser.add_argument("--hidden_size", type=int, default=256)
     parser.add_argument("--intermediate_size", type=int, default=704)
     parser.add_argument("--num_layers", type=int, default=4)
     parser.add_argument("--num_heads", type=int, default=4)
-    parser.add_argument("--num_kv_heads", type=int, default=2, help="heads of keys and values; divides --num_heads")
-    parser.add_argument("--max_position_embeddings", type=int, default=2048, help="longest context in tokens")
+    parser.add_argument("--num_kv_heads", type=int, default=2, help="key-value heads; must divide --num_heads")
+    parser.add_argument("--max_position_embeddings", type=int, default=2048, help="maximum context length in tokens")
     parser.add_argument("--seed", type=int, default=42, help="seed of the random weights")
     parser.add_argument("--overwrite_output_dir", action="store_true", help="replace a model that is already there")
     args = parser.parse_args()
@@ -80,7 +80,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def check_output_dir(output_dir: Path, overwrite: bool) -> None:
-    """Raises UserError if a model would be replaced and `overwrite` is False."""
+    """Raise UserError if a model would be replaced and `overwrite` is False."""
     present = sorted(
         path.name for path in output_dir.glob("*") if path.name == "config.json" or path.suffix == ".safetensors"
     )
@@ -92,10 +92,10 @@ def check_output_dir(output_dir: Path, overwrite: bool) -> None:
 
 
 def training_texts(data_dir: Path) -> Iterator[str]:
-    """Every training text below `data_dir`: the documents of pretrain/ and the turns of finetune/, in any known format.
+    """Every training text in `data_dir`: the documents of pretrain/ and the turns of finetune/, in any known format.
 
     Raises:
-        UserError: if a folder is missing or holds a row that cannot be used.
+        UserError: a folder is missing, or contains a row that cannot be used.
     """
     for folder, convert in (("pretrain", to_text), ("finetune", to_messages)):
         arguments = DataArguments(train_file_dir=str(data_dir / folder))
@@ -105,12 +105,12 @@ def training_texts(data_dir: Path) -> Iterator[str]:
             if "text" in row:
                 yield row["text"]
             else:
-                # The template writes a role before each turn; seen in every row, each role becomes one token.
+                # The template writes the role before each turn; given with every row, each role becomes one token.
                 yield from (*ROLES, *(message["content"] for message in row["messages"]))
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE in which every Han character is a unit of its own.
+    """Train a byte-level BPE in which every Han character is a separate unit.
 
     A BPE trained on little Chinese text merges across words, so the same name is split differently in each sentence
     and a small model cannot learn it. Splitting at Han characters first makes every frequent character one token, the

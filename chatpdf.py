@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medicalgpt.args import ChatArguments, PageArguments
-from medicalgpt.data.sources import Problem, listed, read_rows
+from medicalgpt.data.sources import Problem, format_problems, read_rows
 from medicalgpt.errors import UserError, run_main
 from medicalgpt.logs import heartbeat, setup_logging
 from medicalgpt.parser import parse_args
@@ -63,7 +63,7 @@ from medicalgpt.rag.retrieval import (
 from medicalgpt.refusals import refused_in
 from medicalgpt.serving.chat import ChatEngine
 from medicalgpt.serving.generation import GenerationRequest, Sampling, sampling_from
-from medicalgpt.serving.terminal import note, say, typed_lines
+from medicalgpt.serving.terminal import print_answer, print_note, read_lines
 
 import numpy as np
 from loguru import logger
@@ -92,35 +92,35 @@ class FileArguments(PageArguments):
     model_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": "Hub name, local folder, or the folder of an adapter. --search and --evaluate do without.",
+            "help": "Hub name, local folder, or the folder of an adapter. Not needed for --search and --evaluate.",
             "aliases": ["--base_model"],
         },
     )
     files: list[str] | None = field(
         default=None,
-        metadata={"help": "Files, and folders with their subfolders.", "aliases": ["--corpus_files"]},
+        metadata={"help": "Files and folders; folders are searched recursively.", "aliases": ["--corpus_files"]},
     )
     query: str | None = field(default=None, metadata={"help": "Answer this one question."})
     interactive: bool = field(
-        default=False, metadata={"help": "Talk in the terminal. The default if nothing else is requested."}
+        default=False, metadata={"help": "Chat in the terminal. The default if no other mode is given."}
     )
     search: str | None = field(default=None, metadata={"help": "Show the passages for this question, without a model."})
     evaluate: bool = field(default=False, metadata={"help": "Measure on data/rag, or on --files and --questions."})
-    page: bool = field(default=False, metadata={"help": "Serve a page for uploads.", "aliases": ["--webui"]})
+    page: bool = field(default=False, metadata={"help": "Serve a web page with uploads.", "aliases": ["--webui"]})
     questions: str | None = field(
-        default=None, metadata={"help": "Questions of --evaluate, a .jsonl file as data/rag/questions.jsonl."}
+        default=None, metadata={"help": "Questions for --evaluate, a .jsonl file like data/rag/questions.jsonl."}
     )
-    output_file: str | None = field(default=None, metadata={"help": "JSON file for the numbers of --evaluate."})
+    output_file: str | None = field(default=None, metadata={"help": "JSON file for the results of --evaluate."})
     overwrite_output_file: bool = field(default=False, metadata={"help": "Replace --output_file if it exists."})
-    num_passages: int = field(default=5, metadata={"help": "Passages that are put before the question."})
+    num_passages: int = field(default=5, metadata={"help": "Number of passages put before the question."})
     chunk_size: int = field(
-        default=220, metadata={"help": "Size of a passage: a Chinese character or a word of other scripts counts one."}
+        default=220, metadata={"help": "Size of a passage; a Chinese character or a word of another script is one."}
     )
     chunk_overlap: int = field(
-        default=40, metadata={"help": "Whole sentences up to this size are repeated in the next passage."}
+        default=40, metadata={"help": "Complete sentences up to this size are repeated in the next passage."}
     )
     num_expand_context_chunk: int = field(
-        default=0, metadata={"help": "Show each passage with this many neighbours on either side."}
+        default=0, metadata={"help": "Add this many neighboring passages on each side of a passage."}
     )
     min_coverage: float = field(
         # Chosen on data/rag: few questions that have an answer fall below it, and four in ten of the others, most of
@@ -128,7 +128,7 @@ class FileArguments(PageArguments):
         default=0.23,
         metadata={
             "help": "Say that nothing was found if the three best passages have less than this share of the question's "
-            "terms, weighed by how rare they are. 0 always asks the model."
+            "terms, weighted by rarity. 0: always ask the model."
         },
     )
     sim_model_name: str | None = field(
@@ -138,14 +138,14 @@ class FileArguments(PageArguments):
     min_similarity: float | None = field(
         default=None,
         metadata={
-            "help": "With --sim_model_name: ask the model also if a passage is at least this similar (cosine). The "
+            "help": "With --sim_model_name: also ask the model if a passage has at least this cosine similarity. The "
             "scale differs between embedding models, so there is no default."
         },
     )
     index_dir: str | None = field(
         default=None,
         metadata={
-            "help": "Where passages and embeddings of --files are kept from run to run, readable by their owner alone. "
+            "help": "Folder in which passages and embeddings of --files are cached, readable only by their owner. "
             "Default: medicalgpt/chatpdf in the user's cache folder (~/.cache)."
         },
     )
@@ -185,7 +185,7 @@ def choose_mode(arguments: FileArguments) -> str:
     if not modes and sys.stdin.isatty():
         modes = ["interactive"]
     if len(modes) != 1:
-        found = " and ".join(f"--{name}" for name in modes) or "none, and the input is no terminal"
+        found = " and ".join(f"--{name}" for name in modes) or "none, and the input is not a terminal"
         raise UserError(
             "choose exactly one of --query TEXT, --interactive, --search TEXT, --evaluate and --page True "
             f"(found: {found})."
@@ -196,25 +196,25 @@ def choose_mode(arguments: FileArguments) -> str:
         "page": names_of(PageArguments) - names_of(ChatArguments),
     }
     problems = [
-        f"--{name} has no effect without --{owner}; leave it out."
+        f"--{name} has no effect without --{owner}; omit it."
         for owner, names in only.items()
         for name in sorted(names & given)
         if owner != mode
     ]
     if mode in ("evaluate", "search") and not arguments.model_name_or_path:
         of_answers = names_of(ChatArguments) - {"cache_dir"} | ({"num_passages"} if mode == "evaluate" else set())
-        problems += [f"--{name} has no effect without a model; leave it out." for name in sorted(of_answers & given)]
+        problems += [f"--{name} has no effect without a model; omit it." for name in sorted(of_answers & given)]
     elif mode != "search" and not arguments.model_name_or_path:
-        problems.append(f"--{mode} needs a model: add --model_name_or_path outputs-sft, say.")
+        problems.append(f"--{mode} needs a model: for example --model_name_or_path outputs-sft.")
     if mode == "search" and arguments.model_name_or_path:
-        problems.append("--model_name_or_path has no effect with --search; leave it out, or say --query.")
+        problems.append("--model_name_or_path has no effect with --search; omit it, or use --query.")
     if not arguments.files and mode not in ("evaluate", "page"):
-        problems.append("--files is missing: name files or folders.")
+        problems.append("--files is missing: pass files or folders.")
     if bool(arguments.files) != bool(arguments.questions) and mode == "evaluate":
         problems.append("--evaluate takes both --files and --questions, or neither for data/rag.")
     for name in ("query", "search"):
         if getattr(arguments, name) is not None and not getattr(arguments, name).strip():
-            problems.append(f"--{name} is empty; give it a question.")
+            problems.append(f"--{name} is empty; pass a question.")
     for name, least in (("num_passages", 1), ("chunk_size", 20), ("chunk_overlap", 0), ("num_expand_context_chunk", 0)):
         if getattr(arguments, name) < least:
             problems.append(f"--{name} is {getattr(arguments, name)}, it must be at least {least}.")
@@ -223,7 +223,7 @@ def choose_mode(arguments: FileArguments) -> str:
     if not 0 <= arguments.min_coverage <= 1:
         problems.append(f"--min_coverage is {arguments.min_coverage}, it must be from 0 to 1.")
     if arguments.min_similarity is not None and not arguments.sim_model_name:
-        problems.append("--min_similarity has no effect without --sim_model_name; leave it out.")
+        problems.append("--min_similarity has no effect without --sim_model_name; omit it.")
     if arguments.temperature == 0:
         problems += [
             f"--{name} has no effect at --temperature 0." for name in ("top_p", "top_k", "seed") if name in given
@@ -238,10 +238,10 @@ def names_of(cls: type) -> set[str]:
 
 
 def read_collection(arguments: FileArguments) -> "Collection":
-    """Read all files, from the index where they are unchanged.
+    """Read all files, from the index if they are unchanged.
 
     Raises:
-        UserError: any file cannot be read; all of them are named.
+        UserError: files cannot be read; all of them are named.
     """
     embedder = Embedder(arguments.sim_model_name, arguments.cache_dir) if arguments.sim_model_name else None
     if arguments.page and not arguments.files:
@@ -305,7 +305,7 @@ def reply(
     if prompt is None:
         print(UNKNOWN[language_of(question)], flush=True)
         return ""
-    answer = say(engine, GenerationRequest(prompt.prompt_ids, sampling))
+    answer = print_answer(engine, GenerationRequest(prompt.prompt_ids, sampling))
     print("", *format_sources(answer, prompt.sources), sep="\n", flush=True)
     return answer
 
@@ -313,34 +313,34 @@ def reply(
 def talk(engine: ChatEngine, sampling: Sampling, collection: Collection, arguments: FileArguments) -> None:
     """A conversation about the files, until /exit, Ctrl-D, or the end of the input."""
     history: list[dict[str, str]] = []
-    for line in typed_lines():
+    for line in read_lines():
         if line == "/exit":
             return
         elif line == "/clear":
             history.clear()
-            note("The conversation is forgotten.")
+            print_note("The conversation is forgotten.")
         elif line == "/help":
-            note(HELP)
+            print_note(HELP)
         elif re.fullmatch("/[a-z]+", line):
-            note(f"There is no command {line}; /help lists them.")
+            print_note(f"There is no command {line}; /help lists them.")
         elif line:
             try:
                 answer = reply(engine, sampling, collection, arguments, history, line)
             except UserError as error:
-                note(f"error: {error}\nThis turn was left out of the conversation.")
+                print_note(f"error: {error}\nThis turn was not added to the conversation.")
                 continue
-            # Without their passages, which would fill the context; an empty turn would teach the model to say nothing.
+            # Without the passages, which would fill the context; the model would imitate an empty answer.
             if answer:
                 history += [{"role": "user", "content": line}, {"role": "assistant", "content": answer}]
 
 
 def show_passages(collection: Collection, arguments: FileArguments) -> None:
-    """Print the passages that a model would be given, whole."""
+    """Print the passages that a model would be given, in full."""
     found = collection.search(arguments.search)
     similarity = "" if found.similarity is None else f", largest similarity {found.similarity:.2f}"
     is_enough = is_relevant(found, arguments.min_similarity, arguments.min_coverage)
     verdict = "a model would be asked" if is_enough else "the answer would be that nothing was found"
-    note(f"{found.coverage:.0%} of the question's terms are in the best passages{similarity}: {verdict}")
+    print_note(f"{found.coverage:.0%} of the question's terms are in the best passages{similarity}: {verdict}")
     sources = build_sources(collection, found, arguments.num_passages, arguments.num_expand_context_chunk)
     for number, source in enumerate(sources, start=1):
         print(f"[{number}] {source.place}\n{source.text}\n")
@@ -348,7 +348,7 @@ def show_passages(collection: Collection, arguments: FileArguments) -> None:
 
 @dataclass(frozen=True)
 class Question:
-    """A row of --questions. `file` is None where the files hold no answer; otherwise `evidence` is a passage of it."""
+    """A row of --questions. `file` is None if the files have no answer; otherwise `evidence` is a quotation from it."""
 
     question: str
     language: str
@@ -357,14 +357,14 @@ class Question:
     evidence: str = ""
 
     def answered_by(self, passage: Passage) -> bool:
-        right_page = self.page is None or passage.page == self.page
-        return Path(passage.file).name == self.file and right_page and normalize(self.evidence) in passage.normalized
+        same_page = self.page is None or passage.page == self.page
+        return Path(passage.file).name == self.file and same_page and normalize(self.evidence) in passage.normalized
 
 
 def read_questions(arguments: FileArguments) -> list[Question]:
-    """Raises UserError if a row is broken, all of them named, or --output_file exists."""
+    """Raise UserError if rows are broken, naming all of them, or if --output_file exists."""
     if arguments.output_file and Path(arguments.output_file).exists() and not arguments.overwrite_output_file:
-        raise UserError(f"{arguments.output_file} exists. Name another file, or add --overwrite_output_file.")
+        raise UserError(f"{arguments.output_file} exists. Choose another file, or add --overwrite_output_file.")
     path = Path(arguments.questions or SAMPLES / "questions.jsonl")
     if not path.is_file() or path.suffix != ".jsonl":
         raise UserError(f"--questions {path} must be an existing .jsonl file (looked in {Path.cwd()}).")
@@ -382,7 +382,7 @@ def read_questions(arguments: FileArguments) -> list[Question]:
         else:
             questions.append(Question(**kept))
     if problems or not questions:
-        raise UserError(f"--questions {path} cannot be used:\n{listed(problems) or '  it has no rows'}")
+        raise UserError(f"--questions {path} cannot be used:\n{format_problems(problems) or '  it has no rows'}")
     return questions
 
 
@@ -393,7 +393,7 @@ def evaluate(
     questions: list[Question],
     arguments: FileArguments,
 ) -> None:
-    """Print, for each language, how often the right passage is found and, with a model, rightly cited."""
+    """Print, for each language, how often the correct passage is found and, with a model, correctly cited."""
     rows: list[dict[str, Any]] = []
     prompts: list[tuple[dict[str, Any], GroundedPrompt, set[int]]] = []
     lost = []
@@ -409,7 +409,9 @@ def evaluate(
             prompt = ground(engine, sampling, collection, arguments, found, [], question.question)
             prompts.append((rows[-1], prompt, right))
     if lost:
-        logger.warning(f"no passage holds the evidence of {len(lost)} questions, which count as not found: {lost[0]} …")
+        logger.warning(
+            f"no passage contains the evidence of {len(lost)} questions, which count as not found: {lost[0]} …"
+        )
     if prompts:
         with heartbeat(lambda: f"answering {len(prompts)} questions"):
             answers = engine.batch([prompt.prompt_ids for _, prompt, _ in prompts], sampling, ANSWERS_AT_A_TIME)
@@ -437,10 +439,10 @@ def evaluate(
 
 
 def measures(rows: list[dict[str, Any]], language: str) -> dict[str, float]:
-    """Numbers of the questions in one language; shares are from 0 to 1.
+    """Measures for the questions in one language; shares are from 0 to 1.
 
-    A hit is a passage of the right file, and page, that holds the evidence. MRR is the mean of 1 / its rank, with 0
-    where it is not found at all.
+    A hit is a passage of the correct file and page that contains the evidence. MRR is the mean of 1 / its rank, or 0
+    if it is not found at all.
     """
     rows = [row for row in rows if row["language"] == language]
     groups = {
@@ -467,7 +469,7 @@ def measures(rows: list[dict[str, Any]], language: str) -> dict[str, float]:
             refused = share("unanswerable", lambda row: not row["asked"] or unknown in row["answer_given"])
             numbers["unanswerable, refused, model included"] = refused
         numbers["answers that cite"] = share("answers", lambda row: bool(row["cited"] or row["invented"]))
-        numbers["answers that cite a right passage"] = share("answers", lambda row: row["cited_right"])
+        numbers["answers that cite a correct passage"] = share("answers", lambda row: row["cited_right"])
     if groups["citing"]:
         numbers["of those that cite: all citations exist"] = share("citing", lambda row: not row["invented"])
     return numbers
@@ -477,7 +479,7 @@ def serve_page(collection: Collection, arguments: FileArguments) -> None:
     """Serve the page until the process is stopped.
 
     Raises:
-        UserError: the address cannot be listened on, or other people could come in without a password.
+        UserError: the address cannot be listened on, or other people would have access without a password.
     """
     # Gradio takes seconds to import.
     from medicalgpt.serving.batchers import batcher_from
@@ -496,16 +498,16 @@ def serve_page(collection: Collection, arguments: FileArguments) -> None:
 
 
 def build_page(batcher: "Batcher", collection: Collection, arguments: FileArguments) -> "gr.Blocks":
-    """Upload, ask, read the answer and its sources. A visitor's files and turns are in the visitor's session alone."""
-    from medicalgpt.serving.page import describe, shown
+    """Upload, ask, read the answer and its sources. A visitor's files and turns are only in the visitor's session."""
+    from medicalgpt.serving.page import describe, escape_turns
 
     import gradio as gr
 
     sampling = sampling_from(arguments)
     with gr.Blocks(title="MedicalGPT: your files", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
-        # What a session has uploaded, and that with --files as a collection.
+        # The uploads of a session, and the collection of these and --files.
         uploaded, mine, turns = gr.State([]), gr.State(None), gr.State([])
-        gr.Markdown("## Questions over your files · 文件问答")
+        gr.Markdown("## Questions about your files · 文件问答")
         with gr.Row(equal_height=False):
             with gr.Column(scale=1, min_width=260):
                 upload = gr.File(
@@ -534,7 +536,7 @@ def build_page(batcher: "Batcher", collection: Collection, arguments: FileArgume
                 yield {question: ""}
                 return
             now = [*said, {"role": "user", "content": asked}]
-            yield {chatbot: shown(now), question: "", sources_shown: ""}
+            yield {chatbot: escape_turns(now), question: "", sources_shown: ""}
             text, below = "", ""
 
             def with_answer(text: str) -> list[dict[str, str]]:
@@ -544,12 +546,12 @@ def build_page(batcher: "Batcher", collection: Collection, arguments: FileArgume
                 answering = answer_visitor(batcher, sampling, files or collection, arguments, said, asked)
                 async with aclosing(answering):
                     async for text, below in answering:
-                        yield {chatbot: shown(with_answer(text)), sources_shown: below}
-                # An answer that the model was not asked for is no part of the conversation.
+                        yield {chatbot: escape_turns(with_answer(text)), sources_shown: below}
+                # An answer for which the model was not asked is not part of the conversation.
                 said = with_answer(text) if text and below else said
             except Exception as error:
                 text, below = text or "…", describe(error)
-            yield {turns: said, chatbot: shown(with_answer(text)), sources_shown: below}
+            yield {turns: said, chatbot: escape_turns(with_answer(text)), sources_shown: below}
 
         # Each upload starts a child process for each file.
         upload.upload(
@@ -607,11 +609,11 @@ def take_uploads(
     passages, messages = list(had), []
     for path in map(Path, paths):
         name = safe_name(path.name)
-        # A file of the same name takes the place of the former one.
+        # A file of the same name replaces the earlier one.
         others = [passage for passage in passages if passage.file != name]
         try:
             if len({passage.file for passage in others}) >= FILES_OF_A_VISITOR:
-                raise UserError(f"{name}: at most {FILES_OF_A_VISITOR} files are taken.")
+                raise UserError(f"{name}: at most {FILES_OF_A_VISITOR} files are accepted.")
             document = read_document(path)
             passages = others + split(name, document.units, arguments.chunk_size, arguments.chunk_overlap)
             messages += [f"{name}: {notice}" for notice in document.notices]
@@ -623,7 +625,7 @@ def take_uploads(
 
 
 def safe_name(name: str) -> str:
-    """A visitor's file name as it is shown: no path, one line, not long. Nothing is ever opened under it."""
+    """A visitor's file name for display: no path, one line, not long. It is never used to open a file."""
     name = re.sub(r"[^\w.() -]", "_", re.split(r"[/\\]", name)[-1])
     return name[-80:].lstrip(". ") or "file"
 

@@ -574,7 +574,7 @@ def resolve_models(paths: dict[str, str], held_out: HeldOut, args: argparse.Name
     if held_out.needs_template and not tokenizers[last].chat_template:
         raise UserError(
             f"the last model, {paths[last]}, has no chat template, so it cannot be asked questions. Give a model that "
-            "supervised_finetuning.py trained as the last one, or measure nothing but --text_file_dir."
+            "supervised_finetuning.py trained as the last one, or measure only --text_file_dir."
         )
     models = []
     for number, name in enumerate(names):

@@ -23,7 +23,7 @@ from medicalgpt.refusals import refused_in
 from medicalgpt.serving.batchers import Batcher, batcher_from
 from medicalgpt.serving.chat import ChatEngine
 from medicalgpt.serving.generation import Sampling, sampling_from
-from medicalgpt.serving.page import LABEL, Turns, describe, launch, shown, stream
+from medicalgpt.serving.page import LABEL, Turns, describe, escape_turns, launch, stream
 from medicalgpt.serving.web import auth_from
 
 import gradio as gr
@@ -82,7 +82,7 @@ class Layout:
         """What the page shows after these turns."""
         return {
             self.turns: said,
-            self.chatbot: shown(said),
+            self.chatbot: escape_turns(said),
             self.notice: gr.update(value=note, visible=bool(note)),
             self.buttons["send"]: gr.update(interactive=not busy),
             self.buttons["stop"]: gr.update(interactive=busy),
@@ -169,7 +169,7 @@ def build_page(batcher: Batcher, arguments: PageArguments) -> gr.Blocks:
                 async with aclosing(growing):
                     async for text, note in growing:  # noqa: B007  (the last note is used below)
                         answered = [*said, {"role": "assistant", "content": text}]
-                        yield {turns: answered, chatbot: shown(answered)}
+                        yield {turns: answered, chatbot: escape_turns(answered)}
             except Exception as error:
                 note = describe(error)
             if text:

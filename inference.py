@@ -32,7 +32,7 @@ from typing import Any, NoReturn
 
 from medicalgpt.args import ChatArguments
 from medicalgpt.data.formats import to_prompt
-from medicalgpt.data.sources import Problem, RowError, SourceRow, ignored_fields, listed, read_rows
+from medicalgpt.data.sources import Problem, RowError, SourceRow, format_problems, ignored_fields, read_rows
 from medicalgpt.errors import UserError, run_main
 from medicalgpt.logs import (
     heartbeat,
@@ -47,7 +47,7 @@ from medicalgpt.parser import parse_args
 from medicalgpt.refusals import refused_in
 from medicalgpt.serving.chat import ChatEngine, ChatTemplateError, PromptTooLongError, SpecialTokenError
 from medicalgpt.serving.generation import Answer, GenerationRequest, Sampling, sampling_from
-from medicalgpt.serving.terminal import note, say, system_message, typed_lines
+from medicalgpt.serving.terminal import print_answer, print_note, read_lines, system_message
 
 import torch
 from loguru import logger
@@ -107,7 +107,7 @@ def main() -> None:
         engine = ChatEngine.from_arguments(arguments)
         if mode == "query":
             messages = [*system_message(arguments.system_prompt), {"role": "user", "content": arguments.query}]
-            say(engine, engine.request(messages, sampling))
+            print_answer(engine, engine.request(messages, sampling))
         elif mode == "interactive":
             talk(engine, sampling, arguments.system_prompt)
         else:
@@ -140,7 +140,7 @@ def choose_mode(arguments: InferenceArguments) -> str:
             if name in arguments.given:
                 problems.append(f"--{name} has no effect at --temperature 0; add --temperature 0.7, for example.")
     if arguments.query is not None and not arguments.query.strip():
-        problems.append("--query is empty; give it a question.")
+        problems.append("--query is empty; pass a question.")
     if arguments.batch_size < 1:
         problems.append(f"--batch_size is {arguments.batch_size}, it must be at least 1.")
     if problems:
@@ -151,7 +151,7 @@ def choose_mode(arguments: InferenceArguments) -> str:
 def talk(engine: ChatEngine, sampling: Sampling, system_prompt: str | None) -> None:
     """A conversation of many turns, until /exit, Ctrl-D, the end of the input, or Ctrl-C at the prompt."""
     history: list[dict[str, str]] = []
-    for line in typed_lines():
+    for line in read_lines():
         command, _, rest = line.partition(" ")
         if not line:
             continue
@@ -159,22 +159,22 @@ def talk(engine: ChatEngine, sampling: Sampling, system_prompt: str | None) -> N
             return
         elif command == "/clear":
             history.clear()
-            note("The conversation is cleared.")
+            print_note("The conversation is cleared.")
         elif command == "/system":
             system_prompt = rest.strip() or system_prompt
-            note(f"System prompt: {system_prompt or 'none'}")
+            print_note(f"System prompt: {system_prompt or 'none'}")
         elif command == "/help":
-            note(HELP)
+            print_note(HELP)
         elif command.startswith("/") and command[1:].isalpha() and not rest:
-            note(f"There is no command {command}; /help lists them.")
+            print_note(f"There is no command {command}; /help lists them.")
         else:
             messages = [*system_message(system_prompt), *history, {"role": "user", "content": line}]
             try:
-                answer = say(engine, engine.request(messages, sampling))
+                answer = print_answer(engine, engine.request(messages, sampling))
             except PromptTooLongError as error:
-                note(f"error: {error} /clear starts again.")
+                print_note(f"error: {error} /clear starts again.")
             except Exception as error:
-                note(f"error: {error or type(error).__name__}\nThis turn is not part of the conversation.")
+                print_note(f"error: {error or type(error).__name__}\nThis turn is not part of the conversation.")
             else:
                 # After an empty turn, the model would give empty answers from here on.
                 if answer:
@@ -259,7 +259,9 @@ def to_question(row: SourceRow, ignored: frozenset[str], system_prompt: str | No
 def refuse(problems: list[Problem]) -> None:
     """Raises UserError if there are problems."""
     if problems:
-        raise UserError(f"{len(problems)} row(s) cannot be answered; nothing was generated:\n{listed(problems)}")
+        raise UserError(
+            f"{len(problems)} row(s) cannot be answered; nothing was generated:\n{format_problems(problems)}"
+        )
 
 
 def render_prompts(engine: ChatEngine, questions: list[Question]) -> list[array]:

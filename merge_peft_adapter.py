@@ -2,12 +2,12 @@
 
     python merge_peft_adapter.py --lora_model outputs/sft --output_dir outputs/sft-merged
 
-The base is the one that the adapter was trained on; any other is refused, and so is a base that is stored quantized:
-adding an update to rounded weights gives a different model. (An adapter trained on a base that was loaded in 4 bits
-merges into the base in full precision.) Works for causal models and for sequence and token classification. The
-adapter's tokenizer, chat template and stop tokens are saved with the result, and for a reward model the padding token,
-by which it finds the end of a text. The merged model is read back from disk, and its logits (of a reward model: its
-scores) are compared with those of the adapter on its base.
+The base must be the one that the adapter was trained on. A base whose files are quantized is refused, because adding an
+update to rounded weights gives a different model. (An adapter trained on a base loaded in 4 bits is merged into the
+base in full precision.) Works for causal models and for sequence and token classification. The adapter's tokenizer,
+chat template and stop tokens are saved with the result, and for a reward model the padding token, by which it finds the
+end of a text. The merged model is reloaded from disk, and its logits (scores for a reward model) are compared with
+those of the adapter on its base.
 """
 
 import gc
@@ -25,9 +25,9 @@ from medicalgpt.parser import parse_args
 if TYPE_CHECKING:
     from medicalgpt.models.hub import Adapter, Checkpoint
 
-# Difference of logits, relative to the largest, that rounding explains: merging changes the order of sums.
+# Relative differences of logits that are due to rounding: merging changes the order of sums.
 ROUNDING = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
-# Files of an earlier model; its run.json would make an unfinished merge look finished.
+# Files of an earlier model to remove; its run.json would make an unfinished merge look finished.
 MODEL_FILES = ("*.safetensors", "*.index.json", "config.json", "adapter_config.json", "run.json")
 PROBES = (
     "The patient has had a fever for three days.",
@@ -38,26 +38,26 @@ PROBES = (
 
 @dataclass
 class MergeArguments:
-    """Which adapter, and where to."""
+    """The adapter, its base, and the result."""
 
     lora_model: str = field(metadata={"help": "Folder of the adapter.", "aliases": ["--peft_model_path"]})
     output_dir: str = field(metadata={"help": "Folder for the merged model."})
     model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "The base, if it is no longer where the adapter was trained.", "aliases": ["--base_model"]},
+        metadata={"help": "The base model, if it has moved since training.", "aliases": ["--base_model"]},
     )
-    tokenizer_path: str | None = field(default=None, metadata={"help": "Tokenizer, instead of the adapter's."})
+    tokenizer_path: str | None = field(default=None, metadata={"help": "Tokenizer to use instead of the adapter's."})
     dtype: str = field(
         default="auto",
         metadata={
-            "help": "Type of the merged weights; auto: that of the base.",
+            "help": "Data type of the merged weights; auto: that of the base.",
             "choices": ["auto", "bfloat16", "float16", "float32"],
             "aliases": ["--torch_dtype"],
         },
     )
-    max_shard_size: str = field(default="5GB", metadata={"help": "Maximum size of a file of weights."})
-    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace a model in that folder."})
+    max_shard_size: str = field(default="5GB", metadata={"help": "Maximum size of a weight file."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Folder for downloads."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace a model in --output_dir."})
 
 
 def main() -> None:
@@ -79,7 +79,7 @@ def main() -> None:
 
     auto_class, options = model_class(adapter)
     dtype = getattr(torch, args.dtype) if args.dtype != "auto" else config.dtype or torch.float32
-    # The head that the base lacks comes with the adapter; the library would report it as random numbers.
+    # The base lacks the head, which is in the adapter; transformers would warn that it is newly initialized.
     with suppress_seqcls_warning() if "num_labels" in options else nullcontext():
         for name, value in options.items():
             setattr(config, name, value)
@@ -107,21 +107,21 @@ def main() -> None:
     absolute, relative = difference["absolute"], difference["relative"]
     if is_classifier:
         logger.info(
-            f"scores of adapter on base and of the merged files: largest difference {absolute:.3g} ({relative:.2g} of "
-            f"the largest score) in {difference['positions']} texts"
+            f"scores of the adapter on its base and of the merged files: largest difference {absolute:.3g} "
+            f"({relative:.2g} of the largest score) in {difference['positions']} texts"
         )
     else:
         tied = merged.get_input_embeddings().weight is getattr(merged.get_output_embeddings(), "weight", None)
         logger.info(
-            f"logits of adapter on base and of the merged files: largest difference {absolute:.3g} ({relative:.2g} of "
-            f"the largest logit), same first choice at {difference['same_choice']:.1%} of {difference['positions']} "
-            f"positions; embedding and head {'tied' if tied else 'separate'}"
+            f"logits of the adapter on its base and of the merged files: largest difference {absolute:.3g} "
+            f"({relative:.2g} of the largest logit), same top token at {difference['same_choice']:.1%} of "
+            f"{difference['positions']} positions; embedding and head {'tied' if tied else 'separate'}"
         )
     limit = ROUNDING[str(dtype).removeprefix("torch.")]
     if not difference["relative"] <= limit:
         raise UserError(
-            "the merged model does not compute what adapter and base did (relative difference "
-            f"{difference['relative']:.3g}, rounding explains {limit:g}). Do not use {args.output_dir}."
+            "the merged model does not compute the same as the adapter on its base (relative difference "
+            f"{difference['relative']:.3g}; rounding explains at most {limit:g}). Do not use {args.output_dir}."
         )
     write_record(args, checkpoint, difference)
     for command in runs.next_commands(Path(args.output_dir)):
@@ -129,10 +129,10 @@ def main() -> None:
 
 
 def resolve(args: MergeArguments) -> "Checkpoint":
-    """The adapter on the base that it was trained on, or on the one that `--model_name_or_path` names.
+    """The adapter with the base that it was trained on, or with the one given as `--model_name_or_path`.
 
     Raises:
-        UserError: it is not an adapter, or its base is not found.
+        UserError: the folder is not an adapter, or its base is not found.
     """
     from medicalgpt.models import hub
 
@@ -149,7 +149,7 @@ def resolve(args: MergeArguments) -> "Checkpoint":
 
 
 def refuse_quantized(base: str, config: Any) -> None:
-    """Raises UserError if the base's files hold quantized weights."""
+    """Raise UserError if the weights in the base's files are quantized."""
     if getattr(config, "quantization_config", None):
         method = config.quantization_config.get("quant_method", "quantized")
         raise UserError(
@@ -159,10 +159,10 @@ def refuse_quantized(base: str, config: Any) -> None:
 
 
 def refuse_occupied(output_dir: Path, overwrite: bool, sources: Sequence[str | Path]) -> list[Path]:
-    """Files of an earlier model in the output folder, to be removed before the merged one is saved.
+    """The files of an earlier model in the output folder, to be removed before the merged one is saved.
 
     Raises:
-        UserError: they may not be replaced, or belong to base or adapter, which the merge has to read.
+        UserError: they may not be replaced, or belong to the base or the adapter that the merge has to read.
     """
     present = [path for pattern in MODEL_FILES for path in output_dir.glob(pattern)]
     if any(output_dir.resolve() == Path(source).resolve() for source in sources):
@@ -176,10 +176,10 @@ def refuse_occupied(output_dir: Path, overwrite: bool, sources: Sequence[str | P
 
 
 def model_class(adapter: "Adapter") -> tuple[Any, dict[str, Any]]:
-    """The class for the adapter's task, and the number of labels if it has a head.
+    """The model class for the adapter's task, and the number of labels if the task needs a head.
 
     Raises:
-        UserError: a task that is not supported.
+        UserError: the task is not supported, or the adapter lacks the head.
     """
     from medicalgpt.models import adapters
 
@@ -207,10 +207,10 @@ def model_class(adapter: "Adapter") -> tuple[Any, dict[str, Any]]:
 
 
 def probe(model: Any, tokenizer: Any, new_rows: Sequence[int] = (), padded: bool = False) -> list[Any]:
-    """Logits of a few short texts, one by one, and of the first 64 of `new_rows`, which those texts lack.
+    """Logits of a few short texts, one by one, and of the first 64 of `new_rows`, which do not occur in the texts.
 
     Args:
-        padded: add padding after each text, as a model with one output for each text has to find it.
+        padded: add padding after each text, as a model with one output per text has to find its end.
     """
     import torch
 
@@ -225,7 +225,7 @@ def probe(model: Any, tokenizer: Any, new_rows: Sequence[int] = (), padded: bool
 
 
 def compare(before: list[Any], after: list[Any]) -> dict[str, float]:
-    """Largest difference of logits, also relative to the largest logit, and how often the top token agrees."""
+    """Largest difference of logits, absolute and relative to the largest logit, and how often the top token agrees."""
     absolute = max((old - new).abs().max().item() for old, new in zip(before, after, strict=True))
     largest = max(old.abs().max().item() for old in before)
     agree = [(old.argmax(-1) == new.argmax(-1)).flatten() for old, new in zip(before, after, strict=True)]
@@ -239,7 +239,7 @@ def compare(before: list[Any], after: list[Any]) -> dict[str, float]:
 
 
 def write_record(args: MergeArguments, checkpoint: "Checkpoint", difference: dict[str, float]) -> None:
-    """Write run.json: what was merged, and that the merge is complete."""
+    """Write run.json, which records what was merged and that the merge is complete."""
     from medicalgpt.models import hub
 
     trained = Path(args.lora_model, hub.RUN_FILE)

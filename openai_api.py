@@ -60,12 +60,12 @@ from medicalgpt.serving.openai_schema import (
 )
 from medicalgpt.serving.web import (
     AccessMiddleware,
-    ClientLeft,
+    ClientDisconnected,
     RequestRefused,
     bound_socket,
-    in_url,
     key_from,
-    until_client_leaves,
+    url_host,
+    wait_for_disconnect,
 )
 
 import uvicorn
@@ -94,7 +94,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 RETRIES = 2
 # How long connections may take to close after the last answer.
 SECONDS_TO_CLOSE = 5
-# Stands for a log-probability of minus infinity, for which JSON has no number.
+# Represents a log-probability of minus infinity, for which JSON has no number.
 LEAST_LOG_PROB = -9999.0
 # Many programs end a line at these characters, which JSON leaves unescaped.
 LINE_ENDS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
@@ -291,7 +291,7 @@ class RequestLog:
             if self.service.stopping:
                 raise stopping()
             await self.app(scope, receive, note_status)
-        except ClientLeft:
+        except ClientDisconnected:
             pass
         except Exception as error:
             refusal = to_api_error(error)
@@ -539,9 +539,9 @@ def timed_out(service: Service) -> ApiError:
 
 
 async def wait_for(service: Service, request: Request, futures: Sequence["Future[Answer]"]) -> list[Answer]:
-    """Raises ApiError after the time limit, ClientLeft, or what went wrong in an answer."""
+    """Raises ApiError after the time limit, ClientDisconnected, or what went wrong in an answer."""
     answers = asyncio.gather(*map(asyncio.wrap_future, futures))
-    leaving = asyncio.ensure_future(until_client_leaves(request))
+    leaving = asyncio.ensure_future(wait_for_disconnect(request))
     try:
         async with asyncio.timeout_at(request.scope["deadline"]):
             await asyncio.wait((answers, leaving), return_when=asyncio.FIRST_COMPLETED)
@@ -549,7 +549,7 @@ async def wait_for(service: Service, request: Request, futures: Sequence["Future
         raise timed_out(service) from error
     else:
         if not answers.done():
-            raise ClientLeft
+            raise ClientDisconnected
         try:
             return answers.result()
         except asyncio.CancelledError as error:
@@ -589,7 +589,7 @@ async def pieces_of(
     """Pieces of text with the number of their request as they are generated; each answer after its last piece.
 
     Raises:
-        ApiError: after the time limit; ClientLeft; or what went wrong in an answer.
+        ApiError: after the time limit; ClientDisconnected; or what went wrong in an answer.
     """
     loop = asyncio.get_running_loop()
     events: asyncio.Queue[tuple[int, str | Future[Answer] | None]] = asyncio.Queue()
@@ -600,7 +600,7 @@ async def pieces_of(
     futures = submit(service, request, jobs, tell)
     for number, future in enumerate(futures):
         future.add_done_callback(partial(tell, number))
-    leaving = asyncio.ensure_future(until_client_leaves(request))
+    leaving = asyncio.ensure_future(wait_for_disconnect(request))
     leaving.add_done_callback(lambda _: events.put_nowait((-1, None)))
     open_jobs = len(jobs)
     try:
@@ -611,7 +611,7 @@ async def pieces_of(
             except TimeoutError as error:
                 raise timed_out(service) from error
             if event is None:
-                raise ClientLeft
+                raise ClientDisconnected
             if isinstance(event, Future):
                 if event.cancelled():
                     raise stopping()
@@ -849,7 +849,7 @@ async def stream_of(
         if with_usage:
             yield line([], form.usage([answers[number] for number in range(jobs)]))
         yield b"data: [DONE]\n\n"
-    except ClientLeft:
+    except ClientDisconnected:
         pass
     except Exception as error:
         yield event_line(to_api_error(error).body)
@@ -1080,7 +1080,7 @@ def announce(service: Service, port: int) -> None:
     host = service.arguments.host
     # The wildcard address cannot be asked.
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    url = f"http://{in_url(host)}:{port}"
+    url = f"http://{url_host(host)}:{port}"
     question = {"model": service.model_name, "messages": [{"role": "user", "content": "感冒了怎么办？"}]}
     key = ' -H "Authorization: Bearer $MEDICALGPT_API_KEY"' if service.key else ""
     print(

@@ -1,8 +1,8 @@
-"""Named chat templates, and the one function that installs them into a tokenizer.
+"""Named chat templates, and the one function that installs them in a tokenizer.
 
-Text is rendered by `tokenizer.apply_chat_template` alone, in training and in serving. This file holds the Jinja
-sources, each with `{% generation %}` markers around exactly the assistant's text and the token that ends its turn, so
-that the loss mask needs no search for answers in the token ids.
+Text is rendered only by `tokenizer.apply_chat_template`, in training and in serving. This file contains the Jinja
+sources. Each has `{% generation %}` markers around exactly the assistant's text and the token that ends its turn, so
+the loss mask does not depend on finding the answers in the token ids.
 
     from medicalgpt.models.templating import stop_token_ids
     from template import apply_template
@@ -10,13 +10,13 @@ that the loss mask needs no search for answers in the token ids.
     stop = apply_template(tokenizer, "qwen")                # or no name: the tokenizer's own template
     model.generation_config.eos_token_id = stop_token_ids(tokenizer, stop)
 
-All templates take the roles system, user, assistant and tool, `tools=`, `message.tool_calls` in the form of OpenAI
-(arguments a dict or a JSON string) and `add_generation_prompt`. Contents are strings. What a template has no place for
-(an unknown role, content in parts, reasoning where the family does not think) stops with an error and is not left out.
+All templates support the roles system, user, assistant and tool, `tools=`, `message.tool_calls` in OpenAI's format
+(arguments as a dict or a JSON string) and `add_generation_prompt`. Contents are strings. What a template cannot render
+(an unknown role, content in parts, reasoning in a family without it) raises an error and is never dropped.
 
-To add a template: one entry in `TEMPLATES`. A family that writes each turn as opening + content + closing needs one
-call of `_turns`; others bring their own Jinja. `{% generation %}` must stand outside macros: transformers finds its
-place in the text only there.
+To add a template, add one entry to `TEMPLATES`. A family that writes each turn as header + content + closing needs one
+call of `_turns`; others have their own Jinja. `{% generation %}` must be outside macros: only there can transformers
+locate it in the text.
 """
 
 import difflib
@@ -31,7 +31,7 @@ from medicalgpt.models.templating import (
     fill,
     get_tool_format,
     install_template,
-    usable,
+    usable_templates,
 )
 from medicalgpt.models.tool_formats import TOOL_FORMATS
 
@@ -59,7 +59,7 @@ _NO_REASONING = """\
 {%- endfor %}
 """
 
-# Results that follow each other share one user turn.
+# Consecutive tool results share one user turn.
 _RESULT_OPEN = r"""
 {{- $user_open if loop.first or loop.previtem.role != 'tool' else '\n' }}
 """
@@ -67,7 +67,7 @@ _RESULT_CLOSE = r"""
 {{- $user_close if loop.last or loop.nextitem.role != 'tool' }}
 """
 
-# The form of Qwen2.5 and Qwen3, for Jinja of their families.
+# The tool format of Qwen2.5 and Qwen3, for the Jinja of these families.
 _TOOL_LIST = TOOL_FORMATS["qwen"].tool_list
 _TOOL_CALLS = TOOL_FORMATS["qwen"].calls
 _TOOL_RESULT = _RESULT_OPEN + TOOL_FORMATS["qwen"].result + _RESULT_CLOSE
@@ -79,7 +79,7 @@ _REFUSE_SYSTEM = r"""
 {%- endfor %}
 """
 
-# `tool_list`, `tool_calls` and `tool_result` are macros of a tool form, which stand before all this.
+# `tool_list`, `tool_calls` and `tool_result` are macros of a tool format, which are put before this text.
 _TURNS = (
     _CHECK
     + _NO_REASONING
@@ -149,17 +149,17 @@ def _turns(
     trim: bool = False,
     end_in_history: bool = True,
 ) -> str:
-    """Jinja for a family that writes each turn as (opening, closing) around its content.
+    """Jinja for a family that writes each turn as a header and a closing around its content: (header, closing).
 
-    `end` is the turn end, `assistant[1]` what follows it, outside the supervised span. `lead` stands between the
-    assistant's opening and its text and belongs to the span: a space, as tokenizers glue it to the first word. `system`
-    with an empty opening allows a system message in first place only. `tool_format` is the family's own form of tools,
-    in the system text and in user turns; None refuses tools.
+    `end` is the turn end, `assistant[1]` what follows it, outside the supervised span. `lead` comes between the header
+    and the text of the assistant and belongs to the span: a space, as tokenizers merge it with the first word. `system`
+    with an empty header allows a system message only as the first one. `tool_format` is the family's own tool format,
+    in the system text and in user turns; with None tools are refused.
 
-    `prefix` begins the text. `trail` stands between the assistant's text and its turn end, in the span as well. `tail`
-    ends a text that is no prompt. `fold` puts system text and tools at the head of the first user message; `system`
-    None refuses a system message. `trim` takes white space off the ends of contents. Without `end_in_history` only the
-    last turn has its end, as some families write none between turns. `user[0]` may count turns by "{round}".
+    `prefix` begins the text. `trail` comes between the text and the turn end of the assistant, in the span as well.
+    `tail` ends a text that is not a prompt. `fold` puts system text and tools at the start of the first user message;
+    with `system` None a system message is refused. `trim` strips whitespace from contents. Without `end_in_history`
+    only the last turn has its end, as some families write none between turns. `user[0]` may count turns with "{round}".
     """
     jinja = _TURNS if system else _REFUSE_SYSTEM + _TURNS
     system = system or ("", "")
@@ -196,8 +196,8 @@ _CHATML = {
     "tool_format": "qwen",
 }
 
-# Reasoning is shown only after the last question that a person asked; the last turn always has a think block, maybe
-# empty. It belongs to the supervised span, except an empty one under enable_thinking=False: there the prompt holds it.
+# Reasoning is rendered only after the last question of the user; the last turn always has a think block, which may be
+# empty. It belongs to the supervised span, except an empty one with enable_thinking=False, which is in the prompt.
 _QWEN3 = fill(
     _CHECK
     + r"""
@@ -258,8 +258,8 @@ _QWEN3 = fill(
     user_close="<|im_end|>\n",
 )
 
-# Llama 3, with the tool form of Llama 3.1 (custom tools as JSON in the first user message). The lines of 3.1 that name
-# the day are left out in every case: text that changes with the date cannot be the same in training and in serving.
+# Llama 3, with the tool format of Llama 3.1 (custom tools as JSON in the first user message). The lines of 3.1 with the
+# date are always omitted: text that changes from day to day cannot be the same in training and in serving.
 _LLAMA3 = (
     _CHECK
     + _NO_REASONING
@@ -317,8 +317,8 @@ _HUMAN = (
     "The assistant gives helpful, detailed, and polite answers to the human's questions."
 )
 
-# Qwen3.5: tools as XML, white space taken off the ends of contents, and a prompt that opens the thoughts or gives them
-# as empty. Of a think block the prompt so holds the opening, and all of it where there are no thoughts.
+# Qwen3.5: tools as XML, contents stripped of whitespace, and a prompt that opens the think block or contains an empty
+# one. So the opening of a think block belongs to the prompt, and an empty block does so completely.
 _QWEN3_5 = (
     _CHECK
     + r"""
@@ -391,7 +391,7 @@ def _qwen3_5(thinks: bool) -> str:
     return fill(_QWEN3_5, user_open="<|im_start|>user\n", user_close="<|im_end|>\n", thinks=thinks)
 
 
-# GLM closes a turn with the mark that opens the next one: the model writes it, and stops there.
+# GLM ends a turn with the token that opens the next one: the model generates it and stops there.
 _GLM = (
     _CHECK
     + _NO_REASONING
@@ -432,7 +432,7 @@ _GLM = (
 """
 )
 
-# ChatGLM-6B: rounds are counted when there is more than one, and the marks of an answer stand at the last one only.
+# ChatGLM-6B: rounds are numbered if there are several, and only the last answer has its special tokens.
 _CHATGLM = (
     _CHECK
     + _NO_REASONING
@@ -461,8 +461,8 @@ _CHATGLM = (
 """
 )
 
-# Mistral 7B v0.3: system text and tools stand at the last user message, where the published form has them in prompts.
-# There it leaves the system text out of a conversation that ends with an answer, and text beside a call.
+# Mistral 7B v0.3: system text and tools are at the last user message, where the published template has them in prompts.
+# It drops the system text of a conversation that ends with an answer, and text next to a call; this one keeps both.
 _MISTRAL = (
     _CHECK
     + _NO_REASONING
@@ -505,7 +505,7 @@ _MISTRAL = (
 """
 )
 
-# DeepSeek-V3. The published form has no list of tools, and takes the thoughts out of the last turn as well.
+# DeepSeek-V3. The published template has no list of tools, and removes the reasoning from the last turn as well.
 _DEEPSEEK3 = (
     _CHECK
     + r"""
@@ -600,8 +600,8 @@ TEMPLATES: dict[str, Template] = {
             stop=(EOS,),
             source="https://github.com/lm-sys/FastChat/blob/main/docs/vicuna_weights_version.md",
         ),
-        # Published for one turn; further turns repeat the two blocks. The line break after "### Response:" is that of
-        # Alpaca-LoRA and MedicalGPT: without it tokenizers may join the colon and the first word of the answer.
+        # Published for a single turn; further turns repeat the two blocks. The line break after "### Response:" is from
+        # Alpaca-LoRA and MedicalGPT: without it tokenizers may merge the colon with the first word of the answer.
         Template(
             name="alpaca",
             jinja=_turns(
@@ -616,7 +616,7 @@ TEMPLATES: dict[str, Template] = {
             stop=(EOS,),
             source="https://github.com/tatsu-lab/stanford_alpaca#data-release",
         ),
-        # No roles: a question, a line break, so that no token can join it and the answer, and the answer.
+        # No roles: question, line break, answer. The line break keeps tokens from spanning question and answer.
         Template(
             name="base",
             jinja=_turns(system=("", "\n\n"), user=("", "\n"), assistant=("", "")),
@@ -638,7 +638,7 @@ TEMPLATES: dict[str, Template] = {
             tokens=("[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"),
             tool_format="glm4",
         ),
-        # Gemma 1 and 2 refuse a system message; Gemma 3 puts it into the first user message.
+        # Gemma 1 and 2 refuse a system message; Gemma 3 puts it in the first user message.
         Template(
             name="gemma",
             jinja=_turns(
@@ -784,7 +784,7 @@ TEMPLATES: dict[str, Template] = {
             stop=(EOS,),
             source="https://huggingface.co/BelleGroup/BELLE-LLaMA-EXT-13B",
         ),
-        # Answers in the history end with "###" alone; the last one ends with the EOS that the model learns.
+        # Earlier answers end with "###" only; the last one ends with the EOS that the model learns.
         Template(
             name="aquila",
             jinja=_turns(
@@ -819,7 +819,7 @@ TEMPLATES: dict[str, Template] = {
             source="https://huggingface.co/internlm/internlm2-chat-7b/blob/main/tokenizer_config.json",
             tokens=("<|im_start|>", "<|im_end|>"),
         ),
-        # In the published prompts the line break after the assistant's mark is left to the model.
+        # In the published prompts the model generates the line break after the assistant's header.
         Template(
             name="starchat",
             jinja=_turns(
@@ -876,7 +876,7 @@ TEMPLATES: dict[str, Template] = {
             source="https://huggingface.co/01-ai/Yi-34B-Chat/blob/main/tokenizer_config.json",
             tokens=("<|im_start|>", "<|im_end|>"),
         ),
-        # The EOS that follows "Assistant: " is where the model begins its answer.
+        # The model begins its answer after the EOS that follows "Assistant: ".
         Template(
             name="orion",
             jinja=_turns(
@@ -914,7 +914,7 @@ TEMPLATES: dict[str, Template] = {
 
 
 def get_template(name: str) -> Template:
-    """The template called `name`. Raises TemplateError that names the nearest ones when there is none."""
+    """The template called `name`. Raises TemplateError, with the most similar names, if there is none."""
     if name in TEMPLATES:
         return TEMPLATES[name]
     near = difflib.get_close_matches(name.lower(), TEMPLATES, n=3, cutoff=0.5)
@@ -928,22 +928,23 @@ def apply_template(
     system_prompt: str | None = None,
     tool_format: str | None = None,
 ) -> tuple[str, ...]:
-    """Installs a chat template into `tokenizer`, checks it, and returns the stop strings, the turn end first.
+    """Install a chat template in `tokenizer`, check it, and return the stop strings, the turn end first.
 
-    name: one of `TEMPLATES`. None takes the tokenizer's own template: kept if it has generation markers, else replaced
-        by the shipped one that writes the same text.
-    system_prompt: becomes the default of conversations without a system message, also over a family's own default. It
-        is part of the template from then on and saved with it, until another one is given. None and "" leave the
-        default as it is (for qwen its own sentence); to have no system text, give a system message with empty content.
-    tool_format: one of `medicalgpt.tools.TOOL_FORMATS`, in place of the template's own form of tools. It is part of the
-        template from then on, until another form or another template is given.
+    name: one of `TEMPLATES`. None takes the tokenizer's own template, which is kept if it has generation markers and
+        otherwise replaced by the shipped one that renders the same text.
+    system_prompt: the default for conversations without a system message; it replaces a family's own default. It
+        becomes part of the template and is saved with it, until another one is given. None and "" keep the default
+        (for qwen, Qwen's own sentence); for no system text at all, pass a system message with empty content.
+    tool_format: one of `medicalgpt.models.tool_formats.TOOL_FORMATS`, instead of the template's own tool format. It
+        becomes part of the template, until another format or another template is given.
 
-    Sets `tokenizer.chat_template`, and `tokenizer.eos_token` to the turn end. The text begins with the BOS that the
-    tokenizer puts before plain text, once, or with none where it puts none. Only a tokenizer's own template may write
-    one where the tokenizer does not: some chat models were published so. Applying again changes nothing.
+    Sets `tokenizer.chat_template`, and `tokenizer.eos_token` to the turn end. The text begins with one BOS if the
+    tokenizer puts one before plain text, and with none otherwise. Only a tokenizer's own template may write one if the
+    tokenizer does not: some chat models were published like this. Applying a template twice changes nothing.
 
-    Raises TemplateError, and leaves the tokenizer as it was, if the name is unknown, the vocabulary lacks tokens, no
-    template is there or recognised, it has no choice of tool forms, or training on the template would go wrong.
+    Raises TemplateError, and leaves the tokenizer unchanged, if the name is unknown, the vocabulary lacks tokens, the
+    tokenizer's own template is missing or not recognised, it does not support other tool formats, or training on it
+    would go wrong.
     """
     if not tokenizer.is_fast:
         raise TemplateError(
@@ -958,6 +959,6 @@ def apply_template(
     except REFUSALS as error:
         tokenizer.chat_template, tokenizer.eos_token = previous
         if name is None and previous[0]:
-            names = usable(tokenizer, TEMPLATES)
+            names = usable_templates(tokenizer, TEMPLATES)
             error = f"the tokenizer's own chat template cannot be used: {error}\nUse --template_name: {names}"
         raise TemplateError(str(error)) from None

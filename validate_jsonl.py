@@ -1,13 +1,13 @@
-"""Check training data before training, with the parser, the checks and the messages of the stages.
+"""Check data before training, with the parser, the checks and the messages of the training stages.
 
     python validate_jsonl.py --file_path data/finetune/train.jsonl
     python validate_jsonl.py --file_path data/finetune --model_name_or_path outputs/tiny-base --model_max_length 512
     python validate_jsonl.py --file_path data/reward --format preference
     python validate_jsonl.py --file_path data/pretrain --format text
 
-Without a model it checks files, fields, roles, the order of turns and the two answers of a preference; with one it also
-renders each row and counts its tokens. Exit code 0: every row can be used. 1: the problems are listed, with file and
-line.
+Without a model it checks files, fields, roles, the order of turns and the two answers of a preference pair; with one it
+also renders each row and counts its tokens. Exit code 0: every row can be used; 1: the problems are listed, with file
+and line.
 """
 
 from collections import Counter
@@ -35,13 +35,13 @@ class ValidationArguments:
         default="auto",
         metadata={
             "help": "chat (supervised fine-tuning), preference (reward model, DPO, ORPO), text (pretraining), or auto: "
-            "by the first row of each file.",
+            "detected from the first row of each file.",
             "choices": ["auto", "chat", "preference", "text"],
         },
     )
     model_name_or_path: str | None = field(default=None, metadata={"help": "Count tokens with this model's tokenizer."})
     template_name: str | None = field(default=None, metadata={"help": "Chat template, as in training."})
-    tool_format: str | None = field(default=None, metadata={"help": "As in supervised_finetuning.py."})
+    tool_format: str | None = field(default=None, metadata={"help": "Format of tools and tool calls, as in training."})
     system_prompt: str | None = field(default=None, metadata={"help": "System prompt, as in training."})
     model_max_length: int = field(default=1024, metadata={"help": "Maximum length of a row in tokens, as in training."})
     ignore_fields: str | None = field(
@@ -90,9 +90,9 @@ def format_of_first_row(path: Path) -> str:
 
 
 def encoded_lengths(args: ValidationArguments, data: "LoadedData", name: str) -> list[int]:
-    """Tokens of each sample that can be encoded, of a preference with its longer answer.
+    """Number of tokens of each sample that can be encoded; of a preference pair, with the longer answer.
 
-    Rows that cannot be encoded join `data.problems`.
+    Rows that cannot be encoded are added to `data.problems`.
     """
     from medicalgpt.data.encoding import Pair, Sample, encode_chat, encode_preference
     from medicalgpt.data.tokenizing import encode_rows

@@ -3,8 +3,8 @@
     python -m benchmarks.data_memory --model_name_or_path outputs/tiny-base
     python -m benchmarks.data_memory --model_name_or_path outputs/tiny-base --rows 10000 100000 --workers 1
 
-Prints a table: the size of the file, the seconds to read it, to tokenize it, and to do both again with the tokens
-taken from the cache, and the peak of resident memory of the program and of the largest process that tokenizes.
+Prints a table: the size of the file; the seconds to read it, to tokenize it, and to do both again with the tokens from
+the cache; and the peak resident memory of the program and of its largest tokenizing process.
 """
 
 import argparse
@@ -25,7 +25,7 @@ ADVICE = ["多休息，多喝水。", "请尽快去医院就诊。", "按时复�
 
 
 def write_rows(path: Path, count: int) -> None:
-    """Conversations of one turn, about 150 bytes each, no two alike."""
+    """Single-turn conversations of about 150 bytes each, all different."""
     draw = random.Random(0)
     with path.open("w", encoding="utf-8") as file:
         for number in range(count):
@@ -44,7 +44,7 @@ def peak_rss(who: int) -> float:
 
 
 def load_tokenizer(model: str) -> Any:
-    """The tokenizer of `model` with its chat template, the log set up as in training."""
+    """The tokenizer of `model` with its chat template; logging is set up as in training."""
     from medicalgpt.logs import setup_logging
     from medicalgpt.models import loading
     from template import apply_template
@@ -56,7 +56,7 @@ def load_tokenizer(model: str) -> Any:
 
 
 def encode_file(path: str, model: str, workers: int | None) -> dict[str, Any]:
-    """Read and tokenize a file as supervised fine-tuning does; what it cost."""
+    """Read and tokenize a file as supervised fine-tuning does; returns time and memory."""
     from medicalgpt.args import DataArguments
     from medicalgpt.data.encoding import encode_chat
     from medicalgpt.data.formats import to_messages
@@ -83,7 +83,7 @@ def encode_file(path: str, model: str, workers: int | None) -> dict[str, Any]:
 
 
 def stream_file(path: str, model: str, workers: int | None) -> dict[str, Any]:
-    """Check a file and tokenize one epoch of it as --streaming does, in this process alone; what it cost."""
+    """Check a file and tokenize one epoch of it as --streaming does, in this process only; returns time and memory."""
     from medicalgpt.args import DataArguments
     from medicalgpt.data.encoding import encode_chat
     from medicalgpt.data.formats import to_messages
@@ -110,8 +110,8 @@ def stream_file(path: str, model: str, workers: int | None) -> dict[str, Any]:
     }
 
 
-# Each way to come from a file to samples, by the name of its row in the table.
-WAYS = {"tokenized before": encode_file, "streamed": stream_file}
+# The ways to turn a file into samples, by the name of their row in the table.
+WAYS = {"tokenized in advance": encode_file, "streamed": stream_file}
 
 
 def measure(way: str, path: Path, arguments: argparse.Namespace, cache: str) -> dict[str, Any]:
@@ -129,9 +129,9 @@ def measure(way: str, path: Path, arguments: argparse.Namespace, cache: str) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_name_or_path", help="whose tokenizer and chat template are used")
+    parser.add_argument("--model_name_or_path", help="model whose tokenizer and chat template are used")
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000], help="numbers of rows")
-    parser.add_argument("--workers", type=int, help="processes that tokenize; default: as in training")
+    parser.add_argument("--workers", type=int, help="number of tokenizing processes; default: as in training")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
@@ -139,8 +139,8 @@ def main() -> None:
         print(json.dumps(WAYS[way](*call)))
         return
     if not arguments.model_name_or_path:
-        parser.error("name a model with --model_name_or_path; python build_tiny_model.py makes a tiny one")
-    print("| way | rows | file MB | read s | tokenize s | both from cache s | peak MB | of it imports | worker MB |")
+        parser.error("--model_name_or_path is required; python build_tiny_model.py creates a tiny model")
+    print("| way | rows | file MB | read s | tokenize s | both from cache s | peak MB | imports alone MB | worker MB |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|---:|", flush=True)
     for count in arguments.rows:
         with tempfile.TemporaryDirectory() as folder:
@@ -148,7 +148,7 @@ def main() -> None:
             write_rows(path, count)
             for way in WAYS:
                 first = measure(way, path, arguments, folder)
-                again = measure(way, path, arguments, folder) if way == "tokenized before" else None
+                again = measure(way, path, arguments, folder) if way == "tokenized in advance" else None
                 assert first["samples"] == count and (again is None or again["samples"] == count)
                 cached = f"{again['read_s'] + again['encode_s']:.1f}" if again else ""
                 print(

@@ -1,9 +1,9 @@
-"""What the comparisons with TRL share: the sides, the base model, training and measuring a side, the tables.
+"""What the comparisons with TRL share: the sides, the base model, training and measuring a side, and the tables.
 
-A side is our program with some flags or TRL's trainer with some arguments, trained in a process of its own. TRL's
+A side is our program with some flags or TRL's trainer with some arguments, trained in its own process. TRL's
 trainers recompute activations in the backward pass by default (`gradient_checkpointing=True`, Chen et al. 2016,
 https://arxiv.org/abs/1604.06174), which saves memory and costs a second forward pass; ours keep them. So TRL is
-measured twice: as it comes, and with `gradient_checkpointing=False`, as ours.
+measured twice: with its defaults, and with `gradient_checkpointing=False` like ours.
 """
 
 import argparse
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
-RATE, RANK, ALPHA, SEED = 2e-4, 8, 16, 42
-# Flags of our program, beyond those that have to be equal.
+LEARNING_RATE, RANK, ALPHA, SEED = 2e-4, 8, 16, 42
+# Flags of our program, beyond those that must be the same on all sides.
 OURS: dict[str, dict[str, str]] = {"ours": {}, "ours_random": {"train_sampling_strategy": "random"}}
-# Arguments of TRL's trainer, beyond those that have to be equal.
+# Arguments of TRL's trainer, beyond those that must be the same on all sides.
 TRL: dict[str, dict[str, Any]] = {
     "trl": {},
     "trl_no_checkpointing": {"gradient_checkpointing": False},
     "trl_grouped": {"train_sampling_strategy": "group_by_length"},
     "trl_grouped_no_checkpointing": {"train_sampling_strategy": "group_by_length", "gradient_checkpointing": False},
 }
-# Float32 sums in another order; anything that is computed differently is further apart after a few steps.
+# Allows for float32 sums in another order; a computation that really differs is further apart after a few steps.
 LOSSES_APART = 1e-3
 
 Result = dict[str, Any]
@@ -43,7 +43,7 @@ def add_flags(parser: argparse.ArgumentParser, sides: Sequence[str]) -> None:
     """Add the flags that every comparison has; the hidden ones are for the process that trains with TRL."""
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--runs", type=int, default=1, help="repetitions; the table shows the fastest of each side")
-    sides_help = f"with commas, default all: {', '.join(sides)}"
+    sides_help = f"separated by commas; default: all of {', '.join(sides)}"
     parser.add_argument("--sides", type=partial(parse_sides, known=sides), default=list(sides), help=sides_help)
     parser.add_argument("--output", type=Path, help="all runs as JSON")
     parser.add_argument("--child", choices=TRL, help=argparse.SUPPRESS)
@@ -55,14 +55,14 @@ def parse_sides(text: str, known: Sequence[str]) -> list[str]:
     """The value of `--sides`, without repetitions."""
     sides = list(dict.fromkeys(text.split(",")))
     if unknown := [side for side in sides if side not in known]:
-        raise argparse.ArgumentTypeError(f"no such side: {', '.join(unknown)}; there are {', '.join(known)}")
+        raise argparse.ArgumentTypeError(f"no such side: {', '.join(unknown)}; known are {', '.join(known)}")
     return sides
 
 
 def build_base(
     texts: Iterable[str], folder: Path, eos_token: str | None = None
 ) -> tuple["PreTrainedTokenizerFast", "PreTrainedModel"]:
-    """Save a Qwen3 of 5 million random weights and a tokenizer trained on `texts`, with the chatml template."""
+    """Save a Qwen3 with 5 million random weights and a tokenizer trained on `texts`, with the chatml template."""
     from build_tiny_model import build_model
     from medicalgpt.models.templating import stop_token_ids
     from template import apply_template
@@ -83,7 +83,7 @@ def build_base(
 
 
 def train_tokenizer(texts: Iterable[str]) -> "PreTrainedTokenizerFast":
-    """A byte-level BPE of 8,000 tokens, as those of real models: it merges Chinese characters to words."""
+    """A byte-level BPE of 8,000 tokens that merges Chinese characters into words, as those of real models do."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -104,7 +104,7 @@ def train_tokenizer(texts: Iterable[str]) -> "PreTrainedTokenizerFast":
 
 
 def our_flags(side: str, out: Path, args: argparse.Namespace) -> list[str]:
-    """Flags of our stage: what has to be equal, and those of the side."""
+    """Flags of our stage: those that must be the same on all sides, and those of this side."""
     equal = {
         "model_name_or_path": args.work / "base",
         "train_file_dir": args.work / "train",
@@ -112,7 +112,7 @@ def our_flags(side: str, out: Path, args: argparse.Namespace) -> list[str]:
         "model_max_length": args.length,
         "per_device_train_batch_size": args.batch,
         "num_train_epochs": 1,
-        "learning_rate": RATE,
+        "learning_rate": LEARNING_RATE,
         "logging_steps": 1,
         "seed": SEED,
         "overwrite_cache": True,
@@ -121,7 +121,7 @@ def our_flags(side: str, out: Path, args: argparse.Namespace) -> list[str]:
 
 
 def trl_arguments(out: Path, length: int, batch: int, **options: Any) -> dict[str, Any]:
-    """Arguments of TRL's config: what has to be equal, and `options`; the rest keeps TRL's defaults."""
+    """Arguments of TRL's config: those that must be the same on all sides, and `options`; otherwise TRL's defaults."""
     import torch
 
     gpu = torch.cuda.is_available()
@@ -130,7 +130,7 @@ def trl_arguments(out: Path, length: int, batch: int, **options: Any) -> dict[st
         "max_length": length,
         "per_device_train_batch_size": batch,
         "num_train_epochs": 1,
-        "learning_rate": RATE,
+        "learning_rate": LEARNING_RATE,
         "logging_steps": 1,
         "seed": SEED,
         "bf16": gpu,
@@ -141,7 +141,7 @@ def trl_arguments(out: Path, length: int, batch: int, **options: Any) -> dict[st
 
 
 def train_and_save(trainer: "Trainer", out: Path) -> None:
-    """Train with TRL; leave the adapter, the log, and whether the trained model recomputed its activations."""
+    """Train with TRL; save the adapter, the log, and whether the trained model recomputed its activations."""
     trainer.train()
     trainer.save_model()
     trainer.save_state()
@@ -149,14 +149,14 @@ def train_and_save(trainer: "Trainer", out: Path) -> None:
 
 
 def command_for(side: str, out: Path, args: argparse.Namespace, ours: Sequence[str], trl: Sequence[str]) -> list[str]:
-    """What Python is to run to train one side.
+    """The arguments for Python that train one side.
 
     Args:
         side: one of `OURS` or `TRL`.
-        out: the folder that the side is to leave its result in.
+        out: the folder for the result.
         args: the command line, with `work`.
-        ours: our stage, and the flags that this stage alone has.
-        trl: module that trains with TRL when `--child` is given, and the flags that this module alone has.
+        ours: our stage script, and the flags that only this stage has.
+        trl: the module that trains with TRL when `--child` is given, and the flags that only this module has.
     """
     if side in OURS:
         command = [ROOT / ours[0], *our_flags(side, out, args), *ours[1:]]
@@ -167,11 +167,11 @@ def command_for(side: str, out: Path, args: argparse.Namespace, ours: Sequence[s
 
 
 def train(side: str, out: Path, command: Sequence[str]) -> Result:
-    """Train one side in a process of its own, by the command of `command_for`.
+    """Train one side in its own process, with the command from `command_for`.
 
     Returns:
-        Seconds of the process, seconds of its training loop, and seconds of CPU time; the peak memory that the system
-        counted for it, in GB; the loss of each step; whether the model recomputed its activations.
+        Seconds of the process, of its training loop, and of CPU time; its peak resident memory in GB; the loss of each
+        step; whether the model recomputed its activations.
     """
     log = out.with_suffix(".log")
     began = time.perf_counter()
@@ -204,7 +204,7 @@ def log_history(out: Path) -> list[dict[str, Any]]:
 
 
 def recomputes(side: str, out: Path) -> bool:
-    """Whether the model recomputed its activations, as it was seen in training."""
+    """Whether the model recomputed its activations, as observed in training."""
     if side in TRL:
         return json.loads((out / "recomputes.json").read_text())
     observed = json.loads((out / "run.json").read_text(encoding="utf-8"))["observed"]
@@ -237,16 +237,16 @@ def report(
     before: dict[str, Any],
     columns: dict[str, Callable[[Result], str]],
 ) -> None:
-    """Print the fastest run of each side and what TRL takes compared with ours; write all runs to `--output`.
+    """Print the fastest run of each side and the time of TRL relative to ours; write all runs to `--output`.
 
     Args:
-        results: of `compare`.
+        results: from `compare`.
         args: the command line.
-        before: of `describe_machine`.
+        before: from `describe_machine`.
         columns: further columns of the table, by their titles.
     """
     fastest = {side: min(found, key=lambda result: result["seconds"]) for side, found in results.items()}
-    titles = ["", "recomputes", "seconds", "in training", "of CPU time", "peak GB", "first and last loss", *columns]
+    titles = ["", "recomputes", "seconds", "in training", "CPU time", "peak GB", "first and last loss", *columns]
     rows = []
     for side, best in fastest.items():
         seconds = [f"{best[name]:.1f}" for name in ("seconds", "training_seconds", "cpu_seconds")]
@@ -264,8 +264,8 @@ def report(
     if ours and ratios:
         cell = "{seconds:.2f} ({training_seconds:.2f} in training)".format_map
         print_table(
-            ["takes times as long as", *ours],
-            [[side, *(cell(ratio) for ratio in beside.values())] for side, beside in ratios.items()],
+            ["time relative to", *ours],
+            [[side, *(cell(ratio) for ratio in row.values())] for side, row in ratios.items()],
         )
     if args.output:
         settings = {
@@ -273,7 +273,7 @@ def report(
             for name, value in vars(args).items()
             if name not in ("child", "work", "out", "output")
         }
-        found = {"settings": settings, "machine": before, "runs": results, "times_as_long_as_ours": ratios}
+        found = {"settings": settings, "machine": before, "runs": results, "time_relative_to_ours": ratios}
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(found, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
@@ -285,11 +285,11 @@ def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def check_losses(results: Results, sides: Sequence[str]) -> None:
-    """Stop unless the first runs of these sides have the same losses in each step, rounding aside."""
+    """Exit unless the first runs of these sides have the same loss in each step, up to rounding."""
     present = [side for side in sides if side in results]
     for side in present[1:]:
         first, second = (results[name][0]["losses"] for name in (present[0], side))
         apart = max(abs(a - b) for a, b in zip(first, second, strict=True))
         print(f"losses of {present[0]} and {side}: {len(first)} steps, at most {apart:.1e} apart")
         if not apart < LOSSES_APART:
-            sys.exit(f"the losses differ by more than {LOSSES_APART}: the two have not trained the same thing")
+            sys.exit(f"the losses differ by more than {LOSSES_APART}: the two did not train the same thing")

@@ -1,24 +1,24 @@
-"""Preference stages on a CPU: dpo_training.py, orpo_training.py or reward_modeling.py beside TRL's trainer.
+"""Preference stages on a CPU: dpo_training.py, orpo_training.py or reward_modeling.py, compared with TRL.
 
     python -m benchmarks.preference_cpu --stage dpo --data data/reward/train.jsonl
     python -m benchmarks.preference_cpu --stage rm --data data/reward/train.jsonl --sides ours,trl
 
-A Qwen3 of 5.2 million random weights (hidden 256, intermediate 768, 4 layers, 4 heads, 2 key-value heads, vocabulary
-8,000), LoRA of rank 8 on all linear layers, one epoch in float32, each side in a process of its own, one after the
-other. The table shows seconds of the whole process, of its training loop and of CPU time (which says more where other
-programs run), peak memory, the losses of the first and the last step, and loss and accuracy afterwards on the same
-held-out pairs, measured the same way.
+A Qwen3 with 5.2 million random weights (hidden size 256, intermediate size 768, 4 layers, 4 heads, 2 key-value heads,
+vocabulary of 8,000), LoRA of rank 8 on all linear layers, one epoch in float32. The sides run one after the other, each
+in its own process. The table shows seconds of the whole process, of its training loop and of CPU time (the better
+measure if other programs are running), peak memory, the losses of the first and the last step, and loss and accuracy
+afterwards on the same held-out pairs, measured the same way.
 
-The texts are cut beforehand, here and not in the stage, so that every pair fits into `--length`: TRL would cut long
-pairs and our stages refuse them, and then the two would train on different tokens. TRL is given the rendered texts, and
-the script stops unless both have the same token ids, of which the same ones are supervised. The learning rate is 2e-4,
-higher than the stages' own, so that the loss moves in the few steps there are.
+The texts are truncated in advance so that every pair fits into `--length`: TRL would truncate long pairs and our stages
+refuse them, so the two would train on different tokens. TRL is given the rendered texts, and the script exits unless
+both sides have the same token ids with the same ones supervised. The learning rate is 2e-4, higher than the defaults of
+the stages, so that the loss moves within a few steps.
 
-`trl` is TRL as it comes: its own defaults, but for what has to be equal (rows, length, batch, rate, seed, adapter,
-float32), the log and `use_cpu`. TRL's defaults recompute activations and ours do not: `trl_no_checkpointing` turns that
-off. `ours` groups rows by length, its default; `ours_random` takes them in TRL's order, so that it and
-`trl_no_checkpointing` are the equal pair, and losses can be compared step by step. TRL's ORPO imitates the prompt as
-well, so its loss is another one.
+`trl` is TRL with its defaults, except for what must be the same on all sides (rows, length, batch size, learning rate,
+seed, adapter, float32), the log and `use_cpu`. TRL recomputes activations by default and ours do not:
+`trl_no_checkpointing` turns that off. `ours` groups rows by length, the default; `ours_random` takes them in TRL's
+order, so `ours_random` and `trl_no_checkpointing` are comparable in time, and their losses step by step. TRL's ORPO
+also trains on the prompt, so its loss is a different one.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def main() -> None:
         "accuracy": lambda result: f"{result['held_out_accuracy']:.0%}",
     }
     peers.report(results, args, before, columns)
-    # In the same order of pairs; the loss of TRL's ORPO is another one than ours.
+    # These see the pairs in the same order; the loss of TRL's ORPO differs from ours.
     peers.check_losses(results, SIDES[2:] if args.stage == "orpo" else SIDES[1:])
 
 
@@ -70,15 +70,15 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--stage", choices=PROGRAMS, default="dpo")
     parser.add_argument("--data", type=Path, default=ROOT / "data/reward/train.jsonl", help="a file of pairs")
-    parser.add_argument("--rows", type=int, default=96, help="pairs to train on, the first of the file")
-    parser.add_argument("--held_out", type=int, default=32, help="pairs after them, to measure the result")
+    parser.add_argument("--rows", type=int, default=96, help="pairs to train on, from the start of the file")
+    parser.add_argument("--held_out", type=int, default=32, help="pairs after them, on which to measure the result")
     parser.add_argument("--batch", type=int, default=4)
     peers.add_flags(parser, SIDES)
     return parser.parse_args()
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """Leave in `args.work` the base model and the pairs, cut to `--length`, in our form and in TRL's."""
+    """Write to `args.work` the base model and the pairs, truncated to `--length`, in our format and in TRL's."""
     from medicalgpt.args import DataArguments
     from medicalgpt.data.formats import to_preference
     from medicalgpt.data.loading import load_data
@@ -101,50 +101,51 @@ def prepare(args: argparse.Namespace) -> None:
     write_rows(args.work / "trl.jsonl", [render(tokenizer, row) for row in fitted[: args.rows]])
     trained = [sequence for row in encoded(tokenizer, args.work / "train") for sequence in row]
     if longest := max(0, *(len(ids) - args.length for ids, _ in trained)):
-        sys.exit(f"a pair is {longest} tokens too long after cutting: raise --length")
+        sys.exit(f"a pair is {longest} tokens too long after truncation: increase --length")
     print(
         f"{model.num_parameters():,} parameters, vocabulary {len(tokenizer):,}; {args.rows} pairs of at most "
-        f"{args.length} tokens ({sum(map(was_cut, rows, fitted))} of {len(rows)} cut), {args.held_out} more held out; "
-        f"{sum(len(ids) for ids, _ in trained):,} tokens, {sum(count for _, count in trained):,} of them in answers"
+        f"{args.length} tokens ({sum(map(was_truncated, rows, fitted))} of {len(rows)} truncated), {args.held_out} "
+        f"more held out; {sum(len(ids) for ids, _ in trained):,} tokens, {sum(count for _, count in trained):,} of "
+        "them in answers"
     )
 
 
 def fit(tokenizer: Any, row: dict[str, Any], length: int) -> dict[str, Any]:
-    """The row with its turns cut so that the prompt takes at most half of `length`, and both answers fit."""
-    # What the template writes around turns, and what a cut text may grow by when it is tokenized again.
+    """The row, with its turns truncated so that the prompt takes at most half of `length` and both answers fit."""
+    # Leaves room for what the template adds to a turn, and for tokens that a truncated text gains when tokenized again.
     room = length - 16 * (len(row["messages"]) + 1)
     limit = room // 2 // len(row["messages"])
-    messages = [turn | {"content": cut(tokenizer, turn["content"], limit)} for turn in row["messages"]]
+    messages = [turn | {"content": truncate(tokenizer, turn["content"], limit)} for turn in row["messages"]]
     prompt = sum(len(tokenizer(turn["content"]).input_ids) for turn in messages)
-    answers = {name: cut(tokenizer, row[name]["content"], room - prompt) for name in ("chosen", "rejected")}
+    answers = {name: truncate(tokenizer, row[name]["content"], room - prompt) for name in ("chosen", "rejected")}
     return {"messages": messages, **answers}
 
 
-def cut(tokenizer: Any, text: str, limit: int) -> str:
-    """The beginning of `text` up to `limit` tokens, without a torn character at its end."""
+def truncate(tokenizer: Any, text: str, limit: int) -> str:
+    """The first `limit` tokens of `text`, without an incomplete character at the end."""
     ids = tokenizer(text).input_ids
     return text if len(ids) <= limit else tokenizer.decode(ids[:limit]).rstrip("\ufffd").strip()
 
 
 def render(tokenizer: Any, row: dict[str, Any]) -> dict[str, str]:
-    """The row as the texts that TRL takes."""
+    """The row as the texts that TRL expects."""
     prompt = tokenizer.apply_chat_template(row["messages"], add_generation_prompt=True, tokenize=False)
     return {"prompt": prompt, "chosen": row["chosen"] + TURN_END, "rejected": row["rejected"] + TURN_END}
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """One JSON object a line."""
+    """Write one JSON object per line."""
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def was_cut(row: dict[str, Any], fitted: dict[str, Any]) -> bool:
-    """Whether `fit` has changed the row."""
+def was_truncated(row: dict[str, Any], fitted: dict[str, Any]) -> bool:
+    """Whether `fit` changed the row."""
     answers = {name: row[name]["content"] for name in ("chosen", "rejected")}
     return {"messages": row["messages"], **answers} != fitted
 
 
 def encoded(tokenizer: Any, folder: Path) -> list[list[tuple[list[int], int]]]:
-    """The pairs of `folder` as our stages encode them: for either answer the ids with its prompt, and its length."""
+    """The pairs in `folder` as our stages encode them: for each answer, its ids after the prompt's, and its length."""
     from medicalgpt.data.encoding import encode_preference
     from medicalgpt.data.formats import to_preference
 
@@ -156,7 +157,7 @@ def encoded(tokenizer: Any, folder: Path) -> list[list[tuple[list[int], int]]]:
 
 
 def encoded_by_trl(row: dict[str, Any], stage: str) -> list[tuple[list[int], int]]:
-    """The same of a row as TRL's trainer has encoded it; the reward model is told of no length of an answer."""
+    """The same for a row that TRL's trainer encoded; its reward trainer does not keep the length of the answer: 0."""
     names = ("chosen", "rejected")
     if stage == "dpo":
         return [(row["prompt_ids"] + row[f"{name}_ids"], len(row[f"{name}_ids"])) for name in names]
@@ -166,7 +167,7 @@ def encoded_by_trl(row: dict[str, Any], stage: str) -> list[tuple[list[int], int
 
 
 def measure(side: str, out: Path, args: argparse.Namespace) -> peers.Result:
-    """Train one side, stop if it has seen other tokens, and measure what it has learned."""
+    """Train one side, exit if it saw other tokens, and measure what it learned."""
     result = peers.train(side, out, command_for(side, out, args))
     check_tokens(side, out, peers.log_history(out), args)
     loss, accuracy = held_out(out, args)
@@ -174,13 +175,13 @@ def measure(side: str, out: Path, args: argparse.Namespace) -> peers.Result:
 
 
 def command_for(side: str, out: Path, args: argparse.Namespace) -> list[str]:
-    """What Python is to run to train one side."""
+    """The arguments for Python that train one side."""
     ours = [PROGRAMS[args.stage], *([] if args.stage == "rm" else ["--sample_prompts", "0"])]
     return peers.command_for(side, out, args, ours, ["benchmarks.preference_cpu", "--stage", args.stage])
 
 
 def check_tokens(side: str, out: Path, history: list[dict], args: argparse.Namespace) -> None:
-    """Stop unless the side has trained on the tokens of all pairs, the same ones of them supervised."""
+    """Exit unless the side trained on the tokens of all pairs, with the same ones supervised."""
     from transformers import AutoTokenizer
 
     expected = encoded(AutoTokenizer.from_pretrained(args.work / "base"), args.work / "train")
@@ -192,11 +193,11 @@ def check_tokens(side: str, out: Path, history: list[dict], args: argparse.Names
         seen = max(entry["num_tokens"] for entry in history if "num_tokens" in entry)
         same = seen == sum(len(ids) for pair in expected for ids, _ in pair)
     if not same:
-        sys.exit(f"{side} has not trained on the tokens of the pairs")
+        sys.exit(f"{side} did not train on the tokens of the pairs")
 
 
 def held_out(adapter: Path, args: argparse.Namespace) -> tuple[float, float]:
-    """Mean loss of the stage, and the share of pairs whose chosen answer stands higher, from plain logits."""
+    """Mean loss of the stage, and the share of pairs in which the chosen answer wins, computed from the logits."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -209,7 +210,7 @@ def held_out(adapter: Path, args: argparse.Namespace) -> tuple[float, float]:
         scores = model(input_ids=torch.tensor([ids])).logits[0, -length - 1 : -1].log_softmax(dim=-1)
         return scores.gather(1, torch.tensor(ids[-length:])[:, None]).sum().item()
 
-    losses, right = [], 0
+    losses, correct = [], 0
     with torch.no_grad():
         for pair in encoded(AutoTokenizer.from_pretrained(adapter), args.work / "held_out"):
             if args.stage == "rm":
@@ -225,8 +226,8 @@ def held_out(adapter: Path, args: argparse.Namespace) -> tuple[float, float]:
                     before = [log_prob(*answer) for answer in pair]
                 chosen, rejected = (BETA * (a - b) for a, b in zip(now, before, strict=True))
                 losses.append(softplus(rejected - chosen))
-            right += chosen > rejected
-    return sum(losses) / len(losses), right / len(losses)
+            correct += chosen > rejected
+    return sum(losses) / len(losses), correct / len(losses)
 
 
 def softplus(x: float) -> float:
@@ -235,7 +236,7 @@ def softplus(x: float) -> float:
 
 
 def trl_trainer(stage: str, work: Path, out: Path, length: int, batch: int, **options: Any) -> "Trainer":
-    """What a user of TRL writes for the same task; `options` go into the config."""
+    """What a user of TRL would write for the same task; `options` go into the config."""
     from datasets import load_dataset
     from peft import LoraConfig
     from transformers import AutoTokenizer

@@ -1,13 +1,13 @@
-"""Preference stages on a GPU: DPO, ORPO and reward modeling, with LoRA and QLoRA, beside TRL as it comes.
+"""Preference stages on a GPU: DPO, ORPO and reward modeling, with LoRA and QLoRA, compared with TRL.
 
     python -m benchmarks.preference_gpu --shape 0.5b
     python -m benchmarks.preference_gpu --shape 7b --batch 2 --ways dpo,dpo_qlora,trl_dpo
 
 Random weights in the shape of Qwen2.5-0.5B, -1.5B or -7B, bfloat16, adapters of rank 8 on all linear layers, length
-1,024. Answers of the file are joined to longer ones, of uneven lengths up to the limit, so that padding costs what it
-costs in practice. Each way trains on the same pairs in a process of its own; the table shows tokens per second (the
-padding not counted, and both sequences of a pair counted once although DPO reads them twice), peak memory of the GPU,
-and the mean training loss. `--shape tiny` tries the script without a GPU.
+1,024. Answers of the file are joined into longer ones of varying lengths up to the limit, so that padding costs what it
+costs in practice. Each way trains on the same pairs in its own process; the table shows tokens per second (without
+padding; both sequences of a pair count once, although DPO reads them twice), peak GPU memory, and the mean training
+loss. `--shape tiny` tries the script without a GPU.
 """
 
 import argparse
@@ -93,18 +93,18 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=400)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--ways", default=",".join(WAYS), help=f"with commas: {', '.join(WAYS)}")
+    parser.add_argument("--ways", default=",".join(WAYS), help=f"separated by commas: {', '.join(WAYS)}")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--stage", choices=PROGRAMS, help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if unknown := set(args.ways.split(",")) - WAYS.keys():
-        parser.error(f"--ways {','.join(sorted(unknown))}: no such way; there are {', '.join(WAYS)}")
+        parser.error(f"--ways {','.join(sorted(unknown))}: no such way; known are {', '.join(WAYS)}")
     return args
 
 
 def prepare(work: Path, args: argparse.Namespace) -> int:
-    """Leave in `work` a base model and pairs of uneven lengths, in our form and in TRL's; returns their tokens."""
+    """Write to `work` a base model and pairs of varying lengths, in our format and TRL's; returns their token count."""
     from build_tiny_model import ROLES, train_tokenizer
     from medicalgpt.args import DataArguments
     from medicalgpt.data.formats import to_preference
@@ -128,7 +128,7 @@ def prepare(work: Path, args: argparse.Namespace) -> int:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    # Made in its final place and type: seven billion random numbers take minutes on a CPU.
+    # Created on its final device in its final type: seven billion random numbers take minutes on a CPU.
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         torch.set_default_dtype(torch.bfloat16)
         model = Qwen2ForCausalLM(config)
@@ -140,13 +140,13 @@ def prepare(work: Path, args: argparse.Namespace) -> int:
     del model
     torch.cuda.empty_cache()
 
-    chosen = random.Random(SEED)
+    draw = random.Random(SEED)
     pairs = []
     for _ in range(args.pairs):
-        messages = chosen.choice(rows)["messages"]
-        limit = chosen.uniform(0.1, 1.0) * args.length - prompt_length(tokenizer, messages)
+        messages = draw.choice(rows)["messages"]
+        limit = draw.uniform(0.1, 1.0) * args.length - prompt_length(tokenizer, messages)
         answers = {
-            name: joined(tokenizer, [row[name]["content"] for row in chosen.sample(rows, min(64, len(rows)))], limit)
+            name: join_texts(tokenizer, [row[name]["content"] for row in draw.sample(rows, min(64, len(rows)))], limit)
             for name in ("chosen", "rejected")
         }
         pairs.append({"messages": messages, **answers})
@@ -159,13 +159,13 @@ def prepare(work: Path, args: argparse.Namespace) -> int:
 
 
 def prompt_length(tokenizer: Any, messages: list[dict[str, Any]]) -> int:
-    """Tokens of the rendered prompt, and some room for the end of the turn."""
+    """Number of tokens of the rendered prompt, with some room for the end of the turn."""
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     return len(tokenizer(text).input_ids) + 8
 
 
-def joined(tokenizer: Any, texts: list[str], limit: float) -> str:
-    """As many of the texts as have at most `limit` tokens together, but at least one."""
+def join_texts(tokenizer: Any, texts: list[str], limit: float) -> str:
+    """As many of the texts, joined by newlines, as fit into `limit` tokens, but at least one."""
     answer = texts[0]
     for text in texts[1:]:
         longer = f"{answer}\n{text}"

@@ -1,20 +1,20 @@
-"""Reinforcement learning on a GPU: steps of PPO and GRPO, with LoRA and QLoRA, generation and learning timed apart.
+"""Reinforcement learning on a GPU: PPO and GRPO steps with LoRA and QLoRA; generation and learning timed separately.
 
     python -m benchmarks.rl_gpu --shape 0.5b
     python -m benchmarks.rl_gpu --shape 0.5b --ways grpo,grpo_qlora --batch 32 --answer_length 512
 
 Random weights in the shape of Qwen2.5-0.5B, bfloat16, adapters of rank 8 on all linear layers; PPO's reward model, from
-which its critic starts too, is a random Qwen3 of the same shape. Each way runs its stage script, with the script's own
-defaults for all that has no flag here, in a process of its own; the first step is not counted. Random weights hardly
-ever end an answer, so that nearly all answers have `--answer_length` tokens.
+which its critic is initialized too, is a random Qwen3 of the same shape. Each way runs its stage script in its own
+process, with the script's defaults for everything that has no flag here; the first step is not counted. Random weights
+hardly ever end an answer, so nearly all answers have `--answer_length` tokens.
 
-- Generating: tokens of answers, and the seconds in which they are written.
-- Learning: tokens of prompts and answers, padding not counted, once for each pass over them (PPO makes four, through
-  the policy and the critic), and the seconds from the judged answers to the end of the step. GRPO's rewards are 0 for
-  all of these answers, and it computes as much as for any others.
-- The rest of a step: rewards, and for PPO the log-probabilities, values and reference before anything is learned.
+- Generating: tokens of the answers, and the seconds it takes to generate them.
+- Learning: tokens of prompts and answers without padding, counted once for each pass over them (PPO makes four, through
+  the policy and the critic), and the seconds from the scored answers to the end of the step. GRPO's rewards are 0 for
+  all of these answers; the amount of computation is the same as for any others.
+- The rest of a step: rewards, and for PPO the log-probabilities, values and reference before the updates.
 
-Peak memory is that of the GPU. The line below the table says when, where and with what it was made. `--shape tiny`
+Peak memory is that of the GPU. The line below the table gives date, hardware, versions and command. `--shape tiny`
 tries the script without a GPU. It has not run on a GPU yet.
 """
 
@@ -52,14 +52,14 @@ def main() -> None:
         return
     ways = args.ways.split(",")
     if importlib.util.find_spec("bitsandbytes") is None and (without := [way for way in ways if WAYS[way] == QLORA]):
-        print(f"left out, since bitsandbytes is not installed: {', '.join(without)}")
+        print(f"skipped, because bitsandbytes is not installed: {', '.join(without)}")
         ways = [way for way in ways if way not in without]
     record: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         prepare(work, args)
         print(
-            "\n| | tokens/s generating | tokens/s learning | seconds a step | generating | learning | the rest "
+            "\n| | tokens/s generating | tokens/s learning | seconds per step | generating | learning | the rest "
             "| peak GB |\n|---|---|---|---|---|---|---|---|"
         )
         for way in ways:
@@ -81,26 +81,26 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--data", type=Path, default=ROOT / "data/grpo/train.jsonl", help="a file of questions")
     parser.add_argument("--shape", choices=SHAPES, default="0.5b")
-    parser.add_argument("--steps", type=int, default=5, help="steps that are measured, after one that is not")
-    parser.add_argument("--length", type=int, default=1024, help="most tokens of a prompt with its answer")
+    parser.add_argument("--steps", type=int, default=5, help="number of measured steps, after one that is not")
+    parser.add_argument("--length", type=int, default=1024, help="maximum number of tokens of a prompt with its answer")
     parser.add_argument("--answer_length", type=int, default=256)
     parser.add_argument("--batch", type=int, default=16, help="a quarter of the answers of a step; an even number")
-    parser.add_argument("--ways", default=",".join(WAYS), help=f"with commas: {', '.join(WAYS)}")
+    parser.add_argument("--ways", default=",".join(WAYS), help=f"separated by commas: {', '.join(WAYS)}")
     parser.add_argument("--child", choices=PROGRAMS, help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("flags", nargs="*", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if unknown := set(args.ways.split(",")) - WAYS.keys():
-        parser.error(f"--ways {','.join(sorted(unknown))}: no such way; there are {', '.join(WAYS)}")
+        parser.error(f"--ways {','.join(sorted(unknown))}: no such way; known are {', '.join(WAYS)}")
     if args.flags and not args.child:
-        parser.error(f"{args.flags[0]} is no flag")
+        parser.error(f"unknown flag {args.flags[0]}")
     if args.steps < 1:
         parser.error(f"--steps {args.steps} must be at least 1")
     return args
 
 
 def stage_flags(stage: str, work: Path, args: argparse.Namespace) -> tuple[object, ...]:
-    """The flags of a stage script; both write four times `--batch` answers in a step."""
+    """The flags of a stage script; both stages generate four times `--batch` answers in a step."""
     return (
         *("--model_name_or_path", work / "base", "--train_file_dir", args.data, "--max_steps", args.steps + 1),
         *("--model_max_length", args.length, "--max_completion_length", args.answer_length, "--seed", SEED),
@@ -111,12 +111,12 @@ def stage_flags(stage: str, work: Path, args: argparse.Namespace) -> tuple[objec
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Models of random weights
+# Models with random weights
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def prepare(work: Path, args: argparse.Namespace) -> None:
-    """Leave in `work` a base model and a reward model of random weights, with a tokenizer of as many tokens."""
+    """Write to `work` a base model and a reward model with random weights, and a tokenizer with as many tokens."""
     from build_tiny_model import ROLES, train_tokenizer
     from medicalgpt.args import DataArguments
     from medicalgpt.data.formats import to_task
@@ -156,10 +156,10 @@ def prepare(work: Path, args: argparse.Namespace) -> None:
 
 
 def fill_up(file: Path, size: int) -> None:
-    """Fill a saved tokenizer up to `size` tokens with words of few letters.
+    """Fill up a saved tokenizer to `size` tokens with short words.
 
-    Random weights draw any token. One without text would vanish from the answer, and the reward model would have less
-    to read than the policy has written.
+    A model with random weights samples any token. One without text would vanish from the answer, and the reward model
+    would read less than the policy generated.
     """
     saved = json.loads(file.read_text(encoding="utf-8"))
     vocabulary, trained = saved["model"]["vocab"], saved["model"]["merges"]
@@ -167,7 +167,7 @@ def fill_up(file: Path, size: int) -> None:
     for length in itertools.count(1):
         for *letters, last in itertools.product(string.ascii_lowercase, repeat=length):
             if len(vocabulary) >= size:
-                # Before the trained ones, which would cut the words otherwise.
+                # Before the trained ones, which would split the words otherwise.
                 saved["model"]["merges"] = list(dict.fromkeys([*merges, *map(tuple, trained)]))
                 file.write_text(json.dumps(saved, ensure_ascii=False), encoding="utf-8")
                 return
@@ -182,7 +182,7 @@ def fill_up(file: Path, size: int) -> None:
 
 
 def run_stage(stage: str, out: Path, flags: list[str]) -> None:
-    """Run a stage script in this process, and leave in `out`/steps.json what each of its steps took."""
+    """Run a stage script in this process, and write the time of each of its steps to `out`/steps.json."""
     from medicalgpt.errors import run_main
 
     sys.argv = [PROGRAMS[stage], *flags]
@@ -193,9 +193,9 @@ def run_stage(stage: str, out: Path, flags: list[str]) -> None:
 
 
 def time_steps(stage: str) -> list[dict[str, float]]:
-    """Have a stage script note its steps from now on; returns the list to which they are added.
+    """Record the steps of a stage script from now on; returns the list to which they are added.
 
-    Seconds are `seconds`, of which `generating` and `learning`; tokens are `written` and `learned`.
+    A step has its `seconds`, of which `generating` and `learning` are parts, and its tokens, `written` and `learned`.
     """
     from medicalgpt.serving.chat import ChatEngine
 
@@ -237,14 +237,14 @@ def time_steps(stage: str) -> list[dict[str, float]]:
 
 
 def watch(owner: type, name: str, note: Callable[[float, float, Any, Any], None]) -> None:
-    """Have `note` called after each call of a method, with its beginning, its end, its result and its object."""
+    """Have `note` called after each call of a method, with its start, its end, its result and its object."""
     import torch
 
     method = getattr(owner, name)
 
     def now() -> float:
         if torch.cuda.is_available():
-            # A GPU works on after the call that has asked for the work.
+            # CUDA calls return before the GPU has done the work.
             torch.cuda.synchronize()
         return time.perf_counter()
 
@@ -259,7 +259,7 @@ def watch(owner: type, name: str, note: Callable[[float, float, Any, Any], None]
 
 
 def report(way: str, steps: list[dict[str, float]], peak_gb: float) -> None:
-    """Print one line of the table: sums over the steps, and means of a step."""
+    """Print one line of the table: totals over the steps, and means per step."""
     total = {name: sum(step[name] for step in steps) for name in steps[0]}
     seconds, generating, learning = (total[name] / len(steps) for name in ("seconds", "generating", "learning"))
     print(
@@ -270,7 +270,7 @@ def report(way: str, steps: list[dict[str, float]], peak_gb: float) -> None:
 
 
 def circumstances(record: dict[str, Any]) -> str:
-    """Day, hardware, versions, commit and command, in a line.
+    """Date, hardware, versions, commit and command, in one line.
 
     Args:
         record: run.json of one of the runs.
@@ -281,7 +281,7 @@ def circumstances(record: dict[str, Any]) -> str:
         gpu = torch.cuda.get_device_properties(0)
         hardware = f"{gpu.name} ({gpu.total_memory / 1e9:.0f} GB), CUDA {torch.version.cuda}"
     else:
-        hardware = f"no GPU ({os.cpu_count()} CPU cores: this shows that the script runs, and nothing else)"
+        hardware = f"no GPU ({os.cpu_count()} CPU cores: this only shows that the script runs)"
     versions = ", ".join(f"{name} {record['versions'][name]}" for name in LIBRARIES if record["versions"].get(name))
     described = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--exclude", "*"], cwd=ROOT, capture_output=True, text=True

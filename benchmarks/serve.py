@@ -1,24 +1,24 @@
-"""Load on a chat server: many clients for a minute, each answer compared with the one that its own question has.
+"""Load test of a chat server: many clients for a minute, each answer compared with the expected one.
 
     python -m benchmarks.serve --model outputs/sft-merged
     python -m benchmarks.serve --model outputs/sft-merged --vllm_venv .venv-vllm --output_file outputs/serve.json
     python -m benchmarks.serve --model outputs/sft-merged --url http://127.0.0.1:8000
 
-openai_api.py is started, loaded and stopped, then, with `--vllm_venv`, real vLLM with the same checkpoint (by
-scripts/vllm_deployment.sh, which makes that environment). `--url` loads a server that runs already instead, any with
-OpenAI's interface; its key is read from OPENAI_API_KEY.
+openai_api.py is started, loaded and stopped, then, with `--vllm_venv`, vLLM with the same checkpoint (with
+scripts/vllm_deployment.sh, which creates that environment). With `--url`, a running server is loaded instead, any with
+OpenAI's API; its key is read from OPENAI_API_KEY.
 
-Each client has a few questions of its own and asks them again and again, one at a time, some streamed and some whole.
-`ChatEngine` has answered them all beforehand, greedily and in float32, as both servers do. Questions are kept whose
-answers differ from each other and where no token was a near tie, so that every answer shows whose it is: `mixed up` is
-one that belongs to another question, `wrong` one that belongs to none, `lost` a request whose connection ended or timed
-out before its answer did. With `--kill_share`, clients hang up in the middle of some. A server that is full may turn
-requests away (429, with Retry-After); its clients wait as long as it says.
+Each client has its own few questions and asks them again and again, one at a time, some of them with streaming. The
+expected answers come from `ChatEngine`, greedy and in float32, as in both servers. Only questions are used whose
+answers differ from each other and in which no token was a near tie, so that every answer identifies its question:
+`mixed up` is the answer to another question, `wrong` is the answer to none, and `lost` is a request whose connection
+was closed or timed out before the end of the answer. With `--kill_share`, clients hang up in the middle of some
+answers. A full server may refuse requests (429, with Retry-After); the client then waits as long as it is told.
 
-Seconds are measured by the clients: from the request to the end of its answer, and to its first text where it is
-streamed. Memory (resident, of all processes of the server) is read before the load, twice a second during it, and two
-seconds after. The clients take CPU time from the server, on either side the same. The exit code is 1 if anything was
-mixed up, wrong, lost or an error.
+Seconds are measured by the clients: from the request to the end of its answer, and to its first text if it is streamed.
+Memory (resident, of all processes of the server) is read before the load, twice a second during it, and two seconds
+after it. The clients take CPU time from the server, the same for both servers. The exit code is 1 if anything was mixed
+up, wrong, lost or an error.
 """
 
 import argparse
@@ -45,17 +45,17 @@ import numpy as np
 import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
-# Float32 sums in another order; a token that leads by less could fall the other way.
+# Float32 sums may be computed in another order; a token that leads by less could lose.
 CLOSE = 1e-3
-# Seconds after the load in which a server may give memory back.
+# Seconds after the load for the server to release memory.
 SETTLING = 2.0
 BAD = ("mixed up", "wrong", "lost", "error")
-KINDS = ("right", *BAD, "turned away", "killed")
+KINDS = ("correct", *BAD, "refused", "killed")
 
 
 @dataclass(frozen=True)
 class Case:
-    """A question, and how its answer ends."""
+    """A question and the expected answer, with its finish reason."""
 
     messages: list[dict[str, str]]
     text: str
@@ -64,13 +64,13 @@ class Case:
 
 @dataclass
 class Outcome:
-    """What became of one request.
+    """The outcome of one request.
 
     Attributes:
         kind: one of KINDS.
         seconds: from the request to the end of the answer.
         first: seconds to the first text of a streamed answer.
-        tokens: of a whole answer.
+        tokens: number of tokens of a complete answer.
         detail: what was wrong.
     """
 
@@ -82,7 +82,7 @@ class Outcome:
 
 
 def main() -> None:
-    """Load one server after the other, print a line for each, and complain of what went wrong."""
+    """Load one server after the other, print a line for each, and report what went wrong."""
     args = parse_args()
     cases = prepare(args)
     print(
@@ -103,7 +103,7 @@ def main() -> None:
         args.output_file.parent.mkdir(parents=True, exist_ok=True)
         args.output_file.write_text(json.dumps(found, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     if bad := [f"{name}: {result[kind]} {kind}" for name, result in results.items() for kind in BAD if result[kind]]:
-        sys.exit(f"not all answers came and were right: {', '.join(bad)}")
+        sys.exit(f"not all answers arrived and were correct: {', '.join(bad)}")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -118,7 +118,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--stream_share", type=float, default=0.5, help="share of requests that are streamed")
     parser.add_argument("--kill_share", type=float, default=0.0, help="share of requests that clients hang up on")
     parser.add_argument("--timeout", type=float, default=120, help="seconds after which a request is lost")
-    parser.add_argument("--url", help="a server that runs already, without /v1")
+    parser.add_argument("--url", help="a running server, without /v1")
     parser.add_argument("--pid", type=int, help="its process, so that its memory can be read")
     parser.add_argument("--ours_flags", default="", help="further flags of openai_api.py, in one string")
     parser.add_argument("--vllm_venv", type=Path, help="environment with vLLM; measures vLLM as well")
@@ -127,16 +127,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     if not (args.model / "config.json").is_file():
-        parser.error(f"--model {args.model} is no model. bash scripts/run_pipeline.sh makes outputs/sft-merged")
+        parser.error(f"--model {args.model} is not a model. bash scripts/run_pipeline.sh creates outputs/sft-merged")
     if args.url and (args.vllm_venv or args.ours_flags or args.vllm_flags):
-        parser.error("--url measures the server that is there; it starts neither openai_api.py nor vLLM")
+        parser.error("--url measures a running server; it starts neither openai_api.py nor vLLM")
     if args.pid and not args.url:
-        parser.error("--pid is for --url; of the servers that are started here the process is known")
+        parser.error("--pid is for --url; the processes of servers started here are known")
     return args
 
 
 def prepare(args: argparse.Namespace) -> list[list[Case]]:
-    """For each client its questions, all with answers of their own."""
+    """The questions of each client, all with different answers."""
     from medicalgpt.args import DataArguments
     from medicalgpt.data.formats import to_messages
     from medicalgpt.data.loading import load_data
@@ -165,8 +165,8 @@ def prepare(args: argparse.Namespace) -> list[list[Case]]:
             break
     else:
         sys.exit(
-            f"{args.questions} has {len(found)} questions with answers of their own, and {wanted} are needed: "
-            "fewer --clients or --prompts, more --max_new_tokens, or other --questions"
+            f"{args.questions} has {len(found)} questions with different answers, and {wanted} are needed: "
+            "use fewer --clients or --prompts, more --max_new_tokens, or other --questions"
         )
     cases = list(found.values())[:wanted]
     return [cases[number :: args.clients] for number in range(args.clients)]
@@ -208,7 +208,7 @@ def running(name: str, args: argparse.Namespace) -> Iterator[tuple[str, int | No
 
 
 def wait_until_ready(url: str, process: subprocess.Popen, log: Path) -> None:
-    """Return when the server says that it is well; stop with the end of its log if it ends before."""
+    """Return when the server is healthy; exit with the end of its log if it exits before."""
     while True:
         try:
             if httpx.get(f"{url}/health", timeout=5, trust_env=False).status_code == 200:
@@ -216,12 +216,12 @@ def wait_until_ready(url: str, process: subprocess.Popen, log: Path) -> None:
         except httpx.TransportError:
             pass
         if process.poll() is not None:
-            sys.exit(f"{log.read_text()[-3000:]}\nthe server has ended with {process.returncode} before it was ready")
+            sys.exit(f"{log.read_text()[-3000:]}\nthe server exited with {process.returncode} before it was ready")
         time.sleep(0.5)
 
 
 async def measure(url: str, pid: int | None, cases: list[list[Case]], args: argparse.Namespace) -> dict[str, Any]:
-    """Load the server and return what is worth telling."""
+    """Load the server and return the measurements."""
     key = os.environ.get("OPENAI_API_KEY") if args.url else None
     context = ssl.create_default_context()
     clients = [
@@ -230,14 +230,14 @@ async def measure(url: str, pid: int | None, cases: list[list[Case]], args: argp
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=args.timeout,
             verify=context,
-            # A proxy of the network is not the way to this machine.
+            # Requests to this machine must not go through a proxy.
             trust_env=bool(args.url),
         )
         for _ in cases
     ]
     models = (await clients[0].get("models")).raise_for_status().json()
     load = Load(models["data"][0]["id"], {case.text for own in cases for case in own}, args)
-    # The first requests pay for what is allocated and compiled once.
+    # Warm-up: the first requests include one-time allocation and compilation.
     await asyncio.gather(*(load.ask(http, own[0], streamed=True) for http, own in zip(clients, cases, strict=True)))
 
     server, sampled = psutil.Process(pid) if pid else None, []
@@ -266,8 +266,8 @@ class Load:
     """Clients of one server.
 
     Args:
-        model: the name that the server has for it.
-        answers: of all questions of all clients.
+        model: its name on the server.
+        answers: the expected answers to all questions of all clients.
         args: the command line.
     """
 
@@ -279,13 +279,13 @@ class Load:
     async def client(
         self, http: httpx.AsyncClient, cases: Sequence[Case], until: float, draw: random.Random
     ) -> list[Outcome]:
-        """Ask one question after the other; returns what became of them."""
+        """Ask one question after the other; returns the outcomes."""
         outcomes = []
         while time.perf_counter() < until:
             streamed, killed = draw.random() < self.args.stream_share, draw.random() < self.args.kill_share
             patience = draw.uniform(0.02, 0.5) if killed else None
             outcomes.append(await self.ask(http, draw.choice(cases), streamed, patience))
-            if outcomes[-1].kind == "turned away":
+            if outcomes[-1].kind == "refused":
                 await asyncio.sleep(float(outcomes[-1].detail))
         return outcomes
 
@@ -313,7 +313,7 @@ class Load:
     async def _whole(self, http: httpx.AsyncClient, case: Case, body: dict[str, Any], began: float) -> Outcome:
         response = await http.post("chat/completions", json=body)
         if response.status_code != 200:
-            return refused(response)
+            return failed_outcome(response)
         answer = response.json()
         (choice,) = answer["choices"]
         return self._judge(case, choice["message"]["content"], choice["finish_reason"], answer["usage"])
@@ -323,11 +323,11 @@ class Load:
         async with http.stream("POST", "chat/completions", json=body) as response:
             if response.status_code != 200:
                 await response.aread()
-                return refused(response)
+                return failed_outcome(response)
             async for line in response.aiter_lines():
                 if not line.startswith("data:"):
                     continue
-                # Read to the end all the same, so that the connection can be used again.
+                # Keep reading to the end, so that the connection can be reused.
                 if done := line[5:].strip() == "[DONE]":
                     continue
                 event = json.loads(line[5:])
@@ -348,40 +348,40 @@ class Load:
 
     def _judge(self, case: Case, text: str, finish_reason: str | None, usage: dict[str, int] | None) -> Outcome:
         if usage is None:
-            return Outcome("error", detail="no usage was told")
+            return Outcome("error", detail="no usage was reported")
         tokens = usage["completion_tokens"]
         if (text, finish_reason) == (case.text, case.finish_reason):
-            return Outcome("right", tokens=tokens)
+            return Outcome("correct", tokens=tokens)
         kind = "mixed up" if text != case.text and text in self.answers else "wrong"
         expected = f"{case.text!r} ({case.finish_reason})"
         return Outcome(kind, tokens=tokens, detail=f"{text!r} ({finish_reason}) instead of {expected}")
 
 
-def refused(response: httpx.Response) -> Outcome:
-    """What an answer is that has another status than 200."""
+def failed_outcome(response: httpx.Response) -> Outcome:
+    """The outcome of a response whose status is not 200."""
     if response.status_code == 429 and "retry-after" in response.headers:
-        return Outcome("turned away", detail=response.headers["retry-after"])
+        return Outcome("refused", detail=response.headers["retry-after"])
     return Outcome("error", detail=f"{response.status_code}: {response.text[:200]}")
 
 
 def processes(server: psutil.Process | None) -> list[psutil.Process]:
-    """The server with all that it has started."""
+    """The server and all its child processes."""
     return [server, *server.children(recursive=True)] if server else []
 
 
 def memory(server: psutil.Process | None) -> float:
-    """Resident memory in MB; NaN of a server whose process is not known."""
+    """Resident memory in MB; NaN if the process of the server is not known."""
     return sum(process.memory_info().rss for process in processes(server)) / 1e6 if server else float("nan")
 
 
 def cpu_seconds(server: psutil.Process | None) -> float:
-    """CPU time of all processes so far."""
+    """CPU time of all processes so far, in seconds."""
     times = [process.cpu_times() for process in processes(server)]
     return sum(time.user + time.system for time in times) if server else float("nan")
 
 
 async def watch(server: psutil.Process | None, sampled: list[float]) -> None:
-    """Note the memory twice a second."""
+    """Record the memory twice a second."""
     while server:
         sampled.append(memory(server))
         await asyncio.sleep(0.5)
@@ -390,22 +390,22 @@ async def watch(server: psutil.Process | None, sampled: list[float]) -> None:
 def summary(outcomes: list[Outcome], elapsed: float) -> dict[str, Any]:
     """Numbers of all requests of all clients."""
     counts = Counter(outcome.kind for outcome in outcomes)
-    right = [outcome for outcome in outcomes if outcome.kind == "right"]
+    correct = [outcome for outcome in outcomes if outcome.kind == "correct"]
     details = Counter(f"{outcome.kind}: {outcome.detail}" for outcome in outcomes if outcome.kind in BAD)
     return {
         "requests": len(outcomes),
         **{kind: counts[kind] for kind in KINDS},
         "seconds": elapsed,
-        "requests_per_second": len(right) / elapsed,
-        "tokens_per_second": sum(outcome.tokens for outcome in right) / elapsed,
-        "latency": percentiles([outcome.seconds for outcome in right]),
-        "first_text": percentiles([outcome.first for outcome in right if outcome.first is not None]),
+        "requests_per_second": len(correct) / elapsed,
+        "tokens_per_second": sum(outcome.tokens for outcome in correct) / elapsed,
+        "latency": percentiles([outcome.seconds for outcome in correct]),
+        "first_text": percentiles([outcome.first for outcome in correct if outcome.first is not None]),
         "details": dict(details.most_common(5)),
     }
 
 
 def percentiles(seconds: list[float]) -> dict[str, float]:
-    """The middle, and what 5 and 1 in 100 exceed; NaN of nothing."""
+    """The 50th, 95th and 99th percentile; NaN if there are no values."""
     found = np.percentile(seconds, [50, 95, 99]).tolist() if seconds else [float("nan")] * 3
     return dict(zip(("p50", "p95", "p99"), found, strict=True))
 
@@ -413,13 +413,13 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
 def report(results: dict[str, dict[str, Any]]) -> None:
     """Print the table."""
     print(
-        "\n| server | requests | mixed up | wrong | lost | errors | turned away | hung up on "
+        "\n| server | requests | mixed up | wrong | lost | errors | refused | hung up on "
         "| latency p50, p95, p99 (s) | first text p50, p95, p99 (s) | requests/s | tokens/s "
         "| memory before, after, peak (MB) | CPU s |"
     )
     print("|---" * 14 + "|")
     for name, result in results.items():
-        counts = " | ".join(str(result[kind]) for kind in (*BAD, "turned away", "killed"))
+        counts = " | ".join(str(result[kind]) for kind in (*BAD, "refused", "killed"))
         times = (", ".join(f"{value:.2f}" for value in result[key].values()) for key in ("latency", "first_text"))
         print(
             f"| {name} | {result['requests']} | {counts} | {' | '.join(times)} | {result['requests_per_second']:.1f} | "

@@ -1,21 +1,22 @@
-"""Supervised fine-tuning on a CPU: supervised_finetuning.py by its default flags beside TRL's SFTTrainer.
+"""Supervised fine-tuning on a CPU: supervised_finetuning.py with its defaults, compared with TRL's SFTTrainer.
 
     python -m benchmarks.sft_cpu --data data/finetune/train.jsonl --rows 1000
     python -m benchmarks.sft_cpu --data data/finetune/train.jsonl --sides ours,trl --output outputs/sft-cpu.json
 
-A Qwen3 of 5.2 million random weights (hidden 256, intermediate 768, 4 layers, 4 heads, 2 key-value heads, vocabulary
-8,000), LoRA of rank 8 on all linear layers, one epoch in float32. All sides train on the same rows, rendered by the
-same template, with the same batch size, rate and seed, one after the other, each in a process of its own. The table
-shows seconds of the whole process, of its training loop and of CPU time, its peak memory, the losses of the first and
-the last step, the supervised tokens it has seen, and the loss afterwards on the same held-out rows, measured the same
-way.
+A Qwen3 with 5.2 million random weights (hidden size 256, intermediate size 768, 4 layers, 4 heads, 2 key-value heads,
+vocabulary of 8,000), LoRA of rank 8 on all linear layers, one epoch in float32. All sides train on the same rows,
+rendered with the same template, with the same batch size, learning rate and seed, one after the other, each in its own
+process. The table shows seconds of the whole process, of its training loop and of CPU time, peak memory, the losses of
+the first and the last step, the number of supervised tokens, and the loss afterwards on the same held-out rows,
+measured the same way.
 
-`ours` groups rows by length, its default; `ours_random` takes them in random order, TRL's default. `trl` is TRL as it
-comes: its own defaults, but for what has to be equal (rows, length, batch, rate, seed, adapter, answers only), the log
-and `use_cpu`. TRL's defaults recompute activations and ours do not: `trl_no_checkpointing` turns that off.
-`trl_grouped` and `trl_grouped_no_checkpointing` group by length too. The equal pairs are `ours_random` and
-`trl_no_checkpointing`, `ours` and `trl_grouped_no_checkpointing`. The script fails unless all sides in random order
-have the same loss in each step, and TRL's two grouped sides as well; ours forms other groups.
+`ours` groups rows by length, the default; `ours_random` takes them in random order, TRL's default. `trl` is TRL with
+its defaults, except for what must be the same on all sides (rows, length, batch size, learning rate, seed, adapter,
+loss on answers only), the log and `use_cpu`. TRL recomputes activations by default and ours do not:
+`trl_no_checkpointing` turns that off. `trl_grouped` and `trl_grouped_no_checkpointing` group by length too. The
+comparable pairs are `ours_random` and `trl_no_checkpointing`, and `ours` and `trl_grouped_no_checkpointing`. The script
+fails unless all sides in random order have the same loss in each step, and TRL's two grouped sides as well; ours forms
+different groups.
 """
 
 import argparse
@@ -60,15 +61,15 @@ def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--data", type=Path, default=ROOT / "data/finetune/train.jsonl", help="a file of chat rows")
-    parser.add_argument("--rows", type=int, default=1000, help="rows to use, the held-out ones included")
-    parser.add_argument("--held_out", type=int, default=50, help="the last of these rows, to measure the result")
+    parser.add_argument("--rows", type=int, default=1000, help="rows to use, including the held-out ones")
+    parser.add_argument("--held_out", type=int, default=50, help="the last of these rows, to measure the result on")
     parser.add_argument("--batch", type=int, default=8)
     peers.add_flags(parser, SIDES)
     return parser.parse_args()
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """Leave the base model and the rows that fit into `--length` in `args.work`."""
+    """Write the base model and the rows that fit into `--length` to `args.work`."""
     from medicalgpt.args import DataArguments
     from medicalgpt.data.encoding import EncodingError, encode_chat
     from medicalgpt.data.formats import to_messages
@@ -102,18 +103,18 @@ def prepare(args: argparse.Namespace) -> None:
 
 
 def measure(side: str, out: Path, args: argparse.Namespace) -> peers.Result:
-    """Train one side, and measure what it has learned."""
+    """Train one side, and measure what it learned."""
     return peers.train(side, out, command_for(side, out, args)) | check_result(args.work, out)
 
 
 def command_for(side: str, out: Path, args: argparse.Namespace) -> list[str]:
-    """What Python is to run to train one side."""
+    """The arguments for Python that train one side."""
     ours = ["supervised_finetuning.py", "--sample_prompts", "0"]
     return peers.command_for(side, out, args, ours, ["benchmarks.sft_cpu"])
 
 
 def trl_trainer(work: Path, out: Path, length: int, batch: int, **options: Any) -> "SFTTrainer":
-    """What a user of TRL writes for the same task; `options` go into the config."""
+    """What a user of TRL would write for the same task; `options` go into the config."""
     from datasets import load_dataset
     from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
@@ -129,7 +130,7 @@ def trl_trainer(work: Path, out: Path, length: int, batch: int, **options: Any) 
 
 
 def check_result(work: Path, adapter: Path) -> dict[str, float]:
-    """Supervised tokens of the training rows by the tokenizer that was saved, and the loss on the held-out rows."""
+    """Supervised tokens of the training rows, with the saved tokenizer, and the loss on the held-out rows."""
     from medicalgpt.data.encoding import IGNORED, encode_chat
 
     import torch

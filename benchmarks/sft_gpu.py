@@ -1,11 +1,11 @@
-"""Supervised fine-tuning on a GPU: padded, grouped and packed batches, Liger on and off, beside TRL as it comes.
+"""Supervised fine-tuning on a GPU: padded, grouped and packed batches, Liger on and off, compared with TRL.
 
     python -m benchmarks.sft_gpu --data data/finetune/train.jsonl
 
 Random weights in the shape of Qwen2.5-0.5B, bfloat16, LoRA of rank 8 on all linear layers, length 1,024. Rows of the
-file are joined to conversations of many turns, of uneven lengths up to the limit, so that padding costs what it costs
-in practice. Each side trains the same number of rows in a process of its own; the table shows tokens per second (the
-padding not counted), peak memory of the GPU, and the mean training loss. `--shape tiny` tries the script without a GPU.
+file are joined into multi-turn conversations of varying lengths up to the limit, so that padding costs what it costs in
+practice. Each side trains on the same rows in its own process; the table shows tokens per second (without padding),
+peak GPU memory, and the mean training loss. `--shape tiny` tries the script without a GPU.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def main() -> None:
         run(
             "-m", "benchmarks.sft_gpu", "--child", "trl", "--work", work, "--length", args.length, "--batch", args.batch
         )
-        report("TRL as it comes", work / "trl", json.loads((work / "trl" / "peak.json").read_text()))
+        report("TRL with its defaults", work / "trl", json.loads((work / "trl" / "peak.json").read_text()))
 
 
 def parse_args() -> argparse.Namespace:
@@ -80,7 +80,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def prepare(work: Path, args: argparse.Namespace) -> None:
-    """Leave a base model and conversations of uneven lengths in `work`."""
+    """Write a base model and conversations of varying lengths to `work`."""
     from build_tiny_model import ROLES, train_tokenizer
     from medicalgpt.args import DataArguments
     from medicalgpt.data.encoding import encode_chat
@@ -110,14 +110,14 @@ def prepare(work: Path, args: argparse.Namespace) -> None:
     model = Qwen2ForCausalLM(config).to(torch.bfloat16)
     model.save_pretrained(work / "base")
     tokenizer.save_pretrained(work / "base")
-    chosen = random.Random(SEED)
+    draw = random.Random(SEED)
     (work / "train").mkdir()
     total = 0
     with open(work / "train" / "rows.jsonl", "w", encoding="utf-8") as file:
         for _ in range(args.conversations):
-            wanted, messages, length = chosen.uniform(0.1, 1.0) * args.length, [], 0
+            wanted, messages, length = draw.uniform(0.1, 1.0) * args.length, [], 0
             while True:
-                more = messages + chosen.choice(pairs)
+                more = messages + draw.choice(pairs)
                 (sample,) = encode_chat(tokenizer, {"messages": more, "tools": None})
                 if len(sample.input_ids) > wanted and messages:
                     break
@@ -128,7 +128,7 @@ def prepare(work: Path, args: argparse.Namespace) -> None:
 
 
 def run(*command: object) -> None:
-    """Run a Python program; on failure end with what it printed last."""
+    """Run a Python program; on failure, exit with the end of its output."""
     done = subprocess.run(
         [sys.executable, *map(str, command)],
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
@@ -141,7 +141,7 @@ def run(*command: object) -> None:
 
 
 def report(name: str, out: Path, peak_gb: float) -> None:
-    """Print one line of the table from what a run left."""
+    """Print one line of the table from the files of a run."""
     history = json.loads((out / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     tokens = max(entry["num_tokens"] for entry in history if "num_tokens" in entry)
     end = next(entry for entry in history if "train_runtime" in entry)

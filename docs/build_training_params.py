@@ -3,7 +3,7 @@
     python -m docs.build_training_params            write the page
     python -m docs.build_training_params --check    exit code 1 if the page is not current
 
-The page is the same on every machine: it shows defaults of classes, never of instances, which depend on the hardware.
+The page is the same on every machine: it shows the defaults of classes, not of instances, which depend on the hardware.
 """
 
 import argparse
@@ -90,7 +90,7 @@ SHOWN_CHOICES = 16
 
 
 def main() -> None:
-    """Write the page, or compare it."""
+    """Write the page, or check it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if the page is not current")
     page = render()
@@ -102,7 +102,7 @@ def main() -> None:
 
 
 def render() -> str:
-    """The whole page, the same on every machine."""
+    """The complete page, the same on every machine."""
     parts = [
         "# Flags of the programs",
         "Written by `python -m docs.build_training_params` from the argument classes; edit those, not this page.",
@@ -110,7 +110,7 @@ def render() -> str:
         "`flag: value`, over which the command line takes precedence; and `--debug`, which adds the traceback to an "
         "error. Hyphens may replace underscores, and a switch without a value means True. Names cannot be abbreviated: "
         "an unknown one stops the program, which suggests the nearest known flag.",
-        "## The stages of training",
+        "## Training stages",
         "`pretraining.py`, `supervised_finetuning.py`, and, on preference pairs, `reward_modeling.py`, "
         "`dpo_training.py` and `orpo_training.py`; on prompts, `ppo_training.py` and `grpo_training.py`. Flags without "
         "effect in a stage are refused; see the last section.",
@@ -176,8 +176,8 @@ def render() -> str:
         "## Spellings of MedicalGPT and of older libraries",
         "Accepted with their current meaning. Other spellings of a flag are below its name in the tables above.",
         _rows(("given", "means"), spellings({field.name for field in dataclasses.fields(SFTConfig)})),
-        "## Refused here, and why",
-        "A flag that would have no effect stops the program.",
+        "## Refused flags, and why",
+        "A flag that would have no effect stops the program with an error.",
         _rows(("flag", "refused in", "instead"), refusals()),
     ]
     return "\n\n".join(parts) + "\n"
@@ -187,7 +187,7 @@ def table(cls: type, *, only: Iterable[str] = ()) -> str:
     """A Markdown table of the fields that a dataclass declares or explains itself, or of those named in `only`."""
     fields = {field.name: field for field in dataclasses.fields(cls)}
     helps = help_texts(cls)
-    # Parsers overwrite `Field.type`; the annotations stay.
+    # The parser overwrites `Field.type`, but not the annotations.
     types = typing.get_type_hints(cls)
     rows = []
     own = [*(name for name in fields if name in cls.__annotations__), *vars(cls).get("HELP", ())]
@@ -196,7 +196,7 @@ def table(cls: type, *, only: Iterable[str] = ()) -> str:
         older = [f"--{old}" for old, new in RENAMED.items() if new == name]
         aliases = [alias for alias in metadata.get("aliases", []) if "-" not in alias.lstrip("-")]
         names = "<br>".join(f"`{spelling}`" for spelling in (f"--{name}", *aliases, *older))
-        # <think> would be taken for a tag of HTML.
+        # Markdown would treat <think> as an HTML tag.
         meaning = helps[name].replace("%%", "%").replace("<", "\\<")
         rows.append((names, type_name(types[name], metadata.get("choices")), default(fields[name]), meaning))
     return _rows(("flag", "value", "default", "meaning"), rows)

@@ -1,14 +1,14 @@
-"""The plumbing that the stage scripts share. What a stage teaches stays in its script."""
+"""The code that the programs share. What a stage is there to show stays in its script."""
 
 import logging
 import sys
 
-# First-party imports stand first, so that what stands here happens before the libraries are imported.
+# First-party imports come first, so that this code runs before the libraries are imported.
 
-# On a machine without GPU two libraries announce at every import what follows from that; a user can do nothing with it.
+# Without a GPU, two libraries log at every import what they cannot do; users can do nothing about it.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 
-# Other libraries import bitsandbytes where it is installed, which takes a second; the list of flags needs none of it.
+# Other libraries import bitsandbytes if it is installed, which takes a second; --help does not need it.
 if not {"-h", "--help"}.isdisjoint(sys.argv[1:]):
     sys.modules.setdefault("bitsandbytes", None)

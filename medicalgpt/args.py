@@ -1,6 +1,6 @@
-"""Arguments that every stage shares, and one strict parser for all programs.
+"""Arguments that programs share.
 
-A flag is declared once, as a dataclass field. What transformers or TRL declare already is not declared again.
+A flag is declared once, as a dataclass field. What transformers or TRL already declare is not declared again.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ class PairArguments(TemplateArguments):
     model_max_length: int | None = field(
         default=None,
         metadata={
-            "help": "Maximum tokens of a prompt with either answer. Longer pairs are refused, never truncated. "
+            "help": "Maximum number of tokens of a prompt with either answer. Longer pairs are refused, not truncated. "
             "Unset: the sum of the two limits below, or 1024; less if the model supports fewer positions.",
             "aliases": ["--max_seq_length"],
         },
@@ -111,7 +111,7 @@ class ModelArguments:
     load_in_8bit: bool = field(default=False, metadata={"help": "Load the base as int8; only adapters are trained."})
     qlora: bool = field(
         default=False,
-        metadata={"help": "The QLoRA recipe: 4-bit NF4 with double quantization. Implies --load_in_4bit."},
+        metadata={"help": "QLoRA: 4-bit NF4 with double quantization. Implies --load_in_4bit."},
     )
 
 
@@ -125,7 +125,7 @@ class ChatArguments(ModelArguments):
             "aliases": ["--base_model"],
         }
     )
-    lora_model: str | None = field(default=None, metadata={"help": "Adapter to put on top of the model."})
+    lora_model: str | None = field(default=None, metadata={"help": "Adapter to load on top of the model."})
     system_prompt: str | None = field(default=None, metadata={"help": "System prompt for conversations without one."})
     max_new_tokens: int = field(default=512, metadata={"help": "Maximum number of tokens of an answer."})
     temperature: float = field(default=0.0, metadata={"help": "0: greedy decoding; above 0: sampling."})
@@ -136,7 +136,7 @@ class ChatArguments(ModelArguments):
     repetition_penalty: float = field(
         default=1.0, metadata={"help": "Above 1: tokens that occurred already become less likely."}
     )
-    seed: int | None = field(default=None, metadata={"help": "Seed of sampling; the same seed gives the same answers."})
+    seed: int | None = field(default=None, metadata={"help": "Sampling seed; the same seed gives the same answers."})
     stop_str: str | None = field(
         default=None, metadata={"help": "Stop before this text, in addition to the model's own stop tokens."}
     )
@@ -175,7 +175,7 @@ class ServeArguments(ChatArguments):
 
 @dataclass
 class ApiArguments(ServeArguments):
-    """A server for programs (API)."""
+    """An API server."""
 
     api_key: str | None = field(
         default=None,
@@ -188,11 +188,11 @@ class ApiArguments(ServeArguments):
 
 @dataclass
 class PageArguments(ServeArguments):
-    """A web page for people."""
+    """A web page."""
 
     auth: str | None = field(
         default=None,
-        metadata={"help": "user:password that the page asks for. Safer: the environment variable MEDICALGPT_AUTH."},
+        metadata={"help": "user:password required by the page. Safer: the environment variable MEDICALGPT_AUTH."},
     )
     share: bool = field(default=False, metadata={"help": "Create a public link through Gradio's servers."})
 
@@ -323,7 +323,7 @@ class DataArguments:
         default=False, metadata={"help": "Skip and count rows that are too long, instead of stopping."}
     )
     allow_overlap: bool = field(
-        default=False, metadata={"help": "Continue although held-out rows occur among the training rows."}
+        default=False, metadata={"help": "Continue even if held-out rows occur among the training rows."}
     )
 
 
@@ -341,7 +341,7 @@ class RunArguments:
 
 
 def help_texts(cls: type) -> dict[str, str]:
-    """What `--help` says of each field of a dataclass: the field's own help, or that of the nearest `HELP`."""
+    """The help text of each field of a dataclass: the field's own, or that of the nearest `HELP`."""
     texts = {entry.name: entry.metadata.get("help", "") for entry in dataclasses.fields(cls)}
     for base in reversed(cls.__mro__):
         texts |= vars(base).get("HELP", {})
@@ -357,10 +357,10 @@ def bf16_gpu() -> bool:
 
 @dataclass
 class StageDefaults:
-    """What every stage sets differently from TRL. Put it before the TRL config in the bases of a stage's arguments.
+    """What every stage sets differently from TRL. Put this before the TRL config in the bases of a stage's arguments.
 
     Attributes:
-        HELP: what `--help` and docs/training_params.md say of flags that the library declares, where its own text does
+        HELP: what `--help` and docs/training_params.md say about flags that the library declares, if its own text does
             not say what happens here. Classes add their own; see `help_texts`.
     """
 
@@ -379,18 +379,18 @@ class StageDefaults:
     }
 
     bf16: bool | None = field(default=None, metadata={"help": "bfloat16 autocast. Default: on if the GPU supports it."})
-    # Recomputing activations costs a fifth of the speed; it is for when memory runs out.
+    # Recomputing activations costs a fifth of the speed, so it is off unless memory runs out.
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations to save memory."})
-    do_train: bool = field(default=True, metadata={"help": "False evaluates only."})
+    do_train: bool = field(default=True, metadata={"help": "False: evaluate only."})
     neftune_noise_alpha: float | None = field(
         default=None,
         metadata={
             "help": "NEFTune: noise on the embeddings during training, at most alpha / sqrt(length x width) "
-            "(https://arxiv.org/abs/2310.05914). 5 is usual.",
+            "(https://arxiv.org/abs/2310.05914). Usually 5.",
             "aliases": ["--neft_alpha"],
         },
     )
-    # No tracker connects to a network unless it is named.
+    # No tracker connects to the network unless it is requested.
     report_to: str = field(default="none", metadata={"help": "Tracker: tensorboard, wandb, ..."})
 
     @property
@@ -415,7 +415,7 @@ class StageDefaults:
             )
 
     def _refuse_idle_training(self) -> None:
-        """Raises ValueError for numbers with which nothing, or not what was requested, would be trained."""
+        """Raise ValueError for numbers with which nothing, or not what was requested, would be trained."""
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least 1.")
@@ -423,4 +423,4 @@ class StageDefaults:
             flag = "max_steps" if self.max_steps == 0 else "num_train_epochs"
             raise ValueError(f"--{flag} {getattr(self, flag)} would train nothing. To evaluate only: --do_train False.")
         if self.load_best_model_at_end and str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no":
-            raise ValueError("--load_best_model_at_end needs evaluations to choose by: add --eval_strategy steps.")
+            raise ValueError("--load_best_model_at_end needs evaluations to compare: add --eval_strategy steps.")

@@ -19,12 +19,12 @@ def run_main(main: Callable[[], None]) -> None:
     Raises:
         SystemExit: with code 1 after a `UserError`, 130 after Ctrl-C, 141 if the reader of the output has gone.
     """
-    # transformers has a `--debug` of its own that takes a value; only the bare flag is ours.
+    # transformers has its own `--debug`, which takes a value; only the flag without a value is ours.
     debug = _take_bare_debug_flag(sys.argv)
     try:
         main()
         if world_size() > 1:
-            _leave_at_once()
+            _exit_at_once()
     except UserError as error:
         if debug:
             raise
@@ -42,7 +42,7 @@ def run_main(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
-def _leave_at_once() -> NoReturn:
+def _exit_at_once() -> NoReturn:
     """End a process of several, with success, before C++ libraries shut down.
 
     Threads of DeepSpeed and of the process group sometimes still run then and abort a process that has finished and

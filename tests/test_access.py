@@ -11,7 +11,7 @@ import openai_api
 from medicalgpt.serving.batchers import Batcher, make_batcher
 from medicalgpt.serving.chat import ChatEngine
 from medicalgpt.serving.page import launch
-from medicalgpt.serving.web import bound_socket, in_url, is_loopback
+from medicalgpt.serving.web import bound_socket, is_loopback, url_host
 from tests.tiny import make_tiny
 
 import httpx
@@ -31,7 +31,7 @@ def running(app, arguments) -> Iterator[str]:
         deadline = time.monotonic() + 30
         while not server.started and time.monotonic() < deadline:
             time.sleep(0.01)
-        yield f"http://{in_url(arguments.host)}:{listener.getsockname()[1]}"
+        yield f"http://{url_host(arguments.host)}:{listener.getsockname()[1]}"
         server.should_exit = True
         thread.join(30)
 
@@ -83,7 +83,7 @@ FRONT_ENDS = (api, small_server, page)
 @pytest.mark.parametrize("name", [front_end.__name__ for front_end in FRONT_ENDS])
 def test_the_printed_address_is_answered_and_another_name_is_refused(addresses, host, name):
     url = addresses[name]
-    assert url.startswith(f"http://{in_url(host)}:")
+    assert url.startswith(f"http://{url_host(host)}:")
     answered = httpx.get(url, timeout=30)
     assert answered.status_code == 200, answered.text
     # All names of this machine, with and without a port.

@@ -1,4 +1,4 @@
-"""benchmarks/serve.py: every way in which a server can fail its clients is told from the others, and counted."""
+"""benchmarks/serve.py: every way in which a server can fail its clients is distinguished and counted."""
 
 import argparse
 import asyncio
@@ -18,7 +18,7 @@ ANSWERS = {f"question {number}": f"answer {number}" for number in range(8)}
 
 
 class Misbehaving(BaseHTTPRequestHandler):
-    """Answers rightly, but for what `faults` says of a question."""
+    """Answers correctly, except for the questions in `faults`."""
 
     protocol_version = "HTTP/1.1"
     faults: dict[str, str] = {}
@@ -138,13 +138,13 @@ def test_a_fault_is_seen_and_told(server, monkeypatch, fault, kind, detail, stre
     found = measured(server, ["question 1"], seconds=0.05, stream_share=streamed, timeout=timeout)
     bad = {each: found[each] for each in serve.BAD if found[each]}
     assert set(bad) == {kind}
-    assert found["right"] > 0
+    assert found["correct"] > 0
     assert any(each.startswith(f"{kind}: ") and detail in each for each in found["details"])
 
 
 def test_without_faults_all_is_right_and_counted(server):
     found = measured(server, ["question 0", "question 1"])
-    assert found["right"] == found["requests"] > 20
+    assert found["correct"] == found["requests"] > 20
     assert found["details"] == {}
     assert found["tokens_per_second"] == pytest.approx(5 * found["requests_per_second"])
     assert 0 < found["first_text"]["p50"] < found["latency"]["p50"] <= found["latency"]["p95"] < found["seconds"]
@@ -154,7 +154,7 @@ def test_who_is_turned_away_waits_as_long_as_the_server_says(server, monkeypatch
     monkeypatch.setattr(Misbehaving, "faults", dict.fromkeys(ANSWERS, "full"))
     found = measured(server, ["question 0"], seconds=0.5)
     # Eight clients, which come again after 0.2 and 0.4 seconds.
-    assert found["turned away"] == found["requests"]
+    assert found["refused"] == found["requests"]
     assert 8 <= found["requests"] <= 3 * 8
 
 
@@ -162,15 +162,15 @@ def test_clients_that_hang_up_are_told_from_lost_requests(server, monkeypatch):
     monkeypatch.setattr(Misbehaving, "faults", {"question 0": "slow"})
     found = measured(server, ["question 0"], seconds=1.0, kill_share=1.0)
     assert found["killed"] > 0
-    assert found["killed"] + found["right"] == found["requests"]
+    assert found["killed"] + found["correct"] == found["requests"]
 
 
 def test_the_numbers_of_a_few_requests_by_hand():
-    outcomes = [serve.Outcome("right", seconds=second, tokens=10) for second in (1.0, 2.0, 3.0)]
-    outcomes += [serve.Outcome("right", seconds=4.0, first=0.5, tokens=30), serve.Outcome("killed", seconds=9.0)]
+    outcomes = [serve.Outcome("correct", seconds=second, tokens=10) for second in (1.0, 2.0, 3.0)]
+    outcomes += [serve.Outcome("correct", seconds=4.0, first=0.5, tokens=30), serve.Outcome("killed", seconds=9.0)]
     outcomes += [serve.Outcome("wrong", seconds=9.0, tokens=50, detail="x")] * 2
     found = serve.summary(outcomes, 10.0)
-    assert (found["requests"], found["right"], found["wrong"], found["killed"]) == (7, 4, 2, 1)
+    assert (found["requests"], found["correct"], found["wrong"], found["killed"]) == (7, 4, 2, 1)
     assert (found["requests_per_second"], found["tokens_per_second"]) == (0.4, 6.0)
     assert found["latency"]["p50"] == 2.5 and found["first_text"]["p50"] == 0.5
     assert found["details"] == {"wrong: x": 2}
@@ -187,7 +187,7 @@ def test_openai_api_under_load(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["serve.py", *flags])
     serve.main()
     found = read_json(tmp_path / "out" / "serve.json")["servers"]["openai_api.py"]
-    assert found["right"] > 0 and found["right"] + found["killed"] == found["requests"]
+    assert found["correct"] > 0 and found["correct"] + found["killed"] == found["requests"]
     assert found["tokens_per_second"] > 0 and found["memory_mb"]["peak"] >= found["memory_mb"]["before"] > 100
     assert (
         f"| openai_api.py | {found['requests']} | 0 | 0 | 0 | 0 | 0 | {found['killed']} | " in capsys.readouterr().out
@@ -198,14 +198,14 @@ def test_too_few_different_answers_are_told(tmp_path):
     model = make_tiny(tmp_path / "model")
     rows = [{"question": "Hello", "answer": "Hello"}] * 4
     args = serve.parse_args(["--model", model, "--questions", write_jsonl(tmp_path / "rows.jsonl", rows)])
-    with pytest.raises(SystemExit, match="1 questions with answers of their own, and 128 are needed"):
+    with pytest.raises(SystemExit, match="1 questions with different answers, and 128 are needed"):
         serve.prepare(args)
 
 
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--model", "no/such"], "is no model. bash scripts/run_pipeline.sh makes outputs/sft-merged"),
+        (["--model", "no/such"], "is not a model. bash scripts/run_pipeline.sh creates outputs/sft-merged"),
         (["--url", "http://x", "--vllm_flags=--x"], "it starts neither openai_api.py nor vLLM"),
         (["--pid", "3"], "--pid is for --url"),
     ],

@@ -66,13 +66,13 @@ def test_a_side_that_saw_other_tokens_stops_the_comparison(args):
     ours = preference_cpu.encoded(tokenizer, args.work / "train")
     tokens = sum(len(ids) for pair in ours for ids, _ in pair)
     preference_cpu.check_tokens("ours", args.work, [{"num_tokens": tokens}, {"train_runtime": 1.0}], args)
-    with pytest.raises(SystemExit, match="ours has not trained"):
+    with pytest.raises(SystemExit, match="ours did not train"):
         preference_cpu.check_tokens("ours", args.work, [{"num_tokens": tokens - 1}], args)
     (args.work / "encoded.json").write_text(json.dumps(ours))
     preference_cpu.check_tokens("trl_no_checkpointing", args.work, [], args)
     ours[0][0] = (ours[0][0][0], ours[0][0][1] + 1)
     (args.work / "encoded.json").write_text(json.dumps(ours))
-    with pytest.raises(SystemExit, match="trl has not trained"):
+    with pytest.raises(SystemExit, match="trl did not train"):
         preference_cpu.check_tokens("trl", args.work, [], args)
 
 
@@ -117,7 +117,7 @@ def chat_args(tmp_path_factory):
 
 
 def run_command(command, monkeypatch):
-    """Run in this process what a side runs in a process of its own."""
+    """Run in this process what a side runs in its own process."""
     name, flags = (command[1], command[2:]) if command[0] == "-m" else (Path(command[0]).stem, command[1:])
     monkeypatch.setattr(sys, "argv", [name, *flags])
     importlib.import_module(name).main()
@@ -202,26 +202,26 @@ def test_the_fastest_runs_are_compared_and_all_are_written(tmp_path, capsys):
     peers.report(results, args, {"cores": 2}, {"held-out loss": lambda found: f"{found['held_out_loss']:.4f}"})
     assert capsys.readouterr().out.splitlines() == [
         "",
-        "| | recomputes | seconds | in training | of CPU time | peak GB | first and last loss | held-out loss |",
+        "| | recomputes | seconds | in training | CPU time | peak GB | first and last loss | held-out loss |",
         "|---|---|---|---|---|---|---|---|",
         "| ours | no | 20.0 | 10.0 | 20.0 | 1.00 | 0.7000, 0.6000 | 0.2000 |",
         "| trl | yes | 50.0 | 25.0 | 50.0 | 1.00 | 0.7000, 0.6000 | 0.5000 |",
         "",
-        "| takes times as long as | ours |",
+        "| time relative to | ours |",
         "|---|---|",
         "| trl | 2.50 (2.50 in training) |",
     ]
     written = read_json(args.output)
     assert written["runs"] == results
     assert written["settings"] == {"runs": 2, "sides": ["ours", "trl"], "data": "rows.jsonl"}
-    assert written["times_as_long_as_ours"] == {"trl": {"ours": {"seconds": 2.5, "training_seconds": 2.5}}}
+    assert written["time_relative_to_ours"] == {"trl": {"ours": {"seconds": 2.5, "training_seconds": 2.5}}}
 
 
 def test_losses_that_differ_fail_the_comparison():
     results = {"ours_random": [result(1.0)], "trl": [result(1.0, (0.7, 0.6 + 1e-5))]}
     peers.check_losses(results, ("ours_random", "trl", "trl_no_checkpointing"))
     results["trl_no_checkpointing"] = [result(1.0, (0.7, 0.602))]
-    with pytest.raises(SystemExit, match="have not trained the same thing"):
+    with pytest.raises(SystemExit, match="did not train the same thing"):
         peers.check_losses(results, ("ours_random", "trl", "trl_no_checkpointing"))
 
 
@@ -229,7 +229,7 @@ def test_an_unknown_side_is_refused(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["preference_cpu", "--sides", "ours,trl_grouped"])
     with pytest.raises(SystemExit):
         preference_cpu.parse_args()
-    assert "no such side: trl_grouped; there are ours, ours_random, trl, trl_no_check" in capsys.readouterr().err
+    assert "no such side: trl_grouped; known are ours, ours_random, trl, trl_no_check" in capsys.readouterr().err
 
 
 def test_pairs_for_a_gpu_are_of_uneven_lengths_within_the_limit(args, tmp_path):

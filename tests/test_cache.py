@@ -4,7 +4,7 @@ from functools import partial
 from pathlib import Path
 
 from medicalgpt.data import cache
-from medicalgpt.data.cache import Unknown, through_cache, token_key
+from medicalgpt.data.cache import UncacheableError, load_or_make, token_key
 from medicalgpt.data.encoding import encode_document
 from medicalgpt.data.rows import Rows
 from tests.tiny import tiny_tokenizer
@@ -24,7 +24,7 @@ def made(tmp_path, monkeypatch):
         def make(folder: Path) -> None:
             (folder / "text").write_text(text, encoding="utf-8")
 
-        return through_cache(key, make, lambda folder: (folder / "text").read_text(encoding="utf-8"), **options)
+        return load_or_make(key, make, lambda folder: (folder / "text").read_text(encoding="utf-8"), **options)
 
     made.folder = tmp_path / "medicalgpt-tokens"
     return made
@@ -60,7 +60,7 @@ def test_what_fails_while_it_is_made_is_no_entry(made):
         raise RuntimeError("stopped")
 
     with pytest.raises(RuntimeError, match="stopped"):
-        through_cache("a", fail, lambda folder: None)
+        load_or_make("a", fail, lambda folder: None)
     assert [path.name for path in made.folder.iterdir()] == ["a.lock"]
     assert made("a", "one") == "one"
 
@@ -82,5 +82,5 @@ def test_a_key_follows_from_rows_function_and_arguments():
     assert key == token_key(ROWS, partial(encode_document, tiny_tokenizer(), block_size=8)) and len(key) == 32
     assert key != token_key(ROWS, partial(encode_document, tokenizer, block_size=9))
     assert key != token_key(Rows([{"text": "b"}]), partial(encode_document, tokenizer, block_size=8))
-    with pytest.raises(Unknown, match="not a function of a module"):
+    with pytest.raises(UncacheableError, match="not a function of a module"):
         token_key(ROWS, partial(lambda tokenizer, row: [], tokenizer))

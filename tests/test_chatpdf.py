@@ -144,7 +144,7 @@ def test_citations_exist_or_are_called_out():
     answer = "喝水[1][2, 1]，休息【3】。See [9] and [x] and [0]."
     assert parse_citations(answer, sources()) == ([1, 2, 3], [9, 0])
     assert format_sources("Yes [3].", sources()) == ["[3] b.pdf, page 2"]
-    assert format_sources("Yes [8].", sources())[-1] == "The answer cites [8], which is no source."
+    assert format_sources("Yes [8].", sources())[-1] == "The answer cites [8], which is not a source."
     lines = format_sources("Yes.", sources())
     assert "cites none" in lines[0] and lines[1:] == ["(1) a.md > 感冒", "(2) a.md > 糖尿病", "(3) b.pdf, page 2"]
 
@@ -250,8 +250,10 @@ def test_only_new_and_changed_files_are_read(notes, log, capsys, monkeypatch):
     assert len(list(index.iterdir())) == 1 and any("is gone" in line for line in log)
 
 
-@pytest.mark.parametrize("damage", [lambda text: text[:-9], lambda text: text.replace("28", "99"), lambda text: "{}"])
-def test_a_damaged_entry_is_made_anew(notes, log, capsys, monkeypatch, damage):
+@pytest.mark.parametrize(
+    "damage", [lambda text: text[:-9], lambda text: text.replace('[["', '[["Not '), lambda text: "{}"]
+)
+def test_a_damaged_entry_is_made_again(notes, log, capsys, monkeypatch, damage):
     monkeypatch.setattr(chatpdf, "setup_logging", lambda: None)
     folder, flags = notes
     search(flags)
@@ -352,7 +354,7 @@ def test_measures_by_hand(notes, tmp_path, citing, log, monkeypatch):
     assert numbers["unanswerable, refused"] == 1
     answered = read_json(output)["questions"]
     assert answered[0]["answer_given"] == "一周[1]。" and answered[0]["cited_right"] and not answered[2]["cited_right"]
-    assert numbers["answers that cite a right passage"] == 0.5
+    assert numbers["answers that cite a correct passage"] == 0.5
     assert any("evidence of 1 questions" in line for line in log)
 
 

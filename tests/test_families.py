@@ -124,7 +124,7 @@ def test_family_goes_from_pretraining_to_an_answer(name, data, tmp_path, capsys)
 
     quantized = flags(data, SFT, tmp_path / "pt", tmp_path / "4bit", "--load_in_4bit", "True")
     if family.experts:
-        with pytest.raises(UserError, match=r"reaches \d+% of the .* experts.down_proj.* leave it out"):
+        with pytest.raises(UserError, match=r"reaches \d+% of the .* experts.down_proj.* omit it"):
             open_stage(SFT, *quantized)
     else:
         in_4bit = train(SFT, base, *quantized)

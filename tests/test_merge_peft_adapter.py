@@ -76,7 +76,7 @@ def test_the_merged_files_compute_what_adapter_and_base_did(work, merged):
 
 def test_the_difference_is_measured_and_printed(work, merged):
     line = re.search(
-        r"largest difference (\S+) \((\S+) of the largest logit\), same first choice at 100.0%", merged.stderr
+        r"largest difference (\S+) \((\S+) of the largest logit\), same top token at 100.0%", merged.stderr
     )
     difference = read_json(work / "merged" / "run.json")["logit_difference"]
     assert float(line[1]) == pytest.approx(difference["absolute"], rel=0.01)
@@ -164,7 +164,7 @@ def test_a_merge_that_forgets_the_padding_token_is_called_so(work, tmp_path, mon
         save(self, *args, **options)
 
     monkeypatch.setattr(Qwen3ForSequenceClassification, "save_pretrained", save_without)
-    with pytest.raises(UserError, match="does not compute what adapter and base did"):
+    with pytest.raises(UserError, match="does not compute the same as the adapter on its base"):
         run_here(SCRIPT, "--lora_model", adapter, "--output_dir", tmp_path / "damaged")
 
 
@@ -273,6 +273,6 @@ def test_a_merge_that_computes_something_else_is_called_so(work, tmp_path, monke
         save(self, *args, **options)
 
     monkeypatch.setattr(Qwen3ForCausalLM, "save_pretrained", save_damaged)
-    with pytest.raises(UserError, match="does not compute what adapter and base did.*Do not use"):
+    with pytest.raises(UserError, match="does not compute the same as the adapter on its base.*Do not use"):
         run_here(SCRIPT, "--lora_model", work / "adapter", "--output_dir", tmp_path / "damaged")
     assert not (tmp_path / "damaged" / "run.json").exists()

@@ -45,7 +45,7 @@ def test_inference_renders_each_row_of_a_file_once(model, rendered, tmp_path):
 
 
 def test_inference_renders_each_turn_of_a_conversation_once(model, rendered, monkeypatch):
-    monkeypatch.setattr(inference, "typed_lines", lambda: iter(TEXTS))
+    monkeypatch.setattr(inference, "read_lines", lambda: iter(TEXTS))
     inference.talk(ChatEngine.from_pretrained(model), inference.Sampling(max_new_tokens=3), None)
     assert rendered == Counter(TEXTS)
 

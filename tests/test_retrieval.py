@@ -11,12 +11,12 @@ from medicalgpt.rag.retrieval import (
     DocumentStore,
     Passage,
     SearchResult,
+    extract_terms,
     find_documents,
+    is_standalone,
     language_of,
     question_terms,
     split,
-    stands_alone,
-    terms,
 )
 from tests.passages import ILLNESSES
 
@@ -53,7 +53,7 @@ def test_passages_are_whole_sentences_under_one_heading_on_one_page():
     first_page = [p.text for p in passages if p.page == 1]
     assert len(passages) == len(first_page) + 2 and len(first_page) > 3
     for text, following in zip(first_page, first_page[1:], strict=False):
-        assert text.endswith(("。", ".")) and len(terms(text)) > 0
+        assert text.endswith(("。", ".")) and len(extract_terms(text)) > 0
         # One sentence fits into the overlap of 15, two do not.
         last = text[text.rfind("。", 0, -1) + 1 :]
         assert following.startswith(last) and following.count(last) == 1 and len(following) > len(last)
@@ -79,7 +79,7 @@ def test_what_never_ends_is_cut():
 )
 def test_terms(text, expected):
     english = ["hba1c", "of", "7.0", "twice", "allergy", "and", "tablet", "illness", "virus"]
-    assert terms(text) == (expected or english)
+    assert extract_terms(text) == (expected or english)
 
 
 def test_the_form_of_a_question_is_no_subject():
@@ -166,7 +166,7 @@ def test_a_short_question_is_searched_with_the_last():
     history = [{"role": "user", "content": "布洛芬怎么吃？"}, {"role": "assistant", "content": "饭后。"}]
     assert grounding.search_query("那儿童呢？", history) == "布洛芬怎么吃？\n那儿童呢？"
     assert grounding.search_query("那儿童呢？", []) == "那儿童呢？"
-    assert stands_alone("眼药水开封后可以用多久？") and not stands_alone("And for children?")
+    assert is_standalone("眼药水开封后可以用多久？") and not is_standalone("And for children?")
 
 
 # --- files and the store on disk -------------------------------------------------------------------------------------

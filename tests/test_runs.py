@@ -15,7 +15,7 @@ from medicalgpt.training.checkpoints import (
     MANIFEST,
     CheckpointCommitter,
     checkpoint_problem,
-    committed,
+    committed_checkpoints,
     find_checkpoint,
 )
 from medicalgpt.training.runs import Run, model_card, next_commands, render_supervision
@@ -207,7 +207,7 @@ def test_the_newest_is_the_one_with_most_steps(tmp_path):
     for step in (2, 10, 9):
         save_checkpoint(tmp_path, step)
     (tmp_path / "checkpoint-best").mkdir()
-    assert [path.name for path in committed(tmp_path)] == ["checkpoint-10", "checkpoint-9", "checkpoint-2"]
+    assert [path.name for path in committed_checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-9", "checkpoint-2"]
 
 
 def test_resuming_by_flag(start, tmp_path, log):

@@ -83,9 +83,9 @@ def test_a_reward_model_is_refused(tmp_path, model):
     "flags, variables, message",
     [
         ([], {"MODEL": "no/such"}, "MODEL=no/such: there is no such folder"),
-        ([], {"HOST": "0.0.0.0"}, "HOST=0.0.0.0 lets other machines use the model. Set the key"),
-        ([], {"HOST": "::"}, "HOST=:: lets other machines use the model. Set the key"),
-        ([], {"DEVICE": "gpu"}, "DEVICE=gpu: known are auto, cuda and cpu"),
+        ([], {"HOST": "0.0.0.0"}, "HOST=0.0.0.0 lets other machines use the model. Set a key"),
+        ([], {"HOST": "::"}, "HOST=:: lets other machines use the model. Set a key"),
+        ([], {"DEVICE": "gpu"}, "DEVICE=gpu: use auto, cuda or cpu"),
         ([], {"PORT": "eight"}, "PORT=eight cannot be used"),
         (["--api-key", "x"], {}, "can be read by every user of the machine"),
         (["--api_key=x"], {}, "can be read by every user of the machine"),
@@ -103,7 +103,8 @@ def test_a_port_that_is_taken_is_refused(tmp_path, model):
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        assert "cannot be used: another program has it" in refusal(tmp_path, model, PORT=str(taken.getsockname()[1]))
+        port = str(taken.getsockname()[1])
+        assert "cannot be used: another program uses the port" in refusal(tmp_path, model, PORT=port)
 
 
 def test_an_environment_of_another_build_is_refused(tmp_path, model):
@@ -264,4 +265,4 @@ def test_a_server_that_dies_is_told_at_once_with_its_last_lines(caller, tmp_path
     assert server.process.wait(timeout=120) == 1
     assert time.monotonic() - began < 100
     assert "argument --max-num-seqs" in server.printed()
-    assert "error: vLLM exited before it was ready; above are the last lines of" in server.printed()
+    assert "error: vLLM exited before it was ready; the last lines of" in server.printed()

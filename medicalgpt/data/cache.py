@@ -34,8 +34,8 @@ LIBRARIES = ("tokenizers", "transformers", "jinja2", "datasets", "trl")
 MANIFEST = "manifest.json"
 
 
-class Unknown(ValueError):
-    """Something that tokens may depend on and that a key cannot cover."""
+class UncacheableError(ValueError):
+    """The tokens may depend on something that a cache key cannot cover."""
 
 
 def token_key(rows: Rows, encode: partial) -> str:
@@ -48,16 +48,16 @@ def token_key(rows: Rows, encode: partial) -> str:
         encode: a function of a module, a tokenizer, and plain values as keyword arguments.
 
     Raises:
-        Unknown: `encode` has something else.
+        UncacheableError: `encode` has something else.
     """
     function = encode.func
     if not inspect.isfunction(function) or "<" in function.__qualname__:
-        raise Unknown(f"{function} is not a function of a module")
+        raise UncacheableError(f"{function} is not a function of a module")
     if len(encode.args) != 1:
-        raise Unknown(f"{function.__qualname__} has {len(encode.args)} positional arguments instead of one")
+        raise UncacheableError(f"{function.__qualname__} has {len(encode.args)} positional arguments instead of one")
     (tokenizer,) = encode.args
     if not isinstance(tokenizer, PreTrainedTokenizerBase) or not tokenizer.is_fast:
-        raise Unknown(f"{type(tokenizer).__name__} is not a fast tokenizer, whose state could be read")
+        raise UncacheableError(f"{type(tokenizer).__name__} is not a fast tokenizer, whose state could be read")
     settings = {name: value for name, value in vars(tokenizer).items() if name not in UNRELATED_ATTRIBUTES}
     parts = {
         "rows": rows.digest(),
@@ -80,15 +80,13 @@ UNRELATED_ATTRIBUTES = ("_tokenizer", "deprecation_warnings", "name_or_path", "f
 def _as_json(value: Any) -> str:
     if isinstance(value, AddedToken):
         return repr(value)
-    raise Unknown(f"a {type(value).__name__} among the arguments or the tokenizer's settings")
+    raise UncacheableError(f"a {type(value).__name__} among the arguments or the tokenizer's settings")
 
 
-def through_cache(
-    key: str | None, make: Callable[[Path], None], read: Callable[[Path], T], *, renew: bool = False
-) -> T:
-    """The result of `read` for a folder that `make` has filled, now or earlier under the same key.
+def load_or_make(key: str | None, make: Callable[[Path], None], read: Callable[[Path], T], *, renew: bool = False) -> T:
+    """The result of `read` for a folder that `make` filled, now or earlier under the same key.
 
-    Only one process of a machine makes it, the others wait. It is committed when it is complete, and checked by hash
+    Only one process per machine makes it; the others wait. It is committed when it is complete, and verified by hash
     when it is used.
 
     Args:
@@ -115,7 +113,7 @@ def through_cache(
             if _is_complete(folder, renew):
                 logger.info(f"tokens taken from the cache at {folder} (to tokenize again: --overwrite_cache True)")
             else:
-                _make_aside(folder, make)
+                _make_and_commit(folder, make)
             return read(folder)
         finally:
             lock.release()
@@ -141,7 +139,7 @@ def _is_complete(folder: Path, renew: bool) -> bool:
     return complete
 
 
-def _make_aside(folder: Path, make: Callable[[Path], None]) -> None:
+def _make_and_commit(folder: Path, make: Callable[[Path], None]) -> None:
     aside = folder.with_suffix(".partial")
     # Left by a process that was killed.
     shutil.rmtree(aside, ignore_errors=True)

@@ -62,7 +62,7 @@ def encode_chat(
     """Encode one conversation; only assistant text and its turn end are supervised, each turn once.
 
     One sample, where the template renders each turn the same whatever follows. Templates of thinking models drop the
-    thoughts of earlier turns: a turn that later ones change becomes a sample of its own, with the prompt that serving
+    thoughts of earlier turns: a turn that later ones change becomes a separate sample, with the prompt that serving
     gives.
 
     Args:

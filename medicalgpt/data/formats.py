@@ -129,7 +129,7 @@ def to_preference(value: Any, ignore: frozenset[str] = frozenset()) -> dict[str,
                 value[column],
             )
     (chosen,), (rejected,) = answers
-    if canonical(chosen) == canonical(rejected):
+    if canonical_json(chosen) == canonical_json(rejected):
         raise RowError(f"{both} are the same answer", "Remove the row: it has no preference.", value[columns[0]])
     return {**conversation, "chosen": chosen, "rejected": rejected}
 
@@ -150,7 +150,7 @@ def to_task(value: Any, ignore: frozenset[str] = frozenset()) -> dict[str, Any]:
     if not set(columns) & set(PROMPT_FIELDS) and any(set(pair) <= set(columns) for pair in PREFERENCE_FIELDS):
         prompt = {name: item for name, item in to_preference(value, ignore).items() if name in ("messages", "tools")}
     else:
-        # Any other prompt field of the row is a column of its own.
+        # Any other prompt field of the row is a separate column.
         asked = next((name for name in PROMPT_FIELDS if name in columns), "prompt")
         parts = [asked, *(["input"] if asked == "instruction" else []), *LEADING_FIELDS]
         prompt = _to_conversation({name: columns.pop(name) for name in parts if name in columns}, ignore, False)
@@ -423,7 +423,7 @@ def _refuse_unknown(value: dict, known: set[str], ignore: frozenset[str]) -> Non
         )
 
 
-def canonical(value: Any) -> str:
+def canonical_json(value: Any) -> str:
     """JSON that is the same for values that differ only in white space or in the order of fields."""
     return json.dumps(_without_layout(value), ensure_ascii=False, sort_keys=True)
 

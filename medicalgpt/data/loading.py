@@ -14,7 +14,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from medicalgpt.args import DataArguments
-from medicalgpt.data.formats import canonical
+from medicalgpt.data.formats import canonical_json
 from medicalgpt.data.mixing import draw, mixture_sizes
 from medicalgpt.data.rows import Rows, on_disk
 from medicalgpt.data.sources import (
@@ -343,4 +343,4 @@ def identity(row: dict[str, Any]) -> bytes:
     Of preferences and tasks it covers only the prompt: a prompt that is trained on is not held out with other answers.
     """
     content = {key: value for key, value in row.items() if key not in ("place", "chosen", "rejected", "columns")}
-    return hashlib.sha256(canonical(content).encode()).digest()[:16]
+    return hashlib.sha256(canonical_json(content).encode()).digest()[:16]

@@ -99,7 +99,7 @@ class RowError(ValueError):
         self.reason, self.remedy, self.value = reason, remedy, shorten(value)
 
 
-def listed(problems: Sequence[Problem]) -> str:
+def format_problems(problems: Sequence[Problem]) -> str:
     """The first problems, one indented line each, and the number of the others."""
     lines = list(map(str, problems[:SHOWN_PROBLEMS]))
     if len(problems) > SHOWN_PROBLEMS:
@@ -113,7 +113,7 @@ class DataError(UserError):
     def __init__(self, problems: list[Problem]):
         self.problems = problems
         super().__init__(
-            f"{len(problems)} problem(s) in the data:\n{listed(problems)}\n"
+            f"{len(problems)} problem(s) in the data:\n{format_problems(problems)}\n"
             "Nothing was trained. Fix the rows, or skip and count them: --skip_bad_rows True (rows that are too long: "
             "--skip_long_rows True)."
         )

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from medicalgpt.args import DataArguments
-from medicalgpt.data.cache import Unknown, through_cache, token_key
+from medicalgpt.data.cache import UncacheableError, load_or_make, token_key
 from medicalgpt.data.encoding import EncodingError, Pair, Prompt, Sample
 from medicalgpt.data.loading import LoadedData
 from medicalgpt.data.rows import Rows, on_disk
@@ -65,7 +65,7 @@ def encode_rows(
     if isinstance(encode, partial):
         try:
             key = token_key(rows, encode)
-        except Unknown as reason:
+        except UncacheableError as reason:
             logger.info(f"tokens are not cached: {reason}")
 
     def read(folder: Path) -> Dataset:
@@ -74,7 +74,7 @@ def encode_rows(
             data.problems += [Problem(**{**problem, "place": Place(*problem["place"])}) for problem in found]
         return Dataset.from_file(str(folder / "samples.arrow"))
 
-    return through_cache(key, partial(_write_encoded, rows, encode, workers, side, sample), read, renew=overwrite_cache)
+    return load_or_make(key, partial(_write_encoded, rows, encode, workers, side, sample), read, renew=overwrite_cache)
 
 
 def encode_sides(

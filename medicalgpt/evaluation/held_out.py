@@ -340,5 +340,5 @@ def _convert_rows(
         except sources.RowError as error:
             problems.append(sources.Problem(row.place, error.reason, error.remedy, error.value))
     if problems:
-        raise UserError(f"{len(problems)} row(s) cannot be measured:\n{sources.listed(problems)}")
+        raise UserError(f"{len(problems)} row(s) cannot be measured:\n{sources.format_problems(problems)}")
     return items

@@ -77,7 +77,7 @@ def _check_quantizable(config: PreTrainedConfig, flag: str) -> None:
     )
     if share < USEFUL_SHARE:
         others = ", ".join(fused_experts(model)) or "others"
-        raise UserError(f"{fact}, and {others} are stored in another way. It would save next to nothing; leave it out.")
+        raise UserError(f"{fact}, and {others} are stored in another way. It would save next to nothing; omit it.")
     if share < EXPECTED_SHARE:
         logger.warning(f"{fact}; the others are not quantized")
 

@@ -257,7 +257,7 @@ def load_pretrained(loader: Any, name_or_path: str, **options: Any) -> Any:
         loader: AutoConfig, AutoTokenizer, AutoModelForCausalLM, ...
 
     Raises:
-        CheckpointError: not found, damaged, of an unknown type, or with code of its own, which is never run.
+        CheckpointError: not found, damaged, of an unknown type, or with custom code, which is never run.
     """
     if not Path(name_or_path).is_dir() and not _hub_is_reachable():
         options["local_files_only"] = True

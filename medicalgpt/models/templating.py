@@ -182,7 +182,7 @@ def _missing(tokenizer: PreTrainedTokenizerBase, template: Template) -> list[str
     return missing + (["an eos_token"] if template.stop[0] == EOS and tokenizer.eos_token is None else [])
 
 
-def usable(tokenizer: PreTrainedTokenizerBase, catalogue: Mapping[str, Template]) -> str:
+def usable_templates(tokenizer: PreTrainedTokenizerBase, catalogue: Mapping[str, Template]) -> str:
     """Names of the templates in the catalogue whose tokens the vocabulary has, as text."""
     names = [name for name, template in catalogue.items() if not _missing(tokenizer, template)]
     return ", ".join(names) or "none until the tokenizer gets an eos_token"
@@ -356,7 +356,7 @@ def _require_tokens(tokenizer: PreTrainedTokenizerBase, template: Template, cata
     if missing := _missing(tokenizer, template):
         raise TemplateError(
             f"the template {template.name} needs {', '.join(missing)}, which this tokenizer does not have as "
-            f"single tokens: add them, or use --template_name with one of: {usable(tokenizer, catalogue)}"
+            f"single tokens: add them, or use --template_name with one of: {usable_templates(tokenizer, catalogue)}"
         )
 
 
@@ -376,7 +376,8 @@ def _own_template(
     own = tokenizer.chat_template
     if not own:
         raise TemplateError(
-            f"the tokenizer has no chat template: pass --template_name with one of: {usable(tokenizer, catalogue)}"
+            "the tokenizer has no chat template: pass --template_name with one of: "
+            f"{usable_templates(tokenizer, catalogue)}"
         )
     if GENERATION.search(body):
         return catalogue.get(facts.get("template")) if tool_format not in (None, facts.get("tool_format")) else None

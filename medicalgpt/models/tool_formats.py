@@ -55,13 +55,13 @@ class ToolFormat:
             f"{{%- macro tool_result(message) %}}{self.result}{{%- endmacro %}}\n"
         )
 
-    def certain(self, text: str) -> int:
+    def safe_length(self, text: str) -> int:
         """Characters of a streamed answer that are certain to be text and not part of a call, whatever follows."""
         if self.opening is None:
             return 0
         end = text.find(self.opening)
         if end < 0:
-            end = len(text) - beginning_at_end(text, self.opening)
+            end = len(text) - partial_match_length(text, self.opening)
         return len(text[:end].rstrip())
 
     def parse(self, text: str, tools: Sequence[Any] | None = None) -> tuple[str, list[dict[str, Any]]]:
@@ -96,7 +96,7 @@ class ToolFormat:
         return ("" if calls and rest.isspace() else rest), calls
 
 
-def beginning_at_end(text: str, wanted: str) -> int:
+def partial_match_length(text: str, wanted: str) -> int:
     """Length of the longest proper prefix of `wanted` that a text ends with."""
     return next((length for length in range(len(wanted) - 1, 0, -1) if text.endswith(wanted[:length])), 0)
 
@@ -238,7 +238,7 @@ def _find_listed(text: str) -> list[Found]:
 
 
 def _find_at_end(text: str, call_at: Callable[[str, int], tuple[dict[str, Any] | None, int]]) -> list[Found]:
-    """Calls without marks: each begins a line, and nothing but calls follows up to the end of the text.
+    """Calls without markers: each begins a line, and only calls follow up to the end of the text.
 
     call_at: parses a call at a position and returns where it ends, or (None, ...).
     """

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from medicalgpt.models.templating import special_tokens_in
-from medicalgpt.rag.retrieval import SENTENCE, Collection, SearchResult, language_of, stands_alone
+from medicalgpt.rag.retrieval import SENTENCE, Collection, SearchResult, is_standalone, language_of
 from medicalgpt.serving.chat import ChatEngine, PromptTooLongError
 from medicalgpt.serving.generation import Sampling
 from medicalgpt.serving.terminal import system_message
@@ -96,7 +96,7 @@ def search_query(question: str, history: Sequence[dict[str, str]]) -> str:
     A model could rewrite the question instead, but small ones do that badly.
     """
     last = next((turn["content"] for turn in reversed(history) if turn["role"] == "user"), None)
-    return question if last is None or stands_alone(question) else f"{last}\n{question}"
+    return question if last is None or is_standalone(question) else f"{last}\n{question}"
 
 
 def escape_special_tokens(tokenizer: Any, text: str) -> tuple[str, int]:
@@ -175,7 +175,7 @@ def format_sources(answer: str, sources: Sequence[Source]) -> list[str]:
         lines = ["Sources given, of which the answer cites none:"]
         lines += [f"({n}) {source.place}" for n, source in enumerate(sources, start=1)]
     if invented:
-        lines.append(f"The answer cites {', '.join(f'[{n}]' for n in invented)}, which is no source.")
+        lines.append(f"The answer cites {', '.join(f'[{n}]' for n in invented)}, which is not a source.")
     return lines
 
 

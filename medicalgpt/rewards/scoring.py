@@ -19,7 +19,7 @@ from typing import Any
 
 from medicalgpt.data.encoding import EncodingError, refuse_special_tokens
 from medicalgpt.data.formats import PREFERENCE_FIELDS, to_messages, to_preference
-from medicalgpt.data.sources import SHOWN_PROBLEMS, Problem, RowError, SourceRow, listed, place_of, read_rows
+from medicalgpt.data.sources import SHOWN_PROBLEMS, Problem, RowError, SourceRow, format_problems, place_of, read_rows
 from medicalgpt.errors import UserError
 from medicalgpt.logs import heartbeat
 from medicalgpt.models import adapters, loading
@@ -306,7 +306,9 @@ class RewardScorer:
                 reason = f"the reward model cannot read it: {error.reason}"
                 problems.append(Problem(place_of(row), reason, "Shorten or remove the row."))
         if problems:
-            raise UserError(f"{len(problems)} prompt(s) cannot be scored by --reward_model_path:\n{listed(problems)}")
+            raise UserError(
+                f"{len(problems)} prompt(s) cannot be scored by --reward_model_path:\n{format_problems(problems)}"
+            )
 
     def score(
         self, conversations: Sequence[Messages], tools: Sequence[Tools | None] | None = None, batch_size: int = 8
@@ -492,7 +494,7 @@ def score_rows(
     allowed = {"unusable": skip_bad_rows, "too long": skip_long_rows, "unreadable": False}
     if refused := [problem for problem in problems if not allowed[problem.kind]]:
         raise UserError(
-            f"{len(refused)} row(s) cannot be scored; nothing was written:\n{listed(refused)}\n"
+            f"{len(refused)} row(s) cannot be scored; nothing was written:\n{format_problems(refused)}\n"
             "Fix them, or skip and count them: --skip_bad_rows True (those that are too long: --skip_long_rows True)."
         )
     for problem in problems[:SHOWN_PROBLEMS]:

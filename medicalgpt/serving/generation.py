@@ -8,7 +8,7 @@ from typing import Any, Literal
 from medicalgpt.args import ChatArguments
 from medicalgpt.errors import UserError
 from medicalgpt.models.templating import tool_format_of
-from medicalgpt.models.tool_formats import ToolFormat, beginning_at_end
+from medicalgpt.models.tool_formats import ToolFormat, partial_match_length
 
 import torch
 from transformers import LogitsProcessor, PreTrainedTokenizerBase, StoppingCriteria
@@ -276,9 +276,9 @@ class AnswerState:
         elif len(self.token_ids) == self.max_tokens:
             self._end(len(self._held), "length")
         else:
-            unsure = max((beginning_at_end(self._held, stop) for stop in self._stop_strings), default=0)
+            unsure = max((partial_match_length(self._held, stop) for stop in self._stop_strings), default=0)
             self._release(len(self._held) - unsure)
-            self._pass_on(self._text[: self._tools.certain(self._text)] if self._tools else self._text)
+            self._pass_on(self._text[: self._tools.safe_length(self._text)] if self._tools else self._text)
 
     def _end(self, length: int, finish_reason: Literal["stop", "length"]) -> None:
         self._release(length)

@@ -30,7 +30,7 @@ class Body(BaseModel):
         return value
 
 
-def refused_unless(neutral: Any, reason: str) -> AfterValidator:
+def require_neutral(neutral: Any, reason: str) -> AfterValidator:
     """A field of the OpenAI API that may only have the value that changes nothing."""
 
     def check(value: Any) -> Any:
@@ -41,7 +41,7 @@ def refused_unless(neutral: Any, reason: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-def _as_it_came(value: Any, validate: Callable[[Any], Any]) -> Any:
+def _validate_unchanged(value: Any, validate: Callable[[Any], Any]) -> Any:
     validate(value)
     return value
 
@@ -104,7 +104,7 @@ class OfferedFunction(Body):
     name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: Annotated[bool | None, refused_unless(False, "arguments cannot be held to the schema.")] = None
+    strict: Annotated[bool | None, require_neutral(False, "arguments cannot be held to the schema.")] = None
 
 
 class Tool(Body):
@@ -136,7 +136,7 @@ class StreamOptions(Body):
     include_usage: bool | None = None
 
 
-Penalty = Annotated[float | None, refused_unless(0, "only 0 is supported; there is repetition_penalty.")]
+Penalty = Annotated[float | None, require_neutral(0, "only 0 is supported; there is repetition_penalty.")]
 Stop = Annotated[str, Field(min_length=1)]
 
 
@@ -158,7 +158,7 @@ class Generation(Body):
     stream_options: StreamOptions | None = None
     frequency_penalty: Penalty = None
     presence_penalty: Penalty = None
-    logit_bias: Annotated[dict[str, float] | None, refused_unless({}, "logits cannot be changed here.")] = None
+    logit_bias: Annotated[dict[str, float] | None, require_neutral({}, "logits cannot be changed here.")] = None
     user: str | None = Field(None, description="Has no effect, as in the OpenAI API itself.")
 
 
@@ -168,21 +168,21 @@ class ChatRequest(Generation):
     ] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     # Templates render a tool as it was written, in training and here.
-    tools: Annotated[list[Annotated[Tool, WrapValidator(_as_it_came)]] | None, Field(min_length=1)] = None
+    tools: Annotated[list[Annotated[Tool, WrapValidator(_validate_unchanged)]] | None, Field(min_length=1)] = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     metadata: dict[str, str] | None = Field(None, description="Has no effect, as in the OpenAI API itself.")
-    store: Annotated[bool | None, refused_unless(False, "this server stores nothing.")] = None
+    store: Annotated[bool | None, require_neutral(False, "this server stores nothing.")] = None
 
 
 class CompletionRequest(Generation):
     prompt: str | list[str] | list[int] | list[list[int]]
     logprobs: int | None = Field(None, ge=0, le=20)
-    echo: Annotated[bool | None, refused_unless(False, "an answer never repeats its prompt here.")] = None
-    suffix: Annotated[str | None, refused_unless("", "the model can only continue a text, not fill in.")] = None
+    echo: Annotated[bool | None, require_neutral(False, "an answer never repeats its prompt here.")] = None
+    suffix: Annotated[str | None, require_neutral("", "the model can only continue a text, not fill in.")] = None
     best_of: int | None = Field(None, ge=1)
 
 

@@ -11,7 +11,7 @@ from medicalgpt.args import PageArguments
 from medicalgpt.errors import UserError
 from medicalgpt.serving.batchers import Batcher, BatcherClosedError, QueueFullError
 from medicalgpt.serving.generation import GenerationRequest
-from medicalgpt.serving.web import AccessMiddleware, RequestRefused, bound_socket, in_url
+from medicalgpt.serving.web import AccessMiddleware, RequestRefused, bound_socket, url_host
 
 import gradio as gr
 from loguru import logger
@@ -64,14 +64,14 @@ def launch(page: gr.Blocks, arguments: PageArguments, auth: tuple[str, str] | No
     Raises:
         UserError: the address cannot be listened on.
     """
-    # Gradio has requests of its own that look at this variable alone, whatever the page was built with.
+    # Gradio sends its own requests, which depend only on this variable, not on how the page was built.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     # With a password, Gradio itself checks who asks.
     access = [] if auth else [Middleware(AccessMiddleware, refuse=_refuse, protection="--auth")]
     with bound_socket(arguments) as listener:
         port = listener.getsockname()[1]
     _, url, public_url = page.launch(
-        server_name=in_url(arguments.host),
+        server_name=url_host(arguments.host),
         server_port=port,
         auth=auth,
         share=arguments.share,
@@ -110,7 +110,7 @@ def with_content_policy(app: ASGIApp) -> ASGIApp:
     return wrapped
 
 
-def shown(said: Turns) -> Turns:
+def escape_turns(said: Turns) -> Turns:
     """The turns with HTML escaped, except in code and reasoning: sanitizing would silently remove it."""
     turns = []
     for turn in said:

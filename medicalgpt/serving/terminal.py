@@ -11,7 +11,7 @@ def system_message(text: str | None) -> list[dict[str, str]]:
     return [{"role": "system", "content": text}] if text else []
 
 
-def say(engine: ChatEngine, request: GenerationRequest) -> str:
+def print_answer(engine: ChatEngine, request: GenerationRequest) -> str:
     """Print an answer while it is generated. Ctrl-C ends it early. Returns what was printed."""
     pieces: list[str] = []
     try:
@@ -22,24 +22,24 @@ def say(engine: ChatEngine, request: GenerationRequest) -> str:
         print(flush=True)
         if stream.answer.finish_reason == "length":
             limit = request.sampling.max_new_tokens
-            note(f"(cut after {stream.answer.completion_tokens} tokens; --max_new_tokens {limit})")
+            print_note(f"(cut after {stream.answer.completion_tokens} tokens; --max_new_tokens {limit})")
     except KeyboardInterrupt:
         print(flush=True)
-        note("(stopped)")
+        print_note("(stopped)")
     return "".join(pieces)
 
 
-def note(text: str) -> None:
+def print_note(text: str) -> None:
     """Print something that is not part of an answer, to stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
-def typed_lines() -> Iterator[str]:
+def read_lines() -> Iterator[str]:
     """The lines that the user types, until Ctrl-D, the end of the input, or Ctrl-C at the prompt."""
     if sys.stdin.isatty():
         import readline  # noqa: F401  (gives `input` line editing that knows wide characters)
 
-        note("/help lists the commands, Ctrl-C stops an answer, Ctrl-D exits.")
+        print_note("/help lists the commands, Ctrl-C stops an answer, Ctrl-D exits.")
     while True:
         try:
             line = input("\n> " if sys.stdin.isatty() else "")

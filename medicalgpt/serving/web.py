@@ -88,8 +88,8 @@ def bound_socket(arguments: ServeArguments) -> socket.socket:
     return listener
 
 
-def in_url(host: str) -> str:
-    """A host as it is written in a URL."""
+def url_host(host: str) -> str:
+    """The host as written in a URL, an IPv6 address in brackets."""
     return f"[{host}]" if ":" in host else host
 
 
@@ -192,10 +192,10 @@ def _host_of(header: bytes) -> str:
     return (found[1] or found[2]).lower() if found else ""
 
 
-class ClientLeft(Exception):
-    """Nobody waits for the answer any more."""
+class ClientDisconnected(Exception):
+    """The client has disconnected, so nobody waits for the answer."""
 
 
-async def until_client_leaves(request: Request) -> None:
+async def wait_for_disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass

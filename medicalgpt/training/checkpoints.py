@@ -22,7 +22,7 @@ GATHERING = (
 )
 
 
-def committed(output_dir: Path) -> list[Path]:
+def committed_checkpoints(output_dir: Path) -> list[Path]:
     """Complete checkpoints in `output_dir`, newest first: those whose manifest agrees with the files."""
     numbered = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
     found = sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
@@ -64,7 +64,7 @@ def find_checkpoint(place: Path) -> str:
         if problem := checkpoint_problem(place):
             raise UserError(f"{place} cannot be resumed from: {problem}. Choose an earlier one.")
         return str(place)
-    complete = committed(place)
+    complete = committed_checkpoints(place)
     if not complete:
         raise UserError(
             f"{place} has no complete checkpoint to resume from. Start again without --resume_from_checkpoint."

@@ -71,7 +71,7 @@ def check_optimizer(args: TrainingArguments, use_peft: bool) -> None:
 def apply_loraplus(optimizer: torch.optim.Optimizer, model: torch.nn.Module, ratio: float) -> None:
     """LoRA+ (https://arxiv.org/abs/2402.12354): the B matrices of adapters get `ratio` times the learning rate.
 
-    They move into parameter groups of their own with the same weight decay, so this works with any optimizer that has a
+    They move into separate parameter groups with the same weight decay, so this works with any optimizer that has a
     learning rate per group, and schedules scale both. All other parameters keep their learning rate: rows of new
     tokens, DoRA's magnitudes, modules trained in full.
 

@@ -42,7 +42,7 @@ class PairLogProbs:
     rejected_tokens: torch.Tensor
 
     def one_by_one(self) -> "PairLogProbs":
-        """From (pairs,) to (1, pairs): each pair is a batch of its own, for losses that depend on the whole batch."""
+        """From (pairs,) to (1, pairs): each pair is a separate batch, for losses that depend on the whole batch."""
         return PairLogProbs(*(column[None] for column in vars(self).values()))
 
 

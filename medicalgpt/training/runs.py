@@ -29,7 +29,7 @@ from medicalgpt.training.callbacks import FiniteLoss, FirstStep, MetricsFile, Pl
 from medicalgpt.training.checkpoints import (
     GATHERING,
     CheckpointCommitter,
-    committed,
+    committed_checkpoints,
     find_checkpoint,
     require_saved_weights,
 )
@@ -82,7 +82,7 @@ class SampleLogger(Protocol):
     """What a stage shows of a few held-out rows before and after training.
 
     Attributes:
-        shown: what is written of each row beside the answers: name and text.
+        shown: what is written of each row besides the answers: name and text.
     """
 
     shown: list[dict[str, str]]
@@ -197,7 +197,7 @@ class Run:
         if not traces or not is_main_process():
             return None
         if not self.options.overwrite_output_dir:
-            resumable = " Resume it: --resume_from_checkpoint True." if list(committed(self.output_dir)) else ""
+            resumable = " Resume it: --resume_from_checkpoint True." if committed_checkpoints(self.output_dir) else ""
             raise UserError(
                 f"--output_dir {self.output_dir} holds another run ({', '.join(sorted(traces)[:4])}, …).{resumable} "
                 "Choose another folder, or remove that run: --overwrite_output_dir True."

@@ -293,7 +293,7 @@ def documents(tmp_path, texts):
 )
 def test_what_a_key_cannot_hold_is_not_kept(tmp_path, encode, reason):
     data = documents(tmp_path, ["a"])
-    with pytest.raises(cache.Unknown, match=reason):
+    with pytest.raises(cache.UncacheableError, match=reason):
         cache.token_key(data.train, encode)
 
 
