@@ -151,7 +151,7 @@ def test_a_checkpoint_whose_weights_are_empty_is_never_resumed_from(place, tmp_p
     empty_when_saved(opened.trainer)
     with pytest.raises(UserError, match="checkpoint-1/model.safetensors holds nothing of lm_head.weight"):
         opened.finish()
-    with pytest.raises(UserError, match="no whole checkpoint to resume from"):
+    with pytest.raises(UserError, match="no complete checkpoint to resume from"):
         open_stage(STAGE, *flags(place, tmp_path / "out", *more, "--resume_from_checkpoint", "True"))
 
 
