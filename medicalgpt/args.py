@@ -5,7 +5,7 @@ A flag is declared once, as a dataclass field. What transformers or TRL already 
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 @dataclass
@@ -338,6 +338,12 @@ class RunArguments:
         default=3,
         metadata={"help": "Number of prompts answered before and after training, to see what changed; 0: none."},
     )
+
+
+def same_field(cls: type, name: str) -> Any:
+    """A field with the default and the texts of a field of another dataclass, for a program that takes only some."""
+    (found,) = (entry for entry in dataclasses.fields(cls) if entry.name == name)
+    return field(default=found.default, metadata=found.metadata)
 
 
 def help_texts(cls: type) -> dict[str, str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from medicalgpt.data.sources import DataError
 from medicalgpt.errors import UserError
-from tests.helpers import ROOT, run_here, run_program, write_jsonl
+from tests.helpers import ROOT, open_stage, run_here, run_program, write_jsonl
 from tests.tiny import make_tiny
 
 import pytest
@@ -75,12 +75,16 @@ def test_good_data_is_summed_up(base, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{tmp_path / 'chat.jsonl'}: 3 rows, 3 usable, chat"
     assert lines[1] == "  turns: 2 rows of 2, 1 rows of 4"
-    assert re.fullmatch(r"  tokens: median \d+, longest \d+, limit 500", lines[2])
-    assert lines[3:] == [
-        f"{tmp_path / 'lines.txt'}: 2 rows, 2 usable, text",
-        f"{tmp_path / 'text.jsonl'}: 2 rows, 2 usable, text",
-        "every row can be used",
+    assert lines[2].startswith("  tokens, share of rows up to this length: 50%: ")
+    assert lines[3] == "  longer than the limit of 500: 0 of 3 rows (0.0%)"
+    assert lines[5] == f"{tmp_path / 'lines.txt'}: 2 rows, 2 usable, text"
+    # Three letters and the end of the document each.
+    assert lines[6:8] == [
+        "  tokens, share of rows up to this length: 50%: 4, 90%: 4, 95%: 4, 99%: 4, 100%: 4",
+        "  8 tokens in total",
     ]
+    assert lines[8] == f"{tmp_path / 'text.jsonl'}: 2 rows, 2 usable, text"
+    assert lines[-1] == "every row can be used"
 
 
 def test_preferences_are_summed_up(base, tmp_path, capsys):
@@ -98,7 +102,7 @@ def test_a_preference_is_as_long_as_its_longer_answer(base, tmp_path, capsys):
     def longest(chosen: str, rejected: str) -> int:
         path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "Q", "chosen": chosen, "rejected": rejected}])
         run_here(SCRIPT, "--file_path", path, "--model_name_or_path", base, "--model_max_length", 500)
-        return int(re.search(r"  tokens: median \d+, longest (\d+), limit 500", capsys.readouterr().out)[1])
+        return int(re.search(r" 100%: (\d+)$", capsys.readouterr().out, re.MULTILINE)[1])
 
     short, long = "A" * 50, "B" * 90
     # A token for each letter.
@@ -148,6 +152,79 @@ def test_long_rows_need_a_model_to_be_found(base, tmp_path):
     flags = ("--model_name_or_path", base, "--model_max_length", 100, "--system_prompt", "S" * 100)
     with pytest.raises(DataError, match="2 problem"):
         run_here(SCRIPT, "--file_path", path, *flags)
+
+
+def test_lengths_are_those_of_all_rows_and_the_proposed_limits_take_what_they_say(base, tmp_path, capsys):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "Q", "response": "A" * count} for count in range(1, 101)])
+    flags = ("--file_path", path, "--model_name_or_path", base)
+    with pytest.raises(DataError, match="^50 problem"):
+        run_here(SCRIPT, *flags, "--model_max_length", 72)
+    out = capsys.readouterr().out
+    assert "512 positions" not in out
+    shown = {int(share): int(length) for share, length in re.findall(r"(\d+)%: (\d+)", out)}
+    # A token for each letter: the rows differ by one.
+    extra = shown[100] - 100
+    assert shown == {share: share + extra for share in (50, 90, 95, 99, 100)} and extra == 22
+    assert "longer than the limit of 72: 50 of 100 rows (50.0%)" in out
+    proposed = re.findall(r"(\d+)% of the rows: --model_max_length (\d+)", out)
+    assert [int(share) for share, _ in proposed] == [95, 99, 100]
+    for share, length in proposed:
+        run_here(SCRIPT, *flags, "--model_max_length", length, "--skip_long_rows", True)
+        out = capsys.readouterr().out
+        assert f"{100 - int(share)} of 100 rows" in out
+        run_here(SCRIPT, *flags, "--model_max_length", int(length) - 1, "--skip_long_rows", True)
+        assert f"{101 - int(share)} of 100 rows" in capsys.readouterr().out
+
+
+def test_a_length_beyond_the_positions_of_the_model_is_proposed_with_what_it_needs(base, tmp_path, capsys):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "Q", "response": "A" * 600}])
+    run_here(SCRIPT, "--file_path", path, "--model_name_or_path", base, "--skip_long_rows", "--model_max_length", 700)
+    note = r"(--model_max_length \d+) \(.* 512 positions: add (--rope_scaling yarn)\)$"
+    advised = re.search(note, capsys.readouterr().out, re.MULTILINE)
+    flags = ("--model_name_or_path", base, "--train_file_dir", path, "--output_dir", tmp_path / "run")
+    open_stage("supervised_finetuning.py", *flags, *" ".join(advised.groups()).split())
+
+
+def test_what_the_report_advises_is_a_flag_of_the_program(base, broken, capsys):
+    flags = ("--file_path", broken, "--model_name_or_path", base, "--system_prompt", "S")
+    with pytest.raises(DataError) as refused:
+        run_here(SCRIPT, *flags)
+    advised = re.findall(r"(--skip_\w+) True", str(refused.value).splitlines()[-1])
+    assert advised == ["--skip_bad_rows", "--skip_long_rows"]
+    with pytest.raises(DataError, match="^1 problem"):
+        run_here(SCRIPT, *flags, advised[0])
+    run_here(SCRIPT, *flags, *advised)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "5 rows can be used; with these flags training skips 8: 7 unusable, 1 too long"
+
+
+def test_skipping_every_row_is_an_error(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": ""}])
+    with pytest.raises(UserError, match="every row would be skipped: 1 unusable"):
+        run_here(SCRIPT, "--file_path", path, "--skip_bad_rows")
+
+
+def test_tasks_are_as_long_as_grpo_has_them(base, tmp_path, capsys):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"question": "Q" * count, "answer": "A"} for count in (10, 200)])
+    flags = ("--file_path", path, "--format", "task", "--model_name_or_path", base, "--system_prompt", "none")
+    run_here(SCRIPT, *flags, "--model_max_length", 500)
+    longest = int(re.search(r" 100%: ([\d,]+)$", capsys.readouterr().out, re.MULTILINE)[1].replace(",", ""))
+    for kept, enough in ((None, 2 * longest - 1), (30, longest + 30)):
+        kept = () if kept is None else ("--max_completion_length", kept)
+        run_here(SCRIPT, *flags, *kept, "--model_max_length", enough)
+        assert f"100% of the rows: --model_max_length {enough}\n" in capsys.readouterr().out
+        with pytest.raises(DataError, match=r"(?s)^1 problem.*a.jsonl:2: a prompt of") as refused:
+            run_here(SCRIPT, *flags, *kept, "--model_max_length", enough - 1)
+        with pytest.raises(DataError) as trained:
+            run_here(
+                "grpo_training.py",
+                *flags[4:],
+                "--train_file_dir",
+                path,
+                *kept,
+                *("--model_max_length", enough - 1, "--output_dir", tmp_path / "never"),
+            )
+        assert str(trained.value) == str(refused.value)
 
 
 def test_the_format_may_be_said(tmp_path):
