@@ -506,7 +506,9 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--models", nargs="+", required=True, metavar="NAME=DIR", help="In the order of training.")
-    parser.add_argument("--text_file_dir", help="Held-out text: a file, or a folder with files named validation*.")
+    parser.add_argument(
+        "--text_file_dir", help="Held-out text: a file, or a folder in which files or folders are named validation*."
+    )
     parser.add_argument("--chat_file", help="Held-out conversations; the last answer of each is the reference.")
     parser.add_argument("--preference_file", help="Held-out preference pairs.")
     parser.add_argument(

@@ -278,8 +278,8 @@ class DataArguments:
     validation_file_dir: str | None = field(
         default=None,
         metadata={
-            "help": "File or folder of held-out data. Unset: files named validation*, valid*, dev*, eval* or test* in "
-            "--train_file_dir are the held-out data."
+            "help": "File or folder of held-out data. Unset: files or subfolders named validation*, valid*, val*, "
+            "dev*, eval* or test* in --train_file_dir are the held-out data."
         },
     )
     dataset_name: str | None = field(default=None, metadata={"help": "Dataset on the hub, instead of files."})

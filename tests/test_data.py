@@ -542,8 +542,10 @@ def folder(tmp_path):
 def test_files_with_held_out_names_are_never_trained_on(folder, log):
     data = load(folder / "all")
     assert [name for name, *_ in balance(data)["train"]] == ["a.jsonl", "testimony.jsonl"]
-    assert len(data.validation) == 7
-    assert "never trained on" in log[0] and "TEST.part.jsonl" in log[0]
+    assert len(data.validation) == 5
+    assert "held out by their names, never trained on" in log[0] and "val_1.jsonl" in log[0]
+    # A test set is not validated on where there is a validation set.
+    assert "neither trained on nor evaluated" in log[2] and "TEST.part.jsonl" in log[2] and "sub/test.jsonl" in log[2]
     # Naming the same folder for both sides is the same.
     assert list(load(folder / "all", validation_file_dir=str(folder / "all")).validation) == list(data.validation)
 
@@ -589,7 +591,7 @@ def test_rows_that_occur_twice_stay_on_one_side_of_the_split(tmp_path):
 
 
 def test_the_split_gives_way_to_held_out_rows_and_has_bounds(folder):
-    assert len(load(folder / "all", validation_split_percentage=50).validation) == 7
+    assert len(load(folder / "all", validation_split_percentage=50).validation) == 5
     with pytest.raises(UserError, match="between 0 and 100"):
         load(folder / "all" / "a.jsonl", validation_split_percentage=100)
     assert len(load(folder / "all" / "a.jsonl", validation_split_percentage=0.1).validation) == 1
@@ -602,9 +604,9 @@ def test_rows_on_both_sides_are_refused(folder, log):
     train = folder / "all" / "a.jsonl"
     with pytest.raises(UserError) as refused:
         load(folder / "all")
-    assert "1 of 8 held-out rows are also trained on" in str(refused.value)
+    assert "1 of 6 held-out rows are also trained on" in str(refused.value)
     assert f"{path}:2 is also {train}:2" in str(refused.value) and "--allow_overlap True" in str(refused.value)
-    assert len(load(folder / "all", allow_overlap=True).validation) == 8
+    assert len(load(folder / "all", allow_overlap=True).validation) == 6
     assert "Evaluation will look better than it is" in log[-1]
 
 

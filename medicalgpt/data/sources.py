@@ -4,152 +4,51 @@ Nothing is silently dropped or repaired: a row is read, or it is a `Problem` wit
 """
 
 import json
-import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from fractions import Fraction
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from medicalgpt.args import DataArguments
-from medicalgpt.data.mixing import parse_sources
+from medicalgpt.data.folders import Source, choose_files, find_files, format_of, split_of
+from medicalgpt.data.problems import (
+    SHOWN_PROBLEMS,
+    DataError,
+    Place,
+    Problem,
+    RowError,
+    SourceRow,
+    format_problems,
+    place_of,
+    shorten,
+)
 from medicalgpt.data.text_files import TextFile, open_text
 from medicalgpt.errors import UserError
-
-from loguru import logger
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-
-SUFFIXES = (".jsonl", ".json", ".txt", ".md")
-# Shards and splits on the hub have these names too: the prefixes mark rows that are never trained on.
-HELD_OUT_NAME = re.compile(r"^(validation|valid|val|dev|eval|test)([-_.]|$)", re.IGNORECASE)
-SHOWN_PROBLEMS = 20
-
-
-class Place(NamedTuple):
-    """Where a row is: the identity of a row, which messages show as `file:line`.
-
-    Attributes:
-        file: the path as given, or dataset and split on the hub.
-        line: counted from 1.
-        item: its number in the list of a .json file, where a line may hold many rows; 0 elsewhere.
-    """
-
-    file: str
-    line: int
-    item: int = 0
-
-    def __str__(self) -> str:
-        return f"{self.file}:{self.line}" + (f" (row {self.item})" if self.item else "")
-
-
-def place_of(row: Mapping[str, Any]) -> Place:
-    """The place of a converted or encoded row, which holds the fields of its `Place` as `place`."""
-    return Place(**row["place"])
-
-
-@dataclass(frozen=True)
-class SourceRow:
-    """One row as it is in a file.
-
-    Attributes:
-        value: text for .txt and .md, whatever JSON holds otherwise.
-    """
-
-    place: Place
-    value: Any
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Why one row cannot be used, and what to do about it.
-
-    Attributes:
-        kind: what it is counted under if the row is skipped; `unreadable` hides rows that nobody can count, and is
-            never skipped.
-        side: `train` or `validation` where it never became a row, empty where one of `LoadedData` is meant.
-    """
-
-    place: Place
-    reason: str
-    remedy: str
-    value: str = ""
-    kind: str = "unusable"
-    side: str = ""
-
-    def __str__(self) -> str:
-        shown = f" [{self.value}]" if self.value else ""
-        return f"{self.place}: {self.reason}{shown}. {self.remedy}"
-
-
-class RowError(ValueError):
-    """A row that cannot be converted.
-
-    Args:
-        reason: what is wrong, without a full stop.
-        remedy: what to do, a sentence.
-        value: the offending value.
-    """
-
-    def __init__(self, reason: str, remedy: str, value: Any = ""):
-        super().__init__(reason)
-        self.reason, self.remedy, self.value = reason, remedy, shorten(value)
-
-
-def format_problems(problems: Sequence[Problem]) -> str:
-    """The first problems, one indented line each, and the number of the others."""
-    lines = list(map(str, problems[:SHOWN_PROBLEMS]))
-    if len(problems) > SHOWN_PROBLEMS:
-        lines.append(f"… and {len(problems) - SHOWN_PROBLEMS} more")
-    return "\n".join(f"  {line}" for line in lines)
-
-
-class DataError(UserError):
-    """All problems of the data at once."""
-
-    def __init__(self, problems: list[Problem]):
-        self.problems = problems
-        super().__init__(
-            f"{len(problems)} problem(s) in the data:\n{format_problems(problems)}\n"
-            "Nothing was trained. Fix the rows, or skip and count them: --skip_bad_rows True (rows that are too long: "
-            "--skip_long_rows True)."
-        )
-
-
-def shorten(value: Any, limit: int = 60) -> str:
-    """One line of at most `limit` characters that shows `value`."""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    text = " ".join(text.split())
-    return text if len(text) <= limit else text[: limit - 1] + "…"
-
-
-def find_files(place: str) -> list[Path]:
-    """All data files at `place` (a file, or a folder with its subfolders), sorted.
-
-    Raises:
-        UserError: nothing there, or nothing with a known suffix.
-    """
-    path = Path(place)
-    if path.is_file():
-        if path.suffix.lower() not in SUFFIXES:
-            raise UserError(f"{path} is not a data file: the suffix must be one of {', '.join(SUFFIXES)}.")
-        return [path]
-    if not path.is_dir():
-        raise UserError(f"no such file or folder: {place} (looked in {Path.cwd()}). Check the path.")
-    files = sorted(
-        f
-        for f in path.rglob("*")
-        if f.is_file()
-        and f.suffix.lower() in SUFFIXES
-        and not any(part.startswith(".") for part in f.relative_to(path).parts)
-        and f.stem.lower() not in ("readme", "readme_zh", "license")
-    )
-    if not files:
-        raise UserError(f"{place} has no data files; put {', '.join(SUFFIXES)} files there.")
-    return files
+__all__ = [
+    "SHOWN_PROBLEMS",
+    "DataError",
+    "InputFile",
+    "Place",
+    "Problem",
+    "RowError",
+    "Source",
+    "SourceRow",
+    "choose_files",
+    "column_values",
+    "find_files",
+    "format_problems",
+    "ignored_fields",
+    "open_files",
+    "open_hub",
+    "place_of",
+    "read_rows",
+    "shorten",
+    "split_of",
+]
 
 
 def read_rows(file: str | Path | TextFile, document_unit: str = "auto") -> Iterator[SourceRow | Problem]:
@@ -164,14 +63,14 @@ def read_rows(file: str | Path | TextFile, document_unit: str = "auto") -> Itera
             `auto`: line for .txt, file for .md.
     """
     file = file if isinstance(file, TextFile) else open_text(file)
-    suffix = file.path.suffix.lower()
-    if suffix == ".jsonl":
+    kind = format_of(file.path)
+    if kind == "json lines":
         for number, line in file.lines():
             yield _parse_json(Place(str(file.path), number), line)
-    elif suffix == ".json":
+    elif kind == "json":
         yield from _read_json(str(file.path), file.text())
     else:
-        unit = document_unit if document_unit != "auto" else ("file" if suffix == ".md" else "line")
+        unit = document_unit if document_unit != "auto" else ("file" if file.path.suffix.lower() == ".md" else "line")
         yield from _read_text(file, unit)
 
 
@@ -262,64 +161,9 @@ def _read_text(file: TextFile, unit: str) -> Iterator[SourceRow]:
         yield SourceRow(Place(name, first), "\n".join(paragraph))
 
 
-@dataclass
-class Source:
-    """One path of `--train_file_dir`; with weights, `limit` is its part of `--max_train_samples`."""
-
-    place: str
-    files: list[Path]
-    weight: Fraction | None = None
-    limit: int | None = None
-
-
 def column_values(dataset: "Dataset", name: str) -> Iterator[Any]:
     for batch in dataset.select_columns(name).iter(10_000):
         yield from batch[name]
-
-
-def choose_files(arguments: DataArguments) -> tuple[list[Source], list[Path]]:
-    """The sources of training rows, and the held-out files."""
-    if bool(arguments.train_file_dir) == bool(arguments.dataset_name):
-        raise UserError("give the data with exactly one of --train_file_dir and --dataset_name.")
-    if not arguments.train_file_dir:
-        held_out = find_files(arguments.validation_file_dir) if arguments.validation_file_dir else []
-        return [], held_out
-    sources: list[Source] = []
-    held_out_by_name: list[Path] = []
-    reached: dict[Path, str] = {}
-    for place, weight in parse_sources(arguments.train_file_dir):
-        found = find_files(place)
-        for path in found:
-            if other := reached.get(path.resolve()):
-                raise UserError(
-                    f"--train_file_dir contains {path} twice, in {other} and in {place}. Give paths that do not "
-                    "contain each other."
-                )
-        reached |= {path.resolve(): place for path in found}
-        held_out = [] if Path(place).is_file() else [path for path in found if HELD_OUT_NAME.match(path.name)]
-        train = [path for path in found if path not in held_out]
-        if not train:
-            raise UserError(f"{place} has only held-out files ({', '.join(map(str, held_out))}).")
-        limit = arguments.max_train_samples
-        if weight is not None and limit is not None:
-            limit = math.ceil(limit * weight)
-        sources.append(Source(place, train, weight, limit))
-        held_out_by_name += held_out
-    if sources[0].weight is None and "mix_strategy" in getattr(arguments, "given", ()):
-        raise UserError(
-            f"--mix_strategy {arguments.mix_strategy} has no effect without weights. Give them (--train_file_dir "
-            "data/a:0.7,data/b:0.3), or omit the flag."
-        )
-    if held_out_by_name:
-        logger.info(f"held out by their names, never trained on: {', '.join(map(str, held_out_by_name))}")
-    if not arguments.validation_file_dir:
-        return sources, held_out_by_name
-    validation = find_files(arguments.validation_file_dir)
-    trained = {path.resolve() for source in sources for path in source.files}
-    by_name = [path for path in validation if HELD_OUT_NAME.match(path.name)]
-    # One folder for both: the names distinguish the sides.
-    shared = any(path.resolve() in trained for path in validation)
-    return sources, by_name if shared and by_name else validation
 
 
 class InputFile(NamedTuple):

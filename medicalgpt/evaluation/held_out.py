@@ -195,14 +195,15 @@ def read_held_out(
 def read_documents(place: str, document_unit: str) -> tuple[list[str], list[Path]]:
     """Return the held-out documents at `place` and their files.
 
-    In a folder, held-out files are those whose name begins with validation, valid, val, dev, eval or test.
+    In a folder, held-out files are those whose name, or that of a folder around them, begins with validation, valid,
+    val, dev, eval or test.
 
     Raises:
         UserError: no such file, no held-out file, or rows that are not documents (all of them, by file:line).
     """
     files = sources.find_files(place)
     if not Path(place).is_file():
-        files = [file for file in files if sources.HELD_OUT_NAME.match(file.name)]
+        files = [file for file in files if sources.split_of(file, place) != "train"]
         if not files:
             raise UserError(
                 f"--text_file_dir {place} has no held-out file. Name one validation.jsonl or validation.txt, or give a "

@@ -1,0 +1,107 @@
+"""A row with its place, and why a row cannot be used."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from medicalgpt.errors import UserError
+
+SHOWN_PROBLEMS = 20
+
+
+class Place(NamedTuple):
+    """Where a row is: the identity of a row, which messages show as `file:line`.
+
+    Attributes:
+        file: the path as given, or dataset and split on the hub.
+        line: counted from 1.
+        item: its number in the list of a .json file, where a line may hold many rows; 0 elsewhere.
+    """
+
+    file: str
+    line: int
+    item: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}" + (f" (row {self.item})" if self.item else "")
+
+
+def place_of(row: Mapping[str, Any]) -> Place:
+    """The place of a converted or encoded row, which holds the fields of its `Place` as `place`."""
+    return Place(**row["place"])
+
+
+@dataclass(frozen=True)
+class SourceRow:
+    """One row as it is in a file.
+
+    Attributes:
+        value: text for .txt and .md, whatever JSON holds otherwise.
+    """
+
+    place: Place
+    value: Any
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why one row cannot be used, and what to do about it.
+
+    Attributes:
+        kind: what it is counted under if the row is skipped; `unreadable` hides rows that nobody can count, and is
+            never skipped.
+        side: `train` or `validation` where it never became a row, empty where one of `LoadedData` is meant.
+    """
+
+    place: Place
+    reason: str
+    remedy: str
+    value: str = ""
+    kind: str = "unusable"
+    side: str = ""
+
+    def __str__(self) -> str:
+        shown = f" [{self.value}]" if self.value else ""
+        return f"{self.place}: {self.reason}{shown}. {self.remedy}"
+
+
+class RowError(ValueError):
+    """A row that cannot be converted.
+
+    Args:
+        reason: what is wrong, without a full stop.
+        remedy: what to do, a sentence.
+        value: the offending value.
+    """
+
+    def __init__(self, reason: str, remedy: str, value: Any = ""):
+        super().__init__(reason)
+        self.reason, self.remedy, self.value = reason, remedy, shorten(value)
+
+
+def format_problems(problems: Sequence[Problem]) -> str:
+    """The first problems, one indented line each, and the number of the others."""
+    lines = list(map(str, problems[:SHOWN_PROBLEMS]))
+    if len(problems) > SHOWN_PROBLEMS:
+        lines.append(f"… and {len(problems) - SHOWN_PROBLEMS} more")
+    return "\n".join(f"  {line}" for line in lines)
+
+
+class DataError(UserError):
+    """All problems of the data at once."""
+
+    def __init__(self, problems: list[Problem]):
+        self.problems = problems
+        super().__init__(
+            f"{len(problems)} problem(s) in the data:\n{format_problems(problems)}\n"
+            "Nothing was trained. Fix the rows, or skip and count them: --skip_bad_rows True (rows that are too long: "
+            "--skip_long_rows True)."
+        )
+
+
+def shorten(value: Any, limit: int = 60) -> str:
+    """One line of at most `limit` characters that shows `value`."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    text = " ".join(text.split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"
