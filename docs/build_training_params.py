@@ -16,6 +16,7 @@ from types import NoneType, UnionType
 from typing import Any
 
 import chatpdf
+import convert_dataset
 import dpo_training
 import fastapi_server_demo
 import gradio_demo
@@ -171,8 +172,7 @@ def render() -> str:
         table(gradio_demo.DemoArguments),
         "### chatpdf.py only",
         table(chatpdf.FileArguments),
-        "## validate_jsonl.py",
-        table(validate_jsonl.ValidationArguments),
+        *_data_tools(),
         "## Spellings of MedicalGPT and of older libraries",
         "Accepted with their current meaning. Other spellings of a flag are below its name in the tables above.",
         _rows(("given", "means"), spellings({field.name for field in dataclasses.fields(SFTConfig)})),
@@ -181,6 +181,15 @@ def render() -> str:
         _rows(("flag", "refused in", "instead"), refusals()),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _data_tools() -> list[str]:
+    return [
+        "## validate_jsonl.py",
+        table(validate_jsonl.ValidationArguments),
+        "## convert_dataset.py",
+        table(convert_dataset.ConversionArguments),
+    ]
 
 
 def table(cls: type, *, only: Iterable[str] = ()) -> str:

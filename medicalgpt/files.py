@@ -3,6 +3,8 @@
 import hashlib
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -32,3 +34,42 @@ def write_atomically(path: str | Path, data: str | bytes, mode: int = 0o666) -> 
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def open_new(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """A path to write a new file to, which becomes `path` when the block ends, and is removed if it fails.
+
+    Args:
+        overwrite: replace a file that is there, once the new one is complete.
+
+    Raises:
+        FileExistsError: something is there already.
+        OSError: it cannot be written.
+    """
+    path = Path(path)
+    if path.is_dir() or (path.exists() and not overwrite):
+        raise FileExistsError(f"{path} exists")
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        if overwrite:
+            partial.replace(path)
+        else:
+            _rename_if_free(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _rename_if_free(partial: Path, path: Path) -> None:
+    try:
+        # Unlike a rename, a link fails if another program has made the file in the meantime.
+        os.link(partial, path)
+    except FileExistsError:
+        raise
+    except OSError:
+        # A file system without links.
+        if path.exists():
+            raise FileExistsError(f"{path} exists") from None
+        partial.rename(path)

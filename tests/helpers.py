@@ -122,7 +122,10 @@ def write_jsonl(path: str | Path, rows: Iterable[Any]) -> str:
 def read_json(path: str | Path) -> Any:
     """What a JSON file holds; of a .jsonl file, the list of its rows."""
     text = Path(path).read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()] if Path(path).suffix == ".jsonl" else json.loads(text)
+    if Path(path).suffix != ".jsonl":
+        return json.loads(text)
+    # Only a line feed ends a row: a string may contain U+2028, which also ends a line for Python.
+    return [json.loads(line) for line in text.split("\n") if line]
 
 
 def stop_tokens(folder: str | Path) -> list[str]:
