@@ -332,7 +332,11 @@ class RunArguments:
     """The output folder and the samples shown."""
 
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Remove the run in --output_dir and start over."}
+        default=False,
+        metadata={
+            "help": "Replace the run in --output_dir. It is removed when the new run has saved its first checkpoint or "
+            "its result, and restored if the new run ends before that."
+        },
     )
     sample_prompts: int = field(
         default=3,

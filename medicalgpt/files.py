@@ -1,11 +1,14 @@
-"""What programs do with files whatever is in them: hash them, and replace them in one step."""
+"""What programs do with files whatever is in them: hash, compare and remove them, and replace them in one step."""
 
 import hashlib
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from medicalgpt.errors import UserError
 
 
 def hash_file(path: str | Path) -> str:
@@ -73,3 +76,51 @@ def _rename_if_free(partial: Path, path: Path) -> None:
         if path.exists():
             raise FileExistsError(f"{path} exists") from None
         partial.rename(path)
+
+
+def overlap(output: str | Path, source: str | Path) -> str | None:
+    """How writing to `output` could touch `source`: it `is` it, `contains` it, or `is inside` it; else None.
+
+    Files and folders are compared by identity, so that links and other spellings of a path make no difference.
+    `source` exists; `output` may not.
+    """
+    found = Path(source)
+    inner = [found.absolute(), *found.absolute().parents]
+    if (resolved := found.resolve()) != found.absolute():
+        # A link in the output folder would be lost as well as what it points to.
+        inner += [resolved, *resolved.parents]
+    outer = Path(output).resolve()
+    if outer.exists() and any(_is_same(outer, path) for path in (inner[0], resolved)):
+        return "is"
+    if outer.is_dir() and any(_is_same(outer, path) for path in inner):
+        return "contains"
+    if found.is_dir() and any(_is_same(found, path) for path in outer.parents if path.exists()):
+        return "is inside"
+    return None
+
+
+def _is_same(path: Path, other: Path) -> bool:
+    return path.exists() and other.exists() and os.path.samefile(path, other)
+
+
+def refuse_overwriting(flag: str, output: str | Path | None, sources: dict[str, str | Path | None]) -> None:
+    """Refuse an output file that is one of the files that the program reads.
+
+    Args:
+        flag: the flag that names the output.
+        sources: path by the flag that names it.
+
+    Raises:
+        UserError: it names both paths.
+    """
+    for source_flag, source in sources.items():
+        if output and source and _is_same(Path(output), Path(source)):
+            raise UserError(f"{flag} {output} would overwrite {source_flag} {source}. Choose another {flag}.")
+
+
+def remove_entry(path: Path) -> None:
+    """Remove a file, or a folder with all that it contains; of a link, the link alone. One that is missing is fine."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -109,7 +109,9 @@ def test_nothing_trained_is_seen_as_such():
 # --- the output folder -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("trace", ["run.json", "model-00001-of-00002.safetensors", "adapter_config.json"])
+@pytest.mark.parametrize(
+    "trace", ["run.json", "model-00001-of-00002.safetensors", "adapter_config.json", "README.md", "vocab.json"]
+)
 def test_a_folder_with_another_run_is_refused_and_left_alone(start, tmp_path, trace):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / trace).write_text("{}")
@@ -125,19 +127,9 @@ def test_a_checkpoint_is_a_trace_and_can_be_gone_on_with(start, tmp_path):
 
 
 def test_files_that_are_no_run_are_no_reason_to_refuse(start, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "README.md").write_text("mine")
+    (tmp_path / "run" / "checkpoint-notes").mkdir(parents=True)
     (tmp_path / "run" / "notes.txt").write_text("mine")
     assert start().resume_from is None
-
-
-def test_overwriting_removes_the_run_and_nothing_else(start, tmp_path, log):
-    save_checkpoint(tmp_path / "run", 3)
-    for name in ("run.json", "metrics.jsonl", "adapter_model.safetensors", "notes.txt", "train.py"):
-        (tmp_path / "run" / name).write_text("x")
-    start(overwrite=True)
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"notes.txt", "train.py"}
-    assert log == [f"removing the run that {tmp_path / 'run'} holds"]
 
 
 def test_other_processes_leave_the_folder_to_the_first(start, tmp_path, monkeypatch):

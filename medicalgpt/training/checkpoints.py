@@ -1,6 +1,7 @@
 """Complete checkpoints: a manifest with sizes and hashes, written last, and verified before resuming."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -107,9 +108,15 @@ def _problem_of_weights(folder: Path) -> str | None:
 class CheckpointCommitter(TrainerCallback):
     """Write the manifest of a checkpoint once all its files are written; transformers writes them in place.
 
+    Args:
+        committed: called on the first process after each manifest.
+
     Raises:
         UserError: its weights are not there (see `require_saved_weights`); without a manifest it is never resumed from.
     """
+
+    def __init__(self, committed: Callable[[], None] = lambda: None):
+        self.committed = committed
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -124,3 +131,4 @@ class CheckpointCommitter(TrainerCallback):
             if path.is_file() and path.name != MANIFEST
         }
         write_atomically(folder / MANIFEST, json.dumps(entries, indent=1))
+        self.committed()

@@ -7,7 +7,6 @@ import math
 import os
 import platform
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -34,6 +33,7 @@ from medicalgpt.training.checkpoints import (
     require_saved_weights,
 )
 from medicalgpt.training.observed import as_table, observe
+from medicalgpt.training.output_folder import PreviousRun, refuse_overlap
 from medicalgpt.training.plots import plot_loss
 from medicalgpt.training.stream_trainer import STATE_FILE, StreamTrainer
 
@@ -55,27 +55,6 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.utils import is_liger_kernel_available
 
 REPORTED_LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes", "deepspeed")
-# Files that show that a folder holds a run; --overwrite_output_dir removes only these.
-RUN_TRACES = (
-    "run.json",
-    "metrics.jsonl",
-    "samples.jsonl",
-    "answers.jsonl",
-    "loss.png",
-    "README.md",
-    "trainer_state.json",
-    "training_args.bin",
-    "config.json",
-    "generation_config.json",
-    "adapter_config.json",
-    "chat_template.jinja",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "train_results.json",
-    "eval_results.json",
-    "all_results.json",
-)
 
 
 class SampleLogger(Protocol):
@@ -146,8 +125,8 @@ class Run:
         others: further argument dataclasses, recorded in run.json.
 
     Raises:
-        UserError: the folder holds another run, there is no complete checkpoint to resume from, or Liger's kernels
-            cannot run here.
+        UserError: the folder holds another run, or touches something that this one reads; there is no complete
+            checkpoint to resume from; Liger's kernels cannot run here.
     """
 
     def __init__(
@@ -161,6 +140,9 @@ class Run:
         self.requested = copy.copy(training)
         self.output_dir = Path(training.output_dir)
         self.started = time.time()
+        refuse_overlap(self.output_dir, stage, (training, run, *others))
+        self.previous = PreviousRun(self.output_dir)
+        self.replaces = run.overwrite_output_dir
         self.resume_from = self._claim_output_dir()
         if training.use_cpu or not torch.cuda.is_available():
             _init_deepspeed_on_cpu(training)
@@ -187,27 +169,41 @@ class Run:
     # -- before training ----------------------------------------------------------------------------------------------
 
     def _claim_output_dir(self) -> str | None:
+        """Refuse another run in the output folder unless it may be replaced; returns the checkpoint to resume from."""
         _require_writable(self.output_dir)
-        traces = [name for name in RUN_TRACES if name != "README.md" and (self.output_dir / name).exists()]
-        traces += [path.name for path in self.output_dir.glob("checkpoint-*")]
-        traces += [path.name for path in self.output_dir.glob("*.safetensors")]
-        wanted = self.training.resume_from_checkpoint
-        if wanted and str(wanted).lower() != "false":
-            return find_checkpoint(self.output_dir if str(wanted).lower() == "true" else Path(wanted))
-        if not traces or not is_main_process():
-            return None
-        if not self.options.overwrite_output_dir:
+        restored = is_main_process() and self.previous.recover()
+        wanted = str(self.training.resume_from_checkpoint or "false")
+        resumes = wanted.lower() != "false"
+        if resumes and restored:
+            raise UserError(
+                f"the run to resume saved no checkpoint; it was to replace the one that is now restored in "
+                f"{self.output_dir}. Give the same command again to resume that one, or replace it: "
+                "--overwrite_output_dir True without --resume_from_checkpoint."
+            )
+        checkpoint = None
+        if resumes:
+            checkpoint = find_checkpoint(self.output_dir if wanted.lower() == "true" else Path(wanted))
+            if Path(checkpoint).resolve().parent == self.output_dir.resolve():
+                if self.replaces:
+                    logger.info("--overwrite_output_dir removes nothing, as this run is resumed")
+                self.replaces = False
+                return checkpoint
+        if not is_main_process() or not (names := [path.name for path in self.previous.files()]):
+            return checkpoint
+        if not self.replaces:
             resumable = " Resume it: --resume_from_checkpoint True." if committed_checkpoints(self.output_dir) else ""
             raise UserError(
-                f"--output_dir {self.output_dir} holds another run ({', '.join(sorted(traces)[:4])}, …).{resumable} "
-                "Choose another folder, or remove that run: --overwrite_output_dir True."
+                f"--output_dir {self.output_dir} holds another run ({', '.join(names[:4])}"
+                f"{', …' if names[4:] else ''}).{resumable} Choose another folder, or replace it: "
+                "--overwrite_output_dir True."
             )
-        logger.info(f"removing the run that {self.output_dir} holds")
-        for path in [self.output_dir / name for name in RUN_TRACES] + list(self.output_dir.glob("*.safetensors")):
-            path.unlink(missing_ok=True)
-        for path in self.output_dir.glob("checkpoint-*"):
-            shutil.rmtree(path)
-        return None
+        if not self.training.do_train and any(name.endswith(".safetensors") or "checkpoint-" in name for name in names):
+            raise UserError(
+                f"--do_train False trains nothing that could replace the run in {self.output_dir}. Choose another "
+                "--output_dir for the evaluation."
+            )
+        logger.info(f"the run in {self.output_dir} is replaced when this one has saved its first checkpoint")
+        return checkpoint
 
     def add_data(self, data: LoadedData) -> None:
         """Print how many rows are used and skipped, and record it in run.json.
@@ -374,6 +370,38 @@ class Run:
         """
         if self.training.do_train:
             _require_gathering(trainer)
+        if self.replaces:
+            self._set_previous_aside()
+        try:
+            return self._train_and_save(
+                trainer, tokenizer, stop_ids=stop_ids, sample_prompts=sample_prompts, samples=samples, note=note
+            )
+        except BaseException:
+            if is_main_process():
+                self.previous.restore()
+            raise
+
+    def _set_previous_aside(self) -> None:
+        problem = None
+        if is_main_process():
+            try:
+                self.previous.set_aside()
+            except (OSError, UserError) as error:
+                problem = f"the run in {self.output_dir} was not replaced: {error}"
+        # The others wait here, so that they write nothing before; if one process stopped alone, they would wait for it.
+        if problems := [found for found in gather_object([problem]) if found]:
+            raise UserError(problems[0])
+
+    def _train_and_save(
+        self,
+        trainer: Trainer,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        stop_ids: Sequence[int],
+        sample_prompts: Sequence[list[int]],
+        samples: SampleLogger | None,
+        note: str,
+    ) -> dict[str, float]:
         self._install_callbacks(trainer)
         # A model from a hub is on this machine only since it was loaded.
         self.record["base"]["fingerprint"] = self.checkpoint.fingerprint
@@ -405,6 +433,7 @@ class Run:
             self._save_tokenizer_and_generation_config(trainer, tokenizer, stop_ids)
             self._write_samples(samples.shown, before, samples.answers())
             self._finish(metrics, stop_ids, note)
+            self.previous.discard()
         trainer.accelerator.wait_for_everyone()
         # Otherwise threads of the process group could still run when the interpreter exits, and abort the program.
         trainer.accelerator.end_training()
@@ -413,7 +442,7 @@ class Run:
     def _install_callbacks(self, trainer: Trainer) -> None:
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(MetricsFile(self.output_dir, append=self.resume_from is not None))
-        trainer.add_callback(CheckpointCommitter())
+        trainer.add_callback(CheckpointCommitter(self.previous.discard))
         trainer.add_callback(FiniteLoss())
         trainer.add_callback(FirstStep(trainer, self.compare))
         if not trainer.pop_callback(ProgressCallback):

@@ -1,0 +1,250 @@
+"""The output folder of a run: it may not be what the run reads, and an earlier run in it is replaced without a risk.
+
+With `--overwrite_output_dir` the earlier run is moved into a subfolder when everything has been read and loaded, and is
+removed when the new one has saved its first complete checkpoint, or its result. If the new run ends before that, the
+earlier one is moved back; if it was killed, the next start does so. All moves are renames within the folder, and each
+state has its own name on the disk, so that a kill at any point leaves one that `PreviousRun.recover` understands.
+"""
+
+import dataclasses
+import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from medicalgpt.errors import UserError
+from medicalgpt.files import overlap, remove_entry
+from medicalgpt.models import hub
+from medicalgpt.training.checkpoints import MANIFEST
+
+import datasets
+from filelock import FileLock, Timeout
+from loguru import logger
+
+# What a run, its tokenizer and its adapter write at the top of the output folder, whatever the stage.
+RUN_FILES = (
+    "run.json",
+    "metrics.jsonl",
+    "samples.jsonl",
+    "answers.jsonl",
+    "loss.png",
+    "README.md",
+    "completions",
+    "trainer_state.json",
+    "training_args.bin",
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+    "chat_template.jinja",
+    "additional_chat_templates",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "train_results.json",
+    "eval_results.json",
+    "all_results.json",
+)
+CHECKPOINT = re.compile(r"checkpoint-\d+")
+# Flags that name what a run reads; a value that is not a path on this machine is a name on the hub.
+READ_FLAG = re.compile(r"(_path|_dir|_file|_files|_model|dataset_name|deepspeed|fsdp_config|accelerator_config)$")
+WRITE_FLAGS = ("output_dir", "logging_dir", "output_file")
+
+
+def refuse_overlap(output_dir: Path, stage: str, groups: Sequence[Any]) -> None:
+    """Refuse an output folder that is, contains, or is inside something that the run reads.
+
+    Args:
+        stage: for the name of the folder that the message proposes.
+        groups: the argument dataclasses of the program.
+
+    Raises:
+        UserError: it names both paths and a folder that can be used.
+    """
+    read = list(paths_read(groups))
+    for what, path in read:
+        if how := overlap(output_dir, path):
+            raise UserError(
+                f"--output_dir {output_dir} {how} {what} {path}. A run writes, and with --overwrite_output_dir "
+                "removes, files of these names in its output folder, so it needs one that nothing is read from: "
+                f"--output_dir {_free_folder(output_dir, path, stage, read)}"
+            )
+
+
+def paths_read(groups: Sequence[Any]) -> Iterator[tuple[str, Path]]:
+    """What the arguments of a program make it read on this machine, as (description, path).
+
+    The base of an adapter, the file of `--config`, the caches and the programs themselves are included.
+    """
+    for group in groups:
+        for field in dataclasses.fields(group):
+            value = getattr(group, field.name, None)
+            if isinstance(value, str) and READ_FLAG.search(field.name) and field.name not in WRITE_FLAGS:
+                for path in _paths_in(value):
+                    yield f"--{field.name}", path
+                    for base in _bases(path):
+                        yield f"the base model of --{field.name}", base
+    for flag, value in zip(sys.argv, [*sys.argv[1:], ""], strict=True):
+        name, equals, inline = flag.partition("=")
+        if name == "--config" and (path := Path(inline if equals else value)).is_file():
+            yield "--config", path
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
+    if cache.exists():
+        yield "the cache of data", cache
+
+
+def _paths_in(value: str) -> list[Path]:
+    """The paths that exist among `a`, `a,b` and `a:0.7,b:0.3`."""
+    parts = [value] if Path(value).exists() else [part.strip() for part in value.split(",")]
+    parts = [part if Path(part).exists() else part.rpartition(":")[0] for part in parts]
+    return [Path(part) for part in parts if part and Path(part).exists()]
+
+
+def _bases(path: Path) -> Iterator[Path]:
+    """The base that an adapter names, that of this one if it is an adapter too, and so on."""
+    seen: set[Path] = set()
+    while (path / hub.ADAPTER_CONFIG).is_file() and path.resolve() not in seen:
+        seen.add(path.resolve())
+        try:
+            path = Path(hub.resolve_checkpoint(str(path))[0])
+        except (UserError, OSError, ValueError):
+            # Whoever loads it reports what is wrong.
+            return
+        if path.exists():
+            yield path
+
+
+def _free_folder(output_dir: Path, source: Path, stage: str, read: Sequence[tuple[str, Path]]) -> Path:
+    """A folder next to both paths that does not exist and touches nothing that is read."""
+    for parent in (output_dir.absolute().parent, *source.absolute().parents):
+        folder = parent / f"{output_dir.resolve().name or 'outputs'}-{stage}"
+        if not folder.exists() and not any(overlap(folder, path) for _, path in read):
+            return folder if output_dir.is_absolute() else _relative(folder)
+    return Path.home() / f"outputs-{stage}"
+
+
+def _relative(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+class PreviousRun:
+    """An earlier run in an output folder, while another one is about to replace it. For the first process only.
+
+    Its files are in the output folder, then in `kept`. They are in `moving` while they are being moved there or back,
+    and in `removing` from the moment at which the new run can replace them.
+    """
+
+    def __init__(self, output_dir: Path):
+        self.output_dir = output_dir
+        self.kept = output_dir / ".previous-run"
+        self.moving = output_dir / ".previous-run.moving"
+        self.removing = output_dir / ".previous-run.removing"
+        self._lock = FileLock(output_dir / ".previous-run.lock")
+
+    def files(self) -> list[Path]:
+        """What a run has written at the top of the output folder: now, the earlier run or the new one."""
+        found = [self.output_dir / name for name in RUN_FILES]
+        found += [*self.output_dir.glob("*.safetensors"), *self.output_dir.glob("*.safetensors.index.json")]
+        found += [path for path in self.output_dir.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name)]
+        return sorted(path for path in found if path.exists() or path.is_symlink())
+
+    def recover(self) -> bool:
+        """Complete what a killed process left: remove the earlier run if there is a new one, else restore it.
+
+        Returns:
+            Whether the earlier run was restored.
+
+        Raises:
+            UserError: another process is still writing to this folder.
+        """
+        if not any(path.is_dir() for path in (self.kept, self.moving, self.removing)):
+            return False
+        self._acquire()
+        restored = False
+        if self.kept.is_dir() and self._is_replaced():
+            self.discard()
+        elif self.kept.is_dir() or self.moving.is_dir():
+            self.restore()
+            restored = True
+        if self.removing.is_dir():
+            remove_entry(self.removing)
+        self._release()
+        return restored
+
+    def set_aside(self) -> None:
+        """Move the earlier run into `kept`. If that fails, it is back in its place.
+
+        Raises:
+            OSError: a file could not be moved.
+            UserError: another process is doing the same.
+        """
+        if not (files := self.files()):
+            return
+        self._acquire()
+        try:
+            self.moving.mkdir()
+            for path in files:
+                path.rename(self.moving / path.name)
+            self.moving.rename(self.kept)
+        except BaseException:
+            self.restore()
+            raise
+
+    def restore(self) -> None:
+        """Move the earlier run back; remove what the new one has written. Nothing is done if none was set aside."""
+        if self.kept.is_dir():
+            for path in self.files():
+                remove_entry(path)
+            # From here on there are files of the earlier run outside, which a second attempt must not remove.
+            self.kept.rename(self.moving)
+        if self.moving.is_dir():
+            for path in sorted(self.moving.iterdir()):
+                path.rename(self.output_dir / path.name)
+            self.moving.rmdir()
+            logger.warning(f"the run that was in {self.output_dir} before is restored: nothing had replaced it yet")
+        self._release()
+
+    def discard(self) -> None:
+        """Remove the earlier run: the new one has something to replace it with. Nothing is done if there is none."""
+        if not self.kept.is_dir():
+            return
+        try:
+            self.kept.rename(self.removing)
+            remove_entry(self.removing)
+            logger.info(f"the new run is saved; the one that was in {self.output_dir} before is removed")
+        except OSError as error:
+            # It is not worth ending the new run for this.
+            logger.warning(f"the run that was in {self.output_dir} before could not be removed: {error}")
+        self._release()
+
+    def _is_replaced(self) -> bool:
+        """Whether the new run, which was killed, has saved a complete checkpoint or has finished."""
+        if any(self.output_dir.glob(f"checkpoint-*/{MANIFEST}")):
+            return True
+        try:
+            record = json.loads((self.output_dir / "run.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return isinstance(record, dict) and record.get("status") == "finished"
+
+    def _acquire(self) -> None:
+        try:
+            self._lock.acquire(blocking=False)
+        except Timeout as error:
+            raise UserError(
+                f"another process is replacing the run in {self.output_dir} and has not saved a checkpoint yet. Wait "
+                "for it, stop it, or choose another --output_dir."
+            ) from error
+
+    def _release(self) -> None:
+        if self._lock.is_locked:
+            Path(self._lock.lock_file).unlink(missing_ok=True)
+            self._lock.release(force=True)
