@@ -467,6 +467,7 @@ class PolicyArguments(ModelArguments):
 class GrpoArguments(TemplateArguments, StageDefaults, GRPOConfig):
     """What differs from TRL's `GRPOConfig`."""
 
+    BEST_METRIC: ClassVar[str] = "reward"
     HELP: ClassVar[dict[str, str]] = {
         "num_generations": "Answers per prompt, which are compared with each other (the group); at least 2.",
         "num_iterations": "Number of updates on each batch of answers.",
@@ -628,8 +629,6 @@ class GrpoArguments(TemplateArguments, StageDefaults, GRPOConfig):
     def __post_init__(self):
         # Evaluation answers each prompt once.
         self.num_generations_eval = 1
-        if self.load_best_model_at_end and self.metric_for_best_model is None:
-            self.metric_for_best_model = "reward"
         self._refuse_idle_training()
         self._check_group_sizes()
         super().__post_init__()

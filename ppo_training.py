@@ -30,7 +30,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from medicalgpt.args import (
     AttentionArguments,
@@ -95,6 +95,8 @@ class PolicyArguments(ModelArguments):
 @dataclass
 class PpoArguments(TemplateArguments, StageDefaults, TrainingArguments):
     """What differs from transformers' `TrainingArguments`. The names are those of TRL's former PPO."""
+
+    BEST_METRIC: ClassVar[str] = "score"
 
     output_dir: str = field(default="outputs-ppo", metadata={"help": "Where the result goes."})
     reward_model_path: str | None = field(
@@ -976,8 +978,6 @@ def main() -> None:
         unused=refused_in("ppo_training.py"),
     )
     check_flags(args)
-    if args.load_best_model_at_end and not args.given & {"metric_for_best_model", "greater_is_better"}:
-        args.metric_for_best_model, args.greater_is_better = "score", True
     training_defaults(args, adapter_rate=1e-5, full_rate=1e-6, use_peft=lora_args.use_peft)
     disable_lora_dropout(args, lora_args)
     checkpoint = loading.stage_checkpoint(model_args, lora_args)

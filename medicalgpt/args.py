@@ -372,10 +372,17 @@ class StageDefaults:
     Attributes:
         HELP: what `--help` and docs/training_params.md say about flags that the library declares, if its own text does
             not say what happens here. Classes add their own; see `help_texts`.
+        BEST_METRIC: the metric of an evaluation by which checkpoints are compared, unless the user names another.
     """
+
+    BEST_METRIC: ClassVar[str] = "loss"
 
     HELP: ClassVar[dict[str, str]] = {
         "eval_on_start": "Evaluate before the first step. Default here: True if --eval_strategy is given.",
+        "metric_for_best_model": "Metric of the evaluation by which --load_best_model_at_end, --save_strategy best and "
+        "--early_stopping_patience compare. Checked before the first step. Default: loss; PPO: score; GRPO: reward.",
+        "greater_is_better": "Whether a higher metric is better. Default: False if its name ends in loss or "
+        "perplexity.",
         "resume_from_checkpoint": "True: resume from the newest complete checkpoint in --output_dir; or the folder of "
         "a checkpoint.",
         "fsdp": "Shard the weights over the processes with PyTorch's FSDP, on GPUs; no value needed. Settings: "
@@ -400,6 +407,17 @@ class StageDefaults:
             "aliases": ["--neft_alpha"],
         },
     )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={
+            "help": "End training after this many evaluations without a better --metric_for_best_model. Needs "
+            "--eval_strategy."
+        },
+    )
+    early_stopping_threshold: float = field(
+        default=0.0,
+        metadata={"help": "With --early_stopping_patience: an evaluation must be better by more than this."},
+    )
     # No tracker connects to the network unless it is requested.
     report_to: str = field(default="none", metadata={"help": "Tracker: tensorboard, wandb, ..."})
 
@@ -417,6 +435,7 @@ class StageDefaults:
         if self.bf16 is None:
             self.bf16 = not self.fp16 and bf16_gpu()
         self._refuse_idle_training()
+        self._set_best_metric()
         super().__post_init__()
         if self.fsdp and self.use_cpu:
             raise ValueError(
@@ -432,5 +451,41 @@ class StageDefaults:
         if self.max_steps == 0 or (self.num_train_epochs <= 0 and self.max_steps < 0):
             flag = "max_steps" if self.max_steps == 0 else "num_train_epochs"
             raise ValueError(f"--{flag} {getattr(self, flag)} would train nothing. To evaluate only: --do_train False.")
-        if self.load_best_model_at_end and str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no":
-            raise ValueError("--load_best_model_at_end needs evaluations to compare: add --eval_strategy steps.")
+        self._refuse_idle_evaluation()
+
+    def _refuse_idle_evaluation(self) -> None:
+        """Raise ValueError for flags that compare evaluations, if there are none, or none to compare."""
+        patience, threshold = self.early_stopping_patience, self.early_stopping_threshold
+        if patience is not None and patience < 1:
+            raise ValueError(f"--early_stopping_patience {patience} must be at least 1 evaluation.")
+        if not 0 <= threshold < float("inf"):
+            raise ValueError(f"--early_stopping_threshold {threshold} must be 0 or more.")
+        if threshold and patience is None:
+            raise ValueError("--early_stopping_threshold has no effect without --early_stopping_patience; add it.")
+        if _value(self.eval_strategy) != "no":
+            return
+        for flag, is_set in (
+            ("load_best_model_at_end", self.load_best_model_at_end),
+            ("early_stopping_patience", patience is not None),
+            ("save_strategy best", _value(self.save_strategy) == "best"),
+            ("metric_for_best_model", self.metric_for_best_model is not None),
+            ("greater_is_better", self.greater_is_better is not None),
+        ):
+            if is_set:
+                raise ValueError(f"--{flag} needs evaluations to compare: add --eval_strategy steps.")
+
+    def _set_best_metric(self) -> None:
+        """The metric by which evaluations are compared, and its direction, where the user leaves them open."""
+        compares = self.load_best_model_at_end or self.early_stopping_patience is not None
+        compares |= _value(self.save_strategy) == "best"
+        compares |= _value(self.lr_scheduler_type) in ("reduce_lr_on_plateau", "greedy")
+        if self.metric_for_best_model is None and compares:
+            self.metric_for_best_model = self.BEST_METRIC
+        if self.greater_is_better is None and (self.metric_for_best_model or "").endswith("perplexity"):
+            # The library goes by the name, and knows only that of a loss.
+            self.greater_is_better = False
+
+
+def _value(option: Any) -> str:
+    """The text of an option that may be an enum already."""
+    return str(getattr(option, "value", option))

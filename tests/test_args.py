@@ -274,6 +274,11 @@ def test_one_stage_refuses_what_the_other_has():
         (["--max_steps", 0], "would train nothing"),
         (["--num_train_epochs", 0], "would train nothing"),
         (["--load_best_model_at_end", True], "add --eval_strategy steps"),
+        (["--early_stopping_patience", 2], "add --eval_strategy steps"),
+        (["--metric_for_best_model", "loss"], "add --eval_strategy steps"),
+        (["--save_strategy", "best"], "add --eval_strategy steps"),
+        (["--early_stopping_patience", 0], "must be at least 1"),
+        (["--early_stopping_threshold", 0.1], "has no effect without --early_stopping_patience"),
     ],
 )
 def test_numbers_that_train_nothing_are_refused(refusal, stage, argv, reason):

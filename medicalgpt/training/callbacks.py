@@ -1,4 +1,4 @@
-"""Trainer callbacks: metrics to a file, progress lines, a finite loss."""
+"""Trainer callbacks: metrics to a file, progress lines, a finite loss, evaluations that are compared."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from medicalgpt.logs import HEARTBEAT_SECONDS
 
 import torch
 from loguru import logger
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 # Metrics in a line of progress, next to speed and memory.
 SHOWN_METRICS = ("loss", "accuracy", "rewards/accuracies", "score", "reward", "rewards/accuracy/mean", "kl")
@@ -78,6 +78,87 @@ class FiniteLoss(TrainerCallback):
                 f"the training loss became {loss} at or before step {state.global_step}; the run was ended and nothing "
                 "was saved. Lower --learning_rate, prefer --bf16 to --fp16, or add --max_grad_norm 1.0."
             )
+
+
+class BestMetric(TrainerCallback):
+    """Refuse a `--metric_for_best_model` that the evaluation does not have: at its first one, before the first step."""
+
+    def __init__(self):
+        self.trains = False
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trains = True
+        if args.metric_for_best_model is not None and state.is_world_process_zero:
+            direction = "highest" if args.greater_is_better else "lowest"
+            logger.info(f"evaluations are compared by {_eval_name(args)}: the {direction} is the best")
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any
+    ) -> None:
+        if not self.trains or args.metric_for_best_model is None or _eval_name(args) in metrics:
+            return
+        found = [name.removeprefix("eval_") for name in metrics if name.startswith("eval_") and not _is_cost(name)]
+        raise UserError(
+            f"--metric_for_best_model {args.metric_for_best_model} is not a metric of the evaluation. Use one of "
+            f"these: {', '.join(found)}."
+        )
+
+
+class EarlyStopping(EarlyStoppingCallback):
+    """`--early_stopping_patience`: end training after so many evaluations in a row without a better metric.
+
+    The count continues after a resume, where the evaluation before the first step repeats one that was counted.
+
+    Attributes:
+        stopped: what ended the training, for run.json; None if nothing did.
+    """
+
+    def __init__(self, patience: int, threshold: float):
+        super().__init__(patience, threshold)
+        self.first_step: int | None = None
+        self.stopped: dict[str, Any] | None = None
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        self.first_step = state.global_step
+        # A checkpoint of a run without early stopping has no entry, which the library would miss when it saves.
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        self.early_stopping_patience_counter = saved["attributes"]["early_stopping_patience_counter"]
+        if not args.load_best_model_at_end and state.is_world_process_zero:
+            logger.info(
+                "early stopping keeps the weights of the last step; to end with the best ones, add "
+                "--load_best_model_at_end True"
+            )
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any
+    ) -> None:
+        if self.first_step is None or state.global_step == self.first_step or self.stopped:
+            return
+        super().on_evaluate(args, state, control, metrics, **kwargs)
+        if self.early_stopping_patience_counter >= self.early_stopping_patience:
+            self.stopped = {
+                "step": state.global_step,
+                "evaluations_without_a_better": {_eval_name(args): self.early_stopping_patience_counter},
+                "best": state.best_metric,
+            }
+            if state.is_world_process_zero:
+                logger.info(
+                    f"stopped early in step {state.global_step} of {state.max_steps}: no {_eval_name(args)} better than "
+                    f"{state.best_metric:.6g} in {self.early_stopping_patience_counter} evaluation(s)"
+                )
+
+    def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        # Evaluations that follow do not belong to the training.
+        self.first_step = None
+
+
+def _eval_name(args: TrainingArguments) -> str:
+    return f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
+
+
+def _is_cost(name: str) -> bool:
+    """Whether a metric of an evaluation is of time or size, and not of the model."""
+    return name.endswith(("runtime", "per_second", "tokens", "epoch"))
 
 
 class PlainProgress(TrainerCallback):

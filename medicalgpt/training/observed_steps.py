@@ -8,12 +8,13 @@ from typing import Any
 
 from medicalgpt.data.encoding import IGNORED
 from medicalgpt.training.observed_setup import OFF, Line, TrainingSetup, first_layer_input
+from medicalgpt.training.schedules import OF_METRIC, expected_schedule
 from medicalgpt.training.trainers import sequence_lengths
 
 import torch
 from accelerate.utils import gather_object
 from torch import nn
-from transformers import Trainer, get_scheduler
+from transformers import SchedulerType, Trainer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
@@ -164,29 +165,52 @@ def learning_rate(setup: TrainingSetup) -> Line:
 
 
 def schedule(setup: TrainingSetup) -> Line:
-    """The factor on the rate at the start, after the warmup, and halfway through the decay."""
-    args, last = setup.training, setup.trainer.state.max_steps
-    warmup = args.get_warmup_steps(last)
-    kind = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
-    steps = sorted({0, min(warmup, last), (min(warmup, last) + last) // 2})
-    plain = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    expected = get_scheduler(kind, plain, warmup, last, args.lr_scheduler_kwargs)
+    """The factor on the rate at the start, after the warmup, halfway through the decay, and in the present step."""
+    args, state = setup.training, setup.trainer.state
     real = getattr(setup.trainer.lr_scheduler, "scheduler", setup.trainer.lr_scheduler)
-    wanted = f"{kind}, warmup {warmup}"
-    if not hasattr(expected, "lr_lambdas") or not hasattr(real, "lr_lambdas"):
+    kind = SchedulerType(args.lr_scheduler_type)
+    if kind in OF_METRIC:
+        return _schedule_of_metric(setup, kind, real)
+    last, now = state.max_steps, state.global_step
+    warmup = min(args.get_warmup_steps(last), last)
+    wanted = f"{kind.value}, warmup {args.get_warmup_steps(last)}"
+    if not hasattr(real, "lr_lambdas"):
         return setup.not_observed("schedule", wanted, type(real).__name__)
+    factor = expected_schedule(args, last).lr_lambdas[0]
+    steps = sorted({0, warmup, (warmup + last) // 2, now})
+    requested = {step: f"{factor(step):.3g}" for step in steps}
+    observed = {step: f"{real.lr_lambdas[0](step):.3g}" for step in steps}
+    # What the first step will use, whatever the schedule holds.
+    groups = _innermost(setup.trainer.optimizer).param_groups
+    applied = {f"{group['lr'] / group['initial_lr']:.3g}" for group in groups if group.get("initial_lr")}
+    if applied:
+        observed[now] = " or ".join(sorted(applied))
 
-    def curve(scheduler: Any) -> str:
-        return ", ".join(f"{scheduler.lr_lambdas[0](step):.3g} at {step}" for step in steps)
+    def curve(factors: dict[int, str]) -> str:
+        return ", ".join(f"{value} at {step}" for step, value in factors.items())
 
-    idle = warmup > 0 and expected.lr_lambdas[0](0) == 1
     return Line(
         "schedule",
-        f"{wanted}: {curve(expected)}",
-        f"no warmup: {curve(real)}" if idle else curve(real),
-        curve(real) == curve(expected) and not idle,
-        "--lr_scheduler_type constant_with_warmup has a warmup." if idle else "Start again in another --output_dir.",
+        f"{wanted}: {curve(requested)}",
+        curve(observed),
+        observed == requested,
+        "Start again in another --output_dir.",
     )
+
+
+def _schedule_of_metric(setup: TrainingSetup, kind: SchedulerType, real: Any) -> Line:
+    """The settings of a schedule that follows a metric of the evaluations."""
+    # The bounds are held for each group of weights.
+    settings = {name: value for name, value in (setup.training.lr_scheduler_kwargs or {}).items()}
+    seen = {name: getattr(real, name, None) for name in settings}
+    seen |= {name: getattr(real, f"{name}s")[0] for name in ("min_lr", "max_lr") if name in settings}
+
+    def text(values: dict[str, Any]) -> str:
+        return ", ".join([kind.value, *(f"{name} {value}" for name, value in values.items())])
+
+    observed = text(seen) if isinstance(real, OF_METRIC[kind]) else type(real).__name__
+    wanted = text(settings)
+    return Line("schedule", wanted, observed, wanted == observed, "Start again in another --output_dir.")
 
 
 def effective_batch(setup: TrainingSetup) -> Line:

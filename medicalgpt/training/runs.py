@@ -24,7 +24,15 @@ from medicalgpt.errors import UserError
 from medicalgpt.logs import is_main_process, setup_logging
 from medicalgpt.models import adapters, hub
 from medicalgpt.models.attention import rope_to_record
-from medicalgpt.training.callbacks import FiniteLoss, FirstStep, MetricsFile, PlainProgress, peak_memory_gb
+from medicalgpt.training.callbacks import (
+    BestMetric,
+    EarlyStopping,
+    FiniteLoss,
+    FirstStep,
+    MetricsFile,
+    PlainProgress,
+    peak_memory_gb,
+)
 from medicalgpt.training.checkpoints import (
     GATHERING,
     CheckpointCommitter,
@@ -138,6 +146,8 @@ class Run:
         self.stage, self.training, self.checkpoint, self.options = stage, training, checkpoint, run
         # The trainer changes its arguments; these stay as they were requested.
         self.requested = copy.copy(training)
+        patience = getattr(training, "early_stopping_patience", None)
+        self.early_stopping = patience and EarlyStopping(patience, training.early_stopping_threshold)
         self.output_dir = Path(training.output_dir)
         self.started = time.time()
         refuse_overlap(self.output_dir, stage, (training, run, *others))
@@ -413,12 +423,9 @@ class Run:
         before = samples.answers()
         metrics: dict[str, float] = {}
         if self.training.do_train:
-            try:
-                metrics |= trainer.train(resume_from_checkpoint=self.resume_from).metrics
-            except KeyError as error:
-                if "metric_for_best_model" not in str(error):
-                    raise
-                raise UserError(str(error.args[0])) from error
+            metrics |= trainer.train(resume_from_checkpoint=self.resume_from).metrics
+            if self.early_stopping and self.early_stopping.stopped:
+                self.record["stopped_early"] = self.early_stopping.stopped
             if isinstance(trainer, StreamTrainer):
                 self.record["streamed"] = trainer.seen()
         # Held-out rows are evaluated unless --do_eval False is passed explicitly.
@@ -444,6 +451,9 @@ class Run:
         trainer.add_callback(MetricsFile(self.output_dir, append=self.resume_from is not None))
         trainer.add_callback(CheckpointCommitter(self.previous.discard))
         trainer.add_callback(FiniteLoss())
+        trainer.add_callback(BestMetric())
+        if self.early_stopping:
+            trainer.add_callback(self.early_stopping)
         trainer.add_callback(FirstStep(trainer, self.compare))
         if not trainer.pop_callback(ProgressCallback):
             trainer.add_callback(PlainProgress())

@@ -1,9 +1,11 @@
 """The base of the stages' trainers, and the trainers of token-level stages and of preference pairs."""
 
 import math
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 from medicalgpt.args import LoraArguments
@@ -12,14 +14,15 @@ from medicalgpt.errors import UserError
 from medicalgpt.models.families import require_separate_packs
 from medicalgpt.training.cpu import add_cpu_head, replace_lora_dropout, return_freed_memory
 from medicalgpt.training.optimizers import apply_loraplus, check_flags_applied, check_optimizer
+from medicalgpt.training.schedules import build_schedule, check_schedule, continue_schedule, steps_planned
 
 import torch
 from datasets import Dataset
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
+from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
+from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices, nested_gather
 from trl import SFTTrainer
 from trl.models import get_act_offloading_ctx_manager
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head, disable_dropout_in_model
@@ -33,12 +36,21 @@ def training_defaults(args: TrainingArguments, *, adapter_rate: float, full_rate
             the two below.
         adapter_rate: learning rate for adapters.
         full_rate: learning rate for full fine-tuning.
+
+    Raises:
+        UserError: an optimizer or a schedule that cannot be used as requested.
     """
     check_optimizer(args, use_peft)
     if args.learning_rate is None:
         args.learning_rate = adapter_rate if use_peft else full_rate
+    check_schedule(args)
     if "eval_on_start" not in args.given and args.eval_strategy != "no":
         args.eval_on_start = True
+    if "metric_for_best_model" in args.given and not args.eval_on_start:
+        raise UserError(
+            f"--metric_for_best_model {args.metric_for_best_model} is checked by an evaluation before the first step. "
+            "Omit --eval_on_start False."
+        )
     # Rows are encoded and measured already; the trainer must neither truncate nor drop any.
     args.max_length = None
     args.dataset_kwargs = {"skip_prepare_dataset": True}
@@ -134,7 +146,8 @@ class StageTrainer(Trainer):
     """How every stage's trainer differs from transformers' and TRL's. List it before TRL's trainer among the bases.
 
     - The order of rows grouped by length depends on seed and epoch only (see `EpochSampler`).
-    - `num_tokens` continues after a resume.
+    - `num_tokens`, the mean loss and the time of the run continue after a resume, and the schedule follows the number
+      of steps of the resumed run.
     - `loraplus_lr_ratio` gives the B matrices a separate learning rate (see `optimizers.py`).
     - On a CPU, dropout keeps less for the backward pass (see `cpu.py`).
     """
@@ -156,6 +169,8 @@ class StageTrainer(Trainer):
             replace_lora_dropout(self.model)
             return_freed_memory()
         self.loraplus_lr_ratio = loraplus_lr_ratio
+        self._seconds_before, self._training_began = 0.0, time.time()
+        self.add_callback(_RunFigures(self))
 
     @staticmethod
     def row_lengths(dataset: Dataset) -> list[int]:
@@ -178,6 +193,38 @@ class StageTrainer(Trainer):
                 apply_loraplus(self.optimizer, self.model if model is None else model, self.loraplus_lr_ratio)
             check_flags_applied(self.args, self.optimizer)
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """The schedule that `--lr_scheduler_type` names.
+
+        Raises:
+            UserError: it does not fit into this number of steps.
+        """
+        if self.lr_scheduler is None:
+            self.lr_scheduler = build_schedule(
+                self.args, self.optimizer if optimizer is None else optimizer, num_training_steps
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            continue_schedule(self.lr_scheduler, steps_planned(Path(checkpoint)), self.state.max_steps)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        # The loss of the steps since the last log is still on each process.
+        unlogged = nested_gather(self._tr_loss, self.args.parallel_mode).mean().item()
+        seconds = self._seconds_before + time.time() - self._training_began
+        self.state.stateful_callbacks[RUN_FIGURES] = {
+            "loss_sum": self._total_loss_scalar + unlogged,
+            "seconds": round(seconds, 3),
+        }
+        super()._save_checkpoint(model, trial)
+
+    def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
+        # Seconds, and what is divided by them, are of the whole run, as if it had never been stopped.
+        return super()._finalize_training(trial, num_train_samples, start_time - self._seconds_before)
 
     def set_rates(self, optimizer: torch.optim.Optimizer) -> None:
         """Hook for stages with a second learning rate; the ratio of LoRA+ multiplies it."""
@@ -203,6 +250,35 @@ class StageTrainer(Trainer):
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         self.state.num_input_tokens_seen = self._total_train_tokens
         return loss
+
+
+# Where `TrainerState`, which is saved as trainer_state.json, keeps figures of the run for a resume.
+RUN_FIGURES = "run_figures"
+
+
+class _RunFigures(TrainerCallback):
+    """Continue the sum of all losses and the time of a run that is resumed; the library would begin at 0."""
+
+    def __init__(self, trainer: StageTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer, figures = self.trainer, state.stateful_callbacks.get(RUN_FIGURES)
+        trainer._training_began, trainer._seconds_before = time.time(), 0.0
+        if figures:
+            trainer._total_loss_scalar, trainer._seconds_before = figures["loss_sum"], figures["seconds"]
+        elif state.global_step:
+            # A checkpoint of an earlier version: the mean over the steps that were logged.
+            trainer._total_loss_scalar = _logged_mean(state.log_history) * state.global_step
+
+
+def _logged_mean(history: list[dict[str, float]]) -> float:
+    """The mean loss of all logged steps; 0 if none was logged."""
+    total, last = 0.0, 0
+    for event in history:
+        if "loss" in event:
+            total, last = total + event["loss"] * (event["step"] - last), event["step"]
+    return total / last if last else 0.0
 
 
 class TokenTrainer(StageTrainer, SFTTrainer):
