@@ -143,8 +143,8 @@ class EarlyStopping(EarlyStoppingCallback):
             }
             if state.is_world_process_zero:
                 logger.info(
-                    f"stopped early in step {state.global_step} of {state.max_steps}: no {_eval_name(args)} better than "
-                    f"{state.best_metric:.6g} in {self.early_stopping_patience_counter} evaluation(s)"
+                    f"stopped early in step {state.global_step} of {state.max_steps}: no {_eval_name(args)} better "
+                    f"than {state.best_metric:.6g} in {self.early_stopping_patience_counter} evaluation(s)"
                 )
 
     def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
