@@ -5,12 +5,15 @@
     python validate_jsonl.py --file_path data/reward --format preference
     python validate_jsonl.py --file_path data/grpo --format task
     python validate_jsonl.py --file_path data/pretrain --format text
+    python validate_jsonl.py --file_path data/finetune --report outputs/data.html --stats_file outputs/data.json
 
 Without a model it checks files, fields, roles, the order of turns and the two answers of a preference pair; with one it
-also renders each row, counts its tokens and says which length would take 95, 99 and 100% of the rows. Exit code 0:
-every row can be used, or the flags allow to skip the others; 1: the problems are listed, with file and line.
+also renders each row, counts its tokens and says which length would take 95, 99 and 100% of the rows. Rows that occur
+more than once, exactly or nearly, and held-out rows that are also trained on are counted. Exit code 0: every row can be
+used, or the flags allow to skip the others; 1: the problems are listed, with file and line.
 """
 
+import json
 from collections import Counter
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -23,7 +26,10 @@ from medicalgpt.logs import setup_logging
 from medicalgpt.parser import parse_args
 
 if TYPE_CHECKING:
+    from medicalgpt.data.duplicates import NearDuplicates, NearPair
     from medicalgpt.data.loading import LoadedData
+    from medicalgpt.data.rows import Rows
+    from medicalgpt.data.statistics import RowStatistics
 
     import numpy as np
     from transformers import PreTrainedTokenizerBase
@@ -54,34 +60,200 @@ class ValidationArguments:
         default=None,
         metadata={"help": "Of tasks: tokens kept for the answer, as in grpo_training.py. Default: half of the length."},
     )
+    validation_file_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "File or folder of held-out data, checked too, and compared with the other rows. Unset: the files "
+            "with the names of held-out data in --file_path."
+        },
+    )
+    near_duplicates: float = field(
+        default=0.8,
+        metadata={
+            "help": "Rows are near-duplicates if they share at least this part of their runs of five characters "
+            "(Jaccard similarity), above 0.5; 0: do not look for them."
+        },
+    )
+    report: str | None = field(
+        default=None,
+        metadata={"help": "Write the statistics with pictures to this .html file, which needs no network."},
+    )
+    stats_file: str | None = field(default=None, metadata={"help": "Write the statistics to this .json file."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace --report and --stats_file if they exist."})
+    allow_overlap: bool = same_field(DataArguments, "allow_overlap")
     ignore_fields: str | None = same_field(DataArguments, "ignore_fields")
     skip_bad_rows: bool = same_field(DataArguments, "skip_bad_rows")
     skip_long_rows: bool = same_field(DataArguments, "skip_long_rows")
 
+    def __post_init__(self):
+        if not (self.near_duplicates == 0 or 0.5 < self.near_duplicates <= 1):
+            raise ValueError(f"--near_duplicates {self.near_duplicates} must be above 0.5 and at most 1, or 0.")
+
+
+@dataclass
+class CheckedFile:
+    """A file, what its rows are, and on which side of training they are."""
+
+    kind: str
+    side: str
+    data: "LoadedData"
+    statistics: "RowStatistics"
+
 
 def main() -> None:
     (args,) = parse_args(ValidationArguments, description=__doc__)
-    from medicalgpt.data.loading import load_data
-    from medicalgpt.data.sources import find_files
 
     setup_logging()
+    check_outputs(args)
     tokenizer = load_tokenizer(args) if args.model_name_or_path else None
-    problems, usable = [], 0
+    files = [check_file(args, tokenizer, path, side) for path, side in files_to_check(args)]
+    notes = [note for kind in sorted({file.kind for file in files}) for note in compare_rows(args, files, kind)]
+    for note in notes:
+        print(note)
+    write_statistics(args, files, notes)
+    problems = [problem for file in files for problem in file.data.problems]
+    settle(args, problems, sum(file.statistics.usable for file in files))
+    refuse_shared_rows(args, files)
+
+
+def check_outputs(args: ValidationArguments) -> None:
+    """Before anything is read: whether the statistics may be written."""
+    for flag, suffix in (("report", ".html"), ("stats_file", ".json")):
+        path = Path(getattr(args, flag) or "")
+        if not getattr(args, flag):
+            continue
+        if path.suffix.lower() != suffix:
+            raise UserError(f"--{flag} {path} must end with {suffix}.")
+        if path.is_dir() or (path.exists() and not args.overwrite):
+            raise UserError(f"--{flag} {path} exists. Choose another path, or replace it with --overwrite True.")
+        if path.exists() and any(path.samefile(file) for file, _ in files_to_check(args)):
+            raise UserError(f"--{flag} {path} is one of the files to check. Choose another path.")
+
+
+def files_to_check(args: ValidationArguments) -> list[tuple[Path, str]]:
+    """Each file once, with its side: `train` or `validation`."""
+    from medicalgpt.data.folders import split_of
+    from medicalgpt.data.sources import find_files
+
+    found = {}
     for path in find_files(args.file_path):
-        name = format_of_first_row(path) if args.format == "auto" else args.format
-        data = load_data(data_arguments(args, path), converters()[name])
-        lengths = token_lengths(args, tokenizer, data, name) if tokenizer and data.train else []
-        rows = data.account["train"][0].rows
-        print(f"{path}: {rows} rows, {rows - len(data.problems)} usable, {name}")
-        if name != "text":
-            turns = Counter(len(row["messages"]) for row in data.train)
-            counts = ", ".join(f"{count} rows of {turn}" for turn, count in sorted(turns.items()))
-            print(f"  {'turns' if name == 'chat' else 'turns of the prompt'}: {counts}")
-        if len(lengths):
-            print_lengths(args, lengths, name)
-        problems += data.problems
-        usable += rows - len(data.problems)
-    settle(args, problems, usable)
+        found[path.resolve()] = (path, "train" if split_of(path, args.file_path) == "train" else "validation")
+    if not any(side == "train" for _, side in found.values()):
+        found = {key: (path, "train") for key, (path, _) in found.items()}
+    for path in find_files(args.validation_file_dir) if args.validation_file_dir else ():
+        found[path.resolve()] = (path, "validation")
+    return list(found.values())
+
+
+def check_file(
+    args: ValidationArguments, tokenizer: "PreTrainedTokenizerBase | None", path: Path, side: str
+) -> CheckedFile:
+    """Read, convert and count the rows of a file, and print the summary."""
+    from medicalgpt.data.loading import load_data
+    from medicalgpt.data.statistics import RowStatistics
+
+    name = format_of_first_row(path) if args.format == "auto" else args.format
+    data = load_data(data_arguments(args, path), converters()[name])
+    lengths = token_lengths(args, tokenizer, data, name) if tokenizer and data.train else []
+    rows = data.account["train"][0].rows
+    usable = rows - len(data.problems)
+    statistics = RowStatistics(str(path), name, rows, usable, tokens=lengths)
+    print(f"{path}: {rows} rows, {usable} usable, {name}")
+    if name != "text":
+        turns = Counter(len(row["messages"]) for row in data.train)
+        counts = ", ".join(f"{count} rows of {turn}" for turn, count in sorted(turns.items()))
+        print(f"  {'turns' if name == 'chat' else 'turns of the prompt'}: {counts}")
+    if len(lengths):
+        statistics.limit = longest_allowed(args, name) if name != "text" else None
+        print_lengths(args, lengths, name)
+    return CheckedFile(name, side, data, statistics)
+
+
+def rows_of(files: list[CheckedFile], kind: str, side: str) -> "Rows":
+    from medicalgpt.data.rows import Rows
+
+    return Rows(row for file in files if (file.kind, file.side) == (kind, side) for row in file.data.train)
+
+
+def compare_rows(args: ValidationArguments, files: list[CheckedFile], kind: str) -> list[str]:
+    """Count the duplicates among the rows of a kind, and what both sides share; returns a line for each finding."""
+    from medicalgpt.data.duplicates import NearDuplicates, exact_duplicates
+    from medicalgpt.data.sources import place_of
+    from medicalgpt.logs import heartbeat
+
+    notes, searched = [], {}
+    by_file = {file.statistics.file: file.statistics for file in files}
+    for side in ("train", "validation"):
+        rows = rows_of(files, kind, side)
+        exact = exact_duplicates(rows)
+        for position in exact:
+            by_file[place_of(rows[position]).file].exact_duplicates += 1
+        if exact:
+            position, first = next(iter(exact.items()))
+            notes.append(
+                f"exact duplicates: {len(exact)} of {len(rows)} rows, such as {place_of(rows[position])}, which is "
+                f"also {place_of(rows[first])}"
+            )
+        if not args.near_duplicates:
+            continue
+        with heartbeat(lambda: "looking for near-duplicates"):
+            near = searched[side] = NearDuplicates(rows, args.near_duplicates)
+            groups = near.groups(exact)
+        pairs = [pair for group in groups for pair in group]
+        for pair in pairs:
+            by_file[place_of(rows[pair.other]).file].near_duplicates += 1
+        if pairs:
+            notes.append(
+                f"near-duplicates (--near_duplicates {args.near_duplicates}): {len(pairs)} of {len(rows)} rows, in "
+                f"{len(groups)} group(s), such as {shown_pair(near, near, pairs[0])}"
+            )
+    if "validation" in searched:
+        train, held_out = searched["train"], searched["validation"]
+        shared = train.shared_with(held_out)
+        if shared:
+            closest = max(shared, key=lambda pair: pair.similarity)
+            notes.append(
+                f"held-out rows that resemble training rows (--near_duplicates {args.near_duplicates}): {len(shared)} "
+                f"of {len(held_out.rows)}, such as {shown_pair(train, held_out, closest)}"
+            )
+    return notes
+
+
+def shown_pair(one: "NearDuplicates", other: "NearDuplicates", pair: "NearPair") -> str:
+    from medicalgpt.data.sources import place_of
+
+    return f"{place_of(other.rows[pair.other])} and {place_of(one.rows[pair.one])} ({pair.similarity:.2f})"
+
+
+def write_statistics(args: ValidationArguments, files: list[CheckedFile], notes: list[str]) -> None:
+    from medicalgpt.data.statistics import report_page
+    from medicalgpt.files import write_atomically
+
+    if not args.report and not args.stats_file:
+        return
+    statistics = [file.statistics for file in files]
+    for file in files:
+        file.statistics.add(file.data.train)
+    problems = Counter(problem.reason for file in files for problem in file.data.problems)
+    found = {"files": [each.as_dict() for each in statistics], "notes": notes, "problems": dict(problems.most_common())}
+    texts = {
+        args.stats_file: json.dumps(found, ensure_ascii=False, indent=1) + "\n",
+        args.report: report_page(statistics, [*notes, *(f"{count} × {reason}" for reason, count in problems.items())]),
+    }
+    for path, text in texts.items():
+        if path:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, text)
+            print(f"statistics: {path}")
+
+
+def refuse_shared_rows(args: ValidationArguments, files: list[CheckedFile]) -> None:
+    """As training does: held-out rows may not be among the training rows."""
+    from medicalgpt.data.loading import LoadedData, refuse_overlap
+
+    for kind in sorted({file.kind for file in files}):
+        data = LoadedData(rows_of(files, kind, "train"), rows_of(files, kind, "validation"), {})
+        refuse_overlap(data, args.allow_overlap)
 
 
 def converters() -> dict:
@@ -93,6 +265,8 @@ def converters() -> dict:
 def data_arguments(args: ValidationArguments, path: Path) -> DataArguments:
     """The data flags of a stage that trains on this file."""
     shared = {entry.name for entry in fields(DataArguments)} & {entry.name for entry in fields(args)}
+    # Held-out files are read as any other; what both sides share is looked for at the end.
+    shared.remove("validation_file_dir")
     return DataArguments(train_file_dir=str(path), **{name: getattr(args, name) for name in shared})
 
 

@@ -69,7 +69,7 @@ def test_the_report_is_that_of_the_stage(base, broken, tmp_path_factory):
 
 def test_good_data_is_summed_up(base, tmp_path, capsys):
     write_jsonl(tmp_path / "chat.jsonl", GOOD)
-    write_jsonl(tmp_path / "text.jsonl", [{"text": "t"}] * 2)
+    write_jsonl(tmp_path / "text.jsonl", [{"text": "t"}, {"text": "u"}])
     (tmp_path / "lines.txt").write_text("one\n\ntwo\n", encoding="utf-8")
     run_here(SCRIPT, "--file_path", tmp_path, "--model_name_or_path", base, "--model_max_length", 500)
     lines = capsys.readouterr().out.splitlines()
