@@ -71,14 +71,8 @@ def test_a_folder_of_held_out_files_alone_is_checked(folder, capsys):
 
 def test_statistics_are_written_for_programs_and_for_people(folder, tmp_path, capsys):
     base = make_tiny(tmp_path / "base")
-    flags = (
-        "--file_path",
-        folder,
-        "--report",
-        out / "r.html",
-        "--stats_file",
-        out / "s.json",
-    )
+    out = tmp_path / "out"
+    flags = ("--file_path", folder, "--report", out / "r.html", "--stats_file", out / "s.json")
     run_here(SCRIPT, *flags, "--model_name_or_path", base, "--model_max_length", 500)
     found = read_json(out / "s.json")
     by_name = {file["file"]: file for file in found["files"]}
