@@ -20,8 +20,10 @@ from medicalgpt.args import DataArguments
 from medicalgpt.data.formats import to_messages, to_text
 from medicalgpt.data.loading import load_data
 from medicalgpt.errors import UserError, run_main
+from medicalgpt.files import overlap
 from medicalgpt.logs import setup_logging
 from medicalgpt.models.templating import stop_token_ids
+from medicalgpt.training.output_folder import PreviousRun, recover, replace_model
 from template import apply_template
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -36,7 +38,7 @@ def main() -> None:
     """Train the tokenizer, initialize the weights, save both."""
     args = parse_args()
     setup_logging()
-    check_output_dir(args.output_dir, args.overwrite_output_dir)
+    check_output_dir(args.output_dir, args.overwrite_output_dir, args.data_dir)
     started = time.perf_counter()
 
     tokenizer = train_tokenizer(training_texts(args.data_dir), args.vocab_size, args.max_position_embeddings)
@@ -45,8 +47,9 @@ def main() -> None:
     tokenizer.eos_token = END_OF_TEXT
     model = build_model(tokenizer, stop_token_ids(tokenizer, stop), args)
 
-    model.save_pretrained(args.output_dir)
-    tokenizer.save_pretrained(args.output_dir)
+    with replace_model(args.output_dir) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"vocabulary: {len(tokenizer):,} tokens")
     print(f"parameters: {parameters:,}")
@@ -79,14 +82,16 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def check_output_dir(output_dir: Path, overwrite: bool) -> None:
-    """Raise UserError if a model would be replaced and `overwrite` is False."""
-    present = sorted(
-        path.name for path in output_dir.glob("*") if path.name == "config.json" or path.suffix == ".safetensors"
-    )
+def check_output_dir(output_dir: Path, overwrite: bool, data_dir: Path) -> None:
+    """Raise UserError if the texts are in the output folder, or a model would be replaced and `overwrite` is False."""
+    if data_dir.exists() and (how := overlap(output_dir, data_dir)) in ("is", "contains"):
+        raise UserError(f"--output_dir {output_dir} {how} --data_dir {data_dir}. Choose another --output_dir.")
+    recover(output_dir)
+    model = PreviousRun.model_in(output_dir)
+    present = ", ".join(path.name for path in model.files())
     if present and not overwrite:
         raise UserError(
-            f"{output_dir} already holds a model ({', '.join(present)}).\n"
+            f"{output_dir} already holds a model ({present}).\n"
             "Choose another --output_dir, or add --overwrite_output_dir to replace it."
         )
 

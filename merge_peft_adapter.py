@@ -7,7 +7,7 @@ update to rounded weights gives a different model. (An adapter trained on a base
 base in full precision.) Works for causal models and for sequence and token classification. The adapter's tokenizer,
 chat template and stop tokens are saved with the result, and for a reward model the padding token, by which it finds the
 end of a text. The merged model is reloaded from disk, and its logits (scores for a reward model) are compared with
-those of the adapter on its base.
+those of the adapter on its base. Only then it appears in --output_dir, in place of an earlier model.
 """
 
 import gc
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 # Relative differences of logits that are due to rounding: merging changes the order of sums.
 ROUNDING = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
-# Files of an earlier model to remove; its run.json would make an unfinished merge look finished.
-MODEL_FILES = ("*.safetensors", "*.index.json", "config.json", "adapter_config.json", "run.json")
 PROBES = (
     "The patient has had a fever for three days.",
     "高血压患者应该注意什么？",
@@ -63,7 +61,8 @@ class MergeArguments:
 def main() -> None:
     (args,) = parse_args(MergeArguments, description=__doc__)
     from medicalgpt.models import adapters, hub, loading
-    from medicalgpt.training import runs
+    from medicalgpt.training.output_folder import replace_model
+    from medicalgpt.training.runs import next_commands
 
     import torch
     import transformers
@@ -74,7 +73,8 @@ def main() -> None:
     checkpoint = resolve(args)
     base, adapter, config = checkpoint.source, checkpoint.adapter, checkpoint.config
     refuse_quantized(base, config)
-    replaced = refuse_occupied(Path(args.output_dir), args.overwrite_output_dir, sources=(base, adapter.path))
+    output_dir = Path(args.output_dir)
+    refuse_occupied(output_dir, args.overwrite_output_dir, sources=(base, adapter.path, checkpoint.tokenizer))
     hub.check_base(adapter, base)
 
     auto_class, options = model_class(adapter)
@@ -95,36 +95,23 @@ def main() -> None:
     model = model.merge_and_unload()
     if Path(adapter.path, "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(adapter.path)
-    for path in replaced:
-        path.unlink()
-    model.save_pretrained(args.output_dir, max_shard_size=args.max_shard_size)
-    tokenizer.save_pretrained(args.output_dir)
-    del model
-    gc.collect()
-
-    merged = auto_class.from_pretrained(args.output_dir, dtype=dtype)
-    difference = compare(before, probe(merged, tokenizer, new_rows, padded=is_classifier))
-    absolute, relative = difference["absolute"], difference["relative"]
-    if is_classifier:
-        logger.info(
-            f"scores of the adapter on its base and of the merged files: largest difference {absolute:.3g} "
-            f"({relative:.2g} of the largest score) in {difference['positions']} texts"
-        )
-    else:
-        tied = merged.get_input_embeddings().weight is getattr(merged.get_output_embeddings(), "weight", None)
-        logger.info(
-            f"logits of the adapter on its base and of the merged files: largest difference {absolute:.3g} "
-            f"({relative:.2g} of the largest logit), same top token at {difference['same_choice']:.1%} of "
-            f"{difference['positions']} positions; embedding and head {'tied' if tied else 'separate'}"
-        )
-    limit = ROUNDING[str(dtype).removeprefix("torch.")]
-    if not difference["relative"] <= limit:
-        raise UserError(
-            "the merged model does not compute the same as the adapter on its base (relative difference "
-            f"{difference['relative']:.3g}; rounding explains at most {limit:g}). Do not use {args.output_dir}."
-        )
-    write_record(args, checkpoint, difference)
-    for command in runs.next_commands(Path(args.output_dir)):
+    with replace_model(output_dir) as folder:
+        model.save_pretrained(folder, max_shard_size=args.max_shard_size)
+        tokenizer.save_pretrained(folder)
+        del model
+        gc.collect()
+        merged = auto_class.from_pretrained(folder, dtype=dtype)
+        difference = compare(before, probe(merged, tokenizer, new_rows, padded=is_classifier))
+        log_difference(difference, merged, is_classifier)
+        limit = ROUNDING[str(dtype).removeprefix("torch.")]
+        if not difference["relative"] <= limit:
+            raise UserError(
+                "the merged model does not compute the same as the adapter on its base (relative difference "
+                f"{difference['relative']:.3g}; rounding explains at most {limit:g}). Nothing was written to "
+                f"{output_dir}. Update transformers and peft to the versions in requirements.txt, or report it."
+            )
+        write_record(folder, args.lora_model, checkpoint, difference)
+    for command in next_commands(output_dir):
         logger.info(f"next: {command}")
 
 
@@ -158,21 +145,28 @@ def refuse_quantized(base: str, config: Any) -> None:
         )
 
 
-def refuse_occupied(output_dir: Path, overwrite: bool, sources: Sequence[str | Path]) -> list[Path]:
-    """The files of an earlier model in the output folder, to be removed before the merged one is saved.
+def refuse_occupied(output_dir: Path, overwrite: bool, sources: Sequence[str]) -> None:
+    """Raise UserError if the output folder holds a model that may not be replaced, or something that the merge reads.
 
-    Raises:
-        UserError: they may not be replaced, or belong to the base or the adapter that the merge has to read.
+    Args:
+        sources: folders, or names on the hub, of base, adapter and tokenizer.
     """
-    present = [path for pattern in MODEL_FILES for path in output_dir.glob(pattern)]
-    if any(output_dir.resolve() == Path(source).resolve() for source in sources):
-        raise UserError(f"{output_dir} holds the base or the adapter of this merge. Choose another --output_dir.")
-    if present and not overwrite:
+    from medicalgpt.files import overlap
+    from medicalgpt.training.output_folder import PreviousRun, recover
+
+    for source in sources:
+        if Path(source).exists() and (how := overlap(output_dir, source)) in ("is", "contains"):
+            raise UserError(
+                f"--output_dir {output_dir} {how} {source}, which this merge reads. Choose another folder, as in "
+                f"--output_dir {Path(source).absolute()}-merged"
+            )
+    recover(output_dir)
+    model = PreviousRun.model_in(output_dir)
+    if not overwrite and (present := model.files()):
         raise UserError(
             f"{output_dir} already holds a model ({present[0].name}). Choose another --output_dir, or replace it: "
             "--overwrite_output_dir True."
         )
-    return present
 
 
 def model_class(adapter: "Adapter") -> tuple[Any, dict[str, Any]]:
@@ -238,22 +232,41 @@ def compare(before: list[Any], after: list[Any]) -> dict[str, float]:
     }
 
 
-def write_record(args: MergeArguments, checkpoint: "Checkpoint", difference: dict[str, float]) -> None:
+def log_difference(difference: dict[str, float], merged: Any, is_classifier: bool) -> None:
+    """Log how much the merged files differ from the adapter on its base."""
+    from loguru import logger
+
+    what = "scores" if is_classifier else "logits"
+    text = (
+        f"{what} of the adapter on its base and of the merged files: largest difference {difference['absolute']:.3g} "
+        f"({difference['relative']:.2g} of the largest {what[:-1]})"
+    )
+    if is_classifier:
+        logger.info(f"{text} in {difference['positions']} texts")
+        return
+    tied = merged.get_input_embeddings().weight is getattr(merged.get_output_embeddings(), "weight", None)
+    logger.info(
+        f"{text}, same top token at {difference['same_choice']:.1%} of {difference['positions']} positions; "
+        f"embedding and head {'tied' if tied else 'separate'}"
+    )
+
+
+def write_record(folder: Path, adapter: str, checkpoint: "Checkpoint", difference: dict[str, float]) -> None:
     """Write run.json, which records what was merged and that the merge is complete."""
     from medicalgpt.models import hub
 
-    trained = Path(args.lora_model, hub.RUN_FILE)
+    trained = Path(adapter, hub.RUN_FILE)
     record = {
         "stage": "merge_peft_adapter",
         "status": "finished",
-        "adapter": args.lora_model,
+        "adapter": adapter,
         "base": {"name": checkpoint.base, "fingerprint": checkpoint.fingerprint},
-        "fingerprint": hub.fingerprint(args.output_dir),
+        "fingerprint": hub.fingerprint(str(folder)),
         "logit_difference": difference,
         "adapter_run": json.loads(trained.read_text(encoding="utf-8")) if trained.is_file() else None,
     }
     text = json.dumps(record, ensure_ascii=False, indent=2) + "\n"
-    (Path(args.output_dir) / hub.RUN_FILE).write_text(text, encoding="utf-8")
+    (folder / hub.RUN_FILE).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -235,9 +235,9 @@ def test_the_base_and_the_adapter_are_never_written_over(work, tmp_path):
     config["base_model_name_or_path"] = str(tmp_path / "base")
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    for target in ("base", "adapter"):
+    for target, how in (("base", "is"), ("adapter", "is"), ("", "contains")):
         flags = ("--lora_model", tmp_path / "adapter", "--output_dir", tmp_path / target)
-        with pytest.raises(UserError, match="--output_dir"):
+        with pytest.raises(UserError, match=f"--output_dir {tmp_path / target} {how} {tmp_path}"):
             run_here(SCRIPT, *flags, "--overwrite_output_dir", "True")
         assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
@@ -273,6 +273,12 @@ def test_a_merge_that_computes_something_else_is_called_so(work, tmp_path, monke
         save(self, *args, **options)
 
     monkeypatch.setattr(Qwen3ForCausalLM, "save_pretrained", save_damaged)
-    with pytest.raises(UserError, match="does not compute the same as the adapter on its base.*Do not use"):
+    with pytest.raises(UserError, match="does not compute the same as the adapter on its base.*Nothing was written"):
         run_here(SCRIPT, "--lora_model", work / "adapter", "--output_dir", tmp_path / "damaged")
-    assert not (tmp_path / "damaged" / "run.json").exists()
+    assert not (tmp_path / "damaged").exists()
+    shutil.copytree(work / "other", tmp_path / "taken")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    flags = ("--lora_model", work / "adapter", "--output_dir", tmp_path / "taken", "--overwrite_output_dir", "True")
+    with pytest.raises(UserError, match="Nothing was written"):
+        run_here(SCRIPT, *flags)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before

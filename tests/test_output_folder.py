@@ -13,7 +13,7 @@ from pathlib import Path
 
 from medicalgpt.errors import UserError
 from medicalgpt.training.checkpoints import MANIFEST
-from medicalgpt.training.output_folder import PreviousRun, paths_read
+from medicalgpt.training.output_folder import PreviousRun, paths_read, recover, replace_model
 from tests.helpers import ROOT, open_stage, run_here, write_jsonl
 from tests.tiny import make_tiny
 
@@ -307,6 +307,38 @@ def test_a_failed_move_leaves_the_run(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk error"):
         PreviousRun(tmp_path / "run").set_aside()
     assert contents(tmp_path / "run") == before
+
+
+def test_a_model_replaces_another_only_when_it_is_complete(tmp_path):
+    """A failure in the block, and one of the moves, leave every file of the earlier model."""
+    fill_run(tmp_path / "run")
+    (tmp_path / "run" / "odd[1].vocab").write_text("old")
+    before = contents(tmp_path / "run")
+    with pytest.raises(UserError), replace_model(tmp_path / "run") as folder:
+        (folder / "config.json").write_text("new")
+        raise UserError("damaged")
+    assert contents(tmp_path / "run") == before
+
+    def save() -> None:
+        with replace_model(tmp_path / "run") as folder:
+            for name in ("config.json", "run.json", "odd[1].vocab"):
+                (folder / name).write_text('{"status": "finished"}')
+
+    for moment in range(100):
+        shutil.rmtree(tmp_path / "run")
+        fill_run(tmp_path / "run")
+        (tmp_path / "run" / "odd[1].vocab").write_text("old")
+        died = kill_at(moment, save)
+        recover(tmp_path / "run")
+        after = contents(tmp_path / "run")
+        if after["run.json"] == before["run.json"]:
+            assert {name: after[name] for name in before} == before
+        else:
+            assert after["odd[1].vocab"] == after["config.json"] == after["run.json"] == b'{"status": "finished"}'
+        if not died:
+            break
+    assert moment > 8 and after["run.json"] != before["run.json"]
+    assert set(after) == set(before) - {"adapter_model.safetensors", "vocab.json"} | {"config.json"}
 
 
 def test_a_second_process_does_not_restore_what_is_being_replaced(tmp_path):

@@ -7,10 +7,12 @@ state has its own name on the disk, so that a kill at any point leaves one that 
 """
 
 import dataclasses
+import glob
 import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +25,11 @@ import datasets
 from filelock import FileLock, Timeout
 from loguru import logger
 
-# What a run, its tokenizer and its adapter write at the top of the output folder, whatever the stage.
-RUN_FILES = (
+# What saving a model with its tokenizer writes, and what shows that a folder holds one.
+MODEL_FILES = (
+    "*.safetensors",
+    "*.safetensors.index.json",
     "run.json",
-    "metrics.jsonl",
-    "samples.jsonl",
-    "answers.jsonl",
-    "loss.png",
-    "README.md",
-    "completions",
-    "trainer_state.json",
-    "training_args.bin",
     "config.json",
     "generation_config.json",
     "adapter_config.json",
@@ -49,11 +45,24 @@ RUN_FILES = (
     "merges.txt",
     "spiece.model",
     "sentencepiece.bpe.model",
+)
+CHECKPOINTS = "checkpoint-[0-9]*"
+# What a run writes at the top of its output folder, whatever the stage.
+RUN_FILES = (
+    *MODEL_FILES,
+    CHECKPOINTS,
+    "metrics.jsonl",
+    "samples.jsonl",
+    "answers.jsonl",
+    "completions",
+    "loss.png",
+    "README.md",
+    "trainer_state.json",
+    "training_args.bin",
     "train_results.json",
     "eval_results.json",
     "all_results.json",
 )
-CHECKPOINT = re.compile(r"checkpoint-\d+")
 # Flags that name what a run reads; a value that is not a path on this machine is a name on the hub.
 READ_FLAG = re.compile(r"(_path|_dir|_file|_files|_model|dataset_name|deepspeed|fsdp_config|accelerator_config)$")
 WRITE_FLAGS = ("output_dir", "logging_dir", "output_file")
@@ -135,26 +144,38 @@ def _relative(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
+def recover(output_dir: Path) -> bool:
+    """Complete what a killed program left in an output folder; see `PreviousRun.recover`."""
+    # Both, always: the second is not to be skipped because the first has restored something.
+    return any([PreviousRun(output_dir).recover(), PreviousRun.model_in(output_dir).recover()])
+
+
 class PreviousRun:
     """An earlier run in an output folder, while another one is about to replace it. For the first process only.
 
     Its files are in the output folder, then in `kept`. They are in `moving` while they are being moved there or back,
     and in `removing` from the moment at which the new run can replace them.
+
+    Args:
+        patterns: names of the files that are replaced; all others stay where they are.
+        name: of the subfolder.
     """
 
-    def __init__(self, output_dir: Path):
-        self.output_dir = output_dir
-        self.kept = output_dir / ".previous-run"
-        self.moving = output_dir / ".previous-run.moving"
-        self.removing = output_dir / ".previous-run.removing"
-        self._lock = FileLock(output_dir / ".previous-run.lock")
+    def __init__(self, output_dir: Path, patterns: Sequence[str] = RUN_FILES, name: str = ".previous-run"):
+        self.output_dir, self.patterns = output_dir, patterns
+        self.kept = output_dir / name
+        self.moving = output_dir / f"{name}.moving"
+        self.removing = output_dir / f"{name}.removing"
+        self._lock = FileLock(output_dir / f"{name}.lock")
+
+    @classmethod
+    def model_in(cls, output_dir: Path) -> "PreviousRun":
+        """Only the model in a folder, as it is replaced by `replace_model`; checkpoints and logs stay."""
+        return cls(output_dir, MODEL_FILES, ".previous-model")
 
     def files(self) -> list[Path]:
-        """What a run has written at the top of the output folder: now, the earlier run or the new one."""
-        found = [self.output_dir / name for name in RUN_FILES]
-        found += [*self.output_dir.glob("*.safetensors"), *self.output_dir.glob("*.safetensors.index.json")]
-        found += [path for path in self.output_dir.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name)]
-        return sorted(path for path in found if path.exists() or path.is_symlink())
+        """What a run has written at the top of the output folder; the earlier one, or the new one."""
+        return sorted({path for pattern in self.patterns for path in self.output_dir.glob(pattern)})
 
     def recover(self) -> bool:
         """Complete what a killed process left: remove the earlier run if there is a new one, else restore it.
@@ -227,7 +248,8 @@ class PreviousRun:
 
     def _is_replaced(self) -> bool:
         """Whether the new run, which was killed, has saved a complete checkpoint or has finished."""
-        if any(self.output_dir.glob(f"checkpoint-*/{MANIFEST}")):
+        # Where a model alone is replaced, checkpoints of an earlier run may be left.
+        if CHECKPOINTS in self.patterns and any(self.output_dir.glob(f"{CHECKPOINTS}/{MANIFEST}")):
             return True
         try:
             record = json.loads((self.output_dir / "run.json").read_text(encoding="utf-8"))
@@ -248,3 +270,35 @@ class PreviousRun:
         if self._lock.is_locked:
             Path(self._lock.lock_file).unlink(missing_ok=True)
             self._lock.release(force=True)
+
+
+@contextmanager
+def replace_model(output_dir: Path) -> Iterator[Path]:
+    """A folder to save a model in, which replaces the one in `output_dir` when the block ends without an error.
+
+    Other files in `output_dir` stay. If the block fails, nothing has changed; so it should end by verifying the result.
+    """
+    previous = PreviousRun.model_in(output_dir)
+    made = [path for path in (output_dir, *output_dir.parents) if not path.exists()]
+    unfinished = output_dir / ".unfinished-model"
+    # Left by a process that was killed.
+    remove_entry(unfinished)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        # A file of any other name that would be overwritten is restored as well if a move fails.
+        previous.patterns = (*MODEL_FILES, *(glob.escape(path.name) for path in unfinished.iterdir()))
+        previous.set_aside()
+        try:
+            # The record comes last: it says that the model is complete.
+            for path in sorted(unfinished.iterdir(), key=lambda path: path.name == hub.RUN_FILE):
+                path.rename(output_dir / path.name)
+        except BaseException:
+            previous.restore()
+            raise
+        previous.discard()
+    finally:
+        remove_entry(unfinished)
+        for path in made:
+            if not any(path.iterdir()):
+                path.rmdir()

@@ -41,7 +41,7 @@ from medicalgpt.training.checkpoints import (
     require_saved_weights,
 )
 from medicalgpt.training.observed import as_table, observe
-from medicalgpt.training.output_folder import PreviousRun, refuse_overlap
+from medicalgpt.training.output_folder import PreviousRun, recover, refuse_overlap
 from medicalgpt.training.plots import plot_loss
 from medicalgpt.training.stream_trainer import STATE_FILE, StreamTrainer
 
@@ -181,7 +181,7 @@ class Run:
     def _claim_output_dir(self) -> str | None:
         """Refuse another run in the output folder unless it may be replaced; returns the checkpoint to resume from."""
         _require_writable(self.output_dir)
-        restored = is_main_process() and self.previous.recover()
+        restored = is_main_process() and recover(self.output_dir)
         wanted = str(self.training.resume_from_checkpoint or "false")
         resumes = wanted.lower() != "false"
         if resumes and restored:
