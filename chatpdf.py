@@ -100,6 +100,9 @@ class FileArguments(PageArguments):
         default=None,
         metadata={"help": "Files and folders; folders are searched recursively.", "aliases": ["--corpus_files"]},
     )
+    encoding: str | None = field(
+        default=None, metadata={"help": "Encoding of text files that are not UTF-8. Default: recognised."}
+    )
     query: str | None = field(default=None, metadata={"help": "Answer this one question."})
     interactive: bool = field(
         default=False, metadata={"help": "Chat in the terminal. The default if no other mode is given."}
@@ -247,7 +250,9 @@ def read_collection(arguments: FileArguments) -> "Collection":
     if arguments.page and not arguments.files:
         return Collection([], embedder)
     files = find_documents(arguments.files or [str(SAMPLES / "documents")])
-    store = DocumentStore(arguments.index_dir or CACHE, arguments.chunk_size, arguments.chunk_overlap)
+    store = DocumentStore(
+        arguments.index_dir or CACHE, arguments.chunk_size, arguments.chunk_overlap, arguments.encoding
+    )
     store.remove_missing()
 
     def read(path: Path) -> tuple[list[Passage], Sequence[str], bool] | UserError:
@@ -369,7 +374,7 @@ def read_questions(arguments: FileArguments) -> list[Question]:
     if not path.is_file() or path.suffix != ".jsonl":
         raise UserError(f"--questions {path} must be an existing .jsonl file (looked in {Path.cwd()}).")
     questions, problems = [], []
-    for row in read_rows(path):
+    for row in read_rows(path, encoding=arguments.encoding):
         if isinstance(row, Problem):
             problems.append(row)
             continue
@@ -614,7 +619,7 @@ def take_uploads(
         try:
             if len({passage.file for passage in others}) >= FILES_OF_A_VISITOR:
                 raise UserError(f"{name}: at most {FILES_OF_A_VISITOR} files are accepted.")
-            document = read_document(path)
+            document = read_document(path, encoding=arguments.encoding)
             passages = others + split(name, document.units, arguments.chunk_size, arguments.chunk_overlap)
             messages += [f"{name}: {notice}" for notice in document.notices]
         except UserError as error:

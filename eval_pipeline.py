@@ -546,6 +546,7 @@ def parse_arguments() -> argparse.Namespace:
         default="auto",
         help="What one document is in .txt and .md files; auto: a line of .txt, an entire .md.",
     )
+    parser.add_argument("--encoding", help="Encoding of files that are not UTF-8; unset: recognised.")
     parser.add_argument("--ignore_fields", default="", help="Fields of a row that are not used, separated by commas.")
     parser.add_argument("--examples", type=_positive, default=12, help="Number of questions shown with their answers.")
     parser.add_argument("--seed", type=int, default=42, help="Chooses which questions are asked.")
@@ -600,6 +601,7 @@ def settings_of(model: MeasuredModel, held_out: HeldOut, args: argparse.Namespac
     """Return the settings on which the results of a model depend, for its fingerprint."""
     return {
         "ignore_fields": args.ignore_fields,
+        "encoding": args.encoding,
         "template_from": fingerprint_checkpoint(model.lender) if model.lender else None,
         "block_size": args.block_size,
         "document_unit": args.document_unit,
@@ -626,6 +628,7 @@ def main() -> None:
         task_file=args.task_file,
         document_unit=args.document_unit,
         ignore_fields=args.ignore_fields,
+        encoding=args.encoding,
         # Without a reward model only the answers to prompts with requirements can be judged.
         all_prompts=args.reward_model is not None,
         examples=args.examples,

@@ -449,7 +449,7 @@ TOKEN_LOSSES = {"dr_grpo", "dapo", "bnpo", "cispo", "vespo"}
 # Flags that have an effect with --check_rewards; all others are for training.
 CHECK_REWARDS_FLAGS = {
     *("check_rewards", "reward_funcs", "reward_weights", "reward_file", "reward_min_length", "reward_max_length"),
-    *("reward_model_path", "per_device_train_batch_size", "hub", "cache_dir"),
+    *("reward_model_path", "per_device_train_batch_size", "hub", "cache_dir", "encoding"),
 }
 
 
@@ -846,7 +846,7 @@ def main() -> None:
             raise UserError(f"--{', --'.join(unused)} would have no effect with --check_rewards, which trains nothing.")
         if args.reward_model_path:
             functions["reward_model"] = load_model_reward(args, model_args)
-        check_rewards(args.check_rewards, functions, args.reward_weights)
+        check_rewards(args.check_rewards, functions, args.reward_weights, data_args.encoding)
         return
     if model_args.model_name_or_path is None:
         raise UserError("--model_name_or_path is missing: the model to train.")

@@ -88,6 +88,9 @@ class InferenceArguments(ChatArguments):
     ignore_fields: str | None = field(
         default=None, metadata={"help": "Fields of --data_file's rows that are not part of the question, with commas."}
     )
+    encoding: str | None = field(
+        default=None, metadata={"help": "Encoding of --data_file, if it is not UTF-8. Default: recognised."}
+    )
     batch_size: int = field(default=8, metadata={"help": "Rows answered at a time.", "aliases": ["--eval_batch_size"]})
 
 
@@ -132,7 +135,7 @@ def choose_mode(arguments: InferenceArguments) -> str:
     if world_size() > 1 and modes != ["data_file"]:
         problems.append(f"--{modes[0]} is for one process: start it with python, not torchrun.")
     if modes != ["data_file"]:
-        for name in ("output_file", "overwrite_output_file", "ignore_fields", "batch_size"):
+        for name in ("output_file", "overwrite_output_file", "ignore_fields", "encoding", "batch_size"):
             if name in arguments.given:
                 problems.append(f"--{name} has no effect without --data_file; omit it.")
     if arguments.temperature == 0:
@@ -222,7 +225,7 @@ def read_questions(arguments: InferenceArguments) -> list[Question]:
     ignored = ignored_fields(arguments.ignore_fields)
     questions: list[Question] = []
     problems: list[Problem] = []
-    for row in read_rows(path):
+    for row in read_rows(path, encoding=arguments.encoding):
         if isinstance(row, Problem):
             problems.append(row)
             continue

@@ -63,7 +63,7 @@ SCORING_FLAGS = {
     *("score_file", "output_file", "overwrite_output_file", "per_device_eval_batch_size"),
     *("model_name_or_path", "tokenizer_name_or_path", "model_revision", "cache_dir", "hub"),
     *("dtype", "device_map", "load_in_4bit", "load_in_8bit"),
-    *("ignore_fields", "skip_bad_rows", "skip_long_rows"),
+    *("ignore_fields", "skip_bad_rows", "skip_long_rows", "encoding"),
 }
 
 
@@ -271,7 +271,9 @@ def score(
     if world_size() > 1:
         raise UserError("--score_file runs in a single process. Start it with python, not with torchrun.")
     scoring.check_output_file(score_args.score_file, score_args.output_file, score_args.overwrite_output_file)
-    rows, problems = scoring.read_score_file(score_args.score_file, ignored_fields(data_args.ignore_fields))
+    rows, problems = scoring.read_score_file(
+        score_args.score_file, ignored_fields(data_args.ignore_fields), data_args.encoding
+    )
     scorer = scoring.RewardScorer.from_checkpoint(
         Checkpoint.from_arguments(model_args),
         dtype=model_args.dtype,

@@ -82,6 +82,7 @@ class ValidationArguments:
     overwrite: bool = field(default=False, metadata={"help": "Replace --report and --stats_file if they exist."})
     allow_overlap: bool = same_field(DataArguments, "allow_overlap")
     ignore_fields: str | None = same_field(DataArguments, "ignore_fields")
+    encoding: str | None = same_field(DataArguments, "encoding")
     skip_bad_rows: bool = same_field(DataArguments, "skip_bad_rows")
     skip_long_rows: bool = same_field(DataArguments, "skip_long_rows")
 
@@ -152,7 +153,7 @@ def check_file(
     from medicalgpt.data.loading import load_data
     from medicalgpt.data.statistics import RowStatistics
 
-    name = format_of_first_row(path) if args.format == "auto" else args.format
+    name = format_of_first_row(path, args.encoding) if args.format == "auto" else args.format
     data = load_data(data_arguments(args, path), converters()[name])
     lengths = token_lengths(args, tokenizer, data, name) if tokenizer and data.train else []
     rows = data.account["train"][0].rows
@@ -290,11 +291,11 @@ def settle(args: ValidationArguments, problems: list, usable: int) -> None:
     print(f"{usable} rows can be used; with these flags training skips {len(problems)}: {kinds}")
 
 
-def format_of_first_row(path: Path) -> str:
+def format_of_first_row(path: Path, encoding: str | None = None) -> str:
     from medicalgpt.data.formats import PREFERENCE_FIELDS
     from medicalgpt.data.sources import SourceRow, read_rows
 
-    value = next((row.value for row in read_rows(path) if isinstance(row, SourceRow)), None)
+    value = next((row.value for row in read_rows(path, encoding=encoding) if isinstance(row, SourceRow)), None)
     if isinstance(value, str) or (isinstance(value, dict) and set(value) == {"text"}):
         return "text"
     if isinstance(value, dict) and any(column in value for pair in PREFERENCE_FIELDS for column in pair):

@@ -313,6 +313,13 @@ class DataArguments:
         metadata={"help": "Number of processes that tokenize. Default: all cores if there are enough rows."},
     )
     overwrite_cache: bool = field(default=False, metadata={"help": "Tokenize again, ignoring the token cache."})
+    encoding: str | None = field(
+        default=None,
+        metadata={
+            "help": "Encoding of text files that are not UTF-8 (gb18030, big5, cp1252, utf-16-le). Default: "
+            "recognised, or refused if it is not certain."
+        },
+    )
     ignore_fields: str | None = field(
         default=None, metadata={"help": "Fields of a row to ignore, separated by commas."}
     )

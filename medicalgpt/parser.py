@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from medicalgpt.args import help_texts
+from medicalgpt.encodings import decode_text
+from medicalgpt.errors import UserError
 from medicalgpt.logs import is_main_process
 from medicalgpt.refusals import RENAMED, RENAMED_VALUES, refused_in
 
@@ -143,8 +145,10 @@ class StrictParser:
 
     def _read_yaml(self, path: str) -> tuple[list[str], list[str]]:
         try:
-            with open(path, encoding="utf-8") as file:
-                text = file.read()
+            with open(path, "rb") as file:
+                text, notice = decode_text(file.read(), f"--config {path}", flag=None)
+            if notice and is_main_process():
+                print(f"notice: {path} {notice}", file=sys.stderr)
             loader = yaml.SafeLoader(text)
             root = loader.get_single_node()
             # A mapping is taken key by key, since a dict would hide duplicate keys.
@@ -152,6 +156,8 @@ class StrictParser:
             values = [loader.construct_object(value, deep=True) for _, value in entries]
         except OSError as error:
             self._fail(f"--config {path}: {error.strerror or error}. Give the path of a YAML file.")
+        except UserError as error:
+            self._fail(str(error))
         except yaml.YAMLError as error:
             self._fail(f"--config {path} is not valid YAML: {error}")
         if root is not None and not isinstance(root, yaml.MappingNode):

@@ -231,6 +231,19 @@ def test_text_in_gb18030_is_read_with_a_notice(tmp_path, log):
     assert any("read as gb18030" in line for line in log)
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "big5", "gb18030", "cp1252"])
+def test_documents_in_other_encodings_are_read_or_the_encoding_is_named(tmp_path, log, encoding):
+    text = "It’s one tablet, not “two”." if encoding == "cp1252" else "感冒患者要多喝水。"
+    assert read(tmp_path / "a.txt", text.encode(encoding)) == (Unit(text),)
+    (tmp_path / "b.txt").write_bytes("嗜铬".encode("gb18030"))
+    assert "--encoding gb18030" in refusal(tmp_path / "b.txt")
+    assert read_document(tmp_path / "b.txt", encoding="gb18030").units == (Unit("嗜铬"),)
+
+
+def test_a_page_in_utf8_that_declares_latin1(tmp_path):
+    assert read(tmp_path / "a.html", '<meta charset="iso-8859-1"><p>naïve 发热'.encode())[0].text == "naïve 发热"
+
+
 def test_html_in_the_encoding_it_declares(tmp_path):
     page = '<meta charset="gb2312"><p>病人：镕'
     assert read(tmp_path / "a.html", page.encode("gb18030"))[0].text == "病人：镕"
@@ -247,8 +260,8 @@ def test_html_in_the_encoding_it_declares(tmp_path):
         ("a.doc", b"x", "its suffix is not one of"),
         ("a.pdf", b"hello", "damaged, or not a pdf file"),
         ("a.docx", b"hello", "damaged, or not a docx file"),
-        ("a.txt", b"\xff\xff\xff", "neither UTF-8 nor gb18030"),
-        ("b.txt", "发热".encode("utf-16"), "UTF-16|neither"),
+        ("a.txt", b"\xff\xff\xff", "neither UTF-8 nor certainly"),
+        ("b.txt", b"fever\0\0\0\0", "zero bytes"),
         ("a.md", b" \n\n", "no text"),
     ],
 )

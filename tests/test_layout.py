@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (
     {"logs", "refusals"},
     {"errors"},
-    {"files"},
+    {"files", "encodings"},
     {"code_version"},
     {"args"},
     {"parser"},

@@ -225,7 +225,7 @@ def load_data(
         UserError: no data named, nothing found, or held-out rows that occur among the training rows.
     """
     sources, validation_files = choose_files(arguments)
-    ignore = ignored_fields(arguments.ignore_fields)
+    ignore, encoding = ignored_fields(arguments.ignore_fields), arguments.encoding
     data = LoadedData([], [], {"train": [], "validation": []}, sources=sources)
     accounts = data.account
 
@@ -234,13 +234,13 @@ def load_data(
 
     with heartbeat(lambda: f"reading rows: {sum(a.rows for a in accounts['train'] + accounts['validation'])}"):
         if sources and sources[0].weight is not None:
-            groups = [(open_files(source.files, document_unit), source.limit) for source in sources]
+            groups = [(open_files(source.files, document_unit, encoding), source.limit) for source in sources]
         else:
             files = [path for source in sources for path in source.files]
-            groups = [(open_files(files, document_unit), arguments.max_train_samples)]
+            groups = [(open_files(files, document_unit, encoding), arguments.max_train_samples)]
         data.train = Rows(chain.from_iterable(read("train", files, limit) for files, limit in groups))
         data.validation = Rows(
-            read("validation", open_files(validation_files, document_unit), arguments.max_eval_samples)
+            read("validation", open_files(validation_files, document_unit, encoding), arguments.max_eval_samples)
         )
         if arguments.dataset_name:
             for side, files, limit in open_hub(arguments, with_validation=not validation_files):

@@ -51,7 +51,9 @@ __all__ = [
 ]
 
 
-def read_rows(file: str | Path | TextFile, document_unit: str = "auto") -> Iterator[SourceRow | Problem]:
+def read_rows(
+    file: str | Path | TextFile, document_unit: str = "auto", encoding: str | None = None
+) -> Iterator[SourceRow | Problem]:
     """Read a file row by row; what cannot be read comes as a `Problem` in its place.
 
     Files larger than `text_files.MAX_HELD_BYTES` are read by line and never held, except .json and documents of an
@@ -61,8 +63,9 @@ def read_rows(file: str | Path | TextFile, document_unit: str = "auto") -> Itera
         file: .jsonl (one row per line), .json (a list of rows, or one row), .txt or .md.
         document_unit: what one document is in .txt and .md: `line`, `paragraph` (blank lines between), `file`, or
             `auto`: line for .txt, file for .md.
+        encoding: of a file that is not UTF-8; None finds it.
     """
-    file = file if isinstance(file, TextFile) else open_text(file)
+    file = file if isinstance(file, TextFile) else open_text(file, encoding)
     kind = format_of(file.path)
     if kind == "json lines":
         for number, line in file.lines():
@@ -174,10 +177,10 @@ class InputFile(NamedTuple):
     rows: Iterable[SourceRow | Problem]
 
 
-def open_files(paths: list[Path], document_unit: str) -> Iterator[InputFile]:
+def open_files(paths: list[Path], document_unit: str, encoding: str | None = None) -> Iterator[InputFile]:
     """Files one after another; each is opened after the rows of the previous one have been read."""
     for path in paths:
-        file = open_text(path)
+        file = open_text(path, encoding)
         yield InputFile(str(path), file.sha256, read_rows(file, document_unit))
 
 

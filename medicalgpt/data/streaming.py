@@ -185,7 +185,7 @@ def check_data(
         seed=seed,
     )
     accounts = data.account["train"]
-    held_out_files = open_files(validation_files, document_unit)
+    held_out_files = open_files(validation_files, document_unit, arguments.encoding)
     data.validation = Rows(
         convert_files(data, "validation", held_out_files, convert, ignore, arguments.max_eval_samples)
     )
@@ -224,7 +224,7 @@ def _checked_rows(data: StreamedData) -> Iterator[dict[str, Any]]:
         stream = StreamedSource([])
         for path in source.files:
             size, modified = _size_and_time(path)
-            text = open_text(path)
+            text = open_text(path, data.arguments.encoding)
             rows = _NumberedRows(read_rows(text, data.document_unit), data)
             usable, before, bad = 0, -1, set()
             file = InputFile(str(path), text.sha256, rows)

@@ -160,6 +160,7 @@ def read_held_out(
     task_file: str | None = None,
     document_unit: str = "auto",
     ignore_fields: str = "",
+    encoding: str | None = None,
     all_prompts: bool = False,
     examples: int = 12,
     seed: int = 42,
@@ -179,20 +180,20 @@ def read_held_out(
     files = {kind: sources.find_files(place) for kind, place in places.items() if kind != "text"}
     found: dict[str, Any] = {}
     if text_file_dir:
-        found["documents"], files["text"] = read_documents(text_file_dir, document_unit)
+        found["documents"], files["text"] = read_documents(text_file_dir, document_unit, encoding)
     if chat_file:
-        questions, found["skipped"] = read_questions(chat_file, ignore_fields)
+        questions, found["skipped"] = read_questions(chat_file, ignore_fields, encoding)
         found["chat"] = QuestionSet.choose(questions, examples, seed)
     if preference_file:
-        found["pairs"], prompts = read_preferences(preference_file, ignore_fields)
+        found["pairs"], prompts = read_preferences(preference_file, ignore_fields, encoding)
         if asked := [prompt for prompt in prompts if prompt.required or all_prompts]:
             found["prompts"] = QuestionSet.choose(asked, PROMPT_EXAMPLES, seed)
     if task_file:
-        found["tasks"] = QuestionSet.choose(read_tasks(task_file, ignore_fields), TASK_EXAMPLES, seed)
+        found["tasks"] = QuestionSet.choose(read_tasks(task_file, ignore_fields, encoding), TASK_EXAMPLES, seed)
     return HeldOut(**found, places=places, files=files)
 
 
-def read_documents(place: str, document_unit: str) -> tuple[list[str], list[Path]]:
+def read_documents(place: str, document_unit: str, encoding: str | None = None) -> tuple[list[str], list[Path]]:
     """Return the held-out documents at `place` and their files.
 
     In a folder, held-out files are those whose name, or that of a folder around them, begins with validation, valid,
@@ -209,13 +210,15 @@ def read_documents(place: str, document_unit: str) -> tuple[list[str], list[Path
                 f"--text_file_dir {place} has no held-out file. Name one validation.jsonl or validation.txt, or give a "
                 "file instead of the folder."
             )
-    documents = _convert_rows(files, lambda row: formats.to_text(row.value)["text"], document_unit)
+    documents = _convert_rows(files, lambda row: formats.to_text(row.value)["text"], encoding, document_unit)
     if not documents:
         raise UserError(f"--text_file_dir {place}: the held-out files are empty ({', '.join(map(str, files))}).")
     return documents, files
 
 
-def read_questions(file: str, ignore_fields: str = "") -> tuple[list[Question], dict[str, int]]:
+def read_questions(
+    file: str, ignore_fields: str = "", encoding: str | None = None
+) -> tuple[list[Question], dict[str, int]]:
     """Return the questions of a chat file, and the rows that cannot be scored, counted by reason.
 
     Raises:
@@ -231,7 +234,7 @@ def read_questions(file: str, ignore_fields: str = "") -> tuple[list[Question], 
         name = "no category" if category is None else str(category)
         return Question(str(row.place), name, prompt["messages"], prompt["tools"], prompt["reference"])
 
-    rows = _convert_rows(sources.find_files(file), to_question)
+    rows = _convert_rows(sources.find_files(file), to_question, encoding)
     questions = [question for question in rows if question.reference.strip()]
     if not questions:
         raise UserError(f"--chat_file {file} has no question that can be scored.")
@@ -239,7 +242,9 @@ def read_questions(file: str, ignore_fields: str = "") -> tuple[list[Question], 
     return questions, {"the answer is a tool call": calls} if calls else {}
 
 
-def read_preferences(file: str, ignore_fields: str = "") -> tuple[list[PreferencePair], list[Question]]:
+def read_preferences(
+    file: str, ignore_fields: str = "", encoding: str | None = None
+) -> tuple[list[PreferencePair], list[Question]]:
     """Return the pairs of a preference file, and its prompts, each once.
 
     Raises:
@@ -254,7 +259,7 @@ def read_preferences(file: str, ignore_fields: str = "") -> tuple[list[Preferenc
         question = Question(place, language, pair["messages"], pair["tools"], reference, required)
         return PreferencePair(place, str(row.value.get("category", "no category")), pair), question
 
-    rows = _convert_rows(sources.find_files(file), to_pair)
+    rows = _convert_rows(sources.find_files(file), to_pair, encoding)
     if not rows:
         raise UserError(f"--preference_file {file} has no pairs.")
     prompts: dict[str, Question] = {}
@@ -283,7 +288,7 @@ def _required_strings(row: dict[str, Any]) -> list[list[str]] | None:
     return required
 
 
-def read_tasks(file: str, ignore_fields: str = "") -> list[Question]:
+def read_tasks(file: str, ignore_fields: str = "", encoding: str | None = None) -> list[Question]:
     """Return the tasks of a file; the category of each is its `type`.
 
     Raises:
@@ -299,7 +304,7 @@ def read_tasks(file: str, ignore_fields: str = "") -> list[Question]:
         kind, answer = str(columns.get("type", "no type")), str(columns["answer"])
         return Question(str(row.place), kind, task["messages"], task["tools"], answer, columns=columns)
 
-    tasks = _convert_rows(sources.find_files(file), to_task)
+    tasks = _convert_rows(sources.find_files(file), to_task, encoding)
     if not tasks:
         raise UserError(f"--task_file {file} has no tasks.")
     return tasks
@@ -324,7 +329,10 @@ def pick_examples(questions: Sequence[Question], count: int) -> list[int]:
 
 
 def _convert_rows(
-    files: Iterable[Path], convert: Callable[[sources.SourceRow], Item], document_unit: str = "auto"
+    files: Iterable[Path],
+    convert: Callable[[sources.SourceRow], Item],
+    encoding: str | None,
+    document_unit: str = "auto",
 ) -> list[Item]:
     """Return what `convert` makes of each row.
 
@@ -332,7 +340,7 @@ def _convert_rows(
         UserError: rows that cannot be read, or for which `convert` raises RowError; all of them, by file:line.
     """
     items, problems = [], []
-    for row in (row for file in files for row in sources.read_rows(file, document_unit)):
+    for row in (row for file in files for row in sources.read_rows(file, document_unit, encoding)):
         if isinstance(row, sources.Problem):
             problems.append(row)
             continue

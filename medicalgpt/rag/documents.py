@@ -4,6 +4,7 @@ A document may come from anyone and may be malicious. So it is parsed in a child
 output; a failure there becomes a message, and the caller survives. Nothing that a document refers to is fetched.
 """
 
+import codecs
 import io
 import json
 import re
@@ -15,6 +16,7 @@ import tempfile
 import unicodedata
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import chain, groupby
 from pathlib import Path
@@ -95,17 +97,20 @@ class Refused(Exception):
     """In the child process: why this document cannot be read, and the remedy."""
 
 
-def read_document(path: str | Path, limits: Limits | None = None) -> Document:
+def read_document(path: str | Path, limits: Limits | None = None, encoding: str | None = None) -> Document:
     """Read a file in a child process.
 
-    Text files are UTF-8, or gb18030 with a notice in the log; HTML is in the encoding that it declares.
+    Text files are UTF-8, or in another encoding with a notice in the log; HTML is in the encoding that it declares.
+
+    Args:
+        encoding: of text that is not UTF-8 and declares no encoding; None finds it.
 
     Raises:
         DocumentError: it cannot be read, or not within the limits.
     """
     path, limits = Path(path), limits or Limits()
     try:
-        data = _load(path, limits)
+        data = _load(path, limits, encoding)
         with tempfile.TemporaryFile() as output:
             child = subprocess.run(
                 [sys.executable, "-m", "medicalgpt.rag.documents", path.suffix.lower(), json.dumps(asdict(limits))],
@@ -127,7 +132,7 @@ def read_document(path: str | Path, limits: Limits | None = None) -> Document:
     return Document(tuple(units), tuple(answer["notices"]))
 
 
-def _load(path: Path, limits: Limits) -> bytes:
+def _load(path: Path, limits: Limits, encoding: str | None) -> bytes:
     """The bytes of a file; of a text file, as UTF-8."""
     # Not imported in the child process, where it would cost time and memory.
     from medicalgpt.data.text_files import open_text
@@ -145,7 +150,7 @@ def _load(path: Path, limits: Limits) -> bytes:
         if suffix in (".pdf", ".docx"):
             return data
         text = _declared_text(data) if suffix in (".html", ".htm") else None
-        return (open_text(path).text() if text is None else text).encode("utf-8", "surrogatepass")
+        return (open_text(path, encoding).text() if text is None else text).encode("utf-8", "surrogatepass")
     except OSError as error:
         raise Refused(f"{error.strerror or error}. Check the path.") from error
     except UserError as error:
@@ -157,8 +162,12 @@ def _declared_text(data: bytes) -> str | None:
     from bs4.dammit import EncodingDetector
 
     declared = EncodingDetector.find_declared_encoding(data, is_html=True)
-    if declared is None:
+    if declared is None or data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return None
+    if declared in ("iso-8859-1", "latin-1", "latin1", "windows-1252"):
+        # Many pages declare what their editor did by default and are UTF-8; here almost all bytes are characters.
+        with suppress(UnicodeDecodeError):
+            return data.decode("utf-8-sig")
     try:
         # Pages that declare gb2312 often contain characters of its successors.
         return data.decode("gb18030" if declared in ("gb2312", "gbk") else declared)

@@ -300,11 +300,13 @@ class DocumentStore:
     are removed. There is no index of terms on disk: BM25 indexes 5,000 pages in two seconds.
     """
 
-    def __init__(self, folder: str | Path, chunk_size: int, chunk_overlap: int):
+    def __init__(self, folder: str | Path, chunk_size: int, chunk_overlap: int, encoding: str | None = None):
         self.folder = Path(folder)
-        self.chunk_size, self.chunk_overlap = chunk_size, chunk_overlap
+        self.chunk_size, self.chunk_overlap, self.encoding = chunk_size, chunk_overlap, encoding
         libraries = {name: version(name) for name in ("pypdf", "python-docx", "beautifulsoup4")}
         self.settings = {"size": chunk_size, "overlap": chunk_overlap, "code": code_version(__name__), **libraries}
+        if encoding:
+            self.settings["encoding"] = encoding
         try:
             # Extracts of medical documents are private.
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -322,7 +324,7 @@ class DocumentStore:
                 return *kept, True
             # The key first: if the file changes while it is read, the entry does not match next time.
             key = self.key(path)
-            document = read_document(path)
+            document = read_document(path, encoding=self.encoding)
             passages = split(str(path), document.units, self.chunk_size, self.chunk_overlap)
             self.keep(path, key, passages, document.notices)
             return passages, document.notices, False

@@ -43,7 +43,10 @@ def measure_separation(pairs: Sequence[tuple[float, float]]) -> Separation | Non
 
 
 def check_rewards(
-    path: str, functions: Mapping[str, RewardFunction], weights: Sequence[float] | None = None
+    path: str,
+    functions: Mapping[str, RewardFunction],
+    weights: Sequence[float] | None = None,
+    encoding: str | None = None,
 ) -> dict[str, Separation | None]:
     """Print how well rewards separate the good from the bad replies in a file.
 
@@ -52,6 +55,7 @@ def check_rewards(
             where `flaw` names what is wrong with the bad one; or preference pairs (`chosen`, `rejected`).
         functions: from `choose_rewards`.
         weights: one per function. None: all 1.
+        encoding: of a file that is not UTF-8; None finds it.
 
     Returns:
         The separation by reward, and under `overall` that of the weighted sum used in training, in which a reward that
@@ -60,7 +64,7 @@ def check_rewards(
     Raises:
         UserError: a row cannot be read or lacks one of the two replies, or a reward fails.
     """
-    questions, replies, columns = read_labelled(path)
+    questions, replies, columns = read_labelled(path, encoding)
     weights = [1.0] * len(functions) if weights is None else list(weights)
     scores = {
         name: [function(completions=side, prompts=questions, **columns) for side in replies]
@@ -105,7 +109,9 @@ def check_rewards(
     return results
 
 
-def read_labelled(path: str) -> tuple[list[Any], tuple[list[Any], list[Any]], dict[str, list[Any]]]:
+def read_labelled(
+    path: str, encoding: str | None = None
+) -> tuple[list[Any], tuple[list[Any], list[Any]], dict[str, list[Any]]]:
     """Read a file for `check_rewards`: prompts, (good, bad) replies as messages, and the other columns.
 
     Raises:
@@ -114,7 +120,7 @@ def read_labelled(path: str) -> tuple[list[Any], tuple[list[Any], list[Any]], di
     if not Path(path).is_file():
         raise UserError(f"--check_rewards {path} is not a file. Give a file of labelled replies, one row per line.")
     tasks, good, bad = [], [], []
-    for row in read_rows(path):
+    for row in read_rows(path, encoding=encoding):
         try:
             if isinstance(row, Problem):
                 raise UserError(f"{row}")

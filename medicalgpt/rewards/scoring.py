@@ -415,7 +415,9 @@ def check_output_file(score_file: str, output_file: str, overwrite: bool) -> Non
         )
 
 
-def read_score_file(score_file: str, ignore: frozenset[str] = frozenset()) -> tuple[list[ScorableRow], list[Problem]]:
+def read_score_file(
+    score_file: str, ignore: frozenset[str] = frozenset(), encoding: str | None = None
+) -> tuple[list[ScorableRow], list[Problem]]:
     """The rows that can be scored, in order, and the problems of the others.
 
     Raises:
@@ -426,7 +428,7 @@ def read_score_file(score_file: str, ignore: frozenset[str] = frozenset()) -> tu
         raise UserError(f"--score_file {path} must be an existing .jsonl or .json file (looked in {Path.cwd()}).")
     found: list[ScorableRow] = []
     problems: list[Problem] = []
-    for row in read_rows(path):
+    for row in read_rows(path, encoding=encoding):
         if isinstance(row, Problem):
             problems.append(row)
             continue
