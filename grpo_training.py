@@ -39,9 +39,9 @@ from medicalgpt.args import (
     TemplateArguments,
 )
 from medicalgpt.data.encoding import Prompt, encode_prompt, render_prompts
-from medicalgpt.data.formats import to_task
 from medicalgpt.data.loading import LoadedData, load_data
 from medicalgpt.data.sources import Place, place_of
+from medicalgpt.data.tasks import to_task
 from medicalgpt.data.tokenizing import encode_sides
 from medicalgpt.errors import UserError, run_main
 from medicalgpt.files import hash_file

@@ -42,9 +42,9 @@ from medicalgpt.args import (
     TemplateArguments,
 )
 from medicalgpt.data.encoding import IGNORED, EncodingError, Prompt, encode_prompt
-from medicalgpt.data.formats import to_task
 from medicalgpt.data.loading import load_data
 from medicalgpt.data.sources import Place, place_of
+from medicalgpt.data.tasks import to_task
 from medicalgpt.data.tokenizing import encode_sides
 from medicalgpt.errors import UserError, run_main
 from medicalgpt.logs import is_main_process

@@ -119,8 +119,8 @@ def prepare(work: Path, args: argparse.Namespace) -> None:
     """Write to `work` a base model and a reward model with random weights, and a tokenizer with as many tokens."""
     from build_tiny_model import ROLES, train_tokenizer
     from medicalgpt.args import DataArguments
-    from medicalgpt.data.formats import to_task
     from medicalgpt.data.loading import load_data
+    from medicalgpt.data.tasks import to_task
     from template import apply_template
 
     import torch

@@ -3,6 +3,7 @@
 import json
 import math
 
+from medicalgpt.data.answers import extract_answer
 from medicalgpt.errors import UserError
 from medicalgpt.rewards import grading, reward_check, rewards
 from tests.helpers import ROOT, write_jsonl
@@ -44,7 +45,7 @@ def test_the_last_message_of_the_assistant_is_judged():
     ],
 )
 def test_extract_answer(text, answer):
-    assert grading.extract_answer(text) == answer
+    assert extract_answer(text) == answer
 
 
 # Accuracy ------------------------------------------------------------------------------------------------------------
@@ -196,8 +197,15 @@ def test_the_kind_of_an_answer_is_found_out(gold, question, kind):
     assert grading.infer_answer_type(gold, question) == kind
 
 
-def test_accuracy_needs_an_answer_block_and_a_gold_answer():
-    replies = ["3", "<answer></answer>", said("3"), [{"role": "assistant", "content": said("3")}], said("3"), said("3")]
+def test_accuracy_needs_an_answer_and_a_gold_answer():
+    replies = [
+        "<think>3",
+        "<answer></answer>",
+        said("3"),
+        [{"role": "assistant", "content": said("3")}],
+        said("3"),
+        said("3"),
+    ]
     golds = ["3", "3", "3", "3", None, " "]
     assert rewards.accuracy_reward(replies, answer=golds) == [0, 0, 1, 1, None, None]
     assert rewards.accuracy_reward([said("3")]) == [None]
@@ -448,7 +456,7 @@ def test_a_missing_column_is_named(tmp_path):
 
 LABELLED = [
     {"question": "1+2=?", "answer": "3", "good": said(3), "bad": said(4), "flaw": "wrong"},
-    {"question": "2+2=?", "answer": "4", "good": said(4), "bad": "4", "flaw": "no_format"},
+    {"question": "2+2=?", "answer": "4", "good": said(4), "bad": "<think>4", "flaw": "no_format"},
     {"question": "胸痛怎么办？", "good": said("打120"), "bad": said("不用打120"), "flaw": "unsafe", "meta": {"a": 1}},
 ]
 

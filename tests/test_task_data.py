@@ -2,9 +2,9 @@
 
 from medicalgpt.args import DataArguments
 from medicalgpt.data.encoding import EncodingError, Prompt, encode_prompt
-from medicalgpt.data.formats import to_task
 from medicalgpt.data.loading import load_data
 from medicalgpt.data.sources import RowError
+from medicalgpt.data.tasks import to_task
 from medicalgpt.data.tokenizing import encode_sides
 from medicalgpt.errors import UserError
 from tests.helpers import write_jsonl

@@ -134,37 +134,6 @@ def to_preference(value: Any, ignore: frozenset[str] = frozenset()) -> dict[str,
     return {**conversation, "chosen": chosen, "rejected": rejected}
 
 
-def to_task(value: Any, ignore: frozenset[str] = frozenset()) -> dict[str, Any]:
-    """A prompt and what its answers can be scored with: `{"messages": [...], "tools": [...] | None, "columns": {...}}`.
-
-    The prompt comes in the formats of `to_prompt` and `to_preference`. Every other field of the row is a column under
-    its own name; a final turn of the assistant, or an answer field under another name, is the column `answer`.
-
-    Raises:
-        RowError: as `to_prompt`.
-    """
-    if isinstance(value, str):
-        value = {"prompt": value}
-    _require_object(value)
-    columns = {name: item for name, item in value.items() if name not in ignore}
-    if not set(columns) & set(PROMPT_FIELDS) and any(set(pair) <= set(columns) for pair in PREFERENCE_FIELDS):
-        prompt = {name: item for name, item in to_preference(value, ignore).items() if name in ("messages", "tools")}
-    else:
-        # Any other prompt field of the row is a separate column.
-        asked = next((name for name in PROMPT_FIELDS if name in columns), "prompt")
-        parts = [asked, *(["input"] if asked == "instruction" else []), *LEADING_FIELDS]
-        prompt = _to_conversation({name: columns.pop(name) for name in parts if name in columns}, ignore, False)
-    messages = prompt["messages"]
-    if messages and messages[-1]["role"] == "assistant":
-        columns.setdefault("answer", messages.pop()["content"])
-    for name in ("output", "response", "completion"):
-        if columns.get(name) is not None and "answer" not in columns:
-            answer = columns.pop(name)
-            columns["answer"] = answer[-1].get("content") if isinstance(answer, list) and answer else answer
-    _check_order(messages, must_end_with="user")
-    return {**prompt, "columns": {name: item for name, item in columns.items() if item is not None}}
-
-
 PAIR_FIELDS = (("prompt", "response"), ("prompt", "completion"), ("query", "response"), ("question", "answer"))
 PREFERENCE_FIELDS = (("chosen", "rejected"), ("response_chosen", "response_rejected"))
 PROMPT_FIELDS = ("conversations", "messages", "instruction", "prompt", "query", "question")

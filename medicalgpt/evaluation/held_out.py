@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from medicalgpt.data import formats, sources
+from medicalgpt.data import formats, sources, tasks
 from medicalgpt.errors import UserError
 
 # Preference prompts and tasks whose answers are shown.
@@ -297,17 +297,17 @@ def read_tasks(file: str, ignore_fields: str = "", encoding: str | None = None) 
     ignore = sources.ignored_fields(ignore_fields)
 
     def to_task(row: sources.SourceRow) -> Question:
-        task = formats.to_task(row.value, ignore)
+        task = tasks.to_task(row.value, ignore)
         columns = task["columns"]
         if "answer" not in columns:
             raise sources.RowError("no answer to compare with", "Put the correct one into `answer`.")
         kind, answer = str(columns.get("type", "no type")), str(columns["answer"])
         return Question(str(row.place), kind, task["messages"], task["tools"], answer, columns=columns)
 
-    tasks = _convert_rows(sources.find_files(file), to_task, encoding)
-    if not tasks:
+    questions = _convert_rows(sources.find_files(file), to_task, encoding)
+    if not questions:
         raise UserError(f"--task_file {file} has no tasks.")
-    return tasks
+    return questions
 
 
 def pick_examples(questions: Sequence[Question], count: int) -> list[int]:

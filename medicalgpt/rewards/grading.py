@@ -4,35 +4,17 @@ Rules only, no model: each function takes plain text and returns a score in [0, 
 functions in rewards.py apply them to the answer block of a reply; see docs/grpo_training.md.
 """
 
-import math
 import re
-import unicodedata
 from collections import Counter
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import NamedTuple
 
+from medicalgpt.data.answers import HAN, normalize_width, parse_choice, strip_markup
+from medicalgpt.data.choices import answer_letters, written_options
 from medicalgpt.rewards.math_worker import same_value
 
-HAN = r"\u3400-\u4dbf\u4e00-\u9fff"
 LATIN_WORD = r"[a-zA-Z\u00c0-\u024f]+"
-
-
-def extract_answer(text: str) -> str | None:
-    """The content of the last `<answer>...</answer>`, stripped; it may span several lines. None without a block."""
-    found = re.findall(r"<answer>((?:(?!<answer>).)*?)</answer>", text, flags=re.DOTALL)
-    return found[-1].strip() if found else None
-
-
-def strip_thinking(text: str) -> str:
-    """The part of a reply that the user sees: the answer block, or what follows the thinking if there is none."""
-    answer = extract_answer(text)
-    return text.rpartition("</think>")[2] if answer is None else answer
-
-
-def normalize_width(text: str) -> str:
-    """Replace full-width letters, digits and signs by their ASCII forms (NFKC), and long dashes by a minus sign."""
-    return unicodedata.normalize("NFKC", text).replace("−", "-").replace("–", "-")
-
 
 # Base unit, then the size of each unit in it with its names. Units of different bases cannot be converted.
 UNIT_NAMES = {
@@ -101,12 +83,9 @@ def parse_unit(text: str | None, each: str | None = None) -> tuple[str, float]:
     return "/".join(bases), size
 
 
-def strip_markup(text: str) -> str:
-    """Remove the LaTeX and Markdown markup around a result."""
-    text = re.sub(r"\\(?:text|mathrm|mathbf)\s*\{([^{}]*)\}", r"\1", normalize_width(text))
-    text = re.sub(r"\\boxed\s*\{([^{}]*)\}", r"\1", text)
-    text = re.sub(r"\\[,;:! ()\[\]]|\$|(?<![\d)}])\*\*|\*\*(?![\d({])", " ", text).replace(r"\%", "%")
-    return re.sub(r"\bm\^(?:2|\{2\})", "m2", text).strip()
+# "$18", "€18"; and what is counted, as in "18 dollars": a noun that is not a unit of UNITS.
+CURRENCY = re.compile("[$€£¥]")
+COUNTED = re.compile(rf"(?<=\d)\s*(?:[a-z]{{3,}}(?: [a-z]{{3,}})?|[{HAN}]{{1,2}})$")
 
 
 def parse_quantity(text: str, full_match: bool = False) -> Quantity | None:
@@ -117,7 +96,7 @@ def parse_quantity(text: str, full_match: bool = False) -> Quantity | None:
     Args:
         full_match: accept no text around the quantity.
     """
-    text = re.split("[=≈]", strip_markup(text).casefold())[-1].strip(" .。")
+    text = re.split("[=≈]", CURRENCY.sub(" ", strip_markup(text)).casefold())[-1].strip(" .。")
     if CALCULATION.search(text):
         return None
     matches = list(QUANTITY.finditer(text))
@@ -132,23 +111,33 @@ def parse_quantity(text: str, full_match: bool = False) -> Quantity | None:
     return found.pop() if len(found) == 1 else None
 
 
-def number_score(gold: str, answer: str) -> float:
+def number_score(gold: str, answer: str, tolerance: float | None = None) -> float:
     """1 for the same number in the same unit, 0.5 for the same number without the unit that `gold` has, else 0.
 
     Units are converted ("2.5 mL", "2.5毫升", "0.0025 L"). Numbers with decimals match within 0.1 %, so that 33.3 may
     be written 33.33; whole numbers must match exactly. Calculations and formulas are compared by math-verify, and
-    their units must be the same.
+    their units must be the same. An answer of several lines is work, not a number.
+
+    Args:
+        tolerance: accepted deviation of a number, as a share of `gold`, instead of these.
     """
     if normalize_width(gold).split() == normalize_width(answer).split():
         return 1.0
+    if "\n" in answer.strip():
+        return 0.0
     wanted, given = parse_quantity(gold), parse_quantity(answer)
+    if tolerance is not None and wanted and given is None:
+        given = parse_fraction(answer)
     if wanted and given:
-        tolerance = 1e-9 if wanted.exact else 1e-3
-        if wanted.base == given.base or not wanted.has_unit:
+        if tolerance is None:
+            tolerance = 1e-9 if wanted.exact else 1e-3
+        margin = tolerance * abs(wanted.number) + 1e-12
+        # A quantity of something that is counted is not one in a unit.
+        if wanted.base == given.base or not wanted.has_unit and not counted_noun(gold):
             size = given.size / wanted.size if wanted.base == given.base else 1.0
-            if math.isclose(wanted.number, given.number * size, rel_tol=tolerance):
+            if abs(wanted.number - given.number * size) <= margin:
                 return 1.0
-        same_number = math.isclose(wanted.number, given.number, rel_tol=tolerance)
+        same_number = abs(wanted.number - given.number) <= margin
         return 0.5 if same_number and not given.has_unit else 0.0
     formulas, units = [], []
     for text in map(strip_markup, (gold, answer)):
@@ -176,24 +165,27 @@ def to_latex(text: str) -> str:
     return text.replace("π", r"\pi ").strip(" .。")
 
 
-CHOICE_LEAD = re.compile(
-    r"^(?:the|correct|right|best|final|answers?|options?|choices?|choose|select|is|are|正确|最佳|最终|答案|选项|选择"
-    r"|应该|应|故|选|是|为|[:\s*(\[$])+"
-)
-CHOICE_LETTERS = re.compile(r"([a-h](?:(?:[\s,、;/&和与及]|and)*[a-h])*)[\s.。、:)\]*$项]*")
-MARKED_LETTER = re.compile(rf"(?:^|[;,、。.\n)]\s*)\(?([a-h])(?=\s?[.、:)]|\(|\s*[{HAN}])")
+def choice_score(gold: str, answer: str, options: Mapping[str, str] | None = None) -> float:
+    """1 if the answer chooses the same options as `gold`, else 0.
+
+    Args:
+        gold, answer: letters in any form of `parse_choice`; with `options`, also the text of one.
+        options: letters and texts.
+    """
+    wanted = parse_options_chosen(gold, options)
+    return float(wanted == parse_options_chosen(answer, options) != set())
 
 
-def parse_choice(text: str) -> set[str]:
-    """The letters chosen from options A to H: "B", "ac", "A、C", "选B", "(B)", "B. text", "The answer is B."."""
-    text = CHOICE_LEAD.sub("", strip_markup(text).casefold())
-    if only := CHOICE_LETTERS.fullmatch(text):
-        return set(re.findall("[a-h]", only[1].replace("and", "")))
-    return set(MARKED_LETTER.findall(text)) if MARKED_LETTER.match(text) else set()
+def parse_options_chosen(text: str, options: Mapping[str, str] | None) -> set[str]:
+    """The letters of the options that a text chooses, in lower case; none if letter and text contradict each other."""
+    if not options:
+        return parse_choice(text)
+    return set((answer_letters(text, options, numbers=False) or "").casefold())
 
 
 TOKEN = re.compile(rf"\d+(?:\.\d+)?|[{HAN}]|[^\W\d_{HAN}]+|[<>≤≥=+%±/]|(?<!\w)-(?=[\d)])")
 SHORT_ANSWER = 12  # Han characters, words and numbers
+VERDICTS = {"yes", "no", "maybe", "true", "false"}
 
 
 def text_score(gold: str, answer: str) -> float:
@@ -206,22 +198,52 @@ def text_score(gold: str, answer: str) -> float:
     wanted, given = (TOKEN.findall(normalize_width(text).casefold()) for text in (gold, answer))
     if wanted == given:
         return 1.0
+    if len(wanted) == 1 and wanted[0] in VERDICTS and VERDICTS.intersection(given) == {wanted[0]}:
+        return float(given[0] == wanted[0])  # "Yes, it does."
     if len(wanted) <= SHORT_ANSWER:
         return 0.0
     wanted_pairs, given_pairs = Counter(pairwise(wanted)), Counter(pairwise(given))
     return 2 * (wanted_pairs & given_pairs).total() / (wanted_pairs.total() + given_pairs.total())
 
 
-def infer_answer_type(gold: str, question: str) -> str:
-    """`choice`, `number` or `text`: how to compare an answer if the row has no `type`."""
-    narrow_gold, narrow_question = normalize_width(gold), normalize_width(question)
-    letters = re.fullmatch(r"[A-H](?:[\s,、]*[A-H])*", narrow_gold.strip(" .。"))
-    offered = all(re.search(rf"(?<![A-Za-z]){letter}\s*[.、:)]", narrow_question) for letter in "AB")
-    if letters and (offered or len(letters.group()) == 1) or offered and re.match("[A-H][.、:)]", narrow_gold):
+def infer_answer_type(gold: str, question: str, options: Mapping[str, str] | None = None) -> str:
+    """`choice`, `number` or `text`: how to compare an answer if the row has no `type`.
+
+    Args:
+        options: of the row; those that are written in the question need not be passed.
+    """
+    options = options or written_options(question)
+    if options and parse_options_chosen(gold, options):
         return "choice"
-    if parse_quantity(gold, full_match=True):
+    gold = normalize_width(gold).strip(" .。")
+    # "B", "(B)", "B) text"; but "E. coli" is a name, as "AB" and "CT" are.
+    if re.fullmatch(r"\(?[A-J]\)?", gold) or re.match(rf"\(?[A-J](?:[):、]\s*\S|\.\s*(?:[A-Z{HAN}]))", gold):
+        return "choice"
+    if parse_quantity(gold, full_match=True) or counted_noun(gold):
         return "number"
     return "number" if is_formula(UNIT_AT_END.sub("", strip_markup(gold))) else "text"
+
+
+def counted_noun(text: str) -> str | None:
+    """`dollars` of "18 dollars": what a whole text counts, if it is a number and a noun that is not a unit."""
+    text = strip_markup(text).casefold().strip(" .。")
+    noun = COUNTED.search(text)
+    number = parse_quantity(text) if noun else None
+    alone = number and not number.has_unit and parse_quantity(text[: noun.start()], full_match=True)
+    return noun[0].strip() if alone else None
+
+
+FRACTION = re.compile(r"(-?)(?:(\d+)\s+)?(?:\\d?frac\{(\d+)\}\{(\d+)\}|(\d+)\s*/\s*(\d+))")
+
+
+def parse_fraction(text: str) -> Quantity | None:
+    """The value of a fraction or a mixed number without a unit: "3/4", "1 3/4", "\\frac{3}{4}"."""
+    found = FRACTION.fullmatch(strip_markup(text).strip(" .。"))
+    numerator, denominator = (int(found[n] or found[n + 2]) for n in (3, 4)) if found else (0, 0)
+    if not denominator:
+        return None
+    value = int(found[2] or 0) + numerator / denominator
+    return Quantity(-value if found[1] else value, "", 1.0, False, False)
 
 
 def count_languages(text: str) -> tuple[int, int]:

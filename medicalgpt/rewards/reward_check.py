@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from medicalgpt.data.formats import to_preference, to_task
+from medicalgpt.data.formats import to_preference
 from medicalgpt.data.sources import Problem, RowError, read_rows
+from medicalgpt.data.tasks import to_task
 from medicalgpt.errors import UserError
 from medicalgpt.rewards.rewards import RewardFunction
 

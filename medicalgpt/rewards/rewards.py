@@ -15,17 +15,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, SupportsFloat
 
+from medicalgpt.data.answers import HAN, extract_answer, final_answer, reply_answer, strip_thinking
+from medicalgpt.data.choices import written_options
 from medicalgpt.data.sources import shorten
 from medicalgpt.errors import UserError
 from medicalgpt.rewards.grading import (
-    HAN,
     affirms_term,
+    choice_score,
     count_languages,
-    extract_answer,
     infer_answer_type,
     number_score,
-    parse_choice,
-    strip_thinking,
     text_score,
 )
 
@@ -59,35 +58,49 @@ def get_column(columns: Mapping[str, Any], name: str, rows: int) -> list[Any]:
     return columns.get(name) or [None] * rows
 
 
+KINDS = ("choice", "number", "text")
+
+
 def accuracy_reward(
-    completions: Sequence[Completion], prompts: Sequence[Completion] | None = None, **columns: Any
+    completions: Sequence[Completion],
+    prompts: Sequence[Completion] | None = None,
+    *,
+    default_tolerance: float | None = None,
+    **columns: Any,
 ) -> list[float | None]:
-    """How well the answer block agrees with the column `answer`, in [0, 1]; None for a row without `answer`.
+    """How well a reply's final answer agrees with the column `answer`, in [0, 1]; None for a row without `answer`.
 
-    The column `type` determines how to compare; without it, the type is inferred (`infer_answer_type`):
+    The final answer of both is what `<answer>`, `\\boxed{}`, `## Final Response`, `#### ` or "The answer is" marks, or
+    the whole text if nothing marks it (`reply_answer`, `final_answer`). The column `type` determines how to compare;
+    without it, the type is inferred (`infer_answer_type`):
 
-    - `choice`: the same set of letters, 1 or 0 (`parse_choice`);
-    - `number`: a number with its unit, or a formula; 0.5 if the unit is missing (`number_score`);
+    - `choice`: the same set of options, by letter or by text, 1 or 0 (`choice_score`, column `options`);
+    - `number`: a number with its unit, or a formula; 0.5 if the unit is missing (`number_score`, column `tolerance`);
     - `text`: the same text, or the overlap for long texts (`text_score`).
 
-    A reply without an answer block scores 0, and so does one that lists several answers.
+    A reply without an answer scores 0, and so does one that lists several answers.
+
+    Args:
+        default_tolerance: for rows without `tolerance`.
     """
     rows = len(completions)
-    golds, types = get_column(columns, "answer", rows), get_column(columns, "type", rows)
+    names = ("answer", "type", "options", "tolerance")
+    judged = zip(completions, prompts or [""] * rows, *(get_column(columns, name, rows) for name in names), strict=True)
     scores: list[float | None] = []
-    for completion, gold, kind, prompt in zip(completions, golds, types, prompts or [""] * rows, strict=True):
+    for completion, prompt, gold, kind, options, tolerance in judged:
         if gold is None or not str(gold).strip():
             scores.append(None)
             continue
-        gold, answer = extract_answer(str(gold)) or str(gold), extract_answer(completion_text(completion))
-        if kind not in ("choice", "number", "text"):
-            kind = infer_answer_type(gold, question_text(prompt))
+        gold, answer = final_answer(str(gold)), reply_answer(completion_text(completion))
+        options = options or written_options(question_text(prompt))
+        if kind not in KINDS:
+            kind = infer_answer_type(gold, question_text(prompt), options)
         if not answer:
             scores.append(0.0)
         elif kind == "choice":
-            scores.append(float(parse_choice(gold) == parse_choice(answer) != set()))
+            scores.append(choice_score(gold, answer, options))
         elif kind == "number":
-            scores.append(number_score(gold, answer))
+            scores.append(number_score(gold, answer, default_tolerance if tolerance is None else tolerance))
         else:
             scores.append(text_score(gold, answer))
     return scores
@@ -214,7 +227,7 @@ def safety_reward(
     ):
         question = question_text(prompt)
         groups = (meta or {}).get("required")
-        kind = kind or (infer_answer_type(str(gold), question) if gold is not None else "text")
+        kind = kind or (infer_answer_type(final_answer(str(gold)), question) if gold is not None else "text")
         if not groups and kind not in ("choice", "number") and EMERGENCY_SIGNS.search(question):
             groups = [EMERGENCY_ADVICE]
         if not groups:

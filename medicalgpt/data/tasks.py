@@ -1,0 +1,215 @@
+"""Convert a row to a task: a prompt with its options, and the answer that replies to it are scored with."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from medicalgpt.data.answers import final_answer
+from medicalgpt.data.choices import LETTERS, answer_letters, options_of, prompt_with_options, written_options
+from medicalgpt.data.formats import LEADING_FIELDS, PREFERENCE_FIELDS, PROMPT_FIELDS, to_preference, to_prompt
+from medicalgpt.data.sources import RowError
+
+# Names of data sets for what we call `question`, and others whose capitals differ between data sets.
+QUESTION_FIELDS = ("problem", "question_text", "stem", "Open-ended Verifiable Question")
+ANY_CASE = {"question", "answer", "options", "choices", "problem", "solution", "response", "context", "contexts"}
+CONTEXT_FIELDS = ("context", "contexts", "passage")
+# Fields with the correct answer, the first of which counts: short answers come before worked solutions.
+GOLD_FIELDS = (
+    *("answer", "reward_model", "ground_truth", "final_decision", "expected_answer", "correct_answer", "final_answer"),
+    *("Ground-True Answer", "answer_string", "solution"),
+)
+# Fields with the letter or, counted from 0, the number of the correct option.
+OPTION_GOLD_FIELDS = (
+    *("answer_idx", "answer_index", "answer_letter", "answerKey", "answer_key", "correct_option", "cop", "gold"),
+    *("correct_answer_idx", "label"),
+)
+REPLY_FIELDS = ("output", "response", "completion")
+MEDIA_FIELDS = ("image", "images", "video", "videos", "audio", "audios")
+# Next to options, a longer text that names none of them is an explanation.
+LONGEST_OPTION = 100  # characters
+
+
+def to_task(value: Any, ignore: frozenset[str] = frozenset()) -> dict[str, Any]:
+    """A prompt and what its answers can be scored with: `{"messages": [...], "tools": [...] | None, "columns": {...}}`.
+
+    The prompt comes in the formats of `to_prompt` and `to_preference`; options in a field of their own (`options_of`)
+    and a `context` are written into it. Of the columns, `answer` is the correct answer, wherever the row has it
+    (`GOLD_FIELDS`, `OPTION_GOLD_FIELDS`, a final turn of the assistant): with options its letters, and `options` are
+    the options by letter. Every other field of the row is a column under its own name.
+
+    Raises:
+        RowError: as `to_prompt`; an answer that is none of the options, or two that differ; fields that a prompt of
+            text cannot hold, such as images; a tolerance that is not a number of at least 0.
+    """
+    if isinstance(value, str):
+        value = {"prompt": value}
+    if not isinstance(value, Mapping):
+        raise RowError(f"the row is a {type(value).__name__}, not an object", "Each row is a JSON object {...}.", value)
+    row = _with_common_names({name: item for name, item in value.items() if name not in ignore and not _is_null(item)})
+    _refuse_unusable(row)
+    offered = options_of(row)
+    options, option_fields = offered or ({}, ())
+    columns = {name: item for name, item in row.items() if name not in option_fields}
+    prompt, reply = _take_prompt(columns)
+    question = prompt["messages"][-1]
+    for name in CONTEXT_FIELDS:
+        if name in columns:
+            question["content"] = f"{_context_text(columns.pop(name), name)}\n\n{question['content']}"
+    if options:
+        question["content"] = prompt_with_options(question["content"], options)
+    first = _first_number(row, option_fields)
+    columns["answer"] = _choice_gold(columns, options, question["content"], first) or _plain_gold(columns, reply)
+    if options:
+        columns["options"] = options
+        if columns["answer"] is not None:
+            columns["answer"] = _letters_of(columns["answer"], "answer", options, first)
+    if "tolerance" in columns:
+        columns["tolerance"] = _check_tolerance(columns["tolerance"])
+    return {**prompt, "columns": {name: item for name, item in columns.items() if item is not None}}
+
+
+def _is_null(item: Any) -> bool:
+    # Tables have NaN where a row has no value.
+    return item is None or isinstance(item, float) and math.isnan(item)
+
+
+def _with_common_names(row: dict[str, Any]) -> dict[str, Any]:
+    """`Question` and `QUESTION` as `question`, unless the row has both."""
+    low = {name: name.casefold() for name in row if isinstance(name, str) and name.casefold() in ANY_CASE}
+    return {low[name] if name in low and low[name] not in row else name: item for name, item in row.items()}
+
+
+def _refuse_unusable(row: dict[str, Any]) -> None:
+    for name in MEDIA_FIELDS:
+        if row.get(name):
+            raise RowError(
+                f"`{name}`: prompts are text only", "Remove the rows that ask about pictures or sound.", row[name]
+            )
+    if row.get("weight") not in (None, 1):
+        raise RowError("`weight`: all prompts count the same", "Repeat the row or remove its weight.", row["weight"])
+    if isinstance(row.get("label"), bool) and any(name in row for name in REPLY_FIELDS):
+        raise RowError(
+            "`label` says whether the answer in the row is a good one, so it is not the answer to compare with",
+            "Remove the answer and `label`, or write the correct answer into `answer`.",
+            row["label"],
+        )
+    if row.get("functions") or row.get("function_call"):
+        name = "functions" if row.get("functions") else "function_call"
+        raise RowError(f"`{name}`: replies are scored as text, calls are not", "Remove these rows.", row[name])
+
+
+def _take_prompt(columns: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """Take the prompt out of the columns: messages and tools, and the text of a final turn of the assistant."""
+    pair = any(set(pair) <= set(columns) for pair in PREFERENCE_FIELDS)
+    if pair and not set(columns) & {*PROMPT_FIELDS, *QUESTION_FIELDS}:
+        prompt = to_preference(columns)
+        return {"messages": prompt["messages"], "tools": prompt["tools"]}, None
+    # Any other prompt field of the row is a separate column.
+    names = (*PROMPT_FIELDS, *QUESTION_FIELDS)
+    asked = next((name for name in names if name in columns), "prompt")
+    parts = [*(["input"] if asked == "instruction" else []), *LEADING_FIELDS]
+    fields = {name: columns.pop(name) for name in parts if name in columns}
+    if asked in columns:
+        fields[asked if asked in PROMPT_FIELDS else "question"] = columns.pop(asked)
+    prompt = to_prompt(fields)
+    return {"messages": prompt["messages"], "tools": prompt["tools"]}, prompt["reference"]
+
+
+def _context_text(value: Any, name: str) -> str:
+    """A passage that a question is about: text, a list of texts, or `{"contexts": [...]}` (PubMedQA)."""
+    parts = value.get("contexts") if isinstance(value, Mapping) else value
+    parts = parts if isinstance(parts, list) else [parts]
+    if not parts or not all(isinstance(part, str) and part.strip() for part in parts):
+        raise RowError(f"`{name}` is not a text or a list of texts", "Write it as one text.", value)
+    return "\n".join(part.strip() for part in parts)
+
+
+def _first_number(row: dict[str, Any], fields: tuple[str, ...]) -> int:
+    """The number of the first option where options have numbers: `option1`, or an object with the keys 1, 2, …"""
+    if fields and fields[0][-1] == "1":
+        return 1
+    options = row.get(fields[0]) if len(fields) == 1 else None
+    return int(next(iter(options))) if isinstance(options, Mapping) and str(next(iter(options))).isdigit() else 0
+
+
+def _choice_gold(columns: dict[str, Any], options: dict[str, str], question: str, first: int) -> str | None:
+    """The letters of the correct options where a field names them by letter or number; None without such a field.
+
+    A text in `answer` has to name the same option; a long one that names none is an explanation.
+    """
+    known = options or written_options(question) or {}
+    named = {}
+    for name in OPTION_GOLD_FIELDS:
+        item = columns.get(name)
+        # -1 is no answer: the test sets of MedMCQA and others have it.
+        if item is None or item in (-1, "-1", "") or isinstance(item, bool) or not known and name in ("label", "gold"):
+            continue
+        if known:
+            named[name] = _letters_of(item, name, known, first)
+        elif isinstance(item, str) and set(item.strip().upper()) <= set(LETTERS):
+            named[name] = item.strip().upper()
+        elif "answer" not in columns:
+            raise RowError(f"`{name}` is the number of an option, and there are no options", "Add `options`.", item)
+    answer = columns.get("answer")
+    if named and known and answer is not None:
+        letters = answer_letters(final_answer(answer) if isinstance(answer, str) else answer, known, first=first)
+        if letters or len(str(answer)) <= LONGEST_OPTION:
+            named["answer"] = letters or f"none of the options ({str(answer)!r})"
+    if len(set(named.values())) > 1:
+        (one, letter), (other, second) = list(named.items())[0], list(named.items())[-1]
+        raise RowError(
+            f"`{one}` is {letter}, `{other}` is {second}", "Correct one of them, or remove it.", {one: columns[one]}
+        )
+    return next(iter(named.values()), None)
+
+
+def _letters_of(item: Any, name: str, options: dict[str, str], first: int) -> str:
+    """The letters of the options that a field names; raises RowError if it names none."""
+    letters = answer_letters(final_answer(item) if isinstance(item, str) else item, options, first=first)
+    if letters is None:
+        counted = isinstance(item, int) or isinstance(item, str) and item.strip().isdigit()
+        raise RowError(
+            f"`{name}` is none of the options {', '.join(options)}" + f", counted from {first}" * counted,
+            "Give the letter of the correct option, or its text as in the options.",
+            item,
+        )
+    return letters
+
+
+def _plain_gold(columns: dict[str, Any], reply: str | None) -> Any:
+    """The correct answer of a row without options, None if it has none; a reply field moves into it."""
+    for name in GOLD_FIELDS:
+        item = columns.get(name)
+        if name == "reward_model":
+            item = item.get("ground_truth") if isinstance(item, Mapping) else None
+        if isinstance(item, list) and name != "answer":
+            if len(item) != 1:
+                raise RowError(
+                    f"`{name}` has {len(item)} answers; replies are compared with one",
+                    "Give one, or split the row.",
+                    item,
+                )
+            item = item[0]
+        if item is not None:
+            return item
+    if reply is not None:
+        return reply
+    for name in REPLY_FIELDS:
+        if name in columns:
+            answer = columns.pop(name)
+            return answer[-1].get("content") if isinstance(answer, list) and answer else answer
+    return None
+
+
+def _check_tolerance(value: Any) -> float:
+    try:
+        number = float(value) if not isinstance(value, bool) else math.nan
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise RowError(
+            "`tolerance` is not a number of at least 0",
+            "Write the accepted deviation as a share of the answer: 0.02 for 2%.",
+            value,
+        )
+    return number
