@@ -258,7 +258,8 @@ def refuse_shared_rows(args: ValidationArguments, files: list[CheckedFile]) -> N
 
 
 def converters() -> dict:
-    from medicalgpt.data.formats import to_messages, to_preference, to_task, to_text
+    from medicalgpt.data.formats import to_messages, to_preference, to_text
+    from medicalgpt.data.tasks import to_task
 
     return {"chat": to_messages, "preference": to_preference, "task": to_task, "text": to_text}
 
