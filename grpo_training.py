@@ -17,7 +17,6 @@ generation_config.json, run.json, metrics.jsonl, samples.jsonl, loss.png and REA
 """
 
 import copy
-import json
 import math
 import os
 import time
@@ -39,8 +38,7 @@ from medicalgpt.args import (
     TemplateArguments,
 )
 from medicalgpt.data.encoding import Prompt, encode_prompt, render_prompts
-from medicalgpt.data.loading import LoadedData, load_data
-from medicalgpt.data.sources import Place, place_of
+from medicalgpt.data.loading import load_data
 from medicalgpt.data.tasks import to_task
 from medicalgpt.data.tokenizing import encode_sides
 from medicalgpt.errors import UserError, run_main
@@ -48,9 +46,11 @@ from medicalgpt.files import hash_file
 from medicalgpt.logs import heartbeat, world_size
 from medicalgpt.models import adapters, loading
 from medicalgpt.models.hub import Adapter
-from medicalgpt.models.templating import stop_token_ids
+from medicalgpt.models.templating import reply_text, stop_token_ids
 from medicalgpt.parser import parse_args
 from medicalgpt.refusals import refused_in
+from medicalgpt.rewards.columns import add_reward_columns, reward_columns
+from medicalgpt.rewards.coverage import check_coverage, find_unscorable
 from medicalgpt.rewards.reward_check import check_rewards
 from medicalgpt.rewards.rewards import REWARDS, SYSTEM_PROMPT, RewardFunction, choose_rewards, wrap_reward
 from medicalgpt.rewards.scoring import RewardScorer, model_reward
@@ -70,56 +70,6 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.import_utils import is_vllm_available
 from trl.models.utils import prepare_deepspeed
 from trl.trainer.utils import add_fused_lm_head
-
-# Arguments that TRL or the built-in rewards pass to a reward function; a field of a row cannot have these names.
-RESERVED_COLUMNS = {
-    *("prompt", "prompts", "prompt_ids", "completion", "completions", "completion_ids", "tools", "place"),
-    *("image", "images", "environment", "environments", "trainer_state", "log_extra", "log_metric"),
-    *("min_length", "max_length"),
-}
-
-
-def add_reward_columns(encoded: Dataset, rows: Sequence[dict[str, Any]], names: Sequence[str]) -> Dataset:
-    """The trainer's data set: each row a dict with `prompt_ids`, `place`, `prompt`, `tools` and the row's fields.
-
-    Args:
-        encoded: columns `prompt_ids` and `place`.
-        rows: converted by `to_task`; every row of `encoded` is among them.
-        names: names of the fields; None where a row lacks one.
-    """
-    number_of = {place_of(row): number for number, row in enumerate(rows)}
-    texts = []
-    for place in encoded["place"]:
-        row = rows[number_of[Place(**place)]]
-        fields = {name: row["columns"].get(name) for name in names}
-        # JSON, since a table column cannot hold a number in one row and text in another.
-        texts.append(json.dumps({"prompt": row["messages"], "tools": row["tools"], **fields}, ensure_ascii=False))
-    return encoded.add_column("fields", texts).with_transform(_decode_fields)
-
-
-def _decode_fields(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    rows = [json.loads(text) for text in batch["fields"]]
-    columns = {name: [row[name] for row in rows] for name in rows[0]}
-    return {"prompt_ids": batch["prompt_ids"], "place": [str(Place(**place)) for place in batch["place"]], **columns}
-
-
-def reward_columns(data: LoadedData) -> list[str]:
-    """Names of the fields that rows have in addition to the prompt, sorted.
-
-    Raises:
-        UserError: a field has a name that reward functions receive something else under.
-    """
-    names: dict[str, str] = {}
-    for rows in (data.train, data.validation):
-        for row in rows:
-            for name in row["columns"]:
-                names.setdefault(name, place_of(row))
-    if reserved := sorted(names.keys() & RESERVED_COLUMNS):
-        raise UserError(
-            f"{names[reserved[0]]}: the field name `{reserved[0]}` is reserved, since reward functions receive "
-            f"something else under it. Rename the field, or pass --ignore_fields {','.join(reserved)}."
-        )
-    return sorted(names)
 
 
 class PromptSampler(torch.utils.data.Sampler):
@@ -307,9 +257,12 @@ class GroupTrainer(StageTrainer, GRPOTrainer):
             base.generation_config = recommended
             model.train(training)
 
-    # The only place where the rewards of all processes are seen by function, before they are summed.
-    def _calculate_rewards(self, *args: Any) -> torch.Tensor:
-        rewards = super()._calculate_rewards(*args)
+    # The only place where the rewards of all processes are seen by function, before they are summed; and where the text
+    # that TRL decodes can be replaced: it holds the stop token unless the tokenizer flags it as special.
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, ids: list[list[int]]) -> torch.Tensor:
+        texts = [reply_text(self.processing_class, answer, self.eos_token_ids) for answer in ids]
+        replies = [[{"role": "assistant", "content": text}] for text in texts]
+        rewards = super()._calculate_rewards(inputs, prompts, replies, ids)
         if self.model.training:
             zero_std = zero_std_groups(rewards, self.reward_weights.to(rewards.device), self.num_generations)
             self._zero_std_shares.append(zero_std.float().mean().item())
@@ -387,9 +340,7 @@ class GroupTrainer(StageTrainer, GRPOTrainer):
     def _evaluate_batch(self, rows: list[dict[str, Any]]) -> torch.Tensor:
         """Length, 1 if truncated, and each reward of the answers of all processes: (answers, 2 + functions)."""
         answers = self._greedy_answers([row["prompt_ids"] for row in rows])
-        texts = self.processing_class.batch_decode(answers, skip_special_tokens=True)
-        replies = [[{"role": "assistant", "content": text}] for text in texts]
-        rewards = self._calculate_rewards(rows, [row["prompt"] for row in rows], replies, answers)
+        rewards = self._calculate_rewards(rows, [row["prompt"] for row in rows], None, answers)
         # TRL would add what the reward functions log here to the metrics of the next training step.
         self._pending_extra_logs.clear()
         self._pending_metrics.clear()
@@ -446,10 +397,13 @@ LOSSES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
 # Losses that clip the probability ratio, and losses that sum over tokens, which a ratio per sequence does not suit.
 CLIPPED_LOSSES = {"grpo", "dr_grpo", "dapo", "bnpo", "luspo"}
 TOKEN_LOSSES = {"dr_grpo", "dapo", "bnpo", "cispo", "vespo"}
+# CISPO's cap is a ratio, not a distance from 1 (ScaleRL, https://arxiv.org/abs/2510.13786). TRL would take --epsilon
+# for it, 0.2, and so scale down every gradient to a fifth.
+CISPO_CAP = 5.0
 # Flags that have an effect with --check_rewards; all others are for training.
 CHECK_REWARDS_FLAGS = {
     *("check_rewards", "reward_funcs", "reward_weights", "reward_file", "reward_min_length", "reward_max_length"),
-    *("reward_model_path", "per_device_train_batch_size", "hub", "cache_dir", "encoding"),
+    *("reward_model_path", "per_device_train_batch_size", "hub", "cache_dir", "encoding", "reward_tolerance"),
 }
 
 
@@ -487,7 +441,7 @@ class GrpoArguments(TemplateArguments, StageDefaults, GRPOConfig):
         "(https://arxiv.org/abs/2512.02556).",
         "epsilon": "Clip range of the ratio below 1.",
         "epsilon_high": "Clip range of the ratio above 1. Unset: --epsilon. DAPO (https://arxiv.org/abs/2503.14476): "
-        "0.28.",
+        "0.28. For cispo the highest ratio itself, 1 or more; unset: 5.",
         "delta": "Upper bound of the ratio for answers with a negative advantage, above 1 + --epsilon_high "
         "(https://arxiv.org/abs/2505.07291).",
         "mask_truncated_completions": "Exclude answers that hit the length limit from the loss.",
@@ -562,6 +516,13 @@ class GrpoArguments(TemplateArguments, StageDefaults, GRPOConfig):
     )
     reward_min_length: int = field(default=20, metadata={"help": "Characters below which the reward `length` drops."})
     reward_max_length: int = field(default=1000, metadata={"help": "Characters above which the reward `length` drops."})
+    reward_tolerance: float | None = field(
+        default=None,
+        metadata={
+            "help": "Deviation of a number that the reward `accuracy` accepts, as a share of the answer: 0.02 for 2%. "
+            "A row's field `tolerance` takes precedence."
+        },
+    )
     check_rewards: str | None = field(
         default=None,
         metadata={"help": "Do not train; report how well the rewards separate good from bad answers in this file."},
@@ -596,10 +557,11 @@ class GrpoArguments(TemplateArguments, StageDefaults, GRPOConfig):
             "choices": list(LOSSES),
         },
     )
-    importance_sampling_level: str = field(
-        default="token",
+    importance_sampling_level: str | None = field(
+        default=None,
         metadata={
-            "help": "Probability ratio per token, or per sequence as in GSPO (https://arxiv.org/abs/2507.18071).",
+            "help": "Probability ratio per token, or per sequence as in GSPO (https://arxiv.org/abs/2507.18071). "
+            "Default: sequence for luspo, token for all others.",
             "choices": ["token", "sequence"],
         },
     )
@@ -631,6 +593,10 @@ class GrpoArguments(TemplateArguments, StageDefaults, GRPOConfig):
         self.num_generations_eval = 1
         self._refuse_idle_training()
         self._check_group_sizes()
+        if self.loss_type == "cispo" and self.epsilon_high is None:
+            self.epsilon_high = CISPO_CAP
+        if self.importance_sampling_level is None:
+            self.importance_sampling_level = "sequence" if self.loss_type == "luspo" else "token"
         super().__post_init__()
 
     def _check_group_sizes(self) -> None:
@@ -688,6 +654,11 @@ def check_flags(args: GrpoArguments) -> None:
     ):
         if not valid:
             raise UserError(f"--{name} {getattr(args, name)} must be {allowed}.")
+    if args.loss_type == "cispo" and args.epsilon_high < 1:
+        raise UserError(
+            f"--epsilon_high {args.epsilon_high:g} with --loss_type cispo is the highest ratio, not a distance from 1: "
+            f"every gradient would be multiplied by it. Omit it for {CISPO_CAP:g}, or give 1 or more."
+        )
     if args.importance_sampling_level == "sequence" and args.loss_type in TOKEN_LOSSES:
         raise UserError(
             f"--importance_sampling_level sequence cannot be combined with --loss_type {args.loss_type}, which sums "
@@ -710,7 +681,7 @@ def flag_effects(args: GrpoArguments) -> dict[str, tuple[Any, str]]:
     effects = {
         "epsilon": (clipped, f"--loss_type {loss} has no lower bound" if moved else on_policy),
         "epsilon_high": (
-            clipped or moved and loss == "cispo",
+            clipped or loss == "cispo" and (moved or args.epsilon_high == CISPO_CAP),
             f"--loss_type {loss} has no upper bound" if moved else on_policy,
         ),
         "delta": (clipped, f"--loss_type {loss} is not clipped" if moved else on_policy),
@@ -777,8 +748,10 @@ def resolve_rewards(args: GrpoArguments) -> dict[str, RewardFunction]:
     for flag in ("reward_min_length", "reward_max_length"):
         if flag in args.given and "length" not in names:
             raise UserError(f"--{flag} has no effect here: it is for --reward_funcs length. Omit it.")
+    if args.reward_tolerance is not None and "accuracy" not in names:
+        raise UserError("--reward_tolerance has no effect here: it is for --reward_funcs accuracy. Omit it.")
     lengths = {"min_length": args.reward_min_length, "max_length": args.reward_max_length}
-    functions = choose_rewards(names, args.reward_file, **lengths)
+    functions = choose_rewards(names, args.reward_file, **lengths, tolerance=args.reward_tolerance)
     rewards = [*functions, *(["reward_model"] if args.reward_model_path else [])]
     if "reward_model" in functions:
         raise UserError(f"--reward_file {args.reward_file}: the name reward_model is taken. Rename the function.")
@@ -867,11 +840,14 @@ def main() -> None:
     # 3 data: prompts that leave room for an answer; the other fields of a row go to the reward functions
     seed = args.order_seed
     data = load_data(data_args, to_task, seed=seed)
+    if "accuracy" in functions:
+        data.problems += find_unscorable(chain(data.train, data.validation))
     columns = reward_columns(data)
     encode = partial(encode_prompt, tokenizer, max_length=args.model_max_length - args.max_completion_length)
     train, validation = encode_sides(data, encode, data_args, seed, Prompt)
     run.add_data(data)
     run.preview(tokenizer, train)
+    check_coverage(data.train, functions, args.reward_tolerance)
 
     # 4 models: policy, reference (unless it is the policy without its adapter), reward model
     load = {"attending": attention_args, "max_length": args.model_max_length, "bf16": args.bf16}

@@ -4,8 +4,9 @@ import itertools
 import json
 import re
 import string
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from medicalgpt.errors import UserError
 from medicalgpt.models.tool_formats import TOOL_FORMATS, ToolFormat
@@ -472,3 +473,15 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, stop: Iterable[str]) -> l
     if tokenizer.eos_token_id is not None:
         ids.append(tokenizer.eos_token_id)
     return list(dict.fromkeys(ids))
+
+
+def reply_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stop_ids: Iterable[int]) -> str:
+    """The text of a generated reply: up to its first stop token, without special tokens.
+
+    Not every tokenizer flags its stop tokens as special, and some flag `<think>`, which is part of the reply.
+    """
+    stops = set(stop_ids)
+    tags = set(tokenizer.convert_tokens_to_ids(["<think>", "</think>", "<answer>", "</answer>"]))
+    hidden = set(tokenizer.all_special_ids) - (tags - {tokenizer.unk_token_id})
+    kept = [token for token in takewhile(lambda token: token not in stops, ids) if token not in hidden]
+    return tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)

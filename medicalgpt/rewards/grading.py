@@ -151,6 +151,13 @@ def number_score(gold: str, answer: str, tolerance: float | None = None) -> floa
     return 0.5 if units[0] and not units[1] else 1.0
 
 
+def strip_unit(text: str) -> str:
+    """A result without markup and without the unit that it ends with."""
+    text = strip_markup(text)
+    unit = UNIT_AT_END.search(text.casefold())
+    return text[: unit.start()] if unit else text
+
+
 def is_formula(text: str) -> bool:
     """Whether a text consists only of numbers, signs, single letters and LaTeX commands."""
     rest = re.sub(r"\\[a-zA-Z]+", " ", to_latex(text))
@@ -221,7 +228,7 @@ def infer_answer_type(gold: str, question: str, options: Mapping[str, str] | Non
         return "choice"
     if parse_quantity(gold, full_match=True) or counted_noun(gold):
         return "number"
-    return "number" if is_formula(UNIT_AT_END.sub("", strip_markup(gold))) else "text"
+    return "number" if is_formula(strip_unit(gold)) else "text"
 
 
 def counted_noun(text: str) -> str | None:

@@ -251,7 +251,12 @@ REWARDS: dict[str, RewardFunction] = {
 
 
 def choose_rewards(
-    names: Sequence[str], reward_file: str | None = None, *, min_length: int = 20, max_length: int = 1000
+    names: Sequence[str],
+    reward_file: str | None = None,
+    *,
+    min_length: int = 20,
+    max_length: int = 1000,
+    tolerance: float | None = None,
 ) -> dict[str, RewardFunction]:
     """The reward functions with these names, in this order, each wrapped in `wrap_reward`.
 
@@ -259,9 +264,11 @@ def choose_rewards(
         names: names of `REWARDS` and of functions in `reward_file`.
         reward_file: path of a Python file with additional functions.
         min_length, max_length: in characters, for `length_reward`.
+        tolerance: accepted deviation of numbers, as a share of the answer, for `accuracy_reward`.
 
     Raises:
-        UserError: a name is unknown or given twice, no function of the file is named; see also `load_reward_file`.
+        UserError: a value outside its range; a name is unknown or given twice, no function of the file is named; see
+            also `load_reward_file`.
     """
     if doubled := [name for name, times in Counter(names).items() if times > 1]:
         raise UserError(f"--reward_funcs names {doubled[0]} twice. Name it once and give it more --reward_weights.")
@@ -270,6 +277,11 @@ def choose_rewards(
             f"--reward_min_length {min_length} and --reward_max_length {max_length} are not a valid range. Give 0 or "
             "more characters, and a maximum that is not below the minimum."
         )
+    if tolerance is not None and not 0 <= tolerance < math.inf:
+        raise UserError(
+            f"--reward_tolerance {tolerance:g} must be 0 or more: the accepted deviation as a share of the answer, "
+            "0.02 for 2%."
+        )
     own = [name for name in names if name not in REWARDS]
     if reward_file is None and own:
         raise UserError(
@@ -277,6 +289,7 @@ def choose_rewards(
             "--reward_file my_rewards.py."
         )
     functions = REWARDS | (load_reward_file(reward_file, own) if reward_file is not None else {})
+    functions["accuracy"] = partial(accuracy_reward, default_tolerance=tolerance)
     functions["length"] = partial(length_reward, min_length=min_length, max_length=max_length)
     return {name: wrap_reward(name, functions[name]) for name in names}
 
