@@ -1,5 +1,6 @@
 """For each shape of a task: question and options are in the prompt, the correct answer scores 1 and no other does."""
 
+from medicalgpt.data.export import export_row
 from medicalgpt.data.sources import RowError
 from medicalgpt.data.tasks import to_task
 from medicalgpt.rewards.rewards import accuracy_reward
@@ -112,6 +113,12 @@ def test_question_and_options_are_in_the_prompt_and_one_option_is_correct(row):
             assert score(task, form(letter, text)) == (letter == "B"), (name, form(letter, text))
     assert score(task, "A B C D") == score(task, "") == score(task, "<think>B") == score(task, LINES) == 0
     assert score(task, r"\boxed{A} or \boxed{B}") == 0
+
+
+@pytest.mark.parametrize("row", CHOICES.values(), ids=CHOICES)
+def test_a_task_that_is_exported_is_read_as_the_same(row):
+    task = to_task(row)
+    assert to_task(export_row(task, "task", {})) == task
 
 
 def test_several_correct_options():

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from medicalgpt.data.formats import to_messages, to_preference, to_task, to_text
+from medicalgpt.data.formats import to_messages, to_preference, to_text
 from medicalgpt.data.rows import Rows
 from medicalgpt.data.sources import RowError
+from medicalgpt.data.tasks import to_task
 from medicalgpt.errors import UserError
 from medicalgpt.files import open_new
 

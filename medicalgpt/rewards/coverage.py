@@ -46,11 +46,7 @@ def find_unscorable(rows: Iterable[dict[str, Any]]) -> list[Problem]:
         options = columns.get("options") or written_options(question_text(row["messages"]))
         if gold and kind == "choice" and not parse_options_chosen(gold, options):
             remedy = "Write the letters of the correct options, or omit `type`."
-        elif (
-            gold
-            and kind == "number"
-            and not (parse_quantity(gold) or counted_noun(gold) or is_formula(strip_unit(gold)))
-        ):
+        elif gold and kind == "number" and not (parse_quantity(gold) or is_formula(strip_unit(gold))):
             remedy = "Write one number, with its unit, or omit `type`."
         else:
             continue
