@@ -519,7 +519,7 @@ class GrpoArguments(TemplateArguments, StageDefaults, GRPOConfig):
     reward_tolerance: float | None = field(
         default=None,
         metadata={
-            "help": "Deviation of a number that the reward `accuracy` accepts, as a share of the answer: 0.02 for 2%. "
+            "help": "Deviation of a number that the reward `accuracy` accepts, as a share of the answer, such as 0.02. "
             "A row's field `tolerance` takes precedence."
         },
     )

@@ -44,7 +44,7 @@ HEADING = re.compile(
     r"^[ \t]*#{1,6}[ \t]*(?:final (?:response|answer)|最终(?:回答|答案|回复))\b[ \t]*[:：]?", re.I | re.M
 )
 HASHES = re.compile(r"(?:^|\n)[ \t]*####[ \t]*([^\n]+?)\s*$")
-# Up to the end of the last line: "The correct answer is (B).", "答案：B", "故选B".
+# Up to the end of a line: "The correct answer is (B).", "答案：B", "故选B".
 STATEMENT = re.compile(
     r"(?:\banswer\b(?:\s+(?:option|choice))?\s*(?:is|are|would be|[:=：])+|答案\s*(?:应该|应)?\s*(?:是|为|选|[:：])+"
     r"|(?:故|应|应该|因此|所以)选(?:择)?)[ \t*:：]*([^\n]+?)\s*$",
@@ -62,10 +62,13 @@ def _marked_answer(text: str) -> str | None:
         return boxed
     if hashes := HASHES.search(text):
         return hashes[1]
-    last = text.rstrip().rpartition("\n")[2]
-    stated = STATEMENT.search(last)
-    if stated and len(stated[1]) <= LONGEST_STATEMENT:
-        return stated[1]
+    # In the last line, or as a line: "Answer: B", which an explanation may follow.
+    lines = text.strip().split("\n")
+    for line in reversed(lines):
+        stated = STATEMENT.search(line)
+        opening = stated and len(re.findall(r"\w+", line[: stated.start()])) <= 3
+        if stated and (line is lines[-1] or opening) and len(stated[1]) <= LONGEST_STATEMENT:
+            return stated[1]
     return text if headings else None
 
 
@@ -96,7 +99,8 @@ def reply_answer(text: str) -> str | None:
 
 def strip_markup(text: str) -> str:
     """Remove the LaTeX and Markdown markup around a result."""
-    text = re.sub(r"\\(?:text|mathrm|mathbf)\s*\{([^{}]*)\}", r"\1", normalize_width(text))
+    wrappers = r"\\(?:text(?:bf|rm|it|sf)?|math(?:rm|bf|it|sf)|operatorname)\s*\{([^{}]*)\}"
+    text = re.sub(wrappers, r"\1", re.sub(wrappers, r"\1", normalize_width(text)))
     text = re.sub(r"\\boxed\s*\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"\\[,;:! ()\[\]]|\$|(?<![\d)}])\*\*|\*\*(?![\d({])", " ", text).replace(r"\%", "%")
     return re.sub(r"\bm\^(?:2|\{2\})", "m2", text).strip()

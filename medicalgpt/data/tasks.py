@@ -93,6 +93,10 @@ def _refuse_unusable(row: dict[str, Any]) -> None:
             "Remove the answer and `label`, or write the correct answer into `answer`.",
             row["label"],
         )
+    if row.get("input") and "instruction" not in row and set(row) & {*PROMPT_FIELDS, *QUESTION_FIELDS}:
+        raise RowError(
+            "`input` is read with `instruction` only", "Write it into the question, or name it `context`.", row["input"]
+        )
     if row.get("functions") or row.get("function_call"):
         name = "functions" if row.get("functions") else "function_call"
         raise RowError(f"`{name}`: replies are scored as text, calls are not", "Remove these rows.", row[name])
@@ -177,20 +181,18 @@ def _letters_of(item: Any, name: str, options: dict[str, str], first: int) -> st
 
 
 def _plain_gold(columns: dict[str, Any], reply: str | None) -> Any:
-    """The correct answer of a row without options, None if it has none; a reply field moves into it."""
+    """The correct answer of a row without options, or a list of them; None if it has none. A reply moves into it."""
     for name in GOLD_FIELDS:
         item = columns.get(name)
         if name == "reward_model":
             item = item.get("ground_truth") if isinstance(item, Mapping) else None
-        if isinstance(item, list) and name != "answer":
-            if len(item) != 1:
-                raise RowError(
-                    f"`{name}` has {len(item)} answers; replies are compared with one",
-                    "Give one, or split the row.",
-                    item,
-                )
+        if isinstance(item, Mapping):
+            item = item.get("target")
+        if isinstance(item, list) and len(item) == 1:
             item = item[0]
-        if item is not None:
+        if isinstance(item, Mapping) or isinstance(item, list) and not all(isinstance(one, str | int) for one in item):
+            raise RowError(f"`{name}` is not an answer or a list of answers", "Write it as text.", item)
+        if item is not None and item != []:
             return item
     if reply is not None:
         return reply

@@ -25,13 +25,21 @@ READ_BY_REWARDS = {"answer", "type", "options", "tolerance", "language", "meta"}
 EXAMPLES = 3
 
 
+def first_answer(row: Mapping[str, Any]) -> str:
+    """The correct answer as it is in the row, the first of several; empty without one."""
+    answer = row["columns"].get("answer")
+    if isinstance(answer, list):
+        answer = answer[0] if answer else None
+    return "" if answer is None else str(answer).strip()
+
+
 def kind_of_answer(row: Mapping[str, Any]) -> str | None:
     """How the reward `accuracy` compares with the answer of a task: a kind of `KINDS`, or `formula` for a number that
     has to be computed. None for a row without an answer."""
-    columns = row["columns"]
-    if not str(columns.get("answer", "")).strip():
+    columns, gold = row["columns"], final_answer(first_answer(row))
+    if not gold:
         return None
-    gold, kind = final_answer(str(columns["answer"])), columns.get("type")
+    kind = columns.get("type")
     if kind not in KINDS:
         kind = infer_answer_type(gold, question_text(row["messages"]), columns.get("options"))
     return "formula" if kind == "number" and not parse_quantity(gold) and is_formula(strip_unit(gold)) else kind
@@ -42,7 +50,7 @@ def find_unscorable(rows: Iterable[dict[str, Any]]) -> list[Problem]:
     problems = []
     for row in rows:
         columns = row["columns"]
-        gold, kind = final_answer(str(columns.get("answer") or "")), columns.get("type")
+        gold, kind = final_answer(first_answer(row)), columns.get("type")
         options = columns.get("options") or written_options(question_text(row["messages"]))
         if gold and kind == "choice" and not parse_options_chosen(gold, options):
             remedy = "Write the letters of the correct options, or omit `type`."
@@ -124,7 +132,7 @@ def _spread(examples: Mapping[str, list[dict[str, Any]]]) -> list[tuple[str, dic
 
 
 def _judged(kind: str, row: dict[str, Any], accuracy: RewardFunction) -> str:
-    text = str(row["columns"]["answer"])
+    text = first_answer(row)
     gold = final_answer(text)
     replies = {"correct": gold, "wrong": _another(kind, gold, row), "text of the row": text}
     columns = {name: [value] * len(replies) for name, value in row["columns"].items()}

@@ -85,6 +85,7 @@ def parse_unit(text: str | None, each: str | None = None) -> tuple[str, float]:
 
 # "$18", "€18"; and what is counted, as in "18 dollars": a noun that is not a unit of UNITS.
 CURRENCY = re.compile("[$€£¥]")
+SPACED_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d,])")
 COUNTED = re.compile(rf"(?<=\d)\s*(?:[a-z]{{3,}}(?: [a-z]{{3,}})?|[{HAN}]{{1,2}})$")
 
 
@@ -97,6 +98,7 @@ def parse_quantity(text: str, full_match: bool = False) -> Quantity | None:
         full_match: accept no text around the quantity.
     """
     text = re.split("[=≈]", CURRENCY.sub(" ", strip_markup(text)).casefold())[-1].strip(" .。")
+    text = SPACED_THOUSANDS.sub(lambda match: match[0].replace(" ", ""), text)
     if CALCULATION.search(text):
         return None
     matches = list(QUANTITY.finditer(text))
@@ -125,15 +127,18 @@ def number_score(gold: str, answer: str, tolerance: float | None = None) -> floa
         return 1.0
     if "\n" in answer.strip():
         return 0.0
+    if noun := counted_noun(gold):
+        gold = _without_noun(gold)
+        answer = _without_noun(answer)
     wanted, given = parse_quantity(gold), parse_quantity(answer)
-    if tolerance is not None and wanted and given is None:
-        given = parse_fraction(answer)
+    if tolerance is not None or MIXED.match(gold) or MIXED.match(answer):
+        wanted, given = wanted or parse_fraction(gold), given or parse_fraction(answer)
     if wanted and given:
         if tolerance is None:
             tolerance = 1e-9 if wanted.exact else 1e-3
         margin = tolerance * abs(wanted.number) + 1e-12
         # A quantity of something that is counted is not one in a unit.
-        if wanted.base == given.base or not wanted.has_unit and not counted_noun(gold):
+        if wanted.base == given.base or not wanted.has_unit and not noun:
             size = given.size / wanted.size if wanted.base == given.base else 1.0
             if abs(wanted.number - given.number * size) <= margin:
                 return 1.0
@@ -233,13 +238,19 @@ def infer_answer_type(gold: str, question: str, options: Mapping[str, str] | Non
 
 def counted_noun(text: str) -> str | None:
     """`dollars` of "18 dollars": what a whole text counts, if it is a number and a noun that is not a unit."""
-    text = strip_markup(text).casefold().strip(" .。")
-    noun = COUNTED.search(text)
-    number = parse_quantity(text) if noun else None
-    alone = number and not number.has_unit and parse_quantity(text[: noun.start()], full_match=True)
-    return noun[0].strip() if alone else None
+    noun = COUNTED.search(strip_markup(text).casefold().strip(" .。"))
+    number = _without_noun(text)
+    if not noun or not (parse_quantity(number, full_match=True) or parse_fraction(number)):
+        return None
+    known = parse_quantity(text)
+    return None if known and known.has_unit else noun[0].strip()
 
 
+def _without_noun(text: str) -> str:
+    return COUNTED.sub("", CURRENCY.sub(" ", strip_markup(text)).casefold().strip(" .。"))
+
+
+MIXED = re.compile(r"\s*-?\d+\s+(?:\d+\s*/\s*\d+|\\d?frac\b)")
 FRACTION = re.compile(r"(-?)(?:(\d+)\s+)?(?:\\d?frac\{(\d+)\}\{(\d+)\}|(\d+)\s*/\s*(\d+))")
 
 

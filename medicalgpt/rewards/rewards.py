@@ -78,7 +78,8 @@ def accuracy_reward(
     - `number`: a number with its unit, or a formula; 0.5 if the unit is missing (`number_score`, column `tolerance`);
     - `text`: the same text, or the overlap for long texts (`text_score`).
 
-    A reply without an answer scores 0, and so does one that lists several answers.
+    A reply without an answer scores 0, and so does one that lists several answers. Where `answer` is a list, each entry
+    is a correct answer, and the best score counts.
 
     Args:
         default_tolerance: for rows without `tolerance`.
@@ -91,19 +92,21 @@ def accuracy_reward(
         if gold is None or not str(gold).strip():
             scores.append(None)
             continue
-        gold, answer = final_answer(str(gold)), reply_answer(completion_text(completion))
-        options = options or written_options(question_text(prompt))
-        if kind not in KINDS:
-            kind = infer_answer_type(gold, question_text(prompt), options)
-        if not answer:
-            scores.append(0.0)
-        elif kind == "choice":
-            scores.append(choice_score(gold, answer, options))
-        elif kind == "number":
-            scores.append(number_score(gold, answer, default_tolerance if tolerance is None else tolerance))
-        else:
-            scores.append(text_score(gold, answer))
+        answer, question = reply_answer(completion_text(completion)), question_text(prompt)
+        options = options or written_options(question)
+        tolerance = default_tolerance if tolerance is None else tolerance
+        # A list has several correct answers, each of them enough.
+        golds = [final_answer(str(one)) for one in (gold if isinstance(gold, list) else [gold])]
+        kinds = [kind if kind in KINDS else infer_answer_type(one, question, options) for one in golds]
+        compared = [_compare(*pair, answer, options, tolerance) for pair in zip(kinds, golds, strict=True) if answer]
+        scores.append(max(compared, default=0.0))
     return scores
+
+
+def _compare(kind: str, gold: str, answer: str, options: Mapping[str, str] | None, tolerance: float | None) -> float:
+    if kind == "choice":
+        return choice_score(gold, answer, options)
+    return number_score(gold, answer, tolerance) if kind == "number" else text_score(gold, answer)
 
 
 WELL_FORMED = re.compile(r"(?:<think>)?(?P<think>.*?)</think>\s*<answer>(?P<answer>.*?)</answer>", re.DOTALL)
