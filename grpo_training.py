@@ -38,7 +38,7 @@ from medicalgpt.args import (
     TemplateArguments,
 )
 from medicalgpt.data.encoding import Prompt, encode_prompt, render_prompts
-from medicalgpt.data.loading import load_data
+from medicalgpt.data.loading import LoadedData, load_data
 from medicalgpt.data.tasks import to_task
 from medicalgpt.data.tokenizing import encode_sides
 from medicalgpt.errors import UserError, run_main
@@ -765,6 +765,14 @@ def resolve_rewards(args: GrpoArguments) -> dict[str, RewardFunction]:
     return functions
 
 
+def load_tasks(data_args: DataArguments, functions: dict[str, RewardFunction], seed: int) -> LoadedData:
+    """The rows; one whose answer no reply could match is among the problems, if replies are compared with it."""
+    data = load_data(data_args, to_task, seed=seed)
+    if "accuracy" in functions:
+        data.problems += find_unscorable(chain(data.train, data.validation))
+    return data
+
+
 def load_model_reward(
     args: GrpoArguments, model_args: ModelArguments, rows: Iterable[dict[str, Any]] = ()
 ) -> RewardFunction:
@@ -838,13 +846,10 @@ def main() -> None:
     stop_ids = stop_token_ids(tokenizer, stop)
 
     # 3 data: prompts that leave room for an answer; the other fields of a row go to the reward functions
-    seed = args.order_seed
-    data = load_data(data_args, to_task, seed=seed)
-    if "accuracy" in functions:
-        data.problems += find_unscorable(chain(data.train, data.validation))
+    data = load_tasks(data_args, functions, args.order_seed)
     columns = reward_columns(data)
     encode = partial(encode_prompt, tokenizer, max_length=args.model_max_length - args.max_completion_length)
-    train, validation = encode_sides(data, encode, data_args, seed, Prompt)
+    train, validation = encode_sides(data, encode, data_args, args.order_seed, Prompt)
     run.add_data(data)
     run.preview(tokenizer, train)
     check_coverage(data.train, functions, args.reward_tolerance)

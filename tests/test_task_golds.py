@@ -1,9 +1,16 @@
 """For each shape of a task: question and options are in the prompt, the correct answer scores 1 and no other does."""
 
+import json
+import re
+
+from eval_pipeline import task_rewards
 from medicalgpt.data.export import export_row
 from medicalgpt.data.sources import RowError
 from medicalgpt.data.tasks import to_task
-from medicalgpt.rewards.rewards import accuracy_reward
+from medicalgpt.evaluation.held_out import read_tasks
+from medicalgpt.rewards.reward_check import check_rewards
+from medicalgpt.rewards.rewards import accuracy_reward, choose_rewards
+from tests.helpers import ROOT, write_jsonl
 
 import pytest
 
@@ -122,6 +129,16 @@ def test_question_and_options_are_in_the_prompt_and_one_option_is_correct(row):
 def test_a_task_that_is_exported_is_read_as_the_same(row):
     task = to_task(row)
     assert to_task(export_row(task, "task", {})) == task
+
+
+@pytest.mark.parametrize("page", ["data/README.md", "data/README_zh.md"])
+def test_the_rows_of_the_page_have_an_answer(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    block = text[re.search(r"^(?:Tasks|任务)[ （(]+`grpo", text, re.MULTILINE).start() :].split("```")[1]
+    tasks = [to_task(json.loads(line)) for line in block.removeprefix("json").strip().splitlines()]
+    correct = ["108 mg", "B", "B", "18", "2", "2", "yes"]
+    assert [score(*pair) for pair in zip(tasks, correct, strict=True)] == [1] * len(correct)
+    assert [score(task, "A") for task in tasks] == [0] * len(correct)
 
 
 def test_several_correct_options():
@@ -276,3 +293,18 @@ def test_tolerance():
 def test_other_fields_go_to_the_reward_functions():
     columns = to_task({**CHOICES["MedQA"], "difficulty": 3})["columns"]
     assert columns["answer"] == "B" and columns["options"] == OPTIONS and columns["difficulty"] == 3
+
+
+def test_evaluation_reads_tasks_as_training_does(tmp_path):
+    path = write_jsonl(tmp_path / "tasks.jsonl", [CHOICES["MedMCQA"], ANSWERS["GSM8K"][0]])
+    choice, number = read_tasks(str(path))
+    assert choice.messages == to_task(CHOICES["MedMCQA"])["messages"] and choice.reference == "B"
+    is_correct = task_rewards()[1]["correct answers"]
+    assert is_correct("Paracetamol", choice) and is_correct("<think>?</think><answer>18</answer>", number)
+    assert not is_correct("Warfarin", choice) and not is_correct(STEPS, number)
+
+
+def test_rewards_are_checked_with_the_options_of_a_row(tmp_path):
+    row = {**CHOICES["MedQA"], "good": "Paracetamol", "bad": "Warfarin"}
+    found = check_rewards(str(write_jsonl(tmp_path / "rows.jsonl", [row])), choose_rewards(["accuracy"]))
+    assert (found["accuracy"].good, found["accuracy"].bad) == (1, 0)

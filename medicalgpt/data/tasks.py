@@ -110,11 +110,13 @@ def _take_prompt(columns: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
         return {"messages": prompt["messages"], "tools": prompt["tools"]}, None
     # Any other prompt field of the row is a separate column.
     names = (*PROMPT_FIELDS, *QUESTION_FIELDS)
-    asked = next((name for name in names if name in columns), "prompt")
+    asked = next((name for name in names if name in columns), None)
+    if asked is None:
+        prompt = to_prompt(columns)
+        return {"messages": prompt["messages"], "tools": prompt["tools"]}, prompt["reference"]
     parts = [*(["input"] if asked == "instruction" else []), *LEADING_FIELDS]
     fields = {name: columns.pop(name) for name in parts if name in columns}
-    if asked in columns:
-        fields[asked if asked in PROMPT_FIELDS else "question"] = columns.pop(asked)
+    fields[asked if asked in PROMPT_FIELDS else "question"] = columns.pop(asked)
     prompt = to_prompt(fields)
     return {"messages": prompt["messages"], "tools": prompt["tools"]}, prompt["reference"]
 

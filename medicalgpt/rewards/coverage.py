@@ -6,6 +6,7 @@ from typing import Any
 
 from medicalgpt.data.answers import final_answer, parse_choice
 from medicalgpt.data.choices import written_options
+from medicalgpt.data.formats import METADATA_FIELDS
 from medicalgpt.data.sources import Problem, place_of, shorten
 from medicalgpt.data.tasks import GOLD_FIELDS, OPTION_GOLD_FIELDS
 from medicalgpt.errors import UserError
@@ -21,7 +22,7 @@ from medicalgpt.rewards.rewards import KINDS, REWARDS, RewardFunction, question_
 from loguru import logger
 
 PROBE = "<think>?</think><answer>?</answer>"
-READ_BY_REWARDS = {"answer", "type", "options", "tolerance", "language", "meta"}
+READ_FIELDS = {"answer", "type", "options", "tolerance", *METADATA_FIELDS, *GOLD_FIELDS, *OPTION_GOLD_FIELDS}
 EXAMPLES = 3
 
 
@@ -97,7 +98,7 @@ def check_coverage(
         for kind, row in _spread(examples):
             logger.info(_judged(kind, row, functions["accuracy"]))
     if not set(functions) - set(REWARDS):
-        unread = Counter(name for row in rows for name in row["columns"] if name not in READ_BY_REWARDS)
+        unread = Counter(name for row in rows for name in row["columns"] if name not in READ_FIELDS)
         if unread:
             names = ", ".join(f"{name} ({count:,} rows)" for name, count in sorted(unread.items()))
             logger.info(f"fields that no reward reads: {names}")
