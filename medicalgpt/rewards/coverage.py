@@ -6,7 +6,6 @@ from typing import Any
 
 from medicalgpt.data.answers import final_answer, parse_choice
 from medicalgpt.data.choices import written_options
-from medicalgpt.data.formats import METADATA_FIELDS
 from medicalgpt.data.sources import Problem, place_of, shorten
 from medicalgpt.data.tasks import GOLD_FIELDS, OPTION_GOLD_FIELDS
 from medicalgpt.errors import UserError
@@ -22,7 +21,9 @@ from medicalgpt.rewards.rewards import KINDS, REWARDS, RewardFunction, question_
 from loguru import logger
 
 PROBE = "<think>?</think><answer>?</answer>"
-READ_FIELDS = {"answer", "type", "options", "tolerance", *METADATA_FIELDS, *GOLD_FIELDS, *OPTION_GOLD_FIELDS}
+# Fields that need no mention: what the rewards read, and what only describes a row.
+READ_FIELDS = {"answer", "type", "options", "tolerance", "language", "meta", *GOLD_FIELDS, *OPTION_GOLD_FIELDS}
+READ_FIELDS |= {"id", "idx", "source", "category", "lang", "metadata"}
 EXAMPLES = 3
 
 
