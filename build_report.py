@@ -29,11 +29,14 @@ from medicalgpt.evaluation.significance import (
     compare_shares,
     wilson_interval,
 )
+from medicalgpt.files import write_atomically
 from medicalgpt.training.plots import loss_series, read_metrics, svg_curve
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+# What shows that a page is a report: it names its generator, which earlier ones did not.
+REPORT_MARKS = ("MedicalGPT build_report.py", "content=\"default-src 'none'; style-src 'unsafe-inline'\"")
 MAX_BYTES = 500_000
 # A model that never stops fills a page; the complete answer is in the results of the evaluation.
 MAX_SHOWN_CHARACTERS = 1_200
@@ -491,6 +494,18 @@ def _named_paths(values: list[str], flag: str) -> dict[str, Path]:
     return named
 
 
+def check_output_file(path: Path) -> None:
+    """Raise UserError if a report would replace a file that is not one."""
+    if path.is_dir():
+        raise UserError(f"--output_file {path} is a folder; give the name of a file in it.")
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        beginning = file.read(1000).decode("utf-8", errors="replace")
+    if not any(mark in beginning for mark in REPORT_MARKS):
+        raise UserError(f"--output_file {path} exists and is not a report. Choose another file, or remove it first.")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -510,6 +525,8 @@ def main() -> None:
     if args.expect_exact_match is not None and not 0 <= args.expect_exact_match <= 1:
         raise UserError(f"--expect_exact_match {args.expect_exact_match:g}: expected a share from 0 to 1.")
 
+    if args.output_file:
+        check_output_file(args.output_file)
     evaluation = read_json(args.eval_file, "eval_pipeline.py")
     models = evaluation.get("models")
     if not models:
@@ -523,7 +540,7 @@ def main() -> None:
     if args.output_file:
         page = build_html(evaluation, runs, command_line(sys.argv)).encode("utf-8")
         args.output_file.parent.mkdir(parents=True, exist_ok=True)
-        args.output_file.write_bytes(page)
+        write_atomically(args.output_file, page)
         print(f"\nreport: {args.output_file} ({len(page) / 1000:,.0f} kB, opens without a network)")
         if len(page) > MAX_BYTES:
             print(f"notice: the report is larger than {MAX_BYTES / 1000:.0f} kB; evaluate with fewer examples.")

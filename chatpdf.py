@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 from medicalgpt.args import ChatArguments, PageArguments
 from medicalgpt.data.sources import Problem, format_problems, read_rows
 from medicalgpt.errors import UserError, run_main
+from medicalgpt.files import refuse_overwriting, write_atomically
 from medicalgpt.logs import heartbeat, setup_logging
 from medicalgpt.parser import parse_args
 from medicalgpt.rag import documents
@@ -244,12 +245,14 @@ def read_collection(arguments: FileArguments) -> "Collection":
     """Read all files, from the index if they are unchanged.
 
     Raises:
-        UserError: files cannot be read; all of them are named.
+        UserError: files cannot be read; all of them are named. Or --output_file is one of them.
     """
     embedder = Embedder(arguments.sim_model_name, arguments.cache_dir) if arguments.sim_model_name else None
     if arguments.page and not arguments.files:
         return Collection([], embedder)
     files = find_documents(arguments.files or [str(SAMPLES / "documents")])
+    for path in files:
+        refuse_overwriting("--output_file", arguments.output_file, {"--files": path})
     store = DocumentStore(
         arguments.index_dir or CACHE, arguments.chunk_size, arguments.chunk_overlap, arguments.encoding
     )
@@ -367,10 +370,11 @@ class Question:
 
 
 def read_questions(arguments: FileArguments) -> list[Question]:
-    """Raise UserError if rows are broken, naming all of them, or if --output_file exists."""
+    """Raise UserError if rows are broken, naming all of them, or if --output_file would overwrite something."""
     if arguments.output_file and Path(arguments.output_file).exists() and not arguments.overwrite_output_file:
         raise UserError(f"{arguments.output_file} exists. Choose another file, or add --overwrite_output_file.")
     path = Path(arguments.questions or SAMPLES / "questions.jsonl")
+    refuse_overwriting("--output_file", arguments.output_file, {"--questions": path})
     if not path.is_file() or path.suffix != ".jsonl":
         raise UserError(f"--questions {path} must be an existing .jsonl file (looked in {Path.cwd()}).")
     questions, problems = [], []
@@ -440,7 +444,7 @@ def evaluate(
         settings |= {name: getattr(arguments, name) for name in ("min_coverage", "sim_model_name", "min_similarity")}
         result = {"settings": settings, "measures": table, "questions": rows}
         Path(arguments.output_file).parent.mkdir(parents=True, exist_ok=True)
-        Path(arguments.output_file).write_text(json.dumps(result, ensure_ascii=False, indent=1), encoding="utf-8")
+        write_atomically(arguments.output_file, json.dumps(result, ensure_ascii=False, indent=1))
 
 
 def measures(rows: list[dict[str, Any]], language: str) -> dict[str, float]:

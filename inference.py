@@ -34,6 +34,7 @@ from medicalgpt.args import ChatArguments
 from medicalgpt.data.formats import to_prompt
 from medicalgpt.data.sources import Problem, RowError, SourceRow, format_problems, ignored_fields, read_rows
 from medicalgpt.errors import UserError, run_main
+from medicalgpt.files import refuse_overwriting
 from medicalgpt.logs import (
     heartbeat,
     is_main_process,
@@ -203,8 +204,8 @@ def check_output_file(arguments: InferenceArguments) -> None:
     if not is_main_process():
         return  # By now the first process may have begun to write.
     target, partial = Path(arguments.output_file), unfinished(arguments.output_file)
-    if target.resolve() == Path(arguments.data_file).resolve():
-        raise UserError(f"--output_file {target} is the data file itself; give it another name.")
+    for path in (target, partial):
+        refuse_overwriting("--output_file", path, {"--data_file": arguments.data_file})
     if target.is_dir():
         raise UserError(f"--output_file {target} is a folder; give the name of a file in it.")
     for path in (target, partial):

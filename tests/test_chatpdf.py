@@ -250,6 +250,39 @@ def test_only_new_and_changed_files_are_read(notes, log, capsys, monkeypatch):
     assert len(list(index.iterdir())) == 1 and any("is gone" in line for line in log)
 
 
+def test_an_unmounted_disk_does_not_empty_the_index(notes, log, tmp_path, monkeypatch):
+    """Its folder is there and empty, or missing; the index of another folder is opened meanwhile."""
+    monkeypatch.setattr(chatpdf, "setup_logging", lambda: None)
+    folder, flags = notes
+    search(flags)
+    index = folder.parent / "index"
+    (index / "mine.json").write_text(json.dumps({"path": "/gone"}))
+    entries = {path.name for path in index.iterdir()}
+    folder.rename(tmp_path / "unplugged")
+    for present in (True, False):
+        folder.mkdir() if present else folder.rmdir()
+        (tmp_path / "elsewhere").mkdir(exist_ok=True)
+        (tmp_path / "elsewhere" / "a.txt").write_text("Insulin is kept cool.\n")
+        search(["--files", str(tmp_path / "elsewhere"), "--index_dir", str(index)])
+        assert {path.name for path in index.iterdir()} > entries
+        assert any("on a disk that is not mounted" in line for line in log)
+    (tmp_path / "unplugged").rename(folder)
+    search(flags)
+    assert "(2 from" in known(log)
+
+
+def test_results_do_not_overwrite_what_they_are_about(notes, tmp_path):
+    folder, flags = notes
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    questions = write_jsonl(tmp_path / "q.jsonl", [{"question": "insulin?", "language": "en", "file": None}])
+    command = ["--evaluate", *flags, "--questions", questions, "--overwrite_output_file", "--output_file"]
+    with pytest.raises(UserError, match="would overwrite --questions"):
+        run_here("chatpdf.py", *command, questions)
+    with pytest.raises(UserError, match="would overwrite --files"):
+        run_here("chatpdf.py", *command, folder / "insulin.txt")
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
 @pytest.mark.parametrize(
     "damage", [lambda text: text[:-9], lambda text: text.replace('[["', '[["Not '), lambda text: "{}"]
 )

@@ -436,11 +436,15 @@ def test_an_edited_template_is_measured_again(workplace):
     assert "base: weights, data and settings are unchanged" in printed and "sft: perplexity" in printed
 
 
-def test_unreadable_earlier_results_are_measured_again(workplace, tmp_path):
-    workplace()
-    (tmp_path / "out" / "eval.json").write_text("{", encoding="utf-8")
-    results, printed = workplace()
-    assert "not readable as earlier results" in printed and len(results["models"]) == 2
+def test_a_file_that_is_not_of_an_evaluation_is_not_overwritten(tmp_path):
+    """Results are written in one step, so an unreadable file is another one; so is a run's own record."""
+    for text in ("{", "[]", '{"stage": "sft"}', '{"format": 1}', '{"format": 3}'):
+        (tmp_path / "run.json").write_text(text, encoding="utf-8")
+        with pytest.raises(UserError, match="run.json exists and does not hold results of an evaluation"):
+            results.ResultsFile(tmp_path / "run.json", ["sft"], {})
+        assert (tmp_path / "run.json").read_text(encoding="utf-8") == text
+    (tmp_path / "run.json").write_text('{"format": 1, "models": []}', encoding="utf-8")
+    assert results.ResultsFile(tmp_path / "run.json", ["sft"], {}).find({}) is None
 
 
 def test_results_of_a_stopped_evaluation_are_kept(workplace, monkeypatch, tmp_path):

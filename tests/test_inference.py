@@ -216,8 +216,13 @@ def test_existing_answers_are_not_replaced(taught, tmp_path, monkeypatch):
         main(monkeypatch, *command, "--overwrite_output_file")
         assert read_rows(output)[0]["response"] == ANSWERS["你好"]
         output.unlink()
-    with pytest.raises(UserError, match="the data file itself"):
+    with pytest.raises(UserError, match="would overwrite --data_file"):
         main(monkeypatch, *command[:-1], data, "--overwrite_output_file")
+    unfinished = write_rows(tmp_path / "answers.txt.partial", ["你好"])
+    with pytest.raises(UserError, match="partial would overwrite --data_file"):
+        more = ("--data_file", unfinished, "--output_file", tmp_path / "answers.txt", "--overwrite_output_file")
+        main(monkeypatch, "--model_name_or_path", taught, *more)
+    assert unfinished.read_text(encoding="utf-8") == data.read_text(encoding="utf-8")
     with pytest.raises(UserError, match="is a folder"):
         main(monkeypatch, *command[:-1], tmp_path, "--overwrite_output_file")
 

@@ -513,6 +513,21 @@ def test_rewards_that_are_all_equal_are_called_so(report, monkeypatch, events, s
     assert re.findall(r"notice: sft \(.*\): (no learning signal: in every \w+)", printed) == wanted
 
 
+def test_only_a_report_is_overwritten(report, tmp_path):
+    """A mistyped path must not cost a page, a run's record or the results themselves."""
+    report()
+    report()
+    for text in ("<!DOCTYPE html><title>mine</title>", "{}", ""):
+        (tmp_path / "out" / "report.html").write_text(text)
+        with pytest.raises(UserError, match="report.html exists and is not a report"):
+            report()
+        assert (tmp_path / "out" / "report.html").read_text() == text
+    (tmp_path / "out" / "report.html").unlink()
+    with pytest.raises(UserError, match="eval.json exists and is not a report"):
+        report("--output_file", str(tmp_path / "eval.json"))
+    assert json.loads((tmp_path / "eval.json").read_text(encoding="utf-8"))["models"]
+
+
 def test_page_of_long_runs_is_small(tmp_path, monkeypatch, capsys):
     wave = [math.sin(step) for step in range(1, 5001)]
     functions = {f"rewards/function_{number}/mean" for number in range(8)}

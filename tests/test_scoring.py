@@ -214,7 +214,7 @@ def test_a_field_of_the_row_is_never_replaced(scorer, tmp_path):
 
 def test_files_are_checked_before_a_model_is_loaded(tmp_path):
     source = write_jsonl(tmp_path / "in.jsonl", [PAIR])
-    with pytest.raises(UserError, match="is the score file itself"):
+    with pytest.raises(UserError, match="would overwrite --score_file"):
         check_output_file(source, source, True)
     with pytest.raises(UserError, match="is a folder"):
         check_output_file(source, str(tmp_path), True)

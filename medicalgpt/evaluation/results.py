@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from medicalgpt.errors import UserError
 from medicalgpt.files import write_atomically
 
 if TYPE_CHECKING:
@@ -52,6 +53,9 @@ class ResultsFile:
         Args:
             names: of all models, in the order in which their results will be added.
             inputs: what all results depend on, such as the version of the code; their fingerprints hold it.
+
+        Raises:
+            UserError: there is another file at `path`.
         """
         self.path, self.names, self.inputs = path, list(names), inputs
         self.models: list[dict[str, Any]] = []
@@ -85,11 +89,13 @@ class ResultsFile:
     def _read(self) -> list[dict[str, Any]]:
         try:
             previous = json.loads(self.path.read_text(encoding="utf-8"))
-            if previous["format"] != FORMAT:
+            if previous["format"] != FORMAT and "models" in previous:
                 return []
             return [*previous["models"], *previous["earlier"], *filter(None, [previous["reward"]])]
         except FileNotFoundError:
             return []
-        except (ValueError, KeyError, TypeError) as error:
-            print(f"{self.path} is not readable as earlier results ({error!r}); everything is measured again.")
-            return []
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"--output_file {self.path} exists and does not hold results of an evaluation ({error!r}). Choose "
+                "another file, or remove it first."
+            ) from error

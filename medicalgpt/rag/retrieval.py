@@ -379,17 +379,31 @@ class DocumentStore:
         return vectors
 
     def remove_missing(self) -> None:
-        """Remove the entries of files that no longer exist."""
+        """Remove the entries of files that no longer exist, unless their whole folder is empty or missing.
+
+        That is how the folder of a disk looks that is not mounted: its files would have to be read and embedded again.
+        """
+        unseen: dict[Path, int] = {}
         for entry in self.folder.glob("*.json"):
             try:
                 with entry.open(encoding="utf-8") as file:
-                    path = json.loads(file.readline())["path"]
+                    path = Path(json.loads(file.readline())["path"])
+                # Another file in this folder, which is not of the index.
+                if entry != self.entry(path, ".json") or path.exists():
+                    continue
+                if not path.parent.is_dir() or not any(path.parent.iterdir()):
+                    unseen[path.parent] = unseen.get(path.parent, 0) + 1
+                    continue
             except (OSError, ValueError, KeyError, TypeError):
                 continue
-            if not Path(path).exists():
-                logger.info(f"{path} is gone; removed from the index")
-                entry.unlink(missing_ok=True)
-                entry.with_suffix(".safetensors").unlink(missing_ok=True)
+            logger.info(f"{path} is gone; removed from the index")
+            entry.unlink(missing_ok=True)
+            entry.with_suffix(".safetensors").unlink(missing_ok=True)
+        for folder, count in unseen.items():
+            logger.info(
+                f"{folder} is empty or missing; {count} file(s) of it are kept in the index {self.folder}, in case it "
+                "is on a disk that is not mounted"
+            )
 
     def _write(self, target: Path, data: bytes) -> None:
         try:

@@ -21,6 +21,7 @@ from medicalgpt.data.encoding import EncodingError, refuse_special_tokens
 from medicalgpt.data.formats import PREFERENCE_FIELDS, to_messages, to_preference
 from medicalgpt.data.sources import SHOWN_PROBLEMS, Problem, RowError, SourceRow, format_problems, place_of, read_rows
 from medicalgpt.errors import UserError
+from medicalgpt.files import refuse_overwriting
 from medicalgpt.logs import heartbeat
 from medicalgpt.models import adapters, loading
 from medicalgpt.models.attention import context_length
@@ -405,8 +406,8 @@ class ScorableRow:
 def check_output_file(score_file: str, output_file: str, overwrite: bool) -> None:
     """Raises UserError if the scores would overwrite the score file, or another file without `overwrite`."""
     source, target = Path(score_file), Path(output_file)
-    if target.resolve() == source.resolve():
-        raise UserError(f"--output_file {target} is the score file itself; give it another name.")
+    for path in (target, Path(f"{output_file}.partial")):
+        refuse_overwriting("--output_file", path, {"--score_file": source})
     if target.is_dir():
         raise UserError(f"--output_file {target} is a folder; give the name of a file in it.")
     if target.exists() and not overwrite:
