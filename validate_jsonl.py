@@ -5,6 +5,7 @@
     python validate_jsonl.py --file_path data/reward --format preference
     python validate_jsonl.py --file_path data/grpo --format task
     python validate_jsonl.py --file_path data/pretrain --format text
+    python validate_jsonl.py --file_path my_data --fix
     python validate_jsonl.py --file_path data/finetune --report outputs/data.html --stats_file outputs/data.json
 
 Without a model it checks files, fields, roles, the order of turns and the two answers of a preference pair; with one it
@@ -14,6 +15,7 @@ used, or the flags allow to skip the others; 1: the problems are listed, with fi
 """
 
 import json
+import shlex
 from collections import Counter
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -74,6 +76,20 @@ class ValidationArguments:
             "(Jaccard similarity), above 0.5; 0: do not look for them."
         },
     )
+    fix: bool = field(
+        default=False,
+        metadata={
+            "help": "Write a cleaned copy of the files (white space, null fields, empty turns, duplicates, encoding), "
+            "without the rows that cannot be used, and a list of all changes. The files stay as they are."
+        },
+    )
+    fixed_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "New folder for the copy; the list is next to it, as NAME.changes.jsonl. Default: the folder of "
+            "the data with `_fixed` appended."
+        },
+    )
     report: str | None = field(
         default=None,
         metadata={"help": "Write the statistics with pictures to this .html file, which needs no network."},
@@ -89,12 +105,15 @@ class ValidationArguments:
     def __post_init__(self):
         if not (self.near_duplicates == 0 or 0.5 < self.near_duplicates <= 1):
             raise ValueError(f"--near_duplicates {self.near_duplicates} must be above 0.5 and at most 1, or 0.")
+        if self.fixed_dir and not self.fix:
+            raise ValueError("--fixed_dir has no effect without --fix True.")
 
 
 @dataclass
 class CheckedFile:
     """A file, what its rows are, and on which side of training they are."""
 
+    path: Path
     kind: str
     side: str
     data: "LoadedData"
@@ -112,6 +131,9 @@ def main() -> None:
     for note in notes:
         print(note)
     write_statistics(args, files, notes)
+    if args.fix:
+        write_fixed(args, files)
+        return
     problems = [problem for file in files for problem in file.data.problems]
     settle(args, problems, sum(file.statistics.usable for file in files))
     refuse_shared_rows(args, files)
@@ -129,6 +151,60 @@ def check_outputs(args: ValidationArguments) -> None:
             raise UserError(f"--{flag} {path} exists. Choose another path, or replace it with --overwrite True.")
         if path.exists() and any(path.samefile(file) for file, _ in files_to_check(args)):
             raise UserError(f"--{flag} {path} is one of the files to check. Choose another path.")
+
+    if args.fix:
+        folder = fixed_folder(args)
+        for path in (folder, changes_file(folder)):
+            if path.exists():
+                raise UserError(f"{path} exists. Choose another folder for the copy: --fixed_dir.")
+        source = Path(args.file_path).resolve()
+        if source.is_dir() and (folder.resolve().is_relative_to(source) or source.is_relative_to(folder.resolve())):
+            raise UserError(
+                f"--fixed_dir {folder} and --file_path {args.file_path} contain each other: the copy would be read as "
+                "data too. Choose a folder outside of it."
+            )
+
+
+def fixed_folder(args: ValidationArguments) -> Path:
+    """Where the cleaned copy goes: by default not into the folder of the data, which would be trained on twice."""
+    if args.fixed_dir:
+        return Path(args.fixed_dir)
+    path = Path(args.file_path)
+    if path.is_file():
+        path = path.parent if path.parent.name else path.with_suffix("")
+    path = path if path.name else path.resolve()
+    return path.with_name(f"{path.name}_fixed")
+
+
+def changes_file(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.changes.jsonl")
+
+
+def write_fixed(args: ValidationArguments, files: list[CheckedFile]) -> None:
+    """Write the cleaned copy and print what was changed."""
+    from medicalgpt.data.cleaning import FileToClean, clean_files, copy_name
+    from medicalgpt.data.sources import ignored_fields
+
+    folder, ignore = fixed_folder(args), ignored_fields(args.ignore_fields)
+    root = Path(args.file_path) if Path(args.file_path).is_dir() else Path(args.file_path).parent
+    to_clean = [
+        FileToClean(
+            path=file.path,
+            copy=folder / file.path.parent.relative_to(root) / copy_name(file.path),
+            convert=partial(converters()[file.kind], ignore=ignore),
+            answered=file.kind == "chat",
+        )
+        # A row on both sides stays held out, so that results on the same held-out rows can be compared.
+        for file in sorted(files, key=lambda file: file.side != "validation")
+        # Files of --validation_file_dir are only compared with.
+        if (file.path.is_relative_to(root) if root == Path(args.file_path) else file.path == Path(args.file_path))
+    ]
+    copied = clean_files(to_clean, folder, changes_file(folder))
+    changes = ", ".join(f"{count} {kind}" for kind, count in copied.changes.most_common()) or "none"
+    left_out = ", ".join(f"{count} {kind}" for kind, count in copied.left_out.most_common()) or "none"
+    print(f"cleaned copy: {folder}, {copied.kept} of {copied.rows} rows; left out: {left_out}")
+    print(f"  changes: {changes}; all are listed in {changes_file(folder)}")
+    print(f"check it: python validate_jsonl.py --file_path {shlex.quote(str(folder))}")
 
 
 def files_to_check(args: ValidationArguments) -> list[tuple[Path, str]]:
@@ -167,7 +243,7 @@ def check_file(
     if len(lengths):
         statistics.limit = longest_allowed(args, name) if name != "text" else None
         print_lengths(args, lengths, name)
-    return CheckedFile(name, side, data, statistics)
+    return CheckedFile(path, name, side, data, statistics)
 
 
 def rows_of(files: list[CheckedFile], kind: str, side: str) -> "Rows":
