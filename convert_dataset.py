@@ -58,6 +58,7 @@ class ConversionArguments:
     max_samples: int | None = field(
         default=None, metadata={"help": "Convert the first N rows.", "aliases": ["--max_train_samples"]}
     )
+    encoding: str | None = same_field(DataArguments, "encoding")
     ignore_fields: str | None = same_field(DataArguments, "ignore_fields")
     skip_bad_rows: bool = field(
         default=False, metadata={"help": "Skip and count rows that cannot be converted, instead of stopping."}

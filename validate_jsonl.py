@@ -193,6 +193,7 @@ def write_fixed(args: ValidationArguments, files: list[CheckedFile]) -> None:
             copy=folder / file.path.parent.relative_to(root) / copy_name(file.path),
             convert=partial(converters()[file.kind], ignore=ignore),
             answered=file.kind == "chat",
+            encoding=args.encoding,
         )
         # A row on both sides stays held out, so that results on the same held-out rows can be compared.
         for file in sorted(files, key=lambda file: file.side != "validation")

@@ -279,6 +279,11 @@ def test_rows_can_be_limited_and_fields_left_out(tmp_path):
     assert [row["id"] for row in written] == [0, 1] and "source" not in written[0]
 
 
+def test_the_encoding_may_be_named(tmp_path):
+    (tmp_path / "in.txt").write_bytes("é\n".encode("cp850"))
+    assert convert(tmp_path, tmp_path / "in.txt", "text", "--encoding", "cp850") == [{"text": "é"}]
+
+
 def test_the_command_lines_of_medicalgpt(tmp_path, capsys):
     path = tmp_path / "alpaca.json"
     path.write_text(json.dumps([ALPACA]), encoding="utf-8")

@@ -151,6 +151,16 @@ def test_the_copy_is_clean_and_every_change_is_listed(folder, capsys):
     assert capsys.readouterr().out.endswith("every row can be used\n")
 
 
+def test_an_encoding_that_only_its_owner_knows(tmp_path):
+    (tmp_path / "data").mkdir()
+    path = tmp_path / "data" / "a.txt"
+    path.write_bytes("é\n".encode("cp850"))
+    run_here(SCRIPT, "--file_path", path, "--fix", "--encoding", "cp850")
+    assert (tmp_path / "data_fixed" / "a.txt").read_text(encoding="utf-8") == "é\n"
+    (entry,) = read_json(tmp_path / "data_fixed.changes.jsonl")
+    assert (entry["change"], entry["before"], entry["after"]) == ("encoding", "cp850", "utf-8")
+
+
 def test_nothing_is_ever_replaced(folder, capsys):
     fixed = folder.parent / "data_fixed"
     fixed.mkdir()

@@ -154,12 +154,17 @@ class CleanedCopy:
 
 @dataclass(frozen=True)
 class FileToClean:
-    """A file, where its cleaned copy goes, how its rows are checked, and whether they end with an answer."""
+    """A file, where its cleaned copy goes, how its rows are checked, and whether they end with an answer.
+
+    Attributes:
+        encoding: of a file that is not UTF-8; None finds it.
+    """
 
     path: Path
     copy: Path
     convert: Callable[[Any], dict[str, Any]]
     answered: bool
+    encoding: str | None = None
 
 
 def copy_name(path: Path) -> str:
@@ -243,14 +248,14 @@ def _clean_file(
 
 
 def _rows(file: FileToClean) -> Iterator[SourceRow | Problem]:
-    for row in read_rows(file.path):
+    for row in read_rows(file.path, encoding=file.encoding):
         if isinstance(row, Problem) and row.kind == "unreadable":
             raise UserError(f"{row}\nNothing was written: what follows in the file cannot be read.")
         yield row
 
 
 def _changes_of_file(file: FileToClean) -> Iterator[Change]:
-    encoding = open_text(file.path).encoding
+    encoding = open_text(file.path, file.encoding).encoding
     if encoding != "utf-8-sig":
         yield Change("encoding", "", encoding, "utf-8")
     with file.path.open("rb") as opened:
