@@ -61,10 +61,10 @@ from medicalgpt.rag.retrieval import (
     normalize,
     split,
 )
-from medicalgpt.refusals import refused_in
 from medicalgpt.serving.chat import ChatEngine
 from medicalgpt.serving.generation import GenerationRequest, Sampling, sampling_from
 from medicalgpt.serving.terminal import print_answer, print_note, read_lines
+from template import check_template
 
 import numpy as np
 from loguru import logger
@@ -159,7 +159,7 @@ class FileArguments(PageArguments):
 
 
 def main() -> None:
-    (arguments,) = parse_args(FileArguments, description=__doc__, unused=refused_in("chatpdf.py"))
+    (arguments,) = parse_args(FileArguments, description=__doc__, program="chatpdf.py")
     setup_logging()
     mode = choose_mode(arguments)
     sampling = sampling_from(arguments)
@@ -167,7 +167,10 @@ def main() -> None:
     collection = read_collection(arguments)
     if mode == "page":
         return serve_page(collection, arguments)
-    engine = ChatEngine.from_arguments(arguments) if arguments.model_name_or_path else None
+    engine = None
+    if arguments.model_name_or_path:
+        engine = ChatEngine.from_arguments(arguments)
+        check_template(engine.tokenizer, arguments.template_name)
     if mode == "search":
         show_passages(collection, arguments)
     elif mode == "evaluate":
@@ -496,7 +499,9 @@ def serve_page(collection: Collection, arguments: FileArguments) -> None:
     from medicalgpt.serving.web import auth_from
 
     auth = auth_from(arguments)
-    batcher = batcher_from(ChatEngine.from_arguments(arguments), arguments)
+    engine = ChatEngine.from_arguments(arguments)
+    check_template(engine.tokenizer, arguments.template_name)
+    batcher = batcher_from(engine, arguments)
     try:
         page = build_page(batcher, collection, arguments)
         url = launch(page, arguments, auth, max_file_size=documents.Limits().input_bytes)

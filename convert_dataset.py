@@ -74,7 +74,7 @@ class ConversionArguments:
 
 
 def main() -> None:
-    (args,) = parse_args(ConversionArguments, description=__doc__)
+    (args,) = parse_args(ConversionArguments, description=__doc__, program="convert_dataset.py")
     from medicalgpt.data.export import write_rows
     from medicalgpt.data.loading import load_data
     from medicalgpt.data.rows import Rows

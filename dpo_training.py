@@ -40,7 +40,6 @@ from medicalgpt.models import adapters, loading
 from medicalgpt.models.hub import Adapter
 from medicalgpt.models.templating import stop_token_ids
 from medicalgpt.parser import parse_args
-from medicalgpt.refusals import refused_in
 from medicalgpt.training.preference_losses import (
     DIVERGENCES,
     LOSSES,
@@ -295,7 +294,7 @@ def main() -> None:
         RunArguments,
         PreferenceArguments,
         description=__doc__,
-        unused=refused_in("dpo_training.py"),
+        program="dpo_training.py",
     )
     check_flags(args, lora_args.use_peft)
     training_defaults(args, adapter_rate=2e-5, full_rate=1e-6, use_peft=lora_args.use_peft)

@@ -25,11 +25,11 @@ from medicalgpt.args import ApiArguments
 from medicalgpt.errors import UserError, run_main
 from medicalgpt.logs import setup_logging
 from medicalgpt.parser import parse_args
-from medicalgpt.refusals import refused_in
 from medicalgpt.serving.batchers import Batcher, QueueFullError, batcher_from
 from medicalgpt.serving.chat import ChatEngine
 from medicalgpt.serving.generation import Answer, GenerationRequest, sampling_from
 from medicalgpt.serving.web import AccessMiddleware, bound_socket, key_from
+from template import check_template
 
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
@@ -95,14 +95,16 @@ class Problem(BaseModel):
 
 
 def main() -> None:
-    (arguments,) = parse_args(ServerArguments, description=__doc__, unused=refused_in("fastapi_server_demo.py"))
+    (arguments,) = parse_args(ServerArguments, description=__doc__, program="fastapi_server_demo.py")
     setup_logging()
     # Errors in the flags show before the model is loaded.
     sampling_from(arguments)
     key = key_from(arguments)
     # So does a port that is taken.
     bound_socket(arguments).close()
-    batcher = batcher_from(ChatEngine.from_arguments(arguments), arguments)
+    engine = ChatEngine.from_arguments(arguments)
+    check_template(engine.tokenizer, arguments.template_name)
+    batcher = batcher_from(engine, arguments)
     # When stopped, it takes no more requests and finishes those that it has.
     uvicorn.run(build_app(batcher, arguments, key), host=arguments.host, port=arguments.port)
 

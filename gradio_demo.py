@@ -19,12 +19,12 @@ from medicalgpt.args import PageArguments
 from medicalgpt.errors import run_main
 from medicalgpt.logs import setup_logging
 from medicalgpt.parser import parse_args
-from medicalgpt.refusals import refused_in
 from medicalgpt.serving.batchers import Batcher, batcher_from
 from medicalgpt.serving.chat import ChatEngine
 from medicalgpt.serving.generation import Sampling, sampling_from
 from medicalgpt.serving.page import LABEL, Turns, describe, escape_turns, launch, stream
 from medicalgpt.serving.web import auth_from
+from template import check_template
 
 import gradio as gr
 from loguru import logger
@@ -47,11 +47,13 @@ class DemoArguments(PageArguments):
 
 
 def main() -> None:
-    (arguments,) = parse_args(DemoArguments, description=__doc__, unused=refused_in("gradio_demo.py"))
+    (arguments,) = parse_args(DemoArguments, description=__doc__, program="gradio_demo.py")
     setup_logging()
     sampling_from(arguments)
     auth = auth_from(arguments)
-    batcher = batcher_from(ChatEngine.from_arguments(arguments), arguments)
+    engine = ChatEngine.from_arguments(arguments)
+    check_template(engine.tokenizer, arguments.template_name)
+    batcher = batcher_from(engine, arguments)
     try:
         page = build_page(batcher, arguments)
         logger.info(f"Open {launch(page, arguments, auth)} in a browser. Ctrl-C stops the program.")

@@ -48,7 +48,6 @@ from medicalgpt.models import adapters, loading
 from medicalgpt.models.hub import Adapter
 from medicalgpt.models.templating import reply_text, stop_token_ids
 from medicalgpt.parser import parse_args
-from medicalgpt.refusals import refused_in
 from medicalgpt.rewards.columns import add_reward_columns, reward_columns
 from medicalgpt.rewards.coverage import check_coverage, find_unscorable
 from medicalgpt.rewards.reward_check import check_rewards
@@ -617,6 +616,15 @@ class GrpoArguments(TemplateArguments, StageDefaults, GRPOConfig):
             )
         if answers % self.num_generations:
             needed = self.num_generations // math.gcd(self.num_generations, per_pass)
+            if flag == "gradient_accumulation_steps" and self.generation_batch_size is None:
+                # Then a step is one batch of answers, and a larger one is what comes closest to what was requested.
+                raised = math.ceil(self.gradient_accumulation_steps / needed) * needed
+                self.notices = [
+                    f"--gradient_accumulation_steps is {raised}, not {self.gradient_accumulation_steps}: a step of "
+                    f"{answers} answers would split a group of --num_generations {self.num_generations}."
+                ]
+                self.gradient_accumulation_steps = raised
+                return
             remedy = f"make --{flag} a multiple of {needed}"
             if self.generation_batch_size is not None:
                 remedy = f"make --generation_batch_size a multiple of {math.lcm(per_pass, self.num_generations)}"
@@ -819,7 +827,7 @@ def main() -> None:
         RunArguments,
         GrpoArguments,
         description=__doc__,
-        unused=refused_in("grpo_training.py"),
+        program="grpo_training.py",
     )
     functions = resolve_rewards(args)
     if args.check_rewards:

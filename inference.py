@@ -45,10 +45,10 @@ from medicalgpt.logs import (
     world_size,
 )
 from medicalgpt.parser import parse_args
-from medicalgpt.refusals import refused_in
 from medicalgpt.serving.chat import ChatEngine, ChatTemplateError, PromptTooLongError, SpecialTokenError
 from medicalgpt.serving.generation import Answer, GenerationRequest, Sampling, sampling_from
 from medicalgpt.serving.terminal import print_answer, print_note, read_lines, system_message
+from template import check_template
 
 import torch
 from loguru import logger
@@ -96,7 +96,7 @@ class InferenceArguments(ChatArguments):
 
 
 def main() -> None:
-    (arguments,) = parse_args(InferenceArguments, description=__doc__, unused=refused_in("inference.py"))
+    (arguments,) = parse_args(InferenceArguments, description=__doc__, program="inference.py")
     setup_logging()
     with one_of_several() if world_size() > 1 else nullcontext():
         mode = choose_mode(arguments)
@@ -109,6 +109,7 @@ def main() -> None:
             questions = read_questions(arguments)
 
         engine = ChatEngine.from_arguments(arguments)
+        check_template(engine.tokenizer, arguments.template_name)
         if mode == "query":
             messages = [*system_message(arguments.system_prompt), {"role": "user", "content": arguments.query}]
             print_answer(engine, engine.request(messages, sampling))

@@ -59,7 +59,7 @@ class MergeArguments:
 
 
 def main() -> None:
-    (args,) = parse_args(MergeArguments, description=__doc__)
+    (args,) = parse_args(MergeArguments, description=__doc__, program="merge_peft_adapter.py")
     from medicalgpt.models import adapters, hub, loading
     from medicalgpt.training.output_folder import replace_model
     from medicalgpt.training.runs import next_commands

@@ -42,7 +42,6 @@ from medicalgpt.errors import UserError, run_main
 from medicalgpt.logs import setup_logging
 from medicalgpt.models.templating import tool_format_of
 from medicalgpt.parser import parse_args
-from medicalgpt.refusals import refused_in
 from medicalgpt.serving.batchers import Batcher, BatcherClosedError, QueueFullError, batcher_from
 from medicalgpt.serving.chat import ChatEngine, PromptTooLongError
 from medicalgpt.serving.generation import REPLACEMENT, Answer, GenerationRequest, Sampling, sampling_from
@@ -67,6 +66,7 @@ from medicalgpt.serving.web import (
     url_host,
     wait_for_disconnect,
 )
+from template import check_template
 
 import uvicorn
 from fastapi import APIRouter, FastAPI, Request
@@ -984,13 +984,14 @@ async def answer_error(request: Request, error: Exception) -> Response:
 
 
 def main() -> None:
-    (arguments,) = parse_args(OpenAIArguments, description=__doc__, unused=refused_in("openai_api.py"))
+    (arguments,) = parse_args(OpenAIArguments, description=__doc__, program="openai_api.py")
     setup_logging()
     # Errors in the flags show before minutes are spent on loading a model.
     key, origins = key_from(arguments), origins_from(arguments)
     check_limits(arguments)
     with bound_socket(arguments) as listener:
         engine = ChatEngine.from_arguments(arguments)
+        check_template(engine.tokenizer, arguments.template_name)
         batcher = batcher_from(engine, arguments)
         service = Service(arguments, engine, batcher, key)
         try:

@@ -39,7 +39,6 @@ from medicalgpt.errors import UserError, run_main
 from medicalgpt.models import loading
 from medicalgpt.models.templating import stop_token_ids
 from medicalgpt.parser import parse_args
-from medicalgpt.refusals import refused_in
 from medicalgpt.training.runs import Run
 from medicalgpt.training.trainers import (
     PairTrainer,
@@ -141,7 +140,7 @@ def main() -> None:
         RunArguments,
         OrpoArguments,
         description=__doc__,
-        unused=refused_in("orpo_training.py"),
+        program="orpo_training.py",
     )
     if not 0 <= args.orpo_beta < math.inf:
         raise UserError(f"--orpo_beta {args.orpo_beta} is not a valid loss weight: use 0 or more. 0.1 is usual.")

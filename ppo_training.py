@@ -52,7 +52,6 @@ from medicalgpt.models import adapters, loading
 from medicalgpt.models.hub import HEADS, Checkpoint
 from medicalgpt.models.templating import stop_token_ids
 from medicalgpt.parser import parse_args
-from medicalgpt.refusals import refused_in
 from medicalgpt.rewards.scoring import RewardScorer, is_reward_adapter, restore_head, score_in_float32
 from medicalgpt.serving.chat import ChatEngine
 from medicalgpt.serving.generation import Answer, Sampling
@@ -975,7 +974,7 @@ def main() -> None:
         RunArguments,
         PpoArguments,
         description=__doc__,
-        unused=refused_in("ppo_training.py"),
+        program="ppo_training.py",
     )
     check_flags(args)
     training_defaults(args, adapter_rate=1e-5, full_rate=1e-6, use_peft=lora_args.use_peft)

@@ -28,7 +28,6 @@ from medicalgpt.args import (
 )
 from medicalgpt.errors import run_main
 from medicalgpt.parser import parse_args
-from medicalgpt.refusals import refused_in
 
 from trl import SFTConfig
 
@@ -70,7 +69,7 @@ def main() -> None:
         RunArguments,
         PretrainingArguments,
         description=__doc__,
-        unused=refused_in("pretraining.py"),
+        program="pretraining.py",
     )
     from medicalgpt.data.encoding import document_starts, encode_document
     from medicalgpt.data.formats import to_text

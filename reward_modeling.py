@@ -42,7 +42,6 @@ from medicalgpt.models import loading
 from medicalgpt.models.hub import Checkpoint
 from medicalgpt.models.templating import stop_token_ids
 from medicalgpt.parser import parse_args
-from medicalgpt.refusals import refused_in
 from medicalgpt.rewards import scoring
 from medicalgpt.training.runs import Run
 from medicalgpt.training.trainers import PairTrainer, disable_lora_dropout, training_defaults
@@ -164,7 +163,7 @@ def main() -> None:
         ScoreArguments,
         RewardArguments,
         description=__doc__,
-        unused=refused_in("reward_modeling.py"),
+        program="reward_modeling.py",
     )
     if score_args.score_file:
         given = {name for group in groups for name in group.given}

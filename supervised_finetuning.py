@@ -32,7 +32,6 @@ from medicalgpt.args import (
 )
 from medicalgpt.errors import run_main
 from medicalgpt.parser import parse_args
-from medicalgpt.refusals import refused_in
 
 from trl import SFTConfig
 
@@ -85,7 +84,7 @@ def main() -> None:
         RunArguments,
         FinetuningArguments,
         description=__doc__,
-        unused=refused_in("supervised_finetuning.py"),
+        program="supervised_finetuning.py",
     )
     from medicalgpt.data.encoding import encode_chat, render_prompts
     from medicalgpt.data.formats import to_messages

@@ -19,6 +19,7 @@ call of `_turns`; others have their own Jinja. `{% generation %}` must be outsid
 locate it in the text.
 """
 
+import copy
 import difflib
 
 from medicalgpt.models.templating import (
@@ -31,6 +32,7 @@ from medicalgpt.models.templating import (
     fill,
     get_tool_format,
     install_template,
+    render_text,
     usable_templates,
 )
 from medicalgpt.models.tool_formats import TOOL_FORMATS
@@ -962,3 +964,27 @@ def apply_template(
             names = usable_templates(tokenizer, TEMPLATES)
             error = f"the tokenizer's own chat template cannot be used: {error}\nUse --template_name: {names}"
         raise TemplateError(str(error)) from None
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> None:
+    """Check that a tokenizer's own template is the named one, which front ends do not install.
+
+    Raises TemplateError if it renders a conversation differently.
+    """
+    if name is None:
+        return
+    named = copy.deepcopy(tokenizer)
+    apply_template(named, name)
+    question, answer = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
+    # Without a system message, a default that training has saved in the template would make a difference.
+    for system in ([{"role": "system", "content": "system"}], []):
+        texts = [
+            render_text(each, [*system, question, answer, question], add_generation_prompt=True)
+            for each in (named, tokenizer)
+        ]
+        if texts[0] is not None and texts[0] == texts[1]:
+            return
+    raise TemplateError(
+        f"--template_name {name} is not the chat template saved with the model. Omit it to use the model's own; "
+        "supervised_finetuning.py installs another one."
+    )

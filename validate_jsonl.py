@@ -121,7 +121,7 @@ class CheckedFile:
 
 
 def main() -> None:
-    (args,) = parse_args(ValidationArguments, description=__doc__)
+    (args,) = parse_args(ValidationArguments, description=__doc__, program="validate_jsonl.py")
 
     setup_logging()
     check_outputs(args)

@@ -46,9 +46,19 @@ from medicalgpt.args import (
     help_texts,
 )
 from medicalgpt.errors import UserError, run_main
-from medicalgpt.refusals import CHAT, EVERY, REFUSED, RENAMED, RENAMED_VALUES, TRAINING
-
-from trl import SFTConfig
+from medicalgpt.refusals import (
+    ACCEPTED,
+    ANY,
+    CHAT,
+    EVERY,
+    IMPLIES,
+    OLD_VALUES,
+    REFUSED,
+    RENAMED,
+    RENAMED_VALUES,
+    SUMS,
+    TRAINING,
+)
 
 PAGE = Path(__file__).parent / "training_params.md"
 
@@ -173,14 +183,24 @@ def render() -> str:
         "### chatpdf.py only",
         table(chatpdf.FileArguments),
         *_data_tools(),
+        *_other_flags(),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _other_flags() -> list[str]:
+    return [
         "## Spellings of MedicalGPT and of older libraries",
         "Accepted with their current meaning. Other spellings of a flag are below its name in the tables above.",
-        _rows(("given", "means"), spellings({field.name for field in dataclasses.fields(SFTConfig)})),
+        _rows(("given", "means"), spellings()),
+        "## Accepted flags that are not needed",
+        "They ask for what happens anyway, or for something that the programs find out themselves. The program says so "
+        "and continues. With another value they are refused.",
+        _rows(("flag", "program", "why"), accepted()),
         "## Refused flags, and why",
         "A flag that would have no effect stops the program with an error.",
         _rows(("flag", "refused in", "instead"), refusals()),
     ]
-    return "\n\n".join(parts) + "\n"
 
 
 def _data_tools() -> list[str]:
@@ -236,12 +256,28 @@ def default(field: dataclasses.Field) -> str:
     return f"`{field.default:g}`" if isinstance(field.default, float) else f"`{field.default}`"
 
 
-def spellings(known: set[str]) -> list[tuple[str, str]]:
-    """Old and current spellings, if the current one is a flag of these programs."""
-    rows = [(f"`--{old}`", f"`--{new}`") for old, new in RENAMED.items() if new in known]
-    for old, (new, values) in RENAMED_VALUES.items():
-        rows += [(f"`--{old} {given.capitalize()}`", f"`--{new} {value}`") for given, value in values.items()]
+def spellings() -> list[tuple[str, str]]:
+    """Old and current spellings."""
+    rows = []
+    for old, new in RENAMED.items():
+        rows.append((f"`--{old}`", " or ".join(f"`--{name}`" for name in ([new] if isinstance(new, str) else new))))
+    for old, values in {**RENAMED_VALUES, **IMPLIES}.items():
+        rows += [(f"`--{old} {given.capitalize()}`", f"`--{new} {value}`") for given, (new, value) in values.items()]
+    for flag, values in OLD_VALUES.items():
+        rows += [(f"`--{flag} {old}`", f"`--{flag} {new}`" if new else "unset") for old, new in values.items()]
+    for total, groups in SUMS.items():
+        rows += [(" + ".join(f"`--{part}`" for part in parts), f"`--{total}`") for parts in groups.values()]
     return rows
+
+
+def accepted() -> list[tuple[str, str, str]]:
+    """Flags with the values that are accepted, programs and reason; flags with the same reason share a row."""
+    flags: dict[tuple[tuple[str, ...], str], list[str]] = {}
+    for flag, groups in ACCEPTED.items():
+        for programs, (values, reason) in groups.items():
+            shown = [f"`--{flag}`"] if values is ANY else [f"`--{flag} {value.capitalize()}`" for value in values]
+            flags.setdefault((programs, reason), []).extend(shown)
+    return _by_program(flags)
 
 
 def refusals() -> list[tuple[str, str, str]]:
@@ -250,6 +286,10 @@ def refusals() -> list[tuple[str, str, str]]:
     for flag, reasons in REFUSED.items():
         for programs, reason in reasons.items():
             flags.setdefault((programs, reason), []).append(f"`--{flag}`")
+    return _by_program(flags)
+
+
+def _by_program(flags: dict[tuple[tuple[str, ...], str], list[str]]) -> list[tuple[str, str, str]]:
     names = {EVERY: "every program", TRAINING: "every stage", CHAT: "every front end"}
     return [
         ("<br>".join(names_of_flags), names.get(programs) or ", ".join(programs), reason)

@@ -126,6 +126,13 @@ class ChatArguments(ModelArguments):
         }
     )
     lora_model: str | None = field(default=None, metadata={"help": "Adapter to load on top of the model."})
+    template_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Chat template, by its name in template.py, that the model is expected to have; another one is an "
+            "error. Not needed: the template is saved with the model."
+        },
+    )
     system_prompt: str | None = field(default=None, metadata={"help": "System prompt for conversations without one."})
     max_new_tokens: int = field(default=512, metadata={"help": "Maximum number of tokens of an answer."})
     temperature: float = field(default=0.0, metadata={"help": "0: greedy decoding; above 0: sampling."})

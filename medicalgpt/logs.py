@@ -40,6 +40,12 @@ def is_main_process() -> bool:
     return rank() == 0
 
 
+def notice(text: str) -> None:
+    """Tell the user, once for all processes, about a flag: that is before the log is set up."""
+    if is_main_process():
+        print(f"note: {text}", file=sys.stderr)
+
+
 def setup_logging() -> None:
     """Send the log to stderr, and show libraries' progress bars only on a terminal."""
     logger.remove()

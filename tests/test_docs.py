@@ -11,7 +11,7 @@ from pathlib import Path
 
 from docs import build_training_params
 from medicalgpt.errors import UserError
-from medicalgpt.refusals import REFUSED, RENAMED, RENAMED_VALUES
+from medicalgpt.refusals import ACCEPTED, IMPLIES, REFUSED, RENAMED, RENAMED_VALUES, SUMS
 from tests.docs import Parsed, code_blocks, start
 
 import pytest
@@ -112,7 +112,15 @@ def test_scripts_exist_and_know_what_they_are_given(words):
 @pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.name)
 def test_flags_that_are_named_exist(page):
     known = {flag for program in PROGRAMS for flag in flags_of(program)} | FOREIGN_FLAGS | {"--debug"}
-    known |= {f"--{name}" for name in REFUSED}
+    older = (
+        ACCEPTED,
+        IMPLIES,
+        REFUSED,
+        RENAMED,
+        RENAMED_VALUES,
+        *(parts for by in SUMS.values() for parts in by.values()),
+    )
+    known |= {f"--{name}" for names in older for name in names}
     for script in ROOT.glob("scripts/*.sh"):
         known |= set(re.findall(r"--\w+", script.read_text(encoding="utf-8")))
     for benchmark in ROOT.glob("benchmarks/*.py"):

@@ -3,6 +3,7 @@
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 from grpo_training import (
     LOSSES,
@@ -17,7 +18,6 @@ from medicalgpt.data.sources import DataError
 from medicalgpt.errors import UserError
 from medicalgpt.models.loading import load_tokenizer
 from medicalgpt.parser import parse_args
-from medicalgpt.refusals import refused_in
 from medicalgpt.rewards.rewards import SYSTEM_PROMPT
 from medicalgpt.rewards.scoring import RewardScorer, model_reward
 from template import apply_template
@@ -622,7 +622,6 @@ def test_flags_without_effect_are_refused(more, message):
 
 TORN = [
     (["--num_generations", "1"], "--num_generations 1 must be at least 2"),
-    (["--num_generations", "5"], "make --gradient_accumulation_steps a multiple of 5"),
     (["--num_generations", "6", "--steps_per_generation", "2"], "make --steps_per_generation a multiple of 3"),
     (["--generation_batch_size", "12"], "must be a multiple of 8"),
     (["--generation_batch_size", "16", "--num_generations", "6"], "make --generation_batch_size a multiple of 24"),
@@ -636,17 +635,26 @@ TORN = [
 @pytest.mark.parametrize(("more", "message"), TORN, ids=lambda value: value if isinstance(value, str) else None)
 def test_batches_must_hold_whole_groups(more, message, capsys):
     with pytest.raises(SystemExit):
-        parse_args(GrpoArguments, argv=more, unused=refused_in("grpo_training.py"))
+        parse_args(GrpoArguments, argv=more, program="grpo_training.py")
     assert message in capsys.readouterr().err
 
 
-def test_two_processes_may_share_a_group(monkeypatch, capsys):
-    """Six answers go through both at once, so that four times as many make up groups of eight."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SystemExit):
-        parse_args(GrpoArguments, argv=["--per_device_train_batch_size", "3", "--gradient_accumulation_steps", "2"])
-    printed = capsys.readouterr().err
-    assert "12 answers are sampled at a time" in printed and "--gradient_accumulation_steps a multiple of 4" in printed
+@pytest.mark.parametrize(("processes", "given", "raised"), [(1, 2, 8), (2, 2, 4), (2, 5, 8), (8, 3, 3)])
+def test_accumulation_is_raised_to_whole_groups(monkeypatch, processes, given, raised):
+    """Of three answers per process and pass, as many passes as make up groups of eight."""
+    monkeypatch.setattr("grpo_training.world_size", lambda: processes)
+    batches = SimpleNamespace(
+        per_device_train_batch_size=3,
+        gradient_accumulation_steps=given,
+        num_generations=8,
+        num_iterations=1,
+        steps_per_generation=None,
+        generation_batch_size=None,
+        notices=[],
+    )
+    GrpoArguments._check_group_sizes(batches)
+    assert batches.gradient_accumulation_steps == raised
+    assert ("--gradient_accumulation_steps is" in "".join(batches.notices)) == (raised != given)
 
 
 def test_defaults_run_as_they_are(work, tmp_path):

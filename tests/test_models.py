@@ -340,7 +340,13 @@ def test_adapter_flags_that_cannot_be(base, values, message):
 
 def test_flags_of_adapters_have_no_effect_on_full_training(base, adapter):
     with pytest.raises(UserError, match="--lora_rank, --peft_path would have no effect"):
-        stage_checkpoint(ModelArguments(base), given(use_peft=False, peft_path=adapter, lora_rank=8))
+        stage_checkpoint(ModelArguments(base), given(use_peft=False, peft_path=adapter, lora_rank=9))
+
+
+def test_the_usual_adapter_may_be_named_in_full_training(base, capsys):
+    """As launch scripts do, which name it whether there is one or not."""
+    stage_checkpoint(ModelArguments(base), given(use_peft=False, target_modules="all", lora_rank=8))
+    assert "note: --lora_rank, --target_modules: not used" in capsys.readouterr().err
 
 
 def test_full_training_trains_every_weight(base):
@@ -427,7 +433,13 @@ def test_options_that_contradict_each_other_are_refused(base, monkeypatch):
         load(base, load_in_8bit=True, full_training=True)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="--device_map is for a single process"):
-        load(base, device_map="auto")
+        load(base, device_map="balanced")
+
+
+def test_several_processes_do_not_distribute_a_model_over_their_gpus(base, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    model = load(base, device_map="auto")
+    assert not hasattr(model, "hf_device_map") and "its own GPU" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags", [{"load_in_4bit": True}, {"qlora": True}, {"load_in_8bit": True}])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from medicalgpt.args import LoraArguments
 from medicalgpt.errors import UserError
+from medicalgpt.logs import notice
 from medicalgpt.models.families import fused_experts
 from medicalgpt.models.hub import HEADS, Adapter, CheckpointError, check_base
 
@@ -39,6 +40,11 @@ def check_flags(lora: LoraArguments, adapter: Adapter | None) -> None:
     """
     given = getattr(lora, "given", frozenset())
     if not lora.use_peft:
+        # Launch scripts carry the usual adapter along; nobody expects one that is switched off.
+        usual = {name for name in SHAPE_FLAGS & given if getattr(lora, name) == getattr(LoraArguments(), name)}
+        if usual:
+            notice(f"--{', --'.join(sorted(usual))}: not used, as --use_peft False trains every weight.")
+            given -= usual
         if idle := sorted((SHAPE_FLAGS | {"peft_path", "loraplus_lr_ratio"}) & given):
             raise UserError(
                 f"--use_peft False trains every weight, so --{', --'.join(idle)} would have no effect. Leave them out, "

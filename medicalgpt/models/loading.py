@@ -6,7 +6,7 @@ from typing import Any
 
 from medicalgpt.args import AttentionArguments, LoraArguments, ModelArguments, bf16_gpu
 from medicalgpt.errors import UserError
-from medicalgpt.logs import local_rank, world_size
+from medicalgpt.logs import local_rank, notice, world_size
 from medicalgpt.models import attention
 from medicalgpt.models.adapters import adapters_to_float32, add_lora, attach_adapter, check_flags
 from medicalgpt.models.families import TESTED, check_family
@@ -166,7 +166,10 @@ def load_model(
     quantization = quantization_config(load_in_4bit, load_in_8bit, qlora)
     distributed = world_size() > 1
     if device_map and distributed:
-        raise UserError("--device_map is for a single process; under torchrun each process has its own GPU.")
+        if device_map != "auto":
+            raise UserError("--device_map is for a single process; under torchrun each process has its own GPU.")
+        notice("--device_map auto: each of these processes has its own GPU, so the model is not distributed over them.")
+        device_map = None
     if quantization and full_training:
         raise UserError(
             "a quantized base cannot be trained in full: pass --use_peft True, or leave the 4/8-bit flag out."

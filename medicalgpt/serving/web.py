@@ -6,6 +6,7 @@ site could give its own name this address and reach the model through a visitor'
 """
 
 import asyncio
+import base64
 import hmac
 import ipaddress
 import os
@@ -111,7 +112,7 @@ class AccessMiddleware:
     Args:
         app: the ASGI application that is protected, all routes of it.
         refuse: makes the response to a refused request.
-        key: the key of `Authorization: Bearer KEY`; None asks for none.
+        key: the key of `Authorization: Bearer KEY`, or user:password of `Basic`; None asks for none.
         protection: what a server that other machines may reach is started with, for the message.
         max_body_bytes: most bytes of a body, whatever its headers say of its length; None for no limit.
         body_seconds: time within which the body must have arrived; None for no limit.
@@ -147,9 +148,8 @@ class AccessMiddleware:
 
     def _admit(self, headers: dict[bytes, bytes]) -> None:
         if self.key is not None:
-            scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
             # In constant time, so that a key cannot be guessed letter by letter.
-            if scheme.lower() != b"bearer" or not hmac.compare_digest(key.strip(), self.key.encode()):
+            if not hmac.compare_digest(_key_in(headers.get(b"authorization", b"")), self.key.encode()):
                 raise RequestRefused(
                     401,
                     "The API key is missing or wrong; send the header Authorization: Bearer KEY.",
@@ -184,6 +184,18 @@ class AccessMiddleware:
             return message
 
         return receive_limited
+
+
+def _key_in(header: bytes) -> bytes:
+    """The key in an Authorization header, or nothing: `Bearer KEY`, or `Basic` with a key of the form user:password."""
+    scheme, _, key = header.partition(b" ")
+    if scheme.lower() == b"basic":
+        try:
+            key = base64.b64decode(key.strip(), validate=True)
+        except ValueError:
+            return b""
+        return key if b":" in key else b""
+    return key.strip() if scheme.lower() == b"bearer" else b""
 
 
 def _host_of(header: bytes) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from medicalgpt.args import LoraArguments
 from medicalgpt.data.encoding import IGNORED
 from medicalgpt.errors import UserError
+from medicalgpt.logs import notice
 from medicalgpt.models.families import require_separate_packs
 from medicalgpt.training.cpu import add_cpu_head, replace_lora_dropout, return_freed_memory
 from medicalgpt.training.optimizers import apply_loraplus, check_flags_applied, check_optimizer
@@ -57,17 +58,13 @@ def training_defaults(args: TrainingArguments, *, adapter_rate: float, full_rate
 
 
 def disable_lora_dropout(args: TrainingArguments, lora: LoraArguments) -> None:
-    """Set `lora.lora_dropout` to 0 under `--disable_dropout`, the default of stages that compare log-probabilities.
-
-    Raises:
-        UserError: `--lora_dropout` was given, which would have no effect.
-    """
+    """Set `lora.lora_dropout` to 0 under `--disable_dropout`, the default of stages that compare log-probabilities."""
     if not args.disable_dropout:
         return
     if "lora_dropout" in getattr(lora, "given", ()) and lora.lora_dropout:
-        raise UserError(
-            f"--lora_dropout {lora.lora_dropout} has no effect here: dropout is disabled so that two passes over an "
-            "answer give the same log-probability. Omit it, or add --disable_dropout False."
+        notice(
+            f"--lora_dropout {lora.lora_dropout} is not used: dropout is disabled so that two passes over an answer "
+            "give the same log-probability. To train with it, add --disable_dropout False."
         )
     lora.lora_dropout = 0.0
 

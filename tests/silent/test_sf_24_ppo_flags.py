@@ -81,5 +81,5 @@ def test_the_batch_of_rollouts_changes_the_batch_alone(place, tmp_path):
 @pytest.mark.parametrize("name", refused_in("ppo_training.py"))
 def test_flags_of_the_library_without_effect_are_refused(name, capsys):
     with pytest.raises(SystemExit):
-        parse_args(PpoArguments, DataArguments, argv=[f"--{name}", "1"], unused=refused_in("ppo_training.py"))
+        parse_args(PpoArguments, DataArguments, argv=[f"--{name}", "1"], program="ppo_training.py")
     assert f"--{name} has no effect in this program" in capsys.readouterr().err
