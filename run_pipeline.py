@@ -57,6 +57,7 @@ def main() -> None:
     os.environ["OMP_WAIT_POLICY"] = variable("OMP_WAIT_POLICY", "PASSIVE")
 
     began = time.time()
+    pipeline.check_folders(fresh)
     if fresh:
         pipeline.remove_results()
     pipeline.prepare()
@@ -89,14 +90,46 @@ class Pipeline:
         self.models = {"base": self.policy}
         self.parent = "start"
 
+    def check_folders(self, fresh: bool) -> None:
+        """Exit if a folder would be replaced that this pipeline has not made, or something given would be removed."""
+        made = self.results()
+        folders = {"base": "tiny-base", "data": "data"}
+        if self.model:
+            del folders["base"]
+        if not (variable("NAME") or variable("AUTHOR")):
+            del folders["data"]
+            self.check_rows()
+        folders |= {name: name for stage in self.stages for name in (stage, f"{stage}-merged")}
+        for folder in folders.values():
+            path = self.out / folder
+            if path.is_dir() and any(path.iterdir()) and path not in made:
+                refuse(
+                    f"{path} was not made by this pipeline, which would replace it. Choose another folder, "
+                    "OUT=outputs/other, or move it away."
+                )
+        given = {"REWARD_MODEL": self.reward_model, "MODEL": self.model, "DATA": str(self.data)}
+        for name, value in given.items() if fresh else ():
+            inside = [path for path in made if value and Path(value).resolve().is_relative_to(path.resolve())]
+            if inside:
+                refuse(f"--fresh would remove {name}={value}. Start over in another folder: OUT=outputs/other")
+
+    def results(self) -> list[Path]:
+        """What earlier runs wrote, by the marks that they left in stamps/."""
+        names = {"base": "tiny-base", "data": "data", "eval.json": "eval.json", "report.html": "report.html"}
+        names |= {name: name for stage in STAGES for name in (stage, f"{stage}-merged")}
+        stamps = self.out / "stamps"
+        marked = [name for name in names if (stamps / name).is_file() or (stamps / f"{name}.started").is_file()]
+        return [self.out / names[name] for name in marked]
+
     def remove_results(self) -> None:
         """Remove what earlier runs wrote, and nothing else."""
-        given, trained = self.reward_model, self.out / "rm"
-        if given and trained.exists() and trained.samefile(given):
-            refuse(f"--fresh would remove REWARD_MODEL={given}. Start over in another folder: OUT=outputs/other")
-        folders = [name for stage in STAGES for name in (stage, f"{stage}-merged")]
-        written = ("tiny-base", "data", "stamps", *folders, "eval.json", "report.html")
-        run("rm", "-rf", "--", *(self.out / name for name in written))
+        run("rm", "-rf", "--", *self.results(), self.out / "stamps")
+
+    def start(self, name: str) -> None:
+        """Leave a mark that what a step writes is this pipeline's, before it writes anything."""
+        mark = self.out / "stamps" / f"{name}.started"
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
 
     def prepare(self) -> None:
         """Write rows with NAME and AUTHOR if set, build the tiny base, and check that all stages have rows."""
@@ -107,6 +140,10 @@ class Pipeline:
         if not self.model:
             base = Path(self.policy)
             self.step("base", base, "build_tiny_model.py", "--output_dir", base, "--data_dir", self.data)
+        self.check_rows()
+
+    def check_rows(self) -> None:
+        """Exit if a stage has no rows."""
         for stage in self.stages:
             rows = self.rows_of(stage)
             if not rows.exists():
@@ -176,12 +213,14 @@ class Pipeline:
             )
         print(f"== {name}")
         began, more = time.time(), ()
-        if not resumable:
+        self.start(name)
+        if name == "data":
             run("rm", "-rf", "--", folder)
-        elif any(folder.glob("checkpoint-*/manifest.json")):
+        elif resumable and any(folder.glob("checkpoint-*/manifest.json")):
             more = ("--resume_from_checkpoint", "True")
         else:
-            more = ("--overwrite_output_dir", "True")
+            # The program replaces an unfinished result only when it has another.
+            more = ("--overwrite_output_dir", "True") if resumable else ("--overwrite_output_dir",)
         run(self.python, *command, *more)
         stamp.parent.mkdir(parents=True, exist_ok=True)
         stamp.write_text(wanted, encoding="utf-8")
@@ -203,6 +242,8 @@ class Pipeline:
             flags += self.measured_on("grpo/validation.jsonl", "--task_file", tasks, "--task_max_new_tokens", "512")
         print("== evaluation")
         results, report = self.out / "eval.json", self.out / "report.html"
+        self.start(results.name)
+        self.start(report.name)
         limits = ("--batch_size", "64", "--max_chat_samples_before", "200", *MAX_NEW_TOKENS)
         run(self.python, "eval_pipeline.py", *flags, "--output_file", results, *limits)
         runs = (f"{stage}={self.out / stage}" for stage in self.stages)

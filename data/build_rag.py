@@ -148,6 +148,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if missing := missing_tools():
         sys.exit("The documents cannot be written; this computer lacks\n  " + "\n  ".join(missing))
+    paths = [arguments.output_dir / f"{name}.{suffix}" for name, suffix in SUFFIXES.items()]
+    # The committed ones are written again.
+    present = [path for path in paths if path.exists() and path.resolve().parent != RAG / "documents"]
+    if present:
+        sys.exit(f"error: {present[0]} exists. Choose another --output_dir, or remove it first.")
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     for name, suffix in SUFFIXES.items():
         source = (RAG / "sources" / f"{name}.md").read_text(encoding="utf-8")

@@ -302,17 +302,22 @@ def main() -> None:
     tasks = build_tasks({language: task_cases(conditions, departments, language, pairs) for language in ("zh", "en")})
     check_tasks(tasks, questions(train + validation + train_pairs + validation_pairs))
 
+    tables = {
+        "finetune/train.jsonl": train,
+        "finetune/validation.jsonl": validation,
+        "reward/train.jsonl": train_pairs,
+        "reward/train_short.jsonl": short,
+        "reward/validation.jsonl": validation_pairs,
+        **tasks,
+    }
+    # Those in the folder of this file are the committed ones, which it has written.
+    present = [path for path in (*documents, *tables) if (args.output_dir / path).exists()]
+    if present and args.output_dir.resolve() != SOURCE_DIR:
+        fail([f"{args.output_dir / present[0]} exists; choose another --output_dir, or remove it first"])
     for path, lines in documents.items():
         write_lines(args.output_dir / path, lines)
         print(f"{args.output_dir / path}: {len(lines)} documents")
-    for path, rows in (
-        ("finetune/train.jsonl", train),
-        ("finetune/validation.jsonl", validation),
-        ("reward/train.jsonl", train_pairs),
-        ("reward/train_short.jsonl", short),
-        ("reward/validation.jsonl", validation_pairs),
-        *tasks.items(),
-    ):
+    for path, rows in tables.items():
         write_lines(args.output_dir / path, [json.dumps(row, ensure_ascii=False) for row in rows])
         counts = Counter(row["category"] for row in rows)
         shares = ", ".join(f"{category} {count}" for category, count in sorted(counts.items()))

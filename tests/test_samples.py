@@ -70,6 +70,15 @@ def renamed(tmp_path_factory):
     return target
 
 
+def test_rows_of_the_user_are_not_overwritten(tmp_path):
+    """Nothing is written either, so that no folder is half old, half new."""
+    (tmp_path / "reward").mkdir()
+    (tmp_path / "reward" / "train.jsonl").write_text("mine")
+    done = render("--output_dir", tmp_path)
+    assert done.returncode == 1 and "train.jsonl exists; choose another --output_dir" in done.stderr
+    assert [path.read_text() for path in tmp_path.rglob("*.*")] == ["mine"]
+
+
 def test_the_committed_files_are_what_the_generator_writes(tmp_path):
     done = render("--output_dir", tmp_path)
     assert done.returncode == 0, done.stderr

@@ -297,6 +297,34 @@ def test_fresh_does_not_remove_the_reward_model_that_is_given(tmp_path, pipeline
     assert rm.is_dir() and ran == []
 
 
+def test_fresh_removes_nothing_if_the_run_is_impossible(tmp_path, pipeline, data):
+    assert pipeline(DATA=data)[0].returncode == 0
+    out = tmp_path / "out"
+    before = sorted(out.rglob("*"))
+    for variables, message in (
+        ({"DATA": str(tmp_path / "mistyped")}, "mistyped/pretrain, which does not exist"),
+        ({"DATA": data, "MODEL": str(out / "sft-merged")}, f"--fresh would remove MODEL={out / 'sft-merged'}"),
+        ({"DATA": data, "MODEL": str(out / "sft" / "inner")}, f"--fresh would remove MODEL={out / 'sft' / 'inner'}"),
+    ):
+        done, ran = pipeline("--fresh", **variables)
+        assert done.returncode == 2 and message in done.stderr
+        assert ran == [] and sorted(out.rglob("*")) == before
+
+
+@pytest.mark.parametrize("folder", ["tiny-base", "sft", "sft-merged", "data"])
+def test_a_folder_of_the_user_is_not_replaced(tmp_path, pipeline, data, folder):
+    """The commands of README.md write to outputs/sft as well, which is where the pipeline writes by default."""
+    own = tmp_path / "out" / folder / "model.safetensors"
+    own.parent.mkdir(parents=True)
+    own.write_text("mine")
+    for arguments in ((), ("--fresh",)):
+        done, ran = pipeline(*arguments, DATA=data, NAME="小医" if folder == "data" else "")
+        assert done.returncode == 2 and f"{own.parent} was not made by this pipeline" in done.stderr
+        assert ran == [] and own.read_text() == "mine"
+    done, _ = pipeline(DATA=data, NAME="小医" if folder == "data" else "", OUT=str(tmp_path / "other"))
+    assert done.returncode in (0, 2) and "was not made" not in done.stderr
+
+
 def test_what_is_not_held_out_is_not_measured(pipeline, data):
     for name in ("reward", "grpo"):
         (Path(data) / name / "validation.jsonl").unlink()
