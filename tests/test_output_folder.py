@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medicalgpt.errors import UserError
+from medicalgpt.training import checkpoints
 from medicalgpt.training.checkpoints import MANIFEST
 from medicalgpt.training.output_folder import PreviousRun, paths_read, recover, replace_model
 from tests.helpers import ROOT, open_stage, run_here, write_jsonl
@@ -239,6 +240,39 @@ def test_the_first_checkpoint_removes_the_earlier_run(overwriting, tmp_path, mon
     names = set(os.listdir(tmp_path / "run"))
     assert {"checkpoint-1", "notes.txt", "run.json"} <= names and "checkpoint-2" not in names
     assert not [name for name in names if name.startswith(".")]
+
+
+def test_an_older_checkpoint_is_removed_when_the_next_is_complete(place, tmp_path, monkeypatch):
+    """All recipes keep one: a kill while the next is saved or hashed must not leave none."""
+    (tmp_path / "run" / "checkpoint-best").mkdir(parents=True)
+    present: list[set[str]] = []
+    write = checkpoints.write_atomically
+
+    def look(path: Path, data: str) -> None:
+        present.append({folder.name for folder in (tmp_path / "run").glob("checkpoint-*")})
+        write(path, data)
+
+    monkeypatch.setattr(checkpoints, "write_atomically", look)
+    script = "supervised_finetuning.py"
+    more = ("--max_steps", 3, "--save_steps", 1, "--sample_prompts", 0, "--save_total_limit", 1)
+    open_stage(script, *flags(place, script, output_dir=tmp_path / "run"), *more).finish()
+    mine, *steps = "checkpoint-best", "checkpoint-1", "checkpoint-2", "checkpoint-3"
+    assert present == [{mine, steps[0]}, {mine, *steps[:2]}, {mine, *steps[1:]}]
+    assert {folder.name for folder in (tmp_path / "run").glob("checkpoint-*")} == {mine, steps[2]}
+
+
+def test_which_checkpoints_are_removed(tmp_path):
+    """The last by time, which after a resume from an earlier one is not the highest; incomplete ones first."""
+    for age, step in enumerate((30, 10, 20)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / MANIFEST).write_text("{}")
+        os.utime(tmp_path / f"checkpoint-{step}" / MANIFEST, (age + 1, age + 1))
+    (tmp_path / "checkpoint-40").mkdir()
+    left = []
+    for limit, best in ((3, None), (2, None), (1, tmp_path / "checkpoint-10"), (1, None)):
+        checkpoints.remove_old_checkpoints(tmp_path, limit, best and str(best))
+        left.append({int(path.name[11:]) for path in tmp_path.iterdir()})
+    assert left == [{30, 10, 20}, {10, 20}, {10, 20}, {20}]
 
 
 def kill_at(moment: int, action: Callable[[], object]) -> bool:

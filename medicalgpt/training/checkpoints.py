@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from medicalgpt.errors import UserError
-from medicalgpt.files import hash_file, write_atomically
+from medicalgpt.files import hash_file, remove_entry, write_atomically
 from medicalgpt.logs import is_main_process
 
 import torch
@@ -25,8 +25,7 @@ GATHERING = (
 
 def committed_checkpoints(output_dir: Path) -> list[Path]:
     """Complete checkpoints in `output_dir`, newest first: those whose manifest agrees with the files."""
-    numbered = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
-    found = sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    found = sorted(numbered_checkpoints(output_dir), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
     complete = []
     for path in found:
         if problem := checkpoint_problem(path):
@@ -105,8 +104,31 @@ def _problem_of_weights(folder: Path) -> str | None:
     return None
 
 
+def numbered_checkpoints(output_dir: Path) -> list[Path]:
+    """Folders of checkpoints in `output_dir`, complete or not; a copy under another name is not one."""
+    found = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+    return [path for path in found if path.is_dir()]
+
+
+def remove_old_checkpoints(output_dir: Path, limit: int, best: str | None) -> None:
+    """Remove all but the last `limit` checkpoints; those without a manifest first, never the last one or the best.
+
+    Args:
+        best: folder of the best checkpoint, if there is one.
+    """
+    committed = {path: path / MANIFEST for path in numbered_checkpoints(output_dir)}
+    by_age = sorted(committed, key=lambda path: committed[path].is_file() and committed[path].stat().st_mtime_ns)
+    kept = {path for path in by_age if path == by_age[-1] or (best and path.resolve() == Path(best).resolve())}
+    surplus = len(by_age) - max(limit, len(kept))
+    for path in [path for path in by_age if path not in kept][: max(surplus, 0)]:
+        remove_entry(path)
+
+
 class CheckpointCommitter(TrainerCallback):
     """Write the manifest of a checkpoint once all its files are written; transformers writes them in place.
+
+    Older checkpoints are removed only then. transformers would remove them before, and a run that is killed in between
+    would have none.
 
     Args:
         committed: called on the first process after each manifest.
@@ -117,6 +139,10 @@ class CheckpointCommitter(TrainerCallback):
 
     def __init__(self, committed: Callable[[], None] = lambda: None):
         self.committed = committed
+        self.limit: int | None = None
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        self.limit, args.save_total_limit = args.save_total_limit, None
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -132,3 +158,5 @@ class CheckpointCommitter(TrainerCallback):
         }
         write_atomically(folder / MANIFEST, json.dumps(entries, indent=1))
         self.committed()
+        if self.limit and self.limit > 0:
+            remove_old_checkpoints(folder.parent, self.limit, state.best_model_checkpoint)
