@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from medicalgpt.args import ChatArguments
+from medicalgpt.data.folders import format_of
 from medicalgpt.data.formats import to_prompt
 from medicalgpt.data.sources import Problem, RowError, SourceRow, format_problems, ignored_fields, read_rows
 from medicalgpt.errors import UserError, run_main
@@ -222,8 +223,11 @@ def read_questions(arguments: InferenceArguments) -> list[Question]:
         UserError: any row is broken; all of them are named.
     """
     path = Path(arguments.data_file)
-    if not path.is_file() or path.suffix.lower() not in (".jsonl", ".json", ".txt"):
-        raise UserError(f"--data_file {path} must be an existing .jsonl, .json or .txt file (looked in {Path.cwd()}).")
+    if not path.is_file() or format_of(path) is None:
+        raise UserError(
+            f"--data_file {path} must be an existing .jsonl, .json, .txt or .csv file (looked in "
+            f"{Path.cwd()}; data/README.md lists further formats)."
+        )
     ignored = ignored_fields(arguments.ignore_fields)
     questions: list[Question] = []
     problems: list[Problem] = []

@@ -3,6 +3,7 @@
 Each file of a folder is named in the log with what it was taken for, so that none is silently ignored.
 """
 
+import json
 import math
 import os
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from medicalgpt.args import DataArguments
 from medicalgpt.data.mixing import parse_sources
+from medicalgpt.data.text_files import COMPRESSIONS
 from medicalgpt.errors import UserError
 
 from loguru import logger
@@ -25,8 +27,15 @@ FORMATS = {
     ".json": "json",
     ".txt": "text",
     ".md": "text",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+    ".xlsx": "excel",
 }
-COMPRESSIONS: dict[str, str] = {}
+# These are packed by themselves.
+NEVER_COMPRESSED = ("parquet", "arrow", "excel")
 # Shards and splits on the hub have these names too: the prefixes mark rows that are never trained on.
 HELD_OUT_NAME = re.compile(r"^(validation|valid|val|dev|eval|test)([-_.]|$)", re.IGNORECASE)
 # A name that only ends so may be that of a blood test: it is trained on, with a warning.
@@ -47,10 +56,7 @@ UNREADABLE = {
     **dict.fromkeys((".db", ".sqlite", ".sqlite3", ".mdb", ".sql"), "a database: export its table as .csv"),
     **dict.fromkeys((".h5", ".hdf5", ".npy", ".npz", ".orc", ".avro", ".tfrecord"), "convert it to .parquet or .jsonl"),
     **dict.fromkeys((".sav", ".dta", ".sas7bdat", ".rdata", ".rds", ".mat"), "export it as .csv"),
-    **dict.fromkeys(
-        (".csv", ".tsv", ".parquet", ".arrow", ".feather", ".xlsx", ".gz", ".zst", ".xz", ".bz2"),
-        "convert it to .jsonl",
-    ),
+    **dict.fromkeys((".gz", ".zst", ".xz", ".bz2"), "an archive, or a name without .jsonl or .csv: unpack it"),
 }
 SHOWN_FILES = 20
 
@@ -80,11 +86,13 @@ class Source:
 
 def format_of(path: Path) -> str | None:
     """The format of a file by its name, one of the values of `FORMATS`; None if it has no known suffix."""
-    suffix = path.suffix.lower()
-    if suffix in COMPRESSIONS:
-        inner = path.with_suffix("")
-        return format_of(inner) if inner.suffix.lower() not in COMPRESSIONS else None
-    return FORMATS.get(suffix)
+    found = FORMATS.get(suffix_of(path))
+    return None if found in NEVER_COMPRESSED and path.suffix.lower() in COMPRESSIONS else found
+
+
+def suffix_of(path: Path) -> str:
+    """The suffix that names the format, that of a compression left out."""
+    return (path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path).suffix.lower()
 
 
 def find_files(place: str) -> list[Path]:
@@ -112,7 +120,7 @@ def search_files(place: str) -> FoundFiles:
         raise UserError(f"no such file or folder: {place} (looked in {Path.cwd()}). Check the path.")
     found, unreadable = FoundFiles([]), {}
     for file in _walk(path):
-        reason = _not_data(file.relative_to(path), file)
+        reason = _not_data(file.relative_to(path), file) or _not_saved(file)
         if reason is None and format_of(file) is not None:
             found.data.append(file)
         elif reason is None and (why := UNREADABLE.get(file.suffix.lower()) or _looks_like_rows(file)):
@@ -155,6 +163,22 @@ def _not_data(below: Path, file: Path) -> str | None:
     if below.name == "state.json" and (file.parent / "dataset_info.json").exists():
         return "about the data"
     return "not data" if below.suffix.lower() in NOT_DATA else None
+
+
+def _not_saved(file: Path) -> str | None:
+    """Why an .arrow file is not read in a folder of `Dataset.save_to_disk`, where its list also names what is there."""
+    state = file.parent / "state.json"
+    if file.suffix.lower() != ".arrow" or not state.exists():
+        return None
+    try:
+        listed = [entry["filename"] for entry in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
+    except (ValueError, KeyError, TypeError):
+        return None
+    if missing := [name for name in listed if not (file.parent / name).exists()]:
+        raise UserError(
+            f"{file.parent} lacks {', '.join(missing[:3])}, which its state.json lists. Save the data set again."
+        )
+    return None if file.name in listed else "a cache of datasets, not among the files of state.json"
 
 
 def _looks_like_rows(file: Path) -> str | None:

@@ -15,8 +15,8 @@ class Place(NamedTuple):
 
     Attributes:
         file: the path as given, or dataset and split on the hub.
-        line: counted from 1.
-        item: its number in the list of a .json file, where a line may hold many rows; 0 elsewhere.
+        line: counted from 1; 0 in tables that have no lines.
+        item: its number in the list of a .json file, where a line may hold many rows, and in tables; 0 elsewhere.
     """
 
     file: str
@@ -24,6 +24,8 @@ class Place(NamedTuple):
     item: int = 0
 
     def __str__(self) -> str:
+        if not self.line:
+            return f"{self.file}:row {self.item}"
         return f"{self.file}:{self.line}" + (f" (row {self.item})" if self.item else "")
 
 

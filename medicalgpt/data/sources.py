@@ -3,14 +3,13 @@
 Nothing is silently dropped or repaired: a row is read, or it is a `Problem` with file, line, value, reason and remedy.
 """
 
-import json
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from medicalgpt.args import DataArguments
-from medicalgpt.data.folders import Source, choose_files, find_files, format_of, split_of
+from medicalgpt.data.folders import NEVER_COMPRESSED, Source, choose_files, find_files, format_of, split_of, suffix_of
+from medicalgpt.data.json_rows import looks_like_json_lines, read_json
 from medicalgpt.data.problems import (
     SHOWN_PROBLEMS,
     DataError,
@@ -22,6 +21,7 @@ from medicalgpt.data.problems import (
     place_of,
     shorten,
 )
+from medicalgpt.data.tables import TableFile, open_table, present_values, read_csv
 from medicalgpt.data.text_files import TextFile, open_text
 from medicalgpt.errors import UserError
 
@@ -42,6 +42,7 @@ __all__ = [
     "find_files",
     "format_problems",
     "ignored_fields",
+    "open_file",
     "open_files",
     "open_hub",
     "place_of",
@@ -52,92 +53,42 @@ __all__ = [
 
 
 def read_rows(
-    file: str | Path | TextFile, document_unit: str = "auto", encoding: str | None = None
+    file: str | Path | TextFile | TableFile, document_unit: str = "auto", encoding: str | None = None
 ) -> Iterator[SourceRow | Problem]:
     """Read a file row by row; what cannot be read comes as a `Problem` in its place.
 
-    Files larger than `text_files.MAX_HELD_BYTES` are read by line and never held, except .json and documents of an
-    entire file.
+    Files larger than `text_files.MAX_HELD_BYTES` are read by line and never held, except lists in .json and documents
+    of an entire file.
 
     Args:
-        file: .jsonl (one row per line), .json (a list of rows, or one row), .txt or .md.
+        file: JSON Lines, .json (a list of rows, rows one after another, or one row), a table, .txt or .md.
         document_unit: what one document is in .txt and .md: `line`, `paragraph` (blank lines between), `file`, or
             `auto`: line for .txt, file for .md.
         encoding: of a file that is not UTF-8; None finds it.
     """
-    file = file if isinstance(file, TextFile) else open_text(file, encoding)
+    if not isinstance(file, TextFile | TableFile):
+        file = open_file(file, encoding)
     kind = format_of(file.path)
-    if kind == "json lines":
-        for number, line in file.lines():
-            yield _parse_json(Place(str(file.path), number), line)
-    elif kind == "json":
-        yield from _read_json(str(file.path), file.text())
+    if isinstance(file, TableFile):
+        yield from file.rows()
+    elif kind in ("json lines", "json"):
+        yield from read_json(file, lines_expected=kind == "json lines")
+    elif kind == "csv":
+        yield from read_csv(file)
     else:
-        unit = document_unit if document_unit != "auto" else ("file" if file.path.suffix.lower() == ".md" else "line")
+        if looks_like_json_lines(file):
+            raise UserError(
+                f"{file.path} is named as text, and has rows of JSON, which would be trained on with their braces and "
+                f"field names. Rename it: {file.path.name.partition('.')[0]}.jsonl."
+            )
+        unit = document_unit if document_unit != "auto" else ("file" if suffix_of(file.path) == ".md" else "line")
         yield from _read_text(file, unit)
 
 
-def _parse_json(place: Place, line: str) -> SourceRow | Problem:
-    try:
-        return _whole_characters(SourceRow(place, json.loads(line)), line)
-    except json.JSONDecodeError as error:
-        column = error.colno
-        snippet = line[max(0, column - 20) : column + 20]
-        return Problem(place, f"broken JSON at column {column}: {error.msg}", "Fix the line.", snippet)
-
-
-def _whole_characters(row: SourceRow, raw: str) -> SourceRow | Problem:
-    """The row, unless it has a lone surrogate, half a character: valid in JSON, but no tokenizer can read it."""
-    if "\\ud" not in raw.lower():
-        return row
-    try:
-        json.dumps(row.value, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        half = f"\\u{ord(error.object[error.start]):x}"
-        return Problem(row.place, f"half a character, {half}, without its other half", "Fix the text.")
-    return row
-
-
-def _read_json(path: str, text: str) -> Iterator[SourceRow | Problem]:
-    decoder = json.JSONDecoder()
-    position = _skip_space(text, 0)
-    line, counted = 1, 0
-    try:
-        if not text[position : position + 1] == "[":
-            value, end = decoder.raw_decode(text, position)
-            if _skip_space(text, end) != len(text):
-                raise json.JSONDecodeError("more text after the value; one row per line is .jsonl", text, end)
-            place = Place(path, text.count("\n", 0, position) + 1)
-            yield _whole_characters(SourceRow(place, value), text)
-            return
-        position = _skip_space(text, position + 1)
-        item = 0
-        while text[position : position + 1] != "]":
-            value, end = decoder.raw_decode(text, position)
-            line, counted, item = line + text.count("\n", counted, position), position, item + 1
-            yield _whole_characters(SourceRow(Place(path, line, item), value), text[position:end])
-            position = _skip_space(text, end)
-            if text[position : position + 1] == ",":
-                position = _skip_space(text, position + 1)
-                if text[position : position + 1] == "]":
-                    raise json.JSONDecodeError("expected another row after ','", text, position)
-            elif text[position : position + 1] != "]":
-                raise json.JSONDecodeError("expected ',' or ']'", text, position)
-        if _skip_space(text, position + 1) != len(text):
-            raise json.JSONDecodeError("more text after the list", text, _skip_space(text, position + 1))
-    except json.JSONDecodeError as error:
-        yield Problem(
-            Place(path, error.lineno),
-            f"broken JSON at column {error.colno}: {error.msg}",
-            "Fix the file; rows after this place were not read.",
-            shorten(text[max(0, error.pos - 20) : error.pos + 20]),
-            kind="unreadable",
-        )
-
-
-def _skip_space(text: str, position: int) -> int:
-    match = re.compile(r"\s*").match(text, position)
-    return match.end()
+def open_file(path: str | Path, encoding: str | None = None) -> TextFile | TableFile:
+    """Hash a file; of a text, find the encoding."""
+    kind = format_of(Path(path))
+    return open_table(path, kind) if kind in NEVER_COMPRESSED else open_text(path, encoding)
 
 
 def _read_text(file: TextFile, unit: str) -> Iterator[SourceRow]:
@@ -180,7 +131,7 @@ class InputFile(NamedTuple):
 def open_files(paths: list[Path], document_unit: str, encoding: str | None = None) -> Iterator[InputFile]:
     """Files one after another; each is opened after the rows of the previous one have been read."""
     for path in paths:
-        file = open_text(path, encoding)
+        file = open_file(path, encoding)
         yield InputFile(str(path), file.sha256, read_rows(file, document_unit))
 
 
@@ -212,7 +163,7 @@ def open_hub(arguments: DataArguments, with_validation: bool) -> Iterator[tuple[
 def _hub_rows(name: str, split: "Dataset") -> Iterator[SourceRow]:
     for number, value in enumerate(split, start=1):
         # Columns that a row of mixed formats does not have are None.
-        yield SourceRow(Place(name, number), {key: item for key, item in value.items() if item is not None})
+        yield SourceRow(Place(name, number), present_values(value))
 
 
 def ignored_fields(names: str | None) -> frozenset[str]:

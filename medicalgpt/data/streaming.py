@@ -29,11 +29,13 @@ from medicalgpt.data.sources import (
     SourceRow,
     choose_files,
     ignored_fields,
+    open_file,
     open_files,
     place_of,
     read_rows,
 )
-from medicalgpt.data.text_files import TextFile, open_text
+from medicalgpt.data.tables import TableFile
+from medicalgpt.data.text_files import TextFile
 from medicalgpt.errors import UserError
 from medicalgpt.logs import heartbeat
 
@@ -54,14 +56,14 @@ class StreamedFile:
     """A file and what an epoch reads of it.
 
     Attributes:
-        text: the file with its encoding, without its bytes.
+        text: the file with its encoding, if it is a text, without its bytes.
         rows: its first usable rows, as many as are used.
         chosen: of these, the rows that the last pass of an epoch reads.
         bad: numbers of the rows, from 0, that are skipped.
         size, modified: to detect a change of the file.
     """
 
-    text: TextFile
+    text: TextFile | TableFile
     rows: int
     chosen: int
     bad: frozenset[int]
@@ -109,6 +111,10 @@ class StreamedSource:
         for turn in range(self.copies + 1):
             for file in draw.sample(self.files, len(self.files)):
                 yield from file.read(document_unit) if turn < self.copies else file.read_chosen(document_unit, seed)
+
+
+def _released(file: TextFile | TableFile) -> TextFile | TableFile:
+    return replace(file, content=None) if isinstance(file, TextFile) else file
 
 
 def _size_and_time(path: Path) -> tuple[int, int]:
@@ -224,7 +230,7 @@ def _checked_rows(data: StreamedData) -> Iterator[dict[str, Any]]:
         stream = StreamedSource([])
         for path in source.files:
             size, modified = _size_and_time(path)
-            text = open_text(path, data.arguments.encoding)
+            text = open_file(path, data.arguments.encoding)
             rows = _NumberedRows(read_rows(text, data.document_unit), data)
             usable, before, bad = 0, -1, set()
             file = InputFile(str(path), text.sha256, rows)
@@ -235,9 +241,7 @@ def _checked_rows(data: StreamedData) -> Iterator[dict[str, Any]]:
             if limit is not None:
                 limit -= usable
             if usable:
-                stream.files.append(
-                    StreamedFile(replace(text, content=None), usable, 0, frozenset(bad), size, modified)
-                )
+                stream.files.append(StreamedFile(_released(text), usable, 0, frozenset(bad), size, modified))
         data.streams.append(stream)
 
 

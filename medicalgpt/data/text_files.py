@@ -1,13 +1,19 @@
 """Text files: one pass over the bytes gives hash and encoding, and the lines too if the file is small."""
 
+import bz2
 import codecs
+import gzip
 import hashlib
 import io
+import lzma
 import re
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from medicalgpt.encodings import (
     OTHER_THAN_UTF8,
@@ -19,12 +25,21 @@ from medicalgpt.encodings import (
     sample_of,
 )
 from medicalgpt.errors import UserError
+from medicalgpt.files import hash_file
 
+import zstandard
 from loguru import logger
 
 # A file up to this size is kept in memory while its rows are read, so that it is read from disk once.
 MAX_HELD_BYTES = 16 * 1024 * 1024
 BLOCK_BYTES = 64 * 1024
+# How the bytes of each suffix are unpacked; a file may be several packed ones joined.
+COMPRESSIONS: dict[str, Callable[[BinaryIO], BinaryIO]] = {
+    ".gz": lambda file: gzip.GzipFile(fileobj=file),
+    ".bz2": bz2.BZ2File,
+    ".xz": lzma.LZMAFile,
+    ".zst": lambda file: _Zstandard(file),
+}
 UTF8_CHARACTERS = re.compile(rb"(?:[\xe1-\xef][\x80-\xbf]{2}.*){2}")
 
 
@@ -45,14 +60,17 @@ class TextFile:
 
     def text(self) -> str:
         """The entire text."""
-        content = self.path.read_bytes() if self.content is None else self.content
-        return content.decode(self.encoding)
+        with _open_binary(self.path, self.content) as file:
+            return file.read().decode(self.encoding)
+
+    def open(self, newline: str = "\n") -> io.TextIOWrapper:
+        """The text as a file; `newline` as in `io.TextIOWrapper`."""
+        return io.TextIOWrapper(_open_binary(self.path, self.content), encoding=self.encoding, newline=newline)
 
     def lines(self) -> Iterator[tuple[int, str]]:
         """Numbers and texts of the lines that are not blank, without line ends; one line at a time."""
-        binary = self.path.open("rb") if self.content is None else io.BytesIO(self.content)
         # Only a line feed ends a line: U+2028 and the like are allowed inside a string of JSON.
-        with io.TextIOWrapper(binary, encoding=self.encoding, newline="\n") as file:
+        with self.open() as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield number, line.removesuffix("\n") if not line.endswith("\r\n") else line[:-2]
@@ -68,14 +86,18 @@ def open_text(path: str | Path, encoding: str | None = None) -> TextFile:
         UserError: it is in no encoding, or it is not certain in which one.
     """
     path = Path(path)
-    content = path.read_bytes() if path.stat().st_size <= MAX_HELD_BYTES else None
+    compressed = path.suffix.lower() in COMPRESSIONS
+    content = _content(path) if compressed or path.stat().st_size <= MAX_HELD_BYTES else None
     digest, utf8, is_utf8, before = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")(), True, b""
     for block in _blocks(path, content):
-        digest.update(block)
+        if not compressed:
+            digest.update(block)
         is_utf8 = is_utf8 and _accepts(utf8, block) and not OTHER_THAN_UTF8.search(before + block)
         before = block[-3:]
+    # The hash is that of the file as it is on disk.
+    sha256 = hash_file(path) if compressed else digest.hexdigest()
     if is_utf8 and _accepts(utf8, b"", final=True):
-        return TextFile(path, digest.hexdigest(), "utf-8-sig", content)
+        return TextFile(path, sha256, "utf-8-sig", content)
     if encoding:
         found = Found(lookup_encoding(encoding), f"is not UTF-8; it was read as {encoding}, as --encoding says")
     else:
@@ -85,13 +107,13 @@ def open_text(path: str | Path, encoding: str | None = None) -> TextFile:
         found = find_encoding(sample, where)
     _check(path, content, found)
     logger.warning(f"{path} {found.notice}")
-    return TextFile(path, digest.hexdigest(), found.encoding, content)
+    return TextFile(path, sha256, found.encoding, content)
 
 
 def _sample(path: Path, content: bytes | None) -> bytes:
     if content is not None:
         return sample_of(content)
-    with path.open("rb") as file:
+    with _open_binary(path) as file:
         head = file.read(SAMPLE_BYTES)
         if OTHER_THAN_UTF8.search(head):
             return head
@@ -128,7 +150,7 @@ def _check(path: Path, content: bytes | None, found: Found) -> None:
 
 def _refuse_mixed(path: Path, content: bytes | None, where: str) -> None:
     """Raises UserError if some lines are UTF-8: what was joined from two files has both."""
-    with path.open("rb") if content is None else io.BytesIO(content) as file:
+    with _open_binary(path, content) as file:
         for number, line in enumerate(file, start=1):
             # Two characters of three bytes are not valid by chance.
             if UTF8_CHARACTERS.search(line) and _accepts(codecs.getincrementaldecoder("utf-8")(), line, final=True):
@@ -142,8 +164,78 @@ def _shown(text: str) -> str:
     return next((line.strip() for line in text.splitlines() if not line.isascii()), "")[:60]
 
 
+def _content(path: Path) -> bytes | None:
+    """The bytes of a text that is not too large to be held."""
+    with _open_binary(path) as file:
+        content = file.read(MAX_HELD_BYTES + 1)
+    return content if len(content) <= MAX_HELD_BYTES else None
+
+
+@contextmanager
+def _damage_reported(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, OSError, ValueError, lzma.LZMAError, zlib.error, zstandard.ZstdError) as error:
+        if isinstance(error, UnicodeError) or path.suffix.lower() not in COMPRESSIONS:
+            raise
+        raise UserError(
+            f"{path} cannot be unpacked ({error}): it is damaged, incomplete, or not what its suffix says. Download or "
+            "compress it again."
+        ) from error
+
+
+class _Zstandard:
+    """Frames one after another; zstandard's own reader takes one that was cut off for a complete one."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.ready, self.frame = file, io.BytesIO(), None
+
+    def read(self, size: int) -> bytes:
+        while not (data := self.ready.read(size)) and (packed := self.file.read(BLOCK_BYTES)):
+            parts = []
+            while packed:
+                self.frame = self.frame or zstandard.ZstdDecompressor().decompressobj()
+                parts.append(self.frame.decompress(packed))
+                packed = self.frame.unused_data
+                if self.frame.eof:
+                    self.frame = None
+            self.ready = io.BytesIO(b"".join(parts))
+        if not data and self.frame is not None:
+            raise EOFError("it ends within a frame")
+        return data
+
+
+class _Decompressed(io.RawIOBase):
+    """What a compressed file holds, with errors that name the file."""
+
+    def __init__(self, path: Path):
+        self.path, self.packed = path, path.open("rb")
+        self.stream = COMPRESSIONS[path.suffix.lower()](self.packed)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        with _damage_reported(self.path):
+            data = self.stream.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self.packed.close()
+        super().close()
+
+
+def _open_binary(path: Path, content: bytes | None = None) -> BinaryIO:
+    if content is not None:
+        return io.BytesIO(content)
+    if path.suffix.lower() in COMPRESSIONS:
+        return io.BufferedReader(_Decompressed(path), BLOCK_BYTES)
+    return path.open("rb")
+
+
 def _blocks(path: Path, content: bytes | None) -> Iterator[bytes]:
-    with path.open("rb") if content is None else io.BytesIO(content) as file:
+    with _open_binary(path, content) as file:
         while block := file.read(BLOCK_BYTES):
             yield block
 
@@ -158,7 +250,7 @@ def _accepts(decoder: codecs.IncrementalDecoder, block: bytes, final: bool = Fal
 
 def _first_line_not_utf8(path: Path) -> int:
     # The byte of a line feed is never part of another character, except in UTF-16.
-    with path.open("rb") as file:
+    with _open_binary(path) as file:
         for number, line in enumerate(file, start=1):
             if OTHER_THAN_UTF8.search(line) or not _accepts(codecs.getincrementaldecoder("utf-8")(), line, final=True):
                 return number

@@ -18,6 +18,7 @@ from statistics import fmean
 from typing import Any
 
 from medicalgpt.data.encoding import EncodingError, refuse_special_tokens
+from medicalgpt.data.folders import format_of
 from medicalgpt.data.formats import PREFERENCE_FIELDS, to_messages, to_preference
 from medicalgpt.data.sources import SHOWN_PROBLEMS, Problem, RowError, SourceRow, format_problems, place_of, read_rows
 from medicalgpt.errors import UserError
@@ -425,8 +426,11 @@ def read_score_file(
         UserError: no such file, or a file without rows.
     """
     path = Path(score_file)
-    if not path.is_file() or path.suffix.lower() not in (".jsonl", ".json"):
-        raise UserError(f"--score_file {path} must be an existing .jsonl or .json file (looked in {Path.cwd()}).")
+    if not path.is_file() or format_of(path) is None:
+        raise UserError(
+            f"--score_file {path} must be an existing .jsonl or .json file (looked in {Path.cwd()}; data/README.md "
+            "lists further formats)."
+        )
     found: list[ScorableRow] = []
     problems: list[Problem] = []
     for row in read_rows(path, encoding=encoding):

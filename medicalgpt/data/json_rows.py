@@ -1,0 +1,191 @@
+"""Rows of JSON: one per line, in a list, or in the list of an object, whatever the suffix of the file says."""
+
+import json
+import re
+from collections.abc import Iterator
+from itertools import chain, islice
+from typing import Any
+
+from medicalgpt.data.problems import Place, Problem, SourceRow, shorten
+from medicalgpt.data.text_files import TextFile
+from medicalgpt.errors import UserError
+
+# Keys of an object that holds nothing but a list of rows.
+ROW_LISTS = ("data", "rows", "train", "examples", "instances")
+# A value over several lines is recognised by the first of them, at most.
+HEAD_LINES = 2_000
+
+
+def read_json(file: TextFile, lines_expected: bool) -> Iterator[SourceRow | Problem]:
+    """The rows of a .jsonl or .json file.
+
+    Args:
+        lines_expected: the suffix is that of JSON Lines: a single line is a row, not a file of one value.
+    """
+    lines = file.lines()
+    head = list(islice(lines, 2))
+    if not head:
+        return
+    first = _parsed(head[0][1])
+    in_lines = first is not None and (len(head) > 1 or (lines_expected and not isinstance(first[0], list)))
+    if first is None and not head[0][1].lstrip().startswith("["):
+        # A broken line among others, or a value over several lines.
+        head += list(islice(lines, HEAD_LINES))
+        in_lines = lines_expected or any(_parsed(line) is not None for _, line in head[1:] if line.lstrip()[:1] == "{")
+        in_lines = in_lines and not _begins_with_value([line for _, line in head])
+    if in_lines:
+        name = str(file.path)
+        for number, line in chain(head, lines):
+            yield parse_line(Place(name, number), line)
+    else:
+        yield from _read_values(str(file.path), file.text())
+
+
+def looks_like_json_lines(file: TextFile) -> bool:
+    """Whether each of the first lines of a text is an object of JSON."""
+    head = [_parsed(line) for _, line in islice(file.lines(), 3)]
+    return bool(head) and all(value is not None and isinstance(value[0], dict) and value[0] for value in head)
+
+
+def parse_line(place: Place, line: str) -> SourceRow | Problem:
+    """The row in one line."""
+    try:
+        return _whole_characters(SourceRow(place, json.loads(line)), line)
+    except json.JSONDecodeError as error:
+        column = error.colno
+        snippet = line[max(0, column - 20) : column + 20]
+        return Problem(place, f"broken JSON at column {column}: {error.msg}", "Fix the line.", snippet)
+
+
+def _parsed(line: str) -> tuple[Any] | None:
+    try:
+        return (json.loads(line),)
+    except json.JSONDecodeError:
+        return None
+
+
+def _begins_with_value(lines: list[str]) -> bool:
+    """Whether the lines begin with a value of several lines."""
+    text = "\n".join(lines).lstrip()
+    try:
+        _, end = json.JSONDecoder().raw_decode(text)
+    except json.JSONDecodeError:
+        return False
+    return "\n" in text[:end]
+
+
+def _whole_characters(row: SourceRow, raw: str) -> SourceRow | Problem:
+    """The row, unless it has a lone surrogate, half a character: valid in JSON, but no tokenizer can read it."""
+    if "\\ud" not in raw.lower():
+        return row
+    try:
+        json.dumps(row.value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):x}"
+        return Problem(row.place, f"half a character, {half}, without its other half", "Fix the text.")
+    return row
+
+
+def _read_values(path: str, text: str) -> Iterator[SourceRow | Problem]:
+    decoder = json.JSONDecoder()
+    position = _skip_space(text, 0)
+    try:
+        if text[position : position + 1] == "[":
+            end = yield from _read_list(path, text, position)
+            if _skip_space(text, end) != len(text):
+                raise json.JSONDecodeError("more text after the list", text, _skip_space(text, end))
+            return
+        value, end = decoder.raw_decode(text, position)
+        if _skip_space(text, end) == len(text):
+            yield from _read_object(path, text, position, value)
+            return
+        # Values over several lines, one after another.
+        line, counted, item = 1, 0, 0
+        while position < len(text):
+            value, end = decoder.raw_decode(text, position)
+            if not isinstance(value, dict):
+                raise json.JSONDecodeError("a row must be an object", text, position)
+            line, counted, item = line + text.count("\n", counted, position), position, item + 1
+            yield _whole_characters(SourceRow(Place(path, line, item), value), text[position:end])
+            position = _skip_space(text, end)
+    except json.JSONDecodeError as error:
+        yield Problem(
+            Place(path, error.lineno),
+            f"broken JSON at column {error.colno}: {error.msg}",
+            "Fix the file; rows after this place were not read.",
+            shorten(text[max(0, error.pos - 20) : error.pos + 20]),
+            kind="unreadable",
+        )
+
+
+def _read_list(path: str, text: str, position: int) -> Iterator[SourceRow | Problem]:
+    """The rows of the list at `position`; returns the position after it."""
+    decoder = json.JSONDecoder()
+    line, counted, item = 1, 0, 0
+    position = _skip_space(text, position + 1)
+    while text[position : position + 1] != "]":
+        value, end = decoder.raw_decode(text, position)
+        line, counted, item = line + text.count("\n", counted, position), position, item + 1
+        yield _whole_characters(SourceRow(Place(path, line, item), value), text[position:end])
+        position = _skip_space(text, end)
+        if text[position : position + 1] == ",":
+            position = _skip_space(text, position + 1)
+            if text[position : position + 1] == "]":
+                raise json.JSONDecodeError("expected another row after ','", text, position)
+        elif text[position : position + 1] != "]":
+            raise json.JSONDecodeError("expected ',' or ']'", text, position)
+    return position + 1
+
+
+def _read_object(path: str, text: str, position: int, value: Any) -> Iterator[SourceRow | Problem]:
+    """The only value of a file: a row, or an object that holds the rows."""
+    name = _list_of_rows(path, value)
+    if name is None:
+        place = Place(path, text.count("\n", 0, position) + 1)
+        yield _whole_characters(SourceRow(place, value), text)
+        return
+    for match in re.finditer(rf'"{name}"\s*:\s*(?=\[)', text):
+        # The same name may occur within another value.
+        if json.JSONDecoder().raw_decode(text, match.end())[0] == value[name]:
+            yield from _read_list(path, text, match.end())
+            return
+
+
+def _list_of_rows(path: str, value: Any) -> str | None:
+    """The key under which an object has its rows; None if it is itself a row.
+
+    Raises:
+        UserError: the object has rows in a shape that has no row for each example.
+    """
+    if not isinstance(value, dict):
+        return None
+    lists = {key: item for key, item in value.items() if isinstance(item, list | dict) and item}
+    names = [key for key in lists if key in (*ROW_LISTS, "validation", "valid", "dev", "test")]
+    if len(names) > 1:
+        raise UserError(
+            f"{path} has several lists of rows ({', '.join(names)}). Write each into a file of its own, named "
+            f"{names[0]}.jsonl, {names[1]}.jsonl and so on."
+        )
+    if not names and len(value) > 1 and all(isinstance(item, dict) and "0" in item for item in value.values()):
+        raise UserError(
+            f"{path} has a column under each key ({', '.join(list(value)[:4])}), as pandas writes by default. Write "
+            'rows: frame.to_json("rows.jsonl", orient="records", lines=True, force_ascii=False).'
+        )
+    if not names or names[0] not in ROW_LISTS or len(lists) > 1:
+        return None
+    rows = lists[names[0]]
+    if isinstance(rows, list) and all(isinstance(row, dict) and "paragraphs" in row for row in rows):
+        raise UserError(
+            f"{path} has articles with paragraphs and questions (SQuAD), not rows. Write one row per question: "
+            '{"question": ..., "answer": ...}, with the paragraph in the question.'
+        )
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise UserError(
+            f"{path}: `{names[0]}` is not a list of objects. Write the rows as objects, one per line, into a "
+            ".jsonl file."
+        )
+    return names[0]
+
+
+def _skip_space(text: str, position: int) -> int:
+    return re.compile(r"\s*").match(text, position).end()
