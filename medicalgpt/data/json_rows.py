@@ -27,7 +27,8 @@ def read_json(file: TextFile, lines_expected: bool) -> Iterator[SourceRow | Prob
     if not head:
         return
     first = _parsed(head[0][1])
-    in_lines = first is not None and (len(head) > 1 or (lines_expected and not isinstance(first[0], list)))
+    several, is_list = len(head) > 1, first is not None and isinstance(first[0], list)
+    in_lines = first is not None and (lines_expected and (several or not is_list) or several and not is_list)
     if first is None and not head[0][1].lstrip().startswith("["):
         # A broken line among others, or a value over several lines.
         head += list(islice(lines, HEAD_LINES))

@@ -76,7 +76,7 @@ def read_rows(
     elif kind == "csv":
         yield from read_csv(file)
     else:
-        if looks_like_json_lines(file):
+        if suffix_of(file.path) == ".txt" and looks_like_json_lines(file):
             raise UserError(
                 f"{file.path} is named as text, and has rows of JSON, which would be trained on with their braces and "
                 f"field names. Rename it: {file.path.name.partition('.')[0]}.jsonl."
