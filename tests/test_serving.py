@@ -299,10 +299,35 @@ def test_layers_that_continuous_batching_does_not_know(engine, monkeypatch):
         make_batcher(engine, batching="continuous")
 
 
-def test_settings_that_continuous_batching_would_not_follow(engine, monkeypatch):
-    monkeypatch.setattr(engine.model.generation_config, "no_repeat_ngram_size", 3)
-    with pytest.raises(UserError, match="NoRepeatNGram.*--batching static"):
-        make_batcher(engine, batching="continuous")
+RECOMMENDED = {
+    "do_sample": True,
+    "temperature": 1.9,
+    "top_k": 3,
+    "num_beams": 2,
+    "repetition_penalty": 1.7,
+    "no_repeat_ngram_size": 1,
+    "min_new_tokens": 9,
+    "min_length": 30,
+    "forced_eos_token_id": 7,
+    "exponential_decay_length_penalty": (1, 1.5),
+    "length_penalty": 2.0,
+    "renormalize_logits": True,
+    "guidance_scale": 1.5,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_checkpoint_recommends_changes_no_answer(engine, monkeypatch, kind):
+    sampling = [GREEDY, Sampling(max_new_tokens=12, temperature=0.7, seed=3)]
+    plain = [engine.chat(ask("hello"), one) for one in sampling]
+    # The first token of the plain answer is forbidden.
+    for name, value in {**RECOMMENDED, "bad_words_ids": [[plain[0].token_ids[0]]]}.items():
+        monkeypatch.setattr(engine.model.generation_config, name, value)
+    for one, expected in zip(sampling, plain, strict=True):
+        same(engine.chat(ask("hello"), one), expected)
+    with make_batcher(engine, batching=kind) as batcher:
+        for one, expected in zip(sampling, plain, strict=True):
+            same(batcher.submit(engine.request(ask("hello"), one)).result(20), expected)
 
 
 def test_limits(engine):

@@ -19,7 +19,7 @@ from functools import partial
 from medicalgpt.args import ServeArguments
 from medicalgpt.errors import UserError
 from medicalgpt.serving.chat import ChatEngine, settle
-from medicalgpt.serving.generation import Answer, AnswerState, GenerationRequest, refuse_nan
+from medicalgpt.serving.generation import Answer, AnswerState, GenerationRequest, plain_settings, refuse_nan
 
 import torch
 from loguru import logger
@@ -222,7 +222,7 @@ class ContinuousBatcher(Batcher):
         self._jobs: dict[str, tuple[AnswerState, Future[Answer]]] = {}
         self._numbers = itertools.count()
         self._manager = engine.model.init_continuous_batching(
-            _config_without_sampling(engine),
+            _plain_config(engine),
             ContinuousBatchingConfig(
                 max_requests_per_batch=max_batch_size,
                 # Each request chooses its token with its own settings, on the host, at every step.
@@ -340,15 +340,15 @@ class _PagedChooser(ContinuousBatchingLogitsProcessor):
         return scores
 
 
-def _config_without_sampling(engine: ChatEngine) -> GenerationConfig:
-    """The checkpoint's generation settings without sampling (suppressed tokens, for example): requests do their own."""
+def _plain_config(engine: ChatEngine) -> GenerationConfig:
+    """The checkpoint's generation settings without those that choose tokens: requests do so themselves."""
     config = copy.deepcopy(engine.model.generation_config)
     config.update(
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
+        **plain_settings(),
         stop_strings=None,
         max_length=None,
+        max_new_tokens=None,
+        max_time=None,
         eos_token_id=sorted(engine.stop_ids) or -1,
     )
     return config
@@ -356,16 +356,9 @@ def _config_without_sampling(engine: ChatEngine) -> GenerationConfig:
 
 def continuous_obstacles(engine: ChatEngine) -> list[str]:
     """Reasons why continuous batching would not give the model's own answers; empty if it does."""
-    reasons = []
     config = engine.model.config.get_text_config()
     layers = set(getattr(config, "layer_types", None) or ["full_attention"]) - PAGED_LAYERS
-    if layers:
-        reasons.append(f"it has layers of the kind {', '.join(sorted(layers))}")
-    processors = engine.model._get_logits_processor(_config_without_sampling(engine))
-    names = [type(each).__name__ for each in processors if not getattr(each, "supports_continuous_batching", False)]
-    if names:
-        reasons.append(f"its generation_config.json asks for {', '.join(names)}")
-    return reasons
+    return [f"it has layers of the kind {', '.join(sorted(layers))}"] if layers else []
 
 
 def batcher_from(engine: ChatEngine, arguments: ServeArguments) -> Batcher:

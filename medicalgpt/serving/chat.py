@@ -29,10 +29,13 @@ from medicalgpt.serving.generation import (
     Recorder,
     Sampling,
     Tools,
+    ignored_settings,
+    plain_settings,
     seed_of,
 )
 
 import torch
+from loguru import logger
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
@@ -164,6 +167,9 @@ class ChatEngine:
             if Path(checkpoint.adapter.path, "generation_config.json").is_file():
                 model.generation_config = GenerationConfig.from_pretrained(checkpoint.adapter.path)
             model = adapters.attach_adapter(model, checkpoint.adapter)
+        if ignored := ignored_settings(model.generation_config):
+            named = ", ".join(f"{name} {value}" for name, value in ignored.items())
+            logger.info(f"generation_config.json recommends {named}; answers follow the flags and requests instead")
         return cls(model, tokenizer)
 
     @classmethod
@@ -329,16 +335,16 @@ class ChatEngine:
             self.model.generate(
                 input_ids=input_ids.to(device),
                 attention_mask=attention_mask.to(device),
-                max_new_tokens=max(state.max_tokens for state in states),
-                eos_token_id=sorted(self.stop_ids) or None,
-                pad_token_id=padding,
-                use_cache=True,
-                # Each request chooses its own tokens: sampling by the model's generation_config would come on top, and
-                # would see the padding.
-                do_sample=False,
-                num_beams=1,
-                repetition_penalty=1.0,
-                stop_strings=None,
+                # Each request chooses its own tokens: what the model's generation_config recommends would come on top.
+                **plain_settings()
+                | {
+                    "max_new_tokens": max(state.max_tokens for state in states),
+                    "eos_token_id": sorted(self.stop_ids) or None,
+                    "pad_token_id": padding,
+                    "use_cache": True,
+                    "stop_strings": None,
+                    "max_time": None,
+                },
                 logits_processor=LogitsProcessorList([Chooser(states, width)]),
                 stopping_criteria=StoppingCriteriaList([Recorder(states)]),
             )

@@ -11,7 +11,7 @@ from medicalgpt.models.templating import tool_format_of
 from medicalgpt.models.tool_formats import ToolFormat, partial_match_length
 
 import torch
-from transformers import LogitsProcessor, PreTrainedTokenizerBase, StoppingCriteria
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase, StoppingCriteria
 
 Messages = Sequence[Mapping[str, Any]]
 Tools = Sequence[Any]
@@ -20,6 +20,16 @@ Tools = Sequence[Any]
 MAX_SEED = 2**62
 # Maximum number of alternatives per token.
 MAX_TOP_LOG_PROBS = 20
+
+# What a checkpoint's generation_config says of the model, not of how a token is chosen or where an answer ends. Tokens
+# that must not be said at all, such as those of images, stay suppressed.
+SETTINGS_OF_MODEL = frozenset(
+    ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "suppress_tokens")
+    + ("use_cache", "cache_implementation", "cache_config", "max_cache_len", "prefill_chunk_size", "low_memory")
+    + ("compile_config", "disable_compile", "continuous_batching_config", "transformers_version")
+    # These follow from the request.
+    + ("max_length", "max_new_tokens", "max_time", "stop_strings")
+)
 
 # Written by a decoder for bytes that are not a complete character.
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -79,6 +89,26 @@ class Sampling:
     def with_seed_offset(self, offset: int) -> "Sampling":
         """The same settings with `seed + offset`, for answers drawn independently; without a seed, unchanged."""
         return self if self.seed is None else dataclasses.replace(self, seed=(self.seed + offset) % MAX_SEED)
+
+
+def plain_settings() -> dict[str, Any]:
+    """Settings of `generate` that choose the most likely token, whatever a checkpoint's generation_config recommends.
+
+    Sampling, beams, penalties, forced and forbidden words and least lengths: requests have their own (`Sampling`), or
+    none, so that greedy means greedy in every front end, in evaluations and in samples during training. A value of
+    None has to be passed as well, since the library fills in what is not passed from the checkpoint.
+    """
+    neutral = GenerationConfig._get_default_generation_params()
+    names = [name for name in vars(GenerationConfig()) if not name.startswith("_") and name not in SETTINGS_OF_MODEL]
+    return {name: neutral.get(name) for name in names}
+
+
+def ignored_settings(config: GenerationConfig) -> dict[str, Any]:
+    """What a checkpoint's generation_config recommends and `plain_settings` does not follow."""
+    plain = plain_settings()
+    return {
+        name: value for name, value in config.to_dict().items() if name in plain and value not in (None, plain[name])
+    }
 
 
 def sampling_from(arguments: ChatArguments) -> Sampling:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from medicalgpt.args import RunArguments
 from medicalgpt.data.encoding import IGNORED
@@ -43,6 +43,7 @@ from medicalgpt.training.checkpoints import (
 from medicalgpt.training.observed import as_table, observe
 from medicalgpt.training.output_folder import PreviousRun, recover, refuse_overlap
 from medicalgpt.training.plots import plot_loss
+from medicalgpt.training.samples import GreedyAnswers, SampleLogger
 from medicalgpt.training.stream_trainer import STATE_FILE, StreamTrainer
 
 import torch
@@ -51,75 +52,16 @@ from datasets import Dataset
 from loguru import logger
 from peft import PeftModel
 from transformers import (
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
     TrainingArguments,
     set_seed,
 )
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import ProgressCallback
 from transformers.utils import is_liger_kernel_available
 
 REPORTED_LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes", "deepspeed")
-
-
-class SampleLogger(Protocol):
-    """What a stage shows of a few held-out rows before and after training.
-
-    Attributes:
-        shown: what is written of each row besides the answers: name and text.
-    """
-
-    shown: list[dict[str, str]]
-
-    def answers(self) -> list[str]:
-        """One text for each row, as the model is now; an empty list on every process but the first."""
-        ...
-
-
-class GreedyAnswers:
-    """Greedy answers to a few fixed prompts, to show what training changed (a `SampleLogger`).
-
-    Off under ZeRO-3 and FSDP, where each token would gather all weights.
-    """
-
-    def __init__(
-        self, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int], prompts: list[list[int]]
-    ):
-        sharded = is_deepspeed_zero3_enabled() or trainer.is_fsdp_enabled
-        if prompts and sharded:
-            logger.info("no sample answers: the weights are sharded over the processes")
-        self.trainer, self.tokenizer, self.stop_ids = trainer, tokenizer, stop_ids
-        self.prompts = [] if sharded else prompts
-        self.shown = [{"prompt": tokenizer.decode(ids)} for ids in self.prompts]
-
-    @torch.no_grad()
-    def answers(self, max_new_tokens: int = 64) -> list[str]:
-        """Generated answers to all prompts; an empty list on every process but the first."""
-        if not self.prompts or not is_main_process():
-            return []
-        model: PreTrainedModel = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        was_training = model.training
-        model.eval()
-        random_state = torch.random.get_rng_state()
-        texts = []
-        for prompt in self.prompts:
-            ids = torch.tensor([prompt], device=model.device)
-            with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=bool(self.trainer.args.bf16)):
-                output = model.generate(
-                    input_ids=ids,
-                    attention_mask=torch.ones_like(ids),
-                    max_new_tokens=max_new_tokens,
-                    do_sample=False,
-                    eos_token_id=self.stop_ids,
-                    pad_token_id=self.tokenizer.pad_token_id,
-                )
-            texts.append(self.tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True))
-        torch.random.set_rng_state(random_state)
-        model.train(was_training)
-        return texts
 
 
 class Run:

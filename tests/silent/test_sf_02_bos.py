@@ -6,7 +6,7 @@ from medicalgpt.data.encoding import encode_chat, encode_document
 from medicalgpt.models.loading import load_tokenizer
 from medicalgpt.serving.chat import ChatEngine
 from medicalgpt.serving.generation import Sampling
-from medicalgpt.training.runs import GreedyAnswers
+from medicalgpt.training.samples import GreedyAnswers
 from template import TEMPLATES, apply_template
 from tests.helpers import chat, open_stage, save_model, write_jsonl
 from tests.silent.chats import PAIRS, conversation
