@@ -325,7 +325,7 @@ def main() -> None:
     model = loading.load_trainable(AutoModelForCausalLM, checkpoint, tokenizer, model_args, lora_args, **load)
     reference = None
     if args.reference_model:
-        reference = load_reference(args.reference_model, tokenizer, model_args, **load)
+        reference = load_reference(args.reference_model, tokenizer, model_args, lora_args, **load)
     elif not lora_args.use_peft and not args.precompute_ref_log_probs:
         reference = copy_policy(model, checkpoint, model_args, lora_args, **load)
 

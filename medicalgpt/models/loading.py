@@ -347,12 +347,8 @@ def fit_embedding(
     Raises:
         UserError: the tokenizer is not the model's, nor an extension of it.
     """
-    rows = model.get_input_embeddings().num_embeddings
+    rows = add_missing_rows(model, tokenizer)
     tokens = {row: token for token, row in tokenizer.get_vocab().items()}
-    needed = max(tokens) + 1
-    if needed > rows:
-        model.resize_token_embeddings(needed)
-        logger.info(f"the embedding grew from {rows} to {needed} rows; the new ones start at the mean")
     if not lora.use_peft:
         return []
     own = _own_tokens(model, cache_dir)
@@ -367,6 +363,27 @@ def fit_embedding(
             "learn all tokens from scratch: --use_peft False, or --modules_to_save embed_tokens,lm_head."
         )
     return sorted(row for row, token in tokens.items() if row >= rows or own.get(row) != token)
+
+
+def add_missing_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "") -> int:
+    """Give each token of a tokenizer a row in the embedding and the head of a model that reads its ids.
+
+    Every model that does needs this: policy, reference, critic, reward model. A padding token without a row, which is
+    common, would otherwise be an index beyond the embedding.
+
+    Args:
+        name: which model, for the log, if it is not the first one.
+
+    Returns:
+        The number of rows before.
+    """
+    rows = model.get_input_embeddings().num_embeddings
+    needed = max(tokenizer.get_vocab().values()) + 1
+    if needed > rows:
+        model.resize_token_embeddings(needed)
+        of_which = f" of {name}" if name else ""
+        logger.info(f"the embedding{of_which} grew from {rows} to {needed} rows; the new ones start at the mean")
+    return rows
 
 
 def _own_tokens(model: PreTrainedModel, cache_dir: str | None) -> dict[int, str] | None:

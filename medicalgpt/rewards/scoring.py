@@ -253,6 +253,9 @@ class RewardScorer:
                 f"{base} lacks {', '.join(missing[:3])}, which would be random. Get the complete checkpoint."
             )
         loading.never_repack_4bit(model)
+        if not adapter:
+            # An adapter brings the rows of its tokens itself.
+            loading.add_missing_rows(model, tokenizer, "the reward model")
         # Quantized weights are already on their device.
         if device_map is None and not (load_in_4bit or load_in_8bit) and torch.accelerator.is_available():
             model.to(torch.accelerator.current_accelerator())

@@ -25,19 +25,23 @@ from trl.models import prepare_deepspeed, prepare_fsdp
 
 
 def load_reference(
-    name: str, tokenizer: PreTrainedTokenizerBase, model_args: ModelArguments, **load: Any
+    name: str, tokenizer: PreTrainedTokenizerBase, model_args: ModelArguments, lora_args: LoraArguments, **load: Any
 ) -> PreTrainedModel:
-    """The model that `--reference_model` names, frozen, an adapter merged into it.
+    """The model that `--reference_model` names, frozen, an adapter merged into it, fitted as the policy is.
 
     Args:
         name: model or adapter, on disk or on the hub.
         tokenizer: of the policy.
+        lora_args: of the policy; if all of its weights are trained, both models are float32 by default.
         load: further arguments of `loading.load_base`.
 
     Raises:
         UserError: it has another tokenizer, or is an adapter and the base is quantized.
     """
-    model_args = replace(model_args, model_name_or_path=name, tokenizer_name_or_path=None, model_revision=None)
+    dtype = "float32" if model_args.dtype == "auto" and not lora_args.use_peft else model_args.dtype
+    model_args = replace(
+        model_args, model_name_or_path=name, tokenizer_name_or_path=None, model_revision=None, dtype=dtype
+    )
     checkpoint = Checkpoint.from_arguments(model_args)
     if checkpoint.adapter and (model_args.load_in_4bit or model_args.load_in_8bit or model_args.qlora):
         raise UserError(
@@ -54,6 +58,7 @@ def load_reference(
     reference = loading.load_base(AutoModelForCausalLM, checkpoint, model_args, LoraArguments(), **load)
     if checkpoint.adapter:
         reference = adapters.attach_adapter(reference, checkpoint.adapter).merge_and_unload()
+    loading.add_missing_rows(reference, tokenizer, "the reference")
     return reference.requires_grad_(False)
 
 
