@@ -54,7 +54,7 @@ from medicalgpt.models.templating import stop_token_ids
 from medicalgpt.parser import parse_args
 from medicalgpt.rewards.scoring import RewardScorer, is_reward_adapter, restore_head, score_in_float32
 from medicalgpt.serving.chat import ChatEngine
-from medicalgpt.serving.generation import Answer, Sampling
+from medicalgpt.serving.generation import MAX_SEED, Answer, Sampling
 from medicalgpt.training.cpu import add_cpu_head
 from medicalgpt.training.runs import Run
 from medicalgpt.training.trainers import StageTrainer, disable_dropout, disable_lora_dropout, training_defaults
@@ -237,6 +237,16 @@ def check_flags(args: PpoArguments) -> None:
         )
     if problems:
         raise UserError("\n  ".join(problems))
+
+
+def name_idle_flags(args: PpoArguments) -> None:
+    """Say which of the given flags cannot change anything: a step of one update never leaves its own policy."""
+    idle = sorted(args.given & {"cliprange", "cliprange_value", "target_kl"})
+    if args.num_ppo_epochs == args.num_mini_batches == 1 and idle and is_main_process():
+        logger.warning(
+            f"--{', --'.join(idle)} changes nothing: with --num_ppo_epochs 1 and --num_mini_batches 1, each step is "
+            "one update, in which policy and critic are still those that answered"
+        )
 
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
@@ -559,7 +569,7 @@ class PpoTrainer(StageTrainer):
         first = (step * self.accelerator.num_processes + self.accelerator.process_index) * self.answers_per_process
         rows = [self.train_dataset[self._prompt_index(first + number)] for number in range(self.answers_per_process)]
         tasks = [self.tasks[place_of(row)] for row in rows]
-        answers = self.answer(rows, args.temperature, seed=(args.seed << 31) + first)
+        answers = self.answer(rows, args.temperature, seed=((args.seed << 31) + (args.seed >> 31) + first) % MAX_SEED)
         ids, attention, mask = self._pad([row["prompt_ids"] for row in rows], answers)
         log_probs, entropy, reference, values = self._forward_rollout(ids, attention, mask)
         sampled = torch.zeros_like(log_probs)
@@ -982,6 +992,7 @@ def main() -> None:
     checkpoint = loading.stage_checkpoint(model_args, lora_args)
     loading.resolve_length(args, "model_max_length", checkpoint, attention_args)
     run = Run("ppo_training", args, checkpoint, run_args, model_args, attention_args, data_args, lora_args)
+    name_idle_flags(args)
 
     # 2 tokenizer and template
     tokenizer = loading.stage_tokenizer(checkpoint, model_args)

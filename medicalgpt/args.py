@@ -364,6 +364,10 @@ def same_field(cls: type, name: str) -> Any:
     return field(default=found.default, metadata=found.metadata)
 
 
+# Of the trainers: numpy's generators take 32 bits, and each process adds its number.
+MAX_SEED = 2**32 - 2**16
+
+
 def help_texts(cls: type) -> dict[str, str]:
     """The help text of each field of a dataclass: the field's own, or that of the nearest `HELP`."""
     texts = {entry.name: entry.metadata.get("help", "") for entry in dataclasses.fields(cls)}
@@ -462,6 +466,9 @@ class StageDefaults:
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least 1.")
+        for name, seed in (("seed", self.seed), ("data_seed", self.data_seed)):
+            if seed is not None and not 0 <= seed <= MAX_SEED:
+                raise ValueError(f"--{name} {seed} must be between 0 and {MAX_SEED}.")
         if self.max_steps == 0 or (self.num_train_epochs <= 0 and self.max_steps < 0):
             flag = "max_steps" if self.max_steps == 0 else "num_train_epochs"
             raise ValueError(f"--{flag} {getattr(self, flag)} would train nothing. To evaluate only: --do_train False.")

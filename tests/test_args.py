@@ -287,6 +287,8 @@ def test_one_stage_refuses_what_the_other_has():
         (["--metric_for_best_model", "loss"], "add --eval_strategy steps"),
         (["--save_strategy", "best"], "add --eval_strategy steps"),
         (["--early_stopping_patience", 0], "must be at least 1"),
+        (["--seed", 2**32], "must be between 0 and 4294901760"),
+        (["--data_seed", -1], "must be between 0 and 4294901760"),
         (["--early_stopping_threshold", 0.1], "has no effect without --early_stopping_patience"),
     ],
 )

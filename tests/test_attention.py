@@ -511,6 +511,8 @@ def test_no_scaling_is_offered_where_there_is_none(tmp_path):
         ({"rope_type": "default"}, 4096, 4096),
         ({"rope_type": "linear", "factor": 4.0}, 4096, 16384),
         ({"rope_type": "dynamic", "factor": 2.0}, 4096, 8192),
+        # A quotient whose product is a little less.
+        ({"rope_type": "linear", "factor": 12288 / 12032}, 12032, 12288),
         ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}, 4096, 16384),
         ({"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096}, 163840, 163840),
         ({"rope_type": "llama3", "factor": 32.0, "original_max_position_embeddings": 8192}, 131072, 131072),

@@ -540,6 +540,22 @@ def test_settings_out_of_range(wrong):
         Sampling(**wrong)
 
 
+def test_a_raw_text_is_continued_where_it_ends(random, monkeypatch):
+    """Some tokenizers end each text with the token that ends answers; after it, the model would begin another text."""
+    tokenizer = random.tokenizer
+    plain = random.completion_ids("Fever is")
+    begin, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+
+    def with_both_ends(text, add_special_tokens=True, **options):
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        return {"input_ids": [begin, *ids, end] if add_special_tokens else ids}
+
+    monkeypatch.setattr(random, "tokenizer", with_both_ends)
+    assert random.completion_ids("Fever is") == [begin, *plain]
+    with pytest.raises(ValueError, match="empty"):
+        random.completion_ids("")
+
+
 # --- loading ---------------------------------------------------------------------------------------------------------
 
 

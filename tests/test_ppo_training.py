@@ -584,6 +584,24 @@ def test_zero_2_goes_on_as_it_would_have(work, tmp_path):
 # --- flags -----------------------------------------------------------------------------------------------------------
 
 
+def test_the_critic_can_be_trained_alone_and_what_changes_nothing_is_named(work, tmp_path, capsys):
+    """At the largest seed, whose samples have seeds of their own as well."""
+    more = ("--learning_rate", 0, "--critic_learning_rate", 0.02, "--seed", 2**32 - 2**16, "--max_steps", 1)
+    opened = open_ppo(work, tmp_path, *more, "--num_ppo_epochs", 1, "--num_mini_batches", 1, "--cliprange", 0.3)
+    assert "--cliprange changes nothing" in capsys.readouterr().err
+    model = opened.trainer.model
+    before = {name: weight.clone() for name, weight in model.named_parameters() if weight.requires_grad}
+    opened.finish()
+    moved = {
+        name.partition(".")[0]
+        for name, weight in model.named_parameters()
+        if name in before and not weight.equal(before[name])
+    }
+    assert moved == {"critic"}
+    open_ppo(work, tmp_path / "more", "--num_ppo_epochs", 2, "--num_mini_batches", 1, "--cliprange", 0.3)
+    assert "changes nothing" not in capsys.readouterr().err
+
+
 def test_the_policy_stops_where_it_has_gone_too_far(work, tmp_path):
     open_ppo(work, tmp_path, "--target_kl", 1e-3, "--learning_rate", 0.05).finish()
     assert all(share < 1 for share in logged(tmp_path, "updates"))

@@ -34,9 +34,8 @@ OF_METRIC = ("reduce_lr_on_plateau", "greedy")
 def arguments(kind: str, settings, **more) -> TrainingArguments:
     if kind in OF_METRIC:
         more = {"eval_strategy": "steps", "eval_steps": 2, **more}
-    return TrainingArguments(
-        output_dir="unused", learning_rate=2e-4, lr_scheduler_type=kind, lr_scheduler_kwargs=settings, **more
-    )
+    more = {"learning_rate": 2e-4, **more}
+    return TrainingArguments(output_dir="unused", lr_scheduler_type=kind, lr_scheduler_kwargs=settings, **more)
 
 
 def refusal(kind: str, settings, **more) -> str:
@@ -92,6 +91,13 @@ def test_the_example_of_a_missing_setting_can_be_used(kind):
 )
 def test_settings_that_cannot_be_used_are_refused(kind, settings, expected):
     assert expected in refusal(kind, settings)
+
+
+def test_a_learning_rate_of_zero_has_no_share_for_an_absolute_minimum():
+    """As in PPO, to train the critic alone at first."""
+    with pytest.raises(UserError, match="min_lr 1e-05; use min_lr_rate"):
+        check_schedule(arguments("cosine_with_min_lr", {"min_lr": 1e-5}, learning_rate=0))
+    check_schedule(arguments("cosine_with_min_lr", {"min_lr_rate": 0.1}, learning_rate=0))
 
 
 def test_phases_that_do_not_fit_into_the_run():

@@ -1,6 +1,7 @@
 """Attention and positions: FlashAttention, shifted sparse attention, scaling of rotary positions."""
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -218,8 +219,13 @@ def context_length(config: PreTrainedConfig) -> int | None:
         return length
     if rope["rope_type"] == "yarn":
         # max_position_embeddings is the extended length in some checkpoints, the original one in others.
-        return max(length, int(rope.get("original_max_position_embeddings", length) * rope["factor"]))
-    return int(length * rope["factor"])
+        return max(length, _extended(rope.get("original_max_position_embeddings", length), rope["factor"]))
+    return _extended(length, rope["factor"])
+
+
+def _extended(length: int, factor: float) -> int:
+    # A factor is a quotient of two lengths, so that the product may be a little below the length it was made for.
+    return math.floor(length * factor + 1e-6)
 
 
 def scaled_rope(config: PreTrainedConfig, kind: str, length: int) -> dict[str, Any]:

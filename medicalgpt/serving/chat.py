@@ -225,13 +225,18 @@ class ChatEngine:
     def completion_ids(self, text: str) -> list[int]:
         """Token ids of a raw text for the model to continue, without the chat template.
 
+        A tokenizer that ends each text with its end token does not do so here: the model would begin another text.
+
         Raises:
             PromptTooLongError: no room is left for an answer.
             ValueError: the text has no tokens.
         """
         ids = self.tokenizer(text, verbose=False)["input_ids"]
-        if not ids:
+        bare = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if not bare:
             raise ValueError("The text is empty, so there is nothing to continue.")
+        begins = (start for start in range(len(ids) - len(bare) + 1) if ids[start : start + len(bare)] == bare)
+        ids = ids[: next(begins, len(ids)) + len(bare)]
         self.require_room(ids)
         return ids
 

@@ -76,7 +76,7 @@ def check_schedule(args: TrainingArguments) -> None:
         if args.optim.value.endswith("layerwise"):
             raise UserError(f"--optim {args.optim.value} updates during the backward pass and cannot follow {flags}.")
     if args.learning_rate == 0 and settings.get("min_lr"):
-        raise UserError(f"{flags} cannot decay from --learning_rate 0 to min_lr {settings['min_lr']}. Omit min_lr.")
+        raise UserError(f"{flags} cannot decay from --learning_rate 0 to min_lr {settings['min_lr']}; use min_lr_rate.")
     # Without --max_steps the total follows from the data; then `build_schedule` sees the rest.
     total = args.max_steps if args.max_steps > 0 else _any_total(args, settings)
     _require_curve(args, total, flags)
