@@ -47,6 +47,7 @@ from medicalgpt.data.sources import Place, place_of
 from medicalgpt.data.tasks import to_task
 from medicalgpt.data.tokenizing import encode_sides
 from medicalgpt.errors import UserError, run_main
+from medicalgpt.files import write_atomically
 from medicalgpt.logs import is_main_process
 from medicalgpt.models import adapters, loading
 from medicalgpt.models.hub import HEADS, Checkpoint
@@ -847,7 +848,7 @@ class PpoTrainer(StageTrainer):
         if is_main_process() and self._answers_file.is_file():
             lines = self._answers_file.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [line for line in lines if json.loads(line)["step"] <= self.state.global_step]
-            self._answers_file.write_text("".join(kept), encoding="utf-8")
+            write_atomically(self._answers_file, "".join(kept))
 
     @property
     def _answers_file(self) -> Path:

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medicalgpt.errors import UserError
+from medicalgpt.models.hub import resolve_checkpoint
 from medicalgpt.training import checkpoints
 from medicalgpt.training.checkpoints import MANIFEST
 from medicalgpt.training.output_folder import PreviousRun, paths_read, recover, replace_model
-from tests.helpers import ROOT, open_stage, run_here, write_jsonl
+from tests.helpers import ROOT, open_stage, run_here, run_program, write_jsonl
 from tests.tiny import make_tiny
 
 import pytest
@@ -400,6 +401,30 @@ def test_a_killed_replacement_is_not_resumed(place, tmp_path):
     with pytest.raises(UserError, match="run to resume saved no checkpoint"):
         run_here(script, *flags(place, script, output_dir=tmp_path / "run"), "--resume_from_checkpoint", "True")
     assert contents(tmp_path / "run") == before
+
+
+@pytest.mark.slow
+def test_several_processes_replace_a_run_together(place, tmp_path):
+    """The first one acts; a failure of both restores the run, and the second start replaces it."""
+    fill_run(tmp_path / "run")
+    before = contents(tmp_path / "run")
+    script = "supervised_finetuning.py"
+    command = [*flags(place, script, output_dir=tmp_path / "run"), *OVERWRITE, *SHORT, "--eval_strategy", "no"]
+    failed = run_program(script, *command, "--learning_rate", "nan", processes=2, check=False)
+    assert failed.returncode == 1 and contents(tmp_path / "run") == before
+    run_program(script, *command, processes=2)
+    names = set(os.listdir(tmp_path / "run"))
+    assert {"checkpoint-1", "adapter_config.json", "notes.txt"} <= names and "vocab.json" not in names
+    assert not [name for name in names if name.startswith(".")]
+
+
+def test_a_run_that_is_set_aside_is_named(tmp_path):
+    """Whoever loads the folder of a killed run is shown where the earlier one is."""
+    fill_run(tmp_path / "run")
+    write_jsonl(tmp_path / "run" / "adapter_config.json", [{"base_model_name_or_path": "base"}])
+    PreviousRun(tmp_path / "run").set_aside()
+    with pytest.raises(UserError, match="Did you mean .*run/.previous-run?"):
+        resolve_checkpoint(str(tmp_path / "run"))
 
 
 def test_an_evaluation_does_not_replace_a_trained_run(place, tmp_path):

@@ -198,7 +198,7 @@ def resolve_checkpoint(name_or_path: str) -> tuple[str, Adapter | None]:
             )
         return base, adapter
     if not (folder / "config.json").is_file():
-        inner = sorted(child.parent for child in folder.glob("*/config.json"))
+        inner = sorted(child.parent for name in ("config.json", ADAPTER_CONFIG) for child in folder.glob(f"*/{name}"))
         hint = f" Did you mean {inner[0]}?" if inner else ""
         raise CheckpointError(f"{folder} is not a checkpoint: it has neither config.json nor {ADAPTER_CONFIG}.{hint}")
     return name_or_path, None

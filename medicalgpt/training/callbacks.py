@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from medicalgpt.errors import UserError
+from medicalgpt.files import write_atomically
 from medicalgpt.logs import HEARTBEAT_SECONDS
 
 import torch
@@ -33,7 +34,7 @@ class MetricsFile(TrainerCallback):
         # What the stopped run logged after the checkpoint will be logged again.
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.append else []
         kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
-        self.path.write_text("".join(kept), encoding="utf-8")
+        write_atomically(self.path, "".join(kept))
 
     def on_log(
         self, args: TrainingArguments, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any

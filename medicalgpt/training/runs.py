@@ -21,6 +21,7 @@ from medicalgpt.data.encoding import IGNORED
 from medicalgpt.data.loading import LoadedData
 from medicalgpt.data.streaming import StreamedData, StreamedSamples
 from medicalgpt.errors import UserError
+from medicalgpt.files import write_atomically
 from medicalgpt.logs import is_main_process, setup_logging
 from medicalgpt.models import adapters, hub
 from medicalgpt.models.attention import rope_to_record
@@ -419,7 +420,7 @@ class Run:
         rows = [{**sample, "before": old, "after": new} for sample, old, new in zip(shown, before, after, strict=True)]
         if rows:
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            (self.output_dir / "samples.jsonl").write_text(text, encoding="utf-8")
+            write_atomically(self.output_dir / "samples.jsonl", text)
         for row in rows:
             for name, text in row.items():
                 logger.info(f"{name:<8}  {_one_line(text)}")
@@ -436,7 +437,7 @@ class Run:
         self._write_record()
         if self.training.do_train:
             plot_loss(self.output_dir)
-            (self.output_dir / "README.md").write_text(model_card(self.record, self.output_dir, note), encoding="utf-8")
+            write_atomically(self.output_dir / "README.md", model_card(self.record, self.output_dir, note))
         shown = [name for name in sorted(metrics) if name == "train_loss" or _is_result(name)]
         logger.info("  ".join(f"{name} {metrics[name]:.4g}" for name in shown))
         for command in next_commands(self.output_dir) if self.training.do_train else ():
@@ -446,7 +447,7 @@ class Run:
         if is_main_process():
             self.output_dir.mkdir(parents=True, exist_ok=True)
             text = json.dumps(self.record, ensure_ascii=False, indent=2, default=str)
-            (self.output_dir / "run.json").write_text(text + "\n", encoding="utf-8")
+            write_atomically(self.output_dir / "run.json", text + "\n")
 
 
 def next_commands(output_dir: Path) -> list[str]:
