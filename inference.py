@@ -41,7 +41,6 @@ from medicalgpt.logs import (
     is_main_process,
     local_rank,
     local_world_size,
-    rank,
     setup_logging,
     world_size,
 )
@@ -62,8 +61,6 @@ from tqdm import tqdm
 BATCHES_PER_SORT = 16
 # How often the first process looks for the answers of the others.
 SECONDS_BETWEEN_LOOKS = 0.05
-# Time for the first process to report an error that all processes meet, and to exit, before another one reports it.
-SECONDS_TO_SPEAK = 10
 
 HELP = """/clear        forget the conversation
 /system TEXT  set the system prompt (without TEXT: show it)
@@ -417,12 +414,6 @@ def one_of_several() -> Iterator[None]:
     try:
         choose_gpu()
         yield
-    except UserError as error:
-        if not is_main_process():
-            # Most errors are met by all processes; then the end of the first one ends this one in the meantime.
-            time.sleep(SECONDS_TO_SPEAK)
-            print(f"\nerror in process {rank()}: {error}", file=sys.stderr, flush=True)
-        raise
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

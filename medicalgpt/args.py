@@ -7,6 +7,9 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+# Packages of trackers that have another name than their tracker.
+PACKAGE_OF_TRACKER = {"azure_ml": "azureml-core", "comet_ml": "comet-ml", "flyte": "flytekit", "neptune": "neptune"}
+
 
 @dataclass
 class TemplateArguments:
@@ -376,6 +379,38 @@ def help_texts(cls: type) -> dict[str, str]:
     return texts
 
 
+def installed_trackers(report_to: str | list[str] | None) -> list[str]:
+    """The trackers that `--report_to` names.
+
+    Raises:
+        ValueError: one is unknown or not installed.
+    """
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
+
+    given = report_to if isinstance(report_to, list) else [report_to or "none"]
+    names = [name.strip() for text in given for name in text.split(",") if name.strip()]
+    installed = get_available_reporting_integrations()
+    if names == ["none"]:
+        return ["none"]
+    if names == ["all"]:
+        if not installed:
+            raise ValueError("--report_to all: no tracker is installed. Install one: pip install tensorboard")
+        return installed
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(INTEGRATION_TO_CALLBACK)
+            raise ValueError(f"--report_to {name} is not a tracker. Use none, all, or some of {known}.")
+    if missing := [name for name in names if name not in installed]:
+        raise ValueError(
+            f"--report_to {','.join(names)} needs {' and '.join(missing)}, which is not installed. Install it: "
+            f"pip install {' '.join(PACKAGE_OF_TRACKER.get(name, name) for name in missing)}"
+        )
+    return names
+
+
 def bf16_gpu() -> bool:
     """Whether there is a GPU that supports bfloat16."""
     import torch
@@ -437,7 +472,13 @@ class StageDefaults:
         metadata={"help": "With --early_stopping_patience: an evaluation must be better by more than this."},
     )
     # No tracker connects to the network unless it is requested.
-    report_to: str = field(default="none", metadata={"help": "Tracker: tensorboard, wandb, ..."})
+    report_to: str = field(
+        default="none",
+        metadata={
+            "help": "Trackers, separated by commas: tensorboard, wandb, swanlab, mlflow, trackio and others; all: the "
+            "installed ones. TensorBoard's files are in --output_dir/runs."
+        },
+    )
 
     @property
     def order_seed(self) -> int:
@@ -453,6 +494,7 @@ class StageDefaults:
         if self.bf16 is None:
             self.bf16 = not self.fp16 and bf16_gpu()
         self._refuse_idle_training()
+        self.report_to = installed_trackers(self.report_to)
         self._set_best_metric()
         super().__post_init__()
         if self.fsdp and self.use_cpu:

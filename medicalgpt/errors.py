@@ -3,10 +3,14 @@
 import atexit
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import NoReturn
 
-from medicalgpt.logs import is_main_process, world_size
+from medicalgpt.logs import is_main_process, rank, world_size
+
+# Time for the first process to report an error that all processes meet, and to exit, before another one reports it.
+SECONDS_TO_SPEAK = 10
 
 
 class UserError(Exception):
@@ -28,9 +32,7 @@ def run_main(main: Callable[[], None]) -> None:
     except UserError as error:
         if debug:
             raise
-        if is_main_process():
-            print(f"\nerror: {error}", file=sys.stderr, flush=True)
-        sys.exit(1)
+        fail(str(error))
     except BrokenPipeError:
         # The reader of our output (head, less) has gone. Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -40,6 +42,20 @@ def run_main(main: Callable[[], None]) -> None:
             raise
         print("\nstopped", file=sys.stderr, flush=True)
         sys.exit(130)
+
+
+def fail(message: str, code: int = 1) -> NoReturn:
+    """Print an error, once for all processes, and exit.
+
+    Most errors are met by all processes: the first one reports it, and its end makes the launcher end the others
+    before they have waited for `SECONDS_TO_SPEAK`. Another one reports an error that the first does not meet.
+    """
+    if is_main_process():
+        print(f"\nerror: {message}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(SECONDS_TO_SPEAK)
+        print(f"\nerror in process {rank()}: {message}", file=sys.stderr, flush=True)
+    sys.exit(code)
 
 
 def _exit_at_once() -> NoReturn:

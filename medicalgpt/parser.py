@@ -10,8 +10,8 @@ from typing import Any, NoReturn
 
 from medicalgpt.args import help_texts
 from medicalgpt.encodings import decode_text
-from medicalgpt.errors import UserError
-from medicalgpt.logs import is_main_process, notice, world_size
+from medicalgpt.errors import UserError, fail
+from medicalgpt.logs import notice, world_size
 from medicalgpt.refusals import (
     ACCEPTED,
     ANY,
@@ -358,9 +358,9 @@ class StrictParser:
     def _read_yaml(self, path: str) -> tuple[list[str], list[str]]:
         try:
             with open(path, "rb") as file:
-                text, notice = decode_text(file.read(), f"--config {path}", flag=None)
-            if notice and is_main_process():
-                print(f"notice: {path} {notice}", file=sys.stderr)
+                text, guess = decode_text(file.read(), f"--config {path}", flag=None)
+            if guess:
+                notice(f"{path} {guess}")
             loader = yaml.SafeLoader(text)
             root = loader.get_single_node()
             # A mapping is taken key by key, since a dict would hide duplicate keys.
@@ -393,9 +393,7 @@ class StrictParser:
         return tokens, origins
 
     def _fail(self, message: str) -> NoReturn:
-        if is_main_process():
-            print(f"error: {message}\n  all flags: python {self.parser.prog} --help", file=sys.stderr)
-        sys.exit(2)
+        fail(f"{message}\n  all flags: python {self.parser.prog} --help", code=2)
 
 
 def parse_args(

@@ -179,7 +179,7 @@ def test_a_config_file_in_another_encoding(tmp_path, capsys, encoding):
     path.write_bytes("# 訓練的設定，請勿刪除\ntrain_file_dir: data/病人\n".encode(encoding))
     (arguments,) = parse_args(DataArguments, argv=["--config", str(path)])
     assert arguments.train_file_dir == "data/病人"
-    assert f"notice: {path} is not UTF-8; it was read as" in capsys.readouterr().err
+    assert f"note: {path} is not UTF-8; it was read as" in capsys.readouterr().err
     path.write_bytes(b"train_file_dir: \xff\xff\xff\n")
     with pytest.raises(SystemExit):
         parse_args(DataArguments, argv=["--config", str(path)])

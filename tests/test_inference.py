@@ -300,11 +300,11 @@ import json, os, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 import inference
-from medicalgpt.errors import UserError
+from medicalgpt import errors
 
 rank, generate = os.environ["RANK"], inference.ChatEngine.generate
 os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
-inference.SECONDS_TO_SPEAK = 0.2
+errors.SECONDS_TO_SPEAK = 0.2
 
 def wait_for(condition):
     while not condition():
@@ -318,9 +318,8 @@ def together(engine, requests):
         wait_for(Path(f"{output}.took{1 - int(rank)}").exists)
     if "killed" in output and rank == "1":
         try:
-            with inference.one_of_several():
-                raise UserError("the scores of this process are no numbers")
-        except UserError:
+            errors.fail("the scores of this process are no numbers")
+        except SystemExit:
             wait_for(lambda: Path(f"{output}.partial").stat().st_size)
             os.kill(os.getpid(), signal.SIGKILL)
     return generate(engine, requests)
