@@ -553,6 +553,18 @@ def test_files_with_held_out_names_are_never_trained_on(folder, log):
     assert list(load(folder / "all", validation_file_dir=str(folder / "all")).validation) == list(data.validation)
 
 
+def test_the_training_folder_as_validation_folder_has_a_safe_way_out(tmp_path):
+    """As in the launch scripts of MedicalGPT. The advice is followed, and then rows are held out."""
+    write_jsonl(tmp_path / "all" / "rows.jsonl", pairs(*range(40)))
+    place = str(tmp_path / "all")
+    with pytest.raises(UserError, match="^all 10 held-out rows are also trained on") as refused:
+        load(tmp_path / "all", validation_file_dir=place, max_eval_samples=10)
+    remedy = str(refused.value).splitlines()[-1]
+    flag, value = re.search(r"Hold out others: --(\w+) (\d+) instead of --validation_file_dir", remedy).groups()
+    data = load(tmp_path / "all", **{flag: float(value)})
+    assert len(data.validation) == round(0.05 * (len(data.train) + len(data.validation))) > 0
+
+
 def test_an_explicit_validation_place_wins(folder):
     write_jsonl(folder / "other" / "rows.jsonl", pairs(20))
     write_jsonl(folder / "other" / "test.jsonl", pairs(21))

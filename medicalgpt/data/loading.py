@@ -249,7 +249,7 @@ def load_data(
             _split(data, arguments.validation_split_percentage, seed)
         if not data.train and not data.problems:
             raise UserError("no training rows were found. Check --train_file_dir and --max_train_samples.")
-        refuse_overlap(data, arguments.allow_overlap)
+        refuse_overlap(data, arguments)
     return data
 
 
@@ -311,7 +311,8 @@ def _split(data: LoadedData, percentage: float, seed: int) -> None:
     logger.info(f"held out {held_out.sum()} of {len(rows)} training rows at random (seed {seed})")
 
 
-def refuse_overlap(data: LoadedData, allowed: bool) -> None:
+def refuse_overlap(data: LoadedData, arguments: DataArguments) -> None:
+    """Raises UserError if held-out rows are trained on, unless `--allow_overlap` says so."""
     if not data.validation:
         return
     trained, held_out = _identities(data.train), _identities(data.validation)
@@ -326,10 +327,15 @@ def refuse_overlap(data: LoadedData, allowed: bool) -> None:
     what, relation = ("prompts", "has the prompt of") if by_prompt else ("rows", "is also")
     shown = "\n  ".join(f"{validation} {relation} {train}" for validation, train in places)
     message = f"{len(shared)} of {len(data.validation)} held-out {what} are also trained on:\n  {shown}"
-    if allowed:
+    if arguments.allow_overlap:
         logger.warning(f"{message}\n  Evaluation will look better than it is (--allow_overlap True)")
         return
-    raise UserError(f"{message}\nRemove them from one side, or pass --allow_overlap True.")
+    remedy = "Remove them from one side, or pass --allow_overlap True."
+    if len(shared) == len(data.validation) and arguments.validation_file_dir and not arguments.streaming:
+        # Most likely the same folder for both.
+        message = f"all {len(shared)} held-out {what} are also trained on, the first of them: {shown.splitlines()[0]}"
+        remedy = f"Hold out others: --validation_split_percentage 5 instead of --validation_file_dir. {remedy}"
+    raise UserError(f"{message}\n{remedy}")
 
 
 def _identities(rows: Sequence[dict[str, Any]]) -> np.ndarray:

@@ -212,7 +212,7 @@ def check_data(
     data.problems += held_out_problems
     if not drawn and not data.problems:
         raise UserError("no training rows were found. Check --train_file_dir and --max_train_samples.")
-    refuse_overlap(replace(data, train=list(shared.values())), arguments.allow_overlap)
+    refuse_overlap(replace(data, train=list(shared.values())), arguments)
     if drawn and sources[0].weight is not None:
         _mix(data)
     data.train = Rows(drawn)
