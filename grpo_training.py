@@ -860,7 +860,7 @@ def main() -> None:
     train, validation = encode_sides(data, encode, data_args, args.order_seed, Prompt)
     run.add_data(data)
     run.preview(tokenizer, train)
-    check_coverage(data.train, functions, args.reward_tolerance)
+    run.record["answers"] = check_coverage(data.train, functions, args.reward_tolerance)
 
     # 4 models: policy, reference (unless it is the policy without its adapter), reward model
     load = {"attending": attention_args, "max_length": args.model_max_length, "bf16": args.bf16}

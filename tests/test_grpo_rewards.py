@@ -2,8 +2,9 @@
 
 import json
 import math
+import time
 
-from medicalgpt.data.answers import extract_answer
+from medicalgpt.data.answers import boxed_answer, extract_answer
 from medicalgpt.errors import UserError
 from medicalgpt.rewards import grading, reward_check, rewards
 from tests.helpers import ROOT, write_jsonl
@@ -46,6 +47,31 @@ def test_the_last_message_of_the_assistant_is_judged():
 )
 def test_extract_answer(text, answer):
     assert extract_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    "text, content",
+    [
+        (r"\boxed{2}", "2"),
+        (r"x \boxed{\frac{1}{2}} y \boxed{3}", r"\frac{1}{2}, 3"),
+        (r"\boxed{1} and \boxed{1}", "1"),
+        (r"\boxed{\boxed{3} mL}", r"\boxed{3} mL"),
+        (r"\boxed{\boxed{3}", "3"),
+        (r"\boxed{a\}b}", r"a\}b"),
+        ("{}}}" + r"\boxed{4}", "4"),
+        (r"\boxed{3", None),
+        ("3", None),
+    ],
+)
+def test_the_content_of_boxes(text, content):
+    assert boxed_answer(text) == content
+
+
+def test_many_open_boxes_take_no_time():
+    """The time of a reward must not grow with the square of a reply's length: policies repeat themselves."""
+    began = time.perf_counter()
+    assert boxed_answer("\\boxed{" * 20_000) is None and boxed_answer("\\boxed{B}" * 20_000) == "B"
+    assert time.perf_counter() - began < 5
 
 
 # Accuracy ------------------------------------------------------------------------------------------------------------

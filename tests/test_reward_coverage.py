@@ -35,7 +35,7 @@ def shown(rows, names=("accuracy", "format"), **options):
 
 def test_kinds_are_counted_and_examples_are_judged():
     kinds, log = shown(ROWS)
-    assert kinds == {"choice": 1, "number": 1, "formula": 1, "text": 1, None: 1}
+    assert kinds == {"choice": 1, "number": 1, "formula": 1, "text": 1, "no answer": 1}
     assert "compared with: 1 choice, 1 number, 1 formula, 1 text; 1 rows have none" in log
     assert "rows.jsonl:1: Which? A. Warfarin B. Paracetamol\n    choice: correct [B] 1, wrong [A] 0" in log
     assert (

@@ -88,7 +88,11 @@ FORMS = {
     "sentence": lambda letter, text: f"The answer is {letter}.",
     "sentence after reasons": lambda letter, text: f"A child has a fever, so A and C are out.\nThe answer is {letter}",
     "sentence with a reason": lambda letter, text: f"The answer is {letter} because of the fever.",
+    "sentence about the option": lambda letter, text: f"Option {letter} is the correct answer.",
+    "correct option": lambda letter, text: f"A has a fever, so the correct option is ({letter})",
+    "choosing": lambda letter, text: f"I would choose {letter}. {text}",
     "Chinese sentence": lambda letter, text: f"答案是{letter}。",
+    "Chinese option": lambda letter, text: f"所以正确答案为{letter}选项。",
     "boxed": lambda letter, text: rf"So it is $\boxed{{{letter}}}$.",
     "boxed text": lambda letter, text: rf"\boxed{{\text{{{letter}}}}}",
     "boxed bold text": lambda letter, text: rf"\boxed{{\textbf{{({letter}) {text}}}}}",
@@ -273,6 +277,18 @@ def test_a_test_set_without_answers_has_no_gold():
 def test_an_empty_option_keeps_the_letters_of_the_others():
     task = to_task({"question": QUESTION, "choices": ["Warfarin", "", "Diazepam", None], "answer": 2})
     assert task["columns"]["options"] == {"A": "Warfarin", "C": "Diazepam"} and task["columns"]["answer"] == "C"
+
+
+def test_options_that_begin_with_a_letter_or_name_letters():
+    texts = ["A和B", "C反应蛋白", "B型", "Both A and B", "A"]
+    task = to_task({"question": "哪项升高？", "options": texts, "answer": "C反应蛋白"})
+    assert task["columns"]["answer"] == "B"
+    for reply in ("B", "C反应蛋白", "B. C反应蛋白", "答案是C反应蛋白", "B、C反应蛋白。", r"\boxed{B. C反应蛋白}"):
+        assert score(task, reply) == 1, reply
+    for text in texts[:1] + texts[2:]:
+        for letter in "ACDE":
+            assert score(task, text) == score(task, letter) == score(task, f"{letter}. {text}") == 0, (letter, text)
+    assert score(task, "B. B型") == 0
 
 
 def test_short_options_that_occur_in_the_question_are_still_written():

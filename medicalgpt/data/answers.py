@@ -29,24 +29,27 @@ def strip_thinking(text: str) -> str:
 
 def boxed_answer(text: str) -> str | None:
     """What is in `\\boxed{...}`; the different contents of several boxes, separated by commas. None without a box."""
-    found: list[str] = []
-    for match in re.finditer(r"\\f?boxed\s*\{", text):
-        depth, position = 1, match.end()
-        while position < len(text) and depth:
-            depth += {"{": 1, "}": -1}.get(text[position], 0) * (text[position - 1] != "\\")
-            position += 1
-        if not depth:
-            found.append(text[match.end() : position - 1].strip())
-    return ", ".join(dict.fromkeys(found)) or None
+    starts: list[int | None] = []  # of the open braces; None for one that is not that of a box
+    boxes: list[tuple[int, int]] = []
+    for match in BRACE.finditer(text):
+        if match[0][-1] == "{":
+            starts.append(match.end() if "boxed" in match[0] else None)
+        elif match[0] == "}" and starts and (start := starts.pop()) is not None:
+            while boxes and boxes[-1][0] > start:
+                boxes.pop()  # a box in this one is part of it
+            boxes.append((start, match.start()))
+    return ", ".join(dict.fromkeys(text[start:end].strip() for start, end in boxes)) or None
 
 
+BRACE = re.compile(r"\\f?boxed\s*\{|[{}]|\\.")
 HEADING = re.compile(
     r"^[ \t]*#{1,6}[ \t]*(?:final (?:response|answer)|最终(?:回答|答案|回复))\b[ \t]*[:：]?", re.I | re.M
 )
 HASHES = re.compile(r"(?:^|\n)[ \t]*####[ \t]*([^\n]+?)\s*$")
 # Up to the end of a line: "The correct answer is (B).", "答案：B", "故选B".
 STATEMENT = re.compile(
-    r"(?:\banswer\b(?:\s+(?:option|choice))?\s*(?:is|are|would be|[:=：])+|答案\s*(?:应该|应)?\s*(?:是|为|选|[:：])+"
+    r"(?:\b(?:answer|(?:correct|right|best) (?:option|choice))\b(?:\s+(?:option|choice))?\s*(?:is|are|would be|[:=：])+"
+    r"|\bi (?:would |will )?(?:choose|select|pick)\b|答案\s*(?:应该|应)?\s*(?:是|为|选|[:：])+"
     r"|(?:故|应|应该|因此|所以)选(?:择)?)[ \t*:：]*([^\n]+?)\s*$",
     re.I,
 )
@@ -112,9 +115,14 @@ CHOICE_LEAD = re.compile(
     r"|应该|应|故|选|是|为|[:\s*(\[$])+"
 )
 CHOICE_LETTERS = re.compile(
-    r"([a-j](?:(?:[\s,、;/&和与及]|and)*[a-j])*)[\s.。、:)\]*$项]*(?:$|[,;]?\s*(?:because|since|因为|由于))"
+    r"([a-j](?:(?:[\s,、;/&和与及]|and)*[a-j])*)[\s.。、:)\]*$选项]*"
+    r"(?:$|[,;]?\s*(?:because|since|因为|由于)|is (?:the )?(?:correct|right|best)\b)"
 )
-MARKED_LETTER = re.compile(rf"(?:^|[;,、。.\n)]\s*)\(?([a-j])(?=\s?[.、:)]|\(|\s*[{HAN}])")
+# Before "." or ":" anywhere in a list; before a Han character only where an option begins, for some terms begin with a
+# letter ("C反应蛋白").
+MARKED_LETTER = re.compile(
+    rf"(?:(?:^|[;\n]\s*)\(?(?=[a-j]\s*[{HAN}])|(?:^|[;,、。.\n)]\s*)\(?(?=[a-j](?:\s?[.、:)]|\()))([a-j])"
+)
 
 
 def parse_choice(text: str) -> set[str]:

@@ -203,17 +203,19 @@ def answer_letters(answer: Any, options: Mapping[str, str], *, first: int = 0, n
         return by_text
     if text.isdigit() and numbers:
         return answer_letters(int(text), options, first=first)
+    stated = CHOICE_LEAD.sub("", text.casefold())
+    marked = _OPTION_LINE.match(stated)
+    of_text = _letter_of_text(marked[2], options) if marked else None
+    if marked and of_text == marked[1].upper():
+        return of_text
     chosen = "".join(sorted(parse_choice(text))).upper()
     if not chosen:
-        stated = CHOICE_LEAD.sub("", text.casefold())
         return _letter_of_text(stated, options) or _letter_with_more(stated, options)
     doubled = re.fullmatch(r"([A-J])\1+", text, re.IGNORECASE)
     if doubled or any(letter not in options for letter in chosen):
         return None
-    marked = _OPTION_LINE.match(CHOICE_LEAD.sub("", text))
-    other = _letter_of_text(marked[2], options) if marked and len(chosen) == 1 else None
     # "B. Aspirin" where Aspirin is A.
-    return chosen if other in (None, chosen) or options[chosen] == options[other] else None
+    return None if of_text and len(chosen) == 1 and options[chosen] != options[of_text] else chosen
 
 
 def _letter_of_text(text: str, options: Mapping[str, str]) -> str | None:

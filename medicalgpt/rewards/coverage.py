@@ -66,7 +66,7 @@ def find_unscorable(rows: Iterable[dict[str, Any]]) -> list[Problem]:
 
 def check_coverage(
     rows: Sequence[dict[str, Any]], functions: Mapping[str, RewardFunction], tolerance: float | None = None
-) -> Counter:
+) -> dict[str, int]:
     """Count the kinds of answers, log them with judged examples, and refuse rewards that apply to no row.
 
     Args:
@@ -75,7 +75,7 @@ def check_coverage(
         tolerance: `--reward_tolerance`, if it is given.
 
     Returns:
-        The number of rows by kind; under None those without an answer.
+        The number of rows by kind, and of those with `no answer`.
 
     Raises:
         UserError: a built-in reward that is None for every row, or a tolerance without numbers.
@@ -103,7 +103,7 @@ def check_coverage(
         if unread:
             names = ", ".join(f"{name} ({count:,} rows)" for name, count in sorted(unread.items()))
             logger.info(f"fields that no reward reads: {names}")
-    return kinds
+    return {kind or "no answer": count for kind, count in kinds.items()}
 
 
 def _applies(function: RewardFunction, row: dict[str, Any]) -> bool:
