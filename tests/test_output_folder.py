@@ -8,14 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from medicalgpt.errors import UserError
 from medicalgpt.models.hub import resolve_checkpoint
 from medicalgpt.training import checkpoints
 from medicalgpt.training.checkpoints import MANIFEST
-from medicalgpt.training.output_folder import PreviousRun, paths_read, recover, replace_model
+from medicalgpt.training.output_folder import PreviousRun, paths_read, recover, refuse_overlap, replace_model
 from tests.helpers import ROOT, open_stage, run_here, run_program, write_jsonl
 from tests.tiny import make_tiny
 
@@ -125,8 +125,28 @@ def test_the_proposed_folder_can_be_used(place):
         open_stage(script, *flags(place, script, output_dir=place / "models" / "base" / "sft"))
     proposed = Path(str(error.value).rpartition(" ")[2])
     assert proposed == place / "models" / "sft-supervised_finetuning"
-    assert open_stage(script, *flags(place, script, output_dir=proposed)).run.output_dir == proposed
-    proposed.rmdir()
+    with pytest.raises(UserError) as error:
+        open_stage(script, *flags(place, script, output_dir=place / "models"))
+    second = Path(str(error.value).rpartition(" ")[2])
+    assert second == place / "models" / "supervised_finetuning"
+    for folder in (proposed, second):
+        assert open_stage(script, *flags(place, script, output_dir=folder)).run.output_dir == folder
+        folder.rmdir()
+
+
+def test_a_run_with_its_data_inside_can_be_resumed(tmp_path):
+    """It was made when that was allowed; moving the data would make them other data."""
+
+    @dataclass
+    class Arguments:
+        train_file_dir: list[str] = field(default_factory=lambda: [str(tmp_path / "run" / "data")])
+
+    (tmp_path / "run" / "data").mkdir(parents=True)
+    refuse_overlap(tmp_path / "run", "stage", [Arguments()], resumes=True)
+    with pytest.raises(UserError, match="contains --train_file_dir"):
+        refuse_overlap(tmp_path / "run", "stage", [Arguments()])
+    with pytest.raises(UserError, match="is --train_file_dir"):
+        refuse_overlap(tmp_path / "run" / "data", "stage", [Arguments()], resumes=True)
 
 
 def test_links_and_other_spellings_are_seen_through(place, tmp_path, monkeypatch):
@@ -152,10 +172,14 @@ def test_the_base_of_an_adapter_and_each_of_several_sources_count(place):
             run_here(script, *flags(place, script, train_file_dir=text, output_dir=stages[1]))
 
 
-def test_the_cache_of_data_is_refused(place, tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+@pytest.mark.parametrize(
+    ("setting", "what"),
+    [("datasets.config.HF_DATASETS_CACHE", "data"), ("huggingface_hub.constants.HF_HUB_CACHE", "models")],
+)
+def test_the_caches_are_refused(place, tmp_path, monkeypatch, setting, what):
+    monkeypatch.setattr(setting, str(tmp_path))
     script = "supervised_finetuning.py"
-    with pytest.raises(UserError, match="is inside the cache of data"):
+    with pytest.raises(UserError, match=f"is inside the cache of {what}"):
         run_here(script, *flags(place, script, output_dir=tmp_path / "run"))
 
 

@@ -132,6 +132,14 @@ def test_files_that_are_no_run_are_no_reason_to_refuse(start, tmp_path):
     assert start().resume_from is None
 
 
+def test_resuming_and_overwriting_resumes(start, tmp_path, log):
+    checkpoint = save_checkpoint(tmp_path / "run", 3)
+    for resume in ("True", str(checkpoint)):
+        run = start(resume=resume, overwrite=True)
+        assert run.resume_from == str(checkpoint) and not run.replaces
+        assert "--overwrite_output_dir removes nothing, as this run is resumed" in log
+
+
 def test_other_processes_leave_the_folder_to_the_first(start, tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     save_checkpoint(tmp_path / "run", 3)

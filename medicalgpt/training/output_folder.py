@@ -23,6 +23,7 @@ from medicalgpt.training.checkpoints import MANIFEST
 
 import datasets
 from filelock import FileLock, Timeout
+from huggingface_hub import constants
 from loguru import logger
 
 # What saving a model with its tokenizer writes, and what shows that a folder holds one.
@@ -68,23 +69,25 @@ READ_FLAG = re.compile(r"(_path|_dir|_file|_files|_model|dataset_name|deepspeed|
 WRITE_FLAGS = ("output_dir", "logging_dir", "output_file")
 
 
-def refuse_overlap(output_dir: Path, stage: str, groups: Sequence[Any]) -> None:
+def refuse_overlap(output_dir: Path, stage: str, groups: Sequence[Any], *, resumes: bool = False) -> None:
     """Refuse an output folder that is, contains, or is inside something that the run reads.
 
     Args:
         stage: for the name of the folder that the message proposes.
         groups: the argument dataclasses of the program.
+        resumes: the run in this folder is continued, which removes nothing: only `is` is refused.
 
     Raises:
         UserError: it names both paths and a folder that can be used.
     """
     read = list(paths_read(groups))
     for what, path in read:
-        if how := overlap(output_dir, path):
+        how = overlap(output_dir, path)
+        if how == "is" or (how and not resumes):
             raise UserError(
                 f"--output_dir {output_dir} {how} {what} {path}. A run writes, and with --overwrite_output_dir "
                 "removes, files of these names in its output folder, so it needs one that nothing is read from: "
-                f"--output_dir {_free_folder(output_dir, path, stage, read)}"
+                f"--output_dir {_free_folder(output_dir, path, stage, [path for _, path in read])}"
             )
 
 
@@ -96,18 +99,22 @@ def paths_read(groups: Sequence[Any]) -> Iterator[tuple[str, Path]]:
     for group in groups:
         for field in dataclasses.fields(group):
             value = getattr(group, field.name, None)
-            if isinstance(value, str) and READ_FLAG.search(field.name) and field.name not in WRITE_FLAGS:
-                for path in _paths_in(value):
-                    yield f"--{field.name}", path
-                    for base in _bases(path):
-                        yield f"the base model of --{field.name}", base
+            if not READ_FLAG.search(field.name) or field.name in WRITE_FLAGS:
+                continue
+            values = value if isinstance(value, list | tuple) else [value]
+            texts = [each for each in values if isinstance(each, str)]
+            for path in (path for text in texts for path in _paths_in(text)):
+                yield f"--{field.name}", path
+                for base in _bases(path):
+                    yield f"the base model of --{field.name}", base
     for flag, value in zip(sys.argv, [*sys.argv[1:], ""], strict=True):
         name, equals, inline = flag.partition("=")
         if name == "--config" and (path := Path(inline if equals else value)).is_file():
             yield "--config", path
-    cache = Path(datasets.config.HF_DATASETS_CACHE)
-    if cache.exists():
-        yield "the cache of data", cache
+    caches = {"the cache of data": datasets.config.HF_DATASETS_CACHE, "the cache of models": constants.HF_HUB_CACHE}
+    for what, folder in caches.items():
+        if Path(folder).exists():
+            yield what, Path(folder)
 
 
 def _paths_in(value: str) -> list[Path]:
@@ -131,13 +138,14 @@ def _bases(path: Path) -> Iterator[Path]:
             yield path
 
 
-def _free_folder(output_dir: Path, source: Path, stage: str, read: Sequence[tuple[str, Path]]) -> Path:
-    """A folder next to both paths that does not exist and touches nothing that is read."""
-    for parent in (output_dir.absolute().parent, *source.absolute().parents):
-        folder = parent / f"{output_dir.resolve().name or 'outputs'}-{stage}"
-        if not folder.exists() and not any(overlap(folder, path) for _, path in read):
+def _free_folder(output_dir: Path, source: Path, stage: str, read: Sequence[Path]) -> Path:
+    """A folder that does not exist and touches nothing that is read: in `output_dir` if possible, or next to it."""
+    name = f"{output_dir.resolve().name or 'outputs'}-{stage}"
+    parents = (output_dir.absolute().parent, *source.absolute().parents)
+    for folder in (output_dir.absolute() / stage, *(parent / name for parent in parents)):
+        if not folder.exists() and not any(overlap(folder, path) for path in read):
             return folder if output_dir.is_absolute() else _relative(folder)
-    return Path.home() / f"outputs-{stage}"
+    return Path.home() / name
 
 
 def _relative(path: Path) -> Path:

@@ -93,7 +93,7 @@ class Run:
         self.early_stopping = patience and EarlyStopping(patience, training.early_stopping_threshold)
         self.output_dir = Path(training.output_dir)
         self.started = time.time()
-        refuse_overlap(self.output_dir, stage, (training, run, *others))
+        refuse_overlap(self.output_dir, stage, (training, run, *others), resumes=self._resumes_here())
         self.previous = PreviousRun(self.output_dir)
         self.replaces = run.overwrite_output_dir
         self.resume_from = self._claim_output_dir()
@@ -121,6 +121,11 @@ class Run:
 
     # -- before training ----------------------------------------------------------------------------------------------
 
+    def _resumes_here(self) -> bool:
+        wanted = str(self.training.resume_from_checkpoint or "false")
+        in_folder = Path(wanted).resolve().parent == self.output_dir.resolve()
+        return wanted.lower() == "true" or (wanted.lower() != "false" and in_folder)
+
     def _claim_output_dir(self) -> str | None:
         """Refuse another run in the output folder unless it may be replaced; returns the checkpoint to resume from."""
         _require_writable(self.output_dir)
@@ -136,7 +141,7 @@ class Run:
         checkpoint = None
         if resumes:
             checkpoint = find_checkpoint(self.output_dir if wanted.lower() == "true" else Path(wanted))
-            if Path(checkpoint).resolve().parent == self.output_dir.resolve():
+            if self._resumes_here():
                 if self.replaces:
                     logger.info("--overwrite_output_dir removes nothing, as this run is resumed")
                 self.replaces = False
