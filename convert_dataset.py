@@ -24,6 +24,7 @@ from medicalgpt.parser import parse_args
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from medicalgpt.data.formats import Converter
     from medicalgpt.data.loading import LoadedData
     from medicalgpt.data.sources import Problem
 
@@ -58,6 +59,8 @@ class ConversionArguments:
     max_samples: int | None = field(
         default=None, metadata={"help": "Convert the first N rows.", "aliases": ["--max_train_samples"]}
     )
+    columns: str | None = same_field(DataArguments, "columns")
+    preset: str | None = same_field(DataArguments, "preset")
     encoding: str | None = same_field(DataArguments, "encoding")
     ignore_fields: str | None = same_field(DataArguments, "ignore_fields")
     skip_bad_rows: bool = field(
@@ -81,7 +84,7 @@ def main() -> None:
 
     setup_logging()
     check_output(args)
-    data = load_data(data_arguments(args), reader(args.to))
+    data = load_data(data_arguments(args), reader(args))
     problems = [problem for problem in data.problems if problem.side != "validation"]
     rows = Rows(exported(args, data, problems))
     settle(args, problems, len(rows))
@@ -132,21 +135,31 @@ def data_arguments(args: ConversionArguments) -> DataArguments:
     )
 
 
-def reader(target: str):
-    """A converter that keeps the fields which describe a row next to it."""
+def reader(args: ConversionArguments) -> "Converter":
+    """A converter that keeps the fields which are not part of a conversation next to it.
+
+    Raises:
+        UserError: --columns or --preset cannot be understood.
+    """
     from medicalgpt.data.export import TARGETS
-    from medicalgpt.data.formats import METADATA_FIELDS
+    from medicalgpt.data.formats import Conversion, Converter, to_text
+    from medicalgpt.data.loading import row_converter
 
-    def read(value: Any, ignore: frozenset[str]) -> dict[str, Any]:
-        if target == "unchanged":
+    class Unchanged(Converter):
+        def convert(self, value: Any) -> Conversion:
             value = {"text": value} if isinstance(value, str) else value
-            return {"row": without(value, ignore) if isinstance(value, dict) else value}
-        kept = {name: value[name] for name in value if name in METADATA_FIELDS} if isinstance(value, dict) else {}
-        row = TARGETS[target][1](value, ignore)
-        # All fields of a task are its columns already.
-        return {"row": row, "kept": {} if target == "task" else without(kept, ignore)}
+            return Conversion({"row": without(value, self.ignore) if isinstance(value, dict) else value})
 
-    return read
+    class Keeping(Converter):
+        def convert(self, value: Any) -> Conversion:
+            found = super().convert(value)
+            kept = {name: value[name] for name in found.unused if name in value}
+            unused = tuple(name for name in found.unused if name not in kept)
+            return Conversion({"row": found.row, "kept": kept}, unused, found.preset)
+
+    made = row_converter(data_arguments(args), to_text if args.to == "unchanged" else TARGETS[args.to][1])
+    kind = Unchanged if args.to == "unchanged" else Keeping
+    return kind(made.to, made.ignore, made.columns, made.preset)
 
 
 def without(row: dict[str, Any], names: frozenset[str]) -> dict[str, Any]:

@@ -97,6 +97,8 @@ class ValidationArguments:
     stats_file: str | None = field(default=None, metadata={"help": "Write the statistics to this .json file."})
     overwrite: bool = field(default=False, metadata={"help": "Replace --report and --stats_file if they exist."})
     allow_overlap: bool = same_field(DataArguments, "allow_overlap")
+    columns: str | None = same_field(DataArguments, "columns")
+    preset: str | None = same_field(DataArguments, "preset")
     ignore_fields: str | None = same_field(DataArguments, "ignore_fields")
     encoding: str | None = same_field(DataArguments, "encoding")
     skip_bad_rows: bool = same_field(DataArguments, "skip_bad_rows")
@@ -230,7 +232,7 @@ def check_file(
     from medicalgpt.data.loading import load_data
     from medicalgpt.data.statistics import RowStatistics
 
-    name = format_of_first_row(path, args.encoding) if args.format == "auto" else args.format
+    name = format_of_first_row(path, args.preset, args.encoding) if args.format == "auto" else args.format
     data = load_data(data_arguments(args, path), converters()[name])
     lengths = token_lengths(args, tokenizer, data, name) if tokenizer and data.train else []
     rows = data.account["train"][0].rows
@@ -369,13 +371,17 @@ def settle(args: ValidationArguments, problems: list, usable: int) -> None:
     print(f"{usable} rows can be used; with these flags training skips {len(problems)}: {kinds}")
 
 
-def format_of_first_row(path: Path, encoding: str | None = None) -> str:
-    from medicalgpt.data.formats import PREFERENCE_FIELDS
+def format_of_first_row(path: Path, preset: str | None = None, encoding: str | None = None) -> str:
+    from medicalgpt.data.fields import PREFERENCE_FIELDS
+    from medicalgpt.data.presets import PRESETS, recognise
     from medicalgpt.data.sources import SourceRow, read_rows
 
     value = next((row.value for row in read_rows(path, encoding=encoding) if isinstance(row, SourceRow)), None)
     if isinstance(value, str) or (isinstance(value, dict) and set(value) == {"text"}):
         return "text"
+    shape = PRESETS.get(preset) or (recognise(value) if isinstance(value, dict) else None)
+    if shape:
+        return shape.kinds[0]
     if isinstance(value, dict) and any(column in value for pair in PREFERENCE_FIELDS for column in pair):
         return "preference"
     return "chat"

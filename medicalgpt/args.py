@@ -323,6 +323,18 @@ class DataArguments:
         metadata={"help": "Number of processes that tokenize. Default: all cores if there are enough rows."},
     )
     overwrite_cache: bool = field(default=False, metadata={"help": "Tokenize again, ignoring the token cache."})
+    columns: str | None = field(
+        default=None,
+        metadata={
+            "help": "Which field of a row is what, as NAME=FIELD separated by commas: question=Question,"
+            "answer=Response. Names: question, input, options, answer, reasoning, explanation, system, history, "
+            "messages, tools, chosen, rejected, text. No other field is then read."
+        },
+    )
+    preset: str | None = field(
+        default=None,
+        metadata={"help": "Data set whose rows these are, by its name in docs/datasets.md. Default: recognised."},
+    )
     encoding: str | None = field(
         default=None,
         metadata={

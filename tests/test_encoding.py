@@ -101,6 +101,51 @@ def test_without_history_the_last_answer_alone_is_trained(tokenizer):
     assert samples[0].input_ids == encode_chat(tokenizer, row)[0].input_ids
 
 
+def test_an_answer_that_is_context_is_not_trained(tokenizer):
+    row = chat([user("Q1"), {**assistant("bad"), "train": False}, user("Q2"), assistant("good")])
+    (sample,) = encode_chat(tokenizer, row)
+    assert trained_texts(tokenizer, [sample]) == ["good<|im_end|>"]
+    plain = chat([{name: item for name, item in turn.items() if name != "train"} for turn in row["messages"]])
+    assert sample.input_ids == encode_chat(tokenizer, plain)[0].input_ids
+    assert trained_texts(tokenizer, encode_chat(tokenizer, plain)) == ["bad<|im_end|>good<|im_end|>"]
+    (inputs,) = trained_texts(tokenizer, encode_chat(tokenizer, row, train_on_inputs=True))
+    assert "bad" not in inputs and "Q2" in inputs
+    row = chat([user("Q1"), assistant("good"), user("Q2"), {**assistant("bad"), "train": False}])
+    assert trained_texts(tokenizer, encode_chat(tokenizer, row)) == ["good<|im_end|>"]
+    with pytest.raises(EncodingError, match="its last answer is not to be trained on"):
+        encode_chat(tokenizer, row, mask_history=True)
+
+
+def test_the_assistant_may_begin(tokenizer):
+    row = chat([{**assistant("Hello."), "train": False}, user("Q"), assistant("A")])
+    assert trained_texts(tokenizer, encode_chat(tokenizer, row)) == ["A<|im_end|>"]
+
+
+def test_system_turns_in_the_middle_and_empty_ones_are_kept(tokenizer):
+    turns = [user("Q1"), assistant("A1"), {"role": "system", "content": "Brief."}, user("Q2"), assistant("A2")]
+    (sample,) = encode_chat(tokenizer, chat([{"role": "system", "content": ""}, *turns]))
+    text = tokenizer.decode(sample.input_ids)
+    assert (
+        text.startswith("<|im_start|>system\n<|im_end|>\n") and "system\nBrief.<|im_end|>\n<|im_start|>user\nQ2" in text
+    )
+
+
+def test_what_a_template_would_leave_out_is_refused():
+    """Templates of models often skip what they do not know, without a word."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages if m.role != 'system' %}{{ '<|im_start|>' ~ m.role ~ ':' }}{% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content ~ '<|im_end|>' }}{% endgeneration %}{% else %}{{ m.content ~ '<|im_end|>' }}"
+        "{% endif %}{% endfor %}{{ '<|im_start|>assistant:' if add_generation_prompt }}"
+    )
+    thinking = {**assistant("A"), "reasoning_content": "hm"}
+    with pytest.raises(EncodingError, match="leaves out the reasoning of turn 2"):
+        encode_chat(tokenizer, chat([user("Q"), thinking]))
+    with pytest.raises(EncodingError, match=r"leaves out turn 1 \(system\)"):
+        encode_chat(tokenizer, chat([{"role": "system", "content": "Brief."}, user("Q"), assistant("A")]))
+    assert encode_chat(tokenizer, chat([{"role": "system", "content": ""}, user("Q"), assistant("A")]))
+
+
 def test_turns_that_later_ones_change_become_samples_of_their_own(tokenizer):
     """qwen3 takes the thoughts out of earlier turns, but not between a call and the answer to its result."""
     apply_template(thinking := tiny_tokenizer(), "qwen3")

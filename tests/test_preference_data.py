@@ -105,14 +105,7 @@ REFUSED = [
     ("no rejected", {"prompt": QUESTION, "chosen": GOOD}, "no field `rejected`", "`chosen` and `rejected`"),
     ("no response_rejected", {"question": QUESTION, "response_chosen": GOOD}, "no field `response_rejected`", "`resp"),
     ("answers of two kinds", {"prompt": QUESTION, "chosen": GOOD, "response_rejected": BAD}, "no field `rejected`", ""),
-    ("both kinds", {**ROW, "response_chosen": GOOD}, "unknown field(s) response_chosen", "--ignore_fields"),
-    ("margin", {**ROW, "margin": 0.5}, "unknown field(s) margin", "--ignore_fields margin"),
-    (
-        "scores",
-        {"chosen": [USER, CHOSEN], "rejected": [USER, REJECTED], "score_chosen": 9, "score_rejected": 1},
-        "unknown field(s) score_chosen, score_rejected",
-        "--ignore_fields score_chosen,score_rejected",
-    ),
+    ("both kinds", {**ROW, "response_chosen": GOOD}, "`response_chosen` next to `chosen`", "--ignore_fields resp"),
     ("equal", {"prompt": QUESTION, "chosen": GOOD, "rejected": GOOD}, "are the same answer", "no preference"),
     ("equal but for space", {"prompt": "Q", "chosen": "a b", "rejected": " a\n\nb "}, "are the same answer", "Remove"),
     (
@@ -142,10 +135,10 @@ REFUSED = [
         "Remove the row",
     ),
     ("empty", {"prompt": QUESTION, "chosen": GOOD, "rejected": " \n"}, "`rejected` is empty", "Remove the row"),
-    ("null", {"prompt": QUESTION, "chosen": None, "rejected": BAD}, "`chosen` is empty or not text", "fill the field"),
+    ("null", {"prompt": QUESTION, "chosen": None, "rejected": BAD}, "no field `chosen`", "`chosen` and `rejected`"),
     (
-        "number",
-        {"prompt": QUESTION, "chosen": GOOD, "rejected": 3},
+        "true",
+        {"prompt": QUESTION, "chosen": GOOD, "rejected": True},
         "`rejected` is empty or not text",
         "fill the field",
     ),
@@ -158,8 +151,8 @@ REFUSED = [
     ),
     (
         "unknown role",
-        {"prompt": QUESTION, "chosen": GOOD, "rejected": [{"role": "bot", "content": BAD}]},
-        "`rejected`: turn 1 has the unknown role 'bot'",
+        {"prompt": QUESTION, "chosen": GOOD, "rejected": [{"role": "robot", "content": BAD}]},
+        "`rejected`: turn 1 has the unknown role 'robot'",
         "Roles are",
     ),
     ("no turn", {"prompt": QUESTION, "chosen": [], "rejected": BAD}, "`chosen` has 0 turns", "only the answer"),
@@ -170,8 +163,8 @@ REFUSED = [
         "only the answer",
     ),
     (
-        "prompt twice",
-        {"prompt": QUESTION, "chosen": [USER, CHOSEN], "rejected": [USER, REJECTED]},
+        "another prompt next to whole conversations",
+        {"prompt": "other", "chosen": [USER, CHOSEN], "rejected": [USER, REJECTED]},
         "`chosen` has 2 turns next to a prompt",
         "--ignore_fields prompt.",
     ),
@@ -179,13 +172,13 @@ REFUSED = [
         "answer of the user",
         {"prompt": QUESTION, "chosen": CHOSEN, "rejected": USER},
         "`rejected` is a turn of the user, not an answer",
-        "gpt, assistant, function_call",
+        "gpt, assistant, chatgpt",
     ),
     (
         "answer of a tool",
         {"prompt": QUESTION, "chosen": RESULT, "rejected": REJECTED},
         "`chosen` is a turn of the tool, not an answer",
-        "gpt, assistant, function_call",
+        "gpt, assistant, chatgpt",
     ),
     (
         "prompt ends with the assistant",
@@ -201,30 +194,25 @@ REFUSED = [
     ),
     (
         "third answer",
-        {"instruction": QUESTION, "output": "", **TEXTS},
+        {"instruction": QUESTION, "output": "other", **TEXTS},
         "`output` is a third",
         "--ignore_fields output.",
     ),
-    ("third response", {**ROW, "response": GOOD}, "`response` is a third answer", "--ignore_fields response."),
+    ("third response", {**ROW, "response": "other"}, "`response` is a third answer", "--ignore_fields response."),
     ("two users", {"messages": [USER, USER], **TEXTS}, "turn 2 is user, expected assistant", "Turns are"),
     ("system alone", {"messages": [SYSTEM], **TEXTS}, "the last turn is system, expected user or tool", "missing turn"),
     (
         "empty list as prompt",
         {"prompt": [], **TEXTS},
-        "the last turn is nothing, expected user or tool",
-        "missing turn",
+        "`prompt` must be a list of turns, and is empty",
+        "two turns",
     ),
     ("empty prompt", {"prompt": "", **TEXTS}, "`prompt` is empty", "Remove"),
-    ("late system", {"prompt": [USER, CHOSEN, SYSTEM], **TEXTS}, "turn 3 is system", "first"),
+    ("late system", {"prompt": [USER, CHOSEN, SYSTEM], **TEXTS}, "the last turn is system", "missing turn"),
     ("two systems", {**ROW, "system": "s", "system_prompt": "t"}, "both `system` and `system_prompt`", "Keep one"),
     ("history as text", {**ROW, "history": "你好"}, "`history` is not a list", "[[question, answer], ...]"),
     ("broken tools", {**ROW, "tools": "[{"}, "the column `tools` is broken JSON", "Fix"),
-    (
-        "dialogue as text",
-        {"chosen": "\n\nHuman: Q\n\nAssistant: a", "rejected": "\n\nHuman: Q\n\nAssistant: b"},
-        "`chosen` and `rejected` without a prompt",
-        "Add the question as `prompt`",
-    ),
+    ("texts alone", {"chosen": "a", "rejected": "b"}, "`chosen` and `rejected` without a prompt", "Add the question"),
     ("answers alone", {"chosen": [CHOSEN], "rejected": [REJECTED]}, "without a prompt", "Add the question as `prompt`"),
     ("one conversation", {"chosen": [USER, CHOSEN], "rejected": BAD}, "without a prompt", "Add the question"),
     (
@@ -362,7 +350,7 @@ def test_gb18030_is_read_with_a_notice(tmp_path, log):
     path.write_bytes(json.dumps(ROW, ensure_ascii=False).encode("gb18030"))
     (row,) = load(path).train
     assert {name: row[name] for name in row if name != "place"} == to_preference(ROW)
-    assert f"{path} is not UTF-8; it was read as gb18030" in log
+    assert any(line.startswith(f"{path} is not UTF-8; it was read as gb18030") for line in log)
 
 
 # --- held-out prompts ------------------------------------------------------------------------------------------------

@@ -452,7 +452,8 @@ def check_sharded(work: Path, output: str, peft: str, done: subprocess.Completed
 def test_a_broken_folder_is_refused_before_anything_is_loaded(work, tmp_path):
     write_jsonl(tmp_path / "bad" / "a.jsonl", [*chats(2), "{broken", {"prompt": "Q", "response": ""}])
     write_jsonl(
-        tmp_path / "bad" / "b.jsonl", [{"messages": [{"role": "bot", "content": "x"}]}, {**chats(1)[0], "x": 1}]
+        tmp_path / "bad" / "b.jsonl",
+        [{"messages": [{"role": "robot", "content": "x"}]}, {**chats(1)[0], "label": False}],
     )
     write_jsonl(tmp_path / "bad" / "dev.jsonl", [{"prompt": "Q", "response": "A" * 2000}])
     done = train(work, "never", data=tmp_path / "bad", check=False)
@@ -462,8 +463,8 @@ def test_a_broken_folder_is_refused_before_anything_is_loaded(work, tmp_path):
         "error: 5 problem(s) in the data:",
         f"{bad / 'a.jsonl'}:3: broken JSON at column 2",
         f"{bad / 'a.jsonl'}:4: `response` is empty",
-        f"{bad / 'b.jsonl'}:1: turn 1 has the unknown role 'bot'",
-        f"{bad / 'b.jsonl'}:2: unknown field(s) x",
+        f"{bad / 'b.jsonl'}:1: turn 1 has the unknown role 'robot'",
+        f"{bad / 'b.jsonl'}:2: `label` is false",
         f"{bad / 'dev.jsonl'}:1: 2",
         "Nothing was trained.",
     ):

@@ -37,8 +37,8 @@ def broken(tmp_path) -> Path:
             *GOOD,
             "{broken",
             {"prompt": "", "response": "A"},
-            {"prompt": "Q", "response": "A", "score": 1},
-            {"messages": [{"role": "bot", "content": "x"}]},
+            {"prompt": "Q", "response": "A", "images": ["a.png"]},
+            {"messages": [{"role": "robot", "content": "x"}]},
             {"messages": [{"role": "user", "content": "Q"}]},
             {"prompt": "Q", "response": "A" * 3000},
         ],
@@ -242,11 +242,10 @@ def test_the_format_may_be_said(tmp_path):
 
 
 def test_fields_may_be_ignored(tmp_path):
-    path = write_jsonl(tmp_path / "a.jsonl", [{**GOOD[0], "score": 1}, {"text": "t"}])
-    with pytest.raises(DataError, match="unknown field"):
+    path = write_jsonl(tmp_path / "a.jsonl", [{**GOOD[0], "answer": "other"}])
+    with pytest.raises(DataError, match="`answer` is a second answer next to `response`"):
         run_here(SCRIPT, "--file_path", path)
-    path = write_jsonl(tmp_path / "b.jsonl", [{"text": "t", "url": "u"}])
-    run_here(SCRIPT, "--file_path", path, "--format", "text", "--ignore_fields", "url")
+    run_here(SCRIPT, "--file_path", path, "--ignore_fields", "answer")
 
 
 def test_a_broken_first_line_does_not_hide_what_the_file_is(tmp_path):

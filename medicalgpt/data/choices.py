@@ -104,6 +104,9 @@ def _parse_option_lines(text: str) -> list[tuple[str, str | None]]:
                 return _option_pairs(parse(text))
             except (ValueError, SyntaxError, MemoryError, RecursionError):
                 pass
+    # A line above the options may begin with "A " as well.
+    if options := written_options(text):
+        return list(options.items())
     pairs: list[tuple[str, str | None]] = []
     for line in text.splitlines():
         found = _OPTION_LINE.match(line)
@@ -112,8 +115,6 @@ def _parse_option_lines(text: str) -> list[tuple[str, str | None]]:
             pairs.append((found[1].upper(), found[2]))
         elif pairs and line.strip():
             pairs[-1] = (pairs[-1][0], f"{pairs[-1][1]}\n{line.strip()}")
-    if len(pairs) < 2 and (options := written_options(text)):
-        return list(options.items())
     return pairs
 
 

@@ -67,7 +67,8 @@ def encode_chat(
 
     Args:
         tokenizer: with a chat template that marks assistant text by `{% generation %}`.
-        row: `messages` in OpenAI form, ending with the assistant, and `tools` in OpenAI form or None.
+        row: `messages` in OpenAI form, ending with the assistant, and `tools` in OpenAI form or None. A turn of the
+            assistant with `train` False is context only.
         max_length: in tokens; a longer sequence is refused, never truncated.
         train_on_inputs: supervise the prompts too, each in one sample only.
         mask_history: supervise the last turn only.
@@ -76,18 +77,25 @@ def encode_chat(
         EncodingError: too long, refused by the template, or an answer whose first characters merge with the last token
             of the prompt.
     """
-    messages, tools = row["messages"], row["tools"]
+    trained = [message.get("train", True) for message in row["messages"]]
+    # `train` is for us; a template must not see it.
+    messages = [{name: item for name, item in message.items() if name != "train"} for message in row["messages"]]
+    tools = row["tools"]
     refuse_special_tokens(tokenizer, messages, tools)
     turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    chosen = [turn for turn in (turns[-1:] if mask_history else turns) if trained[turn]]
+    if not chosen:
+        raise EncodingError("its last answer is not to be trained on", "Remove the row, or omit --mask_history")
     try:
-        prompts = {turn: _render(tokenizer, messages[:turn], tools, add_generation_prompt=True) for turn in turns}
-        texts = {turn: _render_to_turn_end(tokenizer, messages[: turn + 1], tools) for turn in turns}
+        prompts = {turn: _render(tokenizer, messages[:turn], tools, add_generation_prompt=True) for turn in chosen}
+        texts = {turn: _render_to_turn_end(tokenizer, messages[: turn + 1], tools) for turn in chosen}
     except TemplateError as error:
         raise EncodingError(
             f"the chat template refuses it: {error}", "Fix the row, or choose another --template_name"
         ) from error
+    _refuse_unsaid(messages, texts)
     samples: list[Sample] = []
-    for group in _stable_groups(turns[-1:] if mask_history else turns, prompts, texts):
+    for group in _stable_groups(chosen, prompts, texts):
         ids, spans = _encode_rendered(tokenizer, messages[: group[-1] + 1], tools, max_length)
         spans = dict(zip(turns, spans, strict=False))
         for turn in group:
@@ -195,6 +203,19 @@ def encode_prompt(
             too_long=True,
         )
     return [Prompt(list(ids))]
+
+
+def _refuse_unsaid(messages: Sequence[dict[str, Any]], texts: dict[int, str]) -> None:
+    """Raises EncodingError if the template silently drops a system turn, or the reasoning of an answer."""
+    for turn, text in texts.items():
+        for number, message in enumerate(messages[: turn + 1]):
+            said = message["content"] if message["role"] == "system" else ""
+            what, remedy = f"turn {number + 1} (system)", "Write it into the user's turn, or remove it"
+            if number == turn and message.get("reasoning_content"):
+                said, what = message["reasoning_content"], f"the reasoning of turn {number + 1}"
+                remedy = "Use the --template_name of a thinking model (qwen3), or remove the reasoning"
+            if said.strip() not in text:
+                raise EncodingError(f"the chat template leaves out {what}", remedy)
 
 
 def _stable_groups(turns: Sequence[int], prompts: dict[int, str], texts: dict[int, str]) -> list[list[int]]:

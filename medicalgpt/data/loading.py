@@ -14,8 +14,9 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from medicalgpt.args import DataArguments
-from medicalgpt.data.formats import canonical_json
+from medicalgpt.data.formats import Converter, canonical_json, converter
 from medicalgpt.data.mixing import draw, mixture_sizes
+from medicalgpt.data.presets import PRESETS
 from medicalgpt.data.rows import Rows, on_disk
 from medicalgpt.data.sources import (
     SHOWN_PROBLEMS,
@@ -48,6 +49,9 @@ class FileAccount:
     Attributes:
         mixture: of a file in a weighted mixture: its source, the source's weight and its share, and `drawn`, the number
             of rows of this file in an epoch, repeated ones counted each time.
+        unused: number of rows that have each of the fields that are not used.
+        rows_with_unused: number of rows that have any of them.
+        presets: number of rows that were recognised as each preset.
     """
 
     file: str
@@ -55,6 +59,9 @@ class FileAccount:
     rows: int = 0
     left_out: Counter = field(default_factory=Counter)
     mixture: dict[str, Any] = field(default_factory=dict)
+    unused: Counter = field(default_factory=Counter)
+    rows_with_unused: int = 0
+    presets: Counter = field(default_factory=Counter)
 
     @property
     def used(self) -> int:
@@ -67,6 +74,8 @@ class FileAccount:
             "rows": self.rows,
             "used": self.used,
             "left_out": dict(self.left_out),
+            **({"unused_fields": dict(self.unused)} if self.unused else {}),
+            **({"presets": dict(self.presets)} if self.presets else {}),
             **self.mixture,
         }
 
@@ -114,6 +123,24 @@ class LoadedData:
         self.problems = []
         if not self.train:
             raise UserError("every training row was skipped; see the warnings above.\n" + self.summary())
+
+    def report_fields(self, convert: Converter) -> None:
+        """Log what rows were recognised as, and which of their fields are not used, in one line each.
+
+        Raises:
+            UserError: `--columns` names a field that no row has.
+        """
+        accounts = [account for side in self.account.values() for account in side]
+        for name, count in sum((account.presets for account in accounts), Counter()).items():
+            source = PRESETS[name].source
+            logger.info(f"{count:,} row(s) have the shape of {source} and are read as such (--preset {name})")
+        if unused := sum((account.unused for account in accounts), Counter()):
+            rows = sum(account.rows_with_unused for account in accounts)
+            fields = ", ".join(name if count == rows else f"{name} ({count:,})" for name, count in unused.most_common())
+            logger.info(f"{rows:,} row(s) hold fields that are not used: {fields}")
+        if convert.unseen and not self.problems:
+            absent = ", ".join(sorted(convert.unseen))
+            raise UserError(f"--columns: no row has the field {absent}. Correct its name, or omit it.")
 
     def mix(self, encoded: "Dataset", arguments: DataArguments, seed: int) -> "Dataset":
         """Take as many encoded training rows of each source as its weight requires; all of them without weights.
@@ -204,11 +231,26 @@ class LoadedData:
         return "\n".join(lines)
 
 
-Converter = Callable[[Any, frozenset[str]], dict[str, Any]]
+def row_converter(arguments: DataArguments, to: Callable[..., dict[str, Any]]) -> Converter:
+    """The converter to one kind of training that the data flags ask for; `to` itself if it is one already.
+
+    Raises:
+        UserError: --columns or --preset cannot be understood.
+    """
+    if isinstance(to, Converter):
+        return to
+    try:
+        return converter(to, ignored_fields(arguments.ignore_fields), arguments.columns, arguments.preset)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def load_data(
-    arguments: DataArguments, convert: Converter, *, document_unit: str = "auto", seed: int = 42
+    arguments: DataArguments,
+    convert: Callable[..., dict[str, Any]],
+    *,
+    document_unit: str = "auto",
+    seed: int = 42,
 ) -> LoadedData:
     """Read, convert and check the training and held-out rows.
 
@@ -224,13 +266,14 @@ def load_data(
     Raises:
         UserError: no data named, nothing found, or held-out rows that occur among the training rows.
     """
+    convert = row_converter(arguments, convert)
     sources, validation_files = choose_files(arguments)
-    ignore, encoding = ignored_fields(arguments.ignore_fields), arguments.encoding
+    encoding = arguments.encoding
     data = LoadedData([], [], {"train": [], "validation": []}, sources=sources)
     accounts = data.account
 
     def read(side: str, files: Iterable[InputFile], limit: int | None) -> Iterator[dict[str, Any]]:
-        return convert_files(data, side, files, convert, ignore, limit)
+        return convert_files(data, side, files, convert, limit)
 
     with heartbeat(lambda: f"reading rows: {sum(a.rows for a in accounts['train'] + accounts['validation'])}"):
         if sources and sources[0].weight is not None:
@@ -249,6 +292,7 @@ def load_data(
             _split(data, arguments.validation_split_percentage, seed)
         if not data.train and not data.problems:
             raise UserError("no training rows were found. Check --train_file_dir and --max_train_samples.")
+        data.report_fields(convert)
         refuse_overlap(data, arguments)
     return data
 
@@ -258,7 +302,6 @@ def convert_files(
     side: str,
     files: Iterable[InputFile],
     convert: Converter,
-    ignore: frozenset[str],
     limit: int | None,
 ) -> Iterator[dict[str, Any]]:
     """Yield the first `limit` rows that can be converted; the account of each file and all problems join `data`."""
@@ -275,12 +318,15 @@ def convert_files(
                 data.problems.append(replace(row, side=side))
                 continue
             try:
-                value = {**convert(row.value, ignore), "place": row.place._asdict()}
+                conversion = convert.convert(row.value)
             except RowError as error:
                 data.problems.append(Problem(row.place, error.reason, error.remedy, error.value, side=side))
                 continue
             converted += 1
-            yield value
+            account.unused.update(conversion.unused)
+            account.rows_with_unused += bool(conversion.unused)
+            account.presets.update([conversion.preset] if conversion.preset else [])
+            yield {**conversion.row, "place": row.place._asdict()}
         if account.rows == 0:
             raise UserError(f"{name} is empty. Remove it or fill it.")
 

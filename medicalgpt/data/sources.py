@@ -168,4 +168,4 @@ def _hub_rows(name: str, split: "Dataset") -> Iterator[SourceRow]:
 
 def ignored_fields(names: str | None) -> frozenset[str]:
     """The fields in `--ignore_fields`, separated by commas: rows may have them, and they are not used."""
-    return frozenset(filter(None, (names or "").replace(" ", "").split(",")))
+    return frozenset(filter(None, (name.strip() for name in (names or "").split(","))))

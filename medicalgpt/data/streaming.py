@@ -18,7 +18,8 @@ from typing import Any
 
 from medicalgpt.args import DataArguments
 from medicalgpt.data.encoding import IGNORED, EncodingError, Sample
-from medicalgpt.data.loading import Converter, LoadedData, convert_files, identity, refuse_overlap
+from medicalgpt.data.formats import Converter
+from medicalgpt.data.loading import LoadedData, convert_files, identity, refuse_overlap, row_converter
 from medicalgpt.data.mixing import mixture_sizes
 from medicalgpt.data.rows import Rows
 from medicalgpt.data.sources import (
@@ -28,7 +29,6 @@ from medicalgpt.data.sources import (
     Problem,
     SourceRow,
     choose_files,
-    ignored_fields,
     open_file,
     open_files,
     place_of,
@@ -163,7 +163,11 @@ class StreamedData(LoadedData):
 
 
 def check_data(
-    arguments: DataArguments, convert: Converter, *, document_unit: str = "auto", seed: int = 42
+    arguments: DataArguments,
+    convert: Callable[..., dict[str, Any]],
+    *,
+    document_unit: str = "auto",
+    seed: int = 42,
 ) -> StreamedData:
     """Check, count and hash the training rows in one pass that keeps none of them; load the held-out rows.
 
@@ -178,8 +182,8 @@ def check_data(
         DataError: more than `MAX_PROBLEMS` problems.
     """
     began = time.time()
+    convert = row_converter(arguments, convert)
     sources, validation_files = choose_files(arguments)
-    ignore = ignored_fields(arguments.ignore_fields)
     data = StreamedData(
         [],
         [],
@@ -192,9 +196,7 @@ def check_data(
     )
     accounts = data.account["train"]
     held_out_files = open_files(validation_files, document_unit, arguments.encoding)
-    data.validation = Rows(
-        convert_files(data, "validation", held_out_files, convert, ignore, arguments.max_eval_samples)
-    )
+    data.validation = Rows(convert_files(data, "validation", held_out_files, convert, arguments.max_eval_samples))
     held_out_problems, data.problems = data.problems, []
     held_out = {identity(row) for row in data.validation}
     shared: dict[bytes, dict[str, Any]] = {}
@@ -212,6 +214,7 @@ def check_data(
     data.problems += held_out_problems
     if not drawn and not data.problems:
         raise UserError("no training rows were found. Check --train_file_dir and --max_train_samples.")
+    data.report_fields(convert)
     refuse_overlap(replace(data, train=list(shared.values())), arguments)
     if drawn and sources[0].weight is not None:
         _mix(data)
@@ -223,7 +226,7 @@ def check_data(
 
 def _checked_rows(data: StreamedData) -> Iterator[dict[str, Any]]:
     """Yield the usable training rows, converted; add what an epoch will read to `data.streams`."""
-    ignore, limit = ignored_fields(data.arguments.ignore_fields), data.arguments.max_train_samples
+    limit = data.arguments.max_train_samples
     for source in data.sources:
         if source.weight is not None:
             limit = source.limit
@@ -234,7 +237,7 @@ def _checked_rows(data: StreamedData) -> Iterator[dict[str, Any]]:
             rows = _NumberedRows(read_rows(text, data.document_unit), data)
             usable, before, bad = 0, -1, set()
             file = InputFile(str(path), text.sha256, rows)
-            for row in convert_files(data, "train", [file], data.convert, ignore, limit):
+            for row in convert_files(data, "train", [file], data.convert, limit):
                 bad.update(range(before + 1, rows.number))
                 before, usable = rows.number, usable + 1
                 yield row
@@ -365,7 +368,6 @@ class StreamedSamples(IterableDataset):
         self.data, self.encode, self.drawn, self.drawn_rows = data, encode, drawn, len(data.train)
         self.rows, self.seed, self.block_size = data.rows, data.seed, block_size
         self.process, self.processes = process, processes
-        self.ignore = ignored_fields(data.arguments.ignore_fields)
         self.buffer_size = data.arguments.shuffle_buffer
         self.shown = 0
         self.start: list[Position] = []
@@ -482,7 +484,7 @@ class StreamedSamples(IterableDataset):
 
     def _encode(self, row: SourceRow, left_out: Counter, warn: bool) -> list[Sample]:
         try:
-            return self.encode({**self.data.convert(row.value, self.ignore), "place": row.place._asdict()})
+            return self.encode({**self.data.convert(row.value), "place": row.place._asdict()})
         except EncodingError as error:
             kind = "too long" if error.too_long else "unusable"
             problem = Problem(row.place, error.reason, error.remedy + ".", kind=kind)

@@ -6,7 +6,9 @@ from typing import Any
 
 from medicalgpt.data.answers import final_answer
 from medicalgpt.data.choices import LETTERS, answer_letters, options_of, prompt_with_options, written_options
-from medicalgpt.data.formats import LEADING_FIELDS, PREFERENCE_FIELDS, PROMPT_FIELDS, to_preference, to_prompt
+from medicalgpt.data.fields import PREFERENCE_FIELDS
+from medicalgpt.data.formats import LEADING_FIELDS, PROMPT_FIELDS, to_preference, to_prompt, under_common_names
+from medicalgpt.data.presets import recognise
 from medicalgpt.data.sources import RowError
 
 # Names of data sets for what we call `question`, and others whose capitals differ between data sets.
@@ -45,7 +47,9 @@ def to_task(value: Any, ignore: frozenset[str] = frozenset()) -> dict[str, Any]:
         value = {"prompt": value}
     if not isinstance(value, Mapping):
         raise RowError(f"the row is a {type(value).__name__}, not an object", "Each row is a JSON object {...}.", value)
-    row = _with_common_names({name: item for name, item in value.items() if name not in ignore and not _is_null(item)})
+    row = {name: item for name, item in value.items() if name not in ignore and not _is_null(item)}
+    preset = recognise(row)
+    row = _with_common_names(under_common_names(row, preset, "task") if preset else row)
     _refuse_unusable(row)
     offered = options_of(row)
     options, option_fields = offered or ({}, ())

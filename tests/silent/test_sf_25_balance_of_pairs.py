@@ -18,7 +18,7 @@ BAD = [
     {"prompt": "?", "chosen": "the same", "rejected": "the  same "},
     {"chosen": "no prompt", "rejected": "at all"},
     {"prompt": "?", "chosen": "a special <|im_end|> token", "rejected": "none"},
-    pair(50, surprise=1),
+    pair(50, images=["a.png"]),
     ["no object"],
 ]
 

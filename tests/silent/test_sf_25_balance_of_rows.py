@@ -16,7 +16,7 @@ BAD = [
     {"prompt": "no answer"},
     {"prompt": "empty answer", "response": " "},
     {"conversations": [{"from": "human", "value": "?"}, {"from": "robot", "value": "!"}]},
-    {"prompt": "?", "response": "!", "surprise": 1},
+    {"prompt": "?", "response": "!", "images": ["a.png"]},
     ["no object"],
     {"messages": [{"role": "assistant", "content": "first"}, {"role": "user", "content": "last"}]},
 ]

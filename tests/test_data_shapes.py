@@ -1,0 +1,845 @@
+"""Rows as people have them: each published shape becomes the right conversation, pair or document, or is refused.
+
+A remedy that a refusal prints is applied here: the row is then right.
+"""
+
+import json
+import re
+
+from medicalgpt.args import DataArguments
+from medicalgpt.data.formats import Converter, to_messages, to_preference, to_prompt, to_text
+from medicalgpt.data.loading import load_data, row_converter
+from medicalgpt.data.presets import PRESETS
+from medicalgpt.data.sources import RowError, ignored_fields
+from medicalgpt.data.tasks import to_task
+from medicalgpt.errors import UserError
+from tests.helpers import ROOT, write_jsonl
+
+import pyarrow as pa
+import pytest
+from datasets import Dataset
+from loguru import logger
+
+ASKED, SAID = "What helps against a cold?", "Rest and tea."
+THOUGHT = "A cold is viral."
+USER, REPLY = {"role": "user", "content": ASKED}, {"role": "assistant", "content": SAID}
+TURNS = [USER, REPLY]
+WITH_THOUGHT = [USER, {**REPLY, "reasoning_content": THOUGHT}]
+GOOD, BAD = {"role": "assistant", "content": "Call an ambulance."}, {"role": "assistant", "content": "Just wait."}
+OPTIONS = {"A": "Antibiotics", "B": "Rest"}
+WITH_OPTIONS = {"role": "user", "content": f"{ASKED}\nA. Antibiotics\nB. Rest"}
+CHOICE = [WITH_OPTIONS, {"role": "assistant", "content": "B. Rest"}]
+EXPLAINED = [WITH_OPTIONS, {"role": "assistant", "content": "B. Rest\nIt is viral."}]
+WEATHER = {"name": "weather", "parameters": {}}
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {}}}
+
+
+def system(text: str) -> dict:
+    return {"role": "system", "content": text}
+
+
+def turn(**fields) -> dict:
+    """A turn of ShareGPT, `from` first."""
+    return {name.rstrip("_"): value for name, value in fields.items()}
+
+
+# Rows in the shapes of published data, and the conversation that each must become.
+CHATS = {
+    "Alpaca": ({"instruction": ASKED, "input": "", "output": SAID}, TURNS),
+    "Alpaca, question in input": ({"instruction": "", "input": ASKED, "output": SAID}, TURNS),
+    "Alpaca, null instruction": ({"instruction": None, "input": ASKED, "output": SAID}, TURNS),
+    "Alpaca, values in lists": ({"instruction": [ASKED], "input": [], "output": [SAID]}, TURNS),
+    "Alpaca, lines in lists": (
+        {"instruction": "Sort.", "input": ["b", "a"], "output": ["a", "b"]},
+        [{"role": "user", "content": "Sort.\nb\na"}, {"role": "assistant", "content": "a\nb"}],
+    ),
+    "Alpaca, numbers": (
+        {"instruction": "Half of", "input": 5, "output": 2.5},
+        [{"role": "user", "content": "Half of\n5"}, {"role": "assistant", "content": "2.5"}],
+    ),
+    "Alpaca with a row number": ({"Unnamed: 0": 0, "instruction": ASKED, "input": "", "output": SAID}, TURNS),
+    "Alpaca, NaN of a table": ({"instruction": ASKED, "input": float("nan"), "output": SAID}, TURNS),
+    "input and output": ({"input": ASKED, "output": SAID}, TURNS),
+    "query and answer": ({"query": ASKED, "answer": SAID}, TURNS),
+    "dolly": (
+        {"instruction": ASKED, "context": "It is viral.", "response": SAID, "category": "closed_qa"},
+        [{"role": "user", "content": f"{ASKED}\nIt is viral."}, REPLY],
+    ),
+    "dolly without context": ({"instruction": ASKED, "context": "", "response": SAID, "category": "open_qa"}, TURNS),
+    "OpenOrca": (
+        {"id": "1", "system_prompt": "Brief.", "question": ASKED, "response": SAID},
+        [system("Brief."), *TURNS],
+    ),
+    "OpenOrca, empty system": ({"id": "1", "system_prompt": "", "question": ASKED, "response": SAID}, TURNS),
+    "Firefly": ({"kind": "QA", "input": ASKED, "target": SAID}, TURNS),
+    "Firefly, many turns": (
+        {"conversation_id": 1, "category": "Chat", "conversation": [{"human": ASKED, "assistant": SAID}] * 2},
+        TURNS * 2,
+    ),
+    "AdvertiseGen": ({"content": ASKED, "summary": SAID}, TURNS),
+    "BELLE, many turns": (
+        {"instruction": f"Human:Hi\nAssistant:Hello\nHuman:{ASKED}\nAssistant:", "input": "", "output": SAID},
+        [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}, *TURNS],
+    ),
+    "medical-o1": ({"Question": ASKED, "Complex_CoT": THOUGHT, "Response": SAID}, WITH_THOUGHT),
+    "medical-o1, verifiable": ({"Open-ended Verifiable Question": ASKED, "Ground-True Answer": SAID}, TURNS),
+    "R1 distilled": (
+        {"question": ASKED, "reasoning (reasoning_content)": THOUGHT, "response (content)": SAID},
+        WITH_THOUGHT,
+    ),
+    "Huatuo, wordings in lists": ({"questions": [[ASKED, "And a cold?"]], "answers": [SAID]}, TURNS),
+    "Huatuo, knowledge graph": ({"questions": [ASKED], "answers": [SAID]}, TURNS),
+    "Huatuo-Lite": (
+        {"id": 1, "answer": SAID, "score": 5, "label": "内科", "question": ASKED, "related_diseases": "cold"},
+        TURNS,
+    ),
+    "Huatuo-SFT": ({"data": [f"问：{ASKED}", f"答：{SAID}"] * 2}, TURNS * 2),
+    "UltraChat": ({"id": "1", "data": [ASKED, SAID, ASKED, SAID]}, TURNS * 2),
+    "CMtMedQA": (
+        {"id": 1, "cate1": "x", "instruction": ASKED, "output": SAID, "history": [["Hi", "Hello"]]},
+        [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}, *TURNS],
+    ),
+    "DISC-MedLLM": ({"_id": "1", "source": "meddialog", "conversation": TURNS}, TURNS),
+    "PromptCBLUE": (
+        {"input": f"{ASKED}\n答：", "target": SAID, "answer_choices": ["x"], "task_type": "cls", "sample_id": "1"},
+        [{"role": "user", "content": f"{ASKED}\n答："}, REPLY],
+    ),
+    "cMedQA": ({"query": ASKED, "positive": [SAID, "More."], "negative": ["Nothing."]}, TURNS),
+    "Chinese medical dialogue": (
+        {"department": "内科", "title": "Cold", "ask": ASKED, "answer": SAID},
+        [{"role": "user", "content": f"Cold\n{ASKED}"}, REPLY],
+    ),
+    "MedQA": (
+        {"question": ASKED, "answer": "Rest", "options": OPTIONS, "meta_info": "step1", "answer_idx": "B"},
+        CHOICE,
+    ),
+    "MedQA of bigbio": (
+        {
+            "question": ASKED,
+            "answer": "Rest",
+            "options": [{"key": "A", "value": "Antibiotics"}, {"key": "B", "value": "Rest"}],
+            "answer_idx": "B",
+        },
+        CHOICE,
+    ),
+    "MedMCQA": (
+        {
+            **{
+                "id": "1",
+                "question": ASKED,
+                "opa": "Antibiotics",
+                "opb": "Rest",
+                "opc": "Heat",
+                "opd": "Cold",
+                "cop": 1,
+            },
+            **{"choice_type": "single", "exp": "It is viral.", "subject_name": "Medicine", "topic_name": None},
+        },
+        [
+            {"role": "user", "content": f"{WITH_OPTIONS['content']}\nC. Heat\nD. Cold"},
+            {"role": "assistant", "content": "B. Rest\nIt is viral."},
+        ],
+    ),
+    "PubMedQA": (
+        {
+            **{"pubid": 1, "question": ASKED, "context": {"contexts": ["One.", "Two."], "labels": ["A", "B"]}},
+            **{"long_answer": SAID, "final_decision": "yes"},
+        },
+        [{"role": "user", "content": f"One.\nTwo.\n\n{ASKED}"}, {"role": "assistant", "content": f"yes\n{SAID}"}],
+    ),
+    "CMB": (
+        {
+            **{
+                "exam_type": "医师",
+                "exam_class": "x",
+                "question": ASKED,
+                "option": {**OPTIONS, "C": ""},
+                "answer": "B",
+            },
+            **{"question_type": "单项选择题", "explanation": "It is viral."},
+        },
+        EXPLAINED,
+    ),
+    "CMB, two correct": (
+        {"question": ASKED, "option": OPTIONS, "answer": "AB", "question_type": "多项选择题"},
+        [WITH_OPTIONS, {"role": "assistant", "content": "A. Antibiotics\nB. Rest"}],
+    ),
+    "CMExam": (
+        {"Question": ASKED, "Options": "A Antibiotics\nB Rest", "Answer": "B", "Explanation": "It is viral."},
+        EXPLAINED,
+    ),
+    "MedReason": (
+        {
+            **{"dataset_name": "medmcqa", "id_in_dataset": 1, "question": ASKED, "reasoning": THOUGHT},
+            **{"options": "Answer Choices:\nA. Antibiotics\nB. Rest", "answer": "Rest. Explanation: It is viral."},
+        },
+        [WITH_OPTIONS, {**EXPLAINED[1], "reasoning_content": THOUGHT}],
+    ),
+    "MedReason without options": (
+        {"dataset_name": "x", "question": ASKED, "answer": SAID, "reasoning": THOUGHT, "options": ""},
+        WITH_THOUGHT,
+    ),
+    "m23k": (
+        {
+            **{"prompt": WITH_OPTIONS["content"], "question": ASKED, "reasoning": THOUGHT, "source": "medqa"},
+            **{"distilled_answer_string": "Answer: B", "answer_letter": "B", "answer_string": "Rest", "answer_idx": 1},
+        },
+        [WITH_OPTIONS, {"role": "assistant", "content": "Answer: B", "reasoning_content": THOUGHT}],
+    ),
+    "问 and 答": ({"问": ASKED, "答": SAID}, TURNS),
+    "MMLU": ({"question": ASKED, "choices": ["Antibiotics", "Rest"], "answer": 1, "subject": "anatomy"}, CHOICE),
+    "C-Eval": (
+        {"id": 0, "question": ASKED, "A": "Antibiotics", "B": "Rest", "C": "Heat", "D": "Cold", "answer": "B"},
+        [{"role": "user", "content": f"{WITH_OPTIONS['content']}\nC. Heat\nD. Cold"}, CHOICE[1]],
+    ),
+    "CMMLU": (
+        {"Question": ASKED, "A": "Antibiotics", "B": "Rest", "C": "Heat", "D": "Cold", "Answer": "B"},
+        [{"role": "user", "content": f"{WITH_OPTIONS['content']}\nC. Heat\nD. Cold"}, CHOICE[1]],
+    ),
+    "options of no known set": ({"query": ASKED, "choices": OPTIONS, "answerKey": "B"}, CHOICE),
+    "GSM8K": (
+        {"question": "2 bags of 3?", "answer": "2*3 = <<2*3=6>>6.\n#### 6"},
+        [{"role": "user", "content": "2 bags of 3?"}, {"role": "assistant", "content": "2*3 = <<2*3=6>>6.\n#### 6"}],
+    ),
+    "MATH": (
+        {"problem": "2*3?", "solution": "It is $\\boxed{6}$.", "answer": "6"},
+        [{"role": "user", "content": "2*3?"}, {"role": "assistant", "content": "It is $\\boxed{6}$."}],
+    ),
+    "KTO, a good answer": ({"prompt": ASKED, "completion": SAID, "label": True}, TURNS),
+    "KTO of turns": ({"prompt": [USER], "completion": [REPLY], "label": True}, TURNS),
+    "HelpSteer": ({"prompt": ASKED, "response": SAID, "helpfulness": 3, "correctness": 4, "verbosity": 1}, TURNS),
+    "HelpSteer2, many turns": (
+        {
+            "prompt": f"Hi <extra_id_1>Assistant\nHello <extra_id_1>User\n{ASKED}",
+            **{"response": SAID, "helpfulness": 3, "correctness": 4},
+        },
+        [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}, *TURNS],
+    ),
+    "ShareGPT": ({"conversations": [turn(from_="human", value=ASKED), turn(from_="gpt", value=SAID)]}, TURNS),
+    **{
+        f"ShareGPT, {asks} and {says}": (
+            {"conversations": [turn(from_=asks, value=ASKED), turn(from_=says, value=SAID)]},
+            TURNS,
+        )
+        for asks, says in (
+            *(("user", "chatgpt"), ("human", "bing"), ("user", "bot"), ("Human", "bard")),
+            *(("USER", "model"), ("prompter", "ASSISTANT"), (" user ", "ai")),
+        )
+    },
+    "ShareGPT52K, null fields": (
+        {
+            "id": "a",
+            "conversations": [
+                {"from": "human", "value": ASKED, "markdown": None, "text": None},
+                {"from": "gpt", "value": SAID, "markdown": None, "text": None},
+            ],
+        },
+        TURNS,
+    ),
+    "ShareGPT, the assistant begins": (
+        {"conversations": [turn(from_="gpt", value="Hello."), turn(from_="human", value=ASKED), REPLY]},
+        [{"role": "assistant", "content": "Hello.", "train": False}, *TURNS],
+    ),
+    "conversation in the singular": ({"conversation": TURNS}, TURNS),
+    "turns as JSON in a string": ({"messages": json.dumps(TURNS)}, TURNS),
+    "dump of an SDK": (
+        {
+            "messages": [
+                USER,
+                {
+                    **{**REPLY, "refusal": None, "annotations": [], "audio": None, "function_call": None},
+                    **{"tool_calls": None, "name": None},
+                },
+            ]
+        },
+        TURNS,
+    ),
+    "dump of an SDK, empty calls": ({"messages": [USER, {**REPLY, "tool_calls": [], "function_call": None}]}, TURNS),
+    "parts of text": (
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": text} for text in (ASKED[:9], ASKED[9:])]},
+                {"role": "assistant", "content": [{"type": "output_text", "text": SAID, "image_url": None}]},
+            ]
+        },
+        TURNS,
+    ),
+    "a thinking part": (
+        {
+            "messages": [
+                USER,
+                {
+                    "role": "assistant",
+                    "content": [{"type": "thinking", "thinking": THOUGHT}, {"type": "text", "text": SAID}],
+                },
+            ]
+        },
+        WITH_THOUGHT,
+    ),
+    **{
+        f"thinking in {name}": ({"messages": [{**USER, name: None}, {**REPLY, name: THOUGHT}]}, WITH_THOUGHT)
+        for name in ("reasoning_content", "thinking", "reasoning")
+    },
+    "reasoning in a column": ({"question": ASKED, "reasoning": THOUGHT, "answer": SAID}, WITH_THOUGHT),
+    "extra columns": ({"type": "chatml", "messages": TURNS, "source": "x", "parallel_tool_calls": False}, TURNS),
+    "developer": ({"messages": [{"role": "developer", "content": "Be kind."}, *TURNS]}, [system("Be kind."), *TURNS]),
+    "empty system turn": ({"messages": [system(""), *TURNS]}, [system(""), *TURNS]),
+    "system turn in the middle": (
+        {"messages": [*TURNS, system("Now in verse."), *TURNS]},
+        [*TURNS, system("Now in verse."), *TURNS],
+    ),
+    "the same system prompt twice": ({"system": "S", "messages": [system("S"), *TURNS]}, [system("S"), *TURNS]),
+    **{
+        f"an answer with {name} {value!r}": (
+            {"messages": [USER, {**REPLY, "content": "bad", name: value}, USER, {**REPLY, name: 1 - value}]},
+            [USER, {"role": "assistant", "content": "bad", "train": False}, *TURNS],
+        )
+        for name, value in (("weight", 0), ("loss", False), ("train", False), ("weight", 0.0))
+    },
+    "weights in every turn": ({"messages": [{**USER, "weight": 1}, {**REPLY, "weight": 1}]}, TURNS),
+    "weight of a row": ({"messages": TURNS, "weight": 1.0}, TURNS),
+    "the question once more": ({"messages": TURNS, "question": ASKED, "problem": ASKED}, TURNS),
+    "history of turns": (
+        {
+            "history": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}],
+            "query": ASKED,
+            "response": SAID,
+        },
+        [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}, *TURNS],
+    ),
+}
+
+# A row for each kind of refusal, the kind of training, words of the reason, and the flags that the remedy offers, each
+# with the row's conversation (or pair, or document) under these flags; None: such rows are skipped.
+REFUSED = {
+    "KTO, a bad answer": (
+        {"prompt": ASKED, "completion": SAID, "label": False},
+        to_messages,
+        "`label` is false",
+        {"--skip_bad_rows True": None},
+    ),
+    "KTO of conversations": (
+        {"messages": TURNS, "label": False},
+        to_messages,
+        "is false",
+        {"--skip_bad_rows True": None},
+    ),
+    "kto_tag": ({"messages": TURNS, "kto_tag": False}, to_messages, "is false", {"--skip_bad_rows True": None}),
+    "a label of the subject": (
+        {"messages": TURNS, "label": "cardiology"},
+        to_messages,
+        "`label` may say",
+        {"--ignore_fields label": TURNS},
+    ),
+    "a label that is a number": ({"messages": TURNS, "label": 0}, to_messages, "`label` may say", {}),
+    "images": (
+        {"messages": TURNS, "images": ["a.png"]},
+        to_messages,
+        "`images`, and only text",
+        {"--skip_bad_rows True": None},
+    ),
+    "a second answer": (
+        {"prompt": ASKED, "response": SAID, "answer": "Tea."},
+        to_messages,
+        "`answer` is a second answer next to `response`",
+        {
+            "--ignore_fields answer": TURNS,
+            "--columns question=prompt,answer=answer": [USER, {"role": "assistant", "content": "Tea."}],
+        },
+    ),
+    "a context": (
+        {"question": ASKED, "context": "It is viral.", "answer": SAID},
+        to_messages,
+        "`context` may belong to the question in `question`",
+        {
+            "--columns question=question,answer=answer,input=context": [
+                {"role": "user", "content": f"{ASKED}\nIt is viral."},
+                REPLY,
+            ],
+            "--ignore_fields context": TURNS,
+        },
+    ),
+    "another question": (
+        {"messages": TURNS, "question": "How are you?"},
+        to_messages,
+        "`question` may belong to the conversation",
+        {"--ignore_fields question": TURNS},
+    ),
+    "a misspelled field": (
+        {"instruction": ASKED, "output": SAID, "histroy": []} | {"histroy": [["Hi", "Hello"]]},
+        to_messages,
+        "`histroy` is not read; `history` would be",
+        {"--ignore_fields histroy": TURNS},
+    ),
+    "UltraFeedback for fine-tuning": (
+        {"prompt": ASKED, "prompt_id": "1", "chosen": TURNS, "rejected": [USER, BAD], "messages": TURNS},
+        to_messages,
+        "not for this stage",
+        {"--columns messages=chosen": TURNS},
+    ),
+    "hh-rlhf for fine-tuning": (
+        {"chosen": f"\n\nHuman: {ASKED}\n\nAssistant: {SAID}", "rejected": f"\n\nHuman: {ASKED}\n\nAssistant: No."},
+        to_messages,
+        "not for this stage",
+        {"--columns messages=chosen": TURNS},
+    ),
+    "a pair for fine-tuning": (
+        {"prompt": ASKED, "chosen": SAID, "rejected": "No."},
+        to_messages,
+        "two answers",
+        {"--columns question=prompt,answer=chosen": TURNS},
+    ),
+    "a pair of ShareGPT for fine-tuning": (
+        {"conversations": [turn(from_="human", value=ASKED)], "chosen": REPLY, "rejected": BAD},
+        to_messages,
+        "two answers",
+        {"--columns question=conversations,answer=chosen": TURNS},
+    ),
+    "an answer that is no option": (
+        {"question": ASKED, "options": OPTIONS, "answer_idx": "E"},
+        to_messages,
+        "none of the options",
+        {"--skip_bad_rows True": None},
+    ),
+    "MedMCQA's test set": (
+        {"question": ASKED, "opa": "a", "opb": "b", "opc": "c", "opd": "d", "cop": -1},
+        to_messages,
+        "`cop` is -1",
+        {"--skip_bad_rows True": None},
+    ),
+    "MedMCQA counted from 1": (
+        {"question": ASKED, "opa": "a", "opb": "b", "opc": "c", "opd": "d", "cop": 4},
+        to_messages,
+        "`cop` is 4",
+        {
+            "--preset medmcqa-original": [
+                {"role": "user", "content": f"{ASKED}\nA. a\nB. b\nC. c\nD. d"},
+                {"role": "assistant", "content": "D. d"},
+            ]
+        },
+    ),
+    "a set whose values are of another kind": (
+        {"question": ASKED, "choices": [1, {}], "answer": 0},
+        to_messages,
+        "an option is not text under a letter",
+        {},
+    ),
+    "HelpSteer3 with words": (
+        {"context": [USER], "response1": "a", "response2": "b", "overall_preference": "better"},
+        to_preference,
+        "neither answer is better",
+        {"--skip_bad_rows True": None},
+    ),
+    "DAPO for fine-tuning": (
+        {"prompt": [USER], "reward_model": {"ground_truth": "2", "style": "rule"}},
+        to_messages,
+        "not for this stage",
+        {},
+    ),
+    "HelpSteer3, no preference": (
+        {"context": [USER], "response1": "a", "response2": "b", "overall_preference": 0},
+        to_preference,
+        "neither answer is better",
+        {"--skip_bad_rows True": None},
+    ),
+    "a document under another name": (
+        {"content": "An article.", "year": 2020},
+        to_text,
+        "no field `text`",
+        {"--columns text=content": "An article."},
+    ),
+    "a third answer": (
+        {"prompt": ASKED, "chosen": GOOD, "rejected": BAD, "output": "Other."},
+        to_preference,
+        "`output` is a third answer",
+        {"--ignore_fields output": ([USER], GOOD, BAD)},
+    ),
+    "a prompt next to whole conversations": (
+        {"prompt": "other", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+        to_preference,
+        "next to a prompt",
+        {"--ignore_fields prompt": ([USER], GOOD, BAD)},
+    ),
+    "a second pair": (
+        {"prompt": ASKED, "chosen": GOOD, "rejected": BAD, "response_chosen": "Other."},
+        to_preference,
+        "`response_chosen` next to",
+        {"--ignore_fields response_chosen": ([USER], GOOD, BAD)},
+    ),
+}
+
+PAIRS = {
+    "UltraFeedback": (
+        {
+            **{"prompt": ASKED, "prompt_id": "1", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+            **{"messages": [USER, GOOD], "score_chosen": 8.5, "score_rejected": 3.0},
+        },
+        [USER],
+    ),
+    "hh-rlhf": (
+        {
+            "chosen": f"\n\nHuman: {ASKED}\n\nAssistant: {GOOD['content']}",
+            "rejected": f"\n\nHuman: {ASKED}\n\nAssistant: {BAD['content']}",
+        },
+        [USER],
+    ),
+    "hh-rlhf, many turns": (
+        {
+            "chosen": f"\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: {ASKED}\n\nAssistant: {GOOD['content']}",
+            "rejected": f"\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: {ASKED}\n\nAssistant: {BAD['content']}",
+        },
+        [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}, USER],
+    ),
+    "HelpSteer3": (
+        {
+            **{"domain": "general", "context": [USER], "response1": BAD["content"], "response2": GOOD["content"]},
+            "overall_preference": 2,
+        },
+        [USER],
+    ),
+    "HelpSteer3, negative": (
+        {"context": [USER], "response1": GOOD["content"], "response2": BAD["content"], "overall_preference": -1},
+        [USER],
+    ),
+    "HelpSteer2": (
+        {"prompt": ASKED, "response_1": GOOD["content"], "response_2": BAD["content"], "preference_strength": -3},
+        [USER],
+    ),
+    "cMedQA": ({"query": ASKED, "positive": [GOOD["content"]], "negative": [BAD["content"], "x"]}, [USER]),
+    "Orca DPO": (
+        {"system": "S", "question": ASKED, "chosen": GOOD["content"], "rejected": BAD["content"]},
+        [system("S"), USER],
+    ),
+    "scores": ({"prompt": ASKED, "chosen": GOOD, "rejected": BAD, "margin": 2, "score_chosen": 9}, [USER]),
+    "messages once more": ({"prompt": ASKED, "messages": [USER], "chosen": GOOD, "rejected": BAD}, [USER]),
+}
+
+TEXTS = {
+    "a line": ("一篇文章。", "一篇文章。"),
+    "text with more": ({"text": "An article.", "meta": {"a": 1}, "url": "http://example.org"}, "An article."),
+}
+
+
+def convert(row, to, flags: str = ""):
+    """A row under flags of the command line; what is not a flag of the data is an error."""
+    words = flags.split()
+    given = {name.removeprefix("--"): value for name, value in zip(words[::2], words[1::2], strict=True)}
+    return row_converter(DataArguments(**given), to).convert(row)
+
+
+def result(row, to, flags: str = ""):
+    found = convert(row, to, flags).row
+    if to is to_preference:
+        return found["messages"], found["chosen"], found["rejected"]
+    return found["text"] if to is to_text else found["messages"]
+
+
+@pytest.mark.parametrize(("row", "messages"), CHATS.values(), ids=CHATS)
+def test_conversations(row, messages):
+    before = json.dumps(row)
+    assert to_messages(row)["messages"] == messages
+    assert json.dumps(row) == before
+
+
+@pytest.mark.parametrize(("row", "prompt"), PAIRS.values(), ids=PAIRS)
+def test_preferences(row, prompt):
+    assert result(row, to_preference) == (prompt, GOOD, BAD)
+
+
+@pytest.mark.parametrize(("row", "text"), TEXTS.values(), ids=TEXTS)
+def test_documents(row, text):
+    assert result(row, to_text) == text
+
+
+def test_old_function_calls():
+    row = {
+        "messages": [
+            USER,
+            {"role": "assistant", "content": None, "function_call": {"name": "weather", "arguments": "{}"}},
+            {"role": "function", "name": "weather", "content": "sun"},
+            REPLY,
+        ],
+        "functions": [WEATHER],
+    }
+    assert to_messages(row) == {
+        "messages": [
+            USER,
+            {"role": "assistant", "content": "", "tool_calls": [CALL]},
+            {"role": "tool", "content": "sun"},
+            REPLY,
+        ],
+        "tools": [{"type": "function", "function": WEATHER}],
+    }
+
+
+@pytest.mark.parametrize(("row", "to", "reason", "flags"), REFUSED.values(), ids=REFUSED)
+def test_refusals_and_their_remedies(row, to, reason, flags):
+    with pytest.raises(RowError) as refused:
+        to(row)
+    assert reason in refused.value.reason
+    offered = re.findall(r"--(?:columns|ignore_fields|preset|skip_bad_rows) [^\s.]+", refused.value.remedy)
+    assert sorted(offered) == sorted(flags), refused.value.remedy
+    for flag, right in flags.items():
+        if right is None:
+            # Skipped: it is refused with this flag as well, and counted.
+            with pytest.raises(RowError):
+                to(row)
+        else:
+            assert result(row, to, flag) == right
+
+
+def test_what_must_not_be_ignored_is_not():
+    """`--ignore_fields label` would train bad examples, `images` the marks of the images."""
+    bad = {"prompt": ASKED, "completion": SAID, "label": False}
+    marked = {"messages": [{"role": "user", "content": "<image>What is this?"}, REPLY], "images": ["a.png"]}
+    for row, name in ((bad, "label"), (marked, "images")):
+        with pytest.raises(RowError) as refused:
+            to_messages(row, frozenset({name}))
+        assert f"without --ignore_fields {name}" in refused.value.remedy
+    assert to_messages({"messages": TURNS, "images": ["a.png"]}, frozenset({"images"}))["messages"] == TURNS
+
+
+# --- every preset ----------------------------------------------------------------------------------------------------
+
+
+def example_of(name: str) -> tuple[dict, str]:
+    """A row of CHATS or PAIRS that is recognised as this preset, and its kind."""
+    for to, table in ((to_messages, CHATS), (to_preference, PAIRS)):
+        for row, _ in table.values():
+            if convert(row, to).preset == name:
+                return row, to
+    return NAMED[name]
+
+
+# Presets whose shape many sets have, or that have no conversation.
+NAMED = {
+    "alpaca": (CHATS["Alpaca"][0], to_messages),
+    "cmtmedqa": (CHATS["CMtMedQA"][0], to_messages),
+    "sharegpt": (CHATS["ShareGPT"][0], to_messages),
+    "medmcqa-original": ({**CHATS["MedMCQA"][0], "cop": 2}, to_messages),
+    "dapo": ({"prompt": [USER], "data_source": "m", "reward_model": {"ground_truth": "2"}}, to_task),
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_reads_its_rows_by_name_and_by_shape(name):
+    row, to = example_of(name)
+    by_name = convert(row, to, f"--preset {name}")
+    assert by_name.preset == name
+    assert by_name.row == convert(row, to).row or name == "medmcqa-original"
+    assert (convert(row, to).preset == name) == PRESETS[name].by_shape
+    with pytest.raises(RowError, match=f"which rows of {name} have"):
+        convert({"nothing": "of it"}, to, f"--preset {name}")
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if "task" in PRESETS[name].kinds])
+def test_question_and_options_stand_in_the_prompt_and_the_answer_in_the_reply(name):
+    row, _ = example_of(name)
+    question = next(
+        row[field]
+        for field in ("question", "Question", "problem", "prompt", "问", "Open-ended Verifiable Question")
+        if field in row
+    )
+    question = question[0]["content"] if isinstance(question, list) else question
+    task = convert(row, to_task).row
+    assert question in task["messages"][-1]["content"] or task["messages"][-1]["content"] in question
+    if "chat" not in PRESETS[name].kinds:
+        return
+    prompt, reply = (message["content"] for message in to_messages(row)["messages"])
+    assert question in prompt
+    options = task["columns"].get("options")
+    if not options:
+        return
+    for letter, text in options.items():
+        assert f"{letter}. {text}" in prompt
+        assert (letter in task["columns"]["answer"]) == (f"{letter}. {text}" in reply or f"Answer: {letter}" in reply)
+
+
+@pytest.mark.parametrize("page", ["docs/datasets.md", "docs/datasets_zh.md"])
+def test_the_pages_list_every_preset(page):
+    stages = {"SFT": "chat", "RM, DPO, ORPO": "preference", "GRPO": "task"}
+    found = {}
+    for line in (ROOT / page).read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("| ").split(" | ")]
+        if len(cells) == 6 and cells[0].startswith("`"):
+            name, source, names, kinds, license_note, flags = cells
+            kinds = tuple(stages[kind] for kind in kinds.split("; "))
+            found[name.strip("`")] = (source, tuple(re.findall("`([^`]+)`", names)), kinds, license_note)
+            preset = re.search(r"--preset ([\w-]+)", flags)
+            assert preset is None or f"`{preset[1]}`" == name
+    assert found == {
+        name: (preset.source, (*preset.needs, *preset.marks), preset.kinds, preset.license)
+        for name, preset in PRESETS.items()
+    }
+
+
+def test_presets_differ_in_what_they_need():
+    for preset in PRESETS.values():
+        assert set(preset.kinds) <= {"text", "chat", "preference", "task"} and preset.license and preset.source
+        assert (preset.convert is None) == bool(preset.columns)
+
+
+def test_flags_that_cannot_be_understood(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"q": ASKED, "a": SAID}])
+
+    def load(**flags):
+        return load_data(DataArguments(train_file_dir=path, **flags), to_messages)
+
+    for flags, part in (
+        ({"preset": "medqua"}, "Did you mean medqa?"),
+        ({"preset": "zzz"}, "It is one of medical-o1"),
+        ({"columns": "question"}, "'question' is not NAME=FIELD"),
+        ({"columns": "ask=q"}, "'ask' is not one of question"),
+        ({"columns": "question=q,question=a"}, "question is given twice"),
+        ({"columns": ","}, "--columns is empty"),
+        ({"columns": "question=q,answer=a", "preset": "medqa"}, "Give one of them"),
+        ({"columns": "question=q,answer=a,system=sytsem"}, "no row has the field sytsem"),
+    ):
+        with pytest.raises(UserError, match=re.escape(part)):
+            load(**flags)
+    (problem,) = load(columns="question=q,answer=reply").problems
+    assert "no field `reply`, which --columns names (fields: q, a)" in problem.reason
+    assert [row["messages"] for row in load(columns="question=q, answer=a").train] == [TURNS]
+
+
+def test_columns_map_every_common_name():
+    row = {"q": ASKED, "c": "It is viral.", "t": THOUGHT, "r": SAID, "s": "S", "h": [["Hi", "Hello"]], "label": False}
+    found = convert(row, to_messages, "--columns question=q,input=c,reasoning=t,answer=r,system=s,history=h")
+    assert found.row["messages"] == [
+        system("S"),
+        *[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}],
+        {"role": "user", "content": f"{ASKED}\nIt is viral."},
+        WITH_THOUGHT[1],
+    ]
+    assert found.unused == ("label",)
+    row = {"q": ASKED, "o": ["Antibiotics", "Rest"], "right": "B", "why": "It is viral."}
+    assert (
+        convert(row, to_messages, "--columns question=q,options=o,answer=right,explanation=why").row["messages"]
+        == EXPLAINED
+    )
+    row = {"p": ASKED, "good": GOOD, "bad": BAD}
+    assert result(row, to_preference, "--columns question=p,chosen=good,rejected=bad") == ([USER], GOOD, BAD)
+    assert result({"log": TURNS, "fn": [WEATHER]}, to_messages, "--columns messages=log,tools=fn") == TURNS
+    assert result({"body": "t"}, to_text, "--columns text=body") == "t"
+
+
+# --- what is not used ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def log():
+    """Lines that were logged."""
+    lines: list[str] = []
+    sink = logger.add(lambda message: lines.append(message.record["message"]), level="INFO")
+    yield lines
+    logger.remove(sink)
+
+
+def test_fields_that_are_not_used_are_counted_in_one_line(tmp_path, log):
+    rows = [{"prompt": f"{n}?", "response": SAID, "id": n, **({"source": "x"} if n < 3 else {})} for n in range(1, 6)]
+    rows += [{"prompt": "6?", "response": SAID, "url": None, "tags": []}]
+    write_jsonl(tmp_path / "a.jsonl", rows[:4])
+    write_jsonl(tmp_path / "b.jsonl", rows[4:])
+    data = load_data(DataArguments(train_file_dir=str(tmp_path)), to_messages)
+    assert log[1:] == ["5 row(s) hold fields that are not used: id, source (2)"]
+    assert [account.as_dict().get("unused_fields") for account in data.account["train"]] == [
+        {"id": 4, "source": 2},
+        {"id": 1},
+    ]
+
+
+def test_what_a_turn_holds_and_is_not_used_is_counted():
+    row = {"messages": [{**USER, "emotion": "sad", "ts": None}, REPLY], "id": 1}
+    assert convert(row, to_messages).unused == ("id", "turn.emotion")
+
+
+def test_the_shape_that_was_recognised_is_printed(tmp_path, log):
+    write_jsonl(tmp_path / "a.jsonl", [CHATS["MedQA"][0], CHATS["medical-o1"][0]])
+    data = load_data(DataArguments(train_file_dir=str(tmp_path)), to_messages)
+    shapes = [line for line in log if "have the shape of" in line]
+    assert "1 row(s) have the shape of GBaker/MedQA-USMLE-4-options, bigbio/med_qa" in shapes[0]
+    assert "(--preset medqa)" in shapes[0] and "(--preset medical-o1)" in shapes[1]
+    assert data.account["train"][0].as_dict()["presets"] == {"medqa": 1, "medical-o1": 1}
+
+
+def test_names_of_ignored_fields_may_hold_spaces():
+    assert ignored_fields("Unnamed: 0, label") == {"Unnamed: 0", "label"}
+
+
+# --- nulls that a table fills in ------------------------------------------------------------------------------------
+
+
+def tool(name: str, required: list[str], **properties) -> dict:
+    parameters = {"type": "object", "properties": properties, "required": required}
+    return {"type": "function", "function": {"name": name, "description": name, "parameters": parameters}}
+
+
+def calling(name: str, arguments: dict) -> dict:
+    return {
+        "messages": [
+            {"role": "user", "content": "?", "tool_calls": None},
+            {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": name, "arguments": arguments}}]},
+            {"role": "tool", "content": "done"},
+            {"role": "assistant", "content": SAID},
+        ],
+        "tools": [
+            tool("weather", ["city"], city={"type": "string"}, unit={"type": "string", "enum": ["C", "F"]}),
+            tool("time", [], zone={"type": "string", "nested": {"deep": {"type": "string"}}}),
+            tool("ping", []),
+        ],
+    }
+
+
+CALLS = [
+    calling("weather", {"city": "Bern", "days": [1, 2]}),
+    calling("time", {"zone": "CET", "nested": {"deep": {"x": 1}}}),
+    calling("ping", {}),
+    {"prompt": ASKED, "response": SAID},
+]
+
+
+@pytest.mark.parametrize("how", ["json", "parquet", "rows"])
+def test_rows_through_a_table_train_the_same(tmp_path, how):
+    """Arrow fills in null where an object has not the field of another row: `"city": null` in the call of `time`."""
+    # It takes the names of the columns from the first row.
+    table = Dataset.from_list([{"prompt": None, "response": None, **row} for row in CALLS])
+    if how == "json":
+        table.to_json(tmp_path / "a.jsonl", force_ascii=False)
+        rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()]
+    elif how == "parquet":
+        table.to_parquet(tmp_path / "a.parquet")
+        rows = pa.parquet.read_table(tmp_path / "a.parquet").to_pylist()
+    else:
+        rows = list(table)
+    assert "null" in json.dumps(rows[1]["messages"][1])
+    for row, original in zip(rows, CALLS, strict=True):
+        assert to_messages(row) == to_messages(original)
+    assert "null" not in json.dumps(to_messages(rows[1]))
+
+
+def test_a_null_that_is_meant_stays():
+    """In a string of JSON no table adds any; in an object one stays if the tool requires the argument."""
+    row = calling("weather", {"city": None, "unit": None})
+    assert to_messages(row)["messages"][1]["tool_calls"][0]["function"]["arguments"] == {"city": None}
+    row["messages"][1]["tool_calls"][0]["function"]["arguments"] = '{"unit": null}'
+    assert to_messages(row)["messages"][1]["tool_calls"][0]["function"]["arguments"] == {"unit": None}
+    row["tools"] = json.dumps([tool("weather", [], city={"type": "string", "default": None})])
+    schema = to_messages(row)["tools"][0]["function"]["parameters"]
+    assert schema["properties"]["city"] == {"type": "string", "default": None}
+    turns = [
+        USER,
+        {"from": "function_call", "value": '{"name": "f", "arguments": {"a": null}}'},
+        {"role": "tool", "content": "x"},
+    ]
+    found = to_messages({"conversations": [*turns, REPLY]})
+    assert found["messages"][1]["tool_calls"][0]["function"]["arguments"] == {"a": None}
+
+
+def test_a_prompt_needs_no_answer():
+    for row, messages in (
+        (CHATS["MedQA"][0], [WITH_OPTIONS]),
+        ({"question": ASKED, "options": OPTIONS}, [WITH_OPTIONS]),
+    ):
+        assert to_prompt(row)["messages"] == messages
+    assert "train" not in json.dumps(to_prompt({"messages": [{**REPLY, "weight": 0}, USER]}))
+    assert Converter(to_prompt)("Q")["messages"] == [{"role": "user", "content": "Q"}]
