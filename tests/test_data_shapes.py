@@ -626,7 +626,8 @@ def test_every_preset_reads_its_rows_by_name_and_by_shape(name):
     row, to = example_of(name)
     by_name = convert(row, to, f"--preset {name}")
     assert by_name.preset == name
-    assert by_name.row == convert(row, to).row or name == "medmcqa-original"
+    if name not in ("dapo", "medmcqa-original"):
+        assert by_name.row == convert(row, to).row
     assert (convert(row, to).preset == name) == PRESETS[name].by_shape
     with pytest.raises(RowError, match=f"which rows of {name} have"):
         convert({"nothing": "of it"}, to, f"--preset {name}")

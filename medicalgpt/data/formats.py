@@ -130,7 +130,7 @@ class Converter:
 
     Args:
         to: `to_text`, `to_messages`, `to_prompt`, `to_preference`, or any function of a row and the fields to ignore,
-            which gets each row under its common names if a preset has its shape.
+            which gets each row under its common names if `columns` or `preset` say so.
         ignore: fields that are as if they were not there.
         columns: the field under each common name; no other field is then read.
         preset: the shape of all rows. Default: recognised row by row.
@@ -165,6 +165,9 @@ class Converter:
         preset = self.preset or (recognise(row) if self.kind != "text" else None)
         if preset is None:
             return self._converted(row, set(), None)
+        if self.read is None and preset is not self.preset:
+            # The function recognises rows by itself.
+            return self._converted(row, set(), preset.name)
         # Every set has questions, which is all that a prompt needs.
         if self.kind not in preset.kinds and self.kind not in ("prompt", "task"):
             raise RowError(f"rows of {preset.name} are not for this stage", _other_stage(row, preset.kinds), row)

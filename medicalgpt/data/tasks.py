@@ -47,9 +47,12 @@ def to_task(value: Any, ignore: frozenset[str] = frozenset()) -> dict[str, Any]:
         value = {"prompt": value}
     if not isinstance(value, Mapping):
         raise RowError(f"the row is a {type(value).__name__}, not an object", "Each row is a JSON object {...}.", value)
-    row = {name: item for name, item in value.items() if name not in ignore and not _is_null(item)}
-    preset = recognise(row)
-    row = _with_common_names(under_common_names(row, preset, "task") if preset else row)
+    row = value = {name: item for name, item in value.items() if name not in ignore and not _is_null(item)}
+    row = _with_common_names(row)
+    preset = recognise(value)
+    # What is made for tasks under a known name is read below, also without its answer.
+    if preset and not ("task" in preset.kinds and set(row) & {*PROMPT_FIELDS, *QUESTION_FIELDS}):
+        row = under_common_names(value, preset, "task")
     _refuse_unusable(row)
     offered = options_of(row)
     options, option_fields = offered or ({}, ())
