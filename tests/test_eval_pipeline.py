@@ -332,7 +332,9 @@ def test_tasks_without_an_answer_are_named(tmp_path):
         (task_row("?", "2.5 mL", "number"), "<think>a\nb</think>\n<answer>2.5毫升</answer>", True, True),
         # Half of a reward is not correct: the unit is missing, and the thinking.
         (task_row("?", "2.5 mL", "number"), "<answer>2.5</answer>", False, False),
-        (task_row("?", "B", "choice"), "B", False, False),
+        # An answer counts without a block, which is a matter of format.
+        (task_row("?", "B", "choice"), "B", True, False),
+        (task_row("?", "B", "choice"), "<think>B", False, False),
     ],
 )
 def test_replies_to_tasks_are_judged_by_the_rewards_of_grpo(tmp_path, task, reply, right, formed):

@@ -339,7 +339,7 @@ def test_evaluation_where_a_reward_does_not_apply(work, tmp_path):
     more = ("--reward_funcs", "accuracy", "safety")
     given = task_flags(work / "model", tmp_path, *more)
     at = given.index("--reward_file")
-    write_jsonl(tmp_path / "data" / "train.jsonl", tasks(2))
+    write_jsonl(tmp_path / "data" / "train.jsonl", [*tasks(2), {"question": "Chest pain?"}])
     metrics = open_stage(STAGE, *given[:at], *given[at + 2 :]).trainer.evaluate()
     assert metrics["eval_rewards/accuracy/mean"] == metrics["eval_reward"] == 0
     assert "eval_rewards/safety/mean" not in metrics

@@ -1,6 +1,7 @@
 """SF 30: the format reward misses replies of many lines, or those whose `<think>` the template has written already."""
 
-from medicalgpt.rewards import grading, rewards
+from medicalgpt.data.answers import extract_answer
+from medicalgpt.rewards import rewards
 
 import pytest
 
@@ -16,7 +17,7 @@ def test_many_lines_with_and_without_the_opening_tag(opening, between, end, thou
     text = f"{opening}{thought}</think>{between}<answer>{answer}</answer>{end}"
     as_message = [{"role": "assistant", "content": text}]
     assert rewards.format_reward([text, as_message]) == [1.0, 1.0]
-    assert grading.extract_answer(text) == answer.strip()
+    assert extract_answer(text) == answer.strip()
 
 
 def test_the_reward_is_not_the_same_for_every_reply():
