@@ -273,6 +273,15 @@ class LoraArguments:
         metadata={"help": "Decoder layers to freeze: numbers and ranges, separated by commas (0-21,23)."},
     )
 
+    def __post_init__(self):
+        for name, allowed, valid in (
+            ("lora_rank", "at least 1", self.lora_rank >= 1),
+            ("lora_alpha", "above 0", 0 < self.lora_alpha < float("inf")),
+            ("lora_dropout", "0 or more and below 1", 0 <= self.lora_dropout < 1),
+        ):
+            if not valid:
+                raise ValueError(f"--{name} {getattr(self, name)} must be {allowed}.")
+
 
 @dataclass
 class DataArguments:
@@ -355,6 +364,11 @@ class DataArguments:
         default=False, metadata={"help": "Continue even if held-out rows occur among the training rows."}
     )
 
+    def __post_init__(self):
+        for name in ("max_train_samples", "max_eval_samples"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)} must be at least 1, or -1 for all.")
+
 
 @dataclass
 class RunArguments:
@@ -371,6 +385,10 @@ class RunArguments:
         default=3,
         metadata={"help": "Number of prompts answered before and after training, to see what changed; 0: none."},
     )
+
+    def __post_init__(self):
+        if self.sample_prompts < 0:
+            raise ValueError(f"--sample_prompts {self.sample_prompts} must be 0 or more.")
 
 
 def same_field(cls: type, name: str) -> Any:
@@ -520,6 +538,22 @@ class StageDefaults:
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least 1.")
+        for name, allowed, valid in (
+            ("learning_rate", "0 or more", self.learning_rate is None or 0 <= self.learning_rate < float("inf")),
+            ("weight_decay", "0 or more", self.weight_decay >= 0),
+            ("max_grad_norm", "0 or more", self.max_grad_norm is None or self.max_grad_norm >= 0),
+            ("warmup_steps", "0 or more", self.warmup_steps is None or self.warmup_steps >= 0),
+            ("label_smoothing_factor", "0 or more and below 1", 0 <= self.label_smoothing_factor < 1),
+            ("logging_steps", "above 0", self.logging_steps > 0 or _value(self.logging_strategy) != "steps"),
+            ("save_steps", "above 0", self.save_steps > 0 or _value(self.save_strategy) != "steps"),
+            ("eval_steps", "above 0", self.eval_steps is None or self.eval_steps > 0),
+            ("save_total_limit", "at least 1", self.save_total_limit is None or self.save_total_limit >= 1),
+            ("dataloader_num_workers", "0 or more", self.dataloader_num_workers >= 0),
+        ):
+            if not valid:
+                raise ValueError(f"--{name} {getattr(self, name)} must be {allowed}.")
+        if not isinstance(self.gradient_checkpointing_kwargs, dict | None):
+            raise ValueError(f"--gradient_checkpointing_kwargs {self.gradient_checkpointing_kwargs} is not JSON: {{}}.")
         for name, seed in (("seed", self.seed), ("data_seed", self.data_seed)):
             if seed is not None and not 0 <= seed <= MAX_SEED:
                 raise ValueError(f"--{name} {seed} must be between 0 and {MAX_SEED}.")

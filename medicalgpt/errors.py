@@ -1,7 +1,9 @@
 """Errors that the user can fix, printed without a traceback."""
 
 import atexit
+import errno
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -13,12 +15,32 @@ from medicalgpt.logs import is_main_process, rank, world_size
 SECONDS_TO_SPEAK = 10
 
 
+# Errors of the system that come from the user's disks and paths, whatever was done when they occurred, and what helps.
+USERS_ERRORS = {
+    errno.ENOSPC: "The disk is full; free some space, or choose another --output_dir.",
+    errno.EDQUOT: "The quota is used up; free some space, or choose another --output_dir.",
+    errno.EACCES: "You may not read or write there; choose another place, or change its permissions.",
+    errno.EPERM: "You may not read or write there; choose another place, or change its permissions.",
+    errno.ENOENT: "Check the path.",
+    errno.ENOTDIR: "Check the path; a part of it is a file.",
+    errno.EISDIR: "Give the name of a file.",
+    errno.EROFS: "Nothing can be written there; choose another place.",
+    errno.ENAMETOOLONG: "Choose a shorter name.",
+    errno.ELOOP: "Remove the symbolic link that leads to itself.",
+    errno.EMFILE: "Too many files are open; raise the limit: ulimit -n 65536",
+    errno.EIO: "The disk or the network file system failed; try again, or choose another place.",
+    errno.ESTALE: "The network file system has lost the file; try again.",
+}
+
+
 class UserError(Exception):
     """Something the user can fix. The message says what happened, where, and what to do."""
 
 
 def run_main(main: Callable[[], None]) -> None:
     """Run a program: a `UserError` ends it with its message and exit code 1; `--debug` shows the traceback as well.
+
+    So do errors of the system that only the user can fix: a full disk, a folder without permission, and the like.
 
     Raises:
         SystemExit: with code 1 after a `UserError`, 130 after Ctrl-C, 141 if the reader of the output has gone.
@@ -33,10 +55,19 @@ def run_main(main: Callable[[], None]) -> None:
         if debug:
             raise
         fail(str(error))
+    except UnicodeEncodeError as error:
+        # A path whose bytes are not UTF-8 has such characters in Python; files of records cannot name it.
+        if debug or not re.search("[\udc80-\udcff]", error.object):
+            raise
+        fail(f"a file or folder has a name that is not UTF-8: {error.object[:200]!a}. Rename it.")
     except BrokenPipeError:
         # The reader of our output (head, less) has gone. Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:
+        if debug or error.errno not in USERS_ERRORS:
+            raise
+        fail(f"{error.strerror}{f': {error.filename}' if error.filename else ''}. {USERS_ERRORS[error.errno]}")
     except KeyboardInterrupt:
         if debug:
             raise

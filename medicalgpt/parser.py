@@ -331,7 +331,7 @@ class StrictParser:
         names = [f.name for f in dataclasses.fields(cls) if f.init]
         try:
             instance = cls(**{name: namespace[name] for name in names})
-        except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        except (ValueError, TypeError, ImportError, RuntimeError, OSError, LookupError) as error:
             self._fail(str(error))
         instance.given = frozenset(given.intersection(names))
         return instance

@@ -51,16 +51,33 @@ def looks_like_json_lines(file: TextFile) -> bool:
 def parse_line(place: Place, line: str) -> SourceRow | Problem:
     """The row in one line."""
     try:
-        return _whole_characters(SourceRow(place, json.loads(line)), line)
+        return _whole_characters(SourceRow(place, _decode(line)[0]), line)
     except json.JSONDecodeError as error:
         column = error.colno
         snippet = line[max(0, column - 20) : column + 20]
         return Problem(place, f"broken JSON at column {column}: {error.msg}", "Fix the line.", snippet)
 
 
+def _decode(text: str, position: int = 0, whole: bool = True) -> tuple[Any, int]:
+    """The value at `position` and the position after it; with `whole`, the value that is the text.
+
+    Raises:
+        json.JSONDecodeError: also for what Python's decoder gives up on with other errors.
+    """
+    try:
+        return (json.loads(text), len(text)) if whole else json.JSONDecoder().raw_decode(text, position)
+    except json.JSONDecodeError:
+        raise
+    except RecursionError:
+        reason = "lists or objects nested too deeply"
+    except ValueError:
+        reason = "a number with too many digits"
+    raise json.JSONDecodeError(reason, text, position)
+
+
 def _parsed(line: str) -> tuple[Any] | None:
     try:
-        return (json.loads(line),)
+        return (_decode(line)[0],)
     except json.JSONDecodeError:
         return None
 
@@ -69,7 +86,7 @@ def _begins_with_value(lines: list[str]) -> bool:
     """Whether the lines begin with a value of several lines."""
     text = "\n".join(lines).lstrip()
     try:
-        _, end = json.JSONDecoder().raw_decode(text)
+        _, end = _decode(text, whole=False)
     except json.JSONDecodeError:
         return False
     return "\n" in text[:end]
@@ -88,7 +105,6 @@ def _whole_characters(row: SourceRow, raw: str) -> SourceRow | Problem:
 
 
 def _read_values(path: str, text: str) -> Iterator[SourceRow | Problem]:
-    decoder = json.JSONDecoder()
     position = _skip_space(text, 0)
     try:
         if text[position : position + 1] == "[":
@@ -96,14 +112,14 @@ def _read_values(path: str, text: str) -> Iterator[SourceRow | Problem]:
             if _skip_space(text, end) != len(text):
                 raise json.JSONDecodeError("more text after the list", text, _skip_space(text, end))
             return
-        value, end = decoder.raw_decode(text, position)
+        value, end = _decode(text, position, whole=False)
         if _skip_space(text, end) == len(text):
             yield from _read_object(path, text, position, value)
             return
         # Values over several lines, one after another.
         line, counted, item = 1, 0, 0
         while position < len(text):
-            value, end = decoder.raw_decode(text, position)
+            value, end = _decode(text, position, whole=False)
             if not isinstance(value, dict):
                 raise json.JSONDecodeError("a row must be an object", text, position)
             line, counted, item = line + text.count("\n", counted, position), position, item + 1
@@ -121,11 +137,10 @@ def _read_values(path: str, text: str) -> Iterator[SourceRow | Problem]:
 
 def _read_list(path: str, text: str, position: int) -> Iterator[SourceRow | Problem]:
     """The rows of the list at `position`; returns the position after it."""
-    decoder = json.JSONDecoder()
     line, counted, item = 1, 0, 0
     position = _skip_space(text, position + 1)
     while text[position : position + 1] != "]":
-        value, end = decoder.raw_decode(text, position)
+        value, end = _decode(text, position, whole=False)
         line, counted, item = line + text.count("\n", counted, position), position, item + 1
         yield _whole_characters(SourceRow(Place(path, line, item), value), text[position:end])
         position = _skip_space(text, end)

@@ -319,9 +319,9 @@ def attach_adapter(model: PreTrainedModel, adapter: Adapter, *, trainable: bool 
             )
         _grow_to_adapter(model, adapter)
         attached = PeftModel.from_pretrained(model, adapter.path, is_trainable=trainable)
-    except (RuntimeError, ValueError, OSError, SafetensorError) as error:
+    except (RuntimeError, ValueError, OSError, TypeError, LookupError, SafetensorError) as error:
         raise CheckpointError(
-            f"the adapter {adapter.path} does not fit {base}: {str(error).splitlines()[0]}"
+            f"the adapter {adapter.path} does not fit {base}: {(str(error).splitlines() or [type(error).__name__])[0]}"
         ) from error
     if adapter.config.get("trainable_token_indices"):
         _save_rows_alone(attached)

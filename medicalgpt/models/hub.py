@@ -33,6 +33,16 @@ class CheckpointError(UserError):
     """A checkpoint that is missing, incomplete, or does not fit the one it is used with."""
 
 
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}. Get the file again.") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold an object {{...}}, it holds a {type(value).__name__}. Get it again.")
+    return value
+
+
 @dataclass(frozen=True)
 class Adapter:
     """A trained adapter, as the files next to its weights describe it.
@@ -53,17 +63,19 @@ class Adapter:
         """Read an adapter's files without its weights.
 
         Raises:
-            CheckpointError: there is no adapter_config.json.
+            CheckpointError: there is no adapter_config.json, or it is damaged.
         """
         found: str | Path | None = Path(path) / ADAPTER_CONFIG
         if not Path(path).is_dir():
             found = find_adapter_config_file(path, cache_dir=cache_dir, local_files_only=not _hub_is_reachable())
         if found is None or not Path(found).is_file():
             raise CheckpointError(f"{path} is not an adapter: it has no {ADAPTER_CONFIG}.")
-        config = json.loads(Path(found).read_text(encoding="utf-8"))
+        config = _read_object(Path(found))
+        if not isinstance(config.get("base_model_name_or_path") or "", str):
+            raise CheckpointError(f"{found} does not name its base model: base_model_name_or_path must be text.")
         # For a checkpoint of a run, the record is in the folder above.
         records = (Path(path) / RUN_FILE, Path(path).parent / RUN_FILE)
-        record = next((json.loads(file.read_text(encoding="utf-8")) for file in records if file.is_file()), {})
+        record = next((_read_object(file) for file in records if file.is_file()), {})
         return cls(path, config, record.get("base") or {})
 
     @property
@@ -282,6 +294,17 @@ def load_pretrained(loader: Any, name_or_path: str, **options: Any) -> Any:
             f"{constants.ENDPOINT}: {str(error).splitlines()[0]}\n"
             "Check the name; offline, pass the path of a downloaded folder; behind a firewall, set "
             "HF_ENDPOINT=https://hf-mirror.com or use --hub modelscope."
+        ) from error
+    except MemoryError:
+        raise
+    except Exception as error:
+        # A damaged file of a checkpoint meets the library at many places, with errors of any type.
+        if type(error).__name__ in ("OutOfMemoryError", "ImportError", "ModuleNotFoundError"):
+            raise
+        first = str(error).strip().splitlines() or [""]
+        raise CheckpointError(
+            f"{name_or_path} could not be loaded: {type(error).__name__}: {' '.join(' '.join(first[:2]).split())}\n"
+            "One of its files (config.json, tokenizer.json, weights) is damaged or of another model. Get it again."
         ) from error
 
 
