@@ -301,8 +301,16 @@ class DataArguments:
             "dev*, eval* or test* in --train_file_dir are the held-out data."
         },
     )
-    dataset_name: str | None = field(default=None, metadata={"help": "Dataset on the hub, instead of files."})
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Dataset on the hub, or a folder that datasets can load or has saved, instead of files."},
+    )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that dataset."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of that dataset to train on."})
+    data_files: str | None = field(
+        default=None,
+        metadata={"help": "Files of that dataset to train on, separated by commas (data/a.json,data/b-*.json)."},
+    )
     validation_split_percentage: float = field(
         default=0.0,
         metadata={

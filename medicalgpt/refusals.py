@@ -19,6 +19,8 @@ RENAMED: dict[str, str | tuple[str, ...]] = {
     "lora_target_modules": "target_modules",
     "lora_modules_to_save": "modules_to_save",
     "dataset_config": "dataset_config_name",
+    "dataset_train_split": "dataset_split",
+    "dataset_splits": "dataset_split",
     "max_prompt_length": "max_source_length",
     "log_with": "report_to",
     "ppo_epochs": "num_ppo_epochs",
@@ -114,7 +116,6 @@ NO_UPLOAD = "Upload with `hf upload` afterwards; no program pushes by itself."
 ALL_ROWS = "All rows are used."
 ARCHITECTURE = "The architecture is in the model's config.json."
 NO_REMOTE_CODE = "Code of a checkpoint is never run; transformers itself must know the architecture."
-ONE_SPLIT = "The training split of a dataset is always `train`."
 ANSWERS_ONLY = "Only answers are trained on; --train_on_inputs True trains on all."
 NO_METRICS = "The trainer determines what it evaluates."
 NO_LABELS = "There are no labels."
@@ -302,8 +303,6 @@ ACCEPTED: dict[str, dict[tuple[str, ...], tuple[tuple[str, ...] | None, str]]] =
     "max_train_samples": {TRAINING: (NEGATIVE, ALL_ROWS)},
     "max_eval_samples": {TRAINING: (NEGATIVE, "All held-out rows are used.")},
     "train_samples": {TRAINING: (NEGATIVE, ALL_ROWS)},
-    "dataset_train_split": {TRAINING: (("train",), ONE_SPLIT)},
-    "dataset_splits": {TRAINING: (("train",), ONE_SPLIT)},
     "ignore_pad_token_for_loss": {TRAINING: (("true",), "Padding is never trained on.")},
     "group_by_length": {PT: (ANY, "Blocks are of equal length.")},
     "group_by_text": {PT: (("true",), "Documents are packed into blocks.")},

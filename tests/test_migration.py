@@ -92,7 +92,6 @@ def test_flags_keep_their_meaning_under_old_names(program, line, expected):
         ("pretraining.py", "--group_by_text True", "packed into blocks"),
         ("pretraining.py", "--keep_linebreaks True", "are kept"),
         ("pretraining.py", "--use_fast_tokenizer False", "always the fast one"),
-        ("pretraining.py", "--dataset_train_split train", "always `train`"),
         ("pretraining.py", "--trust_remote_code True", "never run"),
         ("pretraining.py", "--push_to_hub False", "Nothing is uploaded"),
         ("inference.py", "--with_prompt", "chat template"),
@@ -115,7 +114,6 @@ def test_what_is_not_needed_is_accepted_with_its_reason(program, line, reason, c
 @pytest.mark.parametrize(
     ("program", "line", "reason"),
     [
-        ("pretraining.py", "--dataset_train_split test", "--dataset_train_split"),
         ("pretraining.py", "--push_to_hub True", "hf upload"),
         ("pretraining.py", "--group_by_text False", "--packing False"),
         ("pretraining.py", "--attn_implementation eager", "--attn_implementation sdpa is --flash_attn False"),

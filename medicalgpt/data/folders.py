@@ -206,6 +206,13 @@ def choose_files(arguments: DataArguments) -> tuple[list[Source], list[Path]]:
     """The sources of training rows, and the held-out files."""
     if bool(arguments.train_file_dir) == bool(arguments.dataset_name):
         raise UserError("give the data with exactly one of --train_file_dir and --dataset_name.")
+    hub_only = {
+        "dataset_config_name": arguments.dataset_config_name,
+        "dataset_split": arguments.dataset_split != "train",
+        "data_files": arguments.data_files,
+    }
+    if not arguments.dataset_name and (idle := [name for name, given in hub_only.items() if given]):
+        raise UserError(f"--{idle[0]} has no effect without --dataset_name. Name the dataset, or omit the flag.")
     if not arguments.train_file_dir:
         return [], find_files(arguments.validation_file_dir) if arguments.validation_file_dir else []
     sources: list[Source] = []

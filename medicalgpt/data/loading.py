@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from medicalgpt.args import DataArguments
 from medicalgpt.data.formats import Converter, canonical_json, converter
+from medicalgpt.data.hub_rows import open_hub
 from medicalgpt.data.mixing import draw, mixture_sizes
 from medicalgpt.data.presets import PRESETS
 from medicalgpt.data.rows import Rows, on_disk
@@ -29,7 +30,6 @@ from medicalgpt.data.sources import (
     column_values,
     ignored_fields,
     open_files,
-    open_hub,
     place_of,
 )
 from medicalgpt.errors import UserError

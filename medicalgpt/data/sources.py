@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from medicalgpt.args import DataArguments
 from medicalgpt.data.folders import NEVER_COMPRESSED, Source, choose_files, find_files, format_of, split_of, suffix_of
 from medicalgpt.data.json_rows import looks_like_json_lines, read_json
 from medicalgpt.data.problems import (
@@ -21,7 +20,7 @@ from medicalgpt.data.problems import (
     place_of,
     shorten,
 )
-from medicalgpt.data.tables import TableFile, open_table, present_values, read_csv
+from medicalgpt.data.tables import TableFile, open_table, read_csv
 from medicalgpt.data.text_files import TextFile, open_text
 from medicalgpt.errors import UserError
 
@@ -44,7 +43,6 @@ __all__ = [
     "ignored_fields",
     "open_file",
     "open_files",
-    "open_hub",
     "place_of",
     "read_rows",
     "shorten",
@@ -133,37 +131,6 @@ def open_files(paths: list[Path], document_unit: str, encoding: str | None = Non
     for path in paths:
         file = open_file(path, encoding)
         yield InputFile(str(path), file.sha256, read_rows(file, document_unit))
-
-
-def open_hub(arguments: DataArguments, with_validation: bool) -> Iterator[tuple[str, list[InputFile], int | None]]:
-    """Side, rows and limit of the splits of a dataset on the hub."""
-    import datasets
-
-    name = arguments.dataset_name
-    try:
-        splits = datasets.load_dataset(name, arguments.dataset_config_name)
-    except Exception as error:
-        raise UserError(
-            f"the dataset {name} could not be loaded from the hub ({type(error).__name__}: "
-            f"{shorten(str(error), 160)}). Check the name and the network, set HF_ENDPOINT to a mirror, or use files "
-            "with --train_file_dir."
-        ) from error
-    held_out = next((split for split in ("validation", "test") if split in splits), None)
-    if "train" not in splits:
-        raise UserError(f"the dataset {name} has no split `train`; it has {', '.join(splits)}.")
-    for side, split, limit in (
-        ("train", "train", arguments.max_train_samples),
-        ("validation", held_out if with_validation else None, arguments.max_eval_samples),
-    ):
-        if split:
-            place = f"{name}/{split}"
-            yield side, [InputFile(place, splits[split]._fingerprint, _hub_rows(place, splits[split]))], limit
-
-
-def _hub_rows(name: str, split: "Dataset") -> Iterator[SourceRow]:
-    for number, value in enumerate(split, start=1):
-        # Columns that a row of mixed formats does not have are None.
-        yield SourceRow(Place(name, number), present_values(value))
 
 
 def ignored_fields(names: str | None) -> frozenset[str]:
