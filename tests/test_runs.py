@@ -378,7 +378,7 @@ def test_training_that_diverged_is_not_saved(start, base, tmp_path):
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, Trainer
 
-    run = start(max_steps=3, learning_rate=math.inf, max_grad_norm=0.0, save_strategy="no", logging_steps=1)
+    run = start(max_steps=3, learning_rate=1e38, max_grad_norm=0.0, save_strategy="no", logging_steps=1)
     model = AutoModelForCausalLM.from_pretrained(base)
     dataset = Dataset.from_list([{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 8)
     trainer = Trainer(model=model, args=run.training, train_dataset=dataset)

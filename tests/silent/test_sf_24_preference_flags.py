@@ -1,8 +1,8 @@
 """Flags of the stages on pairs: each is seen to do what it says before the first step, or refused."""
 
 from medicalgpt.errors import UserError
-from tests.helpers import open_stage, read_json, run_here
-from tests.silent.pairs import on_every_stage, open_pairs, pairs, stage_flags
+from tests.helpers import read_json, run_here
+from tests.silent.pairs import on_every_stage, open_pairs, pairs
 from tests.silent.settings import (
     LINEAR,
     adapter_frozen,
@@ -188,6 +188,6 @@ def test_refused_before_anything_is_read(capsys, stage, flags):
 
 @on_every_stage
 def test_dropout_of_the_adapter_is_off_with_a_notice(bases, tmp_path, stage, capsys):
-    opened = open_stage(stage, *stage_flags(bases / "0.0", tmp_path, "--lora_dropout", 0.1))
+    opened = open_pairs(stage, bases / "0.0", tmp_path, pairs(2), "--lora_dropout", 0.1)
     assert "--lora_dropout 0.1 is not used" in capsys.readouterr().err
     assert opened.trainer.model.peft_config["default"].lora_dropout == 0
