@@ -7,6 +7,7 @@ import zlib
 from pathlib import Path
 
 from medicalgpt.rag.documents import MAX_TAGS, DocumentError, Limits, Unit, read_document
+from medicalgpt.rag.word import paragraph_text
 
 import docx
 import pytest
@@ -141,6 +142,52 @@ def test_docx_headings_tables_boxes_notes_and_what_is_hidden(tmp_path):
         Unit("框里", ("出院小结", "复查")),
         Unit("控件", ("出院小结", "复查")),
     )
+
+
+def math(inner: str) -> str:
+    return f"<m:oMath {nsdecls('m', 'w')}>{inner}</m:oMath>"
+
+
+def run(text: str) -> str:
+    return f"<m:r><m:rPr><m:sty m:val='p'/></m:rPr><m:t>{text}</m:t></m:r>"
+
+
+EQUATIONS = {
+    f"<m:f><m:fPr><m:type m:val='bar'/></m:fPr><m:num>{run('140-age')}</m:num><m:den>{run('72')}</m:den></m:f>": (
+        "(140-age)/72"
+    ),
+    f"<m:sSup><m:e>{run('x')}</m:e><m:sup>{run('2')}</m:sup></m:sSup>": "x^(2)",
+    f"<m:sSub><m:e>{run('C')}</m:e><m:sub>{run('max')}</m:sub></m:sSub>{run('=5')}": "C_(max)=5",
+    f"<m:rad><m:radPr><m:degHide m:val='1'/></m:radPr><m:deg/><m:e>{run('ab')}</m:e></m:rad>": "√(ab)",
+    f"<m:d><m:dPr><m:begChr m:val='['/><m:endChr m:val=']'/></m:dPr><m:e>{run('a')}</m:e></m:d>": "[a]",
+    f"<m:nary><m:naryPr><m:chr m:val='∑'/></m:naryPr><m:sub>{run('i')}</m:sub><m:sup/><m:e>{run('w')}</m:e></m:nary>": (
+        "∑_(i) w"
+    ),
+    f"<m:m><m:mr><m:e>{run('1')}</m:e><m:e>{run('2')}</m:e></m:mr></m:m>": "[1, 2]",
+    f"<m:func><m:fName>{run('ln')}</m:fName><m:e>{run('2')}</m:e></m:func>": "ln2",
+}
+
+
+@pytest.mark.parametrize(("inner", "expected"), EQUATIONS.items(), ids=EQUATIONS.values())
+def test_docx_equations_are_read(inner, expected):
+    paragraph = docx.Document().add_paragraph("CrCl = ")
+    paragraph._p.append(parse_xml(math(inner)))
+    paragraph.add_run(" ml")
+    assert paragraph_text(paragraph._p) == f"CrCl = {expected} ml"
+
+
+def test_docx_equations_symbols_and_hyphens_reach_the_document(tmp_path):
+    """A hyphen that is lost makes 510 mg of 5-10 mg."""
+    document = docx.Document()
+    paragraph = document.add_paragraph("5")
+    for xml in ("<w:noBreakHyphen {}/>", "<w:t {}>10 mg </w:t>", "<w:sym {} w:font='Symbol' w:char='F0B3'/>"):
+        paragraph.add_run()._r.append(parse_xml(xml.format(nsdecls("w"))))
+    paragraph.add_run()._r.append(parse_xml(f"<w:sym {nsdecls('w')} w:font='Wingdings' w:char='F04A'/>"))
+    paragraph._p.append(parse_xml(f"<m:oMathPara {nsdecls('m')}>{math(run('e=1'))}</m:oMathPara>"))
+    (tmp_path / "a.docx").write_bytes(saved(document))
+    read = read_document(tmp_path / "a.docx")
+    assert [unit.text for unit in read.units] == ["5-10 mg ≥\N{REPLACEMENT CHARACTER}e=1"]
+    assert read.notices == ("1 symbols of fonts without standard characters are \N{REPLACEMENT CHARACTER}.",)
 
 
 def test_docx_pictures_are_said_to_be_left_out(tmp_path):

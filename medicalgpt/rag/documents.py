@@ -235,6 +235,9 @@ def _parse(data: bytes, suffix: str, limits: Limits) -> dict[str, Any]:
             kept.append({"text": text.strip("\n"), "headings": headings, "page": unit.page})
     if not kept:
         raise Refused(" ".join([*notices, "There is no text in it."]))
+    unread = sum(unit["text"].count("\N{REPLACEMENT CHARACTER}") for unit in kept) - strange
+    if suffix == ".docx" and unread > 0:
+        notices.append(f"{unread} symbols of fonts without standard characters are \N{REPLACEMENT CHARACTER}.")
     if strange:
         notices.append(f"{strange} control characters were replaced by \N{REPLACEMENT CHARACTER}.")
     return {"units": kept, "notices": notices}
@@ -401,8 +404,10 @@ def _read_pdf(data: bytes, notices: list[str]) -> Iterator[Unit]:
 
 
 def _read_docx(data: bytes, notices: list[str], limits: Limits) -> Iterator[Unit]:
-    """Body, text boxes, footnotes. Page headers and footers, comments and deleted text are skipped."""
+    """Body, equations, text boxes, footnotes. Page headers and footers, comments and deleted text are skipped."""
     _refuse_bomb(data, notices, limits)
+    from medicalgpt.rag.word import paragraph_text
+
     import docx
     from docx.oxml import parse_xml
     from docx.oxml.ns import qn
@@ -421,7 +426,7 @@ def _read_docx(data: bytes, notices: list[str], limits: Limits) -> Iterator[Unit
             table, rows = inside, {}
         if element is None:
             break
-        text = _docx_text(element)
+        text = paragraph_text(element)
         if row is not None:
             cell = [*element.iterancestors(qn("w:tc"))][-1]
             cells = rows.setdefault(row, {})
@@ -435,18 +440,7 @@ def _read_docx(data: bytes, notices: list[str], limits: Limits) -> Iterator[Unit
     for relation in document.part.rels.values():
         if relation.reltype.endswith(("/footnotes", "/endnotes")):
             for element in parse_xml(relation.target_part.blob).iter(qn("w:p")):
-                yield Unit(_docx_text(element))
-
-
-def _docx_text(paragraph: Any) -> str:
-    from docx.oxml.ns import qn
-
-    # A text box is within a paragraph, with a copy for programs that do not support text boxes.
-    if any(parent.tag.endswith("}Fallback") for parent in paragraph.iterancestors()):
-        return ""
-    nodes = paragraph.xpath(".//*[self::w:t or self::w:tab or self::w:br][not(ancestor::w:r/w:rPr/w:vanish)]")
-    own = [node for node in nodes if next(node.iterancestors(qn("w:p"))) is paragraph]
-    return "".join(node.text or "" if node.tag == qn("w:t") else " " for node in own)
+                yield Unit(paragraph_text(element))
 
 
 def _refuse_bomb(data: bytes, notices: list[str], limits: Limits) -> None:
@@ -469,6 +463,8 @@ def _refuse_bomb(data: bytes, notices: list[str], limits: Limits) -> None:
         pictures = sum("/media/" in part.filename for part in parts)
     if embedded or pictures:
         notices.append(f"{pictures} pictures and {embedded} embedded files in it are not read.")
+    if drawn := sum(bool(re.search(r"/(charts/chart|diagrams/data)\d*\.xml$", part.filename)) for part in parts):
+        notices.append(f"{drawn} charts and diagrams in it are not read.")
 
 
 if __name__ == "__main__":
