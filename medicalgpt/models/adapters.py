@@ -319,6 +319,8 @@ def attach_adapter(model: PreTrainedModel, adapter: Adapter, *, trainable: bool 
             )
         _grow_to_adapter(model, adapter)
         attached = PeftModel.from_pretrained(model, adapter.path, is_trainable=trainable)
+        if trainable:
+            _restore_weights(attached, adapter, "default")
     except (RuntimeError, ValueError, OSError, TypeError, LookupError, SafetensorError) as error:
         raise CheckpointError(
             f"the adapter {adapter.path} does not fit {base}: {(str(error).splitlines() or [type(error).__name__])[0]}"
@@ -326,6 +328,27 @@ def attach_adapter(model: PreTrainedModel, adapter: Adapter, *, trainable: bool 
     if adapter.config.get("trainable_token_indices"):
         _save_rows_alone(attached)
     return attached
+
+
+def _restore_weights(model: PeftModel, adapter: Adapter, name: str) -> None:
+    """Set the weights of an adapter to those in its file, which peft rounds to the type of the base as it loads them.
+
+    That concerns what is trained in full and rows of new tokens. Does nothing under ZeRO-3, where weights have the
+    type of the base.
+    """
+    weights = Path(adapter.path) / "adapter_model.safetensors"
+    if is_deepspeed_zero3_enabled() or not weights.is_file():
+        return
+    with safe_open(weights, "pt") as file:
+        saved = set(file.keys())
+        for parameter_name, parameter in model.named_parameters():
+            # A file names neither the adapter nor what peft wraps a module in.
+            key = parameter_name.replace(f".modules_to_save.{name}.", ".").replace(f".{name}", "")
+            if key == parameter_name or key not in saved:
+                continue
+            exact = file.get_tensor(key)
+            if exact.dtype != parameter.dtype and exact.shape == parameter.shape:
+                parameter.data = exact.to(parameter.device)
 
 
 def head_outputs(adapter: Adapter) -> int | None:
@@ -374,7 +397,11 @@ def add_reference_adapter(model: PeftModel, adapter: Adapter) -> None:
     It is not saved with the result.
     """
     model.load_adapter(adapter.path, "ref", is_trainable=False)
+    # As exact as the adapter that is trained: at the first step both must be the same model.
+    _restore_weights(model, adapter, "ref")
     for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper) and not is_deepspeed_zero3_enabled():
+            _compute_in_float32(module, "ref")
         if isinstance(module, LoraLayer):
             module.lora_dropout["ref"] = torch.nn.Identity()
     model.save_pretrained = functools.partial(model.save_pretrained, selected_adapters=["default"])
@@ -390,13 +417,22 @@ def adapters_to_float32(model: torch.nn.Module) -> None:
         return
     for wrapper in model.modules():
         if isinstance(wrapper, ModulesToSaveWrapper):
-            around = next(wrapper.original_module.parameters()).dtype
-            for copy in wrapper.modules_to_save.values() if around != torch.float32 else ():
-                copy.register_forward_pre_hook(_inputs_to_float32)
-                copy.register_forward_hook(lambda module, inputs, output, around=around: output.to(around))
+            for name in wrapper.modules_to_save:
+                _compute_in_float32(wrapper, name)
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             parameter.data = parameter.data.float()
+
+
+def _compute_in_float32(wrapper: ModulesToSaveWrapper, name: str) -> None:
+    """Let a float32 copy of a module work within a model of another type."""
+    around = next(wrapper.original_module.parameters()).dtype
+    if around == torch.float32:
+        return
+    copy = wrapper.modules_to_save[name]
+    copy.float()
+    copy.register_forward_pre_hook(_inputs_to_float32)
+    copy.register_forward_hook(lambda module, inputs, output: output.to(around))
 
 
 def _inputs_to_float32(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
