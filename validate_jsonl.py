@@ -372,12 +372,14 @@ def settle(args: ValidationArguments, problems: list, usable: int) -> None:
 
 
 def format_of_first_row(path: Path, preset: str | None = None, encoding: str | None = None) -> str:
-    from medicalgpt.data.fields import PREFERENCE_FIELDS
+    from medicalgpt.data.fields import CONVERSATION_FIELDS, PREFERENCE_FIELDS
     from medicalgpt.data.presets import PRESETS, recognise
     from medicalgpt.data.sources import SourceRow, read_rows
 
     value = next((row.value for row in read_rows(path, encoding=encoding) if isinstance(row, SourceRow)), None)
-    if isinstance(value, str) or (isinstance(value, dict) and set(value) == {"text"}):
+    if isinstance(value, str) or (
+        isinstance(value, dict) and "text" in value and not set(value) & {*CONVERSATION_FIELDS}
+    ):
         return "text"
     shape = PRESETS.get(preset) or (recognise(value) if isinstance(value, dict) else None)
     if shape:

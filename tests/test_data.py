@@ -127,7 +127,7 @@ REFUSED = [
     ("not an object", "a string", "not an object", "JSON object"),
     ("list", [1], "not an object", "JSON object"),
     ("no format", {"foo": 1}, "no known chat format (fields: foo)", "data/README.md"),
-    ("text row", {"text": "t"}, "no known chat format", "messages"),
+    ("text row", {"text": "t"}, "a document, not a conversation", "pretraining.py"),
     ("misspelled field", {**PAIR, "sytem": "s"}, "`sytem` is not read; `system` would be", "--ignore_fields sytem"),
     ("no turns", {"messages": []}, "is empty or not a list", "two turns"),
     ("turns as text", {"messages": "hello"}, "must be a list of turns", "two turns"),

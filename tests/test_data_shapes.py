@@ -81,6 +81,11 @@ CHATS = {
         {"instruction": f"Human:Hi\nAssistant:Hello\nHuman:{ASKED}\nAssistant:", "input": "", "output": SAID},
         [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}, *TURNS],
     ),
+    "a transcript as the question": ({"prompt": f"Human: {ASKED}\n\nAssistant:", "response": SAID}, TURNS),
+    "a question that begins like a transcript": (
+        {"prompt": "Human: what is that?", "response": SAID},
+        [{"role": "user", "content": "Human: what is that?"}, REPLY],
+    ),
     "medical-o1": ({"Question": ASKED, "Complex_CoT": THOUGHT, "Response": SAID}, WITH_THOUGHT),
     "medical-o1, verifiable": ({"Open-ended Verifiable Question": ASKED, "Ground-True Answer": SAID}, TURNS),
     "R1 distilled": (
@@ -487,6 +492,13 @@ PAIRS = {
         {
             "chosen": f"\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: {ASKED}\n\nAssistant: {GOOD['content']}",
             "rejected": f"\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: {ASKED}\n\nAssistant: {BAD['content']}",
+        },
+        [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}, USER],
+    ),
+    "hh-rlhf with the prompt apart": (
+        {
+            "prompt": f"\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: {ASKED}\n\nAssistant:",
+            **{"chosen": GOOD["content"], "rejected": BAD["content"]},
         },
         [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}, USER],
     ),

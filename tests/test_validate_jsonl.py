@@ -227,13 +227,16 @@ def test_tasks_are_as_long_as_grpo_has_them(base, tmp_path, capsys):
         assert str(trained.value) == str(refused.value)
 
 
-def test_the_format_may_be_said(tmp_path):
+def test_the_format_may_be_said(tmp_path, capsys):
     chat = write_jsonl(tmp_path / "a.jsonl", GOOD)
     with pytest.raises(DataError, match="no field `text`"):
         run_here(SCRIPT, "--file_path", chat, "--format", "text")
     text = write_jsonl(tmp_path / "b.jsonl", [{"text": "t"}])
-    with pytest.raises(DataError, match="no known chat format"):
+    with pytest.raises(DataError, match="a document, not a conversation"):
         run_here(SCRIPT, "--file_path", text, "--format", "chat")
+    more = write_jsonl(tmp_path / "d.jsonl", [{"text": "t", "url": "u"}])
+    run_here(SCRIPT, "--file_path", more)
+    assert "1 usable, text" in capsys.readouterr().out
     with pytest.raises(DataError, match="no field `chosen`"):
         run_here(SCRIPT, "--file_path", chat, "--format", "preference")
     preferences = write_jsonl(tmp_path / "c.jsonl", PREFERENCES)

@@ -457,6 +457,7 @@ def _has_choices(fields: Fields) -> bool:
 
 def _read_pair(fields: Fields, question: str, answer: str | None) -> dict[str, Any]:
     asked = fields.take(question, "question")
+    asked = parse_transcript(asked) or asked
     if question == "input":
         fields.take("instruction")
     tools = _take_tools(fields)
@@ -584,6 +585,8 @@ def _no_format(fields: Fields, question: str | None) -> RowError:
             f"question={question},answer=FIELD.",
             rest,
         )
+    if "text" in rest:
+        return RowError("a document, not a conversation", "Documents are for pretraining.py.", rest["text"])
     return RowError(
         f"no known chat format (fields: {', '.join(map(str, rest)) or names})",
         "Name its fields (--columns question=FIELD,answer=FIELD), or use `messages`, `conversations`, `instruction` "

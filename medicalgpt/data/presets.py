@@ -212,14 +212,11 @@ def _is_kto(row: Row) -> bool:
 
 
 def _belle(row: Row, kind: str) -> dict[str, Any]:
-    turns = parse_transcript(row["instruction"]) or []
-    # The instruction ends with the opening of the answer.
-    turns = turns[:-1] if turns and not turns[-1]["content"] else turns
-    return {"messages": [*turns, {"role": "assistant", "content": row["output"]}]}
+    return {"messages": [*parse_transcript(row["instruction"]), {"role": "assistant", "content": row["output"]}]}
 
 
 def _is_transcript(name: str) -> Callable[[Row], bool]:
-    return lambda row: len(parse_transcript(row[name]) or ()) > 1
+    return lambda row: parse_transcript(row[name]) is not None
 
 
 def _ultrafeedback(row: Row, kind: str) -> dict[str, Any]:

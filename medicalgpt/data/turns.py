@@ -295,15 +295,21 @@ _SPEAKER = re.compile(r"(?:^|\n+)\s*(Human|Assistant):[ \t]*")
 
 
 def parse_transcript(text: Any) -> list[dict[str, str]] | None:
-    """The turns of a transcript "Human: ... Assistant: ..." as hh-rlhf and BELLE write it; None for any other text."""
+    """The turns of a transcript "Human: ... Assistant: ..." as hh-rlhf and BELLE write it; None for any other text.
+
+    The opening of an answer at the end, which a prompt has, is not a turn.
+    """
     if not isinstance(text, str) or not re.match(r"\s*Human:", text):
         return None
     speakers = list(_SPEAKER.finditer(text))
     ends = [match.start() for match in speakers[1:]] + [len(text)]
-    return [
+    turns = [
         {"role": "user" if match[1] == "Human" else "assistant", "content": text[match.end() : end].strip()}
         for match, end in zip(speakers, ends, strict=True)
     ]
+    if len(turns) < 2:
+        return None
+    return turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns
 
 
 def check_order(messages: list[dict[str, Any]], must_end_with: str) -> None:
