@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import lzma
+import textwrap
 from pathlib import Path
 
 from medicalgpt.args import DataArguments
@@ -16,7 +17,7 @@ from medicalgpt.data.loading import load_data
 from medicalgpt.data.sources import Problem, open_file, read_rows
 from medicalgpt.data.streaming import check_data
 from medicalgpt.errors import UserError
-from tests.helpers import write_jsonl
+from tests.helpers import ROOT, write_jsonl
 
 import pyarrow as pa
 import pyarrow.feather
@@ -133,6 +134,47 @@ def test_a_column_of_text_for_pretraining(tmp_path):
         write_table(tmp_path / f"{suffix[1:]}_rows{suffix}", [{"text": f"Ein Text, {suffix}"}])
     data = load_data(DataArguments(train_file_dir=str(tmp_path)), to_text)
     assert [row["text"] for row in data.train] == ["Ein Text, .csv", "Ein Text, .parquet"]
+
+
+ENGLISH = (
+    "A cold is an infection of the nose and throat with a virus. It is mostly harmless and ends within ten days. Drink "
+    "enough and rest; antibiotics do not help. See a doctor if the fever lasts for more than three days or breathing "
+    "becomes hard. Children with asthma are to be seen earlier, as are people of a high age or with a weak heart."
+)
+CHINESE = (
+    "感冒是鼻和咽喉的病毒感染，多数没有危险，十天之内就会好转。要多喝水，多休息，抗生素没有帮助。如果发热超过三天，或者呼吸"
+    "困难，应当及时去医院就诊。有哮喘的儿童、年纪较大的人和心脏功能不好的人应当更早就诊，因为他们的病情可能很快加重，需要医生"
+    "密切观察。家里有人感冒时要勤洗手，常开窗通风，不要共用毛巾和餐具。"
+)
+
+
+@pytest.mark.parametrize("blank", [True, False])
+@pytest.mark.parametrize(("text", "width"), [(ENGLISH, 60), (CHINESE, 24)])
+def test_wrapped_lines_are_noticed_and_the_remedy_gives_whole_documents(tmp_path, log_lines, text, width, blank):
+    lines = textwrap.wrap(text, width)
+    documents = ["\n".join(lines)] * 3 if blank else ["\n".join(lines * 2)]
+    (tmp_path / "a.txt").write_text("\n\n".join(documents) + "\n", encoding="utf-8")
+    arguments = DataArguments(train_file_dir=str(tmp_path))
+    load_data(arguments, to_text)
+    check_data(arguments, to_text)
+    unit = "paragraph" if blank else "file"
+    noticed = [line for line in log_lines if f"--document_unit {unit};" in line]
+    assert len(noticed) == 2 and str(tmp_path / "a.txt") in noticed[0]
+    for applied in (unit, "line"):
+        data = load_data(arguments, to_text, document_unit=applied)
+        expected = documents if applied == unit else [line for part in documents for line in part.split("\n")]
+        assert [row["text"] for row in data.train] == expected
+    assert len([line for line in log_lines if "--document_unit" in line]) == 2
+
+
+def test_lines_that_are_documents_are_not_taken_for_wrapped_ones(tmp_path, log_lines):
+    documents = [f"{number}. {sentence}." for number, sentence in enumerate(ENGLISH.split(".")[:-1] * 4)]
+    titles = [f"第{number}章 {CHINESE[: number % 7 + 2]}" for number in range(20)]
+    (tmp_path / "a.txt").write_text("\n".join([*documents, *titles]), encoding="utf-8")
+    (tmp_path / "b.txt").write_text("\n".join([ENGLISH.rstrip(".")] * 20), encoding="utf-8")
+    for place in (tmp_path, ROOT / "data" / "pretrain"):
+        load_data(DataArguments(train_file_dir=str(place)), to_text)
+    assert not any("--document_unit" in line for line in log_lines)
 
 
 # --- JSON under another suffix ---------------------------------------------------------------------------------------

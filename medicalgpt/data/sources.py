@@ -21,8 +21,10 @@ from medicalgpt.data.problems import (
     shorten,
 )
 from medicalgpt.data.tables import TableFile, open_table, read_csv
-from medicalgpt.data.text_files import TextFile, open_text
+from medicalgpt.data.text_files import TextFile, open_text, propose_document_unit
 from medicalgpt.errors import UserError
+
+from loguru import logger
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -42,6 +44,7 @@ __all__ = [
     "format_problems",
     "ignored_fields",
     "open_file",
+    "notice_wrapped_lines",
     "open_files",
     "place_of",
     "read_rows",
@@ -81,6 +84,16 @@ def read_rows(
             )
         unit = document_unit if document_unit != "auto" else ("file" if suffix_of(file.path) == ".md" else "line")
         yield from _read_text(file, unit)
+
+
+def notice_wrapped_lines(file: TextFile | TableFile, document_unit: str) -> None:
+    """Warn of a text whose lines would be documents, and are parts of sentences."""
+    if document_unit == "auto" and isinstance(file, TextFile) and suffix_of(file.path) == ".txt":
+        if unit := propose_document_unit(file):
+            logger.warning(
+                f"{file.path}: most lines end within a sentence, so they seem wrapped; each one is a document. "
+                f"To take a {unit} as a document: --document_unit {unit}; if they are documents: --document_unit line."
+            )
 
 
 def open_file(path: str | Path, encoding: str | None = None) -> TextFile | TableFile:
@@ -130,6 +143,7 @@ def open_files(paths: list[Path], document_unit: str, encoding: str | None = Non
     """Files one after another; each is opened after the rows of the previous one have been read."""
     for path in paths:
         file = open_file(path, encoding)
+        notice_wrapped_lines(file, document_unit)
         yield InputFile(str(path), file.sha256, read_rows(file, document_unit))
 
 

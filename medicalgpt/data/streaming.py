@@ -29,6 +29,7 @@ from medicalgpt.data.sources import (
     Problem,
     SourceRow,
     choose_files,
+    notice_wrapped_lines,
     open_file,
     open_files,
     place_of,
@@ -234,6 +235,7 @@ def _checked_rows(data: StreamedData) -> Iterator[dict[str, Any]]:
         for path in source.files:
             size, modified = _size_and_time(path)
             text = open_file(path, data.arguments.encoding)
+            notice_wrapped_lines(text, data.document_unit)
             rows = _NumberedRows(read_rows(text, data.document_unit), data)
             usable, before, bad = 0, -1, set()
             file = InputFile(str(path), text.sha256, rows)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -255,3 +256,31 @@ def _first_line_not_utf8(path: Path) -> int:
             if OTHER_THAN_UTF8.search(line) or not _accepts(codecs.getincrementaldecoder("utf-8")(), line, final=True):
                 return number
     raise ValueError(f"{path} is UTF-8")
+
+
+# Lines by which it is judged whether a text is wrapped, and the least number that says something.
+JUDGED_LINES, LEAST_LINES = 2_000, 8
+SENTENCE_END = tuple(".!?;:。！？；：…\"'”’」』）)")
+
+
+def propose_document_unit(file: TextFile) -> str | None:
+    """What one document should be, `paragraph` or `file`, if the lines of a text are broken at a width; None if not.
+
+    Such lines are about as long as the longest ones, go on in the next line, and mostly end within a sentence.
+    """
+    lines = list(islice(file.lines(), JUDGED_LINES))
+    followed = [line for (at, line), (after, _) in pairwise(lines) if after == at + 1]
+    if len(followed) < LEAST_LINES:
+        return None
+    widths = sorted(map(_columns, followed))
+    full = widths[len(widths) * 9 // 10]
+    broken = sum(_columns(line) >= full * 0.75 and not line.rstrip().endswith(SENTENCE_END) for line in followed)
+    # Rows that are longer than any editor wraps are rows.
+    if broken * 2 < len(followed) or not 20 <= full <= 200:
+        return None
+    return "paragraph" if len(followed) < len(lines) - 1 else "file"
+
+
+def _columns(line: str) -> int:
+    """Columns of a line on a screen, where characters of East Asia take two."""
+    return sum(2 if character >= "\u1100" else 1 for character in line.rstrip())
