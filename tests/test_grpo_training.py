@@ -520,64 +520,6 @@ def test_each_loss_is_another_one(work, tmp_path):
     assert len(found) == len(flags)
 
 
-@pytest.mark.parametrize(
-    "loss, plain", [("cispo", "dapo"), ("vespo", "dapo"), ("bnpo", "dapo"), ("sapo", "grpo"), ("luspo", None)]
-)
-def test_at_ratio_1_the_gradient_is_the_plain_one(work, tmp_path, loss, plain):
-    """Whatever a loss does with the ratio; losses that weigh tokens alike. luspo sums over the tokens of an answer."""
-    found = {}
-    for name in (loss, plain or "grpo"):
-        opened = open_tasks(work / "model", tmp_path / name, tasks(4), "--loss_type", name)
-        trainer, batch = opened.trainer, first_batches(opened)[0]
-        assert "old_per_token_logps" not in batch
-        if plain is None:
-            # All answers of the same length: the sum is the mean times the length.
-            batch["completion_mask"] = torch.ones_like(batch["completion_mask"])
-        trainer.current_gradient_accumulation_steps = 1
-        trainer.compute_loss(trainer.model, batch).backward()
-        found[name] = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
-        length = batch["completion_mask"].shape[1]
-    wanted = found[plain or "grpo"] * (length if plain is None else 1)
-    if loss == "bnpo":
-        # The mean over the tokens of this batch, not of both batches of the step.
-        wanted *= found[loss].norm() / wanted.norm()
-    assert wanted.norm() > 1e-3 and torch.allclose(found[loss], wanted, rtol=1e-3, atol=1e-6)
-
-
-def test_losses_take_the_constants_of_their_papers():
-    def parsed(*flags):
-        (args,) = parse_args(GrpoArguments, argv=list(flags))
-        check_flags(args)
-        return args
-
-    assert (
-        parsed("--loss_type", "cispo").epsilon_high
-        == parsed("--loss_type", "cispo", "--epsilon_high", "5").epsilon_high
-    )
-    assert parsed("--loss_type", "cispo").epsilon_high == 5 and parsed().epsilon_high is None
-    assert parsed("--loss_type", "cispo", "--epsilon_high", "3", "--num_iterations", "2").epsilon_high == 3
-    with pytest.raises(UserError, match="0.28 with --loss_type cispo is the highest ratio, not a distance from 1"):
-        parsed("--loss_type", "cispo", "--epsilon_high", "0.28", "--num_iterations", "2")
-    assert parsed("--loss_type", "luspo").importance_sampling_level == "sequence"
-    assert parsed("--loss_type", "luspo", "--num_iterations", "2").importance_sampling_level == "sequence"
-    assert parsed().importance_sampling_level == "token"
-
-
-def test_rewards_see_an_answer_without_its_end(work, tmp_path):
-    """Also if the tokenizer does not flag the turn end as special, so that TRL decodes it as text."""
-    opened = open_tasks(work / "model", tmp_path, tasks(2))
-    trainer, tokenizer = opened.trainer, opened.tokenizer
-    ids = tokenizer.encode("<think>a</think><answer>b</answer>", add_special_tokens=False)
-    (end,) = tokenizer.encode("!", add_special_tokens=False)
-    trainer.eos_token_ids = [end]
-    rows = trainer.train_dataset[:2]
-    rows = [{name: values[n] for name, values in rows.items()} for n in range(2)]
-    wrong = [[{"role": "assistant", "content": "as TRL decodes it"}]] * 2
-    trainer.model.eval()
-    trainer._calculate_rewards(rows, [row["prompt"] for row in rows], wrong, [[*ids, end], ids])
-    assert [row["text"] for row in noted(tmp_path)] == ["<think>a</think><answer>b</answer>"] * 2
-
-
 def test_losses_are_trls():
     """TRL names its own in the help of the flag; the first sentence is the list."""
     text = GRPOConfig.__dataclass_fields__["loss_type"].metadata["help"]

@@ -136,9 +136,13 @@ def options_of(row: Mapping[str, Any]) -> tuple[dict[str, str], tuple[str, ...]]
 
 def written_options(question: str) -> dict[str, str] | None:
     """The options that a question ends with: marks "A.", "B.", … in order, on lines or in one line. None without."""
-    options: dict[str, str] = {}
     marks = list(_OPTION_MARK.finditer(question))
-    # The last "A." from which the letters run on: a question may have other lists before its options.
+    on_lines = [mark for mark in marks if not question[: mark.start()].rpartition("\n")[2].strip()]
+    return _run_of_options(question, on_lines) or _run_of_options(question, marks)
+
+
+def _run_of_options(question: str, marks: list[re.Match[str]]) -> dict[str, str] | None:
+    """The options at the last marks that run on from "A.": a question may have other lists before its options."""
     for first in reversed([number for number, mark in enumerate(marks) if mark[1] == "A"]):
         run = list(takewhile(lambda pair: pair[0][1] == pair[1], zip(marks[first:], LETTERS, strict=False)))
         if len(run) >= 2:

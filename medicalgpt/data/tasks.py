@@ -62,6 +62,8 @@ def to_task(value: Any, ignore: frozenset[str] = frozenset()) -> dict[str, Any]:
     for name in CONTEXT_FIELDS:
         if name in columns:
             question["content"] = f"{_context_text(columns.pop(name), name)}\n\n{question['content']}"
+    if "input" in columns:
+        question["content"] += f"\n{_context_text(columns.pop('input'), 'input')}"
     if options:
         question["content"] = prompt_with_options(question["content"], options)
     first = _first_number(row, option_fields)
@@ -99,10 +101,6 @@ def _refuse_unusable(row: dict[str, Any]) -> None:
             "`label` says whether the answer in the row is a good one, so it is not the answer to compare with",
             "Remove the answer and `label`, or write the correct answer into `answer`.",
             row["label"],
-        )
-    if row.get("input") and "instruction" not in row and set(row) & {*PROMPT_FIELDS, *QUESTION_FIELDS}:
-        raise RowError(
-            "`input` is read with `instruction` only", "Write it into the question, or name it `context`.", row["input"]
         )
     if row.get("functions") or row.get("function_call"):
         name = "functions" if row.get("functions") else "function_call"

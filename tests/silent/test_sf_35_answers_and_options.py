@@ -230,6 +230,18 @@ def test_the_passage_is_in_the_prompt():
     assert task["messages"][-1]["content"] == "It helped in 40 of 50.\n\nQ"
 
 
+def test_the_input_of_a_question_is_in_the_prompt():
+    task = to_task({"question": "Q", "input": "It helped in 40 of 50.", "answer": "yes"})
+    assert task["messages"][-1]["content"] == "Q\nIt helped in 40 of 50." and "input" not in task["columns"]
+
+
+def test_options_on_lines_may_hold_what_looks_like_a_mark():
+    question = "Which?\nA. Vitamin A\nB. Hepatitis B, C. perfringens\nC. Influenza A. B is none\nD. None"
+    task = to_task({"question": question, "answer": "D"})
+    assert score(task, "None") == score(task, "D. None") == 1 and score(task, "Influenza A. B is none") == 0
+    assert score(to_task({"question": question, "answer": "B"}), "Hepatitis B, C. perfringens") == 1
+
+
 def test_a_solution_that_is_copied_is_not_an_answer():
     gold = f"{STEPS}\n#### 18"
     task = to_task({"question": "Q", "answer": gold})
@@ -255,7 +267,7 @@ def test_a_solution_that_is_copied_is_not_an_answer():
         ({"answer": "3", "tolerance": "wide"}, "`tolerance`"),
         ({"answer": "3", "tolerance": True}, "`tolerance`"),
         ({"ground_truth": {"numbers": [1], "target": {"x": 3}}}, "`ground_truth` is not an answer"),
-        ({"answer": "3", "input": "a passage"}, "`input` is read with `instruction` only"),
+        ({"answer": "3", "input": {"a": 1}}, "`input` is not a text"),
     ],
 )
 def test_rows_that_cannot_be_scored_are_refused(row, message):
