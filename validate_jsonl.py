@@ -137,8 +137,8 @@ def main() -> None:
         write_fixed(args, files)
         return
     problems = [problem for file in files for problem in file.data.problems]
-    settle(args, problems, sum(file.statistics.usable for file in files))
     refuse_shared_rows(args, files)
+    settle(args, problems, sum(file.statistics.usable for file in files))
 
 
 def check_outputs(args: ValidationArguments) -> None:
@@ -185,15 +185,15 @@ def changes_file(folder: Path) -> Path:
 def write_fixed(args: ValidationArguments, files: list[CheckedFile]) -> None:
     """Write the cleaned copy and print what was changed."""
     from medicalgpt.data.cleaning import FileToClean, clean_files, copy_name
-    from medicalgpt.data.sources import ignored_fields
+    from medicalgpt.data.loading import row_converter
 
-    folder, ignore = fixed_folder(args), ignored_fields(args.ignore_fields)
+    folder = fixed_folder(args)
     root = Path(args.file_path) if Path(args.file_path).is_dir() else Path(args.file_path).parent
     to_clean = [
         FileToClean(
             path=file.path,
             copy=folder / file.path.parent.relative_to(root) / copy_name(file.path),
-            convert=partial(converters()[file.kind], ignore=ignore),
+            convert=row_converter(data_arguments(args, file.path), converters()[file.kind]),
             answered=file.kind == "chat",
             encoding=args.encoding,
         )
@@ -333,7 +333,7 @@ def refuse_shared_rows(args: ValidationArguments, files: list[CheckedFile]) -> N
 
     for kind in sorted({file.kind for file in files}):
         data = LoadedData(rows_of(files, kind, "train"), rows_of(files, kind, "validation"), {})
-        refuse_overlap(data, args.allow_overlap)
+        refuse_overlap(data, DataArguments(allow_overlap=args.allow_overlap))
 
 
 def converters() -> dict:

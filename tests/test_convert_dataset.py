@@ -146,6 +146,64 @@ def test_the_formats_are_those_that_others_read():
     }
 
 
+def test_an_answer_that_is_context_only_stays_so():
+    row = {"messages": [PLAIN[0], {**PLAIN[1], "train": False}, *PLAIN], "tools": None}
+    assert export_row(row, "messages", {})["messages"][1] == {**PLAIN[1], "weight": 0}
+    assert export_row(row, "sharegpt", {})["conversations"][1]["weight"] == 0
+    with pytest.raises(RowError, match="^Alpaca has no answers that are context only, and turn 2 does"):
+        export_row(row, "alpaca", {})
+
+
+@pytest.mark.parametrize(
+    ("row", "to", "written"),
+    [
+        (
+            {"Question": "Q", "Complex_CoT": "T", "Response": "A"},
+            "messages",
+            {
+                "messages": [
+                    {"role": "user", "content": "Q"},
+                    {"role": "assistant", "content": "A", "reasoning_content": "T"},
+                ]
+            },
+        ),
+        ({"instruction": "", "input": "Q", "output": "A"}, "alpaca", {"instruction": "Q", "input": "", "output": "A"}),
+        (
+            {"conversation": [{"human": "Q", "assistant": "A"}], "dataset": "moss"},
+            "sharegpt",
+            {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}], "dataset": "moss"},
+        ),
+        (
+            {"chosen": "\n\nHuman: Q\n\nAssistant: A", "rejected": "\n\nHuman: Q\n\nAssistant: B"},
+            "preference",
+            {
+                "prompt": [{"role": "user", "content": "Q"}],
+                "chosen": [{"role": "assistant", "content": "A"}],
+                "rejected": [{"role": "assistant", "content": "B"}],
+            },
+        ),
+        (
+            {"question": "Q?", "answer": "b", "options": {"A": "a", "B": "b"}, "answer_idx": "B"},
+            "task",
+            {
+                "question": "Q?\nA. a\nB. b",
+                "answer": "B",
+                "options": {"A": "a", "B": "b"},
+                "answer_idx": "B",
+            },
+        ),
+    ],
+)
+def test_rows_of_published_data_sets(tmp_path, row, to, written):
+    assert convert(tmp_path, [row], to) == [written]
+
+
+def test_columns_may_be_named(tmp_path):
+    row = {"Frage": "Q", "Antwort": "A", "Nr": 7}
+    (written,) = convert(tmp_path, [row], "alpaca", "--columns", "question=Frage,answer=Antwort")
+    assert written == {"instruction": "Q", "input": "", "output": "A", "Nr": 7}
+
+
 def test_ids_join_parallel_calls_and_their_results():
     results = [{"role": "tool", "content": "1"}, {"role": "tool", "content": "2"}]
     said = {"role": "assistant", "content": ""}

@@ -54,6 +54,7 @@ def test_held_out_rows_that_are_trained_on_are_refused_as_in_training(folder, ca
     with pytest.raises(UserError) as refused:
         run_here(SCRIPT, "--file_path", folder)
     assert f"{folder / 'validation.jsonl'}:2 is also {folder / 'a.jsonl'}:3" in str(refused.value)
+    assert "every row can be used" not in capsys.readouterr().out
     advised = re.search(r"--allow_overlap True", str(refused.value))[0].split()
     run_here(SCRIPT, "--file_path", folder, *advised)
     assert capsys.readouterr().out.endswith("every row can be used\n")

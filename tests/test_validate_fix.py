@@ -161,6 +161,13 @@ def test_an_encoding_that_only_its_owner_knows(tmp_path):
     assert (entry["change"], entry["before"], entry["after"]) == ("encoding", "cp850", "utf-8")
 
 
+def test_the_copy_is_checked_with_the_columns_that_are_named(tmp_path):
+    rows = [{"Frage": " Q ", "Antwort": "A", "Nr": None}, {"Frage": "Q", "Antwort": "A"}, {"Frage": "Q"}]
+    path = write_jsonl(tmp_path / "data" / "a.jsonl", rows)
+    run_here(SCRIPT, "--file_path", path, "--fix", "--columns", "question=Frage,answer=Antwort")
+    assert read_json(tmp_path / "data_fixed" / "a.jsonl") == [{"Frage": "Q", "Antwort": "A"}]
+
+
 def test_nothing_is_ever_replaced(folder, capsys):
     fixed = folder.parent / "data_fixed"
     fixed.mkdir()

@@ -251,6 +251,12 @@ def test_fields_may_be_ignored(tmp_path):
     run_here(SCRIPT, "--file_path", path, "--ignore_fields", "answer")
 
 
+def test_a_document_with_metadata_is_a_document(tmp_path, capsys):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "t", "url": "u", "meta": {"a": 1}}])
+    run_here(SCRIPT, "--file_path", path)
+    assert f"{path}: 1 rows, 1 usable, text" in capsys.readouterr().out.splitlines()
+
+
 def test_a_broken_first_line_does_not_hide_what_the_file_is(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", ["{broken", *GOOD])
     with pytest.raises(DataError, match="^1 problem"):

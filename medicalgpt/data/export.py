@@ -21,6 +21,11 @@ import pyarrow.parquet as pq
 # Rows of a Parquet file that are in memory together.
 BATCH_ROWS = 5_000
 FILE_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
+BEYOND_TEXT = {
+    "tool_calls": "tool calls",
+    "reasoning_content": "reasoning",
+    "train": "answers that are context only",
+}
 HOLDS_ALL = "Convert to a format that holds it: --to messages or --to sharegpt."
 
 
@@ -47,7 +52,7 @@ def alpaca_row(row: dict[str, Any]) -> dict[str, Any]:
     if row["tools"]:
         raise RowError("Alpaca has no tools", HOLDS_ALL, row["tools"])
     for number, message in enumerate(messages, start=1):
-        if unheld := sorted(set(message) - {"role", "content"}):
+        if unheld := [name for field, name in BEYOND_TEXT.items() if field in message]:
             raise RowError(f"Alpaca has no {', '.join(unheld)}, and turn {number} does", HOLDS_ALL, message)
     system = messages.pop(0)["content"] if messages[0]["role"] == "system" else None
     roles = [message["role"] for message in messages]
@@ -110,7 +115,7 @@ def export_row(row: dict[str, Any], target: str, kept: dict[str, Any]) -> dict[s
         again = read(written)
     except RowError as error:
         raise RowError(f"as {target} it could not be read again: {error.reason}", error.remedy, error.value) from error
-    if _json(again) != _json(row):
+    if again != row and _json(again) != _json(row):
         raise RowError(f"{target} cannot hold it without a change", HOLDS_ALL, written)
     return written
 
