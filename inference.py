@@ -15,11 +15,14 @@ A row of --data_file has `conversations`, `messages`, `instruction` (with `input
     {"question": "怎么办？", "answer": "休息。"}
  -> {"question": "怎么办？", "answer": "休息。", "reference": "休息。", "response": "…", "finish_reason": "stop"}
 
-Until all rows are answered, the first ones are in OUTPUT_FILE.partial. Under torchrun each process has the model on its
+Until all rows are answered, the first ones are in OUTPUT_FILE.partial; the same command continues after them, and the
+result is the same as without an interruption. Under torchrun each process has the model on its
 own GPU and takes the next batch when it is ready; the file is the same with any number of processes.
 """
 
+import hashlib
 import json
+import os
 import signal
 import sys
 import time
@@ -30,12 +33,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from medicalgpt.args import ChatArguments
+from medicalgpt.args import ChatArguments, DataArguments, same_field
 from medicalgpt.data.folders import format_of
-from medicalgpt.data.formats import to_prompt
+from medicalgpt.data.formats import Converter, converter, to_prompt
 from medicalgpt.data.sources import Problem, RowError, SourceRow, format_problems, ignored_fields, read_rows
 from medicalgpt.errors import UserError, run_main
-from medicalgpt.files import refuse_overwriting
+from medicalgpt.files import hash_file, refuse_overwriting, write_atomically
 from medicalgpt.logs import (
     heartbeat,
     is_main_process,
@@ -90,6 +93,11 @@ class InferenceArguments(ChatArguments):
     encoding: str | None = field(
         default=None, metadata={"help": "Encoding of --data_file, if it is not UTF-8. Default: recognised."}
     )
+    columns: str | None = same_field(DataArguments, "columns")
+    preset: str | None = same_field(DataArguments, "preset")
+    skip_bad_rows: bool = field(
+        default=False, metadata={"help": "Skip and count rows that cannot be answered, instead of stopping."}
+    )
     batch_size: int = field(default=8, metadata={"help": "Rows answered at a time.", "aliases": ["--eval_batch_size"]})
 
 
@@ -135,7 +143,14 @@ def choose_mode(arguments: InferenceArguments) -> str:
     if world_size() > 1 and modes != ["data_file"]:
         problems.append(f"--{modes[0]} is for one process: start it with python, not torchrun.")
     if modes != ["data_file"]:
-        for name in ("output_file", "overwrite_output_file", "ignore_fields", "encoding", "batch_size"):
+        for name in (
+            "output_file",
+            "overwrite_output_file",
+            "ignore_fields",
+            "encoding",
+            "skip_bad_rows",
+            "batch_size",
+        ):
             if name in arguments.given:
                 problems.append(f"--{name} has no effect without --data_file; omit it.")
     if arguments.temperature == 0:
@@ -207,10 +222,107 @@ def check_output_file(arguments: InferenceArguments) -> None:
         refuse_overwriting("--output_file", path, {"--data_file": arguments.data_file})
     if target.is_dir():
         raise UserError(f"--output_file {target} is a folder; give the name of a file in it.")
-    for path in (target, partial):
-        if path.exists() and not arguments.overwrite_output_file:
-            what = "holds the answers of an interrupted run" if path == partial else "exists already"
-            raise UserError(f"{path} {what}. Give another --output_file, or add --overwrite_output_file to replace it.")
+    if target.exists() and not arguments.overwrite_output_file:
+        raise UserError(f"{target} exists already. Give another --output_file, or add --overwrite_output_file.")
+    if partial.exists():
+        check_record(arguments)
+
+
+# What does not change the answers, or is compared by what it leads to: weights and prompts.
+FREE_SETTINGS = frozenset(
+    ("output_file", "overwrite_output_file", "data_file", "model_name_or_path", "lora_model", "tokenizer_name_or_path")
+    + ("template_name", "model_revision", "cache_dir", "hub", "device_map", "query", "interactive")
+)
+
+
+def record_of(arguments: InferenceArguments) -> Path:
+    """What the answers in the unfinished file were made with: a file next to it."""
+    return Path(f"{unfinished(arguments.output_file)}.json")
+
+
+def settings_of(arguments: InferenceArguments) -> dict[str, Any]:
+    settings = {name: value for name, value in vars(arguments).items() if name not in FREE_SETTINGS | {"given"}}
+    return settings | {"data_sha256": hash_file(arguments.data_file)}
+
+
+def check_record(arguments: InferenceArguments, **loaded: str) -> None:
+    """Compare a run with the one that left an unfinished file, as far as it is known.
+
+    Args:
+        loaded: what is known after loading only, such as a hash of the weights.
+
+    Raises:
+        UserError: something differs, so that old and new answers would not belong together.
+    """
+    partial = unfinished(arguments.output_file)
+    try:
+        recorded = json.loads(record_of(arguments).read_text(encoding="utf-8"))
+        wanted = loaded or settings_of(arguments)
+        changed = [f"{name} ({recorded.get(name)!r:.60})" for name in wanted if recorded.get(name) != wanted[name]]
+    except (OSError, ValueError, AttributeError):
+        changed = ["what they were made with: it is not recorded"]
+    if not changed:
+        return
+    if arguments.overwrite_output_file:
+        partial.unlink(missing_ok=True)
+        return
+    raise UserError(
+        f"{partial} has the answers of an interrupted run that differs in {', '.join(changed)}.\n"
+        "Run it again as it was to continue, give another --output_file, or add --overwrite_output_file to start again."
+    )
+
+
+def weights_hash(model: torch.nn.Module) -> str:
+    """A hash that distinguishes models: the name, type and shape of each tensor and its first values."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        if not tensor.is_meta:
+            digest.update(tensor.flatten()[:64].cpu().double().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def prompts_hash(prompts: Sequence[array]) -> str:
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(len(prompt).to_bytes(8, "little") + prompt.tobytes())
+    return digest.hexdigest()
+
+
+def continue_partial(
+    engine: ChatEngine, questions: list[Question], prompts: Sequence[array], arguments: InferenceArguments
+) -> int:
+    """Make the unfinished file ready to be continued, or begin one, and return the number of answers in it.
+
+    Raises:
+        UserError: it was written with other weights or prompts, or other rows.
+    """
+    partial = unfinished(arguments.output_file)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    loaded = {"weights": weights_hash(engine.model), "prompts": prompts_hash(prompts)}
+    if partial.exists():
+        check_record(arguments, **loaded)
+    if not partial.exists():
+        record = json.dumps(settings_of(arguments) | loaded, ensure_ascii=False, indent=1)
+        write_atomically(record_of(arguments), record)
+        partial.touch()
+        return 0
+    lines = partial.read_bytes().split(b"\n")
+    # Without its end, a line was being written when the run ended.
+    written = len(lines) - 1
+    size = sum(len(line) + 1 for line in lines[:written])
+    for question, line in zip(questions, lines[:written], strict=False):
+        try:
+            same = json.loads(line).items() >= json.loads(output_line(question, {})).items()
+        except (ValueError, AttributeError):
+            same = False
+        if not same:
+            raise UserError(
+                f"{partial} was changed: it does not answer {question.row.place}. Remove it to start again."
+            )
+    os.truncate(partial, size)
+    logger.info(f"continuing after the first {written} of {len(questions)} answers, which are in {partial}")
+    return written
 
 
 def read_questions(arguments: InferenceArguments) -> list[Question]:
@@ -225,7 +337,12 @@ def read_questions(arguments: InferenceArguments) -> list[Question]:
             f"--data_file {path} must be an existing .jsonl, .json, .txt or .csv file (looked in "
             f"{Path.cwd()}; data/README.md lists further formats)."
         )
-    ignored = ignored_fields(arguments.ignore_fields)
+    try:
+        convert = converter(
+            to_prompt, ignored_fields(arguments.ignore_fields), columns=arguments.columns, preset=arguments.preset
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
     questions: list[Question] = []
     problems: list[Problem] = []
     for row in read_rows(path, encoding=arguments.encoding):
@@ -233,18 +350,18 @@ def read_questions(arguments: InferenceArguments) -> list[Question]:
             problems.append(row)
             continue
         try:
-            questions.append(to_question(row, ignored, arguments.system_prompt))
+            questions.append(to_question(row, convert, arguments.system_prompt))
         except RowError as error:
             problems.append(Problem(row.place, error.reason, error.remedy, error.value))
-    refuse(problems)
+    refuse(problems, arguments.skip_bad_rows)
     if not questions:
-        raise UserError(f"{path} has no rows. Fill it, or give another --data_file.")
+        raise UserError(f"{path} has no rows that can be answered. Fill it, or give another --data_file.")
     return questions
 
 
-def to_question(row: SourceRow, ignored: frozenset[str], system_prompt: str | None) -> Question:
+def to_question(row: SourceRow, convert: Converter, system_prompt: str | None) -> Question:
     """Raises RowError if the row has no prompt, or its answer would overwrite one of its own fields."""
-    prompt = to_prompt(row.value, ignored)
+    prompt = convert(row.value)
     messages, reference = prompt["messages"], prompt["reference"]
     if isinstance(row.value, dict):
         taken = {"reference", "response", "tool_calls", "finish_reason"}.intersection(row.value)
@@ -262,25 +379,29 @@ def to_question(row: SourceRow, ignored: frozenset[str], system_prompt: str | No
     return Question(row, messages, prompt["tools"], reference)
 
 
-def refuse(problems: list[Problem]) -> None:
-    """Raises UserError if there are problems."""
-    if problems:
-        raise UserError(
-            f"{len(problems)} row(s) cannot be answered; nothing was generated:\n{format_problems(problems)}"
-        )
+def refuse(problems: list[Problem], skip: bool) -> None:
+    """Raises UserError if there are problems; with `skip`, the log has them instead."""
+    if not problems:
+        return
+    shown = f"{len(problems)} row(s) cannot be answered"
+    if not skip:
+        raise UserError(f"{shown}; nothing was generated:\n{format_problems(problems)}")
+    logger.warning(f"{shown} and are skipped (--skip_bad_rows True):\n{format_problems(problems)}")
 
 
-def render_prompts(engine: ChatEngine, questions: list[Question]) -> list[array]:
-    """Token ids of each question's prompt, four bytes per token, so that long files fit in memory.
+def render_prompts(engine: ChatEngine, questions: list[Question], skip: bool) -> tuple[list[Question], list[array]]:
+    """The questions that can be asked, and token ids of each prompt, four bytes per token, so that long files fit.
 
     Raises:
-        UserError: prompts cannot be rendered or are too long; all of them are named.
+        UserError: prompts cannot be rendered or are too long; all of them are named. With `skip` only if all are.
     """
+    usable: list[Question] = []
     prompts: list[array] = []
     problems: list[Problem] = []
     for question in questions:
         try:
             prompts.append(array("i", engine.prompt_ids(question.messages, question.tools)))
+            usable.append(question)
         except PromptTooLongError as error:
             problems.append(
                 Problem(
@@ -291,8 +412,8 @@ def render_prompts(engine: ChatEngine, questions: list[Question]) -> list[array]
             )
         except (ChatTemplateError, SpecialTokenError) as error:
             problems.append(Problem(question.row.place, str(error).rstrip("."), "Change the row."))
-    refuse(problems)
-    return prompts
+    refuse(problems, skip and bool(usable))
+    return usable, prompts
 
 
 def in_batches(lengths: list[int], batch_size: int) -> list[list[int]]:
@@ -309,13 +430,18 @@ def answer_file(
     engine: ChatEngine, sampling: Sampling, questions: list[Question], arguments: InferenceArguments
 ) -> None:
     """Answer all questions, together with the other processes; the first one writes them in the data file's order."""
-    prompts = render_prompts(engine, questions)
+    questions, prompts = render_prompts(engine, questions, arguments.skip_bad_rows)
     requests = [
         GenerationRequest(prompt_ids, sampling.with_seed_offset(row), question.tools)
         for row, (prompt_ids, question) in enumerate(zip(prompts, questions, strict=True))
     ]
     batches = in_batches(list(map(len, prompts)), arguments.batch_size)
     store: Store = next(rendezvous("env://"))[0] if world_size() > 1 else HashStore()
+    # The first process decides for all where to begin. Batches stay as they are: what shares one decides on rounding.
+    if is_main_process():
+        store.set("written", str(continue_partial(engine, questions, prompts, arguments)))
+    begin = int(store.get("written"))
+    batches = [batch for batch in batches if max(batch) >= begin]
     own_work = answer_batches(engine, requests, batches, store)
     if not is_main_process():
         for _ in own_work:
@@ -325,14 +451,13 @@ def answer_file(
 
     if len(batches) < world_size():
         logger.warning(
-            f"{len(questions)} rows are {len(batches)} batch(es) of --batch_size {arguments.batch_size}, so that "
-            f"{world_size() - len(batches)} of {world_size()} processes have nothing to do"
+            f"{len(questions) - begin} rows are {len(batches)} batch(es) of --batch_size {arguments.batch_size}, so "
+            f"that {world_size() - len(batches)} of {world_size()} processes have nothing to do"
         )
     target, partial = Path(arguments.output_file), unfinished(arguments.output_file)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    started, tokens, written, shown = time.monotonic(), 0, 0, 0
+    started, tokens, written, shown = time.monotonic(), 0, begin, 0
     try:
-        with open(partial, "w", encoding="utf-8") as file, progress(len(questions)) as advance:
+        with open(partial, "a", encoding="utf-8") as file, progress(sum(map(len, batches))) as advance:
             while written < len(questions):
                 if not next(own_work, False):
                     time.sleep(SECONDS_BETWEEN_LOOKS)
@@ -353,6 +478,7 @@ def answer_file(
         if written < len(questions):
             logger.warning(f"unfinished: the first {written} of {len(questions)} answers are in {partial}")
     partial.replace(target)
+    record_of(arguments).unlink()
     seconds = time.monotonic() - started
     logger.info(f"{len(questions)} answers, {tokens} tokens in {seconds:.1f} s ({tokens / seconds:.1f}/s): {target}")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from docs import build_training_params
 from medicalgpt.errors import UserError
-from medicalgpt.refusals import ACCEPTED, IMPLIES, REFUSED, RENAMED, RENAMED_VALUES, SUMS
+from medicalgpt.refusals import ACCEPTED, CPU_ONLY, IMPLIES, QUOTIENTS, REFUSED, RENAMED, RENAMED_VALUES, SUMS
 from tests.docs import Parsed, code_blocks, start
 
 import pytest
@@ -114,7 +114,9 @@ def test_flags_that_are_named_exist(page):
     known = {flag for program in PROGRAMS for flag in flags_of(program)} | FOREIGN_FLAGS | {"--debug"}
     older = (
         ACCEPTED,
+        CPU_ONLY,
         IMPLIES,
+        QUOTIENTS,
         REFUSED,
         RENAMED,
         RENAMED_VALUES,

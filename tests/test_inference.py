@@ -210,7 +210,7 @@ def test_existing_answers_are_not_replaced(taught, tmp_path, monkeypatch):
     command = ("--model_name_or_path", taught, "--data_file", data, "--output_file", output)
     for present in (output, tmp_path / "out.jsonl.partial"):
         present.write_text("mine", encoding="utf-8")
-        with pytest.raises(UserError, match=f"{present}.*--overwrite_output_file"):
+        with pytest.raises(UserError, match=f"(?s){present}.*--overwrite_output_file"):
             main(monkeypatch, *command)
         assert present.read_text(encoding="utf-8") == "mine"
         main(monkeypatch, *command, "--overwrite_output_file")

@@ -1,13 +1,25 @@
 """Command lines of MedicalGPT, and what becomes of each of its flags."""
 
 import os
+import re
 from functools import cache
 from importlib import import_module
 from typing import Any
 from unittest.mock import patch
 
 from medicalgpt.parser import StrictParser, parse_args
-from medicalgpt.refusals import PROGRAMS, RENAMED
+from medicalgpt.refusals import (
+    ACCEPTED,
+    CPU_ONLY,
+    IMPLIES,
+    PROGRAMS,
+    QUOTIENTS,
+    REFUSED,
+    RENAMED,
+    RENAMED_VALUES,
+    SUMS,
+)
+from tests.helpers import ROOT
 from tests.launch_lines import LINES
 
 import pytest
@@ -183,3 +195,47 @@ def test_a_flag_of_another_program_is_not_taken_for_a_misspelling(program):
     # One letter apart: rows of inference.py, and files of a dataset. Neither does harm where the other was meant.
     hints.pop("data_file", None), hints.pop("data_files", None)
     assert {name: text for name, text in hints.items() if "did you mean" in text} == {}
+
+
+def rows_of(page: str) -> list[list[str]]:
+    """The cells of all tables of a page, without their headings."""
+    lines = (ROOT / "docs" / page).read_text(encoding="utf-8").splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `")]
+    return cells
+
+
+@pytest.mark.parametrize("page", ["migration.md", "migration_zh.md"])
+def test_the_migration_table_agrees_with_the_parsers(page):
+    """Old flags are understood by some program, as what the table says; new ones and files are there."""
+    parsers = {program: parser_of(program) for program in STAGES_AND_TOOLS}
+    known = {name for parser in parsers.values() for name in parser.dest_of}
+    understood = {*known, *RENAMED, *RENAMED_VALUES, *IMPLIES, *CPU_ONLY, *ACCEPTED, *REFUSED}
+    understood |= {*QUOTIENTS, *(part for by in SUMS.values() for parts in by.values() for part in parts)}
+    rows = rows_of(page)
+    assert len(rows) > 70
+    for old, new, *_ in rows:
+        flags = re.findall(r"`--(\w+)`", old)
+        assert set(flags) <= understood, old
+        targets = re.findall(r"`--(\w+)`", new)
+        assert set(targets) <= known, new
+        for flag in flags:
+            renamed = RENAMED.get(flag)
+            if renamed and targets and " + " not in old and flag not in CPU_ONLY:
+                assert renamed in targets, (flag, targets)
+        for file in re.findall(r"`([\w/]+\.(?:py|sh))`", new):
+            assert (ROOT / file).is_file(), file
+
+
+def test_every_flag_of_the_launch_lines_is_in_the_migration_table_or_has_its_name_still():
+    table = {flag for old, *_ in rows_of("migration.md") for flag in re.findall(r"`--(\w+)`", old)}
+    known = {name for program in STAGES_AND_TOOLS for name in parser_of(program).dest_of}
+    used = {word[2:] for *_, line in LINES for word in line.split() if word.startswith("--")}
+    assert (
+        used - known - table - {"early_stopping", "reward_baseline", "push_to_hub", "gen_model_type", "device"} == set()
+    )
+
+
+def test_both_migration_pages_have_the_same_rows():
+    assert [row[:2] for row in rows_of("migration.md") if row[1] != "nothing yet"] == [
+        row[:2] for row in rows_of("migration_zh.md") if row[1] != "无"
+    ]
