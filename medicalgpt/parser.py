@@ -440,6 +440,8 @@ def _misspelt(given: str, flag: str) -> bool:
         return difflib.SequenceMatcher(None, given.replace("_", ""), flag.replace("_", "")).ratio() > 0.95
     return all(
         word == other
+        # Two letters in the wrong order.
+        or (len(word) > 3 and sorted(word) == sorted(other))
         or (len(word) > 2 and other.startswith(word))
         or (
             re.sub(r"\D", "", word) == re.sub(r"\D", "", other)
