@@ -55,6 +55,13 @@ class ConversionArguments:
             "choices": ["alpaca", "qa", "sharegpt", "json2jsonl"],
         },
     )
+    file_type: str | None = field(
+        default=None,
+        metadata={
+            "help": "Of MedicalGPT; not needed, since the suffix of --in_file tells it. The first line of a CSV file has "
+            "the names of the columns: MedicalGPT's had none."
+        },
+    )
     overwrite: bool = field(default=False, metadata={"help": "Replace --out_file, once the new one is complete."})
     max_samples: int | None = field(
         default=None, metadata={"help": "Convert the first N rows.", "aliases": ["--max_train_samples"]}
@@ -82,8 +89,12 @@ def main() -> None:
     from medicalgpt.data.loading import load_data
     from medicalgpt.data.rows import Rows
 
+    from loguru import logger
+
     setup_logging()
     check_output(args)
+    if args.file_type:
+        logger.info("--file_type is not needed: the suffix of --in_file tells it; a CSV file begins with column names")
     data = load_data(data_arguments(args), reader(args))
     problems = [problem for problem in data.problems if problem.side != "validation"]
     rows = Rows(exported(args, data, problems))

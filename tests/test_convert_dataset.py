@@ -349,6 +349,11 @@ def test_the_command_lines_of_medicalgpt(tmp_path, capsys):
     assert list(read_json(tmp_path / "out.jsonl")[0]) == ["conversations", "id", "source"]
     run_here(SCRIPT, "--in_file", path, "--out_file", tmp_path / "lines.jsonl", "--data_type", "json2jsonl")
     assert read_json(tmp_path / "lines.jsonl") == [ALPACA]
+    (tmp_path / "qa.csv").write_text("input\toutput\nQ\tA\n", encoding="utf-8")
+    flags = ("--data_type", "qa", "--file_type", "csv")
+    run_here(SCRIPT, "--in_file", tmp_path / "qa.csv", "--out_file", tmp_path / "qa.jsonl", *flags)
+    said = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
+    assert read_json(tmp_path / "qa.jsonl") == [{"conversations": said}]
     for flags, message in (
         ((), "--to is missing"),
         (("--data_type", "qa", "--to", "alpaca"), "--data_type qa means --to sharegpt"),
