@@ -167,7 +167,7 @@ def test_the_base_of_an_adapter_and_each_of_several_sources_count(place):
     with pytest.raises(UserError, match=f"is the base model of --model_name_or_path {base}"):
         run_here(script, *flags(place, script, model_name_or_path=place / "second", output_dir=base))
     stages = [place / "data" / name / "train" for name in ("supervised_finetuning", "dpo_training")]
-    for text in (f"{stages[0]},{stages[1]}", f"{stages[0]}:0.5,{stages[1]}:0.5"):
+    for text in (f"{stages[0]},{stages[1]}", f"{stages[0]}:0.5,{stages[1]}:0.5", f"{stages[1].parent}/tr*"):
         with pytest.raises(UserError, match=f"is --train_file_dir {stages[1]}"):
             run_here(script, *flags(place, script, train_file_dir=text, output_dir=stages[1]))
 

@@ -118,10 +118,10 @@ def paths_read(groups: Sequence[Any]) -> Iterator[tuple[str, Path]]:
 
 
 def _paths_in(value: str) -> list[Path]:
-    """The paths that exist among `a`, `a,b` and `a:0.7,b:0.3`."""
+    """The paths that exist among `a`, `a,b`, `a:0.7,b:0.3` and `a/*.jsonl`."""
     parts = [value] if Path(value).exists() else [part.strip() for part in value.split(",")]
-    parts = [part if Path(part).exists() else part.rpartition(":")[0] for part in parts]
-    return [Path(part) for part in parts if part and Path(part).exists()]
+    parts = [part if Path(part).exists() else part.rpartition(":")[0] or part for part in parts]
+    return [Path(path) for part in parts if part for path in ([part] if Path(part).exists() else glob.glob(part))]
 
 
 def _bases(path: Path) -> Iterator[Path]:
