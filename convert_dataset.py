@@ -58,8 +58,8 @@ class ConversionArguments:
     file_type: str | None = field(
         default=None,
         metadata={
-            "help": "Of MedicalGPT; not needed, since the suffix of --in_file tells it. The first line of a CSV file has "
-            "the names of the columns: MedicalGPT's had none."
+            "help": "Of MedicalGPT; not needed, since the suffix of --in_file tells it. The first line of a CSV file "
+            "has the names of the columns: MedicalGPT's had none."
         },
     )
     overwrite: bool = field(default=False, metadata={"help": "Replace --out_file, once the new one is complete."})

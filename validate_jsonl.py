@@ -276,7 +276,7 @@ def compare_rows(args: ValidationArguments, files: list[CheckedFile], kind: str)
             )
         if not args.near_duplicates:
             continue
-        with heartbeat(lambda: f"looking for near-duplicates of {len(rows)} rows (not with --near_duplicates 0)"):
+        with heartbeat(lambda: "looking for near-duplicates (--near_duplicates 0 skips this)"):
             near = searched[side] = NearDuplicates(rows, args.near_duplicates)
             groups = near.groups(exact)
         pairs = [pair for group in groups for pair in group]
