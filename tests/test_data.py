@@ -686,7 +686,7 @@ def test_samples_are_counted_over_all_files(folder):
     ]
     assert sum(used for _, _, used, _ in result["validation"]) == 1
     assert "train            4 rows in 2 file(s), used 2, left out: 2 beyond --max_train_samples" in data.summary()
-    with pytest.raises(UserError, match="--max_train_samples"):
+    with pytest.raises(ValueError, match="--max_train_samples"):
         load(folder / "all", max_train_samples=0)
 
 
