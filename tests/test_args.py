@@ -433,7 +433,10 @@ def test_help_names_every_flag_with_its_help(script):
     assert ast.get_docstring(tree).splitlines()[0] in text
     shown = set(re.findall(r"^  (--\w+)", text, re.MULTILINE))
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name.endswith("Arguments")]
-    own = {node.target.id for cls in classes for node in cls.body if isinstance(node, ast.AnnAssign)} - {"HELP", "BEST_METRIC"}
+    own = {node.target.id for cls in classes for node in cls.body if isinstance(node, ast.AnnAssign)} - {
+        "HELP",
+        "BEST_METRIC",
+    }
     if script in TRAINING:
         unused = refused_in(script)
         for group in (ModelArguments, DataArguments, LoraArguments, RunArguments):
