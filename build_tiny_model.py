@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from medicalgpt.args import DataArguments
+from medicalgpt.args import MAX_SEED, DataArguments
 from medicalgpt.data.formats import to_messages, to_text
 from medicalgpt.data.loading import load_data
 from medicalgpt.errors import UserError, run_main
@@ -79,6 +79,8 @@ def parse_args() -> argparse.Namespace:
         parser.error(f"--num_kv_heads {args.num_kv_heads} must divide --num_heads {args.num_heads}")
     if args.vocab_size < BYTES + 4:
         parser.error(f"--vocab_size {args.vocab_size} must be {BYTES + 4} or more: every byte needs a token")
+    if not 0 <= args.seed <= MAX_SEED:
+        parser.error(f"--seed {args.seed} must be between 0 and {MAX_SEED}")
     return args
 
 

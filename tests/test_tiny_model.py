@@ -188,3 +188,10 @@ def test_a_broken_row_is_named_without_a_traceback(tmp_path):
 def test_a_missing_data_folder_is_named(tmp_path):
     with pytest.raises(UserError, match="no such file or folder.*pretrain"):
         list(build_tiny_model.training_texts(tmp_path))
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_out_of_range_is_refused(monkeypatch, capsys, tmp_path, seed):
+    with pytest.raises(SystemExit):
+        build(monkeypatch, tmp_path / "model", "--seed", str(seed))
+    assert f"--seed {seed} must be between 0 and" in capsys.readouterr().err
