@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from medicalgpt.data.answers import final_answer
-from medicalgpt.data.choices import LETTERS, answer_letters, options_of, prompt_with_options, written_options
+from medicalgpt.data.choices import answer_letters, options_of, prompt_with_options, written_options
 from medicalgpt.data.fields import PREFERENCE_FIELDS
 from medicalgpt.data.formats import LEADING_FIELDS, PROMPT_FIELDS, to_preference, to_prompt, under_common_names
 from medicalgpt.data.presets import recognise
@@ -157,10 +157,8 @@ def _choice_gold(columns: dict[str, Any], options: dict[str, str], question: str
             continue
         if known:
             named[name] = _letters_of(item, name, known, first)
-        elif isinstance(item, str) and set(item.strip().upper()) <= set(LETTERS):
-            named[name] = item.strip().upper()
-        elif "answer" not in columns:
-            raise RowError(f"`{name}` is the number of an option, and there are no options", "Add `options`.", item)
+        elif not set(columns) & set(GOLD_FIELDS):
+            raise RowError(f"`{name}` is an option, and there are no options", "Add them as `options`.", item)
     answer = columns.get("answer")
     if named and known and answer is not None:
         letters = answer_letters(final_answer(answer) if isinstance(answer, str) else answer, known, first=first)

@@ -258,6 +258,7 @@ def test_a_solution_that_is_copied_is_not_an_answer():
         ({"options": TEXTS, "answer": "Paracetamol", "answer_idx": "C"}, "`answer_idx` is C, `answer` is B"),
         ({"options": TEXTS, "answer": "Ibuprofen", "answer_idx": "B"}, "none of the options .'Ibuprofen'"),
         ({"answer_idx": 2}, "there are no options"),
+        ({"answer_letter": "B"}, "there are no options"),
         ({"options": ["only one"], "answer": "A"}, "expected two or more"),
         ({"images": ["x.png"], "answer": "A"}, "text only"),
         ({"weight": 0.5, "answer": "A"}, "`weight`"),
@@ -279,6 +280,14 @@ def test_options_under_other_letters_than_in_the_question_are_refused():
     swapped = "Which?\nA. Paracetamol\nB. Warfarin"
     with pytest.raises(RowError, match="under other letters"):
         to_task({"question": swapped, "options": ["Warfarin", "Paracetamol"], "answer": "B"})
+
+
+def test_without_options_the_answer_is_their_text():
+    """A letter would be the answer to a question that nobody sees."""
+    row = {name: value for name, value in CHOICES["MedQA"].items() if name != "options"}
+    task = to_task(row)
+    assert task["columns"]["answer"] == "Paracetamol" and to_task(CHOICES["MedQA"], frozenset({"options"})) == task
+    assert score(task, "paracetamol") == 1 and score(task, "B") == 0
 
 
 def test_a_test_set_without_answers_has_no_gold():
