@@ -5,7 +5,6 @@ checked while it is encoded: the ids before an answer are the ids that serving w
 its turn end are supervised, and the entire row fits.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -256,7 +255,7 @@ def refuse_special_tokens(
     """Raises EncodingError if a text contains a special token, such as the end of a turn in the middle of it."""
     texts = [(f"turn {number}", message) for number, message in enumerate(messages, start=1)]
     for where, value in [*texts, ("the column `tools`", tools or [])]:
-        if found := special_tokens_in(tokenizer, json.dumps(value, ensure_ascii=False)):
+        if found := special_tokens_in(tokenizer, value):
             raise EncodingError(
                 f"{where} holds {', '.join(found)}, which this tokenizer reads as a special token",
                 "Remove it from the text, or write it differently",

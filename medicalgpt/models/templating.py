@@ -4,9 +4,11 @@ import itertools
 import json
 import re
 import string
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import takewhile
+from typing import Any
+from weakref import WeakKeyDictionary
 
 from medicalgpt.errors import UserError
 from medicalgpt.models.tool_formats import TOOL_FORMATS, ToolFormat
@@ -14,13 +16,6 @@ from medicalgpt.models.tool_formats import TOOL_FORMATS, ToolFormat
 import jinja2
 from loguru import logger
 from transformers import PreTrainedTokenizerBase
-
-
-def special_tokens_in(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
-    """The special tokens spelled in a text, which a tokenizer would read as, say, the end of a turn."""
-    special = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
-    return [token for token in special if token in text]
-
 
 EOS = "{eos_token}"  # as Template.stop[0]: the turn ends with the tokenizer's eos_token
 BOS = "{bos_token}"  # in a part of `_turns`: the tokenizer's BOS, if it puts one before plain text
@@ -171,6 +166,69 @@ def render_text(tokenizer: PreTrainedTokenizerBase, messages: list[dict], **kwar
         return tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
     except REFUSALS:
         return None
+
+
+def special_tokens_in(tokenizer: PreTrainedTokenizerBase, value: Any, stop_ids: Set[int] = frozenset()) -> list[str]:
+    """The special tokens contained in the texts of a value, which a tokenizer would read as, say, the end of a turn.
+
+    Besides the tokens that the tokenizer flags as special these are the added tokens that its chat template writes and
+    those that end an answer: many tokenizers do not flag them, and read them all the same. Unflagged tokens that
+    delimit reasoning and tool calls are part of ordinary answers and do not count.
+
+    Args:
+        value: a text, or what JSON can hold; names of fields are searched too.
+        stop_ids: further tokens that end an answer.
+
+    Returns:
+        Each token once, in the order of the texts.
+    """
+    pattern = _special_token_pattern(tokenizer, frozenset(stop_ids))
+    return list(dict.fromkeys(token for text in _texts(value) for token in pattern.findall(text)))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _texts(name)
+            yield from _texts(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
+    elif value is not None and not isinstance(value, bool | int | float):
+        yield str(value)
+
+
+# The pattern of each tokenizer, with what it was made of: a row must not cost a look at the entire vocabulary.
+_patterns: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[Any, re.Pattern]] = WeakKeyDictionary()
+_REASONING_MARK = re.compile(r"think|thought|reason", re.IGNORECASE)
+_LOOKS_LIKE_A_MARK = re.compile(r"[^\w\s].*\w.*[^\w\s]")
+
+
+def _special_token_pattern(tokenizer: PreTrainedTokenizerBase, stop_ids: frozenset[int]) -> re.Pattern:
+    made_of = (tokenizer.chat_template, len(tokenizer), tuple(tokenizer.all_special_tokens), stop_ids)
+    if _patterns.get(tokenizer, (None,))[0] != made_of:
+        tokens = sorted(_special_tokens(tokenizer, stop_ids), key=len, reverse=True)
+        # Without any token, a pattern that never matches.
+        _patterns[tokenizer] = made_of, re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
+    return _patterns[tokenizer][1]
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase, stop_ids: Set[int]) -> set[str]:
+    template = tokenizer.chat_template or ""
+    # Rendered as well, since a template may put a token together, as in '<|' + role + '|>'. The stops are in the facts.
+    written = [template if isinstance(template, str) else " ".join(template.values())]
+    written += [render_text(tokenizer, messages, **kwargs) or "" for messages, kwargs, _ in PROBES] if template else []
+    allowed = {mark for form in TOOL_FORMATS.values() for mark in form.marks}
+    found = set()
+    for token_id, token in tokenizer.added_tokens_decoder.items():
+        text = token.content
+        # Added tokens may also be ordinary words or line breaks, which a template may hold.
+        delimits = _LOOKS_LIKE_A_MARK.fullmatch(text) and text not in allowed and not _REASONING_MARK.search(text)
+        if text and (token.special or (delimits and (token_id in stop_ids or any(text in part for part in written)))):
+            found.add(text)
+    return found
 
 
 def _is_token(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:

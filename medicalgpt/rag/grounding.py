@@ -1,7 +1,7 @@
 """From retrieved passages to a prompt with numbered sources, and from an answer to its citations."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,10 +99,10 @@ def search_query(question: str, history: Sequence[dict[str, str]]) -> str:
     return question if last is None or is_standalone(question) else f"{last}\n{question}"
 
 
-def escape_special_tokens(tokenizer: Any, text: str) -> tuple[str, int]:
+def escape_special_tokens(tokenizer: Any, text: str, stop_ids: Set[int] = frozenset()) -> tuple[str, int]:
     """The text with a word joiner inside each special token, so that it is read as text, and their number."""
     count = 0
-    while spelled := special_tokens_in(tokenizer, text):
+    while spelled := special_tokens_in(tokenizer, text, stop_ids):
         token = max(spelled, key=len)
         count += text.count(token)
         text = text.replace(
@@ -133,7 +133,7 @@ def build_prompt(
     turns, given = len(history), len(sources)
     while True:
         passages = "\n\n".join(f"[{n}] {source.place}\n{source.text}" for n, source in enumerate(sources, start=1))
-        passages, marks = escape_special_tokens(engine.tokenizer, passages)
+        passages, marks = escape_special_tokens(engine.tokenizer, passages, engine.stop_ids)
         text = PROMPT[language].format(unknown=UNKNOWN[language], passages=passages, question=question)
         messages = [*system_message(system_prompt), *history, {"role": "user", "content": text}]
         try:

@@ -6,7 +6,6 @@ does not depend on the others in its batch, and text never ends in half a charac
 """
 
 import dataclasses
-import json
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -205,9 +204,7 @@ class ChatEngine:
                 "The tokenizer has no chat template, so a conversation cannot be tokenized. Train with one: "
                 "supervised_finetuning.py installs a template and saves it with the model; --template_name chooses it."
             )
-        spelled = templating.special_tokens_in(
-            self.tokenizer, json.dumps([list(messages), tools], ensure_ascii=False, default=str)
-        )
+        spelled = templating.special_tokens_in(self.tokenizer, [list(messages), tools], self.stop_ids)
         if spelled:
             raise SpecialTokenError(
                 f"The conversation contains {', '.join(spelled)}, which this model's tokenizer reads as a special "
