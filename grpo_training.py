@@ -731,8 +731,11 @@ def flag_effects(args: GrpoArguments) -> dict[str, tuple[Any, str]]:
     return effects
 
 
-def resolve_completion_length(args: GrpoArguments) -> None:
+def resolve_completion_length(args: GrpoArguments) -> tuple[str, int]:
     """Set the default of `max_completion_length`, once the model's maximum length is known.
+
+    Returns:
+        The flag and its value: the tokens of the maximum length that are kept for an answer.
 
     Raises:
         UserError: no room is left for a prompt.
@@ -744,6 +747,7 @@ def resolve_completion_length(args: GrpoArguments) -> None:
             f"--max_completion_length {args.max_completion_length} must be above 0 and leave room for a prompt within "
             f"--model_max_length {args.model_max_length}. Lower it, or raise --model_max_length."
         )
+    return "--max_completion_length", args.max_completion_length
 
 
 def resolve_rewards(args: GrpoArguments) -> dict[str, RewardFunction]:
@@ -844,7 +848,7 @@ def main() -> None:
     disable_lora_dropout(args, lora_args)
     checkpoint = loading.stage_checkpoint(model_args, lora_args)
     loading.resolve_length(args, "model_max_length", checkpoint, attention_args)
-    resolve_completion_length(args)
+    reserved = resolve_completion_length(args)
     run = Run("grpo_training", args, checkpoint, run_args, model_args, attention_args, data_args, lora_args)
 
     # 2 tokenizer and template, with a system prompt that asks for the format the rewards look for
@@ -857,7 +861,7 @@ def main() -> None:
     data = load_tasks(data_args, functions, args.order_seed)
     columns = reward_columns(data)
     encode = partial(encode_prompt, tokenizer, max_length=args.model_max_length - args.max_completion_length)
-    train, validation = encode_sides(data, encode, data_args, args.order_seed, Prompt)
+    train, validation = encode_sides(data, encode, data_args, args.order_seed, Prompt, checkpoint.config, reserved)
     run.add_data(data)
     run.preview(tokenizer, train)
     run.record["answers"] = check_coverage(data.train, functions, args.reward_tolerance)

@@ -154,7 +154,7 @@ def main() -> None:
     tokenizer = loading.stage_tokenizer(checkpoint, model_args)
     stop = apply_template(tokenizer, args.template_name, args.system_prompt, args.tool_format)
 
-    # 3 data: both answers follow the same prompt; pairs that are too long are refused, never truncated
+    # 3 data: both answers follow the same prompt; pairs that are too long are skipped, never truncated
     data = load_data(data_args, to_preference, seed=args.order_seed)
     encode = partial(
         encode_preference,
@@ -163,7 +163,7 @@ def main() -> None:
         max_source_length=args.max_source_length,
         max_target_length=args.max_target_length,
     )
-    train, validation = encode_sides(data, encode, data_args, args.order_seed, Pair)
+    train, validation = encode_sides(data, encode, data_args, args.order_seed, Pair, config=checkpoint.config)
     run.add_data(data)
     run.preview(tokenizer, train)
 

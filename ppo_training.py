@@ -1002,7 +1002,8 @@ def main() -> None:
     # 3 data: prompts; answers in the rows are not used
     data = load_data(data_args, to_task, seed=args.order_seed)
     encode = partial(encode_prompt, tokenizer, max_length=args.model_max_length - args.response_length)
-    train, validation = encode_sides(data, encode, data_args, args.order_seed, Prompt)
+    reserved = ("--response_length", args.response_length)
+    train, validation = encode_sides(data, encode, data_args, args.order_seed, Prompt, checkpoint.config, reserved)
     run.add_data(data)
     run.preview(tokenizer, train)
     tasks = {place_of(row): row for rows in (data.train, data.validation) for row in rows}

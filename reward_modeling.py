@@ -62,7 +62,7 @@ SCORING_FLAGS = {
     *("score_file", "output_file", "overwrite_output_file", "per_device_eval_batch_size"),
     *("model_name_or_path", "tokenizer_name_or_path", "model_revision", "cache_dir", "hub"),
     *("dtype", "device_map", "load_in_4bit", "load_in_8bit"),
-    *("ignore_fields", "skip_bad_rows", "skip_long_rows", "encoding"),
+    *("ignore_fields", "skip_bad_rows", "long_rows", "skip_long_rows", "encoding"),
 }
 
 
@@ -185,7 +185,7 @@ def main() -> None:
     tokenizer.pad_token = scoring.choose_padding(tokenizer, stop_ids)
     logger.info(f"{head}; scores are read at {stop[0]}, padding is {tokenizer.pad_token}")
 
-    # 3 data: both answers follow the same prompt; pairs that are too long are refused, never truncated
+    # 3 data: both answers follow the same prompt; pairs that are too long are skipped, never truncated
     data = load_data(data_args, to_preference, seed=args.order_seed)
     encode = partial(
         encode_preference,
@@ -194,7 +194,7 @@ def main() -> None:
         max_source_length=args.max_source_length,
         max_target_length=args.max_target_length,
     )
-    train, validation = encode_sides(data, encode, data_args, args.order_seed, Pair)
+    train, validation = encode_sides(data, encode, data_args, args.order_seed, Pair, config=checkpoint.config)
     run.add_data(data)
     run.preview(tokenizer, train)
 
@@ -287,7 +287,7 @@ def score(
         score_args.output_file,
         batch_size=batch_size,
         skip_bad_rows=data_args.skip_bad_rows,
-        skip_long_rows=data_args.skip_long_rows,
+        long_rows=data_args.long_rows,
     )
     logger.info("  ".join(f"{name} {value:.4g}" for name, value in summary.items()))
 

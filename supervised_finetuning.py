@@ -110,7 +110,7 @@ def main() -> None:
     tokenizer = loading.stage_tokenizer(checkpoint, model_args)
     stop = apply_template(tokenizer, args.template_name, args.system_prompt, args.tool_format)
 
-    # 3 data: each conversation is rendered by the template and masked; rows that do not fit are refused, not cut
+    # 3 data: each conversation is rendered by the template and masked; no answer is ever truncated
     load = check_data if data_args.streaming else load_data
     data = load(data_args, to_messages, seed=args.order_seed)
     encode = partial(
@@ -119,8 +119,9 @@ def main() -> None:
         max_length=args.model_max_length,
         train_on_inputs=args.train_on_inputs,
         mask_history=args.mask_history,
+        shorten_rows=data_args.long_rows == "turns",
     )
-    train, validation = encode_sides(data, encode, data_args, args.order_seed)
+    train, validation = encode_sides(data, encode, data_args, args.order_seed, config=checkpoint.config)
     run.add_data(data)
     run.preview(tokenizer, train)
 

@@ -102,7 +102,8 @@ class ValidationArguments:
     ignore_fields: str | None = same_field(DataArguments, "ignore_fields")
     encoding: str | None = same_field(DataArguments, "encoding")
     skip_bad_rows: bool = same_field(DataArguments, "skip_bad_rows")
-    skip_long_rows: bool = same_field(DataArguments, "skip_long_rows")
+    long_rows: str | None = same_field(DataArguments, "long_rows")
+    skip_long_rows: bool | None = same_field(DataArguments, "skip_long_rows")
 
     def __post_init__(self):
         if not (self.near_duplicates == 0 or 0.5 < self.near_duplicates <= 1):
@@ -357,9 +358,17 @@ def settle(args: ValidationArguments, problems: list, usable: int) -> None:
 
     from loguru import logger
 
-    allowed = {"unusable": args.skip_bad_rows, "too long": args.skip_long_rows}
+    long_rows = DataArguments(long_rows=args.long_rows, skip_long_rows=args.skip_long_rows).long_rows
+    allowed = {"unusable": args.skip_bad_rows, "too long": long_rows != "refuse"}
     if refused := [problem for problem in problems if not allowed.get(problem.kind)]:
         raise DataError(refused)
+    lost = sum(problem.kind == "too long" for problem in problems)
+    encoded = usable + sum(not problem.side for problem in problems)
+    if long_rows == "turns" and 2 * lost > encoded:
+        raise UserError(
+            f"{lost} of {encoded} rows are too long, more than half: training would stop. Raise --model_max_length as "
+            "shown above, or train on the other rows alone: --long_rows skip."
+        )
     if not problems:
         print("every row can be used")
         return
@@ -417,6 +426,7 @@ def token_lengths(
     """
     from medicalgpt.data import encoding
     from medicalgpt.data.encoding import Pair, Prompt, Sample
+    from medicalgpt.data.lengths import SHORTENED
     from medicalgpt.data.sources import column_values
     from medicalgpt.data.tokenizing import encode_rows
 
@@ -451,9 +461,12 @@ def token_lengths(
     if long:
         # Encoded once more with the limit, for what the stage says about them.
         mask = np.array([tuple(row["place"].values()) in long for row in data.train])
-        rows = replace(data, train=data.train.select(mask), problems=[])
-        encode_rows(rows, "train", partial(encode, tokenizer, max_length=limit), sample=sample)
+        rows = replace(data, train=data.train.select(mask), problems=[], lengths={})
+        shorten = {"shorten_rows": data_arguments(args, args.file_path).long_rows == "turns"} if name == "chat" else {}
+        encode_rows(rows, "train", partial(encode, tokenizer, max_length=limit, **shorten), sample=sample)
         data.problems += rows.problems
+        if shortened := rows.lengths["train"].count(SHORTENED):
+            print(f"  {shortened} of {len(lengths)} rows keep only their first exchanges that fit (--long_rows turns)")
     if not lengths and not data.problems:
         raise UserError("no row could be encoded.")
     return np.array(lengths)

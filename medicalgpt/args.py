@@ -365,8 +365,18 @@ class DataArguments:
     skip_bad_rows: bool = field(
         default=False, metadata={"help": "Skip and count rows that cannot be used, instead of stopping."}
     )
-    skip_long_rows: bool = field(
-        default=False, metadata={"help": "Skip and count rows that are too long, instead of stopping."}
+    long_rows: str | None = field(
+        default=None,
+        metadata={
+            "help": "What to do with rows that are too long; all are counted, and no answer is ever truncated. turns "
+            "(the default): a conversation keeps its first exchanges that fit, anything else is skipped, and training "
+            "stops before it starts if more than half of the rows would be. skip: skip them, however many. refuse: "
+            "stop.",
+            "choices": ["turns", "skip", "refuse"],
+        },
+    )
+    skip_long_rows: bool | None = field(
+        default=None, metadata={"help": "Another name: True is --long_rows skip, False is --long_rows refuse."}
     )
     allow_overlap: bool = field(
         default=False, metadata={"help": "Continue even if held-out rows occur among the training rows."}
@@ -376,6 +386,13 @@ class DataArguments:
         for name in ("max_train_samples", "max_eval_samples"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least 1, or -1 for all.")
+        named = {None: None, True: "skip", False: "refuse"}[self.skip_long_rows]
+        if named and self.long_rows not in (None, named):
+            raise ValueError(
+                f"--skip_long_rows {self.skip_long_rows} means --long_rows {named}, and --long_rows {self.long_rows} "
+                "is given as well; keep one of them."
+            )
+        self.long_rows = self.long_rows or named or "turns"
 
 
 @dataclass

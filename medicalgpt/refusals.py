@@ -157,7 +157,7 @@ REFUSED: dict[str, dict[tuple[str, ...], str]] = {
     },
     "block_size": {SFT + PAIRS + PPO: "That is for pretraining.py; here it is --model_max_length."},
     "truncation_mode": {
-        PT + SFT + PAIRS: "Nothing is cut: a row that is too long is refused, or skipped with --skip_long_rows True.",
+        PT + SFT + PAIRS: "No answer is ever truncated; --long_rows says what happens to rows that are too long.",
     },
     "dataset_text_field": {PT + SFT: "Rows are recognised by their fields; data/README.md shows the formats."},
     "dataset_kwargs": {PT + SFT: "Rows are encoded before the trainer sees them."},

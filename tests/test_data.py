@@ -740,8 +740,8 @@ def test_what_a_stage_finds_is_counted_where_the_row_stands(tmp_path):
     for row in (data.train[0], data.validation[0]):
         data.problems.append(Problem(place_of(row), "99 tokens", "Shorten it.", kind="too long"))
     with pytest.raises(DataError, match="2 problem"):
-        data.settle(DataArguments(skip_bad_rows=True))
-    data.settle(DataArguments(skip_bad_rows=True, skip_long_rows=True))
+        data.settle(DataArguments(skip_bad_rows=True, long_rows="refuse"))
+    data.settle(DataArguments(skip_bad_rows=True))
     assert balance(data) == {
         "train": [("a.jsonl", 11, 7, {"moved to validation": 2, "too long": 1, "unusable": 1})],
         "validation": [("a.jsonl", 2, 1, {"too long": 1})],

@@ -170,6 +170,30 @@ def test_turns_that_later_ones_change_become_samples_of_their_own(tokenizer):
         assert everything.count(text) == 1
 
 
+def test_turns_that_are_not_to_be_trained_are_context(tokenizer):
+    messages = [
+        user("Q1"),
+        assistant("A1") | {"train": False},
+        user("Q2"),
+        assistant("A2"),
+        user("Q3"),
+        assistant("A3"),
+    ]
+    (plain,) = encode_chat(tokenizer, chat([{k: v for k, v in m.items() if k != "train"} for m in messages]))
+    (sample,) = encode_chat(tokenizer, chat(messages))
+    assert sample.input_ids == plain.input_ids
+    assert trained_texts(tokenizer, [sample]) == ["A2<|im_end|>A3<|im_end|>"]
+    (with_prompts,) = encode_chat(tokenizer, chat(messages), train_on_inputs=True)
+    (text,) = trained_texts(tokenizer, [with_prompts])
+    assert "A1" not in text and all(text.count(part) == 1 for part in ("Q1", "Q2", "A2", "Q3", "A3"))
+    masked = [*messages[:5], assistant("A3") | {"train": False}]
+    assert trained_texts(tokenizer, encode_chat(tokenizer, chat(masked))) == ["A2<|im_end|>"]
+    with pytest.raises(EncodingError, match="its last answer is not to be trained on"):
+        encode_chat(tokenizer, chat(masked), mask_history=True)
+    with pytest.raises(EncodingError, match="its every answer is not"):
+        encode_chat(tokenizer, chat(messages[:2]))
+
+
 def with_template(name, *special):
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens([AddedToken(text, special=True) for text in special])
@@ -204,7 +228,8 @@ def test_too_long_is_refused_and_never_cut(tokenizer):
     assert encode_chat(tokenizer, chat(messages), max_length=length) == [sample]
     with pytest.raises(EncodingError, match=f"^{length} tokens, longer than the {length - 1} that fit") as refused:
         encode_chat(tokenizer, chat(messages), max_length=length - 1)
-    assert refused.value.too_long and "--skip_long_rows True" in refused.value.remedy
+    assert (refused.value.too_long, refused.value.tokens) == (True, length)
+    assert "--model_max_length" in refused.value.remedy
 
 
 def test_what_the_template_refuses_is_a_problem_of_the_row(tokenizer):

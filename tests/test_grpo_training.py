@@ -447,8 +447,8 @@ def test_each_epoch_of_a_run_has_an_order_of_its_own(work, tmp_path):
 def test_a_long_prompt_is_refused_with_its_place(work, tmp_path):
     rows = [*tasks(2), {"question": "?" * 100}]
     with pytest.raises(DataError, match=r"rows.jsonl:3(?s:.*)longer than the 56 that leave room"):
-        open_tasks(work / "model", tmp_path, rows, "--model_max_length", 64)
-    opened = open_tasks(work / "model", tmp_path, rows, "--model_max_length", 64, "--skip_long_rows", "True")
+        open_tasks(work / "model", tmp_path, rows, "--model_max_length", 64, "--long_rows", "refuse")
+    opened = open_tasks(work / "model", tmp_path, rows, "--model_max_length", 64)
     assert len(opened.trainer.train_dataset) == 2
 
 

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -711,9 +712,12 @@ def test_long_prompts_are_refused_by_place_or_counted(work, tmp_path):
     file = write_jsonl(tmp_path / "data" / "rows.jsonl", [*prompts(4), {"prompt": "long " * 30}])
     flags = ("--train_file_dir", tmp_path / "data", "--model_max_length", 100)
     with pytest.raises(UserError, match="longer than the 95 that leave room for the answer") as error:
-        open_ppo(work, tmp_path / "out", *flags)
+        open_ppo(work, tmp_path / "out", *flags, "--long_rows", "refuse")
     assert f"{file}:5" in str(error.value)
-    opened = open_ppo(work, tmp_path / "out", *flags, "--skip_long_rows", "True")
+    advised = re.search(r"all rows fit with (--model_max_length \d+ --response_length 5)", str(error.value))[1].split()
+    fitting = open_ppo(work, tmp_path / "all", *flags[:2], *advised, "--long_rows", "refuse")
+    assert len(fitting.trainer.train_dataset) == 5
+    opened = open_ppo(work, tmp_path / "out", *flags)
     assert len(opened.trainer.train_dataset) == 4
     assert list(opened.run.record["data"][0]["left_out"].values()) == [1]
 

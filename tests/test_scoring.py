@@ -185,7 +185,7 @@ BROKEN = [
 
 def test_rows_that_cannot_be_scored_are_all_named_and_nothing_is_written(scorer, tmp_path):
     with pytest.raises(UserError, match="4 row.s. cannot be scored; nothing was written") as caught:
-        run(scorer, tmp_path, [row for row, _ in BROKEN])
+        run(scorer, tmp_path, [row for row, _ in BROKEN], long_rows="refuse")
     for _, pattern in BROKEN[1:]:
         assert caught.match(f"in.jsonl{pattern}")
     assert not (tmp_path / "out.jsonl").exists()
@@ -194,13 +194,17 @@ def test_rows_that_cannot_be_scored_are_all_named_and_nothing_is_written(scorer,
 def test_rows_are_left_out_only_as_far_as_the_flags_allow(scorer, tmp_path):
     rows = [row for row, _ in BROKEN[:4]]
     with pytest.raises(UserError, match="1 row.s. cannot be scored"):
-        run(scorer, tmp_path, rows, skip_bad_rows=True)
-    with pytest.raises(UserError, match="2 row.s. cannot be scored"):
-        run(scorer, tmp_path, rows, skip_long_rows=True)
-    _, written = run(scorer, tmp_path, rows, skip_bad_rows=True, skip_long_rows=True)
+        run(scorer, tmp_path, rows, skip_bad_rows=True, long_rows="refuse")
+    with pytest.raises(UserError, match="2 row.s. cannot be scored") as refused:
+        run(scorer, tmp_path, rows, long_rows="skip")
+    assert str(refused.value).endswith("skip and count them: --skip_bad_rows True.")
+    _, written = run(scorer, tmp_path, rows, skip_bad_rows=True)
     assert [row["id"] for row in written] == [7]
     with pytest.raises(UserError, match="every row was skipped"):
         run(scorer, tmp_path, rows[1:2], skip_bad_rows=True)
+    with pytest.raises(UserError, match="2 of 3 rows are too long, more than half; (.|\\n)*--long_rows skip"):
+        run(scorer, tmp_path, [rows[0], rows[3], rows[3]])
+    assert len(run(scorer, tmp_path, [rows[0], rows[3], rows[3]], long_rows="skip")[1]) == 1
 
 
 def test_a_field_of_the_row_is_never_replaced(scorer, tmp_path):

@@ -353,7 +353,7 @@ def sft_flags(work, output, *more):
 
 REFUSED = [
     (["--max_steps", -1], "needs --max_steps"),
-    (["--skip_long_rows", "False"], "--skip_long_rows True"),
+    (["--skip_long_rows", "False"], "--long_rows turns"),
     (["--train_sampling_strategy", "group_by_length"], "needs the lengths of all rows"),
     (["--validation_split_percentage", 5], "--validation_file_dir"),
     (["--num_train_epochs", 2], "Use --max_steps only"),

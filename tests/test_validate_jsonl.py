@@ -62,8 +62,8 @@ def test_the_report_is_that_of_the_stage(base, broken, tmp_path_factory):
     assert checked.returncode == trained.returncode == 1
     lines = report(checked.stderr).splitlines()
     assert sorted(lines) == sorted(report(trained.stderr).splitlines())
-    assert lines[0] == "error: 8 problem(s) in the data:"
-    assert sum(re.match(rf"  {broken}\S+:\d+", line) is not None for line in lines) == 8
+    assert lines[0] == "error: 7 problem(s) in the data:"
+    assert sum(re.match(rf"  {broken}\S+:\d+", line) is not None for line in lines) == 7
     assert "Traceback" not in checked.stderr
 
 
@@ -118,12 +118,14 @@ def test_problems_of_preferences_are_those_of_a_stage(base, tmp_path, capsys):
     ]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     flags = ("--model_name_or_path", base, "--model_max_length", 500)
-    with pytest.raises(DataError, match="^3 problem") as refused:
+    with pytest.raises(DataError, match="^2 problem") as refused:
         run_here(SCRIPT, "--file_path", path, *flags)
     assert f"{path}: 5 rows, 2 usable, preference" in capsys.readouterr().out.splitlines()
     lines = report(f"error: {refused.value}").splitlines()
-    for number, words in ((3, "are the same answer"), (4, "the rejected answer: "), (5, "no field `chosen`")):
+    for number, words in ((3, "are the same answer"), (5, "no field `chosen`")):
         assert sum(f"{path}:{number}: " in line and words in line for line in lines) == 1
+    with pytest.raises(DataError, match=rf"{path}:4: the rejected answer: 30\d\d tokens"):
+        run_here(SCRIPT, "--file_path", path, *flags, "--long_rows", "refuse")
     with pytest.raises(DataError) as trained:
         run_here("dpo_training.py", *flags, "--train_file_dir", path, "--output_dir", tmp_path / "never")
     assert sorted(str(trained.value).splitlines()) == sorted(str(refused.value).splitlines())
@@ -143,22 +145,32 @@ def test_usable_rows_are_counted_beside_the_problems(broken, capsys):
     assert f"{broken / 'b.json'}: 2 rows, 1 usable, chat" in lines
 
 
-def test_long_rows_need_a_model_to_be_found(base, tmp_path):
+def test_long_rows_need_a_model_to_be_found(base, tmp_path, capsys):
+    turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A" * 20}]
     path = write_jsonl(tmp_path / "a.jsonl", [GOOD[0], {"prompt": "Q", "response": "A" * 3000}])
     run_here(SCRIPT, "--file_path", path)
+    refuse = ("--long_rows", "refuse")
     with pytest.raises(DataError, match=r"a.jsonl:2: 30\d\d tokens, longer than the 64 that fit"):
-        run_here(SCRIPT, "--file_path", path, "--model_name_or_path", base, "--model_max_length", 64)
+        run_here(SCRIPT, "--file_path", path, "--model_name_or_path", base, "--model_max_length", 64, *refuse)
     # A system prompt is part of every row.
     flags = ("--model_name_or_path", base, "--model_max_length", 100, "--system_prompt", "S" * 100)
     with pytest.raises(DataError, match="2 problem"):
+        run_here(SCRIPT, "--file_path", path, *flags, *refuse)
+    with pytest.raises(UserError, match="2 of 2 rows are too long, more than half"):
         run_here(SCRIPT, "--file_path", path, *flags)
+    more = [{"prompt": "Q", "response": "A"}, {"messages": [*turns, *turns]}]
+    write_jsonl(tmp_path / "a.jsonl", [GOOD[0], {"prompt": "Q", "response": "A" * 3000}, *more])
+    run_here(SCRIPT, "--file_path", path, "--model_name_or_path", base, "--model_max_length", 64)
+    out = capsys.readouterr().out
+    assert "1 of 4 rows keep only their first exchanges that fit" in out
+    assert out.splitlines()[-1] == "3 rows can be used; with these flags training skips 1: 1 too long"
 
 
 def test_lengths_are_those_of_all_rows_and_the_proposed_limits_take_what_they_say(base, tmp_path, capsys):
     path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "Q", "response": "A" * count} for count in range(1, 101)])
     flags = ("--file_path", path, "--model_name_or_path", base)
     with pytest.raises(DataError, match="^50 problem"):
-        run_here(SCRIPT, *flags, "--model_max_length", 72)
+        run_here(SCRIPT, *flags, "--model_max_length", 72, "--long_rows", "refuse")
     out = capsys.readouterr().out
     assert "512 positions" not in out
     shown = {int(share): int(length) for share, length in re.findall(r"(\d+)%: (\d+)", out)}
@@ -188,12 +200,17 @@ def test_a_length_beyond_the_positions_of_the_model_is_proposed_with_what_it_nee
 def test_what_the_report_advises_is_a_flag_of_the_program(base, broken, capsys):
     flags = ("--file_path", broken, "--model_name_or_path", base, "--system_prompt", "S")
     with pytest.raises(DataError) as refused:
+        run_here(SCRIPT, *flags, "--long_rows", "refuse")
+    advised = re.findall(r"(--\w+) (\w+)", str(refused.value).splitlines()[-1])
+    assert advised == [("--skip_bad_rows", "True"), ("--long_rows", "turns")]
+    # What was given is not advised again, nor what would change nothing.
+    with pytest.raises(DataError, match="^1 problem") as refused:
+        run_here(SCRIPT, *flags, "--long_rows", "refuse", *advised[0])
+    assert re.findall(r"--\w+ \w+", str(refused.value).splitlines()[-1]) == ["--long_rows turns"]
+    with pytest.raises(DataError, match="^7 problem") as refused:
         run_here(SCRIPT, *flags)
-    advised = re.findall(r"(--skip_\w+) True", str(refused.value).splitlines()[-1])
-    assert advised == ["--skip_bad_rows", "--skip_long_rows"]
-    with pytest.raises(DataError, match="^1 problem"):
-        run_here(SCRIPT, *flags, advised[0])
-    run_here(SCRIPT, *flags, *advised)
+    assert re.findall(r"--\w+ \w+", str(refused.value).splitlines()[-1]) == ["--skip_bad_rows True"]
+    run_here(SCRIPT, *flags, *advised[0], *advised[1])
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == "5 rows can be used; with these flags training skips 8: 7 unusable, 1 too long"
 
@@ -214,7 +231,7 @@ def test_tasks_are_as_long_as_grpo_has_them(base, tmp_path, capsys):
         run_here(SCRIPT, *flags, *kept, "--model_max_length", enough)
         assert f"100% of the rows: --model_max_length {enough}\n" in capsys.readouterr().out
         with pytest.raises(DataError, match=r"(?s)^1 problem.*a.jsonl:2: a prompt of") as refused:
-            run_here(SCRIPT, *flags, *kept, "--model_max_length", enough - 1)
+            run_here(SCRIPT, *flags, *kept, "--model_max_length", enough - 1, "--long_rows", "refuse")
         with pytest.raises(DataError) as trained:
             run_here(
                 "grpo_training.py",
@@ -222,9 +239,15 @@ def test_tasks_are_as_long_as_grpo_has_them(base, tmp_path, capsys):
                 "--train_file_dir",
                 path,
                 *kept,
-                *("--model_max_length", enough - 1, "--output_dir", tmp_path / "never"),
+                *("--model_max_length", enough - 1, "--output_dir", tmp_path / "never", "--long_rows", "refuse"),
             )
-        assert str(trained.value) == str(refused.value)
+        assert trained.value.problems == refused.value.problems
+        # What the stage advises is enough: 30 tokens are kept for the answer, or as many as it says.
+        advised = re.search(
+            r"all rows fit with (--model_max_length \d+ --max_completion_length \d+)", str(trained.value)
+        )
+        run_here(SCRIPT, *flags, *advised[1].split(), "--long_rows", "refuse")
+        assert capsys.readouterr().out.splitlines()[-1] == "every row can be used"
 
 
 def test_the_format_may_be_said(tmp_path, capsys):

@@ -1,14 +1,18 @@
 """From converted rows to token ids and labels.
 
-The tokenizer's chat template renders every conversation, here and in serving, so the two cannot differ. Each row is
-checked while it is encoded: the ids before an answer are the ids that serving would send as the prompt, the answer and
-its turn end are supervised, and the entire row fits.
+The tokenizer's chat template renders every conversation, here and in serving, so the two cannot differ. The ids before
+an answer are the ids that serving would send as the prompt, the answer follows them as in generation and is supervised
+up to its turn end, and the entire row fits.
 """
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
+from medicalgpt.data.sources import shorten
 from medicalgpt.models.templating import special_tokens_in
 
 from jinja2 import TemplateError
@@ -25,6 +29,18 @@ class Sample:
     input_ids: list[int]
     labels: list[int]
 
+    @property
+    def tokens(self) -> int:
+        return len(self.input_ids)
+
+
+class ShortenedSamples(list[Sample]):
+    """The samples of a conversation that keeps only its first exchanges; the entire one has `tokens` tokens."""
+
+    def __init__(self, samples: list[Sample], tokens: int):
+        super().__init__(samples)
+        self.tokens = tokens
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -34,6 +50,11 @@ class Pair:
     chosen_ids: list[int]
     rejected_ids: list[int]
 
+    @property
+    def tokens(self) -> int:
+        """With the longer answer."""
+        return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -41,13 +62,23 @@ class Prompt:
 
     prompt_ids: list[int]
 
+    @property
+    def tokens(self) -> int:
+        return len(self.prompt_ids)
+
 
 class EncodingError(ValueError):
-    """A row that cannot be encoded; `reason` and `remedy` as in `data.Problem`, `too_long` if that is the reason."""
+    """A row that cannot be encoded.
 
-    def __init__(self, reason: str, remedy: str, too_long: bool = False):
+    Attributes:
+        reason, remedy: as in `data.Problem`.
+        too_long: whether that is the reason.
+        tokens: of the entire row, if it is too long; 0 if that is not known.
+    """
+
+    def __init__(self, reason: str, remedy: str, too_long: bool = False, tokens: int = 0):
         super().__init__(reason)
-        self.reason, self.remedy, self.too_long = reason, remedy, too_long
+        self.reason, self.remedy, self.too_long, self.tokens = reason, remedy, too_long, tokens
 
 
 def encode_chat(
@@ -57,58 +88,112 @@ def encode_chat(
     max_length: int | None = None,
     train_on_inputs: bool = False,
     mask_history: bool = False,
+    shorten_rows: bool = False,
 ) -> list[Sample]:
     """Encode one conversation; only assistant text and its turn end are supervised, each turn once.
 
-    One sample, where the template renders each turn the same whatever follows. Templates of thinking models drop the
-    thoughts of earlier turns: a turn that later ones change becomes a separate sample, with the prompt that serving
-    gives.
+    Every prompt has the ids that serving sends, and its answer is encoded apart from it, as in generation. One sample
+    has all turns whose prompts are, id by id, the beginning of it. Another turn becomes a separate sample: templates of
+    thinking models drop the thoughts of earlier turns, and the first characters of an answer may become one token with
+    the prompt before it once the answer is history.
 
     Args:
         tokenizer: with a chat template that marks assistant text by `{% generation %}`.
         row: `messages` in OpenAI form, ending with the assistant, and `tools` in OpenAI form or None. A turn of the
-            assistant with `train` False is context only.
-        max_length: in tokens; a longer sequence is refused, never truncated.
+            assistant with `train` False is context for later ones and is not supervised.
+        max_length: in tokens; a longer sequence is refused, and no answer is ever truncated.
         train_on_inputs: supervise the prompts too, each in one sample only.
         mask_history: supervise the last turn only.
+        shorten_rows: of a conversation that is too long, encode the first exchanges that fit, each whole: from a
+            question to the answer before the next one. With `mask_history` such a row is still refused, since its end
+            is what it was to train.
+
+    Returns:
+        The samples in the order of their turns, as `ShortenedSamples` if exchanges were left out.
 
     Raises:
-        EncodingError: too long, refused by the template, or an answer whose first characters merge with the last token
-            of the prompt.
+        EncodingError: too long, refused by the template, or no turn to be trained.
     """
-    trained = [message.get("train", True) for message in row["messages"]]
-    # `train` is for us; a template must not see it.
-    messages = [{name: item for name, item in message.items() if name != "train"} for message in row["messages"]]
-    tools = row["tools"]
+    messages, tools = row["messages"], row["tools"]
     refuse_special_tokens(tokenizer, messages, tools)
+    encode = partial(_encode_turns, tokenizer, tools=tools, train_on_inputs=train_on_inputs, mask_history=mask_history)
+    samples = encode(messages)
+    tokens = _longest(samples)
+    if max_length is None or tokens <= max_length:
+        return samples
+    if shorten_rows and not mask_history and (kept := _first_exchanges(encode, messages, max_length)):
+        return ShortenedSamples(kept, tokens)
+    raise _too_long(tokens, max_length)
+
+
+def _longest(samples: Sequence[Sample]) -> int:
+    return max(sample.tokens for sample in samples)
+
+
+def _first_exchanges(
+    encode: Callable[[Sequence[dict[str, Any]]], list[Sample]], messages: Sequence[dict[str, Any]], max_length: int
+) -> list[Sample]:
+    """The samples of as many exchanges from the beginning as fit; none if the first is too long or trains nothing."""
+    ends = [
+        number
+        for number, message in enumerate(messages)
+        if number and message["role"] in ("system", "user") and messages[number - 1]["role"] == "assistant"
+    ]
+    is_trained = [message["role"] == "assistant" and message.get("train", True) for message in messages]
+    ends = [end for end in ends if any(is_trained[:end])]
+    # More exchanges have more tokens, so the last that fits can be bisected.
+    count = bisect_left(ends, True, key=lambda end: _longest(encode(messages[:end])) > max_length)
+    return encode(messages[: ends[count - 1]]) if count else []
+
+
+def _encode_turns(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[dict[str, Any]],
+    *,
+    tools: Sequence[dict[str, Any]] | None,
+    train_on_inputs: bool,
+    mask_history: bool,
+) -> list[Sample]:
     turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-    chosen = [turn for turn in (turns[-1:] if mask_history else turns) if trained[turn]]
-    if not chosen:
-        raise EncodingError("its last answer is not to be trained on", "Remove the row, or omit --mask_history")
+    trained = [turn for turn in (turns[-1:] if mask_history else turns) if messages[turn].get("train", True)]
+    if not trained:
+        remedy = "Remove the row, or omit --mask_history" if mask_history else "Remove the row"
+        raise EncodingError(f"its {'last' if mask_history else 'every'} answer is not to be trained on", remedy)
+    # `train` is for us; a template must not see it.
+    messages = [{name: item for name, item in message.items() if name != "train"} for message in messages]
     try:
-        prompts = {turn: _render(tokenizer, messages[:turn], tools, add_generation_prompt=True) for turn in chosen}
-        texts = {turn: _render_to_turn_end(tokenizer, messages[: turn + 1], tools) for turn in chosen}
+        rendered = {turn: _render_turn(tokenizer, messages, tools, turn) for turn in trained}
     except TemplateError as error:
         raise EncodingError(
             f"the chat template refuses it: {error}", "Fix the row, or choose another --template_name"
         ) from error
-    _refuse_unsaid(messages, texts)
+    _refuse_unsaid(messages, rendered)
+    for turn in trained:
+        _check_prompt(rendered[turn])
     samples: list[Sample] = []
-    for group in _stable_groups(chosen, prompts, texts):
-        ids, spans = _encode_rendered(tokenizer, messages[: group[-1] + 1], tools, max_length)
-        spans = dict(zip(turns, spans, strict=False))
-        for turn in group:
-            _check_prompt(texts[turn], prompts[turn], spans[turn][2])
-        labels, before = [IGNORED] * len(ids), 0
-        for turn, (start, end, _) in spans.items():
+    left = list(trained)
+    while left:
+        last = rendered[left[-1]]
+        encoded = encode_apart(tokenizer, last.text, last.start)
+        group = [turn for turn in left[:-1] if _continues(tokenizer, encoded, last.text, rendered[turn])] + left[-1:]
+        supervised, prompts, before = [], [], 0
+        for turn, span in zip(turns, last.spans, strict=False):
+            start, end = map(encoded.token_at, span)
+            prompts.append((before, start))
             if turn in group:
-                first = before if train_on_inputs else start
-                labels[first:end] = ids[first:end]
+                supervised += [*prompts, (start, end)] if train_on_inputs else [(start, end)]
+            if turn in trained:
+                # Prompts of turns that are not trained are supervised with the next turn that is.
+                prompts = []
             before = end
         if train_on_inputs:
-            labels[before:] = ids[before:]
-        samples.append(Sample(ids, labels))
-    return samples
+            supervised.append((before, len(encoded.ids)))
+        labels = [IGNORED] * len(encoded.ids)
+        for start, end in supervised:
+            labels[start:end] = encoded.ids[start:end]
+        samples.append(Sample(encoded.ids, labels))
+        left = [turn for turn in left if turn not in group]
+    return samples[::-1]
 
 
 def encode_preference(
@@ -139,22 +224,27 @@ def encode_preference(
         chat = {"messages": [*row["messages"], row[name]], "tools": row["tools"]}
         try:
             (sample,) = encode_chat(tokenizer, chat, mask_history=True)
-            # What a template writes after the turn end is not part of the pair.
-            ((start, end),) = _spans([label != IGNORED for label in sample.labels])
-            _refuse_too_long(end, max_length)
         except EncodingError as error:
-            raise EncodingError(f"the {name} answer: {error.reason}", error.remedy, error.too_long) from error
+            raise EncodingError(f"the {name} answer: {error.reason}", error.remedy) from error
+        # What a template writes after the turn end is not part of the pair.
+        ((start, end),) = _spans([label != IGNORED for label in sample.labels])
         prompts.append(sample.input_ids[:start])
         answers.append(sample.input_ids[start:end])
+    tokens = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True))
+    for name, prompt, answer in zip(("chosen", "rejected"), prompts, answers, strict=True):
+        if max_length is not None and len(prompt) + len(answer) > max_length:
+            error = _too_long(len(prompt) + len(answer), max_length)
+            raise EncodingError(f"the {name} answer: {error.reason}", error.remedy, too_long=True, tokens=tokens)
         for what, count, limit, flag in (
-            ("prompt", start, max_source_length, "--max_source_length"),
-            (f"{name} answer", end - start, max_target_length, "--max_target_length"),
+            ("prompt", len(prompt), max_source_length, "--max_source_length"),
+            (f"{name} answer", len(answer), max_target_length, "--max_target_length"),
         ):
             if limit is not None and count > limit:
                 raise EncodingError(
                     f"the {what} has {count} tokens, more than {flag} {limit}",
-                    f"Raise {flag}, shorten the row, or skip it with --skip_long_rows True",
+                    f"Raise {flag}, or shorten the row",
                     too_long=True,
+                    tokens=tokens,
                 )
     if prompts[0] != prompts[1]:
         raise EncodingError(
@@ -198,15 +288,16 @@ def encode_prompt(
     if max_length is not None and len(ids) > max_length:
         raise EncodingError(
             f"a prompt of {len(ids)} tokens, longer than the {max_length} that leave room for the answer",
-            "Raise --model_max_length, shorten the row, or skip it with --skip_long_rows True",
+            "Raise --model_max_length, or shorten the row",
             too_long=True,
+            tokens=len(ids),
         )
     return [Prompt(list(ids))]
 
 
-def _refuse_unsaid(messages: Sequence[dict[str, Any]], texts: dict[int, str]) -> None:
+def _refuse_unsaid(messages: Sequence[dict[str, Any]], rendered: "dict[int, _Rendered]") -> None:
     """Raises EncodingError if the template silently drops a system turn, or the reasoning of an answer."""
-    for turn, text in texts.items():
+    for turn, text in ((turn, each.answered) for turn, each in rendered.items()):
         for number, message in enumerate(messages[: turn + 1]):
             said = message["content"] if message["role"] == "system" else ""
             what, remedy = f"turn {number + 1} (system)", "Write it into the user's turn, or remove it"
@@ -217,21 +308,65 @@ def _refuse_unsaid(messages: Sequence[dict[str, Any]], texts: dict[int, str]) ->
                 raise EncodingError(f"the chat template leaves out {what}", remedy)
 
 
-def _stable_groups(turns: Sequence[int], prompts: dict[int, str], texts: dict[int, str]) -> list[list[int]]:
-    """Turns that can share a sample: in the text up to the last of them, each is the same as when it is answered."""
-    groups: list[list[int]] = []
-    left = list(turns)
-    while left:
-        text = texts[left[-1]]
-        group = [turn for turn in left[:-1] if text.startswith(prompts[turn]) and text.startswith(texts[turn])]
-        groups.append([*group, left[-1]])
-        left = [turn for turn in left[:-1] if turn not in group]
-    return groups[::-1]
+@dataclass(frozen=True)
+class _Rendered:
+    """A conversation up to a turn of the assistant.
+
+    Attributes:
+        prompt: what serving would send to get this turn.
+        text: the prompt, the turn, and what the template writes after it at the end of a conversation.
+        spans: the turns of the assistant in the text, each with its turn end: (first character, after the last).
+    """
+
+    prompt: str
+    text: str
+    spans: list[tuple[int, int]]
+
+    @property
+    def start(self) -> int:
+        """Where the turn begins in the text."""
+        return self.spans[-1][0]
+
+    @property
+    def answered(self) -> str:
+        """The text without what follows the turn end, which is not there when more turns follow."""
+        return self.text[: self.spans[-1][1]]
 
 
-def _check_prompt(text: str, prompt: str, start: int) -> None:
-    """Raises EncodingError if the supervised part of `text`, from `start` on, is not what serving would generate."""
-    if text.startswith(prompt) and start == len(prompt):
+def _render_turn(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], tools: Sequence | None, turn: int
+) -> _Rendered:
+    prompt = tokenizer.apply_chat_template(
+        list(messages[:turn]), tools=tools, tokenize=False, add_generation_prompt=True
+    )
+    return _Rendered(prompt, *_render_marked(tokenizer, messages[: turn + 1], tools))
+
+
+def _render_marked(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], tools: Sequence | None
+) -> tuple[str, list[tuple[int, int]]]:
+    """The text of a conversation, and where its assistant turns are in it."""
+    (text,), (marked,) = render_jinja_template(
+        [list(messages)],
+        tools=tools,
+        chat_template=tokenizer.get_chat_template(tools=tools),
+        return_assistant_tokens_mask=True,
+        **tokenizer.special_tokens_map,
+    )
+    spans: list[tuple[int, int]] = []
+    for start, end in marked:
+        # A template may mark a turn in several pieces. Turns are never adjacent: a user or tool turn is between them.
+        if spans and spans[-1][1] == start:
+            spans[-1] = (spans[-1][0], end)
+        elif start < end:
+            spans.append((start, end))
+    return text, spans
+
+
+def _check_prompt(turn: _Rendered) -> None:
+    """Raises EncodingError if the supervised part is not what serving would have the model generate."""
+    prompt = turn.prompt
+    if turn.text.startswith(prompt) and turn.start == len(prompt):
         return
     if "<think>" in prompt[-30:]:
         thinks = "</think>" not in prompt[-30:]
@@ -243,10 +378,104 @@ def _check_prompt(text: str, prompt: str, start: int) -> None:
             else "Choose the template's form with thinking, or remove the reasoning",
         )
     raise EncodingError(
-        "the first characters of an answer form one token with the end of the prompt, so that no model could generate "
-        "them in serving",
-        "Remove the white space at the start of the answer, or begin it with another character",
+        f"the template writes {shorten(turn.text[: turn.start][-40:])!r} before this answer, and "
+        f"{shorten(prompt[-40:])!r} in serving",
+        "Choose another --template_name, or change the answer",
     )
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """Token ids of a text and the characters that each stands for: (first, after the last)."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+
+    def token_at(self, character: int) -> int:
+        """The first token that begins at this character or later."""
+        return bisect_left(self.offsets, character, key=lambda offset: offset[0])
+
+
+def encode_apart(tokenizer: PreTrainedTokenizerBase, text: str, start: int) -> EncodedText:
+    """Encode a rendered text whose answer begins at the character `start`, as serving and generation do.
+
+    The ids before `start` are those of the prompt alone, even if the tokenizer would join characters over that border.
+    """
+    encoded = _encode_text(tokenizer, text)
+    if _begins_with_prompt(tokenizer, encoded, text, start):
+        return encoded
+    prompt, answer = _encode_text(tokenizer, text[:start]), _encode_continuation(tokenizer, text[start:])
+    return EncodedText(
+        prompt.ids + answer.ids,
+        prompt.offsets + [(first + start, after + start) for first, after in answer.offsets],
+    )
+
+
+def encode_answered(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None
+) -> list[int]:
+    """Token ids of a conversation that ends with an answer, up to its turn end; its template marks assistant text.
+
+    Raises:
+        EncodingError: refused by the template.
+    """
+    try:
+        text, spans = _render_marked(tokenizer, messages, tools)
+    except TemplateError as error:
+        raise EncodingError(f"the chat template refuses it: {error}", "Fix the row") from error
+    start, end = spans[-1]
+    return encode_apart(tokenizer, text[:end], start).ids
+
+
+def _continues(tokenizer: PreTrainedTokenizerBase, encoded: EncodedText, text: str, turn: _Rendered) -> bool:
+    """Whether a conversation begins with an earlier turn and its prompt, both as text and in the ids of the prompt."""
+    return (
+        text.startswith(turn.prompt)
+        and text.startswith(turn.answered)
+        and _begins_with_prompt(tokenizer, encoded, text, turn.start)
+    )
+
+
+def _begins_with_prompt(tokenizer: PreTrainedTokenizerBase, encoded: EncodedText, text: str, end: int) -> bool:
+    """Whether the first ids of an encoded text are those of its first `end` characters alone."""
+    at = encoded.token_at(end)
+    if at and encoded.offsets[at - 1][1] > end:
+        return False
+    # Tokenizers split a text at added tokens before anything else, so what precedes the last of them is the same.
+    added = _added_ids(tokenizer)
+    last = next((number for number in range(at - 1, -1, -1) if encoded.ids[number] in added), None)
+    first = 0 if last is None else encoded.offsets[last][0]
+    return encoded.ids[last or 0 : at] == _encode_text(tokenizer, text[first:end]).ids
+
+
+def _encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> EncodedText:
+    """As `apply_chat_template` encodes what it has rendered."""
+    # The length is checked elsewhere; the tokenizer's own warning would only confuse.
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return EncodedText(encoded["input_ids"], encoded["offset_mapping"])
+
+
+def _encode_continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> EncodedText:
+    """Encode a text that continues another: without the space that some tokenizers put before a text."""
+    if not tokenizer.convert_ids_to_tokens(_encode_text(tokenizer, "x").ids)[0].startswith(("▁", "Ġ")):
+        return _encode_text(tokenizer, text)
+    for before in ("\n", "0", "。"):
+        encoded = _encode_text(tokenizer, before + text)
+        at = encoded.token_at(1)
+        if encoded.offsets[at - 1][1] <= 1 and encoded.ids[:at] == _encode_text(tokenizer, before).ids:
+            return EncodedText(encoded.ids[at:], [(first - 1, after - 1) for first, after in encoded.offsets[at:]])
+    return _encode_text(tokenizer, text)
+
+
+# The ids of each tokenizer's added tokens, with its size.
+_added: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, frozenset[int]]] = WeakKeyDictionary()
+
+
+def _added_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    size = len(tokenizer)
+    if _added.get(tokenizer, (None,))[0] != size:
+        _added[tokenizer] = size, frozenset(tokenizer.added_tokens_decoder)
+    return _added[tokenizer][1]
 
 
 def refuse_special_tokens(
@@ -262,50 +491,13 @@ def refuse_special_tokens(
             )
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence, tools: Sequence | None, **options: Any) -> str:
-    return tokenizer.apply_chat_template(list(messages), tools=tools, tokenize=False, **options)
-
-
-def _render_to_turn_end(tokenizer: PreTrainedTokenizerBase, messages: Sequence, tools: Sequence | None) -> str:
-    """The text up to the last turn's end. What a template writes after that is not there when more turns follow."""
-    (text,), (spans,) = render_jinja_template(
-        [list(messages)],
-        tools=tools,
-        chat_template=tokenizer.get_chat_template(tools=tools),
-        return_assistant_tokens_mask=True,
-        **tokenizer.special_tokens_map,
+def _too_long(tokens: int, max_length: int) -> EncodingError:
+    return EncodingError(
+        f"{tokens} tokens, longer than the {max_length} that fit",
+        "Raise --model_max_length, or shorten the row",
+        too_long=True,
+        tokens=tokens,
     )
-    return text[: spans[-1][1]]
-
-
-def _encode_rendered(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[dict[str, Any]],
-    tools: Sequence[dict[str, Any]] | None,
-    max_length: int | None,
-) -> tuple[list[int], list[tuple[int, int, int]]]:
-    """Token ids, and of each assistant turn (first token, token after the last, character where it begins)."""
-    encoded = tokenizer.apply_chat_template(
-        list(messages),
-        tools=tools,
-        tokenize=True,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-        # The length is checked below; the tokenizer's own warning would only confuse.
-        tokenizer_kwargs={"return_offsets_mapping": True, "verbose": False},
-    )
-    ids, mask, offsets = encoded["input_ids"], encoded["assistant_masks"], encoded["offset_mapping"]
-    _refuse_too_long(len(ids), max_length)
-    return list(ids), [(start, end, offsets[start][0]) for start, end in _spans(mask)]
-
-
-def _refuse_too_long(length: int, max_length: int | None) -> None:
-    if max_length is not None and length > max_length:
-        raise EncodingError(
-            f"{length} tokens, longer than the {max_length} that fit",
-            "Raise --model_max_length, shorten the row, or skip it with --skip_long_rows True",
-            too_long=True,
-        )
 
 
 def _spans(mask: Sequence[int]) -> list[tuple[int, int]]:

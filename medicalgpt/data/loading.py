@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from medicalgpt.args import DataArguments
 from medicalgpt.data.formats import Converter, canonical_json, converter
 from medicalgpt.data.hub_rows import open_hub
+from medicalgpt.data.lengths import SHORTENED, TOO_LONG, LengthLimit, RowLengths, describe
 from medicalgpt.data.mixing import draw, mixture_sizes
 from medicalgpt.data.presets import PRESETS
 from medicalgpt.data.rows import Rows, on_disk
@@ -47,6 +48,7 @@ class FileAccount:
     """The balance of one file: rows = used + sum(left_out.values()).
 
     Attributes:
+        shortened: used rows that keep only their first exchanges.
         mixture: of a file in a weighted mixture: its source, the source's weight and its share, and `drawn`, the number
             of rows of this file in an epoch, repeated ones counted each time.
         unused: number of rows that have each of the fields that are not used.
@@ -58,6 +60,7 @@ class FileAccount:
     sha256: str
     rows: int = 0
     left_out: Counter = field(default_factory=Counter)
+    shortened: int = 0
     mixture: dict[str, Any] = field(default_factory=dict)
     unused: Counter = field(default_factory=Counter)
     rows_with_unused: int = 0
@@ -76,6 +79,7 @@ class FileAccount:
             "left_out": dict(self.left_out),
             **({"unused_fields": dict(self.unused)} if self.unused else {}),
             **({"presets": dict(self.presets)} if self.presets else {}),
+            **({"shortened": self.shortened} if self.shortened else {}),
             **self.mixture,
         }
 
@@ -89,23 +93,35 @@ class LoadedData:
     account: dict[str, list[FileAccount]]
     problems: list[Problem] = field(default_factory=list)
     sources: list[Source] = field(default_factory=list)
+    # By side, once its rows are encoded; of the rows that were there then.
+    lengths: dict[str, RowLengths] = field(default_factory=dict)
 
-    def settle(self, arguments: DataArguments) -> None:
-        """Skip and count the rows with problems, as far as the flags allow it.
+    def settle(self, arguments: DataArguments, limit: LengthLimit | None = None) -> None:
+        """Skip and count the rows with problems, and count those that were shortened, as far as the flags allow it.
+
+        Args:
+            limit: on the tokens of a row.
 
         Raises:
             DataError: rows with problems that no flag allows to skip, all at once.
-            UserError: no training row is left.
+            UserError: no training row is left, or more than half of the rows of a side are too long and no flag allows
+                that.
         """
+        limit = limit or LengthLimit()
         allowed = {
             "unusable": arguments.skip_bad_rows,
-            "too long": arguments.skip_long_rows,
+            "too long": arguments.long_rows != "refuse",
             "unreadable": False,
         }
         if refused := [problem for problem in self.problems if not allowed[problem.kind]]:
-            raise DataError(refused)
+            too_long = any(problem.kind == "too long" for problem in refused)
+            raise DataError(refused, self._describe_lengths(limit) if too_long else "")
+        if arguments.long_rows == "turns":
+            self._refuse_if_most_are_too_long(limit)
         for problem in self.problems[:SHOWN_PROBLEMS]:
             logger.warning(f"skipped: {problem}")
+        if limit.tokens is not None and (described := self._describe_lengths(limit)):
+            logger.info(described)
         by_file = {(side, account.file): account for side, accounts in self.account.items() for account in accounts}
         for problem in self.problems:
             if problem.side:
@@ -120,7 +136,12 @@ class LoadedData:
                     keep[index] = False
                     by_file[side, place.file].left_out[kind] += 1
             setattr(self, side, on_disk(rows).select(keep))
+            if side in self.lengths:
+                self.lengths[side] = self.lengths[side].select(keep)
         self.problems = []
+        for side, lengths in self.lengths.items():
+            for index in np.flatnonzero(lengths.outcome == SHORTENED).tolist():
+                by_file[side, place_of(getattr(self, side)[index]).file].shortened += 1
         if not self.train:
             raise UserError("every training row was skipped; see the warnings above.\n" + self.summary())
 
@@ -141,6 +162,29 @@ class LoadedData:
         if convert.unseen and not self.problems:
             absent = ", ".join(sorted(convert.unseen))
             raise UserError(f"--columns: no row has the field {absent}. Correct its name, or omit it.")
+
+    def _describe_lengths(self, limit: LengthLimit) -> str:
+        """How long the rows of each side are, and with which flags the longer ones fit."""
+        lines = []
+        for side, lengths in self.lengths.items():
+            if len(lengths.known):
+                lines.append(f"{side}: {describe(lengths)}")
+                if needed := limit.needed(lengths):
+                    lines.append(f"  {needed}")
+        return "\n".join(lines)
+
+    def _refuse_if_most_are_too_long(self, limit: LengthLimit) -> None:
+        for side, lengths in self.lengths.items():
+            lost, rows = lengths.count(TOO_LONG), len(lengths.outcome)
+            if 2 * lost > rows:
+                place = place_of(getattr(self, side)[int(np.argmax(lengths.outcome == TOO_LONG))])
+                first = next(problem for problem in self.problems if problem.place == place)
+                lines = [f"{lost} of {rows} {side} rows are too long, more than half. The first: {first}"]
+                lines += [describe(lengths), limit.needed(lengths)]
+                raise UserError(
+                    "\n".join(filter(None, lines))
+                    + "\nNothing was trained. To train on the other rows alone: --long_rows skip."
+                )
 
     def mix(self, encoded: "Dataset", arguments: DataArguments, seed: int) -> "Dataset":
         """Take as many encoded training rows of each source as its weight requires; all of them without weights.
@@ -206,6 +250,9 @@ class LoadedData:
                 }
                 if unused := int((drawn == 0).sum()):
                     account.left_out["not in the mixture"] += unused
+                if account.shortened:
+                    shortened = self.lengths["train"].outcome[at - len(drawn) : at] == SHORTENED
+                    account.shortened = int((shortened & (drawn > 0)).sum())
 
     def summary(self) -> str:
         """A line for each side: rows in, used, left out and why; and one for each source of a mixture."""
@@ -215,9 +262,10 @@ class LoadedData:
                 continue
             left_out = sum((account.left_out for account in accounts), Counter())
             reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "none"
-            rows = sum(account.rows for account in accounts)
+            rows, shortened = (sum(getattr(account, name) for account in accounts) for name in ("rows", "shortened"))
+            kept = f" ({shortened} of them shortened to their first exchanges)" if shortened else ""
             lines.append(
-                f"{side:<10} {rows:>7} rows in {len(accounts)} file(s), used {rows - sum(left_out.values())}, "
+                f"{side:<10} {rows:>7} rows in {len(accounts)} file(s), used {rows - sum(left_out.values())}{kept}, "
                 f"left out: {reasons}"
             )
         for source in self.sources:

@@ -90,16 +90,26 @@ def format_problems(problems: Sequence[Problem]) -> str:
     return "\n".join(f"  {line}" for line in lines)
 
 
+def advise(problems: Sequence[Problem]) -> str:
+    """What to do about rows with problems that no flag has allowed to skip."""
+    flags = {"unusable": "--skip_bad_rows True", "too long": "--long_rows turns"}
+    kinds = {problem.kind for problem in problems}
+    if not kinds.intersection(flags):
+        return "Fix the rows."
+    if kinds == {"too long"}:
+        return "Shorten the rows, or skip and count what does not fit: --long_rows turns."
+    return f"Fix the rows, or skip and count them: {' '.join(flags[kind] for kind in flags if kind in kinds)}."
+
+
 class DataError(UserError):
     """All problems of the data at once."""
 
-    def __init__(self, problems: list[Problem]):
+    def __init__(self, problems: list[Problem], lengths: str = ""):
+        """`lengths`: lines that say how long rows are and what makes room for those that are too long."""
         self.problems = problems
-        super().__init__(
-            f"{len(problems)} problem(s) in the data:\n{format_problems(problems)}\n"
-            "Nothing was trained. Fix the rows, or skip and count them: --skip_bad_rows True (rows that are too long: "
-            "--skip_long_rows True)."
-        )
+        lines = [f"{len(problems)} problem(s) in the data:", format_problems(problems)]
+        lines += [lengths] if lengths else []
+        super().__init__("\n".join([*lines, f"Nothing was trained. {advise(problems)}"]))
 
 
 def shorten(value: Any, limit: int = 60) -> str:

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from medicalgpt.args import DataArguments
-from medicalgpt.data.encoding import IGNORED, EncodingError, Sample
+from medicalgpt.data.encoding import IGNORED, EncodingError, Sample, ShortenedSamples
 from medicalgpt.data.formats import Converter
+from medicalgpt.data.lengths import LengthLimit
 from medicalgpt.data.loading import LoadedData, convert_files, identity, refuse_overlap, row_converter
 from medicalgpt.data.mixing import mixture_sizes
 from medicalgpt.data.rows import Rows
@@ -145,18 +146,25 @@ class StreamedData(LoadedData):
         """Rows that an epoch reads."""
         return sum(stream.rows for stream in self.streams)
 
-    def settle(self, arguments: DataArguments) -> None:
-        """As `LoadedData.settle`; rows that training itself will skip and count are not counted here."""
+    def settle(self, arguments: DataArguments, limit: LengthLimit | None = None) -> None:
+        """As `LoadedData.settle`; rows that training itself will skip and count are not counted here.
+
+        Whether more than half of the rows are too long is judged by the drawn rows.
+        """
+        if arguments.long_rows == "turns":
+            self._refuse_if_most_are_too_long(limit or LengthLimit())
         drawn = {place_of(row) for row in self.train} - {place_of(row) for row in self.validation}
-        allowed = {"too long": arguments.skip_long_rows, "unusable": arguments.skip_bad_rows}
+        allowed = {"too long": arguments.long_rows != "refuse", "unusable": arguments.skip_bad_rows}
         self.problems = [
             problem
             for problem in self.problems
             if problem.side or problem.place not in drawn or not allowed.get(problem.kind)
         ]
-        drawn_rows = self.train
-        super().settle(arguments)
+        drawn_rows, shortened = self.train, [account.shortened for account in self.account["train"]]
+        super().settle(arguments, limit)
         self.train = drawn_rows
+        for account, count in zip(self.account["train"], shortened, strict=True):
+            account.shortened = count
 
     def mix(self, encoded: Dataset, arguments: DataArguments, seed: int) -> Dataset:
         """The drawn rows unchanged: weights became numbers of rows in the first pass."""
@@ -324,6 +332,7 @@ class Position:
         rows: rows of this reader in all finished windows; rows = used + sum(left_out.values()).
         samples: samples of this reader so far.
         left_out: rows of this reader skipped in all finished windows, by reason.
+        shortened: used rows in all finished windows that keep only their first exchanges.
     """
 
     epoch: int = 0
@@ -333,6 +342,7 @@ class Position:
     rows: int = 0
     samples: int = 0
     left_out: dict[str, int] = field(default_factory=dict)
+    shortened: int = 0
 
 
 class StreamedSamples(IterableDataset):
@@ -415,6 +425,7 @@ class StreamedSamples(IterableDataset):
                     done=0,
                     rows=at.rows + window.rows,
                     left_out=dict(Counter(at.left_out) + window.left_out),
+                    shortened=at.shortened + window.shortened,
                 )
                 for number in range(at.done, len(window.samples)):
                     last = number + 1 == len(window.samples)
@@ -445,6 +456,7 @@ class StreamedSamples(IterableDataset):
             tokens += sum(len(sample.input_ids) for sample in samples)
             window.samples += samples
             window.rows += 1
+            window.shortened += isinstance(samples, ShortenedSamples)
             if tokens >= most:
                 yield self._finished(window, number + 1, epoch)
                 window, tokens = _Window(number + 1), 0
@@ -511,6 +523,7 @@ class _Window:
     rows: int = 0
     samples: list[Any] = field(default_factory=list)
     left_out: Counter = field(default_factory=Counter)
+    shortened: int = 0
 
 
 def fill_blocks(samples: Sequence[Sample], block_size: int) -> list[dict[str, list[int]]]:

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import threading
+from array import array
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -16,17 +17,21 @@ from typing import Any
 
 from medicalgpt.args import DataArguments
 from medicalgpt.data.cache import UncacheableError, load_or_make, token_key
-from medicalgpt.data.encoding import EncodingError, Pair, Prompt, Sample
+from medicalgpt.data.encoding import EncodingError, Pair, Prompt, Sample, ShortenedSamples
+from medicalgpt.data.lengths import SHORTENED, TOO_LONG, UNKNOWN, USED, LengthLimit, RowLengths
 from medicalgpt.data.loading import LoadedData
 from medicalgpt.data.rows import Rows, on_disk
 from medicalgpt.data.sources import Place, Problem, place_of
 from medicalgpt.errors import UserError
 from medicalgpt.logs import heartbeat
+from medicalgpt.models.attention import context_length
 
 import datasets
+import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 from loguru import logger
+from transformers import PreTrainedConfig
 
 
 def encode_rows(
@@ -37,7 +42,7 @@ def encode_rows(
     overwrite_cache: bool = False,
     sample: type = Sample,
 ) -> Dataset:
-    """Encode all rows of one side; rows that fail join `data.problems`.
+    """Encode all rows of one side; rows that fail join `data.problems`, the length of each row `data.lengths`.
 
     The result is on disk and is kept for runs with the same rows, tokenizer, arguments and code (see cache.py). Of the
     processes that torchrun starts on a machine, one encodes and the others wait.
@@ -72,6 +77,7 @@ def encode_rows(
         with (folder / "problems.jsonl").open(encoding="utf-8") as file:
             found = map(json.loads, file)
             data.problems += [Problem(**{**problem, "place": Place(*problem["place"])}) for problem in found]
+        data.lengths[side] = RowLengths(*np.load(folder / "lengths.npy", allow_pickle=False))
         return Dataset.from_file(str(folder / "samples.arrow"))
 
     return load_or_make(key, partial(_write_encoded, rows, encode, workers, side, sample), read, renew=overwrite_cache)
@@ -83,6 +89,8 @@ def encode_sides(
     arguments: DataArguments,
     seed: int,
     sample: type = Sample,
+    config: PreTrainedConfig | None = None,
+    reserved: tuple[str, int] | None = None,
 ) -> tuple[Dataset, Dataset | None]:
     """Encode the training and the held-out rows, skip rows that fail as far as the flags allow it, and mix the sources.
 
@@ -90,6 +98,8 @@ def encode_sides(
         arguments: the data flags.
         seed: of the mixture.
         encode, sample: see `encode_rows`.
+        config: of the model, whose number of positions limits the lengths that are proposed.
+        reserved: of the maximum length, tokens that are kept for an answer, with the flag that says so.
 
     Returns:
         The training and the held-out samples; None where no row is held out.
@@ -100,7 +110,7 @@ def encode_sides(
     workers, renew = arguments.preprocessing_num_workers, arguments.overwrite_cache
     train = encode_rows(data, "train", encode, workers, renew, sample)
     validation = encode_rows(data, "validation", encode, workers, renew, sample) if data.validation else None
-    data.settle(arguments)
+    data.settle(arguments, LengthLimit.of(encode, reserved, context_length(config) if config else None))
     return data.mix(train, arguments, seed), validation
 
 
@@ -124,7 +134,8 @@ def _write_encoded(rows: Rows, encode: Callable, workers: int, side: str, sample
         datasets.utils.tqdm(total=len(rows), desc=f"tokenizing {side}") as bar,
         ExitStack() as stack,
     ):
-        done = 0
+        done, lengths = 0, array("q")
+        outcomes = array("q")
         if datasets.are_progress_bars_disabled():
             stack.enter_context(heartbeat(lambda: f"tokenizing {side}: {done:,} of {len(rows):,} rows"))
         if workers == 1:
@@ -136,7 +147,10 @@ def _write_encoded(rows: Rows, encode: Callable, workers: int, side: str, sample
             stack.enter_context(_report_killed_workers())
             parts = pool.map(_encode_part_in_worker, starts)
         waiting: list[pa.RecordBatch] = []
-        for batch, found in parts:
+        for batch, found, measured in parts:
+            for tokens, outcome in measured:
+                lengths.append(tokens)
+                outcomes.append(outcome)
             problems.write("".join(json.dumps(asdict(problem), ensure_ascii=False) + "\n" for problem in found))
             waiting.append(pa.ipc.read_record_batch(pa.py_buffer(batch), schema))
             # A few large pieces: each one costs memory when the file is opened.
@@ -147,6 +161,7 @@ def _write_encoded(rows: Rows, encode: Callable, workers: int, side: str, sample
             done = min(done + ROWS_AT_A_TIME, len(rows))
         if waiting:
             samples.write(pa.concat_batches(waiting))
+        np.save(folder / "lengths.npy", np.array([lengths, outcomes], dtype=np.int64))
 
 
 @contextmanager
@@ -160,22 +175,29 @@ def _report_killed_workers() -> Iterator[None]:
         ) from error
 
 
-def _encode_part(rows: Rows, encode: Callable, schema: pa.Schema, start: int) -> tuple[bytes, list[Problem]]:
-    """The samples of the next rows as a serialized batch of `schema`, and what could not be encoded."""
+def _encode_part(
+    rows: Rows, encode: Callable, schema: pa.Schema, start: int
+) -> tuple[bytes, list[Problem], list[tuple[int, int]]]:
+    """The samples of the next rows as a serialized batch of `schema`, what could not be encoded, and `RowLengths`."""
     columns: dict[str, list] = {name: [] for name in schema.names}
-    problems = []
+    problems, measured = [], []
     for row in rows[start : start + ROWS_AT_A_TIME]:
         try:
             samples = encode(row)
         except EncodingError as error:
             kind = "too long" if error.too_long else "unusable"
             problems.append(Problem(place_of(row), error.reason, error.remedy + ".", kind=kind))
+            measured.append((error.tokens, TOO_LONG if error.too_long else UNKNOWN))
             continue
+        if isinstance(samples, ShortenedSamples):
+            measured.append((samples.tokens, SHORTENED))
+        else:
+            measured.append((max((sample.tokens for sample in samples), default=0), USED))
         for sample in samples:
             for name, ids in vars(sample).items():
                 columns[name].append(ids)
             columns["place"].append(row["place"])
-    return pa.RecordBatch.from_pydict(columns, schema).serialize().to_pybytes(), problems
+    return pa.RecordBatch.from_pydict(columns, schema).serialize().to_pybytes(), problems, measured
 
 
 _work: tuple[Rows, Callable, pa.Schema] | None = None
@@ -195,5 +217,5 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
-def _encode_part_in_worker(start: int) -> tuple[bytes, list[Problem]]:
+def _encode_part_in_worker(start: int) -> tuple[bytes, list[Problem], list[tuple[int, int]]]:
     return _encode_part(*_work, start)

@@ -17,10 +17,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from medicalgpt.data.encoding import EncodingError, refuse_special_tokens
+from medicalgpt.data.encoding import EncodingError, encode_answered, refuse_special_tokens
 from medicalgpt.data.folders import format_of
 from medicalgpt.data.formats import PREFERENCE_FIELDS, to_messages, to_preference
-from medicalgpt.data.sources import SHOWN_PROBLEMS, Problem, RowError, SourceRow, format_problems, place_of, read_rows
+from medicalgpt.data.problems import SHOWN_PROBLEMS, Problem, RowError, SourceRow, advise, format_problems, place_of
+from medicalgpt.data.sources import read_rows
 from medicalgpt.errors import UserError
 from medicalgpt.files import refuse_overwriting
 from medicalgpt.logs import heartbeat
@@ -275,25 +276,21 @@ class RewardScorer:
             EncodingError: too long for the model, refused by the template, or text that contains a special token.
         """
         refuse_special_tokens(self.tokenizer, messages, tools)
-        try:
-            encoded = self.tokenizer.apply_chat_template(
-                list(messages),
-                tools=tools,
-                tokenize=True,
-                return_dict=True,
-                return_assistant_tokens_mask=self._marks_answers,
-                tokenizer_kwargs={"verbose": False},
-            )
-        except TemplateError as error:
-            raise EncodingError(f"the chat template refuses it: {error}", "Fix the row") from error
-        ids = list(encoded["input_ids"])
         if self._marks_answers:
-            del ids[max(place for place, bit in enumerate(encoded["assistant_masks"]) if bit) + 1 :]
+            ids = encode_answered(self.tokenizer, messages, tools)
+        else:
+            try:
+                ids = self.tokenizer.apply_chat_template(
+                    list(messages), tools=tools, return_dict=False, tokenizer_kwargs={"verbose": False}
+                )
+            except TemplateError as error:
+                raise EncodingError(f"the chat template refuses it: {error}", "Fix the row") from error
         if self.context_length is not None and len(ids) > self.context_length:
             raise EncodingError(
                 f"{len(ids)} tokens, longer than the {self.context_length} of the reward model",
-                "Shorten the row, or skip it with --skip_long_rows True",
+                "Shorten the row",
                 too_long=True,
+                tokens=len(ids),
             )
         return ids
 
@@ -475,7 +472,7 @@ def score_rows(
     *,
     batch_size: int = 8,
     skip_bad_rows: bool = False,
-    skip_long_rows: bool = False,
+    long_rows: str = "turns",
 ) -> dict[str, float]:
     """Score rows and write them in order, each with all its fields; count the rows that are skipped.
 
@@ -483,13 +480,15 @@ def score_rows(
 
     Args:
         problems: of rows that could not be read. Rows that cannot be encoded are added.
+        long_rows: `turns` or `skip` skips rows that are too long, `turns` up to a half of all rows; `refuse` does not.
+            A score belongs to the last answer, so no row is shortened.
 
     Returns:
         For pairs `accuracy`, `margin`, `chosen_reward` and `rejected_reward`; for other rows `mean_reward`,
         `min_reward` and `max_reward`.
 
     Raises:
-        UserError: a row has a problem that no flag allows to skip; nothing is written then.
+        UserError: a row has a problem that no flag allows to skip, or too many are too long; nothing is written then.
     """
     encoded: list[tuple[ScorableRow, list[list[int]]]] = []
     problems = list(problems)
@@ -501,11 +500,18 @@ def score_rows(
         except EncodingError as error:
             kind = "too long" if error.too_long else "unusable"
             problems.append(Problem(scorable.row.place, error.reason, f"{error.remedy}.", kind=kind))
-    allowed = {"unusable": skip_bad_rows, "too long": skip_long_rows, "unreadable": False}
+    allowed = {"unusable": skip_bad_rows, "too long": long_rows != "refuse", "unreadable": False}
     if refused := [problem for problem in problems if not allowed[problem.kind]]:
         raise UserError(
             f"{len(refused)} row(s) cannot be scored; nothing was written:\n{format_problems(refused)}\n"
-            "Fix them, or skip and count them: --skip_bad_rows True (those that are too long: --skip_long_rows True)."
+            f"{advise(refused)}"
+        )
+    long = [problem for problem in problems if problem.kind == "too long"]
+    total = len(encoded) + len(problems)
+    if long_rows == "turns" and 2 * len(long) > total:
+        raise UserError(
+            f"{len(long)} of {total} rows are too long, more than half; nothing was written. The first: {long[0]}\n"
+            "To score the others alone: --long_rows skip."
         )
     for problem in problems[:SHOWN_PROBLEMS]:
         logger.warning(f"skipped: {problem}")

@@ -483,6 +483,7 @@ def model_card(record: dict[str, Any], output_dir: Path, note: str) -> str:
     """README.md of a checkpoint: what it is, what it was trained from and on, its results, and how to use it."""
     data = "\n".join(
         f"- {entry['side']}: `{entry['file']}`, {entry['rows']} rows, {entry['used']} used"
+        + (f", {entry['shortened']} of them shortened" if entry.get("shortened") else "")
         + "".join(f", {count} {reason}" for reason, count in entry["left_out"].items())
         for entry in record["data"]
     )

@@ -49,10 +49,10 @@ def check_flags(data_args: DataArguments, args: SFTConfig, *, rows_can_be_too_lo
             "--streaming needs --max_steps: the learning rate schedule covers all steps, and their number per epoch is "
             "unknown until all rows are tokenized. The log gives an estimate before the first step."
         )
-    if rows_can_be_too_long and not data_args.skip_long_rows:
+    if rows_can_be_too_long and data_args.long_rows == "refuse":
         raise UserError(
-            "--streaming tokenizes during training, so a row that is too long is found only then. Allow in advance "
-            "that such rows are skipped and counted: --skip_long_rows True."
+            "--streaming tokenizes during training, so a row that is too long is found only then and cannot stop the "
+            "run before it. Use --long_rows turns (the default) or --long_rows skip."
         )
     if data_args.shuffle_buffer < 1:
         raise UserError(
@@ -197,12 +197,14 @@ class StreamTrainer(TokenTrainer):
         positions = gather_object(self.positions)
         left_out = sum((Counter(position.left_out) for position in positions), Counter())
         rows = sum(position.rows for position in positions)
+        shortened = sum(position.shortened for position in positions)
         return {
             "epochs_begun": max(position.epoch for position in positions) + 1,
             "epochs": round(sum(position.passed for position in positions) / len(positions), 4),
             "rows": rows,
             "used": rows - sum(left_out.values()),
             "left_out": dict(left_out),
+            **({"shortened": shortened} if shortened else {}),
             "samples": sum(position.samples for position in positions),
         }
 

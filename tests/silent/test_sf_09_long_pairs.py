@@ -36,10 +36,10 @@ def test_refused_with_its_place(model, tmp_path, stage, long):
     # Rows that cannot be used for other reasons do not let this one through.
     for more in ((), ("--skip_bad_rows", "True")):
         with pytest.raises(DataError, match="longer than the 80 that fit") as error:
-            open_pairs(stage, model, tmp_path, [*SHORT, LONG[long]], *FLAGS, *more)
+            open_pairs(stage, model, tmp_path, [*SHORT, LONG[long]], *FLAGS, "--long_rows", "refuse", *more)
     (problem,) = error.value.problems
     assert problem.place == (str(tmp_path / "data" / "rows.jsonl"), 4, 0)
-    assert "--skip_long_rows True" in str(error.value)
+    assert str(error.value).endswith("skip and count what does not fit: --long_rows turns.")
     assert f"the {'rejected' if long == 'rejected' else 'chosen'} answer: " in problem.reason
     assert not (tmp_path / "out").exists()
 
@@ -52,8 +52,8 @@ def test_refused_with_its_place(model, tmp_path, stage, long):
 def test_limits_of_one_side(model, tmp_path, stage, flag, limit, kept):
     rows = [*SHORT[:2], {**SHORT[2], "prompt": f"Question 4?{'.' * (20 if 'source' in flag else 0)}"}]
     with pytest.raises(DataError, match=f"more than {flag} {limit}"):
-        open_pairs(stage, model, tmp_path, rows, flag, limit)
-    opened = open_pairs(stage, model, tmp_path, rows, flag, limit, "--skip_long_rows", "True")
+        open_pairs(stage, model, tmp_path, rows, flag, limit, "--skip_long_rows", "False")
+    opened = open_pairs(stage, model, tmp_path, rows, flag, limit)
     texts = [opened.tokenizer.decode(ids) for ids in opened.trainer.train_dataset["prompt_ids"]]
     assert [int(text.split("Question ")[1].split("?")[0]) for text in texts] == kept
 

@@ -3,6 +3,7 @@
 import math
 
 from medicalgpt.data.sources import DataError
+from medicalgpt.errors import UserError
 from tests.helpers import open_stage, read_json, run_program, write_jsonl
 from tests.silent.callbacks import Watch
 from tests.tiny import make_tiny
@@ -40,13 +41,14 @@ def flags(folder, tmp_path, *more):
 def test_refused_with_its_place(folder, tmp_path, long):
     path = write_jsonl(tmp_path / "data" / "rows.jsonl", [*SHORT, long])
     with pytest.raises(DataError, match="longer than the 80 that fit") as error:
-        open_stage("supervised_finetuning.py", *flags(folder, tmp_path))
+        open_stage("supervised_finetuning.py", *flags(folder, tmp_path, "--long_rows", "refuse"))
     assert [problem.place for problem in error.value.problems] == [(str(path), 4, 0)]
-    assert f"{path}:4: " in str(error.value) and "--skip_long_rows True" in str(error.value)
+    assert f"{path}:4: " in str(error.value) and "--long_rows turns" in str(error.value)
     assert not (tmp_path / "out").exists()
     # Rows that cannot be used for other reasons do not let this one through.
+    more = ("--long_rows", "refuse", "--skip_bad_rows", "True")
     with pytest.raises(DataError):
-        open_stage("supervised_finetuning.py", *flags(folder, tmp_path, "--skip_bad_rows", "True"))
+        open_stage("supervised_finetuning.py", *flags(folder, tmp_path, *more))
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -81,7 +83,7 @@ def test_longest_row_that_fits_keeps_its_end(folder, tmp_path):
     assert [label for label in labels if label != -100][-1] == end
     exact = flags(folder, tmp_path, "--model_max_length", len(ids))
     assert open_stage("supervised_finetuning.py", *exact).trainer.train_dataset[0]["input_ids"] == ids
-    with pytest.raises(DataError):
+    with pytest.raises(UserError, match="1 of 1 train rows are too long"):
         open_stage("supervised_finetuning.py", *flags(folder, tmp_path, "--model_max_length", len(ids) - 1))
 
 

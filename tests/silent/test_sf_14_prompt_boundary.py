@@ -2,8 +2,7 @@
 
 import random
 
-from medicalgpt.data.encoding import EncodingError, encode_chat
-from medicalgpt.data.sources import DataError
+from medicalgpt.data.encoding import encode_chat
 from template import TEMPLATES
 from tests.helpers import chat, open_stage, read_json, save_model, write_jsonl
 from tests.silent.chats import (
@@ -24,7 +23,6 @@ import pytest
 STARTS = ["", *" \t:<5你\u3000", "  ", "\n", "\n\n", "\n \n", "\r\n", ".\n", ">\n", "'s"]
 # Their prompts end with a colon. Qwen's tokenizer cuts "<think" in another way after it, though not across the border.
 COLON = ["ziya", "chatglm2", "intern"]
-MELTED = "the first characters of an answer form one token with the end of the prompt"
 
 
 @pytest.fixture(scope="module")
@@ -60,50 +58,66 @@ def test_prompt_ids_and_answer_ids_are_the_joint_ids(folders, kind, name, shape)
         assert answer[-1] in turn_end_ids(tokenizer, name)
 
 
+def spelled(name, start, more):
+    """Two turns with answers that begin and end with white space; one family always thinks."""
+    thoughts = {"reasoning_content": "So."} if name == "qwen3_5" else {}
+    turns = [
+        {"role": "user", "content": f"Why?{more}"},
+        {"role": "assistant", "content": f"{start}x{more}", **thoughts},
+        {"role": "user", "content": f"{start}And?"},
+        {"role": "assistant", "content": f"{more}y{start}", **thoughts},
+    ]
+    return turns
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_any_answer_is_encoded_rightly_or_refused(folders, kind, name):
+def test_any_answer_follows_the_prompt_of_serving(folders, kind, name):
+    """No beginning of an answer is refused, and each turn is trained once, after the ids that serving has for it."""
     tokenizer, _ = load(folders[kind], name)
     draw = random.Random(0)
-    encoded = 0
-    for _ in range(60):
-        start, more = draw.choice(STARTS), draw.choice(STARTS)
-        messages = [{"role": "user", "content": f"Why?{more}"}, {"role": "assistant", "content": f"{start}x{more}"}]
-        if name == "qwen3_5":
-            messages[1]["reasoning_content"] = "So."
-        prompt = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=False)
-        try:
-            (sample,) = encode_chat(tokenizer, chat(messages))
-        except EncodingError as error:
-            assert error.reason.startswith(MELTED) and start[:1].isspace()
-            continue
-        encoded += 1
-        ((at, answer),) = supervised_runs(sample.labels)
-        assert sample.input_ids[:at] == prompt
-        assert [label for label in sample.labels[at:] if label != -100] == answer
-    assert encoded > 30
+    for _ in range(12):
+        messages = spelled(name, draw.choice(STARTS), draw.choice(STARTS))
+        samples = encode_chat(tokenizer, chat(messages))
+        runs = [(sample, start, ids) for sample in samples for start, ids in supervised_runs(sample.labels)]
+        for turn, (sample, start, answer) in zip((1, 3), runs, strict=True):
+            prompt, whole = (
+                tokenizer.apply_chat_template(part, add_generation_prompt=generate, return_dict=False)
+                for part, generate in ((messages[:turn], True), (messages[: turn + 1], False))
+            )
+            assert sample.input_ids[:start] == prompt
+            assert sample.input_ids[start : start + len(answer)] == answer
+            text = tokenizer.decode(prompt + answer)
+            assert tokenizer.decode(whole).startswith(text) and len(text) > len(tokenizer.decode(prompt))
 
 
-def test_answer_that_melts_into_the_prompt_is_refused(tmp_path):
+def test_answer_that_joins_the_prompt_is_trained_as_it_is_generated(tmp_path):
     """Qwen's tokenizer has one token for two line breaks, and the prompt of ChatML ends with one."""
     tokenizer = TOKENIZERS["byte_like_qwen"]()
-    assert len(tokenizer("\n\n", add_special_tokens=False)["input_ids"]) == 1
+    one, two = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("\n", "\n\n"))
+    assert len(one) == len(two) == 1
     save_model(tmp_path / "model", tokenizer)
     rows = [
         {"prompt": "Why?", "response": "So."},
         {"prompt": "Why?", "response": "\nSo."},
         {"messages": [{"role": r, "content": c} for r, c in (("user", "?"), ("assistant", "\n1")) * 2]},
     ]
-    path = write_jsonl(tmp_path / "data" / "rows.jsonl", rows)
-    flags = [
-        *("--model_name_or_path", tmp_path / "model", "--train_file_dir", tmp_path / "data"),
-        *("--output_dir", tmp_path / "out", "--template_name", "chatml", "--max_steps", 1, "--sample_prompts", 0),
+    write_jsonl(tmp_path / "data" / "rows.jsonl", rows)
+    opened = open_stage(
+        "supervised_finetuning.py",
+        *("--model_name_or_path", tmp_path / "model", "--train_file_dir", tmp_path / "data", "--output_dir"),
+        *(tmp_path / "out", "--template_name", "chatml", "--max_steps", 1, "--sample_prompts", 0),
+    )
+    samples = list(opened.trainer.train_dataset)
+    runs = [
+        (sample["input_ids"][:start], ids) for sample in samples for start, ids in supervised_runs(sample["labels"])
     ]
-    with pytest.raises(DataError) as error:
-        open_stage("supervised_finetuning.py", *flags)
-    assert [problem.place for problem in error.value.problems] == [(str(path), 2, 0), (str(path), 3, 0)]
-    assert str(error.value).count(MELTED) == 2 and "white space at the start of the answer" in str(error.value)
-
-    open_stage("supervised_finetuning.py", *flags, "--skip_bad_rows", "True").finish()
+    assert [opened.tokenizer.decode(ids) for _, ids in runs] == [
+        f"{text}<|im_end|>" for text in ("So.", "\nSo.", "\n1", "\n1")
+    ]
+    assert [prompt[-1:] for prompt, _ in runs] == [one] * 4
+    # In the history of the second turn, serving reads the same characters as one token: a sample of its own.
+    assert [prompt.count(two[0]) for prompt, _ in runs] == [0, 0, 0, 1] and len(samples) == 4
+    opened.finish()
     (entry,) = read_json(tmp_path / "out" / "run.json")["data"]
-    assert (entry["rows"], entry["used"], entry["left_out"]) == (3, 1, {"unusable": 2})
+    assert (entry["rows"], entry["used"], entry["left_out"]) == (3, 3, {})

@@ -167,7 +167,7 @@ def test_documents_of_pretraining(folder, tmp_path, capsys):
 
 def test_bad_rows_stop_the_program_with_all_their_places(folder, tmp_path):
     path = write_jsonl(tmp_path / "data" / "rows.jsonl", [GOOD[0], *BAD, LONG[0]])
-    done = run_program("supervised_finetuning.py", *flags(folder, tmp_path), check=False)
+    done = run_program("supervised_finetuning.py", *flags(folder, tmp_path, "--long_rows", "refuse"), check=False)
     assert done.returncode == 1
     assert re.findall(rf"{re.escape(path)}:(\d+): ", done.stderr) == [str(n + 2) for n in range(len(BAD) + 1)]
     assert f"{len(BAD) + 1} problem(s) in the data" in done.stderr

@@ -94,7 +94,7 @@ def test_batches_of_the_program(tmp_path, name, packing):
         wanted += ids if name == "qwen3" else ids[-1:]
     assert sorted(found) == sorted(wanted)
     with pytest.raises(DataError, match="longer than the 60 that fit"):
-        open_stage("supervised_finetuning.py", *flags, "--model_max_length", 60)
+        open_stage("supervised_finetuning.py", *flags, "--model_max_length", 60, "--long_rows", "refuse")
 
 
 @pytest.mark.parametrize("block_size", [1, 7, 10, 11, 12, 1000])
