@@ -1,0 +1,76 @@
+"""What MedicalGPT's front ends took: a template that is only compared, and a user with a password as the key."""
+
+import asyncio
+import base64
+
+from medicalgpt.errors import UserError
+from medicalgpt.serving.web import AccessMiddleware
+from template import apply_template, check_template
+from tests.tiny import tiny_tokenizer
+
+import pytest
+from starlette.responses import PlainTextResponse
+
+
+@pytest.mark.parametrize("system_prompt", [None, "Answer briefly."])
+def test_the_template_of_the_model_may_be_named(system_prompt):
+    tokenizer = tiny_tokenizer()
+    apply_template(tokenizer, "chatml", system_prompt)
+    before = tokenizer.chat_template
+    check_template(tokenizer, "chatml")
+    check_template(tokenizer, None)
+    assert tokenizer.chat_template == before
+
+
+@pytest.mark.parametrize("name", ["vicuna", "alpaca"])
+def test_another_template_is_refused(name):
+    tokenizer = tiny_tokenizer()
+    with pytest.raises(
+        UserError, match=f"--template_name {name} is not the chat template saved with the model. Omit it"
+    ):
+        check_template(tokenizer, name)
+
+
+def status(header: str | None, key: str) -> int:
+    """The status of a request with this Authorization header to a server with this key."""
+    sent = []
+
+    async def send(message) -> None:
+        sent.append(message)
+
+    async def receive() -> dict:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    app = AccessMiddleware(
+        PlainTextResponse("ok"), refuse=lambda refusal: PlainTextResponse("", refusal.status_code), key=key
+    )
+    headers = [(b"host", b"127.0.0.1")] + ([(b"authorization", header.encode())] if header else [])
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": headers}
+    asyncio.run(app(scope, receive, send))
+    return sent[0]["status"]
+
+
+def basic(text: str) -> str:
+    return "Basic " + base64.b64encode(text.encode()).decode()
+
+
+@pytest.mark.parametrize(
+    ("header", "expected"),
+    [
+        (basic("user:password"), 200),
+        ("Bearer user:password", 200),
+        ("bearer user:password", 200),
+        (basic("user:passwort"), 401),
+        (basic("user"), 401),
+        ("Basic ?", 401),
+        ("user:password", 401),
+        ("Digest user:password", 401),
+        (None, 401),
+    ],
+)
+def test_a_user_with_a_password_is_a_key(header, expected):
+    assert status(header, "user:password") == expected
+
+
+def test_a_key_without_a_user_is_not_taken_from_basic():
+    assert status(basic("secret"), "secret") == 401 and status("Bearer secret", "secret") == 200
