@@ -307,7 +307,6 @@ ACCEPTED: dict[str, dict[tuple[str, ...], tuple[tuple[str, ...] | None, str]]] =
     "group_by_length": {PT: (ANY, "Blocks are of equal length.")},
     "group_by_text": {PT: (("true",), "Documents are packed into blocks.")},
     "keep_linebreaks": {PT: (("true",), "Line breaks inside a document are kept.")},
-    "file_type": {CONVERT: (ANY, "The type of a file follows from its name.")},
     # PPO of older TRL versions.
     "reward_baseline": {PPO: (("0", "0.0"), "Nothing is subtracted from the scores.")},
     "adap_kl_ctrl": {PPO: (("false",), "The KL coefficient is fixed unless --target_reference_kl is given.")},
