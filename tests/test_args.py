@@ -157,7 +157,7 @@ def test_contradictions_that_the_library_finds_are_user_errors(refusal):
         (["--no_use_peft"], "use_peft", False),
         (["--use_peft", "False"], "use_peft", False),
         (["--gradient_checkpointing"], "gradient_checkpointing", True),
-        (["--learning_rate", "-1"], "learning_rate", -1.0),
+        (["--max_steps", "-1"], "max_steps", -1),
     ],
 )
 def test_spellings(argv, name, value):

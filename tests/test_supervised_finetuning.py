@@ -456,7 +456,7 @@ def test_a_broken_folder_is_refused_before_anything_is_loaded(work, tmp_path):
         [{"messages": [{"role": "robot", "content": "x"}]}, {**chats(1)[0], "label": False}],
     )
     write_jsonl(tmp_path / "bad" / "dev.jsonl", [{"prompt": "Q", "response": "A" * 2000}])
-    done = train(work, "never", data=tmp_path / "bad", check=False)
+    done = train(work, "never", "--long_rows", "refuse", data=tmp_path / "bad", check=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     bad = tmp_path / "bad"
     for part in (
@@ -507,7 +507,7 @@ def test_the_adapter_of_another_base_is_refused(work, adapter):
         (("--load_in_4bit", "True", "--use_peft", "False"), "a quantized base cannot be trained in full"),
         (("--load_in_4bit", "True", "--load_in_8bit", "True"), "choose one"),
         (("--template_name", "qwne"), "qwen"),
-        (("--validation_file_dir", "{chat}/train.jsonl"), "20 of 20 held-out rows are also trained on"),
+        (("--validation_file_dir", "{chat}/train.jsonl"), "all 20 held-out rows are also trained on"),
         (("--target_modules", "q_prj"), "no module q_prj"),
         (("--resume_from_checkpoint", "True"), "no complete checkpoint"),
     ],
