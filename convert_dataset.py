@@ -198,15 +198,15 @@ def settle(args: ConversionArguments, problems: "list[Problem]", converted: int)
     Raises:
         UserError: there are such rows and no flag allows to skip them, or no row is left.
     """
-    from medicalgpt.data.sources import SHOWN_PROBLEMS, format_problems
+    from medicalgpt.data.problems import NEVER_SKIPPED, SHOWN_PROBLEMS, advise, format_problems
 
     from loguru import logger
 
-    refused = [problem for problem in problems if problem.kind == "unreadable" or not args.skip_bad_rows]
+    refused = [problem for problem in problems if problem.kind in NEVER_SKIPPED or not args.skip_bad_rows]
     if refused:
         raise UserError(
             f"{len(refused)} row(s) cannot be converted to {args.to}:\n{format_problems(refused)}\n"
-            "Nothing was written. Fix the rows, or skip and count them: --skip_bad_rows True."
+            f"Nothing was written. {advise(refused)}"
         )
     for problem in problems[:SHOWN_PROBLEMS]:
         logger.warning(f"skipped: {problem}")

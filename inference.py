@@ -36,7 +36,15 @@ from typing import Any, NoReturn
 from medicalgpt.args import ChatArguments, DataArguments, same_field
 from medicalgpt.data.folders import format_of
 from medicalgpt.data.formats import Converter, converter, to_prompt
-from medicalgpt.data.sources import Problem, RowError, SourceRow, format_problems, ignored_fields, read_rows
+from medicalgpt.data.sources import (
+    NEVER_SKIPPED,
+    Problem,
+    RowError,
+    SourceRow,
+    format_problems,
+    ignored_fields,
+    read_rows,
+)
 from medicalgpt.errors import UserError, run_main
 from medicalgpt.files import hash_file, refuse_overwriting, write_atomically
 from medicalgpt.logs import (
@@ -352,7 +360,7 @@ def read_questions(arguments: InferenceArguments) -> list[Question]:
         try:
             questions.append(to_question(row, convert, arguments.system_prompt))
         except RowError as error:
-            problems.append(Problem(row.place, error.reason, error.remedy, error.value))
+            problems.append(error.at(row.place))
     refuse(problems, arguments.skip_bad_rows)
     if not questions:
         raise UserError(f"{path} has no rows that can be answered. Fill it, or give another --data_file.")
@@ -384,7 +392,7 @@ def refuse(problems: list[Problem], skip: bool) -> None:
     if not problems:
         return
     shown = f"{len(problems)} row(s) cannot be answered"
-    if not skip:
+    if not skip or any(problem.kind in NEVER_SKIPPED for problem in problems):
         raise UserError(f"{shown}; nothing was generated:\n{format_problems(problems)}")
     logger.warning(f"{shown} and are skipped (--skip_bad_rows True):\n{format_problems(problems)}")
 

@@ -5,12 +5,16 @@ A remedy that a refusal prints is applied here: the row is then right.
 
 import json
 import re
+from pathlib import Path
 
+import convert_dataset
+import inference
 from medicalgpt.args import DataArguments
+from medicalgpt.data.cleaning import FileToClean, clean_files
 from medicalgpt.data.formats import Converter, to_messages, to_preference, to_prompt, to_text
 from medicalgpt.data.loading import load_data, row_converter
 from medicalgpt.data.presets import PRESETS
-from medicalgpt.data.sources import RowError, ignored_fields
+from medicalgpt.data.sources import Place, RowError, ignored_fields
 from medicalgpt.data.tasks import to_task
 from medicalgpt.errors import UserError
 from tests.helpers import ROOT, write_jsonl
@@ -421,6 +425,17 @@ REFUSED = {
             ]
         },
     ),
+    "MedMCQA counted from 1, of a table": (
+        {"question": ASKED, "opa": "4", "opb": "3", "opc": "2", "opd": "1", "cop": "4"},
+        to_messages,
+        "`cop` is 4",
+        {
+            "--preset medmcqa-original": [
+                {"role": "user", "content": f"{ASKED}\nA. 4\nB. 3\nC. 2\nD. 1"},
+                {"role": "assistant", "content": "D. 1"},
+            ]
+        },
+    ),
     "a set whose values are of another kind": (
         {"question": ASKED, "choices": [1, {}], "answer": 0},
         to_messages,
@@ -682,6 +697,44 @@ def test_the_pages_list_every_preset(page):
         name: (preset.source, (*preset.needs, *preset.marks), preset.kinds, preset.license)
         for name, preset in PRESETS.items()
     }
+
+
+@pytest.mark.parametrize(
+    ("cop", "flags", "remedy"),
+    [(4, {}, "medmcqa-original"), ("4", {}, "medmcqa-original"), (0, {"preset": "medmcqa-original"}, "medmcqa")],
+)
+@pytest.mark.parametrize("to", [to_messages, to_prompt, to_task])
+def test_medmcqa_counted_the_other_way_stops_although_bad_rows_are_skipped(tmp_path, to, cop, flags, remedy):
+    """What is left without these rows would be trained, each with the answer next to the right one."""
+    rows = [{**CHATS["MedMCQA"][0], "question": f"{number}?", "cop": number} for number in (1, 2, 3)]
+    path = write_jsonl(tmp_path / "a.jsonl", [*rows, {**rows[0], "question": "4?", "cop": cop}])
+    arguments = DataArguments(train_file_dir=path, skip_bad_rows=True, **flags)
+    with pytest.raises(UserError) as refused:
+        load_data(arguments, to).settle(arguments)
+    assert f"a.jsonl:4: `cop` is {cop}" in str(refused.value) and "--skip_bad_rows" not in str(refused.value)
+    (preset,) = re.findall(r"--preset ([\w-]+)", str(refused.value))
+    assert preset == remedy
+    arguments = DataArguments(train_file_dir=path, preset=preset)
+    data = load_data(arguments, to)
+    data.settle(arguments)
+    assert len(data.train) == 4
+
+
+def test_programs_that_skip_rows_by_themselves_stop_at_those_that_are_misread(tmp_path):
+    row = {**CHATS["MedMCQA"][0], "cop": 4}
+    with pytest.raises(RowError) as found:
+        to_messages(row)
+    problem = found.value.at(Place("a.jsonl", 1))
+    with pytest.raises(UserError, match="--preset medmcqa-original"):
+        inference.refuse([problem], skip=True)
+    arguments = convert_dataset.ConversionArguments("a", "b", to="sharegpt", skip_bad_rows=True)
+    with pytest.raises(UserError, match="--preset medmcqa-original"):
+        convert_dataset.settle(arguments, [problem], converted=1)
+    path = Path(write_jsonl(tmp_path / "a.jsonl", [{**row, "cop": 1}, row]))
+    file = FileToClean(path, tmp_path / "fixed" / "a.jsonl", to_messages, answered=True)
+    with pytest.raises(UserError, match="a.jsonl:2: .*--preset medmcqa-original"):
+        clean_files([file], tmp_path / "fixed", tmp_path / "list.jsonl")
+    assert [each.name for each in tmp_path.iterdir()] == ["a.jsonl"]
 
 
 def test_presets_differ_in_what_they_need():

@@ -239,6 +239,30 @@ def _letter_with_more(text: str, options: Mapping[str, str]) -> str | None:
     return max(found, key=found.get) if found else None
 
 
+def read_cop(cop: Any, count: int = 4, first: int = 0) -> Any:
+    """MedMCQA's `cop` as a number where it is one. The set's own files count from 1, its copy on the hub from 0.
+
+    Args:
+        count: of options.
+        first: the number of the first option.
+
+    Raises:
+        RowError: `cop` is the number that only the other way of counting has.
+    """
+    text = str(cop).strip().removesuffix(".0")
+    if isinstance(cop, bool) or not text.removeprefix("-").isdecimal():
+        return cop
+    number = int(text)
+    if number == (0 if first else count):
+        other = "0, as the hub's copy does: --preset medmcqa" if first else "1: --preset medmcqa-original"
+        raise RowError(
+            f"`cop` is {number}: no option of {count}, counted from {first}, so that other rows are off by one",
+            f"The file counts from {other}.",
+            kind="misread",
+        )
+    return number
+
+
 def answer_text(letters: str, options: Mapping[str, str]) -> str:
     """The correct options as a reply writes them: `B. text`, one per line."""
     return "\n".join(f"{letter}. {options[letter]}" for letter in letters)

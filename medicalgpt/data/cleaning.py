@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from medicalgpt.data.duplicates import content_key
-from medicalgpt.data.sources import Place, Problem, RowError, SourceRow, read_rows
+from medicalgpt.data.sources import NEVER_SKIPPED, Place, Problem, RowError, SourceRow, read_rows
 from medicalgpt.data.text_files import open_text
 from medicalgpt.errors import UserError
 from medicalgpt.files import open_new
@@ -235,6 +235,8 @@ def _clean_file(
                 before = seen.setdefault(content_key(converted), row.place)
                 reason = "" if before is row.place else f"duplicate of {before}"
             except RowError as error:
+                if error.kind in NEVER_SKIPPED:
+                    raise UserError(f"{error.at(row.place)}\nNothing was written.") from error
                 reason = error.reason
         if reason:
             total.left_out["duplicate" if reason.startswith("duplicate of ") else "unusable"] += 1

@@ -108,12 +108,8 @@ class LoadedData:
                 that.
         """
         limit = limit or LengthLimit()
-        allowed = {
-            "unusable": arguments.skip_bad_rows,
-            "too long": arguments.long_rows != "refuse",
-            "unreadable": False,
-        }
-        if refused := [problem for problem in self.problems if not allowed[problem.kind]]:
+        allowed = {"unusable": arguments.skip_bad_rows, "too long": arguments.long_rows != "refuse"}
+        if refused := [problem for problem in self.problems if not allowed.get(problem.kind)]:
             too_long = any(problem.kind == "too long" for problem in refused)
             raise DataError(refused, self._describe_lengths(limit) if too_long else "")
         if arguments.long_rows == "turns":
@@ -368,7 +364,7 @@ def convert_files(
             try:
                 conversion = convert.convert(row.value)
             except RowError as error:
-                data.problems.append(Problem(row.place, error.reason, error.remedy, error.value, side=side))
+                data.problems.append(error.at(row.place, side))
                 continue
             converted += 1
             account.unused.update(conversion.unused)

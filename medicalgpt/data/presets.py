@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
 
-from medicalgpt.data.choices import answer_letters, parse_options, written_options
+from medicalgpt.data.choices import answer_letters, parse_options, read_cop, written_options
 from medicalgpt.data.sources import RowError
 from medicalgpt.data.turns import parse_transcript
 
@@ -108,11 +108,11 @@ def _ultrachat(row: Row, kind: str) -> dict[str, Any]:
 
 def _medmcqa(first: int) -> Callable[[Row, str], dict[str, Any]]:
     def convert(row: Row, kind: str) -> dict[str, Any]:
-        number = row["cop"]
-        if isinstance(number, int | float) and not first <= number < first + 4:
-            hint = "The files of medmcqa.github.io count from 1: --preset medmcqa-original." if number == 4 else SKIP
-            raise RowError(f"`cop` is {number}: no option of four, counted from {first}", hint, number)
-        return _choice(row, [row[name] for name in MEDMCQA_OPTIONS], number, explanation=row.get("exp"), first=first)
+        options = [row[name] for name in MEDMCQA_OPTIONS]
+        number = read_cop(row["cop"], len(options), first)
+        if isinstance(number, int) and not first <= number < first + 4:
+            raise RowError(f"`cop` is {number}: no option of four, counted from {first}", SKIP, number)
+        return _choice(row, options, number, explanation=row.get("exp"), first=first)
 
     return convert
 

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 from medicalgpt.errors import UserError
 
 SHOWN_PROBLEMS = 20
+# Kinds of problems that no flag allows to skip: what is left without these rows is not what the file says.
+NEVER_SKIPPED = frozenset({"unreadable", "misread"})
 
 
 class Place(NamedTuple):
@@ -51,8 +53,8 @@ class Problem:
     """Why one row cannot be used, and what to do about it.
 
     Attributes:
-        kind: what it is counted under if the row is skipped; `unreadable` hides rows that nobody can count, and is
-            never skipped.
+        kind: what it is counted under if the row is skipped. `unreadable` hides rows that nobody can count, `misread`
+            shows that the rows of its file mean something else than what is read; neither is ever skipped.
         side: `train` or `validation` where it never became a row, empty where one of `LoadedData` is meant.
     """
 
@@ -75,16 +77,22 @@ class RowError(ValueError):
         reason: what is wrong, without a full stop.
         remedy: what to do, a sentence.
         value: the offending value.
+        kind: as in `Problem`.
     """
 
-    def __init__(self, reason: str, remedy: str, value: Any = ""):
+    def __init__(self, reason: str, remedy: str, value: Any = "", kind: str = "unusable"):
         super().__init__(reason)
-        self.reason, self.remedy, self.value = reason, remedy, shorten(value)
+        self.reason, self.remedy, self.value, self.kind = reason, remedy, shorten(value), kind
+
+    def at(self, place: Place, side: str = "") -> Problem:
+        """The problem of the row at `place`."""
+        return Problem(place, self.reason, self.remedy, self.value, self.kind, side)
 
 
 def format_problems(problems: Sequence[Problem]) -> str:
-    """The first problems, one indented line each, and the number of the others."""
-    lines = list(map(str, problems[:SHOWN_PROBLEMS]))
+    """The first problems, one indented line each, and the number of the others; those of all rows come first."""
+    ordered = sorted(problems, key=lambda problem: problem.kind != "misread")
+    lines = list(map(str, ordered[:SHOWN_PROBLEMS]))
     if len(problems) > SHOWN_PROBLEMS:
         lines.append(f"… and {len(problems) - SHOWN_PROBLEMS} more")
     return "\n".join(f"  {line}" for line in lines)
@@ -94,6 +102,8 @@ def advise(problems: Sequence[Problem]) -> str:
     """What to do about rows with problems that no flag has allowed to skip."""
     flags = {"unusable": "--skip_bad_rows True", "too long": "--long_rows turns"}
     kinds = {problem.kind for problem in problems}
+    if "misread" in kinds:
+        return "Read the rows as is said above: the others are read wrongly as well."
     if not kinds.intersection(flags):
         return "Fix the rows."
     if kinds == {"too long"}:

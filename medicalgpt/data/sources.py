@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from medicalgpt.data.folders import NEVER_COMPRESSED, Source, choose_files, find_files, format_of, split_of, suffix_of
 from medicalgpt.data.json_rows import looks_like_json_lines, read_json
 from medicalgpt.data.problems import (
+    NEVER_SKIPPED,
     SHOWN_PROBLEMS,
     DataError,
     Place,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 __all__ = [
+    "NEVER_SKIPPED",
     "SHOWN_PROBLEMS",
     "DataError",
     "InputFile",

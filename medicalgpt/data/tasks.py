@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from medicalgpt.data.answers import final_answer
-from medicalgpt.data.choices import answer_letters, options_of, prompt_with_options, written_options
+from medicalgpt.data.choices import answer_letters, options_of, prompt_with_options, read_cop, written_options
 from medicalgpt.data.fields import PREFERENCE_FIELDS
 from medicalgpt.data.formats import LEADING_FIELDS, PROMPT_FIELDS, to_preference, to_prompt, under_common_names
 from medicalgpt.data.presets import recognise
@@ -67,6 +67,9 @@ def to_task(value: Any, ignore: frozenset[str] = frozenset()) -> dict[str, Any]:
     if options:
         question["content"] = prompt_with_options(question["content"], options)
     first = _first_number(row, option_fields)
+    if "opa" in option_fields and "cop" in columns:
+        # An option that is empty has its number all the same.
+        columns["cop"] = read_cop(columns["cop"], max(4, len(options)))
     columns["answer"] = _choice_gold(columns, options, question["content"], first) or _plain_gold(columns, reply)
     if options:
         columns["options"] = options

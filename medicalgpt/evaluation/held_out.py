@@ -347,7 +347,7 @@ def _convert_rows(
         try:
             items.append(convert(row))
         except sources.RowError as error:
-            problems.append(sources.Problem(row.place, error.reason, error.remedy, error.value))
+            problems.append(error.at(row.place))
     if problems:
         raise UserError(f"{len(problems)} row(s) cannot be measured:\n{sources.format_problems(problems)}")
     return items

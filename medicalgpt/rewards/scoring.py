@@ -440,7 +440,7 @@ def read_score_file(
         try:
             found.append(_to_scorable(row, ignore))
         except RowError as error:
-            problems.append(Problem(row.place, error.reason, error.remedy, error.value))
+            problems.append(error.at(row.place))
     if not found and not problems:
         raise UserError(f"{path} has no rows. Fill it, or give another --score_file.")
     return found, problems
@@ -500,8 +500,8 @@ def score_rows(
         except EncodingError as error:
             kind = "too long" if error.too_long else "unusable"
             problems.append(Problem(scorable.row.place, error.reason, f"{error.remedy}.", kind=kind))
-    allowed = {"unusable": skip_bad_rows, "too long": long_rows != "refuse", "unreadable": False}
-    if refused := [problem for problem in problems if not allowed[problem.kind]]:
+    allowed = {"unusable": skip_bad_rows, "too long": long_rows != "refuse"}
+    if refused := [problem for problem in problems if not allowed.get(problem.kind)]:
         raise UserError(
             f"{len(refused)} row(s) cannot be scored; nothing was written:\n{format_problems(refused)}\n"
             f"{advise(refused)}"
