@@ -175,6 +175,13 @@ CHATS = {
         {"Question": ASKED, "Options": "A Antibiotics\nB Rest", "Answer": "B", "Explanation": "It is viral."},
         EXPLAINED,
     ),
+    "CMExam, the hub's copy": (
+        {
+            **{"Question": ASKED, "Answer": "B", "Explanation": "It is viral.", "Disease Group": "cold"},
+            "Options": [{"key": "A", "value": "Antibiotics"}, {"key": "B", "value": "Rest"}],
+        },
+        EXPLAINED,
+    ),
     "MedReason": (
         {
             **{"dataset_name": "medmcqa", "id_in_dataset": 1, "question": ASKED, "reasoning": THOUGHT},
@@ -221,6 +228,10 @@ CHATS = {
             **{"response": SAID, "helpfulness": 3, "correctness": 4},
         },
         [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}, *TURNS],
+    ),
+    "HuatuoGPT2-SFT": (
+        {"idx": "1", "conversations": [turn(from_="human", value=ASKED), turn(from_="gpt", value=SAID)]},
+        TURNS,
     ),
     "ShareGPT": ({"conversations": [turn(from_="human", value=ASKED), turn(from_="gpt", value=SAID)]}, TURNS),
     **{

@@ -362,8 +362,8 @@ MEDICAL = (
     ),
     Preset(
         "promptcblue",
-        "michaelwzhu/PromptCBLUE, CBLUE",
-        "registration; research",
+        "michael-wzhu/PromptCBLUE on GitHub (CBLUE)",
+        "research, not commercial",
         ("chat",),
         ("input", "target"),
         {"question": "input", "answer": "target"},
@@ -435,7 +435,7 @@ MEDICAL = (
     Preset(
         "cmexam",
         "williamliujl/CMExam, fzkuji/CMExam",
-        "Apache-2.0 (code and copy); research (data)",
+        "Apache-2.0 (copy); see its page (authors)",
         ("chat", "task"),
         ("Question", "Options", "Answer"),
         convert=lambda row, kind: _choice(row, row["Options"], row["Answer"], explanation=row.get("Explanation")),
@@ -444,7 +444,7 @@ MEDICAL = (
     Preset(
         "medreason",
         "UCSC-VLAA/MedReason",
-        "Apache-2.0",
+        "see its page",
         ("chat", "task"),
         ("question", "answer", "reasoning"),
         convert=_medreason,
@@ -454,7 +454,7 @@ MEDICAL = (
     Preset(
         "m23k",
         "UCSC-VLAA/m23k-tokenized",
-        "see its card: parts from MedQA, MedMCQA, HeadQA, PubMedQA",
+        "see its page",
         ("chat", "task"),
         ("prompt", "reasoning", "distilled_answer_string"),
         convert=_m23k,
@@ -466,7 +466,7 @@ GENERAL = (
     Preset(
         "alpaca",
         "tatsu-lab/alpaca, shibing624/medical, BELLE",
-        "CC BY-NC 4.0 (Stanford Alpaca); others as their cards say",
+        "CC BY-NC 4.0 (Stanford Alpaca); GPL-3.0, research (BELLE); see its page",
         ("chat",),
         ("instruction", "output"),
         {
@@ -481,7 +481,7 @@ GENERAL = (
     Preset(
         "belle-multiturn",
         "BelleGroup/multiturn_chat_0.8M",
-        "GPL-3.0; research",
+        "GPL-3.0; research, not commercial",
         ("chat",),
         ("instruction", "output"),
         convert=_belle,
@@ -507,7 +507,7 @@ GENERAL = (
     Preset(
         "firefly",
         "YeungNLP/firefly-train-1.1M",
-        "see its card",
+        "see its page",
         ("chat",),
         ("input", "target"),
         {"question": "input", "answer": "target"},
@@ -515,8 +515,8 @@ GENERAL = (
     ),
     Preset(
         "advertisegen",
-        "AdvertiseGen",
-        "research",
+        "shibing624/AdvertiseGen",
+        "CC BY 4.0 (copy); see its page (authors)",
         ("chat",),
         ("content", "summary"),
         {"question": "content", "answer": "summary"},
@@ -524,15 +524,15 @@ GENERAL = (
     Preset(
         "qa-zh",
         "medical corpora of 问 and 答",
-        "as its source says",
+        "see its page",
         ("chat", "task"),
         ("问", "答"),
         {"question": "问", "answer": "答"},
     ),
     Preset(
         "sharegpt",
-        "ShareGPT exports, OpenHermes",
-        "as its source says",
+        "ShareGPT exports, OpenHermes, HuatuoGPT2-SFT-GPT4-140K",
+        "see its page; Apache-2.0 (HuatuoGPT2)",
         ("chat",),
         ("conversations",),
         {"messages": "conversations", "system": "system", "tools": "tools"},
@@ -540,8 +540,8 @@ GENERAL = (
     ),
     Preset(
         "ultrachat",
-        "stingning/ultrachat, HuatuoGPT2-SFT",
-        "MIT (UltraChat); others as their cards say",
+        "stingning/ultrachat",
+        "MIT",
         ("chat",),
         ("data",),
         convert=_ultrachat,
@@ -558,8 +558,8 @@ GENERAL = (
     ),
     Preset(
         "math",
-        "MATH, DeepScaleR, LIMO: problem, solution, answer",
-        "MIT (MATH)",
+        "HuggingFaceH4/MATH-500, agentica-org/DeepScaleR-Preview-Dataset",
+        "MIT (DeepScaleR); see its page",
         ("chat", "task"),
         ("problem", "solution", "answer"),
         convert=_math,
@@ -594,7 +594,7 @@ GENERAL = (
     Preset(
         "cmmlu",
         "haonan-li/cmmlu",
-        "CC BY-NC 4.0",
+        "CC BY-NC 4.0 (hub); CC BY-NC-SA 4.0 (authors)",
         ("chat", "task"),
         ("Question", "A", "B", "C", "D", "Answer"),
         convert=_options_in_columns,
@@ -622,7 +622,7 @@ GENERAL = (
     Preset(
         "kto",
         "trl-lib/kto-mix-14k",
-        "as its source says",
+        "see its page",
         ("chat",),
         ("prompt", "label"),
         convert=_kto,
