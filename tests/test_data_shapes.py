@@ -3,6 +3,7 @@
 A remedy that a refusal prints is applied here: the row is then right.
 """
 
+import gzip
 import json
 import re
 from pathlib import Path
@@ -796,6 +797,62 @@ def test_columns_map_every_common_name():
     assert result(row, to_preference, "--columns question=p,chosen=good,rejected=bad") == ([USER], GOOD, BAD)
     assert result({"log": TURNS, "fn": [WEATHER]}, to_messages, "--columns messages=log,tools=fn") == TURNS
     assert result({"body": "t"}, to_text, "--columns text=body") == "t"
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+ROW = {"prompt": ASKED, "response": SAID}
+OTHER = {"prompt": "What helps against thirst?", "response": "Water."}
+SPANISH = "síntomas y diagnóstico de la infección"
+
+
+def as_lines(*rows: dict) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+# Files as people have them: their content by name, and the questions or documents that are read; None: refused.
+FILES = {
+    "JSON Lines named .json": ({"a.json": as_lines(ROW, OTHER)}, [ROW, OTHER]),
+    "a list named .jsonl": ({"a.jsonl": json.dumps([ROW, OTHER], indent=2).encode()}, [ROW, OTHER]),
+    "a list under a name": ({"a.json": json.dumps({"data": [ROW, OTHER]}).encode()}, [ROW, OTHER]),
+    "two formats": (
+        {"a.jsonl": as_lines(ROW), "b.csv": f"prompt,response\n{OTHER['prompt']},{OTHER['response']}\n".encode()},
+        [ROW, OTHER],
+    ),
+    "compressed": ({"a.jsonl.gz": gzip.compress(as_lines(ROW, OTHER))}, [ROW, OTHER]),
+    "Chinese in GBK": (
+        {
+            "a.jsonl": as_lines({"prompt": "感冒了怎么办？", "response": "多休息，多喝水，高烧不退请就医。"})
+            .decode()
+            .encode("gbk")
+        },
+        [{"prompt": "感冒了怎么办？"}],
+    ),
+    "a split by folders": (
+        {"train/a.jsonl": as_lines(ROW), "validation/a.jsonl": as_lines(OTHER), "test/a.jsonl": b"not read"},
+        [ROW],
+    ),
+    "Latin-1": ({"a.txt": SPANISH.encode("latin_1")}, [SPANISH]),
+    "JSON Lines named .txt": ({"a.txt": as_lines(ROW, OTHER)}, None),
+}
+
+
+@pytest.mark.parametrize(("files", "rows"), FILES.values(), ids=FILES)
+def test_files(tmp_path, files, rows):
+    for name, content in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+    is_text = all(name.endswith(".txt") for name in files)
+    arguments, to = DataArguments(train_file_dir=str(tmp_path)), to_text if is_text else to_messages
+    if rows is None:
+        with pytest.raises(UserError, match=r"has rows of JSON.*Rename it: a\.jsonl"):
+            load_data(arguments, to)
+        return
+    data = load_data(arguments, to)
+    assert not data.problems
+    read = [row["text"] if is_text else row["messages"][0]["content"] for row in data.train]
+    assert read == [row if is_text else row["prompt"] for row in rows]
 
 
 # --- what is not used ------------------------------------------------------------------------------------------------
