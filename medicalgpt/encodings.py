@@ -367,13 +367,12 @@ def lookup_encoding(name: str) -> str:
         UserError: it knows none of this name, or not one of text.
     """
     try:
-        if codecs.lookup(name)._is_text_encoding:
-            return codecs.lookup(name).name
-    except (LookupError, ValueError):
-        pass
-    raise UserError(
-        f"--encoding {name} is not an encoding. Use utf-8, gb18030, big5, shift_jis, euc_kr, cp1252, utf-16, …"
-    )
+        "".encode(name)
+        return codecs.lookup(name).name
+    except (LookupError, ValueError) as error:
+        raise UserError(
+            f"--encoding {name} is not an encoding. Use utf-8, gb18030, big5, shift_jis, euc_kr, cp1252, utf-16, …"
+        ) from error
 
 
 def find_encoding(sample: bytes, where: str, flag: str | None = "--encoding") -> Found:

@@ -140,6 +140,7 @@ def test_places_and_tests_of_the_table_exist():
             "_maybe_log_save_evaluate",
             "tr_loss grad_norm model trial epoch ignore_keys_for_eval start_time learning_rate",
         ),
+        (Trainer, "_save_checkpoint", "model trial"),
         (SFTTrainer, "_save_checkpoint", "model trial"),
         (GRPOTrainer, "_get_train_sampler", "dataset"),
         (GRPOTrainer, "_save_checkpoint", "model trial"),
