@@ -17,7 +17,7 @@ from medicalgpt.serving.chat import ChatEngine, PromptTooLongError, SpecialToken
 from medicalgpt.serving.generation import Sampling
 from tests.helpers import read_json, run_here, write_jsonl
 from tests.passages import ILLNESSES
-from tests.tiny import TURN_END, make_tiny
+from tests.tiny import TURN_END, make_tiny, tiny_tokenizer
 
 import numpy as np
 import pytest
@@ -157,7 +157,7 @@ def citing(tmp_path_factory):
     """A model that has learned one prompt of chatpdf.py with its answer."""
     found = [Passage("感冒.md", "感冒多由病毒引起，一般一周内自己好转。", ("感冒",))]
     engine = SimpleNamespace(
-        context_length=None, prompt_ids=lambda messages: [], tokenizer=SimpleNamespace(added_tokens_decoder={})
+        context_length=None, prompt_ids=lambda messages: [], tokenizer=tiny_tokenizer(), stop_ids=frozenset()
     )
     shown = [grounding.Source(found[0].place, found[0].text, (0,))]
     messages = build_prompt(engine, Sampling(), None, [], "感冒多久好转？", shown).messages
