@@ -14,7 +14,7 @@ MODEL=${MODEL:-outputs/sft-merged}          # hub name, or folder; the reference
 REWARD_MODEL=${REWARD_MODEL:-outputs/rm}    # hub name, or folder; the critic starts from it
 NPROC=${NPROC:-1}                           # processes, one per GPU
 LAUNCH=("$PYTHON")
-[ "$NPROC" = 1 ] || LAUNCH=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$NPROC")
+[ "$NPROC" = 1 ] || LAUNCH=("$PYTHON" -m medicalgpt.launch --standalone --nproc_per_node "$NPROC")
 
 FLAGS=(
   --config recipes/real/ppo.yaml            # all other settings, each with its reason

@@ -12,7 +12,7 @@ PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo pyth
 MODEL=${MODEL:-outputs/tiny-base}           # hub name, or folder; the tiny model comes from build_tiny_model.py
 NPROC=${NPROC:-1}                           # processes, one per GPU
 LAUNCH=("$PYTHON")
-[ "$NPROC" = 1 ] || LAUNCH=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$NPROC")
+[ "$NPROC" = 1 ] || LAUNCH=("$PYTHON" -m medicalgpt.launch --standalone --nproc_per_node "$NPROC")
 
 FLAGS=(
   --config recipes/real/sft.yaml            # all other settings, each with its reason

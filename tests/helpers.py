@@ -21,6 +21,7 @@ def run_program(
     timeout: float = 240,
     check: bool = True,
     processes: int = 1,
+    launcher: str = "torch.distributed.run",
 ) -> subprocess.CompletedProcess:
     """Run a program of the repository root, offline and on one thread, and return it with its output as text.
 
@@ -31,12 +32,13 @@ def run_program(
         timeout: seconds.
         check: fail, with all that was printed, if the exit code is not 0.
         processes: more than one runs it under torchrun, over gloo where there is no GPU.
+        launcher: the module that starts several processes.
     """
-    launcher = [sys.executable]
+    command = [sys.executable]
     if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        command += ["-m", launcher, "--standalone", "--nproc_per_node", str(processes)]
     done = subprocess.run(
-        [*launcher, str(ROOT / script), *map(str, args)],
+        [*command, str(ROOT / script), *map(str, args)],
         cwd=ROOT,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **(env or {})},
         capture_output=True,

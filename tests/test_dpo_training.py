@@ -242,7 +242,7 @@ def test_loss_gradient_and_metrics_of_a_pair_are_those_of_trl(work, tmp_path, mo
     del wanted["num_tokens"]
     assert metrics == pytest.approx(wanted, rel=1e-5, abs=1e-6) and len(metrics) == 10
     for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=5e-6)
 
 
 def test_the_batch_is_padded_to_a_multiple(work, tmp_path):

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the ground up. A module may import from its own wing and from the floors below it.
 FLOORS = (
     {"logs", "refusals"},
-    {"errors"},
+    {"errors", "launch"},
     {"files", "encodings"},
     {"code_version"},
     {"args"},

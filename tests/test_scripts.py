@@ -421,7 +421,7 @@ def test_programs_know_every_flag_that_scripts_give_them(tmp_path, script):
         assert done.returncode == 0, done.stderr
     alone, both = (line.split() for line in commands.read_text(encoding="utf-8").splitlines())
     assert is_stage(alone[0]) and alone[-2:] == ["--deepspeed", "zero2.json"]
-    assert both == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *alone]
+    assert both == ["-m", "medicalgpt.launch", "--standalone", "--nproc_per_node", "2", *alone]
     parse(alone[0], alone[1:])
 
 
