@@ -155,7 +155,7 @@ def test_overlap_is_refused(folder, tmp_path, same, where):
 
 def test_train_folder_as_validation_folder(folder, tmp_path):
     write_jsonl(tmp_path / "data" / "rows.jsonl", rows(SFT, 0, 3))
-    with pytest.raises(UserError, match="3 of 3 held-out rows are also trained on"):
+    with pytest.raises(UserError, match="all 3 held-out rows are also trained on"):
         open_stage(SFT, *flags(folder, tmp_path, "--validation_file_dir", tmp_path / "data"))
 
 
