@@ -195,7 +195,7 @@ def reads(monkeypatch) -> list[str]:
     """The names of files as they are read; what is in them is their text, with a notice."""
     names: list[str] = []
 
-    def read(path):
+    def read(path, encoding=None):
         names.append(path.name)
         text = path.read_text(encoding="utf-8")
         if text == "broken":
@@ -218,7 +218,7 @@ def test_a_file_is_read_once_and_comes_back_as_it_was(tmp_path, reads):
     assert reads == ["a.md"]
 
 
-@pytest.mark.parametrize("change", ["content", "chunk_size", "chunk_overlap", "code", "library"])
+@pytest.mark.parametrize("change", ["content", "chunk_size", "chunk_overlap", "encoding", "code", "library"])
 def test_whatever_passages_depend_on_makes_them_new(tmp_path, reads, monkeypatch, change):
     file, settings = tmp_path / "a.md", [100, 10]
     file.write_text("one", encoding="utf-8")
@@ -229,6 +229,8 @@ def test_whatever_passages_depend_on_makes_them_new(tmp_path, reads, monkeypatch
         monkeypatch.setattr(retrieval, "code_version", lambda *names: "other")
     elif change == "library":
         monkeypatch.setattr(retrieval, "version", lambda name: "0.0")
+    elif change == "encoding":
+        settings.append("gb18030")
     else:
         settings[change == "chunk_overlap"] += 1
     (passage,), _, kept = DocumentStore(tmp_path / "index", *settings).read(file)
