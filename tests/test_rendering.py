@@ -25,12 +25,13 @@ def model(tmp_path_factory) -> str:
 
 @pytest.fixture
 def rendered(monkeypatch) -> Counter:
-    """How often each conversation was rendered, by its last text."""
+    """How often each conversation was rendered, by its last text; probes of the template are not counted."""
     counts: Counter = Counter()
     render = PreTrainedTokenizerBase.apply_chat_template
 
     def counted(self, conversation, *args, **kwargs):
-        counts[conversation[-1]["content"]] += 1
+        if conversation[-1]["content"] in TEXTS:
+            counts[conversation[-1]["content"]] += 1
         return render(self, conversation, *args, **kwargs)
 
     monkeypatch.setattr(PreTrainedTokenizerBase, "apply_chat_template", counted)

@@ -69,18 +69,26 @@ READ_FLAG = re.compile(r"(_path|_dir|_file|_files|_model|dataset_name|deepspeed|
 WRITE_FLAGS = ("output_dir", "logging_dir", "output_file")
 
 
-def refuse_overlap(output_dir: Path, stage: str, groups: Sequence[Any], *, resumes: bool = False) -> None:
+def refuse_overlap(
+    output_dir: Path,
+    stage: str,
+    groups: Sequence[Any],
+    checkpoint: hub.Checkpoint | None = None,
+    *,
+    resumes: bool = False,
+) -> None:
     """Refuse an output folder that is, contains, or is inside something that the run reads.
 
     Args:
         stage: for the name of the folder that the message proposes.
         groups: the argument dataclasses of the program.
+        checkpoint: the model that is trained, whose base need not be found again.
         resumes: the run in this folder is continued, which removes nothing: only `is` is refused.
 
     Raises:
         UserError: it names both paths and a folder that can be used.
     """
-    read = list(paths_read(groups))
+    read = list(paths_read(groups, checkpoint))
     for what, path in read:
         how = overlap(output_dir, path)
         if how == "is" or (how and not resumes):
@@ -91,11 +99,14 @@ def refuse_overlap(output_dir: Path, stage: str, groups: Sequence[Any], *, resum
             )
 
 
-def paths_read(groups: Sequence[Any]) -> Iterator[tuple[str, Path]]:
+def paths_read(groups: Sequence[Any], checkpoint: hub.Checkpoint | None = None) -> Iterator[tuple[str, Path]]:
     """What the arguments of a program make it read on this machine, as (description, path).
 
     The base of an adapter, the file of `--config`, the caches and the programs themselves are included.
     """
+    resolved = {Path(checkpoint.name): Path(checkpoint.base)} if checkpoint else {}
+    if checkpoint and checkpoint.adapter:
+        resolved[Path(checkpoint.adapter.path)] = Path(checkpoint.base)
     for group in groups:
         for field in dataclasses.fields(group):
             value = getattr(group, field.name, None)
@@ -105,7 +116,8 @@ def paths_read(groups: Sequence[Any]) -> Iterator[tuple[str, Path]]:
             texts = [each for each in values if isinstance(each, str)]
             for path in (path for text in texts for path in _paths_in(text)):
                 yield f"--{field.name}", path
-                for base in _bases(path):
+                bases = [resolved[path]] if path in resolved else _bases(path)
+                for base in (base for base in bases if base != path and base.exists()):
                     yield f"the base model of --{field.name}", base
     for flag, value in zip(sys.argv, [*sys.argv[1:], ""], strict=True):
         name, equals, inline = flag.partition("=")
@@ -134,8 +146,7 @@ def _bases(path: Path) -> Iterator[Path]:
         except (UserError, OSError, ValueError):
             # Whoever loads it reports what is wrong.
             return
-        if path.exists():
-            yield path
+        yield path
 
 
 def _free_folder(output_dir: Path, source: Path, stage: str, read: Sequence[Path]) -> Path:

@@ -93,7 +93,7 @@ class Run:
         self.early_stopping = patience and EarlyStopping(patience, training.early_stopping_threshold)
         self.output_dir = Path(training.output_dir)
         self.started = time.time()
-        refuse_overlap(self.output_dir, stage, (training, run, *others), resumes=self._resumes_here())
+        refuse_overlap(self.output_dir, stage, (training, run, *others), checkpoint, resumes=self._resumes_here())
         self.previous = PreviousRun(self.output_dir)
         self.replaces = run.overwrite_output_dir
         self.resume_from = self._claim_output_dir()
