@@ -240,7 +240,8 @@ def test_loss_gradient_and_metrics_of_a_pair_are_those_of_trl(work, tmp_path, mo
     metrics = {name: column.item() for name, column in values.items()}
     assert metrics.pop("loss") == pytest.approx(loss.item(), rel=1e-5)
     del wanted["num_tokens"]
-    assert metrics == pytest.approx(wanted, rel=1e-5, abs=1e-6) and len(metrics) == 10
+    # A reward is a difference of sums of log-probabilities, which are rounded differently on every processor.
+    assert metrics == pytest.approx(wanted, rel=1e-5, abs=5e-6) and len(metrics) == 10
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=5e-6)
 
