@@ -17,10 +17,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from medicalgpt.args import MAX_SEED, DataArguments
-from medicalgpt.data.formats import to_messages, to_text
 from medicalgpt.data.loading import load_data
 from medicalgpt.errors import UserError, run_main
 from medicalgpt.files import overlap
+from medicalgpt.formats.conversion import to_messages, to_text
 from medicalgpt.logs import setup_logging
 from medicalgpt.models.templating import stop_token_ids
 from medicalgpt.training.output_folder import PreviousRun, recover, replace_model

@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medicalgpt.args import ChatArguments, PageArguments
-from medicalgpt.data.sources import Problem, format_problems, read_rows
 from medicalgpt.errors import UserError, run_main
 from medicalgpt.files import refuse_overwriting, write_atomically
 from medicalgpt.logs import heartbeat, setup_logging
@@ -61,6 +60,8 @@ from medicalgpt.rag.retrieval import (
     normalize,
     split,
 )
+from medicalgpt.readers.problems import Problem, format_problems
+from medicalgpt.readers.sources import read_rows
 from medicalgpt.serving.chat import ChatEngine
 from medicalgpt.serving.generation import GenerationRequest, Sampling, sampling_from
 from medicalgpt.serving.terminal import print_answer, print_note, read_lines

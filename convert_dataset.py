@@ -24,9 +24,9 @@ from medicalgpt.parser import parse_args
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from medicalgpt.data.formats import Converter
     from medicalgpt.data.loading import LoadedData
-    from medicalgpt.data.sources import Problem
+    from medicalgpt.formats.conversion import Converter
+    from medicalgpt.readers.problems import Problem
 
 FORMATS = ("sharegpt", "messages", "alpaca", "preference", "task", "text", "unchanged")
 
@@ -153,8 +153,8 @@ def reader(args: ConversionArguments) -> "Converter":
         UserError: --columns or --preset cannot be understood.
     """
     from medicalgpt.data.export import TARGETS
-    from medicalgpt.data.formats import Conversion, Converter, to_text
     from medicalgpt.data.loading import row_converter
+    from medicalgpt.formats.conversion import Conversion, Converter, to_text
 
     class Unchanged(Converter):
         def convert(self, value: Any) -> Conversion:
@@ -180,7 +180,7 @@ def without(row: dict[str, Any], names: frozenset[str]) -> dict[str, Any]:
 def exported(args: ConversionArguments, data: "LoadedData", problems: "list[Problem]") -> "Iterator[dict[str, Any]]":
     """The rows as they are written; what the format cannot hold joins `problems`."""
     from medicalgpt.data.export import export_row
-    from medicalgpt.data.sources import Problem, RowError, place_of
+    from medicalgpt.readers.problems import Problem, RowError, place_of
 
     for row in data.train:
         if args.to == "unchanged":
@@ -198,7 +198,7 @@ def settle(args: ConversionArguments, problems: "list[Problem]", converted: int)
     Raises:
         UserError: there are such rows and no flag allows to skip them, or no row is left.
     """
-    from medicalgpt.data.problems import NEVER_SKIPPED, SHOWN_PROBLEMS, advise, format_problems
+    from medicalgpt.readers.problems import NEVER_SKIPPED, SHOWN_PROBLEMS, advise, format_problems
 
     from loguru import logger
 

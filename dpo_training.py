@@ -32,10 +32,10 @@ from medicalgpt.args import (
     StageDefaults,
 )
 from medicalgpt.data.encoding import Pair, encode_preference, render_prompts
-from medicalgpt.data.formats import to_preference
 from medicalgpt.data.loading import load_data
 from medicalgpt.data.tokenizing import encode_sides
 from medicalgpt.errors import UserError, run_main
+from medicalgpt.formats.conversion import to_preference
 from medicalgpt.models import adapters, loading
 from medicalgpt.models.hub import Adapter
 from medicalgpt.models.templating import stop_token_ids

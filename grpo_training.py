@@ -39,10 +39,10 @@ from medicalgpt.args import (
 )
 from medicalgpt.data.encoding import Prompt, encode_prompt, render_prompts
 from medicalgpt.data.loading import LoadedData, load_data
-from medicalgpt.data.tasks import to_task
 from medicalgpt.data.tokenizing import encode_sides
 from medicalgpt.errors import UserError, run_main
 from medicalgpt.files import hash_file
+from medicalgpt.formats.tasks import to_task
 from medicalgpt.logs import heartbeat, world_size
 from medicalgpt.models import adapters, loading
 from medicalgpt.models.hub import Adapter

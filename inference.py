@@ -34,19 +34,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from medicalgpt.args import ChatArguments, DataArguments, same_field
-from medicalgpt.data.folders import format_of
-from medicalgpt.data.formats import Converter, converter, to_prompt
-from medicalgpt.data.sources import (
-    NEVER_SKIPPED,
-    Problem,
-    RowError,
-    SourceRow,
-    format_problems,
-    ignored_fields,
-    read_rows,
-)
 from medicalgpt.errors import UserError, run_main
 from medicalgpt.files import hash_file, refuse_overwriting, write_atomically
+from medicalgpt.formats.conversion import Converter, converter, to_prompt
 from medicalgpt.logs import (
     heartbeat,
     is_main_process,
@@ -56,6 +46,9 @@ from medicalgpt.logs import (
     world_size,
 )
 from medicalgpt.parser import parse_args
+from medicalgpt.readers.folders import format_of
+from medicalgpt.readers.problems import NEVER_SKIPPED, Problem, RowError, SourceRow, format_problems
+from medicalgpt.readers.sources import ignored_fields, read_rows
 from medicalgpt.serving.chat import ChatEngine, ChatTemplateError, PromptTooLongError, SpecialTokenError
 from medicalgpt.serving.generation import Answer, GenerationRequest, Sampling, sampling_from
 from medicalgpt.serving.terminal import print_answer, print_note, read_lines, system_message

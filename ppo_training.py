@@ -43,16 +43,16 @@ from medicalgpt.args import (
 )
 from medicalgpt.data.encoding import IGNORED, EncodingError, Prompt, encode_prompt
 from medicalgpt.data.loading import load_data
-from medicalgpt.data.sources import Place, place_of
-from medicalgpt.data.tasks import to_task
 from medicalgpt.data.tokenizing import encode_sides
 from medicalgpt.errors import UserError, run_main
 from medicalgpt.files import write_atomically
+from medicalgpt.formats.tasks import to_task
 from medicalgpt.logs import is_main_process
 from medicalgpt.models import adapters, loading
 from medicalgpt.models.hub import HEADS, Checkpoint
 from medicalgpt.models.templating import stop_token_ids
 from medicalgpt.parser import parse_args
+from medicalgpt.readers.problems import Place, place_of
 from medicalgpt.rewards.scoring import RewardScorer, is_reward_adapter, restore_head, score_in_float32
 from medicalgpt.serving.chat import ChatEngine
 from medicalgpt.serving.generation import MAX_SEED, Answer, Sampling

@@ -72,10 +72,10 @@ def main() -> None:
         program="pretraining.py",
     )
     from medicalgpt.data.encoding import document_starts, encode_document
-    from medicalgpt.data.formats import to_text
     from medicalgpt.data.loading import load_data
     from medicalgpt.data.streaming import check_data
     from medicalgpt.data.tokenizing import encode_sides
+    from medicalgpt.formats.conversion import to_text
     from medicalgpt.models import loading
     from medicalgpt.training.runs import Run
     from medicalgpt.training.stream_trainer import check_flags, token_trainer

@@ -32,16 +32,16 @@ from medicalgpt.args import (
     StageDefaults,
 )
 from medicalgpt.data.encoding import Pair, encode_preference
-from medicalgpt.data.formats import to_preference
 from medicalgpt.data.loading import load_data
-from medicalgpt.data.sources import ignored_fields
 from medicalgpt.data.tokenizing import encode_sides
 from medicalgpt.errors import UserError, run_main
+from medicalgpt.formats.conversion import to_preference
 from medicalgpt.logs import is_main_process, setup_logging, world_size
 from medicalgpt.models import loading
 from medicalgpt.models.hub import Checkpoint
 from medicalgpt.models.templating import stop_token_ids
 from medicalgpt.parser import parse_args
+from medicalgpt.readers.sources import ignored_fields
 from medicalgpt.rewards import scoring
 from medicalgpt.training.runs import Run
 from medicalgpt.training.trainers import PairTrainer, disable_lora_dropout, training_defaults

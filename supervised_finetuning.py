@@ -87,10 +87,10 @@ def main() -> None:
         program="supervised_finetuning.py",
     )
     from medicalgpt.data.encoding import encode_chat, render_prompts
-    from medicalgpt.data.formats import to_messages
     from medicalgpt.data.loading import load_data
     from medicalgpt.data.streaming import check_data
     from medicalgpt.data.tokenizing import encode_sides
+    from medicalgpt.formats.conversion import to_messages
     from medicalgpt.models import loading
     from medicalgpt.models.templating import stop_token_ids
     from medicalgpt.training.runs import Run

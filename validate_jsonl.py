@@ -213,8 +213,7 @@ def write_fixed(args: ValidationArguments, files: list[CheckedFile]) -> None:
 
 def files_to_check(args: ValidationArguments) -> list[tuple[Path, str]]:
     """Each file once, with its side: `train` or `validation`."""
-    from medicalgpt.data.folders import split_of
-    from medicalgpt.data.sources import find_files
+    from medicalgpt.readers.folders import find_files, split_of
 
     found = {}
     for path in find_files(args.file_path):
@@ -259,8 +258,8 @@ def rows_of(files: list[CheckedFile], kind: str, side: str) -> "Rows":
 def compare_rows(args: ValidationArguments, files: list[CheckedFile], kind: str) -> list[str]:
     """Count the duplicates among the rows of a kind, and what both sides share; returns a line for each finding."""
     from medicalgpt.data.duplicates import NearDuplicates, exact_duplicates
-    from medicalgpt.data.sources import place_of
     from medicalgpt.logs import heartbeat
+    from medicalgpt.readers.problems import place_of
 
     notes, searched = [], {}
     by_file = {file.statistics.file: file.statistics for file in files}
@@ -301,7 +300,7 @@ def compare_rows(args: ValidationArguments, files: list[CheckedFile], kind: str)
 
 
 def shown_pair(one: "NearDuplicates", other: "NearDuplicates", pair: "NearPair") -> str:
-    from medicalgpt.data.sources import place_of
+    from medicalgpt.readers.problems import place_of
 
     return f"{place_of(other.rows[pair.other])} and {place_of(one.rows[pair.one])} ({pair.similarity:.2f})"
 
@@ -338,8 +337,8 @@ def refuse_shared_rows(args: ValidationArguments, files: list[CheckedFile]) -> N
 
 
 def converters() -> dict:
-    from medicalgpt.data.formats import to_messages, to_preference, to_text
-    from medicalgpt.data.tasks import to_task
+    from medicalgpt.formats.conversion import to_messages, to_preference, to_text
+    from medicalgpt.formats.tasks import to_task
 
     return {"chat": to_messages, "preference": to_preference, "task": to_task, "text": to_text}
 
@@ -354,7 +353,7 @@ def data_arguments(args: ValidationArguments, path: Path) -> DataArguments:
 
 def settle(args: ValidationArguments, problems: list, usable: int) -> None:
     """Report whether a stage would train with these flags, as `LoadedData.settle` decides there."""
-    from medicalgpt.data.sources import SHOWN_PROBLEMS, DataError
+    from medicalgpt.readers.problems import SHOWN_PROBLEMS, DataError
 
     from loguru import logger
 
@@ -381,9 +380,10 @@ def settle(args: ValidationArguments, problems: list, usable: int) -> None:
 
 
 def format_of_first_row(path: Path, preset: str | None = None, encoding: str | None = None) -> str:
-    from medicalgpt.data.fields import CONVERSATION_FIELDS, PREFERENCE_FIELDS
-    from medicalgpt.data.presets import PRESETS, recognise
-    from medicalgpt.data.sources import SourceRow, read_rows
+    from medicalgpt.formats.fields import CONVERSATION_FIELDS, PREFERENCE_FIELDS
+    from medicalgpt.formats.presets import PRESETS, recognise
+    from medicalgpt.readers.problems import SourceRow
+    from medicalgpt.readers.sources import read_rows
 
     value = next((row.value for row in read_rows(path, encoding=encoding) if isinstance(row, SourceRow)), None)
     if isinstance(value, str) or (
@@ -427,8 +427,8 @@ def token_lengths(
     from medicalgpt.data import encoding
     from medicalgpt.data.encoding import Pair, Prompt, Sample
     from medicalgpt.data.lengths import SHORTENED
-    from medicalgpt.data.sources import column_values
     from medicalgpt.data.tokenizing import encode_rows
+    from medicalgpt.readers.sources import column_values
 
     import numpy as np
 

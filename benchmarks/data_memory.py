@@ -59,9 +59,9 @@ def encode_file(path: str, model: str, workers: int | None) -> dict[str, Any]:
     """Read and tokenize a file as supervised fine-tuning does; returns time and memory."""
     from medicalgpt.args import DataArguments
     from medicalgpt.data.encoding import encode_chat
-    from medicalgpt.data.formats import to_messages
     from medicalgpt.data.loading import load_data
     from medicalgpt.data.tokenizing import encode_rows
+    from medicalgpt.formats.conversion import to_messages
 
     tokenizer = load_tokenizer(model)
     before = peak_rss(resource.RUSAGE_SELF)
@@ -86,9 +86,9 @@ def stream_file(path: str, model: str, workers: int | None) -> dict[str, Any]:
     """Check a file and tokenize one epoch of it as --streaming does, in this process only; returns time and memory."""
     from medicalgpt.args import DataArguments
     from medicalgpt.data.encoding import encode_chat
-    from medicalgpt.data.formats import to_messages
     from medicalgpt.data.streaming import StreamedSamples, check_data
     from medicalgpt.data.tokenizing import encode_rows
+    from medicalgpt.formats.conversion import to_messages
 
     tokenizer = load_tokenizer(model)
     before = peak_rss(resource.RUSAGE_SELF)

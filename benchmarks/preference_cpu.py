@@ -80,8 +80,8 @@ def parse_args() -> argparse.Namespace:
 def prepare(args: argparse.Namespace) -> None:
     """Write to `args.work` the base model and the pairs, truncated to `--length`, in our format and in TRL's."""
     from medicalgpt.args import DataArguments
-    from medicalgpt.data.formats import to_preference
     from medicalgpt.data.loading import load_data
+    from medicalgpt.formats.conversion import to_preference
 
     from transformers import AutoModelForSequenceClassification
 
@@ -147,7 +147,7 @@ def was_truncated(row: dict[str, Any], fitted: dict[str, Any]) -> bool:
 def encoded(tokenizer: Any, folder: Path) -> list[list[tuple[list[int], int]]]:
     """The pairs in `folder` as our stages encode them: for each answer, its ids after the prompt's, and its length."""
     from medicalgpt.data.encoding import encode_preference
-    from medicalgpt.data.formats import to_preference
+    from medicalgpt.formats.conversion import to_preference
 
     pairs = []
     for line in (folder / "pairs.jsonl").read_text(encoding="utf-8").splitlines():

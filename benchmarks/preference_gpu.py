@@ -107,8 +107,8 @@ def prepare(work: Path, args: argparse.Namespace) -> int:
     """Write to `work` a base model and pairs of varying lengths, in our format and TRL's; returns their token count."""
     from build_tiny_model import ROLES, train_tokenizer
     from medicalgpt.args import DataArguments
-    from medicalgpt.data.formats import to_preference
     from medicalgpt.data.loading import load_data
+    from medicalgpt.formats.conversion import to_preference
     from template import apply_template
 
     import torch

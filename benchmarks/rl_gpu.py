@@ -120,7 +120,7 @@ def prepare(work: Path, args: argparse.Namespace) -> None:
     from build_tiny_model import ROLES, train_tokenizer
     from medicalgpt.args import DataArguments
     from medicalgpt.data.loading import load_data
-    from medicalgpt.data.tasks import to_task
+    from medicalgpt.formats.tasks import to_task
     from template import apply_template
 
     import torch

@@ -138,8 +138,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def prepare(args: argparse.Namespace) -> list[list[Case]]:
     """The questions of each client, all with different answers."""
     from medicalgpt.args import DataArguments
-    from medicalgpt.data.formats import to_messages
     from medicalgpt.data.loading import load_data
+    from medicalgpt.formats.conversion import to_messages
     from medicalgpt.serving.chat import ChatEngine
     from medicalgpt.serving.generation import Sampling
 

@@ -72,8 +72,8 @@ def prepare(args: argparse.Namespace) -> None:
     """Write the base model and the rows that fit into `--length` to `args.work`."""
     from medicalgpt.args import DataArguments
     from medicalgpt.data.encoding import EncodingError, encode_chat
-    from medicalgpt.data.formats import to_messages
     from medicalgpt.data.loading import load_data
+    from medicalgpt.formats.conversion import to_messages
 
     data = load_data(DataArguments(train_file_dir=str(args.data), max_train_samples=args.rows), to_messages)
     rows = [{"messages": row["messages"], "tools": row["tools"]} for row in data.train]

@@ -84,8 +84,8 @@ def prepare(work: Path, args: argparse.Namespace) -> None:
     from build_tiny_model import ROLES, train_tokenizer
     from medicalgpt.args import DataArguments
     from medicalgpt.data.encoding import encode_chat
-    from medicalgpt.data.formats import to_messages
     from medicalgpt.data.loading import load_data
+    from medicalgpt.formats.conversion import to_messages
     from template import apply_template
 
     import torch

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 from medicalgpt.args import DataArguments, LoraArguments, RunArguments
-from medicalgpt.data.formats import to_messages
 from medicalgpt.data.loading import load_data
 from medicalgpt.errors import UserError, run_main
+from medicalgpt.formats.conversion import to_messages
 from medicalgpt.serving.chat import ChatEngine
 from supervised_finetuning import FinetuningArguments
 from tests.tiny import make_tiny

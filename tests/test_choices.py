@@ -2,8 +2,8 @@
 
 import json
 
-from medicalgpt.data.choices import answer_letters, answer_text, options_of, parse_options, prompt_with_options
-from medicalgpt.data.sources import RowError
+from medicalgpt.formats.choices import answer_letters, answer_text, options_of, parse_options, prompt_with_options
+from medicalgpt.readers.problems import RowError
 
 import pytest
 

@@ -99,7 +99,7 @@ def test_a_relative_import_is_refused_and_not_passed_over(project):
         # `special_tokens_in` of templating.py decides which rows are problems.
         (cache.MODULES, ["models/templating", "data/encoding", "data/tokenizing", "data/batching", "data/cache"]),
         (["eval_pipeline"], ["evaluation/measures", "rewards/rewards", "rewards/math_worker", "serving/chat"]),
-        ([retrieval.__name__], ["rag/retrieval", "rag/documents", "data/text_files"]),
+        ([retrieval.__name__], ["rag/retrieval", "rag/documents", "readers/text_files"]),
     ],
 )
 def test_what_the_caches_depend_on(names, held):

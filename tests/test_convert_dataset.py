@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 
 from medicalgpt.data.export import TARGETS, export_row, openai_messages, write_rows
-from medicalgpt.data.formats import to_messages
 from medicalgpt.data.rows import Rows
-from medicalgpt.data.sources import RowError
 from medicalgpt.errors import UserError
+from medicalgpt.formats.conversion import to_messages
+from medicalgpt.readers.problems import RowError
 from tests.helpers import read_json, run_here, write_jsonl
 
 import pyarrow.parquet as pq

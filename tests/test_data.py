@@ -9,13 +9,15 @@ from collections import Counter
 from pathlib import Path
 
 from medicalgpt.args import DataArguments
-from medicalgpt.data import text_files
-from medicalgpt.data.formats import to_messages, to_prompt, to_text
 from medicalgpt.data.loading import load_data
-from medicalgpt.data.sources import DataError, Place, Problem, RowError, SourceRow, find_files, place_of, read_rows
-from medicalgpt.data.text_files import open_text
 from medicalgpt.errors import UserError
 from medicalgpt.files import hash_file
+from medicalgpt.formats.conversion import to_messages, to_prompt, to_text
+from medicalgpt.readers import text_files
+from medicalgpt.readers.folders import find_files
+from medicalgpt.readers.problems import DataError, Place, Problem, RowError, SourceRow, place_of
+from medicalgpt.readers.sources import read_rows
+from medicalgpt.readers.text_files import open_text
 from tests.helpers import write_jsonl
 
 import pytest

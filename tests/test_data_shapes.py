@@ -12,12 +12,13 @@ import convert_dataset
 import inference
 from medicalgpt.args import DataArguments
 from medicalgpt.data.cleaning import FileToClean, clean_files
-from medicalgpt.data.formats import Converter, to_messages, to_preference, to_prompt, to_text
 from medicalgpt.data.loading import load_data, row_converter
-from medicalgpt.data.presets import PRESETS
-from medicalgpt.data.sources import Place, RowError, ignored_fields
-from medicalgpt.data.tasks import to_task
 from medicalgpt.errors import UserError
+from medicalgpt.formats.conversion import Converter, to_messages, to_preference, to_prompt, to_text
+from medicalgpt.formats.presets import PRESETS
+from medicalgpt.formats.tasks import to_task
+from medicalgpt.readers.problems import Place, RowError
+from medicalgpt.readers.sources import ignored_fields
 from tests.helpers import ROOT, write_jsonl
 
 import pytest

@@ -6,10 +6,10 @@ from itertools import product
 
 from medicalgpt.args import DataArguments
 from medicalgpt.data.encoding import EncodingError, Pair, Sample, encode_chat, encode_preference
-from medicalgpt.data.formats import to_messages, to_preference
 from medicalgpt.data.loading import load_data
-from medicalgpt.data.sources import Place
 from medicalgpt.data.tokenizing import encode_rows
+from medicalgpt.formats.conversion import to_messages, to_preference
+from medicalgpt.readers.problems import Place
 from medicalgpt.serving.chat import ChatEngine
 from template import TEMPLATES, apply_template
 from tests.helpers import save_model, write_jsonl

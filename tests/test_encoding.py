@@ -3,8 +3,8 @@
 from medicalgpt.args import DataArguments
 from medicalgpt.data.encoding import IGNORED, EncodingError, Sample, encode_chat, encode_document, render_prompts
 from medicalgpt.data.loading import FileAccount, LoadedData
-from medicalgpt.data.sources import Place
 from medicalgpt.data.tokenizing import encode_rows
+from medicalgpt.readers.problems import Place
 from template import apply_template
 from tests.helpers import chat
 from tests.tiny import tiny_tokenizer

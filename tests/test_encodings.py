@@ -3,14 +3,14 @@
 import json
 
 from medicalgpt.args import DataArguments
-from medicalgpt.data import text_files
-from medicalgpt.data.formats import to_messages, to_text
 from medicalgpt.data.loading import load_data
-from medicalgpt.data.sources import read_rows
 from medicalgpt.data.streaming import check_data
 from medicalgpt.encodings import decode_text, find_encoding, sample_of
 from medicalgpt.errors import UserError
+from medicalgpt.formats.conversion import to_messages, to_text
 from medicalgpt.parser import parse_args
+from medicalgpt.readers import text_files
+from medicalgpt.readers.sources import read_rows
 
 import pytest
 from loguru import logger

@@ -4,8 +4,8 @@ import json
 import math
 import time
 
-from medicalgpt.data.answers import boxed_answer, extract_answer
 from medicalgpt.errors import UserError
+from medicalgpt.formats.answers import boxed_answer, extract_answer
 from medicalgpt.rewards import grading, reward_check, rewards
 from tests.helpers import ROOT, write_jsonl
 

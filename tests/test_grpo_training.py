@@ -14,10 +14,10 @@ from grpo_training import (
     resolve_rewards,
     zero_std_groups,
 )
-from medicalgpt.data.sources import DataError
 from medicalgpt.errors import UserError
 from medicalgpt.models.loading import load_tokenizer
 from medicalgpt.parser import parse_args
+from medicalgpt.readers.problems import DataError
 from medicalgpt.rewards.rewards import SYSTEM_PROMPT
 from medicalgpt.rewards.scoring import RewardScorer, model_reward
 from template import apply_template

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from medicalgpt.args import DataArguments
-from medicalgpt.data.formats import to_messages
 from medicalgpt.data.loading import load_data
 from medicalgpt.errors import UserError
+from medicalgpt.formats.conversion import to_messages
 from medicalgpt.parser import parse_args
 from tests.helpers import write_jsonl
 

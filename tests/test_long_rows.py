@@ -15,14 +15,14 @@ from medicalgpt.data.encoding import (
     encode_preference,
     encode_prompt,
 )
-from medicalgpt.data.formats import to_messages, to_preference
 from medicalgpt.data.lengths import LengthLimit, RowLengths
 from medicalgpt.data.loading import load_data
-from medicalgpt.data.sources import DataError
 from medicalgpt.data.streaming import Position, StreamedSamples, check_data
-from medicalgpt.data.tasks import to_task
 from medicalgpt.data.tokenizing import encode_sides
 from medicalgpt.errors import UserError
+from medicalgpt.formats.conversion import to_messages, to_preference
+from medicalgpt.formats.tasks import to_task
+from medicalgpt.readers.problems import DataError
 from template import apply_template
 from tests.helpers import chat, open_stage, read_json, write_jsonl
 from tests.tiny import make_tiny, tiny_tokenizer

@@ -6,11 +6,11 @@ from functools import partial
 
 from medicalgpt.args import DataArguments
 from medicalgpt.data.encoding import encode_document
-from medicalgpt.data.formats import to_text
 from medicalgpt.data.loading import load_data
-from medicalgpt.data.mixing import draw, mixture_sizes, parse_sources
 from medicalgpt.data.tokenizing import encode_rows
 from medicalgpt.errors import UserError
+from medicalgpt.formats.conversion import to_text
+from medicalgpt.readers.mixing import draw, mixture_sizes, parse_sources
 from tests.helpers import write_jsonl
 from tests.tiny import tiny_tokenizer
 

@@ -6,9 +6,9 @@ import re
 import shutil
 from pathlib import Path
 
-from medicalgpt.data.sources import place_of
 from medicalgpt.errors import UserError
 from medicalgpt.parser import parse_args
+from medicalgpt.readers.problems import place_of
 from medicalgpt.rewards.scoring import RewardScorer
 from medicalgpt.serving.chat import ChatEngine
 from medicalgpt.serving.generation import Answer

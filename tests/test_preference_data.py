@@ -3,10 +3,10 @@
 import json
 
 from medicalgpt.args import DataArguments
-from medicalgpt.data.formats import to_messages, to_preference
 from medicalgpt.data.loading import load_data
-from medicalgpt.data.sources import DataError, RowError, place_of
 from medicalgpt.errors import UserError
+from medicalgpt.formats.conversion import to_messages, to_preference
+from medicalgpt.readers.problems import DataError, RowError, place_of
 from tests.helpers import ROOT, write_jsonl
 
 import pytest

@@ -11,12 +11,13 @@ import textwrap
 from pathlib import Path
 
 from medicalgpt.args import DataArguments
-from medicalgpt.data import text_files
-from medicalgpt.data.formats import to_messages, to_text
 from medicalgpt.data.loading import load_data
-from medicalgpt.data.sources import Problem, open_file, read_rows
 from medicalgpt.data.streaming import check_data
 from medicalgpt.errors import UserError
+from medicalgpt.formats.conversion import to_messages, to_text
+from medicalgpt.readers import text_files
+from medicalgpt.readers.problems import Problem
+from medicalgpt.readers.sources import open_file, read_rows
 from tests.helpers import ROOT, write_jsonl
 
 import pyarrow as pa

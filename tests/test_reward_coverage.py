@@ -1,8 +1,8 @@
 """Before training: what the rewards apply to is counted and shown, and what would teach nothing is refused."""
 
-from medicalgpt.data.sources import Place
-from medicalgpt.data.tasks import to_task
 from medicalgpt.errors import UserError
+from medicalgpt.formats.tasks import to_task
+from medicalgpt.readers.problems import Place
 from medicalgpt.rewards.coverage import check_coverage, find_unscorable
 from medicalgpt.rewards.rewards import choose_rewards
 

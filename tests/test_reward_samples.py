@@ -6,7 +6,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from medicalgpt.data.formats import to_preference
+from medicalgpt.formats.conversion import to_preference
 
 import pytest
 import yaml

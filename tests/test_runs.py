@@ -6,9 +6,9 @@ import sys
 
 from medicalgpt.args import DataArguments, ModelArguments, RunArguments
 from medicalgpt.data.encoding import IGNORED, encode_chat
-from medicalgpt.data.formats import to_messages
 from medicalgpt.data.loading import load_data
 from medicalgpt.errors import UserError
+from medicalgpt.formats.conversion import to_messages
 from medicalgpt.models.hub import Checkpoint
 from medicalgpt.training.callbacks import MetricsFile, PlainProgress
 from medicalgpt.training.checkpoints import (

@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 
 from medicalgpt.args import DataArguments
-from medicalgpt.data.folders import choose_files, find_files, split_of
-from medicalgpt.data.formats import to_messages, to_text
 from medicalgpt.data.loading import load_data
 from medicalgpt.data.streaming import check_data
 from medicalgpt.errors import UserError
 from medicalgpt.evaluation.held_out import read_documents
+from medicalgpt.formats.conversion import to_messages, to_text
+from medicalgpt.readers.folders import choose_files, find_files, split_of
 from tests.helpers import write_jsonl
 
 import pytest

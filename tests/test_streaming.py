@@ -7,10 +7,10 @@ from itertools import islice
 from medicalgpt.args import DataArguments
 from medicalgpt.data import streaming
 from medicalgpt.data.encoding import EncodingError, Sample
-from medicalgpt.data.formats import to_text
-from medicalgpt.data.sources import DataError
 from medicalgpt.data.streaming import Position, StreamedSamples, check_data, fill_blocks
 from medicalgpt.errors import UserError
+from medicalgpt.formats.conversion import to_text
+from medicalgpt.readers.problems import DataError
 from medicalgpt.training.stream_trainer import StreamCollator
 from tests.helpers import open_stage, read_json, run_here, write_jsonl
 from tests.tiny import make_tiny

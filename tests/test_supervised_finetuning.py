@@ -10,12 +10,12 @@ import sys
 import time
 from pathlib import Path
 
-from medicalgpt.data.sources import DataError
 from medicalgpt.errors import UserError
 from medicalgpt.files import hash_file
 from medicalgpt.models.adapters import attach_adapter
 from medicalgpt.models.hub import Adapter, CheckpointError, fingerprint
 from medicalgpt.models.loading import load_model
+from medicalgpt.readers.problems import DataError
 from medicalgpt.serving.chat import ChatEngine
 from tests.helpers import ROOT, read_json, run_here, run_program, stop_tokens, write_jsonl
 from tests.tiny import END_OF_TEXT, TURN_END, make_tiny

@@ -3,10 +3,10 @@
 from medicalgpt.args import DataArguments
 from medicalgpt.data.encoding import EncodingError, Prompt, encode_prompt
 from medicalgpt.data.loading import load_data
-from medicalgpt.data.sources import RowError
-from medicalgpt.data.tasks import to_task
 from medicalgpt.data.tokenizing import encode_sides
 from medicalgpt.errors import UserError
+from medicalgpt.formats.tasks import to_task
+from medicalgpt.readers.problems import RowError
 from tests.helpers import write_jsonl
 from tests.tiny import tiny_tokenizer
 

@@ -9,8 +9,8 @@ from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
-from medicalgpt.data.sources import find_files
-from medicalgpt.data.tasks import to_task
+from medicalgpt.formats.tasks import to_task
+from medicalgpt.readers.folders import find_files
 from medicalgpt.rewards.rewards import SYSTEM_PROMPT
 
 import pytest

@@ -5,8 +5,8 @@ import re
 import shlex
 
 from medicalgpt.data.cleaning import clean_row
-from medicalgpt.data.formats import to_messages
 from medicalgpt.errors import UserError
+from medicalgpt.formats.conversion import to_messages
 from tests.helpers import read_json, run_here, write_jsonl
 
 import pytest

@@ -4,8 +4,8 @@ import json
 import re
 from pathlib import Path
 
-from medicalgpt.data.sources import DataError
 from medicalgpt.errors import UserError
+from medicalgpt.readers.problems import DataError
 from tests.helpers import ROOT, open_stage, run_here, run_program, write_jsonl
 from tests.tiny import make_tiny
 

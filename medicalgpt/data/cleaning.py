@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from medicalgpt.data.duplicates import content_key
-from medicalgpt.data.sources import NEVER_SKIPPED, Place, Problem, RowError, SourceRow, read_rows
-from medicalgpt.data.text_files import open_text
 from medicalgpt.errors import UserError
 from medicalgpt.files import open_new
+from medicalgpt.readers.problems import NEVER_SKIPPED, Place, Problem, RowError, SourceRow
+from medicalgpt.readers.sources import read_rows
+from medicalgpt.readers.text_files import open_text
 
 # Fields in which white space and nulls may mean something.
 UNTOUCHED = frozenset({"id", "tools", "functions"})

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from medicalgpt.data.formats import canonical_json
+from medicalgpt.formats.conversion import canonical_json
 
 import numpy as np
 

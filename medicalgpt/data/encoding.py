@@ -12,8 +12,8 @@ from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from medicalgpt.data.sources import shorten
 from medicalgpt.models.templating import special_tokens_in
+from medicalgpt.readers.problems import shorten
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase

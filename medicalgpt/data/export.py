@@ -1,6 +1,6 @@
 """Write converted rows in the formats that other programs read, without losing anything, or refuse the row.
 
-The inverse of formats.py: reading what is written here gives the same row.
+The inverse of `medicalgpt/formats/conversion.py`: reading what is written here gives the same row.
 """
 
 import json
@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from medicalgpt.data.formats import to_messages, to_preference, to_text
 from medicalgpt.data.rows import Rows
-from medicalgpt.data.sources import RowError
-from medicalgpt.data.tasks import to_task
 from medicalgpt.errors import UserError
 from medicalgpt.files import open_new
+from medicalgpt.formats.conversion import to_messages, to_preference, to_text
+from medicalgpt.formats.tasks import to_task
+from medicalgpt.readers.problems import RowError
 
 import pyarrow as pa
 import pyarrow.parquet as pq

@@ -14,27 +14,17 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from medicalgpt.args import DataArguments
-from medicalgpt.data.formats import Converter, canonical_json, converter
-from medicalgpt.data.hub_rows import open_hub
 from medicalgpt.data.lengths import SHORTENED, TOO_LONG, LengthLimit, RowLengths, describe
-from medicalgpt.data.mixing import draw, mixture_sizes
-from medicalgpt.data.presets import PRESETS
 from medicalgpt.data.rows import Rows, on_disk
-from medicalgpt.data.sources import (
-    SHOWN_PROBLEMS,
-    DataError,
-    InputFile,
-    Problem,
-    RowError,
-    Source,
-    choose_files,
-    column_values,
-    ignored_fields,
-    open_files,
-    place_of,
-)
 from medicalgpt.errors import UserError
+from medicalgpt.formats.conversion import Converter, canonical_json, converter
+from medicalgpt.formats.presets import PRESETS
 from medicalgpt.logs import heartbeat
+from medicalgpt.readers.folders import Source, choose_files
+from medicalgpt.readers.hub_rows import open_hub
+from medicalgpt.readers.mixing import draw, mixture_sizes
+from medicalgpt.readers.problems import SHOWN_PROBLEMS, DataError, Problem, RowError, place_of
+from medicalgpt.readers.sources import InputFile, column_values, ignored_fields, open_files
 
 import numpy as np
 from loguru import logger

@@ -18,28 +18,18 @@ from typing import Any
 
 from medicalgpt.args import DataArguments
 from medicalgpt.data.encoding import IGNORED, EncodingError, Sample, ShortenedSamples
-from medicalgpt.data.formats import Converter
 from medicalgpt.data.lengths import LengthLimit
 from medicalgpt.data.loading import LoadedData, convert_files, identity, refuse_overlap, row_converter
-from medicalgpt.data.mixing import mixture_sizes
 from medicalgpt.data.rows import Rows
-from medicalgpt.data.sources import (
-    SHOWN_PROBLEMS,
-    DataError,
-    InputFile,
-    Problem,
-    SourceRow,
-    choose_files,
-    notice_wrapped_lines,
-    open_file,
-    open_files,
-    place_of,
-    read_rows,
-)
-from medicalgpt.data.tables import TableFile
-from medicalgpt.data.text_files import TextFile
 from medicalgpt.errors import UserError
+from medicalgpt.formats.conversion import Converter
 from medicalgpt.logs import heartbeat
+from medicalgpt.readers.folders import choose_files
+from medicalgpt.readers.mixing import mixture_sizes
+from medicalgpt.readers.problems import SHOWN_PROBLEMS, DataError, Problem, SourceRow, place_of
+from medicalgpt.readers.sources import InputFile, notice_wrapped_lines, open_file, open_files, read_rows
+from medicalgpt.readers.tables import TableFile
+from medicalgpt.readers.text_files import TextFile
 
 from datasets import Dataset
 from loguru import logger

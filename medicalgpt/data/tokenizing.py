@@ -21,10 +21,10 @@ from medicalgpt.data.encoding import EncodingError, Pair, Prompt, Sample, Shorte
 from medicalgpt.data.lengths import SHORTENED, TOO_LONG, UNKNOWN, USED, LengthLimit, RowLengths
 from medicalgpt.data.loading import LoadedData
 from medicalgpt.data.rows import Rows, on_disk
-from medicalgpt.data.sources import Place, Problem, place_of
 from medicalgpt.errors import UserError
 from medicalgpt.logs import heartbeat
 from medicalgpt.models.attention import context_length
+from medicalgpt.readers.problems import Place, Problem, place_of
 
 import datasets
 import numpy as np

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from medicalgpt.data import formats, sources, tasks
 from medicalgpt.errors import UserError
+from medicalgpt.formats import conversion, tasks
+from medicalgpt.readers import folders, sources
+from medicalgpt.readers.problems import Problem, RowError, SourceRow, format_problems
 
 # Preference prompts and tasks whose answers are shown.
 PROMPT_EXAMPLES = 8
@@ -74,7 +76,7 @@ class QuestionSet:
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """One row of preferences, as `formats.to_preference` returns it."""
+    """One row of preferences, as `conversion.to_preference` returns it."""
 
     place: str
     category: str
@@ -177,7 +179,7 @@ def read_held_out(
     """
     given = {"text": text_file_dir, "chat": chat_file, "preference": preference_file, "task": task_file}
     places = {kind: place for kind, place in given.items() if place}
-    files = {kind: sources.find_files(place) for kind, place in places.items() if kind != "text"}
+    files = {kind: folders.find_files(place) for kind, place in places.items() if kind != "text"}
     found: dict[str, Any] = {}
     if text_file_dir:
         found["documents"], files["text"] = read_documents(text_file_dir, document_unit, encoding)
@@ -202,15 +204,15 @@ def read_documents(place: str, document_unit: str, encoding: str | None = None) 
     Raises:
         UserError: no such file, no held-out file, or rows that are not documents (all of them, by file:line).
     """
-    files = sources.find_files(place)
+    files = folders.find_files(place)
     if not Path(place).is_file():
-        files = [file for file in files if sources.split_of(file, place) != "train"]
+        files = [file for file in files if folders.split_of(file, place) != "train"]
         if not files:
             raise UserError(
                 f"--text_file_dir {place} has no held-out file. Name one validation.jsonl or validation.txt, or give a "
                 "file instead of the folder."
             )
-    documents = _convert_rows(files, lambda row: formats.to_text(row.value)["text"], encoding, document_unit)
+    documents = _convert_rows(files, lambda row: conversion.to_text(row.value)["text"], encoding, document_unit)
     if not documents:
         raise UserError(f"--text_file_dir {place}: the held-out files are empty ({', '.join(map(str, files))}).")
     return documents, files
@@ -226,15 +228,15 @@ def read_questions(
     """
     ignore = sources.ignored_fields(ignore_fields)
 
-    def to_question(row: sources.SourceRow) -> Question:
-        prompt = formats.to_prompt(row.value, ignore)
+    def to_question(row: SourceRow) -> Question:
+        prompt = conversion.to_prompt(row.value, ignore)
         if prompt["reference"] is None:
-            raise sources.RowError("no answer to compare with", "End the row with the assistant's turn.")
+            raise RowError("no answer to compare with", "End the row with the assistant's turn.")
         category = row.value.get("category")
         name = "no category" if category is None else str(category)
         return Question(str(row.place), name, prompt["messages"], prompt["tools"], prompt["reference"])
 
-    rows = _convert_rows(sources.find_files(file), to_question, encoding)
+    rows = _convert_rows(folders.find_files(file), to_question, encoding)
     questions = [question for question in rows if question.reference.strip()]
     if not questions:
         raise UserError(f"--chat_file {file} has no question that can be scored.")
@@ -252,14 +254,14 @@ def read_preferences(
     """
     ignore = sources.ignored_fields(ignore_fields)
 
-    def to_pair(row: sources.SourceRow) -> tuple[PreferencePair, Question]:
-        pair, place = formats.to_preference(row.value, ignore), str(row.place)
+    def to_pair(row: SourceRow) -> tuple[PreferencePair, Question]:
+        pair, place = conversion.to_preference(row.value, ignore), str(row.place)
         language = str(row.value.get("language", "no language"))
         reference, required = pair["chosen"].get("content") or "", _required_strings(row.value)
         question = Question(place, language, pair["messages"], pair["tools"], reference, required)
         return PreferencePair(place, str(row.value.get("category", "no category")), pair), question
 
-    rows = _convert_rows(sources.find_files(file), to_pair, encoding)
+    rows = _convert_rows(folders.find_files(file), to_pair, encoding)
     if not rows:
         raise UserError(f"--preference_file {file} has no pairs.")
     prompts: dict[str, Question] = {}
@@ -279,7 +281,7 @@ def _required_strings(row: dict[str, Any]) -> list[list[str]] | None:
         return None
     groups = required if isinstance(required, list) else [None]
     if not all(isinstance(group, list) and group and all(isinstance(text, str) for text in group) for group in groups):
-        raise sources.RowError(
+        raise RowError(
             "`meta.required` is not a list of groups of strings",
             'Write it as [["cardiology"], ["ambulance", "emergency"]]: a good answer contains one string of each '
             "group.",
@@ -296,15 +298,15 @@ def read_tasks(file: str, ignore_fields: str = "", encoding: str | None = None) 
     """
     ignore = sources.ignored_fields(ignore_fields)
 
-    def to_task(row: sources.SourceRow) -> Question:
+    def to_task(row: SourceRow) -> Question:
         task = tasks.to_task(row.value, ignore)
         columns = task["columns"]
         if "answer" not in columns:
-            raise sources.RowError("no answer to compare with", "Put the correct one into `answer`.")
+            raise RowError("no answer to compare with", "Put the correct one into `answer`.")
         kind, answer = str(columns.get("type", "no type")), str(columns["answer"])
         return Question(str(row.place), kind, task["messages"], task["tools"], answer, columns=columns)
 
-    questions = _convert_rows(sources.find_files(file), to_task, encoding)
+    questions = _convert_rows(folders.find_files(file), to_task, encoding)
     if not questions:
         raise UserError(f"--task_file {file} has no tasks.")
     return questions
@@ -330,7 +332,7 @@ def pick_examples(questions: Sequence[Question], count: int) -> list[int]:
 
 def _convert_rows(
     files: Iterable[Path],
-    convert: Callable[[sources.SourceRow], Item],
+    convert: Callable[[SourceRow], Item],
     encoding: str | None,
     document_unit: str = "auto",
 ) -> list[Item]:
@@ -341,13 +343,13 @@ def _convert_rows(
     """
     items, problems = [], []
     for row in (row for file in files for row in sources.read_rows(file, document_unit, encoding)):
-        if isinstance(row, sources.Problem):
+        if isinstance(row, Problem):
             problems.append(row)
             continue
         try:
             items.append(convert(row))
-        except sources.RowError as error:
+        except RowError as error:
             problems.append(error.at(row.place))
     if problems:
-        raise UserError(f"{len(problems)} row(s) cannot be measured:\n{sources.format_problems(problems)}")
+        raise UserError(f"{len(problems)} row(s) cannot be measured:\n{format_problems(problems)}")
     return items

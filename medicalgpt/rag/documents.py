@@ -135,7 +135,7 @@ def read_document(path: str | Path, limits: Limits | None = None, encoding: str 
 def _load(path: Path, limits: Limits, encoding: str | None) -> bytes:
     """The bytes of a file; of a text file, as UTF-8."""
     # Not imported in the child process, where it would cost time and memory.
-    from medicalgpt.data.text_files import open_text
+    from medicalgpt.readers.text_files import open_text
 
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:

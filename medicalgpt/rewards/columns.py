@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from medicalgpt.data.loading import LoadedData
-from medicalgpt.data.sources import Place, place_of
 from medicalgpt.errors import UserError
+from medicalgpt.readers.problems import Place, place_of
 
 from datasets import Dataset
 

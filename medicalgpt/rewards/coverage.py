@@ -4,11 +4,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from medicalgpt.data.answers import final_answer, parse_choice
-from medicalgpt.data.choices import written_options
-from medicalgpt.data.sources import Problem, place_of, shorten
-from medicalgpt.data.tasks import GOLD_FIELDS, OPTION_GOLD_FIELDS
 from medicalgpt.errors import UserError
+from medicalgpt.formats.answers import final_answer, parse_choice
+from medicalgpt.formats.choices import written_options
+from medicalgpt.formats.tasks import GOLD_FIELDS, OPTION_GOLD_FIELDS
+from medicalgpt.readers.problems import Problem, place_of, shorten
 from medicalgpt.rewards.grading import (
     infer_answer_type,
     is_formula,

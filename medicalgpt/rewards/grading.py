@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import NamedTuple
 
-from medicalgpt.data.answers import HAN, normalize_width, parse_choice, strip_markup
-from medicalgpt.data.choices import answer_letters, written_options
+from medicalgpt.formats.answers import HAN, normalize_width, parse_choice, strip_markup
+from medicalgpt.formats.choices import answer_letters, written_options
 from medicalgpt.rewards.math_worker import same_value
 
 LATIN_WORD = r"[a-zA-Z\u00c0-\u024f]+"

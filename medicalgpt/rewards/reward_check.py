@@ -5,10 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from medicalgpt.data.formats import to_preference
-from medicalgpt.data.sources import Problem, RowError, read_rows
-from medicalgpt.data.tasks import to_task
 from medicalgpt.errors import UserError
+from medicalgpt.formats.conversion import to_preference
+from medicalgpt.formats.tasks import to_task
+from medicalgpt.readers.problems import Problem, RowError
+from medicalgpt.readers.sources import read_rows
 from medicalgpt.rewards.rewards import RewardFunction
 
 

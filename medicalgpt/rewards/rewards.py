@@ -15,10 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, SupportsFloat
 
-from medicalgpt.data.answers import HAN, extract_answer, final_answer, reply_answer, strip_thinking
-from medicalgpt.data.choices import written_options
-from medicalgpt.data.sources import shorten
 from medicalgpt.errors import UserError
+from medicalgpt.formats.answers import HAN, extract_answer, final_answer, reply_answer, strip_thinking
+from medicalgpt.formats.choices import written_options
+from medicalgpt.readers.problems import shorten
 from medicalgpt.rewards.grading import (
     affirms_term,
     choice_score,

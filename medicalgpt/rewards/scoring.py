@@ -18,16 +18,16 @@ from statistics import fmean
 from typing import Any
 
 from medicalgpt.data.encoding import EncodingError, encode_answered, refuse_special_tokens
-from medicalgpt.data.folders import format_of
-from medicalgpt.data.formats import PREFERENCE_FIELDS, to_messages, to_preference
-from medicalgpt.data.problems import SHOWN_PROBLEMS, Problem, RowError, SourceRow, advise, format_problems, place_of
-from medicalgpt.data.sources import read_rows
 from medicalgpt.errors import UserError
 from medicalgpt.files import refuse_overwriting
+from medicalgpt.formats.conversion import PREFERENCE_FIELDS, to_messages, to_preference
 from medicalgpt.logs import heartbeat
 from medicalgpt.models import adapters, loading
 from medicalgpt.models.attention import context_length
 from medicalgpt.models.hub import HEADS, Adapter, Checkpoint, CheckpointError
+from medicalgpt.readers.folders import format_of
+from medicalgpt.readers.problems import SHOWN_PROBLEMS, Problem, RowError, SourceRow, advise, format_problems, place_of
+from medicalgpt.readers.sources import read_rows
 from medicalgpt.rewards.rewards import RewardFunction
 
 import torch

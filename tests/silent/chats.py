@@ -2,7 +2,7 @@
 
 import json
 
-from medicalgpt.data.formats import to_messages
+from medicalgpt.formats.conversion import to_messages
 from template import TEMPLATES, apply_template
 from tests.templates import CORE, NO_SYSTEM, NO_TOOLS, THINKING, TOKENIZERS
 

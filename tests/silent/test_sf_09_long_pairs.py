@@ -2,8 +2,8 @@
 
 import math
 
-from medicalgpt.data.sources import DataError
 from medicalgpt.errors import UserError
+from medicalgpt.readers.problems import DataError
 from tests.helpers import read_json, save_model
 from tests.silent.callbacks import Watch
 from tests.silent.pairs import on_every_stage, open_pairs, pair

@@ -2,8 +2,8 @@
 
 import math
 
-from medicalgpt.data.sources import DataError
 from medicalgpt.errors import UserError
+from medicalgpt.readers.problems import DataError
 from tests.helpers import open_stage, read_json, run_program, write_jsonl
 from tests.silent.callbacks import Watch
 from tests.tiny import make_tiny

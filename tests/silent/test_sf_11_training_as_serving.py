@@ -1,7 +1,7 @@
 """What stands before an answer in training is, id by id, what serving puts before the model when it is to answer."""
 
 from medicalgpt.data.encoding import EncodingError, encode_chat, render_prompts
-from medicalgpt.data.formats import to_messages
+from medicalgpt.formats.conversion import to_messages
 from medicalgpt.serving.chat import ChatEngine, ChatTemplateError
 from medicalgpt.serving.generation import GenerationRequest, Sampling
 from template import TEMPLATES

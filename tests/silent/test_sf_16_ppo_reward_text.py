@@ -4,8 +4,8 @@ import json
 import shutil
 from unittest.mock import patch
 
-from medicalgpt.data.sources import place_of
 from medicalgpt.errors import UserError
+from medicalgpt.readers.problems import place_of
 from medicalgpt.rewards.scoring import RewardScorer
 from medicalgpt.serving.generation import REPLACEMENT
 from tests.families import FAMILIES, family_tokenizer

@@ -2,7 +2,7 @@
 
 import os
 
-from medicalgpt.data.sources import place_of
+from medicalgpt.readers.problems import place_of
 from tests.helpers import ROOT, read_json, run_program, write_jsonl
 from tests.silent.ppo import make_place, open_ppo, prompts
 

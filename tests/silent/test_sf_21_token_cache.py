@@ -15,10 +15,10 @@ from pathlib import Path
 from medicalgpt.args import DataArguments
 from medicalgpt.data import cache
 from medicalgpt.data.encoding import EncodingError, Sample, encode_chat, encode_document
-from medicalgpt.data.formats import to_messages, to_text
 from medicalgpt.data.loading import load_data
 from medicalgpt.data.tokenizing import encode_rows
 from medicalgpt.errors import UserError
+from medicalgpt.formats.conversion import to_messages, to_text
 from template import apply_template
 from tests.helpers import ROOT, open_stage, save_model, write_jsonl
 from tests.tiny import tiny_tokenizer
@@ -151,7 +151,7 @@ from functools import partial
 sys.path.append({root!r})
 from medicalgpt.args import DataArguments
 from medicalgpt.data.encoding import encode_document
-from medicalgpt.data.formats import to_text
+from medicalgpt.formats.conversion import to_text
 from medicalgpt.data.loading import load_data
 from medicalgpt.data.tokenizing import encode_rows
 from tests.tiny import tiny_tokenizer

@@ -1,6 +1,6 @@
 """SF 30: the format reward misses replies of many lines, or those whose `<think>` the template has written already."""
 
-from medicalgpt.data.answers import extract_answer
+from medicalgpt.formats.answers import extract_answer
 from medicalgpt.rewards import rewards
 
 import pytest

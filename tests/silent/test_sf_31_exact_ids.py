@@ -1,7 +1,7 @@
 """Trained ids are the template's own, none added, changed or cut; an end stands only where a turn or document ends."""
 
 from medicalgpt.data.encoding import encode_chat, encode_document
-from medicalgpt.data.sources import DataError
+from medicalgpt.readers.problems import DataError
 from tests.helpers import chat, open_stage, save_model, write_jsonl
 from tests.silent.chats import (
     KINDS,

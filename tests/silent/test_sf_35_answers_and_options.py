@@ -5,9 +5,9 @@ import re
 
 from eval_pipeline import task_rewards
 from medicalgpt.data.export import export_row
-from medicalgpt.data.sources import RowError
-from medicalgpt.data.tasks import to_task
 from medicalgpt.evaluation.held_out import read_tasks
+from medicalgpt.formats.tasks import to_task
+from medicalgpt.readers.problems import RowError
 from medicalgpt.rewards.reward_check import check_rewards
 from medicalgpt.rewards.rewards import accuracy_reward, choose_rewards
 from tests.helpers import ROOT, write_jsonl

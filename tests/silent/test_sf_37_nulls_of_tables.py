@@ -3,7 +3,7 @@
 import json
 
 from medicalgpt.data.encoding import encode_chat
-from medicalgpt.data.formats import to_messages
+from medicalgpt.formats.conversion import to_messages
 from template import apply_template
 from tests.tiny import tiny_tokenizer
 

@@ -3,8 +3,8 @@
 import json
 
 from medicalgpt.data.encoding import EncodingError, encode_chat, encode_preference, encode_prompt
-from medicalgpt.data.formats import to_messages, to_preference
-from medicalgpt.data.tasks import to_task
+from medicalgpt.formats.conversion import to_messages, to_preference
+from medicalgpt.formats.tasks import to_task
 from medicalgpt.models.templating import special_tokens_in
 from medicalgpt.rag.grounding import Source, build_prompt, escape_special_tokens
 from medicalgpt.serving.batchers import make_batcher

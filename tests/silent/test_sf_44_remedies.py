@@ -4,9 +4,9 @@ import re
 from dataclasses import fields
 
 from medicalgpt.args import DataArguments
-from medicalgpt.data.formats import to_messages, to_preference
 from medicalgpt.data.loading import load_data
-from medicalgpt.data.sources import DataError
+from medicalgpt.formats.conversion import to_messages, to_preference
+from medicalgpt.readers.problems import DataError
 from tests.helpers import write_jsonl
 
 import pytest

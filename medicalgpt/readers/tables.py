@@ -14,10 +14,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from medicalgpt.data.problems import Place, Problem, SourceRow, shorten
-from medicalgpt.data.text_files import TextFile
 from medicalgpt.errors import UserError
 from medicalgpt.files import hash_file
+from medicalgpt.readers.problems import Place, Problem, SourceRow, shorten
+from medicalgpt.readers.text_files import TextFile
 
 DELIMITERS = (",", "\t", ";", "|")
 # Rows by which the delimiter is found.

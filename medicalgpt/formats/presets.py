@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
 
-from medicalgpt.data.choices import answer_letters, parse_options, read_cop, written_options
-from medicalgpt.data.sources import RowError
-from medicalgpt.data.turns import parse_transcript
+from medicalgpt.formats.choices import answer_letters, parse_options, read_cop, written_options
+from medicalgpt.formats.turns import parse_transcript
+from medicalgpt.readers.problems import RowError
 
 Row = Mapping[str, Any]
 SKIP = "Skip and count such rows: --skip_bad_rows True."

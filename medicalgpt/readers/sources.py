@@ -7,52 +7,25 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from medicalgpt.data.folders import NEVER_COMPRESSED, Source, choose_files, find_files, format_of, split_of, suffix_of
-from medicalgpt.data.json_rows import looks_like_json_lines, read_json
-from medicalgpt.data.problems import (
-    NEVER_SKIPPED,
-    SHOWN_PROBLEMS,
-    DataError,
+from medicalgpt.errors import UserError
+from medicalgpt.readers.folders import (
+    NEVER_COMPRESSED,
+    format_of,
+    suffix_of,
+)
+from medicalgpt.readers.json_rows import looks_like_json_lines, read_json
+from medicalgpt.readers.problems import (
     Place,
     Problem,
-    RowError,
     SourceRow,
-    format_problems,
-    place_of,
-    shorten,
 )
-from medicalgpt.data.tables import TableFile, open_table, read_csv
-from medicalgpt.data.text_files import TextFile, open_text, propose_document_unit
-from medicalgpt.errors import UserError
+from medicalgpt.readers.tables import TableFile, open_table, read_csv
+from medicalgpt.readers.text_files import TextFile, open_text, propose_document_unit
 
 from loguru import logger
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-__all__ = [
-    "NEVER_SKIPPED",
-    "SHOWN_PROBLEMS",
-    "DataError",
-    "InputFile",
-    "Place",
-    "Problem",
-    "RowError",
-    "Source",
-    "SourceRow",
-    "choose_files",
-    "column_values",
-    "find_files",
-    "format_problems",
-    "ignored_fields",
-    "open_file",
-    "notice_wrapped_lines",
-    "open_files",
-    "place_of",
-    "read_rows",
-    "shorten",
-    "split_of",
-]
 
 
 def read_rows(

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from itertools import takewhile
 from typing import Any
 
-from medicalgpt.data.answers import CHOICE_LEAD, normalize_width, parse_choice
-from medicalgpt.data.sources import RowError
+from medicalgpt.formats.answers import CHOICE_LEAD, normalize_width, parse_choice
+from medicalgpt.readers.problems import RowError
 
 # Columns that hold all options of a row, and columns that hold one each.
 OPTION_FIELDS = ("options", "option", "choices", "Options", "Choices")

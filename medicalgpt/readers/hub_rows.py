@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medicalgpt.args import DataArguments
-from medicalgpt.data.problems import Place, SourceRow, shorten
-from medicalgpt.data.sources import InputFile
-from medicalgpt.data.tables import present_values
 from medicalgpt.errors import UserError
+from medicalgpt.readers.problems import Place, SourceRow, shorten
+from medicalgpt.readers.sources import InputFile
+from medicalgpt.readers.tables import present_values
 
 from loguru import logger
 

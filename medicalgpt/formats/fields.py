@@ -4,9 +4,9 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
-from medicalgpt.data.choices import OPTION_FIELDS
-from medicalgpt.data.sources import RowError
-from medicalgpt.data.turns import MEDIA_FIELDS, to_text_value
+from medicalgpt.formats.choices import OPTION_FIELDS
+from medicalgpt.formats.turns import MEDIA_FIELDS, to_text_value
+from medicalgpt.readers.problems import RowError
 
 TURN_LISTS = ("conversations", "messages", "conversation")
 QUESTION_FIELDS = ("instruction", "prompt", "query", "question", "problem")

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from itertools import chain, islice
 from typing import Any
 
-from medicalgpt.data.problems import Place, Problem, SourceRow, shorten
-from medicalgpt.data.text_files import TextFile
 from medicalgpt.errors import UserError
+from medicalgpt.readers.problems import Place, Problem, SourceRow, shorten
+from medicalgpt.readers.text_files import TextFile
 
 # Keys of an object that holds nothing but a list of rows.
 ROW_LISTS = ("data", "rows", "train", "examples", "instances")

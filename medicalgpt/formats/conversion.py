@@ -7,8 +7,8 @@ from difflib import get_close_matches
 from itertools import zip_longest
 from typing import Any
 
-from medicalgpt.data.choices import answer_letters, answer_text, options_of, prompt_with_options
-from medicalgpt.data.fields import (
+from medicalgpt.formats.choices import answer_letters, answer_text, options_of, prompt_with_options
+from medicalgpt.formats.fields import (
     ANSWER_FIELDS,
     CONVERSATION_FIELDS,
     PREFERENCE_FIELDS,
@@ -23,9 +23,8 @@ from medicalgpt.data.fields import (
     refuse_media,
     refuse_misspelled,
 )
-from medicalgpt.data.presets import PRESETS, Preset, recognise
-from medicalgpt.data.sources import RowError
-from medicalgpt.data.turns import (
+from medicalgpt.formats.presets import PRESETS, Preset, recognise
+from medicalgpt.formats.turns import (
     ASSISTANT_ROLES,
     CALL_ROLES,
     MEDIA_FIELDS,
@@ -40,6 +39,7 @@ from medicalgpt.data.turns import (
     to_tools,
     unused_turn_fields,
 )
+from medicalgpt.readers.problems import RowError
 
 # Which program trains on rows of a kind.
 PROGRAMS = {

@@ -4,12 +4,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from medicalgpt.data.answers import final_answer
-from medicalgpt.data.choices import answer_letters, options_of, prompt_with_options, read_cop, written_options
-from medicalgpt.data.fields import PREFERENCE_FIELDS
-from medicalgpt.data.formats import LEADING_FIELDS, PROMPT_FIELDS, to_preference, to_prompt, under_common_names
-from medicalgpt.data.presets import recognise
-from medicalgpt.data.sources import RowError
+from medicalgpt.formats.answers import final_answer
+from medicalgpt.formats.choices import answer_letters, options_of, prompt_with_options, read_cop, written_options
+from medicalgpt.formats.conversion import LEADING_FIELDS, PROMPT_FIELDS, to_preference, to_prompt, under_common_names
+from medicalgpt.formats.fields import PREFERENCE_FIELDS
+from medicalgpt.formats.presets import recognise
+from medicalgpt.readers.problems import RowError
 
 # Names of data sets for what we call `question`, and others whose capitals differ between data sets.
 QUESTION_FIELDS = ("problem", "question_text", "stem", "Open-ended Verifiable Question")

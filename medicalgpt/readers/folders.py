@@ -13,9 +13,9 @@ from fractions import Fraction
 from pathlib import Path
 
 from medicalgpt.args import DataArguments
-from medicalgpt.data.mixing import parse_sources
-from medicalgpt.data.text_files import COMPRESSIONS
 from medicalgpt.errors import UserError
+from medicalgpt.readers.mixing import parse_sources
+from medicalgpt.readers.text_files import COMPRESSIONS
 
 from loguru import logger
 

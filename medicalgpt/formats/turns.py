@@ -4,7 +4,7 @@ import json
 import re
 from typing import Any
 
-from medicalgpt.data.sources import RowError
+from medicalgpt.readers.problems import RowError
 
 SYSTEM_ROLES = ("system", "developer")
 USER_ROLES = ("human", "user", "prompter")
