@@ -27,7 +27,7 @@ def run_program(
 
     Args:
         script: its file name, relative to the root, or an absolute path.
-        args: flags; anything that is no string is turned into one.
+        args: flags; anything that is not a string is turned into one.
         env: variables on top of the present ones.
         timeout: seconds.
         check: fail, with all that was printed, if the exit code is not 0.

@@ -56,7 +56,7 @@ def running_server(
 
     Args:
         script: its file name, relative to the root.
-        args: flags; anything that is no string is turned into one.
+        args: flags; anything that is not a string is turned into one.
         env: variables on top of the present ones.
         health: a path that is answered as soon as the program serves; a refusal (401, say) is an answer too.
         port_flag: the flag that is given 0. The program prints the address with the port that it has got.

@@ -232,7 +232,7 @@ def metaspace(prepend: str, tokens=ALL_TOKENS):
         show_progress=False,
     )
     backend.train_from_iterator([text.replace("\n", " ") for text in CORPUS], trainer)
-    # In real tokenizers bytes are no special tokens, which decoding would skip.
+    # In real tokenizers bytes are not special tokens, which decoding would skip.
     parts = json.loads(backend.to_str())
     parts["added_tokens"] = [token for token in parts["added_tokens"] if token["content"] not in bytes_]
     backend = Tokenizer.from_str(json.dumps(parts))

@@ -561,7 +561,7 @@ def test_a_missing_package_is_named_before_anything_is_read(folders, tmp_path, o
     if importlib.util.find_spec(package.replace("-", "_")):
         pytest.skip(f"{package} is installed")
     with pytest.raises(UserError, match=f"--optim {optim} needs a package.*: pip install {package}"):
-        start(folders[False], tmp_path, "--optim", optim, "--use_peft", "False", rows=["this is no row"])
+        start(folders[False], tmp_path, "--optim", optim, "--use_peft", "False", rows=["this is not a row"])
 
 
 @pytest.mark.parametrize(

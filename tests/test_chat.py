@@ -115,7 +115,7 @@ def test_length_limit(random):
 
 
 def test_text_is_what_the_tokens_decode_to(random):
-    """Also where the model writes bytes that are no text; an unfinished character at the end is left out."""
+    """Also where the model writes bytes that are not text; an unfinished character at the end is left out."""
     prompt = random.prompt_ids(ask("hello"))
     out = random.model.generate(torch.tensor([prompt]), max_new_tokens=80, do_sample=False)[0, len(prompt) :]
     decoded = random.tokenizer.decode(out, skip_special_tokens=True)
@@ -460,7 +460,7 @@ def test_answers_come_with_their_tokens_and_how_probable_these_were(random):
         assert answer.completion_tokens == len(answer.token_ids) == len(answer.log_probs)
         with torch.no_grad():
             logits = random.model(torch.tensor([[*prompt, *answer.token_ids]])).logits[0, len(prompt) - 1 : -1]
-        # This model never stops, so that its ends are no part of the draw.
+        # This model never stops, so that its ends are not part of the draw.
         logits[:, random.model.generation_config.suppress_tokens] = -torch.inf
         expected = (logits / 0.8).log_softmax(-1)[range(len(answer.token_ids)), list(answer.token_ids)]
         assert torch.allclose(torch.tensor(answer.log_probs), expected, atol=1e-4)

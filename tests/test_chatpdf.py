@@ -75,7 +75,7 @@ def test_neighbours_are_shown_once_and_stay_in_their_file():
         ("b.pdf, page 9", (2,)),
     ]
     assert shown[0].text == " ".join(text[:3])
-    # A letter that two sentences share by chance is no overlap.
+    # A letter that two sentences share by chance is not an overlap.
     assert grounding.merge_overlapping(["Take vitamin A", "A doctor knows."]) == "Take vitamin A\nA doctor knows."
 
 

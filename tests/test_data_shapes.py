@@ -415,7 +415,7 @@ REFUSED = {
         "two answers",
         {"--columns question=conversations,answer=chosen": TURNS},
     ),
-    "an answer that is no option": (
+    "an answer that is not an option": (
         {"question": ASKED, "options": OPTIONS, "answer_idx": "E"},
         to_messages,
         "none of the options",

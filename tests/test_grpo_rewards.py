@@ -170,7 +170,7 @@ def test_numbers_and_formulas(gold, answer, score):
     ],
 )
 def test_compound_units_are_converted(gold, same, others):
-    """What stands above the line multiplies, each part below it divides."""
+    """What is above the line multiplies, each part below it divides."""
     for answer in same:
         assert accuracy(gold, answer, "number") == 1.0, answer
     for answer in others:
@@ -200,7 +200,7 @@ def test_long_texts_are_graded_by_their_overlap():
         for answer in (gold, gold.replace("妇科洗剂擦洗外阴", "药"), "建议多喝水，口服些药", "今天天气晴朗，适合出游")
     )
     assert same == 1 and same > near > 0.6 > 0.3 > far > none == 0
-    # Saying everything twice is no way to a higher score.
+    # Saying everything twice does not raise the score.
     assert accuracy(gold, gold + gold) < 0.7
     # By hand: 13 words have 12 pairs, the 12 words of the reply have 11, and 10 are in both.
     gold = "one two three four five six seven eight nine ten eleven twelve thirteen"

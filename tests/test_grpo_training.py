@@ -347,7 +347,7 @@ def test_evaluation_where_a_reward_does_not_apply(work, tmp_path):
 
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_the_evaluation_averages_the_rows_that_are_scored(work, tmp_path, size):
-    """A row that no reward applies to is no row of reward 0, whatever batch it is in."""
+    """A row that no reward applies to is not a row of reward 0, whatever batch it is in."""
     rewards = tmp_path / "given.py"
     rewards.write_text("def one(completions, a, **_):\n    return a\n\ndef two(completions, b, **_):\n    return b\n")
     given = [(1.0, None), (None, None), (None, 0.5), (0.25, 1.0), (None, None)]

@@ -318,7 +318,7 @@ def together(engine, requests):
         wait_for(Path(f"{output}.took{1 - int(rank)}").exists)
     if "killed" in output and rank == "1":
         try:
-            errors.fail("the scores of this process are no numbers")
+            errors.fail("the scores of this process are not numbers")
         except SystemExit:
             wait_for(lambda: Path(f"{output}.partial").stat().st_size)
             os.kill(os.getpid(), signal.SIGKILL)
@@ -387,7 +387,7 @@ def test_processes_without_work_are_told(shared):
 
 def test_killed_process_ends_all_and_leaves_no_whole_file(shared):
     folder, printed = shared
-    assert "error in process 1: the scores of this process are no numbers" in printed
+    assert "error in process 1: the scores of this process are not numbers" in printed
     assert printed.count("this run was ended (SIGTERM)") == 1 and "SIGKILL" in printed
     partial = folder / "killed.jsonl.partial"
     written = [row["prompt"] for row in read_rows(partial)]
@@ -488,7 +488,7 @@ def test_history_and_system_prompt_reach_the_model(taught, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(turns)))
     inference.talk(engine, inference.Sampling(max_new_tokens=20), "长")
     said = capsys.readouterr().out.splitlines()
-    # The long turn failed, so it is no part of the conversation.
+    # The long turn failed, so it is not part of the conversation.
     first = [("user", "你好"), ("assistant", said[0])]
     second = [("user", "Who?"), ("assistant", said[1])]
     assert [asked for asked in engine.asked if len(asked[-1][1]) < 600] == [

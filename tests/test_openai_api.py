@@ -263,7 +263,7 @@ def test_log_probs(client, engine):
     expected = engine.chat(ask("你好"), Sampling(top_log_probs=2))
     content = chat(client, "你好", logprobs=True, top_logprobs=2).choices[0].logprobs.content
     assert b"".join(bytes(token.bytes) for token in content).decode() == HELLO
-    # The end of the turn is no part of the text.
+    # The end of the turn is not part of the text.
     assert len(content) == len(expected.scores) - 1
     for token, score in zip(content, expected.scores, strict=False):
         assert token.logprob == pytest.approx(score.log_prob, abs=1e-4)

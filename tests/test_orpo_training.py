@@ -311,7 +311,7 @@ def test_the_log_holds_means_over_pairs_however_they_are_batched(model, tmp_path
 
 @pytest.mark.parametrize("more", [(), ("--load_in_4bit", "True", "--qlora", "True")])
 def test_rows_that_are_too_long_are_counted_and_the_loss_stays_finite(model, tmp_path, more):
-    """Cut to this length, two of these rows would keep no token of an answer, and a mean over none is no number."""
+    """Cut to this length, two of these rows would keep no token of an answer, and a mean over none is not a number."""
     long = [
         {"prompt": "p" * 200, "chosen": "y", "rejected": "n"},
         {"prompt": "?", "chosen": "y" * 200, "rejected": "n"},

@@ -235,7 +235,7 @@ def test_a_step_against_ten_lines_of_numpy(place, stepped):
         ids = rollout.input_ids[row][rollout.attention_mask[row].bool()].tolist()
         start = int(rollout.answer_mask[row].nonzero()[0]) + 1
         asked = tokenizer.decode(ids[:start]).removeprefix("<|im_start|>user\n").partition("<|im_end|>")[0]
-        # Bytes that are no whole character yet are no text.
+        # Bytes that are not a whole character yet are not text.
         said = tokenizer.decode(ids[start:], skip_special_tokens=True).rstrip("\N{REPLACEMENT CHARACTER}")
         messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
         (score,) = judge.score([messages])

@@ -417,7 +417,7 @@ def test_a_centering_that_would_push_scores_away_is_refused(base, data, tmp_path
 
 
 def test_the_class_of_trl_that_hides_the_load_report_is_there(base, capfd):
-    """Contract: within it, a new head is no reason for a report."""
+    """Contract: within it, a new head is not reported."""
     from trl.trainer.reward_trainer import suppress_seqcls_warning
 
     with suppress_seqcls_warning():

@@ -237,7 +237,7 @@ def test_a_decay_that_does_not_fit_is_refused_before_training(open_run, tmp_path
 
 @pytest.mark.parametrize("kind", OF_METRIC)
 def test_a_resumed_schedule_of_a_metric_keeps_its_rate(open_run, tmp_path, kind):
-    """After a plateau the rate is not that of the flags any more, which is no difference."""
+    """After a plateau the rate is not that of the flags any more, which does not count as a difference."""
     settings = {"reduce_lr_on_plateau": '{"patience": 0, "threshold": 10}', "greedy": '{"patience": 0, "min_lr": 1e-6}'}
     more = ("--lr_scheduler_type", kind, "--lr_scheduler_kwargs", settings[kind], "--eval_strategy", "steps")
     more += (

@@ -1,4 +1,4 @@
-"""Tool calls in each form: written by a template, read back from the answer, and nothing read that is no call."""
+"""Tool calls in each form: written by a template, read back from the answer, and nothing is read that is not a call."""
 
 import json
 import random

@@ -155,7 +155,7 @@ def _choice_gold(columns: dict[str, Any], options: dict[str, str], question: str
     named = {}
     for name in OPTION_GOLD_FIELDS:
         item = columns.get(name)
-        # -1 is no answer: the test sets of MedMCQA and others have it.
+        # -1 is not an answer: the test sets of MedMCQA and others have it.
         if item is None or item in (-1, "-1", "") or isinstance(item, bool) or not known and name in ("label", "gold"):
             continue
         if known:

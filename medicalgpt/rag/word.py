@@ -78,7 +78,7 @@ def _with_scripts(node: Any, kind: str) -> str:
 
 
 def _property(node: Any, group: str, name: str, default: str) -> str:
-    """A property such as `m:dPr/m:begChr m:val="["`; an empty value is no character."""
+    """A property such as `m:dPr/m:begChr m:val="["`; an empty value is not a character."""
     found = node.find(f"{qn(f'm:{group}')}/{qn(f'm:{name}')}")
     return default if found is None else found.get(qn("m:val")) or ""
 

@@ -10,7 +10,7 @@ from medicalgpt.errors import UserError
 from medicalgpt.readers.problems import Place, Problem, SourceRow, shorten
 from medicalgpt.readers.text_files import TextFile
 
-# Keys of an object that holds nothing but a list of rows.
+# Keys of an object that holds only a list of rows.
 ROW_LISTS = ("data", "rows", "train", "examples", "instances")
 # A value over several lines is recognised by the first of them, at most.
 HEAD_LINES = 2_000

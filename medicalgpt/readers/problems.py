@@ -53,7 +53,7 @@ class Problem:
     """Why one row cannot be used, and what to do about it.
 
     Attributes:
-        kind: what it is counted under if the row is skipped. `unreadable` hides rows that nobody can count, `misread`
+        kind: what it is counted under if the row is skipped. `unreadable` hides rows that cannot be counted, `misread`
             shows that the rows of its file mean something else than what is read; neither is ever skipped.
         side: `train` or `validation` where it never became a row, empty where one of `LoadedData` is meant.
     """

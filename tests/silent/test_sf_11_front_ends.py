@@ -70,7 +70,7 @@ def folders(tmp_path_factory) -> dict[str, str]:
     model = AutoModelForCausalLM.from_pretrained(save_model(folder / "base", tokenizer, seed=SEED))
     stop_strings = apply_template(tokenizer, "qwen")
     stops = tokenizer.convert_tokens_to_ids(list(stop_strings))
-    # Of the special tokens, which are no part of a text, it writes those that end an answer, and these often enough.
+    # Of the special tokens, which are not part of a text, it writes those that end an answer, and these often enough.
     model.lm_head.weight.data[sorted({*tokenizer.added_tokens_decoder} - {*stops})] = 0
     model.lm_head.weight.data[stops] *= 1.5
     model.save_pretrained(folder / "base")

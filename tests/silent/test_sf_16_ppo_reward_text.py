@@ -59,7 +59,7 @@ def test_the_text_that_is_scored_is_the_text_that_was_written(place, tmp_path, o
         for row in range(4):
             whole, answer = real(rollout, row), written(rollout, row)
             messages = prompts_of[tuple(whole[: -len(answer)])]["messages"]
-            # Bytes that are no whole character yet are no text.
+            # Bytes that are not a whole character yet are not text.
             text = trainer.processing_class.decode(answer, skip_special_tokens=True).rstrip(REPLACEMENT)
             scores += judge.score([[*messages, {"role": "assistant", "content": text}]])
             with_history += len(messages) > 1

@@ -1,4 +1,4 @@
-"""The reward is of the text that was sampled, for the prompt it was sampled for, and padding is no part of anything."""
+"""The reward is of the text that was sampled, for the prompt it was sampled for, and padding is never part of it."""
 
 from tests.silent.tasks import first_batches, noted, open_tasks, tasks
 from tests.tiny import make_tiny

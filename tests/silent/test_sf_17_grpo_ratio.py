@@ -59,7 +59,7 @@ def test_grpo_log_probabilities_are_those_of_sampling(model, tmp_path, temperatu
 
 
 def test_grpo_samples_from_the_model_alone(tmp_path):
-    """What a checkpoint recommends for serving is no part of the policy; it is saved as it was."""
+    """What a checkpoint recommends for serving is not part of the policy; it is saved as it was."""
     place = make_tiny(tmp_path / "model", never_stops=True)
     opened = open_tasks(place, tmp_path, tasks(40), "--max_steps", 1, "--gradient_accumulation_steps", 40)
     opened.trainer.train()

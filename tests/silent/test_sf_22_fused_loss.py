@@ -46,7 +46,7 @@ def packed(*rows: dict) -> dict:
 
 
 def batches(kind: str) -> list[dict[str, torch.Tensor]]:
-    """Batches as the trainer gets them; more than one stands for the accumulated batches of one step."""
+    """Batches as the trainer gets them; several are the accumulated batches of one step."""
     generator = torch.Generator().manual_seed(3)
     whole, long, short = (row(generator, n, prompt) for n, prompt in ((12, 0), (40, 7), (9, 4)))
     holes = row(generator, 30, 5)

@@ -284,7 +284,7 @@ def test_a_warmup_that_the_schedule_does_not_have(open_run):
 
 
 def test_quantized_layers_compute_with_four_bits(open_run):
-    """The line of the table is no name alone: the numbers of such a layer are those of its packed weights."""
+    """The line of the table is more than a name: the numbers of such a layer are those of its packed weights."""
     layer = open_run("--load_in_4bit", "True").trainer.model.get_base_model().model.layers[0].mlp.up_proj.base_layer
     assert layer.weight.dtype == torch.uint8 and layer.weight.numel() == layer.in_features * layer.out_features / 2
     inputs = torch.rand(3, layer.in_features)

@@ -1,4 +1,4 @@
-"""A run that trains nothing, or nothing but numbers that are none, says so and saves nothing."""
+"""A run that trains nothing, or whose numbers are not finite, says so and saves nothing."""
 
 from medicalgpt.errors import UserError
 from tests.helpers import read_json, save_model

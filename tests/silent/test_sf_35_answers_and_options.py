@@ -283,7 +283,7 @@ def test_options_under_other_letters_than_in_the_question_are_refused():
 
 
 def test_without_options_the_answer_is_their_text():
-    """A letter would be the answer to a question that nobody sees."""
+    """A letter would be the answer to a question that the prompt does not ask."""
     row = {name: value for name, value in CHOICES["MedQA"].items() if name != "options"}
     task = to_task(row)
     assert task["columns"]["answer"] == "Paracetamol" and to_task(CHOICES["MedQA"], frozenset({"options"})) == task
