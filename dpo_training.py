@@ -16,7 +16,6 @@ In --output_dir: the adapter (or all weights with --use_peft False), the tokeniz
 generation_config.json, run.json, metrics.jsonl, samples.jsonl, loss.png and README.md. Guide: docs/dpo_training.md
 """
 
-import os
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -40,6 +39,7 @@ from medicalgpt.models import adapters, loading
 from medicalgpt.models.hub import Adapter
 from medicalgpt.models.templating import stop_token_ids
 from medicalgpt.parser import parse_args
+from medicalgpt.training.engines import is_fsdp_requested
 from medicalgpt.training.preference_losses import (
     DIVERGENCES,
     LOSSES,
@@ -159,8 +159,7 @@ def check_flags(args: PreferenceArguments, use_peft: bool) -> None:
         raise UserError(f"--f_divergence_type {args.f_divergence_type} is not defined for {', '.join(others)}.")
     if args.use_weighting and losses & {"aot", "aot_unpaired"}:
         raise UserError(f"--use_weighting weights pairs, which {names} takes apart. Omit one of the two.")
-    sharded = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1")
-    if args.precompute_ref_log_probs and sharded and not use_peft:
+    if args.precompute_ref_log_probs and is_fsdp_requested(args) and not use_peft:
         raise UserError(
             "--precompute_ref_log_probs cannot be combined with FSDP, which shards the model when training starts. "
             "Omit it, or use --deepspeed zero3.json."

@@ -18,7 +18,6 @@ generation_config.json, run.json, metrics.jsonl, samples.jsonl, loss.png and REA
 
 import copy
 import math
-import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -54,6 +53,7 @@ from medicalgpt.rewards.reward_check import check_rewards
 from medicalgpt.rewards.rewards import REWARDS, SYSTEM_PROMPT, RewardFunction, choose_rewards, wrap_reward
 from medicalgpt.rewards.scoring import RewardScorer, model_reward
 from medicalgpt.training.cpu import add_cpu_head
+from medicalgpt.training.engines import are_weights_sharded
 from medicalgpt.training.runs import Run
 from medicalgpt.training.trainers import StageTrainer, disable_dropout, disable_lora_dropout, training_defaults
 from template import apply_template
@@ -813,7 +813,7 @@ def copy_reference(model: PreTrainedModel, args: GrpoArguments) -> PreTrainedMod
     Raises:
         UserError: the weights are sharded over the processes.
     """
-    if is_deepspeed_zero3_enabled() or args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"):
+    if are_weights_sharded(args):
         raise UserError(
             f"--beta {args.beta} with --use_peft False needs a second copy of the weights, which ZeRO-3 and FSDP would "
             "have to shard as well. Train an adapter, use --deepspeed zero2.json, or leave --beta at 0."

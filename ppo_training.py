@@ -22,7 +22,6 @@ docs/ppo_training.md
 import copy
 import json
 import math
-import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -57,6 +56,7 @@ from medicalgpt.rewards.scoring import RewardScorer, is_reward_adapter, restore_
 from medicalgpt.serving.chat import ChatEngine
 from medicalgpt.serving.generation import MAX_SEED, Answer, Sampling
 from medicalgpt.training.cpu import add_cpu_head
+from medicalgpt.training.engines import are_weights_sharded
 from medicalgpt.training.runs import Run
 from medicalgpt.training.trainers import StageTrainer, disable_dropout, disable_lora_dropout, training_defaults
 from template import apply_template
@@ -75,7 +75,6 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 from trl.trainer.utils import add_fused_lm_head, use_adapter
 
@@ -230,8 +229,7 @@ def check_flags(args: PpoArguments) -> None:
         problems.append(
             "--target_reference_kl cannot adapt --kl_coef 0, which it multiplies. Start from, for example, 0.05."
         )
-    sharded = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1")
-    if sharded or is_deepspeed_zero3_enabled():
+    if are_weights_sharded(args):
         problems.append(
             "PPO generates answers between its updates, for which each process needs all weights: it cannot be "
             "combined with FSDP or ZeRO-3. Use --deepspeed zero2.json, or an adapter on a quantized base: --qlora True."

@@ -7,6 +7,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from medicalgpt.logs import number_single_process
+
 # Packages of trackers that have another name than their tracker.
 PACKAGE_OF_TRACKER = {"azure_ml": "azureml-core", "comet_ml": "comet-ml", "flyte": "flytekit", "neptune": "neptune"}
 
@@ -551,6 +553,8 @@ class StageDefaults:
         self._refuse_idle_training()
         self.report_to = installed_trackers(self.report_to)
         self._set_best_metric()
+        if self.deepspeed:
+            number_single_process()
         super().__post_init__()
         if self.fsdp and self.use_cpu:
             raise ValueError(

@@ -1,6 +1,6 @@
 """One log format for all programs: plain lines on stderr, from the first process only.
 
-The variables by which torchrun and accelerate number the processes are read here only.
+The variables by which torchrun and accelerate number the processes are read and set here only.
 """
 
 import os
@@ -33,6 +33,19 @@ def local_rank() -> int:
 def local_world_size(default: int) -> int:
     """How many processes of the run this machine has; `default` if the launcher does not set it."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", default))
+
+
+# By which torchrun tells a process its number, and where to meet the others.
+TORCHRUN_VARIABLES = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+
+
+def number_single_process() -> None:
+    """Set the variables that torchrun would, for a process that no launcher has started.
+
+    Without them DeepSpeed looks for MPI, which is rarely installed. Port 0 is any free one: nobody else connects.
+    """
+    if not {*TORCHRUN_VARIABLES, "OMPI_COMM_WORLD_RANK", "PMI_RANK"} & os.environ.keys():
+        os.environ.update(TORCHRUN_VARIABLES)
 
 
 def is_main_process() -> bool:

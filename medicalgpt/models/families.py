@@ -10,6 +10,7 @@ import torch
 from loguru import logger
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.modeling_utils import set_zero3_state
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
@@ -63,7 +64,8 @@ def check_family(config: PreTrainedConfig, quantizing_flag: str | None = None) -
 
 def _check_quantizable(config: PreTrainedConfig, flag: str) -> None:
     """Warn of weights that bitsandbytes would not quantize. Raises UserError if that is the larger part."""
-    with torch.device("meta"):
+    # Under ZeRO-3 the library would shard the weights of this model too, which are not there.
+    with torch.device("meta"), set_zero3_state():
         model = AutoModelForCausalLM.from_config(config)
     ends = [end.weight for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
     weights = [weight for weight in model.parameters() if all(weight is not end for end in ends)]

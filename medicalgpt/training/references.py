@@ -75,7 +75,10 @@ def copy_policy(
     if not is_deepspeed_zero3_enabled():
         return copy.deepcopy(policy).requires_grad_(False)
     reference = loading.load_base(AutoModelForCausalLM, checkpoint, model_args, lora_args, **load)
-    reference.resize_token_embeddings(policy.get_input_embeddings().num_embeddings, mean_resizing=False)
+    rows = policy.get_input_embeddings().num_embeddings
+    # Under ZeRO-3 the library puts whole weights in the place of sharded ones, also if the number of rows stays.
+    if rows != reference.get_input_embeddings().num_embeddings:
+        reference.resize_token_embeddings(rows, mean_resizing=False)
     # New rows of an embedding are drawn at random, so each process copies its part of every weight.
     for ours, theirs in zip(reference.parameters(), policy.parameters(), strict=True):
         getattr(ours, "ds_tensor", ours).data.copy_(getattr(theirs, "ds_tensor", theirs).data)

@@ -35,12 +35,12 @@ from medicalgpt.training.callbacks import (
     peak_memory_gb,
 )
 from medicalgpt.training.checkpoints import (
-    GATHERING,
     CheckpointCommitter,
     committed_checkpoints,
     find_checkpoint,
     require_saved_weights,
 )
+from medicalgpt.training.engines import init_deepspeed, require_gathering
 from medicalgpt.training.observed import as_table, observe
 from medicalgpt.training.output_folder import PreviousRun, recover, refuse_overlap
 from medicalgpt.training.plots import plot_loss
@@ -51,7 +51,6 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from loguru import logger
-from peft import PeftModel
 from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -97,8 +96,7 @@ class Run:
         self.previous = PreviousRun(self.output_dir)
         self.replaces = run.overwrite_output_dir
         self.resume_from = self._claim_output_dir()
-        if training.use_cpu or not torch.cuda.is_available():
-            _init_deepspeed_on_cpu(training)
+        init_deepspeed(training)
         # The filter replaces a loss that is NaN by the mean of earlier ones, which hides that training has failed.
         training.logging_nan_inf_filter = False
         set_seed(training.seed)
@@ -327,7 +325,7 @@ class Run:
             UserError: on every process, if the weights would not be saved, or were not (see `require_saved_weights`).
         """
         if self.training.do_train:
-            _require_gathering(trainer)
+            require_gathering(trainer)
         if self.replaces:
             self._set_previous_aside()
         try:
@@ -539,23 +537,6 @@ def _require_liger(training: TrainingArguments) -> None:
         raise UserError("--use_liger_kernel needs a CUDA GPU, and this run has none. Leave it out.")
     if not is_liger_kernel_available():
         raise UserError("--use_liger_kernel needs its package: pip install liger-kernel")
-
-
-def _require_gathering(trainer: Trainer) -> None:
-    # An adapter is gathered whatever the setting; without it, all weights would be left in pieces, one a process.
-    if not trainer.is_deepspeed_enabled or isinstance(trainer.model, PeftModel):
-        return
-    config = trainer.accelerator.state.deepspeed_plugin.hf_ds_config
-    if config.is_zero3() and not config.is_true("zero_optimization.stage3_gather_16bit_weights_on_model_save"):
-        raise UserError(f"the trained weights would not be saved as a model. {GATHERING}")
-
-
-def _init_deepspeed_on_cpu(training: TrainingArguments) -> None:
-    # Without this, deepspeed assumes a single process when from_pretrained asks for the world size.
-    if training.deepspeed:
-        import deepspeed
-
-        deepspeed.init_distributed(dist_backend="gloo")
 
 
 def _resolved(*groups: Any) -> dict[str, Any]:

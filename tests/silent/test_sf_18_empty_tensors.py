@@ -13,7 +13,22 @@ import torch
 from safetensors.torch import load_file, save_file
 
 STAGE = "supervised_finetuning.py"
-# Trains under ZeRO-3, saves with and without gathering, and notes what is said to it.
+# Each stage with the folder of its rows and the flags that it needs; PPO refuses ZeRO-3 (test_ppo_training.py).
+STAGES = {
+    "pretraining.py": ("texts", ["--block_size", 32]),
+    "supervised_finetuning.py": ("rows", []),
+    "reward_modeling.py": ("pairs", []),
+    "dpo_training.py": ("pairs", []),
+    "orpo_training.py": ("pairs", []),
+    "grpo_training.py": ("tasks", ["--num_generations", 2, "--max_completion_length", 4, "--reward_funcs", "length"]),
+}
+ROWS = {
+    "texts": [{"text": f"Why {n}? A cold is an infection of the nose."} for n in range(8)],
+    "rows": [{"prompt": f"Why {n}?", "response": "A cold."} for n in range(8)],
+    "pairs": [{"prompt": f"Why {n}?", "chosen": "A cold.", "rejected": "No."} for n in range(8)],
+    "tasks": [{"question": f"{n} + 1?", "answer": str(n + 1)} for n in range(8)],
+}
+# Trains every stage under ZeRO-3, saves with and without gathering, and notes what is said to it.
 DRIVER = """
 import json, sys
 from pathlib import Path
@@ -24,7 +39,7 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 from medicalgpt.errors import UserError, run_main
 from medicalgpt.training.checkpoints import require_saved_weights
 from tests.helpers import open_stage
-from tests.silent.test_sf_18_empty_tensors import STAGE, flags
+from tests.silent.test_sf_18_empty_tensors import STAGE, STAGES, flags
 
 import torch
 
@@ -38,31 +53,37 @@ def said_by(function, *args):
         return str(error)
 
 
+def train(stage):
+    trainer = open_stage(stage, *flags(place, stage, "--deepspeed", "zero3.json", stage=stage)).trainer
+    trainer.train()
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if stage == STAGE:
+        model.save_pretrained(place / "torn")
+    trainer.save_model(place / "whole" / stage)
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        torch.save({name: weight.clone() for name, weight in model.state_dict().items()}, place / f"{stage}.pt")
+
+
 def main():
     pieces = open_stage(STAGE, *flags(place, "pieces", "--deepspeed", place / "pieces.json"))
     said = {"pieces": said_by(pieces.finish)}
-    trainer = open_stage(STAGE, *flags(place, "out", "--deepspeed", "zero3.json")).trainer
-    trainer.train()
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    model.save_pretrained(place / "torn")
-    trainer.save_model(place / "whole")
-    said |= {name: said_by(require_saved_weights, place / name) for name in ("torn", "whole")}
-    with deepspeed.zero.GatheredParameters(list(model.parameters())):
-        torch.save({name: weight.clone() for name, weight in model.state_dict().items()}, place / "live.pt")
+    for stage in STAGES:
+        train(stage)
+        said[stage] = said_by(require_saved_weights, place / "whole" / stage)
+    said["torn"] = said_by(require_saved_weights, place / "torn")
     (place / "said.json").write_text(json.dumps(said))
 
 
 run_main(main)
 """
-# One process of a group of one, on any free port.
-ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
-def flags(place, output, *more):
+def flags(place, output, *more, stage=STAGE):
+    folder, needed = STAGES[stage]
     return [
-        *("--model_name_or_path", place / "base", "--train_file_dir", place / "data", "--max_steps", 2),
+        *("--model_name_or_path", place / "base", "--train_file_dir", place / folder, "--max_steps", 2),
         *("--output_dir", place / output, "--sample_prompts", 0, "--save_strategy", "no", "--learning_rate", 1e-2),
-        *("--use_peft", "False", "--dataloader_pin_memory", "False", *more),
+        *("--use_peft", "False", "--dataloader_pin_memory", "False", *needed, *more),
     ]
 
 
@@ -70,13 +91,14 @@ def flags(place, output, *more):
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sf18")
     save_model(folder / "base", tiny_tokenizer())
-    write_jsonl(folder / "data" / "rows.jsonl", [{"prompt": f"Why {n}?", "response": "A cold."} for n in range(8)])
+    for name, rows in ROWS.items():
+        write_jsonl(folder / name / "rows.jsonl", rows)
     return folder
 
 
 @pytest.fixture(scope="module")
 def sharded(place):
-    """What a run under ZeRO-3 leaves."""
+    """What runs under ZeRO-3 leave, started as a single process, without a launcher."""
     pytest.importorskip("deepspeed")
     settings = read_json(ROOT / "zero3.json")
     settings["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = False
@@ -84,7 +106,7 @@ def sharded(place):
     (place / "driver.py").write_text(DRIVER)
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     # A lock that another program left in the common folder of extensions would be waited for without end.
-    env = {**ALONE, "PYTHONPATH": path, "TORCH_EXTENSIONS_DIR": str(place / "extensions")}
+    env = {"PYTHONPATH": path, "TORCH_EXTENSIONS_DIR": str(place / "extensions")}
     run_program(place / "driver.py", place, env=env, timeout=120)
     return place
 
@@ -99,14 +121,17 @@ def test_weights_saved_without_gathering_are_refused(sharded):
     assert '"stage3_gather_16bit_weights_on_model_save": true' in said
 
 
-def test_zero_3_saves_the_weights_that_were_trained(sharded):
-    assert read_json(sharded / "said.json")["whole"] is None
-    saved, live = load_file(sharded / "whole" / "model.safetensors"), torch.load(sharded / "live.pt")
-    base = load_file(sharded / "base" / "model.safetensors")
-    assert saved.keys() == live.keys() == base.keys()
+@pytest.mark.parametrize("stage", STAGES)
+def test_zero_3_saves_the_weights_that_were_trained(sharded, stage):
+    assert read_json(sharded / "said.json")[stage] is None
+    saved, live = load_file(sharded / "whole" / stage / "model.safetensors"), torch.load(sharded / f"{stage}.pt")
+    assert saved.keys() == live.keys()
     for name, weight in saved.items():
-        assert weight.shape == base[name].shape and torch.equal(weight, live[name]), name
-    assert not all(torch.equal(weight, base[name]) for name, weight in saved.items())
+        assert weight.shape == live[name].shape and torch.equal(weight, live[name]), name
+    base = load_file(sharded / "base" / "model.safetensors")
+    assert base.keys() - saved.keys() == ({"lm_head.weight"} if stage == "reward_modeling.py" else set())
+    if stage != "grpo_training.py":  # rewards that do not differ teach nothing
+        assert not all(torch.equal(weight, base[name]) for name, weight in saved.items() if name in base)
 
 
 def test_settings_that_would_leave_pieces_are_refused_before_training(sharded):

@@ -1,0 +1,105 @@
+"""DeepSpeed and FSDP around a run: locks of compiled extensions, the process group of a single process, refusals."""
+
+import os
+import subprocess
+import threading
+import time
+from unittest.mock import patch
+
+from medicalgpt.logs import TORCHRUN_VARIABLES, number_single_process
+from medicalgpt.models.families import check_family
+from medicalgpt.training import engines
+from tests.helpers import ROOT, save_model
+from tests.tiny import tiny_tokenizer
+
+import pytest
+from loguru import logger
+from torch.utils.file_baton import FileBaton
+from transformers import AutoConfig
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+
+@pytest.fixture
+def log():
+    lines: list[str] = []
+    sink = logger.add(lambda line: lines.append(str(line)), level="INFO")
+    yield lines
+    logger.remove(sink)
+
+
+@pytest.fixture
+def lock(tmp_path):
+    """The lock of an extension that is being compiled, in one of the two places where torch has it."""
+    file = tmp_path / "py311_cu130" / "cpu_adam" / "lock"
+    file.parent.mkdir(parents=True)
+    file.touch()
+    return file
+
+
+def test_a_lock_that_an_interrupted_run_left_is_taken_over(lock, tmp_path, log):
+    """torch would wait for it for ever, without a word."""
+    past = time.time() - 2 * engines.STALE_SECONDS
+    os.utime(lock, (past, past))
+    engines.wait_for_extensions(tmp_path)
+    assert not lock.exists()
+    assert f"{lock} was left by a run that was interrupted 10 min ago" in "".join(log)
+
+
+def test_a_folder_that_still_changes_may_be_another_machines(lock, tmp_path, log):
+    """Its lock is not removed, but named; what the message tells to do ends the wait."""
+    past = time.time() - 2 * engines.STALE_SECONDS
+    os.utime(lock, (past, past))
+    (lock.parent / "cpu_adam.o").touch()
+    waiting = threading.Thread(target=engines.wait_for_extensions, args=[tmp_path])
+    waiting.start()
+    while not log:
+        time.sleep(0.01)
+    assert waiting.is_alive() and lock.exists()
+    command = "".join(log).partition("remove it: ")[2].partition(". It is")[0]
+    subprocess.run(command, shell=True, check=True)
+    waiting.join(timeout=10)
+    assert not waiting.is_alive() and not lock.exists()
+
+
+def test_a_lock_that_a_process_holds_is_waited_for(tmp_path, log):
+    """However old it is: a slow machine may compile for long."""
+    lock = tmp_path / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir()
+    baton = FileBaton(str(lock))
+    assert baton.try_acquire()
+    past = time.time() - 2 * engines.STALE_SECONDS
+    os.utime(lock, (past, past))
+    waiting = threading.Thread(target=engines.wait_for_extensions, args=[tmp_path])
+    waiting.start()
+    while not log:
+        time.sleep(0.01)
+    assert f"waiting for process {os.getpid()}, which compiles" in log[0]
+    assert waiting.is_alive() and lock.exists()
+    baton.release()
+    waiting.join(timeout=10)
+    assert not waiting.is_alive()
+
+
+@pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_RANK", "WORLD_SIZE"])
+def test_the_numbers_of_a_launcher_are_left_alone(name):
+    """mpirun numbers its processes in its own way."""
+    with patch.dict(os.environ, {name: "2"}, clear=True):
+        number_single_process()
+        assert dict(os.environ) == {name: "2"}
+
+
+def test_a_process_without_a_launcher_is_a_group_of_one():
+    with patch.dict(os.environ, clear=True):
+        number_single_process()
+        assert dict(os.environ) == TORCHRUN_VARIABLES
+
+
+def test_the_weights_that_quantization_reaches_are_counted_under_zero_3(tmp_path):
+    """On a model without weights, which ZeRO-3 would try to shard ("Cannot copy out of meta tensor")."""
+    config = AutoConfig.from_pretrained(save_model(tmp_path, tiny_tokenizer()))
+    settings = HfDeepSpeedConfig(str(ROOT / "zero3.json"))
+    assert is_deepspeed_zero3_enabled()
+    check_family(config, "--load_in_4bit")
+    del settings
+    assert not is_deepspeed_zero3_enabled()
