@@ -3,6 +3,7 @@
     python convert_dataset.py --in_file alpaca.json --out_file sharegpt.jsonl --to sharegpt
     python convert_dataset.py --in_file data/finetune/train.jsonl --out_file outputs/train.parquet --to messages
     python convert_dataset.py --in_file data/reward --out_file outputs/pairs.jsonl --to preference
+    python convert_dataset.py --in_file rated.jsonl --out_file outputs/pairs.jsonl --to preference --pair_by helpfulness
     python convert_dataset.py --in_file alpaca.json --out_file sharegpt.jsonl --data_type alpaca
 
 Reads every format that training reads, and writes JSON Lines, a JSON list, Parquet or lines of text, by the suffix of
@@ -22,9 +23,8 @@ from medicalgpt.logs import setup_logging
 from medicalgpt.parser import parse_args
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
-    from medicalgpt.data.loading import LoadedData
     from medicalgpt.formats.conversion import Converter
     from medicalgpt.readers.problems import Problem
 
@@ -45,6 +45,13 @@ class ConversionArguments:
             "help": "sharegpt, messages (OpenAI), alpaca: conversations. preference: prompt, chosen, rejected. task: "
             "questions with what their answers are scored with. text: documents. unchanged: only the file's type.",
             "choices": list(FORMATS),
+        },
+    )
+    pair_by: str | None = field(
+        default=None,
+        metadata={
+            "help": "With --to preference, for answers that were rated one by one: the field with the rating. Of the "
+            "answers to one prompt, the best is chosen and the worst rejected; other rows are counted as left out."
         },
     )
     data_type: str | None = field(
@@ -81,12 +88,15 @@ class ConversionArguments:
         self.to = self.to or meant
         if not self.to:
             raise ValueError(f"--to is missing: one of {', '.join(FORMATS)}.")
+        if self.pair_by and self.to != "preference":
+            raise ValueError(f"--pair_by {self.pair_by} makes preference pairs: it needs --to preference.")
 
 
 def main() -> None:
     (args,) = parse_args(ConversionArguments, description=__doc__, program="convert_dataset.py")
     from medicalgpt.data.export import write_rows
     from medicalgpt.data.loading import load_data
+    from medicalgpt.data.pairing import RatedAnswers
     from medicalgpt.data.rows import Rows
 
     from loguru import logger
@@ -97,11 +107,13 @@ def main() -> None:
         logger.info("--file_type is not needed: the suffix of --in_file tells it; a CSV file begins with column names")
     data = load_data(data_arguments(args), reader(args))
     problems = [problem for problem in data.problems if problem.side != "validation"]
-    rows = Rows(exported(args, data, problems))
+    rated = RatedAnswers(data.train, args.pair_by) if args.pair_by else None
+    rows = Rows(exported(args, rated.pairs() if rated else data.train, problems))
     settle(args, problems, len(rows))
     write_rows(args.out_file, rows, args.overwrite)
     account = data.account["train"]
     left_out = sum((each.left_out for each in account), Counter()) + Counter(problem.kind for problem in problems)
+    left_out += rated.left_out if rated else Counter()
     reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "none"
     print(f"{args.in_file}: {sum(each.rows for each in account)} rows, left out: {reasons}")
     print(f"{args.out_file}: {len(rows)} rows, {args.to}")
@@ -154,7 +166,7 @@ def reader(args: ConversionArguments) -> "Converter":
     """
     from medicalgpt.data.export import TARGETS
     from medicalgpt.data.loading import row_converter
-    from medicalgpt.formats.conversion import Conversion, Converter, to_text
+    from medicalgpt.formats.conversion import Conversion, Converter, to_messages, to_text
 
     class Unchanged(Converter):
         def convert(self, value: Any) -> Conversion:
@@ -168,7 +180,9 @@ def reader(args: ConversionArguments) -> "Converter":
             unused = tuple(name for name in found.unused if name not in kept)
             return Conversion({"row": found.row, "kept": kept}, unused, found.preset)
 
-    made = row_converter(data_arguments(args), to_text if args.to == "unchanged" else TARGETS[args.to][1])
+    # Answers that were rated one by one are conversations until they are pairs.
+    to = to_text if args.to == "unchanged" else to_messages if args.pair_by else TARGETS[args.to][1]
+    made = row_converter(data_arguments(args), to)
     kind = Unchanged if args.to == "unchanged" else Keeping
     return kind(made.to, made.ignore, made.columns, made.preset)
 
@@ -177,12 +191,14 @@ def without(row: dict[str, Any], names: frozenset[str]) -> dict[str, Any]:
     return {name: item for name, item in row.items() if name not in names}
 
 
-def exported(args: ConversionArguments, data: "LoadedData", problems: "list[Problem]") -> "Iterator[dict[str, Any]]":
+def exported(
+    args: ConversionArguments, rows: "Iterable[dict[str, Any]]", problems: "list[Problem]"
+) -> "Iterator[dict[str, Any]]":
     """The rows as they are written; what the format cannot hold joins `problems`."""
     from medicalgpt.data.export import export_row
     from medicalgpt.readers.problems import Problem, RowError, place_of
 
-    for row in data.train:
+    for row in rows:
         if args.to == "unchanged":
             yield row["row"]
             continue

@@ -386,13 +386,12 @@ def format_of_first_row(path: Path, preset: str | None = None, encoding: str | N
     from medicalgpt.readers.sources import read_rows
 
     value = next((row.value for row in read_rows(path, encoding=encoding) if isinstance(row, SourceRow)), None)
-    if isinstance(value, str) or (
-        isinstance(value, dict) and "text" in value and not set(value) & {*CONVERSATION_FIELDS}
-    ):
+    if isinstance(value, str):
         return "text"
-    shape = PRESETS.get(preset) or (recognise(value) if isinstance(value, dict) else None)
-    if shape:
+    if shape := PRESETS.get(preset) or (recognise(value) if isinstance(value, dict) else None):
         return shape.kinds[0]
+    if isinstance(value, dict) and "text" in value and not set(value) & {*CONVERSATION_FIELDS}:
+        return "text"
     if isinstance(value, dict) and any(column in value for pair in PREFERENCE_FIELDS for column in pair):
         return "preference"
     return "chat"

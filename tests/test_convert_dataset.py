@@ -5,10 +5,11 @@ import random
 import re
 from pathlib import Path
 
+from convert_dataset import ConversionArguments
 from medicalgpt.data.export import TARGETS, export_row, openai_messages, write_rows
 from medicalgpt.data.rows import Rows
 from medicalgpt.errors import UserError
-from medicalgpt.formats.conversion import to_messages
+from medicalgpt.formats.conversion import to_messages, to_preference
 from medicalgpt.readers.problems import RowError
 from tests.helpers import read_json, run_here, write_jsonl
 
@@ -202,6 +203,45 @@ def test_columns_may_be_named(tmp_path):
     row = {"Frage": "Q", "Antwort": "A", "Nr": 7}
     (written,) = convert(tmp_path, [row], "alpaca", "--columns", "question=Frage,answer=Antwort")
     assert written == {"instruction": "Q", "input": "", "output": "A", "Nr": 7}
+
+
+def test_rated_answers_become_pairs(tmp_path, capsys):
+    """The remedy that reward modeling and DPO print for HelpSteer2, whose rows are rated one by one."""
+    rated = [("Q", "good", 4), ("Q", "bad", 0), ("Q", "fair", 2), ("alone", "A", 3), ("same", "A", 1), ("same", "B", 1)]
+    rows = [
+        {"prompt": prompt, "response": answer, "helpfulness": score, "correctness": 4, "verbosity": score}
+        for prompt, answer, score in rated
+    ]
+    with pytest.raises(RowError) as refused:
+        to_preference(rows[0])
+    (command,) = re.findall(r"convert_dataset.py --in_file FILE --out_file pairs.jsonl (.+)\.$", refused.value.remedy)
+    _, to, *flags = command.split()
+    assert convert(tmp_path, rows, to, *flags) == [
+        {
+            "prompt": [{"role": "user", "content": "Q"}],
+            "chosen": [{"role": "assistant", "content": "good"}],
+            "rejected": [{"role": "assistant", "content": "bad"}],
+            "correctness": 4,
+            "score_chosen": 4,
+            "score_rejected": 0,
+        }
+    ]
+    assert (
+        capsys.readouterr()
+        .out.splitlines()[0]
+        .endswith(
+            "6 rows, left out: 1 between the best and the worst answer, 1 only answer to its prompt, "
+            "2 rated as the other answers"
+        )
+    )
+    run_here("validate_jsonl.py", "--file_path", tmp_path / "out.jsonl", "--format", "preference")
+    with pytest.raises(
+        UserError,
+        match="in.jsonl:1: `taste` is not a number .null., and --pair_by.* Name another field, of correctness",
+    ):
+        convert(tmp_path, rows, "preference", "--pair_by", "taste", name="b.jsonl")
+    with pytest.raises(ValueError, match="needs --to preference"):
+        ConversionArguments("a", "b", to="alpaca", pair_by="helpfulness")
 
 
 def test_ids_join_parallel_calls_and_their_results():

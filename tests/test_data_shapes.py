@@ -54,8 +54,8 @@ CHATS = {
     "Alpaca, null instruction": ({"instruction": None, "input": ASKED, "output": SAID}, TURNS),
     "Alpaca, values in lists": ({"instruction": [ASKED], "input": [], "output": [SAID]}, TURNS),
     "Alpaca, lines in lists": (
-        {"instruction": "Sort.", "input": ["b", "a"], "output": ["a", "b"]},
-        [{"role": "user", "content": "Sort.\nb\na"}, {"role": "assistant", "content": "a\nb"}],
+        {"instruction": "Sort.", "input": ["b", "a"], "output": ["a, b"]},
+        [{"role": "user", "content": "Sort.\nb\na"}, {"role": "assistant", "content": "a, b"}],
     ),
     "Alpaca, numbers": (
         {"instruction": "Half of", "input": 5, "output": 2.5},
@@ -213,6 +213,63 @@ CHATS = {
         [{"role": "user", "content": f"{WITH_OPTIONS['content']}\nC. Heat\nD. Cold"}, CHOICE[1]],
     ),
     "options of no known set": ({"query": ASKED, "choices": OPTIONS, "answerKey": "B"}, CHOICE),
+    "guanaco": (
+        {"text": f"### Human: {ASKED}### Assistant: {SAID}### Human: {ASKED}### Assistant: {SAID}"},
+        TURNS * 2,
+    ),
+    "guanaco, a line for each turn": ({"text": f"### Human: {ASKED}\n### Assistant: {SAID}\n"}, TURNS),
+    "CMB-Clin": (
+        {
+            **{"id": 0, "title": "A cold", "description": "He is 49."},
+            "QA_pairs": [{"question": ASKED, "solution": SAID}, {"question": ASKED, "answer": SAID}],
+        },
+        [{"role": "user", "content": f"He is 49.\n\n{ASKED}"}, REPLY, *TURNS],
+    ),
+    "PubMedQA, the authors' files": (
+        {
+            **{"QUESTION": ASKED, "CONTEXTS": ["One.", "Two."], "LABELS": ["A", "B"], "MESHES": [], "YEAR": "2011"},
+            **{"LONG_ANSWER": SAID, "final_decision": "yes", "reasoning_free_pred": "yes"},
+        },
+        [{"role": "user", "content": f"One.\nTwo.\n\n{ASKED}"}, {"role": "assistant", "content": f"yes\n{SAID}"}],
+    ),
+    "MedDialog": ({"description": "A cold", "utterances": [f"patient: {ASKED}", f"doctor: {SAID}"] * 2}, TURNS * 2),
+    "MedDialog, Chinese": ({"utterances": [f"病人：{ASKED}", f"医生：{SAID}"]}, TURNS),
+    "R1 distilled, Chinese": (
+        {"input": ASKED, "reasoning_content": THOUGHT, "content": SAID, "repo_name": "x", "score": 9},
+        WITH_THOUGHT,
+    ),
+    "OpenR1-Math": (
+        {
+            **{"problem": ASKED, "solution": "Otherwise.", "answer": "tea", "source": "x", "generations": ["<think>"]},
+            "messages": TURNS,
+        },
+        TURNS,
+    ),
+    "DeepScaleR without a solution": ({"problem": ASKED, "solution": "", "answer": SAID}, TURNS),
+    "SQuAD": (
+        {
+            **{"id": "1", "title": "t", "context": "It is viral.", "question": ASKED},
+            "answers": {"text": [SAID, "Rest."], "answer_start": [0, 0]},
+        },
+        [{"role": "user", "content": f"It is viral.\n\n{ASKED}"}, REPLY],
+    ),
+    "capitals": ({"qtype": "treatment", "Question": ASKED, "Answer": SAID}, TURNS),
+    "Alpaca, capitals": ({"Instruction": ASKED, "Input": "", "Output": SAID}, TURNS),
+    "问题 and 回答": ({"问题": ASKED, "回答": SAID}, TURNS),
+    "options with numbers from 1": (
+        {"question": ASKED, "option1": "Antibiotics", "option2": "Rest", "answer": 2},
+        CHOICE,
+    ),
+    "options by number from 1": (
+        {"question": ASKED, "options": {"1": "Antibiotics", "2": "Rest"}, "answer": 2},
+        CHOICE,
+    ),
+    "MMLU-Pro without the letter": (
+        {"question": ASKED, "options": ["Antibiotics", "Rest"], "answer_index": 1, "category": "health"},
+        CHOICE,
+    ),
+    "the letter as a label": ({"question": ASKED, "options": OPTIONS, "label": "B", "id": "Text-0"}, CHOICE),
+    "turns of the question as JSON in a string": ({"prompt": json.dumps([USER]), "response": SAID}, TURNS),
     "GSM8K": (
         {"question": "2 bags of 3?", "answer": "2*3 = <<2*3=6>>6.\n#### 6"},
         [{"role": "user", "content": "2 bags of 3?"}, {"role": "assistant", "content": "2*3 = <<2*3=6>>6.\n#### 6"}],
@@ -314,7 +371,7 @@ CHATS = {
             {"messages": [USER, {**REPLY, "content": "bad", name: value}, USER, {**REPLY, name: 1 - value}]},
             [USER, {"role": "assistant", "content": "bad", "train": False}, *TURNS],
         )
-        for name, value in (("weight", 0), ("loss", False), ("train", False), ("weight", 0.0))
+        for name, value in (("weight", 0), ("loss", False), ("train", False), ("weight", 0.0), ("loss_mask", 0))
     },
     "weights in every turn": ({"messages": [{**USER, "weight": 1}, {**REPLY, "weight": 1}]}, TURNS),
     "weight of a row": ({"messages": TURNS, "weight": 1.0}, TURNS),
@@ -491,6 +548,118 @@ REFUSED = {
         "next to a prompt",
         {"--ignore_fields prompt": ([USER], GOOD, BAD)},
     ),
+    "two answers in a list": (
+        {"instruction": ASKED, "input": "", "output": [SAID, "No."]},
+        to_messages,
+        "`output` has 2 texts",
+        {},
+    ),
+    "two rejected answers": (
+        {"prompt": ASKED, "chosen": SAID, "rejected": ["No.", "Never."]},
+        to_preference,
+        "`rejected` has 2 texts",
+        {},
+    ),
+    "a rejected answer": (
+        {"query": ASKED, "response": SAID, "rejected_answer": "No."},
+        to_messages,
+        "`rejected_answer` is a second answer",
+        {"--ignore_fields rejected_answer": TURNS},
+    ),
+    "a second rejected answer": (
+        {"prompt": ASKED, "chosen": GOOD, "rejected": BAD, "rejected_2": "Never."},
+        to_preference,
+        "`rejected_2` is a third answer",
+        {"--ignore_fields rejected_2": ([USER], GOOD, BAD)},
+    ),
+    "a rejected answer of ms-swift for fine-tuning": (
+        {"messages": TURNS, "rejected_response": "No."},
+        to_messages,
+        "not for this stage",
+        {"--ignore_fields rejected_response": TURNS},
+    ),
+    "UltraFeedback's completions for fine-tuning": (
+        {"instruction": ASKED, "completions": [{"response": SAID, "overall_score": 8}]},
+        to_messages,
+        "not for this stage",
+        {},
+    ),
+    "UltraFeedback's completions, all the same": (
+        {"instruction": ASKED, "completions": [{"response": text, "overall_score": 8} for text in "ab"]},
+        to_preference,
+        "no completion is better",
+        {"--skip_bad_rows True": None},
+    ),
+    "UltraFeedback's completions without ratings": (
+        {"instruction": ASKED, "completions": [{"response": text, "annotations": {}} for text in "ab"]},
+        to_preference,
+        "fewer than two completions with a rating",
+        {"--skip_bad_rows True": None},
+    ),
+    "Chatbot Arena, a tie": (
+        {"winner": "tie", "conversation_a": [USER, GOOD], "conversation_b": [USER, BAD]},
+        to_preference,
+        "neither answer is better",
+        {"--skip_bad_rows True": None},
+    ),
+    "rated answers for preferences": (
+        {"prompt": ASKED, "response": SAID, "helpfulness": 3, "correctness": 4},
+        to_preference,
+        "rows of helpsteer are not for this stage",
+        {},
+    ),
+    "SQuAD without an answer": (
+        {"context": "It is viral.", "question": ASKED, "answers": {"text": [], "answer_start": []}},
+        to_messages,
+        "no answer in the text",
+        {"--skip_bad_rows True": None},
+    ),
+    "contexts": (
+        {"question": ASKED, "contexts": ["It is viral.", "It passes."], "answer": SAID},
+        to_messages,
+        "`contexts` may belong to the question",
+        {
+            "--columns question=question,answer=answer,input=contexts": [
+                {"role": "user", "content": f"{ASKED}\nIt is viral.\nIt passes."},
+                REPLY,
+            ],
+            "--ignore_fields contexts": TURNS,
+        },
+    ),
+    "a second answer in capitals": (
+        {"Question": ASKED, "Answer": SAID, "Output": "Tea."},
+        to_messages,
+        "`output` is a second answer",
+        {
+            "--ignore_fields output": TURNS,
+            "--columns question=question,answer=output": [USER, {"role": "assistant", "content": "Tea."}],
+        },
+    ),
+    "turns under another name": (
+        {"id": 1, "dialogue": TURNS},
+        to_messages,
+        "no known chat format",
+        {"--columns messages=dialogue": TURNS},
+    ),
+    "a picture among the parts": (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, REPLY]},
+        to_messages,
+        "turn 1 (user) has image_url, and only text",
+        {"--skip_bad_rows True": None},
+    ),
+    "a weight of the row": ({"messages": TURNS, "sample_weight": 0.5}, to_messages, "`sample_weight` is 0.5", {}),
+    "a table without names of columns": (
+        {"头痛怎么办？": "发烧怎么办？", "休息。": "喝水。"},
+        to_messages,
+        "the names of the fields look like a row",
+        {},
+    ),
+    "rendered text": (
+        {"text": f"<|im_start|>user\n{ASKED}<|im_end|>\n<|im_start|>assistant\n{SAID}<|im_end|>\n"},
+        to_messages,
+        "rendered with a chat template",
+        {},
+    ),
     "a second pair": (
         {"prompt": ASKED, "chosen": GOOD, "rejected": BAD, "response_chosen": "Other."},
         to_preference,
@@ -548,6 +717,49 @@ PAIRS = {
         {"system": "S", "question": ASKED, "chosen": GOOD["content"], "rejected": BAD["content"]},
         [system("S"), USER],
     ),
+    "UltraFeedback, all completions": (
+        {
+            **{"source": "sharegpt", "instruction": ASKED, "models": ["a", "b", "c"], "correct_answers": ["None"]},
+            "completions": [
+                {
+                    **{"model": "m", "custom_system_prompt": "S", "response": text, "overall_score": score},
+                    "annotations": {name: {"Rating": rating, "Rationale": "x"} for name in ("honesty", "truthfulness")},
+                }
+                # The set has a score of 10 next to ratings of 1, where 1 was meant.
+                for text, rating, score in ((BAD["content"], "1", 10), ("So so.", "N/A", 5), (GOOD["content"], "5", 8))
+            ],
+        },
+        [USER],
+    ),
+    "UltraFeedback, all completions, without ratings of aspects": (
+        {
+            "instruction": ASKED,
+            "completions": [
+                {"response": message["content"], "overall_score": score} for message, score in ((GOOD, 8), (BAD, 2))
+            ],
+        },
+        [USER],
+    ),
+    "preferences of OpenAI": (
+        {
+            "input": {"messages": [USER], "tools": [], "parallel_tool_calls": True},
+            **{"preferred_output": [GOOD], "non_preferred_output": [BAD]},
+        },
+        [USER],
+    ),
+    "ms-swift": ({"messages": [USER, GOOD], "rejected_response": BAD["content"]}, [USER]),
+    "ms-swift, question and answer": (
+        {"query": ASKED, "response": GOOD["content"], "rejected_response": BAD["content"]},
+        [USER],
+    ),
+    "Chatbot Arena": (
+        {
+            **{"question_id": "1", "model_a": "x", "model_b": "y", "winner": "model_b", "turn": 1},
+            **{"conversation_a": [USER, BAD], "conversation_b": [USER, GOOD]},
+        },
+        [USER],
+    ),
+    "turns as JSON in strings": ({"chosen": json.dumps([USER, GOOD]), "rejected": json.dumps([USER, BAD])}, [USER]),
     "scores": ({"prompt": ASKED, "chosen": GOOD, "rejected": BAD, "margin": 2, "score_chosen": 9}, [USER]),
     "messages once more": ({"prompt": ASKED, "messages": [USER], "chosen": GOOD, "rejected": BAD}, [USER]),
 }
@@ -626,6 +838,24 @@ def test_refusals_and_their_remedies(row, to, reason, flags):
             assert result(row, to, flag) == right
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": ASKED, "answers": [{"answer": SAID, "rank": 1.0}]},
+        {"instruction": ASKED, "completions": [{"text": SAID}]},
+        {"input": ASKED, "content": SAID},
+        {"title": ASKED, "content": SAID},
+        {"qtext": ASKED, "answers": [{"aid": 1, "atext": SAID}]},
+    ],
+    ids=lambda row: ", ".join(row),
+)
+def test_a_field_is_renamed_only_if_its_value_could_be_what_is_meant(row):
+    """Renamed, such rows were refused once more, or trained with a field in another's place."""
+    with pytest.raises(RowError) as refused:
+        to_messages(row)
+    assert "Rename" not in refused.value.remedy
+
+
 def test_what_must_not_be_ignored_is_not():
     """`--ignore_fields label` would train bad examples, `images` the marks of the images."""
     bad = {"prompt": ASKED, "completion": SAID, "label": False}
@@ -676,7 +906,7 @@ def test_question_and_options_stand_in_the_prompt_and_the_answer_in_the_reply(na
     row, _ = example_of(name)
     question = next(
         row[field]
-        for field in ("question", "Question", "problem", "prompt", "问", "Open-ended Verifiable Question")
+        for field in ("question", "Question", "QUESTION", "problem", "prompt", "问", "Open-ended Verifiable Question")
         if field in row
     )
     question = question[0]["content"] if isinstance(question, list) else question
@@ -811,7 +1041,7 @@ def as_lines(*rows: dict) -> bytes:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
-# Files as people have them: their content by name, and the questions or documents that are read; None: refused.
+# Files as people have them: their content by name, and the rows or documents that are read, or words of the refusal.
 FILES = {
     "JSON Lines named .json": ({"a.json": as_lines(ROW, OTHER)}, [ROW, OTHER]),
     "a list named .jsonl": ({"a.jsonl": json.dumps([ROW, OTHER], indent=2).encode()}, [ROW, OTHER]),
@@ -834,7 +1064,16 @@ FILES = {
         [ROW],
     ),
     "Latin-1": ({"a.txt": SPANISH.encode("latin_1")}, [SPANISH]),
-    "JSON Lines named .txt": ({"a.txt": as_lines(ROW, OTHER)}, None),
+    "JSON Lines named .txt": ({"a.txt": as_lines(ROW, OTHER)}, "has rows of JSON.*Rename it: a.jsonl"),
+    "a list under each name": (
+        {"a.json": json.dumps({"prompt": ["1?", "2?"], "response": ["1", "2"]}).encode()},
+        "a list under each key",
+    ),
+    "rows under their ids": ({"a.json": json.dumps({"21645374": ROW, "16418930": OTHER}).encode()}, [ROW, OTHER]),
+    "compressed, without saying so": (
+        {"a.jsonl": gzip.compress(as_lines(ROW, OTHER))},
+        "packed with gzip.*rename it: a.jsonl.gz",
+    ),
 }
 
 
@@ -846,8 +1085,8 @@ def test_files(tmp_path, files, rows):
         path.write_bytes(content)
     is_text = all(name.endswith(".txt") for name in files)
     arguments, to = DataArguments(train_file_dir=str(tmp_path)), to_text if is_text else to_messages
-    if rows is None:
-        with pytest.raises(UserError, match=r"has rows of JSON.*Rename it: a\.jsonl"):
+    if isinstance(rows, str):
+        with pytest.raises(UserError, match=rows):
             load_data(arguments, to)
         return
     data = load_data(arguments, to)

@@ -314,9 +314,25 @@ def test_numbers_and_sheets_of_excel(tmp_path):
     assert values(path) == [{"question": "2 + 2 = ?", "answer": "4"}, {"question": "0.5 + 1 = ?", "answer": "1.5"}]
     assert [str(row.place) for row in read_rows(path)] == [f"{path}:row 3", f"{path}:row 4"]
     book["empty"].append(["more"])
+    book["empty"].sheet_state = "hidden"
     book.save(path)
-    with pytest.raises(UserError, match="has 2 sheets with rows .Sheet, empty."):
+    with pytest.raises(UserError, match=r"has 2 sheets with rows .Sheet, empty \(hidden\)."):
         values(path)
+
+
+def test_a_title_above_the_names_of_the_columns(tmp_path):
+    path = tmp_path / "a.xlsx"
+    book = Workbook()
+    for row in (["Questions of 2024"], ["question", "answer"], ["1?", "1"]):
+        book.active.append(row)
+    book.save(path)
+    problems = list(read_rows(path))
+    assert [problem.remedy for problem in problems] == [
+        "The header is the first row that is not empty: remove what is above the names of the columns."
+    ] * 2
+    book.active.delete_rows(1)
+    book.save(path)
+    assert values(path) == [{"question": "1?", "answer": "1"}]
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".arrow", ".xlsx"])

@@ -1,5 +1,7 @@
 """`to_task` and `encode_prompt`: a prompt, and what answers to it may be judged by."""
 
+import json
+
 from medicalgpt.args import DataArguments
 from medicalgpt.data.encoding import EncodingError, Prompt, encode_prompt
 from medicalgpt.data.loading import load_data
@@ -29,6 +31,21 @@ ASKED = [{"role": "user", "content": "Q"}]
         ({"messages": ASKED, "question": "other"}, {"question": "other"}),
         ({"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}, {"answer": "A"}),
         ({"question": "Q", "answer": None}, {}),
+        # The question of a row with `input` alone is there once.
+        ({"input": "Q", "output": "A"}, {"answer": "A"}),
+        ({"instruction": "Q", "input": "", "output": ["A", "B"]}, {"answer": ["A", "B"]}),
+        ({"question": "Q", "target": "A"}, {"answer": "A"}),
+        ({"Instruction": "Q", "Output": "A"}, {"answer": "A"}),
+        ({"问题": "Q", "答案": "A"}, {"answer": "A", "答案": "A"}),
+        ({"question": "Q", "context": "", "answer": "A"}, {"answer": "A"}),
+        ({"prompt": "Q", "completion": [{"role": "assistant", "content": "A"}], "label": True}, {"answer": "A"}),
+        # Lists and objects as strings of JSON, as tables have them.
+        (
+            {"prompt": json.dumps(ASKED), "reward_model": '{"ground_truth": "A"}'},
+            {"answer": "A", "reward_model": '{"ground_truth": "A"}'},
+        ),
+        # An answer that was rated is not a correct one.
+        ({"prompt": "Q", "response": "A", "helpfulness": 0, "correctness": 1}, {"helpfulness": 0, "correctness": 1}),
         ({"question": "Q", "chosen": "A", "rejected": "B"}, {"chosen": "A", "rejected": "B"}),
     ],
 )

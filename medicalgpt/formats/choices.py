@@ -20,6 +20,11 @@ SINGLE_OPTION_FIELDS = (
     ("ending0", "ending1", "ending2", "ending3", "ending4"),
     tuple("ABCDEFGHIJ"),
 )
+# Fields with the letter or, counted from 0, the number of the correct option.
+OPTION_GOLD_FIELDS = (
+    *("answer_idx", "answer_index", "answer_letter", "answerKey", "answer_key", "correct_option", "cop", "gold"),
+    *("correct_answer_idx", "label"),
+)
 LETTERS = "ABCDEFGHIJ"
 # "A. text", "(A) text", "A、text" or "A text" at the start of a line.
 _OPTION_LINE = re.compile(r"^\s*[(（]?([A-Ja-j])(?:[)）.．、:：]\s*|\s+)(.*\S)\s*$")
@@ -132,6 +137,21 @@ def options_of(row: Mapping[str, Any]) -> tuple[dict[str, str], tuple[str, ...]]
             there = tuple(name for name in names if name in row)
             return parse_options([row.get(name) for name in names]), there
     return None
+
+
+def first_number(row: Mapping[str, Any], fields: tuple[str, ...]) -> int:
+    """The number of the first option where options have numbers: `option1`, or an object with the keys 1, 2, …
+
+    Args:
+        fields: with the options, as `options_of` returns them.
+    """
+    if fields and fields[0][-1] == "1":
+        return 1
+    options = row.get(fields[0]) if len(fields) == 1 else None
+    if isinstance(options, str):
+        key = re.match(r"\s*\{\s*[\"']?(\d+)", options)
+        return int(key[1]) if key else 0
+    return int(next(iter(options))) if isinstance(options, Mapping) and str(next(iter(options))).isdigit() else 0
 
 
 def written_options(question: str) -> dict[str, str] | None:

@@ -1,53 +1,49 @@
 """Recognise the format of a row and convert it to one common form, or refuse it with a reason and a remedy."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import lru_cache
 from itertools import zip_longest
 from typing import Any
 
-from medicalgpt.formats.choices import answer_letters, answer_text, options_of, prompt_with_options
+from medicalgpt.formats.conversations import (
+    PROMPT_FIELDS,
+    other_stage,
+    read_conversation,
+    read_leading_turns,
+    without_mask,
+)
 from medicalgpt.formats.fields import (
     ANSWER_FIELDS,
+    ANY_CASE,
     CONVERSATION_FIELDS,
+    LABEL_FIELDS,
+    PAIR_ANSWER,
     PREFERENCE_FIELDS,
-    QUESTION_FIELDS,
-    SYSTEM_FIELDS,
     TURN_LISTS,
     Fields,
-    is_blank,
-    is_misspelling,
     parse_columns,
     refuse_meaningful,
     refuse_media,
     refuse_misspelled,
 )
-from medicalgpt.formats.presets import PRESETS, Preset, recognise
+from medicalgpt.formats.presets import PRESETS, recognise
+from medicalgpt.formats.shapes import Preset
 from medicalgpt.formats.turns import (
     ASSISTANT_ROLES,
     CALL_ROLES,
     MEDIA_FIELDS,
-    REASONING_FIELDS,
     check_order,
-    parse_inner_json,
-    parse_transcript,
+    parse_turns,
     text_message,
     to_message,
     to_messages_list,
     to_text_value,
-    to_tools,
     unused_turn_fields,
 )
 from medicalgpt.readers.problems import RowError
-
-# Which program trains on rows of a kind.
-PROGRAMS = {
-    "text": "pretraining.py",
-    "chat": "supervised_finetuning.py",
-    "preference": "dpo_training.py, orpo_training.py or reward_modeling.py",
-    "task": "grpo_training.py",
-}
 
 
 def to_text(value: Any, ignore: frozenset[str] = frozenset()) -> dict[str, Any]:
@@ -101,21 +97,6 @@ def to_preference(value: Any, ignore: frozenset[str] = frozenset()) -> dict[str,
     return Converter(to_preference, ignore).convert(value).row
 
 
-PROMPT_FIELDS = (*TURN_LISTS, *QUESTION_FIELDS)
-# Fields of any conversation besides those with its turns.
-LEADING_FIELDS = ("tools", *SYSTEM_FIELDS, "history")
-# A question and its answer under these names belong together; otherwise the first of each is taken.
-PAIR_FIELDS = (
-    ("instruction", "output"),
-    ("prompt", "response"),
-    ("prompt", "completion"),
-    ("query", "response"),
-    ("question", "answer"),
-    ("problem", "solution"),
-)
-CHOICE_ANSWERS = ("answer_idx", "answer_letter", "answerKey", "correct_option", "answer", *ANSWER_FIELDS)
-
-
 @dataclass(frozen=True)
 class Conversion:
     """A converted row, the fields of the original that were not used, and the preset that it was recognised as."""
@@ -158,23 +139,26 @@ class Converter:
         require_object(value)
         # Tables write nothing as null, or as NaN, which alone differs from itself.
         row = {name: item for name, item in value.items() if item is not None and item == item}
-        _refuse_harmful_ignores(row, self.ignore)
-        row = {name: item for name, item in row.items() if name not in self.ignore}
+        if self.ignore:
+            row = _without_ignored(row, self.ignore)
         if self.columns:
             return self._converted(*self._mapped(row), None)
         preset = self.preset or (recognise(row) if self.kind != "text" else None)
         if preset is None:
-            return self._converted(row, set(), None)
+            return self._converted(in_lower_case(row) if self.read else row, set(), None)
         if self.read is None and preset is not self.preset:
             # The function recognises rows by itself.
             return self._converted(row, set(), preset.name)
         # Every set has questions, which is all that a prompt needs.
         if self.kind not in preset.kinds and self.kind not in ("prompt", "task"):
-            raise RowError(f"rows of {preset.name} are not for this stage", _other_stage(row, preset.kinds), row)
+            remedy = preset.elsewhere.get(self.kind) or other_stage(row, preset.kinds)
+            raise RowError(f"rows of {preset.name} are not for this stage", remedy, row)
         return self._converted(under_common_names(row, preset, self.kind), set(), preset.name)
 
-    def _mapped(self, row: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
+    def _mapped(self, row: dict[str, Any]) -> tuple[dict[str, Any], set[str]]:
         if missing := [field for field in self.columns.values() if field not in row]:
+            row = in_lower_case(row, frozenset(missing))
+        if missing := [field for field in missing if field not in row]:
             needed = {"question", "answer", "messages", "text", "chosen", "rejected"}
             if needed & {common for common, field in self.columns.items() if field in missing} or len(missing) == len(
                 self.columns
@@ -193,9 +177,11 @@ class Converter:
             return Conversion(self.to(row, frozenset()), tuple(sorted(unused)), preset)
         fields = Fields(row)
         converted = self.read(fields)
+        unused.update(fields.rest())
         for name in TURN_LISTS:
-            unused |= unused_turn_fields(row.get(name))
-        return Conversion(converted, tuple(sorted({*unused, *fields.rest()})), preset)
+            if name in row:
+                unused |= unused_turn_fields(row[name])
+        return Conversion(converted, tuple(sorted(unused)), preset)
 
 
 def under_common_names(row: Mapping[str, Any], preset: Preset, kind: str) -> dict[str, Any]:
@@ -204,7 +190,7 @@ def under_common_names(row: Mapping[str, Any], preset: Preset, kind: str) -> dic
     Raises:
         RowError: the row has not the shape of the set.
     """
-    renamed = preset.rename(row, kind if kind in preset.kinds else preset.kinds[0])
+    renamed = preset.rename(row, kind if kind in (*preset.kinds, "task") else preset.kinds[0])
     rest = {name: item for name, item in row.items() if name not in preset.fields}
     return {**rest, **{name: item for name, item in renamed.items() if item is not None}}
 
@@ -233,29 +219,32 @@ def converter(
     return Converter(to, ignore, parse_columns(columns), PRESETS[preset] if preset else None)
 
 
-def _other_stage(row: Mapping[str, Any], kinds: Iterable[str]) -> str:
-    remedy = "They are for " + "; ".join(PROGRAMS[kind] for kind in kinds) + "."
-    if any(set(pair) <= set(row) for pair in PREFERENCE_FIELDS):
-        remedy += f" To train on the better answer only: --columns {_chosen_columns(row)}."
-    return remedy
+@lru_cache(maxsize=1_000)
+def _lower_case(names: frozenset[str], wanted: frozenset[str]) -> dict[str, str]:
+    """The wanted name of each field that differs from it in capitals only, where no field has the wanted name."""
+    lower = {name: name.lower() for name in names if isinstance(name, str) and not name.islower()}
+    return {name: low for name, low in lower.items() if low in wanted and low not in names}
 
 
-def _chosen_columns(row: Mapping[str, Any]) -> str:
-    """`--columns` with which the better answer of a preference is a conversation."""
-    for chosen, _ in PREFERENCE_FIELDS:
-        if chosen in row:
-            turns = row[chosen]
-            if (isinstance(turns, list) and len(turns) > 1) or parse_transcript(turns):
-                return f"messages={chosen}"
-            asked = next((name for name in PROMPT_FIELDS if name in row), None)
-            if asked:
-                return f"question={asked},answer={chosen}"
-    return "question=FIELD,answer=FIELD"
+def in_lower_case(row: dict[str, Any], wanted: frozenset[str] = ANY_CASE) -> dict[str, Any]:
+    """`Question` and `QUESTION` as `question`. Rows of a file have few sets of fields."""
+    low = _lower_case(frozenset(row), wanted)
+    return {low.get(name, name): item for name, item in row.items()} if low else row
+
+
+def _without_ignored(row: dict[str, Any], ignore: frozenset[str]) -> dict[str, Any]:
+    """The row without the fields to ignore.
+
+    Raises:
+        RowError: without a field, a bad example would be trained, or a mark in place of an image.
+    """
+    row = in_lower_case(row, ignore & ANY_CASE)
+    _refuse_harmful_ignores(row, ignore)
+    return {name: item for name, item in row.items() if name not in ignore}
 
 
 def _refuse_harmful_ignores(row: Mapping[str, Any], ignore: frozenset[str]) -> None:
-    """Raises RowError where ignoring a field would train a bad example, or a mark in place of an image."""
-    for name in ignore & {"label", "kto_tag"}:
+    for name in ignore.intersection(LABEL_FIELDS):
         if row.get(name) is False:
             raise RowError(
                 f"`{name}` is false: without it, a bad example is trained as a good one",
@@ -318,7 +307,7 @@ def _read_preference(fields: Fields) -> dict[str, Any]:
                 f"Preference rows have {both}; rows with one answer are for supervised_finetuning.py.",
                 fields.rest(),
             )
-    given = {column: fields.take(column) for column in columns}
+    given = {column: parse_turns(fields.take(column)) for column in columns}
     answers = [_to_answer(given[column], column) for column in columns]
     for pair in PREFERENCE_FIELDS:
         if other := next((name for name in pair if name in fields.rest()), None):
@@ -326,7 +315,8 @@ def _read_preference(fields: Fields) -> dict[str, Any]:
                 f"`{other}` next to {both}", f"Remove it, or pass --ignore_fields {other}.", fields.get(other)
             )
     for name, value in fields.rest().items():
-        if name in ANSWER_FIELDS and value not in given.values() and value != answers[0][-1].get("content"):
+        is_answer = name in ANSWER_FIELDS or PAIR_ANSWER.fullmatch(str(name))
+        if is_answer and value not in given.values() and value != answers[0][-1].get("content"):
             raise RowError(
                 f"`{name}` is a third answer next to {both}",
                 f"Remove it, or pass --ignore_fields {name}.",
@@ -334,7 +324,7 @@ def _read_preference(fields: Fields) -> dict[str, Any]:
             )
     if not fields.given.intersection(PROMPT_FIELDS) and "input" not in fields:
         turns = _common_beginning(given, columns, answers)
-        conversation = _with_leading_turns(fields, to_messages_list(turns, columns[0]))
+        conversation = read_leading_turns(fields, to_messages_list(turns, columns[0]))
         answers = [turns[-1:] for turns in answers]
     else:
         conversation = read_conversation(fields, with_answer=False)
@@ -400,204 +390,6 @@ def _common_beginning(value: dict, columns: tuple[str, str], answers: list[list[
                 one or other,
             )
     return value[columns[0]][:-1]
-
-
-def read_conversation(fields: Fields, answer_needed: bool = True, with_answer: bool = True) -> dict[str, Any]:
-    """The messages and the tools of a row, whose order is not checked.
-
-    Args:
-        answer_needed: refuse a question without an answer.
-        with_answer: False leaves the fields of an answer alone.
-
-    Raises:
-        RowError: no format is recognised, or a part of it cannot be read.
-    """
-    for pair in PREFERENCE_FIELDS:
-        if all(name in fields for name in pair):
-            raise RowError(
-                f"two answers, `{pair[0]}` and `{pair[1]}`",
-                _other_stage(fields.rest(), ("preference",)),
-                fields.rest(),
-            )
-    column = fields.first(TURN_LISTS)
-    if column:
-        return _read_turns(fields, column)
-    question, answer = _question_and_answer(fields)
-    answer = answer if with_answer else None
-    if question is None or (answer is None and answer_needed and with_answer and not _has_choices(fields)):
-        raise _no_format(fields, question)
-    return _read_pair(fields, question, answer)
-
-
-def _read_turns(fields: Fields, column: str) -> dict[str, Any]:
-    turns = fields.take(column)
-    if isinstance(turns, str):
-        turns = parse_transcript(turns) or (
-            parse_inner_json(turns, f"`{column}`") if turns.lstrip().startswith("[") else turns
-        )
-    tools = _take_tools(fields)
-    return _with_leading_turns(fields, to_messages_list(turns, column, tools), tools)
-
-
-def _question_and_answer(fields: Fields) -> tuple[str | None, str | None]:
-    """The names of the fields with the question and with its answer."""
-    for question, answer in PAIR_FIELDS:
-        if not is_blank(fields.get(question)) and answer in fields:
-            return question, answer
-    question = fields.first(QUESTION_FIELDS)
-    # Some sets have an empty instruction, and the question in `input`.
-    if (question is None or is_blank(fields.get(question))) and not is_blank(fields.get("input")):
-        question = "input"
-    return question, fields.first(ANSWER_FIELDS)
-
-
-def _has_choices(fields: Fields) -> bool:
-    return options_of(fields.rest()) is not None and fields.first(CHOICE_ANSWERS) is not None
-
-
-def _read_pair(fields: Fields, question: str, answer: str | None) -> dict[str, Any]:
-    asked = fields.take(question, "question")
-    asked = parse_transcript(asked) or asked
-    if question == "input":
-        fields.take("instruction")
-    tools = _take_tools(fields)
-    reasoning = next((name for name in REASONING_FIELDS if name in fields), None)
-    thoughts = fields.take(reasoning, "reasoning") if reasoning else None
-    if _is_turns(asked):
-        messages = to_messages_list(asked, question, tools)
-    else:
-        messages = [text_message("user", asked, question)]
-        if question == "instruction" or "input" in fields:
-            _append_context(fields, messages[0])
-    choice = options_of(fields.rest())
-    if choice:
-        reply = _take_choice(fields, choice, messages)
-    else:
-        reply = fields.take(answer, "answer") if answer else None
-    if isinstance(reply, dict) and {"role", "from"} & set(reply):
-        reply = [reply]
-    if _is_turns(reply):
-        messages += [to_message(turn, number, tools) for number, turn in enumerate(reply, start=len(messages) + 1)]
-    elif reply is not None:
-        messages.append(text_message("assistant", reply, answer or "answer"))
-    if thoughts and messages[-1]["role"] == "assistant":
-        messages[-1]["reasoning_content"] = text_message("assistant", thoughts, reasoning)["content"]
-    return _with_leading_turns(fields, messages, tools)
-
-
-def _append_context(fields: Fields, message: dict[str, Any]) -> None:
-    context = to_text_value(fields.take("input", "input"))
-    if is_blank(context):
-        return
-    if not isinstance(context, str):
-        raise RowError("`input` is not text", "Write it as one string.", context)
-    message["content"] += f"\n{context}"
-
-
-def _take_choice(
-    fields: Fields, choice: tuple[dict[str, str], tuple[str, ...]], messages: list[dict[str, Any]]
-) -> str | None:
-    """Put the options into the question; return the correct ones as a reply, or None if the row does not name them."""
-    options, names = choice
-    for name in names:
-        fields.take(name, "options" if len(names) == 1 else None)
-    if messages[-1]["role"] == "user":
-        messages[-1]["content"] = prompt_with_options(messages[-1]["content"], options)
-    given = {name: fields.get(name) for name in CHOICE_ANSWERS if not is_blank(fields.get(name))}
-    if not given:
-        return None
-    found = {name: answer_letters(value, options) for name, value in given.items()}
-    letters = {value for value in found.values() if value}
-    if len(letters) != 1:
-        what = "different options" if letters else "none of the options"
-        raise RowError(
-            f"`{'` and `'.join(given)}` name {what}",
-            "Write the letter of the correct option; or skip and count such rows: --skip_bad_rows True.",
-            given,
-        )
-    for name, value in found.items():
-        if value:
-            fields.take(name, "answer")
-    explanation = to_text_value(fields.take("explanation", "explanation"))
-    reply = answer_text(letters.pop(), options)
-    return f"{reply}\n{explanation}" if isinstance(explanation, str) and explanation.strip() else reply
-
-
-def _is_turns(value: Any) -> bool:
-    return isinstance(value, list) and not isinstance(to_text_value(value), str)
-
-
-def _take_tools(fields: Fields) -> list[dict[str, Any]] | None:
-    tools, functions = to_tools(fields.take("tools", "tools")), to_tools(fields.take("functions"))
-    if tools and functions and tools != functions:
-        raise RowError("both `tools` and `functions`", "Keep one of them.", functions)
-    return tools or functions
-
-
-def _with_leading_turns(
-    fields: Fields, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None
-) -> dict[str, Any]:
-    """The conversation after the turns of `system` and `history`."""
-    tools = tools or _take_tools(fields)
-    columns = [column for column in SYSTEM_FIELDS if not is_blank(fields.get(column))]
-    if len(columns) > 1:
-        raise RowError(f"both `{columns[0]}` and `{columns[1]}`", "Keep one of them.", fields.get(columns[1]))
-    leading = [text_message("system", fields.take(column, "system"), column) for column in columns]
-    for column in SYSTEM_FIELDS:
-        fields.take(column)
-    if leading and messages and messages[0]["role"] == "system":
-        if messages[0]["content"] != leading[0]["content"]:
-            raise RowError(f"a system turn next to `{columns[0]}`", "Keep one of them.", messages[0]["content"])
-        messages = messages[1:]
-    return {"messages": [*leading, *_read_history(fields), *messages], "tools": tools}
-
-
-def _read_history(fields: Fields) -> list[dict[str, Any]]:
-    history = fields.take("history", "history") or []
-    if isinstance(history, str) and history.lstrip().startswith("["):
-        history = parse_inner_json(history, "`history`")
-    if isinstance(history, str) and not history.strip():
-        return []
-    if not isinstance(history, list):
-        raise RowError("`history` is not a list", "Write [[question, answer], ...].", history)
-    messages = []
-    for pair in history:
-        if isinstance(pair, dict):
-            messages += to_messages_list([pair], "history")
-            continue
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise RowError("`history` has something other than pairs", "Write [[question, answer], ...].", pair)
-        messages += [text_message("user", pair[0], "history"), text_message("assistant", pair[1], "history")]
-    return messages
-
-
-def _no_format(fields: Fields, question: str | None) -> RowError:
-    rest = fields.rest()
-    needed = ANSWER_FIELDS if question else CONVERSATION_FIELDS
-    for name in rest:
-        if meant := next((other for other in needed if is_misspelling(str(name), other)), None):
-            return RowError(f"no field `{meant}`, but `{name}`", f"Rename it to `{meant}`.", rest)
-    names = ", ".join(map(str, fields.given)) or "none"
-    if question:
-        return RowError(
-            f"`{question}` without an answer (fields: {', '.join(map(str, rest)) or 'none'})",
-            f"Give the row its answer as `output` or `response`, or name its field: --columns "
-            f"question={question},answer=FIELD.",
-            rest,
-        )
-    if "text" in rest:
-        return RowError("a document, not a conversation", "Documents are for pretraining.py.", rest["text"])
-    return RowError(
-        f"no known chat format (fields: {', '.join(map(str, rest)) or names})",
-        "Name its fields (--columns question=FIELD,answer=FIELD), or use `messages`, `conversations`, `instruction` "
-        "and `output`, or `prompt` and `response`; data/README.md shows each.",
-        rest,
-    )
-
-
-def without_mask(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages without `train`, which means nothing in a prompt."""
-    return [{name: item for name, item in message.items() if name != "train"} for message in messages]
 
 
 def _texts(messages: list[dict[str, Any]]) -> list[str]:

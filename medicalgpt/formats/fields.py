@@ -1,7 +1,9 @@
 """Fields of a row: which are read, which are only counted, and which carry a meaning that must not be lost."""
 
+import re
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 from medicalgpt.formats.choices import OPTION_FIELDS
@@ -9,10 +11,12 @@ from medicalgpt.formats.turns import MEDIA_FIELDS, to_text_value
 from medicalgpt.readers.problems import RowError
 
 TURN_LISTS = ("conversations", "messages", "conversation")
-QUESTION_FIELDS = ("instruction", "prompt", "query", "question", "problem")
-CONTEXT_FIELDS = ("input", "context")
-ANSWER_FIELDS = ("output", "response", "completion", "answer", "target", "solution")
+QUESTION_FIELDS = ("instruction", "prompt", "query", "question", "problem", "问题", "提问")
+CONTEXT_FIELDS = ("input", "context", "contexts", "passage")
+ANSWER_FIELDS = ("output", "response", "completion", "answer", "target", "solution", "回答", "答案")
 PREFERENCE_FIELDS = (("chosen", "rejected"), ("response_chosen", "response_rejected"))
+# Further names of the two answers of a pair.
+PAIR_ANSWER = re.compile(r"(chosen|rejected)[-_]?(answer|response|output|completion|text|\d+)")
 SYSTEM_FIELDS = ("system", "system_prompt", "system_message")
 TOOL_FIELDS = ("tools", "functions")
 CONVERSATION_FIELDS = (
@@ -35,6 +39,14 @@ COMMON_NAMES = {
     "rejected": "the worse answer",
     "text": "a document",
 }
+# Names that are read whatever their capitals.
+ANY_CASE = frozenset({*CONVERSATION_FIELDS, *chain.from_iterable(PREFERENCE_FIELDS)})
+LABEL_FIELDS = ("label", "kto_tag")
+WEIGHT_FIELDS = ("weight", "sample_weight", "loss_weight")
+# Fields whose values are judged by themselves.
+SETTLED = frozenset({*MEDIA_FIELDS, *LABEL_FIELDS, *WEIGHT_FIELDS})
+# Fields that hold lists, whatever else one letter more or less would mean.
+LISTS = frozenset({*TURN_LISTS, *TOOL_FIELDS, "history"})
 _EMPTY = (None, "", [], {})
 
 
@@ -42,7 +54,7 @@ class Fields:
     """The fields of one row; what has been taken is used.
 
     Args:
-        row: fields that are null are as if they were not there.
+        row: without fields that are null.
 
     Attributes:
         given: the names of all fields.
@@ -50,8 +62,8 @@ class Fields:
     """
 
     def __init__(self, row: Mapping[str, Any]):
-        self._row = {name: value for name, value in row.items() if value is not None}
-        self.given = frozenset(self._row)
+        self._row = dict(row)
+        self.given = frozenset(row)
         self.names: dict[str, str] = {}
 
     def __contains__(self, name: str) -> bool:
@@ -80,7 +92,7 @@ class Fields:
 
 def is_blank(value: Any) -> bool:
     """Whether a value is nothing, or white space."""
-    return value in _EMPTY or (isinstance(value, str) and not value.strip())
+    return not value or value.isspace() if isinstance(value, str) else value in _EMPTY
 
 
 def refuse_meaningful(fields: Fields, texts: list[str]) -> None:
@@ -90,24 +102,38 @@ def refuse_meaningful(fields: Fields, texts: list[str]) -> None:
         texts: all texts of the conversation, the answer last: a field that repeats one of them says nothing new.
     """
     rest = fields.rest()
-    refuse_media(rest)
-    for name in ("label", "kto_tag"):
-        _refuse_label(name, rest.get(name))
-    if rest.get("weight", 1) not in (1, True):
+    if not rest:
+        return
+    if meaningful := _meaningful(tuple(rest)):
+        refuse_media(rest)
+        for name in LABEL_FIELDS:
+            _refuse_label(name, rest.get(name))
+        for name in WEIGHT_FIELDS:
+            _refuse_weight(name, rest.get(name))
+        _refuse_parts(fields, rest, texts, [name for name in meaningful if name not in SETTLED])
+    refuse_misspelled(fields, CONVERSATION_FIELDS)
+
+
+def _refuse_weight(name: str, value: Any) -> None:
+    if value not in (None, 1):
         raise RowError(
-            f"`weight` is {rest['weight']!r}, and every row counts the same",
+            f"`{name}` is {value!r}, and every row counts the same",
             "Remove the field, or mix files by weight: --train_file_dir a.jsonl:0.7,b.jsonl:0.3.",
-            rest["weight"],
+            value,
         )
+
+
+def _refuse_parts(fields: Fields, rest: Mapping[str, Any], texts: list[str], names: Iterable[str]) -> None:
+    """Raises RowError if one of the fields would be part of the conversation, and does not repeat a part of it."""
     asked = fields.names.get("question")
-    for name, value in rest.items():
-        text = to_text_value(value)
-        if isinstance(text, str) and any(text.strip() in other for other in texts[-1:] if name in ANSWER_FIELDS):
+    for name in names:
+        value, text = rest[name], to_text_value(rest[name])
+        is_answer = name in ANSWER_FIELDS or PAIR_ANSWER.fullmatch(name)
+        if isinstance(text, str) and any(text.strip() in other for other in (texts[-1:] if is_answer else texts)):
             continue
-        if isinstance(text, str) and any(text.strip() in other for other in texts if name not in ANSWER_FIELDS):
-            continue
-        if name in ANSWER_FIELDS:
-            instead = f" To train on it instead: --columns {_columns(fields, answer=name)}." if asked else ""
+        if is_answer:
+            replaces = asked and not name.startswith("rejected")
+            instead = f" To train on it instead: --columns {_columns(fields, answer=name)}." if replaces else ""
             raise RowError(
                 f"`{name}` is a second answer next to {_quoted(fields.names.get('answer', 'the conversation'))}",
                 f"To train without it: --ignore_fields {name}.{instead}",
@@ -119,13 +145,21 @@ def refuse_meaningful(fields: Fields, texts: list[str]) -> None:
                 f"If it does: --columns {_columns(fields, input=name)}. If not: --ignore_fields {name}.",
                 value,
             )
-        if name in (*QUESTION_FIELDS, *CONTEXT_FIELDS, *TURN_LISTS, *OPTION_FIELDS):
-            raise RowError(
-                f"`{name}` may belong to the conversation in {_quoted(asked or 'the turns')}, which does not hold it",
-                f"Write it into the conversation; or train without it: --ignore_fields {name}.",
-                value,
-            )
-    refuse_misspelled(fields, CONVERSATION_FIELDS)
+        raise RowError(
+            f"`{name}` may belong to the conversation in {_quoted(asked or 'the turns')}, which does not hold it",
+            f"Write it into the conversation; or train without it: --ignore_fields {name}.",
+            value,
+        )
+
+
+@lru_cache(maxsize=1_000)
+def _meaningful(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of the names that say something about a conversation. Rows of a file have few sets of fields."""
+    known = {
+        *(*ANSWER_FIELDS, *QUESTION_FIELDS, *CONTEXT_FIELDS, *TURN_LISTS, *OPTION_FIELDS),
+        *SETTLED,
+    }
+    return tuple(name for name in names if name in known or PAIR_ANSWER.fullmatch(str(name)))
 
 
 def refuse_media(rest: Mapping[str, Any]) -> None:
@@ -163,8 +197,11 @@ def _refuse_label(name: str, value: Any) -> None:
 def refuse_misspelled(fields: Fields, known: Iterable[str]) -> None:
     """Raises RowError if an unused field is one letter away from a name that would have been read."""
     rest = fields.rest()
-    if found := _misspelled(tuple(rest), fields.given, tuple(known)):
-        name, meant = found
+    for name, meant in _misspelled(tuple(rest), fields.given, tuple(known)):
+        value = rest[name]
+        if not isinstance(value, list if meant in LISTS else str) and not isinstance(to_text_value(value), str):
+            # It cannot be what is meant.
+            continue
         raise RowError(
             f"`{name}` is not read; `{meant}` would be",
             f"Rename it if that is what it is, or train without it: --ignore_fields {name}.",
@@ -173,16 +210,21 @@ def refuse_misspelled(fields: Fields, known: Iterable[str]) -> None:
 
 
 @lru_cache(maxsize=1_000)
-def _misspelled(rest: tuple[str, ...], given: frozenset[str], known: tuple[str, ...]) -> tuple[str, str] | None:
-    """The first unused name that is a misspelling, and what it stands for. Rows of a file have few sets of fields."""
+def _misspelled(rest: tuple[str, ...], given: frozenset[str], known: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    """The unused names that may be misspellings, each with what it stands for."""
     absent = [name for name in known if name not in given]
     pairs = ((name, meant) for name in rest if name not in known for meant in absent)
-    return next((pair for pair in pairs if is_misspelling(*pair)), None)
+    return tuple(pair for pair in pairs if is_misspelling(*pair))
 
 
 def is_misspelling(name: str, meant: str) -> bool:
     """Whether the names differ by one letter: another one, one too many, one missing, or two swapped."""
-    if name == meant or min(len(name), len(meant)) < 4 or abs(len(name) - len(meant)) > 1:
+    if (
+        name == meant
+        or {name, meant} == {"content", "context"}
+        or min(len(name), len(meant)) < 4
+        or abs(len(name) - len(meant)) > 1
+    ):
         return False
     start = next((at for at, pair in enumerate(zip(name, meant, strict=False)) if pair[0] != pair[1]), None)
     if start is None:

@@ -5,27 +5,32 @@ from collections.abc import Mapping
 from typing import Any
 
 from medicalgpt.formats.answers import final_answer
-from medicalgpt.formats.choices import answer_letters, options_of, prompt_with_options, read_cop, written_options
-from medicalgpt.formats.conversion import LEADING_FIELDS, PROMPT_FIELDS, to_preference, to_prompt, under_common_names
-from medicalgpt.formats.fields import PREFERENCE_FIELDS
+from medicalgpt.formats.choices import (
+    OPTION_GOLD_FIELDS,
+    answer_letters,
+    first_number,
+    options_of,
+    prompt_with_options,
+    read_cop,
+    written_options,
+)
+from medicalgpt.formats.conversations import LEADING_FIELDS, PROMPT_FIELDS
+from medicalgpt.formats.conversion import in_lower_case, to_preference, to_prompt, under_common_names
+from medicalgpt.formats.fields import ANY_CASE, PREFERENCE_FIELDS, is_blank
 from medicalgpt.formats.presets import recognise
+from medicalgpt.formats.turns import are_turns, parse_inner_json
 from medicalgpt.readers.problems import RowError
 
-# Names of data sets for what we call `question`, and others whose capitals differ between data sets.
+# Names of data sets for what we call `question`, and all whose capitals differ between data sets.
 QUESTION_FIELDS = ("problem", "question_text", "stem", "Open-ended Verifiable Question")
-ANY_CASE = {"question", "answer", "options", "choices", "problem", "solution", "response", "context", "contexts"}
+FOLDED = ANY_CASE | {"options", "choices"}
 CONTEXT_FIELDS = ("context", "contexts", "passage")
 # Fields with the correct answer, the first of which counts: short answers come before worked solutions.
 GOLD_FIELDS = (
     *("answer", "reward_model", "ground_truth", "final_decision", "expected_answer", "correct_answer", "final_answer"),
-    *("Ground-True Answer", "answer_string", "solution"),
+    *("Ground-True Answer", "answer_string", "solution", "答案", "回答"),
 )
-# Fields with the letter or, counted from 0, the number of the correct option.
-OPTION_GOLD_FIELDS = (
-    *("answer_idx", "answer_index", "answer_letter", "answerKey", "answer_key", "correct_option", "cop", "gold"),
-    *("correct_answer_idx", "label"),
-)
-REPLY_FIELDS = ("output", "response", "completion")
+REPLY_FIELDS = ("output", "response", "completion", "target")
 MEDIA_FIELDS = ("image", "images", "video", "videos", "audio", "audios")
 # Next to options, a longer text that names none of them is an explanation.
 LONGEST_OPTION = 100  # characters
@@ -48,7 +53,7 @@ def to_task(value: Any, ignore: frozenset[str] = frozenset()) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise RowError(f"the row is a {type(value).__name__}, not an object", "Each row is a JSON object {...}.", value)
     row = value = {name: item for name, item in value.items() if name not in ignore and not _is_null(item)}
-    row = _with_common_names(row)
+    row = in_lower_case(row, FOLDED)
     preset = recognise(value)
     # What is made for tasks under a known name is read below, also without its answer.
     if preset and not ("task" in preset.kinds and set(row) & {*PROMPT_FIELDS, *QUESTION_FIELDS}):
@@ -60,13 +65,13 @@ def to_task(value: Any, ignore: frozenset[str] = frozenset()) -> dict[str, Any]:
     prompt, reply = _take_prompt(columns)
     question = prompt["messages"][-1]
     for name in CONTEXT_FIELDS:
-        if name in columns:
-            question["content"] = f"{_context_text(columns.pop(name), name)}\n\n{question['content']}"
+        if not is_blank(context := columns.pop(name, None)):
+            question["content"] = f"{_context_text(context, name)}\n\n{question['content']}"
     if "input" in columns:
         question["content"] += f"\n{_context_text(columns.pop('input'), 'input')}"
     if options:
         question["content"] = prompt_with_options(question["content"], options)
-    first = _first_number(row, option_fields)
+    first = first_number(row, option_fields)
     if "opa" in option_fields and "cop" in columns:
         # An option that is empty has its number all the same.
         columns["cop"] = read_cop(columns["cop"], max(4, len(options)))
@@ -83,12 +88,6 @@ def to_task(value: Any, ignore: frozenset[str] = frozenset()) -> dict[str, Any]:
 def _is_null(item: Any) -> bool:
     # Tables have NaN where a row has no value.
     return item is None or isinstance(item, float) and math.isnan(item)
-
-
-def _with_common_names(row: dict[str, Any]) -> dict[str, Any]:
-    """`Question` and `QUESTION` as `question`, unless the row has both."""
-    low = {name: name.casefold() for name in row if isinstance(name, str) and name.casefold() in ANY_CASE}
-    return {low[name] if name in low and low[name] not in row else name: item for name, item in row.items()}
 
 
 def _refuse_unusable(row: dict[str, Any]) -> None:
@@ -118,7 +117,8 @@ def _take_prompt(columns: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
         return {"messages": prompt["messages"], "tools": prompt["tools"]}, None
     # Any other prompt field of the row is a separate column.
     names = (*PROMPT_FIELDS, *QUESTION_FIELDS)
-    asked = next((name for name in names if name in columns), None)
+    # Some rows have their question in `input` alone.
+    asked = next((name for name in (*names, "input") if name in columns), None)
     if asked is None:
         prompt = to_prompt(columns)
         return {"messages": prompt["messages"], "tools": prompt["tools"]}, prompt["reference"]
@@ -136,14 +136,6 @@ def _context_text(value: Any, name: str) -> str:
     if not parts or not all(isinstance(part, str) and part.strip() for part in parts):
         raise RowError(f"`{name}` is not a text or a list of texts", "Write it as one text.", value)
     return "\n".join(part.strip() for part in parts)
-
-
-def _first_number(row: dict[str, Any], fields: tuple[str, ...]) -> int:
-    """The number of the first option where options have numbers: `option1`, or an object with the keys 1, 2, …"""
-    if fields and fields[0][-1] == "1":
-        return 1
-    options = row.get(fields[0]) if len(fields) == 1 else None
-    return int(next(iter(options))) if isinstance(options, Mapping) and str(next(iter(options))).isdigit() else 0
 
 
 def _choice_gold(columns: dict[str, Any], options: dict[str, str], question: str, first: int) -> str | None:
@@ -193,9 +185,11 @@ def _plain_gold(columns: dict[str, Any], reply: str | None) -> Any:
     for name in GOLD_FIELDS:
         item = columns.get(name)
         if name == "reward_model":
+            item = parse_inner_json(item, "`reward_model`")
             item = item.get("ground_truth") if isinstance(item, Mapping) else None
         if isinstance(item, Mapping):
             item = item.get("target")
+        item = _of_turns(item)
         if isinstance(item, list) and len(item) == 1:
             item = item[0]
         if isinstance(item, Mapping) or isinstance(item, list) and not all(isinstance(one, str | int) for one in item):
@@ -206,9 +200,13 @@ def _plain_gold(columns: dict[str, Any], reply: str | None) -> Any:
         return reply
     for name in REPLY_FIELDS:
         if name in columns:
-            answer = columns.pop(name)
-            return answer[-1].get("content") if isinstance(answer, list) and answer else answer
+            return _of_turns(columns.pop(name))
     return None
+
+
+def _of_turns(answer: Any) -> Any:
+    """The text of the last turn where an answer is a list of turns."""
+    return answer[-1].get("content", answer[-1].get("value")) if are_turns(answer) else answer
 
 
 def _check_tolerance(value: Any) -> float:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import suppress
 from typing import Any
 
 from medicalgpt.readers.problems import RowError
@@ -13,10 +14,15 @@ CALL_ROLES = ("function_call", "tool_call")
 RESULT_ROLES = ("observation", "tool", "function", "function_response", "tool_response")
 ALL_ROLES = (*SYSTEM_ROLES, *USER_ROLES, *ASSISTANT_ROLES, *CALL_ROLES, *RESULT_ROLES)
 
+PLAIN_ROLES = {
+    **{"system": "system", "user": "user", "human": "user"},
+    **{"assistant": "assistant", "gpt": "assistant"},
+}
+
 ROLE_FIELDS = ("from", "role")
 TEXT_FIELDS = ("value", "content")
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
-MASK_FIELDS = ("weight", "loss", "train")
+MASK_FIELDS = ("weight", "loss", "train", "loss_mask")
 MEDIA_FIELDS = ("images", "videos", "audios", "image", "video", "audio")
 # Fields of a turn that are read; any other is not used.
 TURN_FIELDS = frozenset(
@@ -37,9 +43,15 @@ def to_text_value(value: Any) -> Any:
 
 
 def text_message(role: str, text: Any, column: str) -> dict[str, Any]:
-    """Raises RowError if the text is empty or not text."""
+    """Raises RowError if the text is empty or not text, or if an answer is a list of several."""
+    if role == "assistant" and isinstance(text, list) and len(text) > 1 and isinstance(to_text_value(text), str):
+        raise RowError(
+            f"`{column}` has {len(text)} texts, which may be parts of one answer or different ones",
+            "Write one text; of two answers to one prompt, the better one as `chosen` and the other as `rejected`.",
+            text,
+        )
     text = to_text_value(text)
-    if not isinstance(text, str) or not text.strip():
+    if not isinstance(text, str) or not text or text.isspace():
         raise RowError(f"`{column}` is empty or not text", "Remove the row or fill the field.", text)
     return {"role": role, "content": text}
 
@@ -59,8 +71,9 @@ def to_messages_list(turns: Any, column: str, tools: list[dict[str, Any]] | None
         )
     messages: list[dict[str, Any]] = []
     for number, turn in enumerate(turns, start=1):
-        pair = _exchange(turn)
-        if pair:
+        if message := _plain_message(turn):
+            messages.append(message)
+        elif pair := _exchange(turn):
             messages += [
                 text_message(role, turn[name], name) for role, name in zip(("user", "assistant"), pair, strict=True)
             ]
@@ -69,8 +82,18 @@ def to_messages_list(turns: Any, column: str, tools: list[dict[str, Any]] | None
     return messages
 
 
+def _plain_message(turn: Any) -> dict[str, Any] | None:
+    """A turn that has only a role, spelled as usual, and a text, as most have; None for any other."""
+    if not isinstance(turn, dict) or len(turn) != 2:
+        return None
+    role, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+    if not isinstance(role, str) or not isinstance(text, str) or not text or text.isspace():
+        return None
+    return {"role": PLAIN_ROLES[role], "content": text} if role in PLAIN_ROLES else None
+
+
 def _exchange(turn: Any) -> tuple[str, str] | None:
-    if not isinstance(turn, dict) or any(turn.get(name) is not None for name in ROLE_FIELDS):
+    if not isinstance(turn, dict) or turn.get("role") is not None or turn.get("from") is not None:
         return None
     return next((pair for pair in EXCHANGE_FIELDS if all(turn.get(name) is not None for name in pair)), None)
 
@@ -82,7 +105,7 @@ def unused_turn_fields(turns: Any) -> set[str]:
     return {
         f"turn.{name}"
         for turn in turns
-        if isinstance(turn, dict)
+        if isinstance(turn, dict) and not turn.keys() <= TURN_FIELDS
         for name, value in turn.items()
         if value not in (None, [], {}, "") and name not in TURN_FIELDS and name not in (_exchange(turn) or ())
     }
@@ -110,11 +133,7 @@ def to_message(turn: Any, number: int, tools: list[dict[str, Any]] | None = None
     if calls and role not in ASSISTANT_ROLES:
         raise RowError(f"{kind} has tool calls", "Only the assistant calls tools.", turn)
     if media := next((name for name in MEDIA_FIELDS if turn.get(name)), None):
-        raise RowError(
-            f"{kind} has {media}, and only text is trained on",
-            "Remove the row, or skip and count such rows: --skip_bad_rows True.",
-            turn[media],
-        )
+        raise _media_error(kind, media, turn[media])
     text, thoughts = _text_of_turn(turn, kind)
     trained = _is_trained(turn, number, role)
     if role in CALL_ROLES:
@@ -137,6 +156,14 @@ def to_message(turn: Any, number: int, tools: list[dict[str, Any]] | None = None
     if not trained:
         message["train"] = False
     return message
+
+
+def _media_error(kind: str, media: str, value: Any) -> RowError:
+    return RowError(
+        f"{kind} has {media}, and only text is trained on",
+        "Remove the row, or skip and count such rows: --skip_bad_rows True.",
+        value,
+    )
 
 
 def _role(turn: dict, number: int) -> str:
@@ -164,6 +191,8 @@ def _text_of_turn(turn: dict, kind: str) -> tuple[str, str]:
             thoughts.append(part["thinking"])
         elif isinstance(part, dict) and part.get("type", "text") in ("text", "input_text", "output_text"):
             texts.append(part.get("text"))
+        elif isinstance(part, dict) and any(what in str(part.get("type")) for what in ("image", "video", "audio")):
+            raise _media_error(kind, part["type"], part)
         else:
             texts.append(part)
     if not all(isinstance(text, str) for text in texts):
@@ -292,16 +321,19 @@ def parse_inner_json(value: Any, what: str) -> Any:
 
 
 _SPEAKER = re.compile(r"(?:^|\n+)\s*(Human|Assistant):[ \t]*")
+# guanaco has no line break before a speaker, but a mark.
+_MARKED_SPEAKER = re.compile(r"\s*### (Human|Assistant):[ \t]*")
 
 
 def parse_transcript(text: Any) -> list[dict[str, str]] | None:
     """The turns of a transcript "Human: ... Assistant: ..." as hh-rlhf and BELLE write it; None for any other text.
 
-    The opening of an answer at the end, which a prompt has, is not a turn.
+    The speakers may be marked as in guanaco, "### Human:". The opening of an answer at the end, which a prompt has, is
+    not a turn.
     """
-    if not isinstance(text, str) or not re.match(r"\s*Human:", text):
+    if not isinstance(text, str) or not text.lstrip()[:10].startswith(("Human:", "### Human:")):
         return None
-    speakers = list(_SPEAKER.finditer(text))
+    speakers = list((_MARKED_SPEAKER if text.lstrip().startswith("#") else _SPEAKER).finditer(text))
     ends = [match.start() for match in speakers[1:]] + [len(text)]
     turns = [
         {"role": "user" if match[1] == "Human" else "assistant", "content": text[match.end() : end].strip()}
@@ -310,6 +342,27 @@ def parse_transcript(text: Any) -> list[dict[str, str]] | None:
     if len(turns) < 2:
         return None
     return turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns
+
+
+def parse_turns(value: Any) -> Any:
+    """The turns that a string holds, as JSON or as a transcript; any other value unchanged."""
+    if not isinstance(value, str):
+        return value
+    if value.lstrip()[:1] == "[" and ('"role"' in value or '"from"' in value):
+        with suppress(json.JSONDecodeError):
+            turns = json.loads(value)
+            if are_turns(turns):
+                return turns
+    return parse_transcript(value) or value
+
+
+def are_turns(value: Any) -> bool:
+    """Whether a value is a list of objects with roles."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(turn, dict) and (turn.get("role") or turn.get("from")) for turn in value)
+    )
 
 
 def check_order(messages: list[dict[str, Any]], must_end_with: str) -> None:

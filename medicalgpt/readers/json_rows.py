@@ -1,4 +1,4 @@
-"""Rows of JSON: one per line, in a list, or in the list of an object, whatever the suffix of the file says."""
+"""Rows of JSON: one per line, in a list, or in an object, as a list or under their ids, whatever the suffix says."""
 
 import json
 import re
@@ -156,6 +156,9 @@ def _read_list(path: str, text: str, position: int) -> Iterator[SourceRow | Prob
 def _read_object(path: str, text: str, position: int, value: Any) -> Iterator[SourceRow | Problem]:
     """The only value of a file: a row, or an object that holds the rows."""
     name = _list_of_rows(path, value)
+    if name is None and _are_rows_by_id(value):
+        yield from _read_members(path, text, position)
+        return
     if name is None:
         place = Place(path, text.count("\n", 0, position) + 1)
         yield _whole_characters(SourceRow(place, value), text)
@@ -165,6 +168,29 @@ def _read_object(path: str, text: str, position: int, value: Any) -> Iterator[So
         if json.JSONDecoder().raw_decode(text, match.end())[0] == value[name]:
             yield from _read_list(path, text, match.end())
             return
+
+
+def _are_rows_by_id(value: Any) -> bool:
+    """Whether an object has a row under each key: the keys are ids, and the rows share a field that no turn has."""
+    if not isinstance(value, dict) or len(value) < 2 or not all(any(map(str.isdigit, key)) for key in value):
+        return False
+    rows = list(value.values())
+    return all(isinstance(row, dict) for row in rows) and bool(set.intersection(*map(set, rows)) - {"role", "from"})
+
+
+def _read_members(path: str, text: str, position: int) -> Iterator[SourceRow | Problem]:
+    """The values of the object at `position`, each a row."""
+    line, counted, item = 1, 0, 0
+    position = _skip_space(text, position + 1)
+    while text[position] != "}":
+        _, end = _decode(text, position, whole=False)
+        position = _skip_space(text, _skip_space(text, end) + 1)
+        value, end = _decode(text, position, whole=False)
+        line, counted, item = line + text.count("\n", counted, position), position, item + 1
+        yield _whole_characters(SourceRow(Place(path, line, item), value), text[position:end])
+        position = _skip_space(text, end)
+        if text[position] == ",":
+            position = _skip_space(text, position + 1)
 
 
 def _list_of_rows(path: str, value: Any) -> str | None:
@@ -187,6 +213,11 @@ def _list_of_rows(path: str, value: Any) -> str | None:
             f"{path} has a column under each key ({', '.join(list(value)[:4])}), as pandas writes by default. Write "
             'rows: frame.to_json("rows.jsonl", orient="records", lines=True, force_ascii=False).'
         )
+    if not names and len(value) > 1 and _are_columns(list(value.values())):
+        raise UserError(
+            f"{path} has a list under each key ({', '.join(list(value)[:4])}), the values of all rows. Write rows: "
+            'pandas.DataFrame(lists).to_json("rows.jsonl", orient="records", lines=True, force_ascii=False).'
+        )
     if not names or names[0] not in ROW_LISTS or len(lists) > 1:
         return None
     rows = lists[names[0]]
@@ -201,6 +232,13 @@ def _list_of_rows(path: str, value: Any) -> str | None:
             ".jsonl file."
         )
     return names[0]
+
+
+def _are_columns(values: list[Any]) -> bool:
+    """Whether values are lists of the same number of texts or numbers, two or more."""
+    return all(isinstance(each, list) and len(each) == len(values[0]) > 1 for each in values) and not any(
+        isinstance(item, dict | list) for each in values for item in each
+    )
 
 
 def _skip_space(text: str, position: int) -> int:

@@ -121,12 +121,11 @@ def _cells_to_row(place: Place, header: list[str], cells: list[str]) -> SourceRo
     while len(cells) > len(header) and not cells[-1].strip():
         cells = cells[:-1]
     if len(cells) > len(header):
-        return Problem(
-            place,
-            f"the row has {len(cells)} cells, the header {len(header)}",
-            "Quote cells that contain the delimiter, or remove the last ones.",
-            shorten(cells[-1]),
-        )
+        remedy = "Quote cells that contain the delimiter, or remove the last ones."
+        if len(header) == 1:
+            remedy = "The header is the first row that is not empty: remove what is above the names of the columns."
+        reason = f"the row has {len(cells)} cells, the header {len(header)}"
+        return Problem(place, reason, remedy, shorten(cells[-1]))
     row = {name: _nested(name, cell) for name, cell in zip(header, cells, strict=False) if cell.strip()}
     return SourceRow(place, row)
 
@@ -209,9 +208,10 @@ def _read_excel(path: Path) -> Iterator[SourceRow | Problem]:
     try:
         filled = [sheet for sheet in book.worksheets if any(any(_cell(c) for c in row) for row in _cells(sheet))]
         if len(filled) > 1:
+            names = [sheet.title + " (hidden)" * (sheet.sheet_state != "visible") for sheet in filled]
             raise UserError(
-                f"{path} has {len(filled)} sheets with rows ({', '.join(sheet.title for sheet in filled)}). Save the "
-                "one to read as a .csv or .xlsx file of its own."
+                f"{path} has {len(filled)} sheets with rows ({', '.join(names)}). Save the one to read as a separate "
+                ".csv or .xlsx file."
             )
         header: list[str] | None = None
         for number, row in enumerate(_cells(filled[0]) if filled else (), start=1):

@@ -41,6 +41,16 @@ COMPRESSIONS: dict[str, Callable[[BinaryIO], BinaryIO]] = {
     ".xz": lzma.LZMAFile,
     ".zst": lambda file: _Zstandard(file),
 }
+# How files begin that are not text, whatever their names say: what they are, and the suffix that they need.
+BEGINNINGS = (
+    (b"\x1f\x8b", "packed with gzip", ".gz"),
+    (b"\x28\xb5\x2f\xfd", "packed with zstd", ".zst"),
+    (b"BZh", "packed with bzip2", ".bz2"),
+    (b"\xfd7zXZ\x00", "packed with xz", ".xz"),
+    (b"PAR1", "a Parquet file", ".parquet"),
+    (b"ARROW1", "an Arrow file", ".arrow"),
+    (b"PK\x03\x04", "an Excel file or an archive", ".xlsx"),
+)
 UTF8_CHARACTERS = re.compile(rb"(?:[\xe1-\xef][\x80-\xbf]{2}.*){2}")
 
 
@@ -99,6 +109,8 @@ def open_text(path: str | Path, encoding: str | None = None) -> TextFile:
     sha256 = hash_file(path) if compressed else digest.hexdigest()
     if is_utf8 and _accepts(utf8, b"", final=True):
         return TextFile(path, sha256, "utf-8-sig", content)
+    if not compressed:
+        _refuse_other_than_text(path)
     if encoding:
         found = Found(lookup_encoding(encoding), f"is not UTF-8; it was read as {encoding}, as --encoding says")
     else:
@@ -109,6 +121,16 @@ def open_text(path: str | Path, encoding: str | None = None) -> TextFile:
     _check(path, content, found)
     logger.warning(f"{path} {found.notice}")
     return TextFile(path, sha256, found.encoding, content)
+
+
+def _refuse_other_than_text(path: Path) -> None:
+    """Raises UserError if a file is packed, or a table, and its suffix says otherwise."""
+    with path.open("rb") as file:
+        beginning = file.read(8)
+    for mark, what, suffix in BEGINNINGS:
+        if beginning.startswith(mark):
+            name = path.with_suffix(suffix).name if suffix in (".parquet", ".arrow", ".xlsx") else path.name + suffix
+            raise UserError(f"{path} is {what}, and its name does not say so. If that is right, rename it: {name}")
 
 
 def _sample(path: Path, content: bytes | None) -> bytes:

@@ -6,8 +6,8 @@ from typing import Any
 
 from medicalgpt.errors import UserError
 from medicalgpt.formats.answers import final_answer, parse_choice
-from medicalgpt.formats.choices import written_options
-from medicalgpt.formats.tasks import GOLD_FIELDS, OPTION_GOLD_FIELDS
+from medicalgpt.formats.choices import OPTION_GOLD_FIELDS, written_options
+from medicalgpt.formats.tasks import GOLD_FIELDS
 from medicalgpt.readers.problems import Problem, place_of, shorten
 from medicalgpt.rewards.grading import (
     infer_answer_type,

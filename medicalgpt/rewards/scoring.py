@@ -20,7 +20,8 @@ from typing import Any
 from medicalgpt.data.encoding import EncodingError, encode_answered, refuse_special_tokens
 from medicalgpt.errors import UserError
 from medicalgpt.files import refuse_overwriting
-from medicalgpt.formats.conversion import PREFERENCE_FIELDS, to_messages, to_preference
+from medicalgpt.formats.conversion import to_messages, to_preference
+from medicalgpt.formats.fields import PREFERENCE_FIELDS
 from medicalgpt.logs import heartbeat
 from medicalgpt.models import adapters, loading
 from medicalgpt.models.attention import context_length
