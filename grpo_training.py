@@ -54,12 +54,12 @@ from medicalgpt.rewards.rewards import REWARDS, SYSTEM_PROMPT, RewardFunction, c
 from medicalgpt.rewards.scoring import RewardScorer, model_reward
 from medicalgpt.training.cpu import add_cpu_head
 from medicalgpt.training.engines import are_weights_sharded
+from medicalgpt.training.row_order import StepBatches, data_parallel_rank
 from medicalgpt.training.runs import Run
 from medicalgpt.training.trainers import StageTrainer, disable_dropout, disable_lora_dropout, training_defaults
 from template import apply_template
 
 import torch
-from datasets import Dataset
 from loguru import logger
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
@@ -199,16 +199,19 @@ class GroupTrainer(StageTrainer, GRPOTrainer):
 
     # -- sampling -----------------------------------------------------------------------------------------------------
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> PromptSampler:
+    def train_batches(self) -> StepBatches:
+        """The row indices of this process's batches, each of which is sampled at a time."""
         args = self.args
-        return PromptSampler(
-            len(self.train_dataset if train_dataset is None else train_dataset),
+        order = PromptSampler(
+            len(self.train_dataset),
             num_generations=self.num_generations,
             batch_size=args.generation_batch_size // self.num_generations,
             repeat_count=self.num_iterations * args.steps_per_generation,
             seed=args.order_seed,
             shuffle=self.shuffle_dataset,
         )
+        rank, processes = data_parallel_rank(self.accelerator)
+        return StepBatches(order, self._train_batch_size * args.steps_per_generation, 1, rank=rank, processes=processes)
 
     def get_batch_samples(self, *args: Any) -> tuple[list[dict[str, torch.Tensor]], Any]:
         """The batches of a step with answers and rewards, so that they can be inspected before the step is taken."""

@@ -57,6 +57,7 @@ from medicalgpt.serving.chat import ChatEngine
 from medicalgpt.serving.generation import MAX_SEED, Answer, Sampling
 from medicalgpt.training.cpu import add_cpu_head
 from medicalgpt.training.engines import are_weights_sharded
+from medicalgpt.training.row_order import draw_mini_batches
 from medicalgpt.training.runs import Run
 from medicalgpt.training.trainers import StageTrainer, disable_dropout, disable_lora_dropout, training_defaults
 from template import apply_template
@@ -634,8 +635,8 @@ class PpoTrainer(StageTrainer):
         self._sums = torch.zeros(len(UPDATE_METRICS), dtype=torch.float64, device=args.device)
         updates = ((epoch, part) for epoch in range(args.num_ppo_epochs) for part in range(args.num_mini_batches))
         for epoch, part in updates:
-            order = torch.Generator().manual_seed((args.seed << 31) + self.state.global_step * 1000 + epoch)
-            shuffled = torch.randperm(self.answers_per_process, generator=order).chunk(args.num_mini_batches)
+            seed = (args.seed << 31) + self.state.global_step * 1000 + epoch
+            shuffled = draw_mini_batches(self.answers_per_step, args.num_mini_batches, seed, self.accelerator)
             parts = (rollout.rows(chosen) for chosen in shuffled[part].split(args.per_device_train_batch_size))
             batches, _ = self.get_batch_samples(parts, args.gradient_accumulation_steps, args.device)
             tokens = self._sum_over_processes(sum(batch["answer_mask"].sum() for batch in batches))

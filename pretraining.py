@@ -55,6 +55,13 @@ class PretrainingArguments(StageDefaults, SFTConfig):
     packing: bool = field(
         default=True, metadata={"help": "Fill blocks with several documents that do not see each other."}
     )
+    train_sampling_strategy: str = field(
+        default="random",
+        metadata={
+            "help": "random; sequential: in the order of the data; group_by_length, for --packing False.",
+            "choices": ["random", "sequential", "group_by_length"],
+        },
+    )
     # None: 2e-4 for adapters, 5e-5 for all weights, which would forget at the rate that suits an adapter.
     learning_rate: float | None = field(default=None, metadata={"help": "Default: 2e-4 for adapters, 5e-5 without."})
 

@@ -120,8 +120,8 @@ class RewardTrainer(PairTrainer):
         }
         if self.model.training:
             # They depend on the batch, so an evaluation has none.
-            batch = self.accelerator.gather(scores.detach())
-            values |= {"min_reward": batch.min().expand_as(loss), "max_reward": batch.max().expand_as(loss)}
+            ends = self.accelerator.gather(torch.stack([scores.min(), scores.max()]).detach())
+            values |= {"min_reward": ends.min().expand_as(loss), "max_reward": ends.max().expand_as(loss)}
         return values
 
 

@@ -498,6 +498,7 @@ class StageDefaults:
         "fsdp": "Shard the weights over the processes with PyTorch's FSDP, on GPUs; no value needed. Settings: "
         "--fsdp_config FILE.",
         "deepspeed": "DeepSpeed's settings, a JSON file; zero2.json and zero3.json are included.",
+        "dataloader_drop_last": "Omit the last step of an epoch if too few rows are left to fill it.",
         "use_liger_kernel": "Liger's Triton kernels for the layers, on a GPU. Requires `pip install liger-kernel`.",
         "optim": "Optimizer: adamw_torch, adamw_8bit, adafactor, galore_adamw, apollo_adamw, lion_32bit and others.",
         "optim_args": "Settings of this optimizer only, as key=value, separated by commas.",

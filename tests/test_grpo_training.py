@@ -639,7 +639,7 @@ def test_rewards_are_checked_without_a_model(work, tmp_path, capsys):
 @pytest.mark.parametrize(
     "name",
     [
-        *("_get_train_sampler", "_prepare_inputs", "_generate_and_score_completions", "_tokenize_prompts"),
+        *("_prepare_inputs", "_generate_and_score_completions", "_tokenize_prompts"),
         *("_generate_single_turn", "_calculate_rewards", "_get_per_token_logps_and_entropies", "log"),
         *("_save_checkpoint", "_load_optimizer_and_scheduler", "compute_loss"),
     ],

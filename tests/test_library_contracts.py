@@ -120,7 +120,7 @@ def test_places_and_tests_of_the_table_exist():
     ("kind", "name", "parameters"),
     [
         (Trainer, "get_batch_samples", "epoch_iterator num_batches device"),
-        (Trainer, "_get_train_sampler", "train_dataset"),
+        (Trainer, "_remove_unused_columns", "dataset description"),
         (Trainer, "_get_eval_sampler", "eval_dataset"),
         (Trainer, "_save", "output_dir state_dict"),
         (Trainer, "_load_from_checkpoint", "resume_from_checkpoint model"),
@@ -142,7 +142,6 @@ def test_places_and_tests_of_the_table_exist():
         ),
         (Trainer, "_save_checkpoint", "model trial"),
         (SFTTrainer, "_save_checkpoint", "model trial"),
-        (GRPOTrainer, "_get_train_sampler", "dataset"),
         (GRPOTrainer, "_save_checkpoint", "model trial"),
         (GRPOTrainer, "_prepare_inputs", "generation_batch"),
         (GRPOTrainer, "_generate_and_score_completions", "inputs"),

@@ -8,6 +8,7 @@ from typing import Any
 
 from medicalgpt.data.encoding import IGNORED
 from medicalgpt.training.observed_setup import OFF, Line, TrainingSetup, first_layer_input
+from medicalgpt.training.row_order import is_filler
 from medicalgpt.training.schedules import OF_METRIC, expected_schedule
 from medicalgpt.training.trainers import sequence_lengths
 
@@ -222,7 +223,7 @@ def effective_batch(setup: TrainingSetup) -> Line:
     wanted = _batch_text(math.prod(size), *size)
     if flags.get("packing") and "flash" in setup.base_model.config._attn_implementation:
         return setup.not_observed("effective batch", wanted, "rows are joined into one for FlashAttention")
-    here = [len(_ids(batch)) / sequences for batch in setup.batches]
+    here = [0 if is_filler(batch) else len(_ids(batch)) / sequences for batch in setup.batches]
     total = sum(gather_object([sum(here)]))
     seen = _batch_text(total, here[0], len(here), accelerator.num_processes)
     state = accelerator.gradient_state

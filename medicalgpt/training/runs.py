@@ -25,6 +25,7 @@ from medicalgpt.files import write_atomically
 from medicalgpt.logs import is_main_process, setup_logging
 from medicalgpt.models import adapters, hub
 from medicalgpt.models.attention import rope_to_record
+from medicalgpt.training import row_order
 from medicalgpt.training.callbacks import (
     BestMetric,
     EarlyStopping,
@@ -225,16 +226,13 @@ class Run:
         streamed = isinstance(train, StreamedSamples)
         sequences, tokens, supervised = train.estimate() if streamed else _sizes(train)
         about = "about " if streamed else ""
-        batch = batch or args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        if args.dataloader_drop_last and sequences < args.per_device_train_batch_size * args.world_size:
+        batch = batch or row_order.rows_per_step(args)
+        per_epoch = steps_per_epoch or row_order.steps_per_epoch(sequences, args)
+        if not per_epoch:
             raise UserError(
-                f"--dataloader_drop_last True would drop everything: {sequences} row(s) are less than one batch of "
-                f"{args.per_device_train_batch_size} on each of {args.world_size} process(es). Leave it out."
+                f"--dataloader_drop_last True would drop everything: {sequences} row(s) are less than the {batch} of "
+                "one step (--per_device_train_batch_size x --gradient_accumulation_steps x processes). Leave it out."
             )
-        per_epoch = steps_per_epoch or math.ceil(
-            math.ceil(sequences / (args.per_device_train_batch_size * args.world_size))
-            / args.gradient_accumulation_steps
-        )
         steps = args.max_steps if args.max_steps > 0 else math.ceil(per_epoch * args.num_train_epochs)
         by_module = adapters.trainable_by_module(model)
         trainable, total = sum(by_module.values()), adapters.total_parameters(model)

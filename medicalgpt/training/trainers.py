@@ -1,10 +1,12 @@
 """The base of the stages' trainers, and the trainers of token-level stages and of preference pairs."""
 
 import math
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +17,29 @@ from medicalgpt.logs import notice
 from medicalgpt.models.families import require_separate_packs
 from medicalgpt.training.cpu import add_cpu_head, replace_lora_dropout, return_freed_memory
 from medicalgpt.training.optimizers import apply_loraplus, check_flags_applied, check_optimizer
+from medicalgpt.training.row_order import (
+    FillerCollator,
+    LengthGroups,
+    MarkedRows,
+    StepBatches,
+    data_parallel_rank,
+    exclude_rows,
+    exclude_tokens,
+    is_filler,
+    order_rows,
+)
 from medicalgpt.training.schedules import build_schedule, check_schedule, continue_schedule, steps_planned
 
 import torch
+from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices, nested_gather
+from transformers.trainer_pt_utils import nested_gather
+from transformers.trainer_utils import seed_worker
 from trl import SFTTrainer
 from trl.models import get_act_offloading_ctx_manager
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head, disable_dropout_in_model
@@ -120,29 +136,10 @@ def embedding_noise(model: torch.nn.Module, inputs: dict[str, torch.Tensor], alp
         hook.remove()
 
 
-class EpochSampler(LengthGroupedSampler):
-    """Groups rows of similar length, in an order that depends on seed and epoch alone.
-
-    The library's sampler draws from the global generator, so a resumed run would see some rows twice and others
-    never.
-    """
-
-    def __init__(self, batch_size: int, lengths: list[int], seed: int):
-        super().__init__(batch_size, lengths=lengths)
-        self.seed, self.epoch = seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
-
-
 class StageTrainer(Trainer):
     """How every stage's trainer differs from transformers' and TRL's. List it before TRL's trainer among the bases.
 
-    - The order of rows grouped by length depends on seed and epoch only (see `EpochSampler`).
+    - The rows of a step depend neither on the number of processes nor on a resume (see `row_order.py`).
     - `num_tokens`, the mean loss and the time of the run continue after a resume, and the schedule follows the number
       of steps of the resumed run.
     - `loraplus_lr_ratio` gives the B matrices a separate learning rate (see `optimizers.py`).
@@ -168,6 +165,9 @@ class StageTrainer(Trainer):
         self.loraplus_lr_ratio = loraplus_lr_ratio
         self._seconds_before, self._training_began = 0.0, time.time()
         self.add_callback(_RunFigures(self))
+
+    # How a batch is changed that must not count (see `row_order.StepBatches`).
+    exclude = staticmethod(exclude_tokens)
 
     @staticmethod
     def row_lengths(dataset: Dataset) -> list[int]:
@@ -226,18 +226,64 @@ class StageTrainer(Trainer):
     def set_rates(self, optimizer: torch.optim.Optimizer) -> None:
         """Hook for stages with a second learning rate; the ratio of LoRA+ multiplies it."""
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
-        if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(train_dataset)
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return EpochSampler(batch, self.row_lengths(dataset), seed)
+    def train_batches(self) -> StepBatches:
+        """The row indices of this process's batches."""
+        args = self.args
+        rank, processes = data_parallel_rank(self.accelerator)
+        seed = args.seed if args.data_seed is None else args.data_seed
+        order = order_rows(
+            self.train_dataset,
+            args.train_sampling_strategy,
+            seed,
+            lengths=lambda: self.row_lengths(self.train_dataset),
+            group=self._train_batch_size * args.gradient_accumulation_steps * processes,
+        )
+        return StepBatches(
+            order,
+            self._train_batch_size,
+            args.gradient_accumulation_steps,
+            rank=rank,
+            processes=processes,
+            drop_last=args.dataloader_drop_last,
+        )
+
+    def get_train_dataloader(self) -> DataLoader:
+        """This process's batches of an epoch, on its device."""
+        args = self.args
+        loader = DataLoader(
+            MarkedRows(self._remove_unused_columns(self.train_dataset, description="training")),
+            batch_sampler=self.train_batches(),
+            collate_fn=FillerCollator(self.data_collator, self.exclude),
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            in_order=args.dataloader_in_order,
+            worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
+        )
+        # The batches are those of this process already; accelerate must not distribute them again.
+        return prepare_data_loader(
+            loader, self.accelerator.device, num_processes=1, process_index=0, put_on_device=True
+        )
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        """Held-out batches, of all rows: `--dataloader_drop_last` is for training."""
+        drops, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = drops
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> torch.utils.data.Sampler | None:
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_eval_sampler(eval_dataset)
-        return EpochSampler(self.args.eval_batch_size, self.row_lengths(eval_dataset), seed=0)
+        return LengthGroups(self.row_lengths(eval_dataset), self.args.eval_batch_size, seed=0)
+
+    def _init_training_state(self, max_steps: int, *others: Any) -> tuple[int, int]:
+        done, batches = super()._init_training_state(max_steps, *others)
+        # A run that has all its steps begins no further epoch; the library would take a step before it counts them.
+        return (sys.maxsize, 0) if self.state.global_step >= max_steps else (done, batches)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if not self.model.training:
@@ -283,7 +329,7 @@ class TokenTrainer(StageTrainer, SFTTrainer):
 
     - The evaluation loss is the sum over all supervised tokens divided by their number, which unlike a mean of batch
       means does not depend on the batch size.
-    - `num_tokens` counts the tokens of packed batches too.
+    - `num_tokens` counts the tokens of all processes and of packed batches, without padding.
     - NEFTune's noise is scaled by each sequence's own length (see `embedding_noise`).
     - On a CPU only supervised positions go through the LM head (see `cpu.py`).
     """
@@ -302,11 +348,17 @@ class TokenTrainer(StageTrainer, SFTTrainer):
         alpha = self.args.neftune_noise_alpha if self.model.training else None
         with embedding_noise(self.model, inputs, alpha):
             loss = super().compute_loss(model, inputs, *args, **kwargs)
-        if self.model.training and "attention_mask" not in inputs:
-            real = ((inputs["input_ids"] != self.processing_class.pad_token_id) | (inputs["labels"] != IGNORED)).sum()
-            self.state.num_input_tokens_seen = before + self.accelerator.gather_for_metrics(real).sum().item()
-            self._metrics["train"]["num_tokens"] = [self.state.num_input_tokens_seen]
-        return loss
+        if not self.model.training:
+            return loss
+        # TRL counts fillers, and not the padding of packed batches; and at the end of an epoch not every process.
+        mask, filler = inputs.get("attention_mask"), is_filler(inputs)
+        if mask is None:
+            mask = (inputs["input_ids"] != self.processing_class.pad_token_id) | (inputs["labels"] != IGNORED)
+        real = mask.sum() * (not filler)
+        self.state.num_input_tokens_seen = before + int(self.accelerator.reduce(real))
+        self._metrics["train"]["num_tokens"] = [self.state.num_input_tokens_seen]
+        # Without tokens, the load balancing loss of a mixture of experts is left.
+        return loss * 0 if filler else loss
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -348,6 +400,7 @@ class PairTrainer(StageTrainer):
     """
 
     sequences_per_row = 2
+    exclude = staticmethod(exclude_rows)
 
     def __init__(self, **kwargs: Any):
         args, model = kwargs["args"], kwargs["model"]
@@ -395,9 +448,11 @@ class PairTrainer(StageTrainer):
         return [len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in columns]
 
     def get_batch_samples(self, *args: Any) -> tuple[list[dict[str, torch.Tensor]], int]:
-        """The batches of a step, and the number of pairs in them."""
+        """The batches of a step on this process, and the number of pairs of the step on all of them."""
         batches, _ = super().get_batch_samples(*args)
-        return batches, max(sum(len(batch["input_ids"]) for batch in batches) // 2, 1)
+        pairs = sum(len(batch["input_ids"]) // 2 for batch in batches if not is_filler(batch))
+        pairs = self.accelerator.reduce(torch.tensor(pairs, device=self.args.device))
+        return batches, max(int(pairs), 1)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         with self._offloading:
@@ -409,18 +464,23 @@ class PairTrainer(StageTrainer):
         """The batch's share of the mean over the pairs of a step; the metrics are kept for the next log.
 
         Args:
-            num_items_in_batch: pairs of the step, of all its batches; None for those of this batch.
+            num_items_in_batch: pairs of the step, of all its batches on all processes; None for those of this batch.
         """
         values = self.pair_values(model, inputs)
         loss = values.pop("loss")
         values["pairs"] = torch.ones_like(loss)
         values["tokens"] = inputs["attention_mask"].sum(dim=1).view(2, -1).sum(dim=0)
         sums = torch.stack([column.detach().double().sum() for column in values.values()])
+        if is_filler(inputs):
+            sums, loss = torch.zeros_like(sums), loss * 0
         for name, total in zip(values, self.accelerator.reduce(sums).tolist(), strict=True):
             self._sums[name] += total
         # The trainer's state is part of a checkpoint, so that the count continues after a resume.
         self.state.num_input_tokens_seen += int(self._sums.pop("tokens"))
-        return loss.mean() if num_items_in_batch is None else loss.sum() / num_items_in_batch
+        if num_items_in_batch is None:
+            return loss.mean()
+        # Gradients are averaged over the processes, while this is a share of the sum over all of them.
+        return loss.sum() / num_items_in_batch * self.accelerator.num_processes
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._sums:
