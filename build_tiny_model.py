@@ -23,6 +23,7 @@ from medicalgpt.files import overlap
 from medicalgpt.formats.conversion import to_messages, to_text
 from medicalgpt.logs import setup_logging
 from medicalgpt.models.templating import stop_token_ids
+from medicalgpt.training.folder_lock import FolderLock
 from medicalgpt.training.output_folder import PreviousRun, recover, replace_model
 from template import apply_template
 
@@ -88,7 +89,8 @@ def check_output_dir(output_dir: Path, overwrite: bool, data_dir: Path) -> None:
     """Raise UserError if the texts are in the output folder, or a model would be replaced and `overwrite` is False."""
     if data_dir.exists() and (how := overlap(output_dir, data_dir)) in ("is", "contains"):
         raise UserError(f"--output_dir {output_dir} {how} --data_dir {data_dir}. Choose another --output_dir.")
-    recover(output_dir)
+    with FolderLock(output_dir):
+        recover(output_dir)
     model = PreviousRun.model_in(output_dir)
     present = ", ".join(path.name for path in model.files())
     if present and not overwrite:

@@ -152,6 +152,7 @@ def refuse_occupied(output_dir: Path, overwrite: bool, sources: Sequence[str]) -
         sources: folders, or names on the hub, of base, adapter and tokenizer.
     """
     from medicalgpt.files import overlap
+    from medicalgpt.training.folder_lock import FolderLock
     from medicalgpt.training.output_folder import PreviousRun, recover
 
     for source in sources:
@@ -160,7 +161,8 @@ def refuse_occupied(output_dir: Path, overwrite: bool, sources: Sequence[str]) -
                 f"--output_dir {output_dir} {how} {source}, which this merge reads. Choose another folder, as in "
                 f"--output_dir {Path(source).absolute()}-merged"
             )
-    recover(output_dir)
+    with FolderLock(output_dir):
+        recover(output_dir)
     model = PreviousRun.model_in(output_dir)
     if not overwrite and (present := model.files()):
         raise UserError(

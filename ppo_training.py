@@ -44,7 +44,6 @@ from medicalgpt.data.encoding import IGNORED, EncodingError, Prompt, encode_prom
 from medicalgpt.data.loading import load_data
 from medicalgpt.data.tokenizing import encode_sides
 from medicalgpt.errors import UserError, run_main
-from medicalgpt.files import write_atomically
 from medicalgpt.formats.tasks import to_task
 from medicalgpt.logs import is_main_process
 from medicalgpt.models import adapters, loading
@@ -55,6 +54,7 @@ from medicalgpt.readers.problems import Place, place_of
 from medicalgpt.rewards.scoring import RewardScorer, is_reward_adapter, restore_head, score_in_float32
 from medicalgpt.serving.chat import ChatEngine
 from medicalgpt.serving.generation import MAX_SEED, Answer, Sampling
+from medicalgpt.training.callbacks import keep_rows
 from medicalgpt.training.cpu import add_cpu_head
 from medicalgpt.training.engines import are_weights_sharded
 from medicalgpt.training.row_order import draw_mini_batches
@@ -845,9 +845,7 @@ class PpoTrainer(StageTrainer):
     def _truncate_answers_file(self) -> None:
         """Remove what a stopped run wrote after its checkpoint, which the resumed run writes again."""
         if is_main_process() and self._answers_file.is_file():
-            lines = self._answers_file.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if json.loads(line)["step"] <= self.state.global_step]
-            write_atomically(self._answers_file, "".join(kept))
+            keep_rows(self._answers_file, self.state.global_step)
 
     @property
     def _answers_file(self) -> Path:

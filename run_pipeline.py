@@ -125,11 +125,15 @@ class Pipeline:
         """Remove what earlier runs wrote, and nothing else."""
         run("rm", "-rf", "--", *self.results(), self.out / "stamps")
 
-    def start(self, name: str) -> None:
-        """Leave a mark that what a step writes is this pipeline's, before it writes anything."""
+    def start(self, name: str, wanted: str = "") -> None:
+        """Leave a mark that what a step writes is this pipeline's, before it writes anything.
+
+        Args:
+            wanted: digest of everything that the step depends on.
+        """
         mark = self.out / "stamps" / f"{name}.started"
         mark.parent.mkdir(parents=True, exist_ok=True)
-        mark.touch()
+        write(mark, wanted)
 
     def prepare(self) -> None:
         """Write rows with NAME and AUTHOR if set, build the tiny base, and check that all stages have rows."""
@@ -196,34 +200,34 @@ class Pipeline:
 
         Args:
             name: of the step. A finished one writes a digest of everything that it depends on to stamps/.
-            folder: where the program writes. An unfinished result is resumed from its checkpoint, or replaced.
+            folder: where the program writes. An unfinished result is resumed from its checkpoint, or written again.
             command: the program and its arguments.
             settings: what it reads from its recipe.
             resumable: whether it saves checkpoints.
         """
-        stamp = self.out / "stamps" / name
+        stamp, mark = self.out / "stamps" / name, self.out / "stamps" / f"{name}.started"
         self.parent = wanted = digest(self.parent, *map(str, command), settings)
-        if stamp.is_file():
-            if stamp.read_text(encoding="utf-8") == wanted and folder.is_dir():
-                print(f"== {name}: finished before, kept ({folder})")
-                return
+        begun = stamp if stamp.is_file() else mark
+        # Without a checkpoint and a model card, an unfinished step starts from the beginning, whatever it is to do.
+        resumed = resumable and (any(folder.glob("checkpoint-*/manifest.json")) or (folder / "README.md").is_file())
+        # An earlier version has left empty marks.
+        if begun.is_file() and (begun == stamp or resumed) and begun.read_text(encoding="utf-8") not in ("", wanted):
             sys.exit(
                 f"error: {folder} contains the result of other settings. Start over: bash scripts/run_pipeline.sh "
                 "--fresh, or choose another folder: OUT=outputs/other bash scripts/run_pipeline.sh"
             )
+        if stamp.is_file() and folder.is_dir():
+            print(f"== {name}: finished before, kept ({folder})")
+            return
         print(f"== {name}")
-        began, more = time.time(), ()
-        self.start(name)
+        began = time.time()
+        self.start(name, wanted)
         if name == "data":
             run("rm", "-rf", "--", folder)
-        elif resumable and any(folder.glob("checkpoint-*/manifest.json")):
-            more = ("--resume_from_checkpoint", "True")
-        else:
-            # The program replaces an unfinished result only when it has another.
-            more = ("--overwrite_output_dir", "True") if resumable else ("--overwrite_output_dir",)
+        # The program replaces an unfinished result only when it has another.
+        more = ("--resume", "auto") if resumable else () if name == "data" else ("--overwrite_output_dir",)
         run(self.python, *command, *more)
-        stamp.parent.mkdir(parents=True, exist_ok=True)
-        stamp.write_text(wanted, encoding="utf-8")
+        write(stamp, wanted)
         print(f"== {name} took {time.time() - began:.0f} s")
 
     def measure(self) -> None:
@@ -309,6 +313,13 @@ def check_reward_model(folder: str, stages: list[str]) -> str:
 def variable(name: str, default: str = "") -> str:
     """An environment variable; an empty one counts as unset."""
     return os.environ.get(name) or default
+
+
+def write(path: Path, text: str) -> None:
+    """Write a small file in one step, so that a kill leaves none or all of it."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 def refuse(problem: str) -> NoReturn:

@@ -493,8 +493,6 @@ class StageDefaults:
         "--early_stopping_patience compare. Checked before the first step. Default: loss; PPO: score; GRPO: reward.",
         "greater_is_better": "Whether a higher metric is better. Default: False if its name ends in loss or "
         "perplexity.",
-        "resume_from_checkpoint": "True: resume from the newest complete checkpoint in --output_dir; or the folder of "
-        "a checkpoint.",
         "fsdp": "Shard the weights over the processes with PyTorch's FSDP, on GPUs; no value needed. Settings: "
         "--fsdp_config FILE.",
         "deepspeed": "DeepSpeed's settings, a JSON file; zero2.json and zero3.json are included.",
@@ -510,6 +508,15 @@ class StageDefaults:
     # Recomputing activations costs a fifth of the speed, so it is off unless memory runs out.
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations to save memory."})
     do_train: bool = field(default=True, metadata={"help": "False: evaluate only."})
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "auto: resume the run in --output_dir from its newest complete checkpoint, start if there is none, "
+            "do nothing if it has finished. True: resume, or stop if there is no checkpoint. Or the folder of a "
+            "checkpoint.",
+            "aliases": ["--resume"],
+        },
+    )
     neftune_noise_alpha: float | None = field(
         default=None,
         metadata={

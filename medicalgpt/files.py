@@ -1,5 +1,6 @@
 """What programs do with files whatever is in them: hash, compare and remove them, and replace them in one step."""
 
+import errno
 import hashlib
 import os
 import shutil
@@ -37,6 +38,19 @@ def write_atomically(path: str | Path, data: str | bytes, mode: int = 0o666) -> 
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def sync(path: str | Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk, so that a power failure cannot undo them."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    except OSError as error:
+        # Some file systems cannot do it for a folder.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(file)
 
 
 @contextmanager

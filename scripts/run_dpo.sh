@@ -28,5 +28,6 @@ FLAGS=(
   --logging_steps 10
   --eval_strategy steps --eval_steps 50     # loss, rewards and accuracy on the held-out pairs
   --save_steps 50 --save_total_limit 3
+  --resume auto                             # give the same command again after any stop; it continues
 )
 exec "${LAUNCH[@]}" dpo_training.py "${FLAGS[@]}" "$@"

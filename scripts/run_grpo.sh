@@ -23,5 +23,6 @@ FLAGS=(
   --target_modules all                      # every linear layer except the head
   --eval_strategy steps --eval_steps 50     # rewards on the held-out prompts
   --save_steps 50 --save_total_limit 3
+  --resume auto                             # give the same command again after any stop; it continues
 )
 exec "${LAUNCH[@]}" grpo_training.py "${FLAGS[@]}" "$@"

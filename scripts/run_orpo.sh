@@ -27,5 +27,6 @@ FLAGS=(
   --logging_steps 10
   --eval_strategy steps --eval_steps 100    # loss and accuracy on the held-out pairs
   --save_steps 100 --save_total_limit 3
+  --resume auto                             # give the same command again after any stop; it continues
 )
 exec "${LAUNCH[@]}" orpo_training.py "${FLAGS[@]}" "$@"

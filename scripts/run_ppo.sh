@@ -27,5 +27,6 @@ FLAGS=(
   --target_modules all                      # every linear layer except the head
   --eval_strategy steps --eval_steps 10     # score, length and end rate on the held-out prompts
   --save_steps 10 --save_total_limit 3
+  --resume auto                             # give the same command again after any stop; it continues
 )
 exec "${LAUNCH[@]}" ppo_training.py "${FLAGS[@]}" "$@"

@@ -30,5 +30,6 @@ FLAGS=(
   --logging_steps 10
   --eval_strategy steps --eval_steps 100    # perplexity on the held-out documents
   --save_steps 100 --save_total_limit 3
+  --resume auto                             # give the same command again after any stop; it continues
 )
 exec "${LAUNCH[@]}" pretraining.py "${FLAGS[@]}" "$@"

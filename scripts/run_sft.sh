@@ -28,5 +28,6 @@ FLAGS=(
   --logging_steps 10
   --eval_strategy steps --eval_steps 100    # loss on the held-out rows
   --save_steps 100 --save_total_limit 3
+  --resume auto                             # give the same command again after any stop; it continues
 )
 exec "${LAUNCH[@]}" supervised_finetuning.py "${FLAGS[@]}" "$@"

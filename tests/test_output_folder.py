@@ -1,6 +1,7 @@
 """The output folder: what it may not be, and how `--overwrite_output_dir` replaces a run without risking it."""
 
 import itertools
+import json
 import os
 import shutil
 import signal
@@ -12,9 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from medicalgpt.errors import UserError
+from medicalgpt.files import hash_file
 from medicalgpt.models.hub import resolve_checkpoint
 from medicalgpt.training import checkpoints
 from medicalgpt.training.checkpoints import MANIFEST
+from medicalgpt.training.folder_lock import LOCK_FILE
 from medicalgpt.training.output_folder import PreviousRun, paths_read, recover, refuse_overlap, replace_model
 from tests.helpers import ROOT, open_stage, run_here, run_program, write_jsonl
 from tests.tiny import make_tiny
@@ -59,13 +62,21 @@ def fill_run(folder: Path, text: str = "old") -> None:
     for name in ("run.json", "adapter_model.safetensors", "README.md", "vocab.json", "checkpoint-2/optimizer.pt"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(f'"{text}"')
-    (folder / "checkpoint-2" / MANIFEST).write_text("{}")
+    write_manifest(folder / "checkpoint-2")
     (folder / "notes.txt").write_text("mine")
 
 
+def write_manifest(checkpoint: Path) -> None:
+    """What makes a checkpoint complete."""
+    files = [path for path in checkpoint.iterdir() if path.is_file()]
+    entries = {path.name: {"bytes": path.stat().st_size, "sha256": hash_file(path)} for path in files}
+    (checkpoint / MANIFEST).write_text(json.dumps(entries))
+
+
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    """Every file below a folder, but for the lock that the runs of this process have until it ends."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != LOCK_FILE]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def flags(place: Path, script: str, **others: object) -> list[object]:
@@ -131,7 +142,7 @@ def test_the_proposed_folder_can_be_used(place):
     assert second == place / "models" / "supervised_finetuning"
     for folder in (proposed, second):
         assert open_stage(script, *flags(place, script, output_dir=folder)).run.output_dir == folder
-        folder.rmdir()
+        shutil.rmtree(folder)
 
 
 def test_a_run_with_its_data_inside_can_be_resumed(tmp_path):
@@ -287,7 +298,7 @@ def test_an_older_checkpoint_is_removed_when_the_next_is_complete(place, tmp_pat
 
 
 def test_which_checkpoints_are_removed(tmp_path):
-    """The last by time, which after a resume from an earlier one is not the highest; incomplete ones first."""
+    """The last by time, which after a resume from an earlier one is not the highest. Incomplete ones do not count."""
     for age, step in enumerate((30, 10, 20)):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / MANIFEST).write_text("{}")
@@ -297,7 +308,9 @@ def test_which_checkpoints_are_removed(tmp_path):
     for limit, best in ((3, None), (2, None), (1, tmp_path / "checkpoint-10"), (1, None)):
         checkpoints.remove_old_checkpoints(tmp_path, limit, best and str(best))
         left.append({int(path.name[11:]) for path in tmp_path.iterdir()})
-    assert left == [{30, 10, 20}, {10, 20}, {10, 20}, {20}]
+    assert left == [{30, 10, 20, 40}, {10, 20, 40}, {10, 20, 40}, {20, 40}]
+    checkpoints.remove_incomplete_checkpoints(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-20"}
 
 
 def kill_at(moment: int, action: Callable[[], object]) -> bool:
@@ -343,8 +356,7 @@ def test_a_kill_at_any_point_loses_nothing(tmp_path, commits):
         kill_at(moment % 3, lambda: PreviousRun(folder).recover())
         PreviousRun(folder).recover()
         after = contents(folder)
-        assert not [name for name in os.listdir(folder) if "previous" in name and not name.endswith(".lock")]
-        after.pop(".previous-run.lock", None)
+        assert not [name for name in os.listdir(folder) if "previous" in name]
         ends.append("old" if after == old else "new")
         if ends[-1] == "new":
             assert commits and after["run.json"] == b'"new"' and "checkpoint-2/optimizer.pt" not in after
@@ -398,16 +410,6 @@ def test_a_model_replaces_another_only_when_it_is_complete(tmp_path):
             break
     assert moment > 8 and after["run.json"] != before["run.json"]
     assert set(after) == set(before) - {"adapter_model.safetensors", "vocab.json"} | {"config.json"}
-
-
-def test_a_second_process_does_not_restore_what_is_being_replaced(tmp_path):
-    fill_run(tmp_path / "run")
-    first = PreviousRun(tmp_path / "run")
-    first.set_aside()
-    with pytest.raises(UserError, match="another process is replacing the run"):
-        PreviousRun(tmp_path / "run").recover()
-    first.restore()
-    assert PreviousRun(tmp_path / "run").recover() is False
 
 
 def test_a_killed_replacement_is_not_resumed(place, tmp_path):

@@ -15,9 +15,10 @@ from medicalgpt.training.checkpoints import (
     MANIFEST,
     CheckpointCommitter,
     checkpoint_problem,
-    committed_checkpoints,
     find_checkpoint,
+    newest_checkpoint,
 )
+from medicalgpt.training.claiming import Claim
 from medicalgpt.training.runs import Run, model_card, next_commands, render_supervision
 from tests.helpers import chat, read_json, write_jsonl
 from tests.tiny import make_tiny, tiny_tokenizer
@@ -122,7 +123,7 @@ def test_a_folder_with_another_run_is_refused_and_left_alone(start, tmp_path, tr
 
 def test_a_checkpoint_is_a_trace_and_can_be_gone_on_with(start, tmp_path):
     save_checkpoint(tmp_path / "run", 3)
-    with pytest.raises(UserError, match="Resume it: --resume_from_checkpoint True"):
+    with pytest.raises(UserError, match="Resume it: --resume auto"):
         start()
 
 
@@ -136,15 +137,21 @@ def test_resuming_and_overwriting_resumes(start, tmp_path, log):
     checkpoint = save_checkpoint(tmp_path / "run", 3)
     for resume in ("True", str(checkpoint)):
         run = start(resume=resume, overwrite=True)
-        assert run.resume_from == str(checkpoint) and not run.replaces
+        assert run.resume_from == str(checkpoint) and not run.claim.replaces
         assert "--overwrite_output_dir removes nothing, as this run is resumed" in log
 
 
 def test_other_processes_leave_the_folder_to_the_first(start, tmp_path, monkeypatch):
+    """They get its decision, and take no lock."""
+    checkpoint = save_checkpoint(tmp_path / "run", 3)
+
+    def receive(outcome):
+        outcome[0] = Claim(resume_from=str(checkpoint))
+
     monkeypatch.setenv("RANK", "1")
-    save_checkpoint(tmp_path / "run", 3)
-    assert start(overwrite=True).resume_from is None
-    assert (tmp_path / "run" / "checkpoint-3").is_dir()
+    monkeypatch.setattr("medicalgpt.training.claiming.broadcast_object_list", receive)
+    assert start(overwrite=True).resume_from == str(checkpoint)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-3"]
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
@@ -181,12 +188,47 @@ def damage_manifest(folder):
     (folder / MANIFEST).write_text('{"model')
 
 
+def damage_manifest_empty(folder):
+    (folder / MANIFEST).write_bytes(b"")
+
+
+def damage_manifest_null(folder):
+    (folder / MANIFEST).write_text("null")
+
+
+def damage_manifest_names_nothing(folder):
+    (folder / MANIFEST).write_text("{}")
+
+
+def damage_manifest_is_a_list(folder):
+    (folder / MANIFEST).write_text('["model.safetensors"]')
+
+
+def damage_manifest_has_other_entries(folder):
+    (folder / MANIFEST).write_text('{"model.safetensors": 3}')
+
+
+def damage_manifest_lacks_a_digest(folder):
+    (folder / MANIFEST).write_text('{"model.safetensors": {"bytes": 3}}')
+
+
+def damage_manifest_is_not_text(folder):
+    (folder / MANIFEST).write_bytes(b"\xff\xfe")
+
+
 DAMAGES = {
     damage_never_finished: "never finished",
     damage_file_missing: "optimizer.pt is missing",
     damage_truncated: "model.safetensors has changed",
     damage_same_size: "model.safetensors has changed",
     damage_manifest: "manifest.json is damaged",
+    damage_manifest_empty: "manifest.json is damaged",
+    damage_manifest_null: "manifest.json is damaged",
+    damage_manifest_names_nothing: "manifest.json is damaged",
+    damage_manifest_is_a_list: "manifest.json is damaged",
+    damage_manifest_has_other_entries: "manifest.json is damaged",
+    damage_manifest_lacks_a_digest: "manifest.json is damaged",
+    damage_manifest_is_not_text: "manifest.json is damaged",
 }
 
 
@@ -194,7 +236,7 @@ DAMAGES = {
 def test_a_damaged_checkpoint_is_passed_over_with_the_reason(tmp_path, log, damage):
     whole, newest = save_checkpoint(tmp_path, 9), save_checkpoint(tmp_path, 10)
     damage(newest)
-    assert find_checkpoint(tmp_path) == str(whole)
+    assert find_checkpoint(tmp_path) == whole
     assert any(str(newest) in line and DAMAGES[damage] in line for line in log)
     with pytest.raises(UserError, match=DAMAGES[damage]):
         find_checkpoint(newest)
@@ -207,7 +249,7 @@ def test_the_newest_is_the_one_with_most_steps(tmp_path):
     for step in (2, 10, 9):
         save_checkpoint(tmp_path, step)
     (tmp_path / "checkpoint-best").mkdir()
-    assert [path.name for path in committed_checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-9", "checkpoint-2"]
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
 
 
 def test_resuming_by_flag(start, tmp_path, log):
@@ -385,5 +427,6 @@ def test_training_that_diverged_is_not_saved(start, base, tmp_path):
     with pytest.raises(UserError, match="the training loss became nan.*Lower --learning_rate"):
         run.train_and_save(trainer, tiny_tokenizer(), stop_ids=[256])
     assert not list((tmp_path / "run").glob("*.safetensors"))
-    assert read_json(tmp_path / "run" / "run.json")["status"] == "running"
+    record = read_json(tmp_path / "run" / "run.json")
+    assert record["status"] == "failed" and "the training loss became nan" in record["reason"]
     assert math.isnan(read_json(tmp_path / "run" / "metrics.jsonl")[1]["loss"])

@@ -359,8 +359,9 @@ def test_fresh_removes_only_what_the_script_makes(tmp_path, pipeline, data):
 def test_a_stage_that_fails_ends_the_pipeline_and_is_resumed(tmp_path, pipeline, data):
     done, ran = pipeline(DATA=data, FAILS="dpo_training.py")
     assert done.returncode == 7
-    assert ran[-1][0] == "dpo_training.py" and value(ran[-1][1], "--overwrite_output_dir") == "True"
+    assert ran[-1][0] == "dpo_training.py" and value(ran[-1][1], "--resume") == "auto"
     assert done.stdout.endswith("== dpo\n")
+    assert not any("--overwrite_output_dir" in flags for program, flags in ran if is_stage(program))
 
     checkpoint = tmp_path / "out" / "dpo" / "checkpoint-20"
     checkpoint.mkdir(parents=True)
@@ -368,9 +369,27 @@ def test_a_stage_that_fails_ends_the_pipeline_and_is_resumed(tmp_path, pipeline,
     done, ran = pipeline(DATA=data)
     assert done.returncode == 0, done.stderr
     assert [program for program, _ in ran if is_stage(program)] == ["dpo_training.py"]
-    assert value(dict(ran)["dpo_training.py"], "--resume_from_checkpoint") == "True"
+    assert value(dict(ran)["dpo_training.py"], "--resume") == "auto"
     assert "--overwrite_output_dir" not in dict(ran)["dpo_training.py"]
     assert "== dpo took" in done.stdout
+
+
+def test_an_unfinished_stage_is_not_resumed_with_other_settings(tmp_path, pipeline, data):
+    script, recipes = copy_pipeline(tmp_path / "tree")
+    assert pipeline(script=script, DATA=data, FAILS="dpo_training.py")[0].returncode == 7
+    with (recipes / "tiny" / "dpo.yaml").open("a", encoding="utf-8") as recipe:
+        recipe.write("weight_decay: 0.01\n")
+    # It has saved nothing yet.
+    assert pipeline(script=script, DATA=data, FAILS="dpo_training.py")[0].returncode == 7
+    manifest = tmp_path / "out" / "dpo" / "checkpoint-20" / "manifest.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.touch()
+    assert pipeline(script=script, DATA=data, FAILS="dpo_training.py")[0].returncode == 7
+    with (recipes / "tiny" / "dpo.yaml").open("a", encoding="utf-8") as recipe:
+        recipe.write("seed: 3\n")
+    done, ran = pipeline(script=script, DATA=data)
+    assert done.returncode == 1 and f"{tmp_path / 'out' / 'dpo'} contains the result of other settings" in done.stderr
+    assert ran == []
 
 
 def test_missing_rows_of_a_stage_are_named_before_training(tmp_path, pipeline):

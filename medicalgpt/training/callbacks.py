@@ -32,9 +32,7 @@ class MetricsFile(TrainerCallback):
         if not state.is_world_process_zero or not self.path.is_file():
             return
         # What the stopped run logged after the checkpoint will be logged again.
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.append else []
-        kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
-        write_atomically(self.path, "".join(kept))
+        keep_rows(self.path, state.global_step if self.append else -1)
 
     def on_log(
         self, args: TrainingArguments, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
@@ -44,6 +42,23 @@ class MetricsFile(TrainerCallback):
             event = {"step": state.global_step, "epoch": state.epoch, "seconds": round(time.time(), 1), **(logs or {})}
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(event) + "\n")
+
+
+def keep_rows(path: Path, last_step: int) -> None:
+    """Remove the rows of later steps from a file of JSON rows, and the row that a kill has torn, with a notice."""
+    rows = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    steps = [_step_of_row(row) for row in rows]
+    kept = [row for row, step in zip(rows, steps, strict=True) if step is not None and step <= last_step]
+    if torn := sum(row != "" and step is None for row, step in zip(rows, steps, strict=True)):
+        logger.warning(f"{path}: {torn} row(s) that a stopped run left unfinished are removed")
+    write_atomically(path, "".join(f"{row}\n" for row in kept))
+
+
+def _step_of_row(row: str) -> float | None:
+    try:
+        return float(json.loads(row)["step"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
 
 
 class FirstStep(TrainerCallback):

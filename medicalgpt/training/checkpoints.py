@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from medicalgpt.errors import UserError
-from medicalgpt.files import hash_file, remove_entry, write_atomically
+from medicalgpt.files import hash_file, remove_entry, sync, write_atomically
 from medicalgpt.logs import is_main_process
 
 import torch
@@ -23,16 +23,18 @@ GATHERING = (
 )
 
 
-def committed_checkpoints(output_dir: Path) -> list[Path]:
-    """Complete checkpoints in `output_dir`, newest first: those whose manifest agrees with the files."""
-    found = sorted(numbered_checkpoints(output_dir), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    complete = []
-    for path in found:
-        if problem := checkpoint_problem(path):
-            logger.warning(f"{path} is incomplete ({problem}) and is not resumed from")
-        else:
-            complete.append(path)
-    return complete
+def newest_checkpoint(output_dir: Path) -> Path | None:
+    """The complete checkpoint with most steps in `output_dir`: one whose manifest agrees with the files."""
+    for path in sorted(numbered_checkpoints(output_dir), key=step_of, reverse=True):
+        if (problem := checkpoint_problem(path)) is None:
+            return path
+        logger.warning(f"{path} is incomplete ({problem}) and is not resumed from")
+    return None
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was saved, by its name."""
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def checkpoint_problem(checkpoint: Path) -> str | None:
@@ -41,18 +43,28 @@ def checkpoint_problem(checkpoint: Path) -> str | None:
         return "it was never finished: no manifest"
     try:
         entries = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-    except ValueError:
+        expected = {checkpoint / name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        expected = {}
+    except OSError as error:
+        return f"its {MANIFEST} cannot be read: {error.strerror}"
+    if not expected:
         return f"its {MANIFEST} is damaged"
-    for name, entry in entries.items():
-        path = checkpoint / name
+    for path, (size, _) in expected.items():
         if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != entry["bytes"] or hash_file(path) != entry["sha256"]:
-            return f"{name} has changed"
+            return f"{path.relative_to(checkpoint)} is missing"
+        if path.stat().st_size != size:
+            return f"{path.relative_to(checkpoint)} has changed"
+    for path, (_, digest) in expected.items():
+        try:
+            if hash_file(path) != digest:
+                return f"{path.relative_to(checkpoint)} has changed"
+        except OSError as error:
+            return f"{path.relative_to(checkpoint)} cannot be read: {error.strerror}"
     return None
 
 
-def find_checkpoint(place: Path) -> str:
+def find_checkpoint(place: Path) -> Path:
     """The newest complete checkpoint of an output folder, or that folder itself if it is a checkpoint.
 
     Raises:
@@ -63,14 +75,13 @@ def find_checkpoint(place: Path) -> str:
             raise UserError(f"no checkpoint {place}. Check the path of --resume_from_checkpoint.")
         if problem := checkpoint_problem(place):
             raise UserError(f"{place} cannot be resumed from: {problem}. Choose an earlier one.")
-        return str(place)
-    complete = committed_checkpoints(place)
-    if not complete:
+        return place
+    if (found := newest_checkpoint(place)) is None:
         raise UserError(
-            f"{place} has no complete checkpoint to resume from. Start again without --resume_from_checkpoint."
+            f"{place} has no complete checkpoint to resume from. Start it from the beginning, in this folder or in "
+            "another: --resume auto"
         )
-    logger.info(f"resuming from {complete[0]}")
-    return str(complete[0])
+    return found
 
 
 def require_saved_weights(folder: Path) -> None:
@@ -110,18 +121,56 @@ def numbered_checkpoints(output_dir: Path) -> list[Path]:
     return [path for path in found if path.is_dir()]
 
 
+def prepare_folder(checkpoint: Path) -> None:
+    """Remove what a killed run left in the folder of a checkpoint that is about to be saved."""
+    if checkpoint.is_dir():
+        _remove(checkpoint)
+
+
+def remove_incomplete_checkpoints(output_dir: Path) -> None:
+    """Remove folders of checkpoints without a manifest, which a killed run has left."""
+    for path in numbered_checkpoints(output_dir):
+        if not (path / MANIFEST).is_file():
+            logger.info(f"{path}, which was never finished, is removed")
+            _remove(path)
+
+
 def remove_old_checkpoints(output_dir: Path, limit: int, best: str | None) -> None:
-    """Remove all but the last `limit` checkpoints; those without a manifest first, never the last one or the best.
+    """Remove all but the last `limit` complete checkpoints; never the last one or the best.
 
     Args:
         best: folder of the best checkpoint, if there is one.
     """
     committed = {path: path / MANIFEST for path in numbered_checkpoints(output_dir)}
-    by_age = sorted(committed, key=lambda path: committed[path].is_file() and committed[path].stat().st_mtime_ns)
+    committed = {path: manifest.stat().st_mtime_ns for path, manifest in committed.items() if manifest.is_file()}
+    # After a resume from an earlier one, the last is not the one with most steps.
+    by_age = sorted(committed, key=lambda path: (committed[path], step_of(path)))
     kept = {path for path in by_age if path == by_age[-1] or (best and path.resolve() == Path(best).resolve())}
     surplus = len(by_age) - max(limit, len(kept))
     for path in [path for path in by_age if path not in kept][: max(surplus, 0)]:
-        remove_entry(path)
+        _remove(path)
+
+
+def _remove(checkpoint: Path) -> None:
+    try:
+        # A checkpoint that is only partly removed when the run is killed must not look complete.
+        (checkpoint / MANIFEST).unlink(missing_ok=True)
+        remove_entry(checkpoint)
+    except OSError as error:
+        # It is not worth ending the run for this.
+        logger.warning(f"{checkpoint} could not be removed: {error}")
+
+
+def _write_manifest(folder: Path) -> None:
+    """Make sure that all files of a checkpoint are on the disk, then write its manifest."""
+    entries = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != MANIFEST:
+            sync(path)
+            entries[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": hash_file(path)}
+    write_atomically(folder / MANIFEST, json.dumps(entries, indent=1))
+    sync(folder / MANIFEST)
+    sync(folder)
 
 
 class CheckpointCommitter(TrainerCallback):
@@ -151,12 +200,8 @@ class CheckpointCommitter(TrainerCallback):
         require_saved_weights(folder)
         if not state.is_world_process_zero:
             return
-        entries = {
-            str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": hash_file(path)}
-            for path in sorted(folder.rglob("*"))
-            if path.is_file() and path.name != MANIFEST
-        }
-        write_atomically(folder / MANIFEST, json.dumps(entries, indent=1))
+        _write_manifest(folder)
         self.committed()
+        remove_incomplete_checkpoints(folder.parent)
         if self.limit and self.limit > 0:
             remove_old_checkpoints(folder.parent, self.limit, state.best_model_checkpoint)

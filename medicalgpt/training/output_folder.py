@@ -20,9 +20,9 @@ from medicalgpt.errors import UserError
 from medicalgpt.files import overlap, remove_entry
 from medicalgpt.models import hub
 from medicalgpt.training.checkpoints import MANIFEST
+from medicalgpt.training.folder_lock import FolderLock
 
 import datasets
-from filelock import FileLock, Timeout
 from huggingface_hub import constants
 from loguru import logger
 
@@ -163,14 +163,27 @@ def _relative(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
+def read_record(output_dir: Path) -> dict[str, Any] | None:
+    """run.json of a run; empty if there is none, None if it is damaged, which a full disk or a power failure can do."""
+    try:
+        record = json.loads((output_dir / hub.RUN_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
 def recover(output_dir: Path) -> bool:
-    """Complete what a killed program left in an output folder; see `PreviousRun.recover`."""
+    """Complete what a killed program left in an output folder; see `PreviousRun.recover`. Hold its `FolderLock`."""
     # Both, always: the second is not to be skipped because the first has restored something.
     return any([PreviousRun(output_dir).recover(), PreviousRun.model_in(output_dir).recover()])
 
 
 class PreviousRun:
-    """An earlier run in an output folder, while another one is about to replace it. For the first process only.
+    """An earlier run in an output folder, while another one is about to replace it.
+
+    For the process that holds the `FolderLock`.
 
     Its files are in the output folder, then in `kept`. They are in `moving` while they are being moved there or back,
     and in `removing` from the moment at which the new run can replace them.
@@ -185,7 +198,6 @@ class PreviousRun:
         self.kept = output_dir / name
         self.moving = output_dir / f"{name}.moving"
         self.removing = output_dir / f"{name}.removing"
-        self._lock = FileLock(output_dir / f"{name}.lock")
 
     @classmethod
     def model_in(cls, output_dir: Path) -> "PreviousRun":
@@ -201,13 +213,7 @@ class PreviousRun:
 
         Returns:
             Whether the earlier run was restored.
-
-        Raises:
-            UserError: another process is still writing to this folder.
         """
-        if not any(path.is_dir() for path in (self.kept, self.moving, self.removing)):
-            return False
-        self._acquire()
         restored = False
         if self.kept.is_dir() and self._is_replaced():
             self.discard()
@@ -216,7 +222,6 @@ class PreviousRun:
             restored = True
         if self.removing.is_dir():
             remove_entry(self.removing)
-        self._release()
         return restored
 
     def set_aside(self) -> None:
@@ -224,11 +229,9 @@ class PreviousRun:
 
         Raises:
             OSError: a file could not be moved.
-            UserError: another process is doing the same.
         """
         if not (files := self.files()):
             return
-        self._acquire()
         try:
             self.moving.mkdir()
             for path in files:
@@ -250,45 +253,25 @@ class PreviousRun:
                 path.rename(self.output_dir / path.name)
             self.moving.rmdir()
             logger.warning(f"the run that was in {self.output_dir} before is restored: nothing had replaced it yet")
-        self._release()
 
-    def discard(self) -> None:
-        """Remove the earlier run: the new one has something to replace it with. Nothing is done if there is none."""
+    def discard(self, reason: str = "the new run is saved") -> None:
+        """Remove the earlier run, for a reason that is logged. Nothing is done if there is none."""
         if not self.kept.is_dir():
             return
         try:
             self.kept.rename(self.removing)
             remove_entry(self.removing)
-            logger.info(f"the new run is saved; the one that was in {self.output_dir} before is removed")
+            logger.info(f"{reason}; the run that was in {self.output_dir} before is removed")
         except OSError as error:
             # It is not worth ending the new run for this.
             logger.warning(f"the run that was in {self.output_dir} before could not be removed: {error}")
-        self._release()
 
     def _is_replaced(self) -> bool:
         """Whether the new run, which was killed, has saved a complete checkpoint or has finished."""
         # Where a model alone is replaced, checkpoints of an earlier run may be left.
         if CHECKPOINTS in self.patterns and any(self.output_dir.glob(f"{CHECKPOINTS}/{MANIFEST}")):
             return True
-        try:
-            record = json.loads((self.output_dir / "run.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return False
-        return isinstance(record, dict) and record.get("status") == "finished"
-
-    def _acquire(self) -> None:
-        try:
-            self._lock.acquire(blocking=False)
-        except Timeout as error:
-            raise UserError(
-                f"another process is replacing the run in {self.output_dir} and has not saved a checkpoint yet. Wait "
-                "for it, stop it, or choose another --output_dir."
-            ) from error
-
-    def _release(self) -> None:
-        if self._lock.is_locked:
-            Path(self._lock.lock_file).unlink(missing_ok=True)
-            self._lock.release(force=True)
+        return (read_record(self.output_dir) or {}).get("status") == "finished"
 
 
 @contextmanager
@@ -296,28 +279,32 @@ def replace_model(output_dir: Path) -> Iterator[Path]:
     """A folder to save a model in, which replaces the one in `output_dir` when the block ends without an error.
 
     Other files in `output_dir` stay. If the block fails, nothing has changed; so it should end by verifying the result.
+
+    Raises:
+        UserError: another process writes into this folder.
     """
-    previous = PreviousRun.model_in(output_dir)
-    made = [path for path in (output_dir, *output_dir.parents) if not path.exists()]
-    unfinished = output_dir / ".unfinished-model"
-    # Left by a process that was killed.
-    remove_entry(unfinished)
-    unfinished.mkdir(parents=True)
-    try:
-        yield unfinished
-        # A file of any other name that would be overwritten is restored as well if a move fails.
-        previous.patterns = (*MODEL_FILES, *(glob.escape(path.name) for path in unfinished.iterdir()))
-        previous.set_aside()
-        try:
-            # The record comes last: it says that the model is complete.
-            for path in sorted(unfinished.iterdir(), key=lambda path: path.name == hub.RUN_FILE):
-                path.rename(output_dir / path.name)
-        except BaseException:
-            previous.restore()
-            raise
-        previous.discard()
-    finally:
+    with FolderLock(output_dir):
+        unfinished = output_dir / ".unfinished-model"
+        # Left by a process that was killed.
         remove_entry(unfinished)
-        for path in made:
-            if not any(path.iterdir()):
-                path.rmdir()
+        unfinished.mkdir()
+        try:
+            yield unfinished
+            _move_model(unfinished, output_dir)
+        finally:
+            remove_entry(unfinished)
+
+
+def _move_model(unfinished: Path, output_dir: Path) -> None:
+    previous = PreviousRun.model_in(output_dir)
+    # A file of any other name that would be overwritten is restored as well if a move fails.
+    previous.patterns = (*MODEL_FILES, *(glob.escape(path.name) for path in unfinished.iterdir()))
+    previous.set_aside()
+    try:
+        # The record comes last: it says that the model is complete.
+        for path in sorted(unfinished.iterdir(), key=lambda path: path.name == hub.RUN_FILE):
+            path.rename(output_dir / path.name)
+    except BaseException:
+        previous.restore()
+        raise
+    previous.discard()

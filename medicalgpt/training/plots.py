@@ -11,6 +11,8 @@ from pathlib import Path
 
 from medicalgpt.errors import UserError
 
+from loguru import logger
+
 Point = tuple[float, float]
 
 # Name of a curve, and its key in the log. In reinforcement learning the loss says nothing.
@@ -28,19 +30,24 @@ def read_metrics(output_dir: str | Path) -> list[dict]:
     `metrics.jsonl` is read if it exists, otherwise the `log_history` of `trainer_state.json`.
 
     Raises:
-        UserError: `output_dir` has neither file, or a line is not a JSON object; the message names `file:line`.
+        UserError: `output_dir` has neither file, or a line is not a JSON object; the message names `file:line`. A last
+            line that is not complete, as a killed run leaves it, is skipped with a warning.
     """
     output_dir = Path(output_dir)
     metrics_file = output_dir / "metrics.jsonl"
     state_file = output_dir / "trainer_state.json"
     if metrics_file.is_file():
         events = []
-        for number, line in enumerate(metrics_file.read_text(encoding="utf-8").splitlines(), start=1):
+        lines = metrics_file.read_text(encoding="utf-8", errors="replace").split("\n")
+        for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
                 event = json.loads(line)
             except json.JSONDecodeError as error:
+                if number == len(lines):
+                    logger.warning(f"{metrics_file}:{number}: the last line is not complete and is skipped")
+                    continue
                 raise UserError(f"{metrics_file}:{number}: not JSON ({error.msg}): {line[:80]!r}") from None
             if not isinstance(event, dict):
                 raise UserError(f"{metrics_file}:{number}: expected a JSON object, found {line[:80]!r}")

@@ -4,13 +4,13 @@ import copy
 import dataclasses
 import json
 import math
-import os
 import platform
 import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -35,15 +35,12 @@ from medicalgpt.training.callbacks import (
     PlainProgress,
     peak_memory_gb,
 )
-from medicalgpt.training.checkpoints import (
-    CheckpointCommitter,
-    committed_checkpoints,
-    find_checkpoint,
-    require_saved_weights,
-)
+from medicalgpt.training.checkpoints import CheckpointCommitter, require_saved_weights
+from medicalgpt.training.claiming import NO, Claim, claim_folder, on_first_process, require_same_checkpoint, resumes_in
 from medicalgpt.training.engines import init_deepspeed, require_gathering
+from medicalgpt.training.folder_lock import FolderLock
 from medicalgpt.training.observed import as_table, observe
-from medicalgpt.training.output_folder import PreviousRun, recover, refuse_overlap
+from medicalgpt.training.output_folder import PreviousRun, read_record, refuse_overlap
 from medicalgpt.training.plots import plot_loss
 from medicalgpt.training.samples import GreedyAnswers, SampleLogger
 from medicalgpt.training.stream_trainer import STATE_FILE, StreamTrainer
@@ -93,11 +90,24 @@ class Run:
         self.early_stopping = patience and EarlyStopping(patience, training.early_stopping_threshold)
         self.output_dir = Path(training.output_dir)
         self.started = time.time()
-        refuse_overlap(self.output_dir, stage, (training, run, *others), checkpoint, resumes=self._resumes_here())
-        self.previous = PreviousRun(self.output_dir)
-        self.replaces = run.overwrite_output_dir
-        self.resume_from = self._claim_output_dir()
         init_deepspeed(training)
+        wanted = str(training.resume_from_checkpoint or NO)
+        resumes = resumes_in(self.output_dir, wanted)
+        refuse_overlap(self.output_dir, stage, (training, run, *others), checkpoint, resumes=resumes)
+        self.previous, self.lock = PreviousRun(self.output_dir), FolderLock(self.output_dir)
+        # The first question for the number of processes lets them talk to each other.
+        processes = training.world_size
+        self.claim = on_first_process(lambda: self._claim_folder(wanted))
+        self.resume_from = self.claim.resume_from
+        if self.resume_from:
+            require_same_checkpoint(self.resume_from)
+        if self.claim.finished:
+            self.lock.release()
+            logger.info(
+                f"the run in {self.output_dir} has already finished, so nothing is left to do. To train it again and "
+                "replace it: --overwrite_output_dir True"
+            )
+            sys.exit(0)
         # The filter replaces a loss that is NaN by the mean of earlier ones, which hides that training has failed.
         training.logging_nan_inf_filter = False
         set_seed(training.seed)
@@ -110,7 +120,7 @@ class Run:
             "base": {"name": checkpoint.base},
             "git_commit": _git_commit(),
             "versions": {"python": platform.python_version(), **_library_versions()},
-            "processes": training.world_size,
+            "processes": processes,
             "started": _now(),
             "resumed_from": self.resume_from,
             "data": [],
@@ -120,47 +130,21 @@ class Run:
 
     # -- before training ----------------------------------------------------------------------------------------------
 
-    def _resumes_here(self) -> bool:
-        wanted = str(self.training.resume_from_checkpoint or "false")
-        in_folder = Path(wanted).resolve().parent == self.output_dir.resolve()
-        return wanted.lower() == "true" or (wanted.lower() != "false" and in_folder)
-
-    def _claim_output_dir(self) -> str | None:
-        """Refuse another run in the output folder unless it may be replaced; returns the checkpoint to resume from."""
-        _require_writable(self.output_dir)
-        restored = is_main_process() and recover(self.output_dir)
-        wanted = str(self.training.resume_from_checkpoint or "false")
-        resumes = wanted.lower() != "false"
-        if resumes and restored:
+    def _claim_folder(self, wanted: str) -> Claim:
+        folder = self.output_dir
+        try:
+            self.lock.acquire()
+        except OSError as error:
             raise UserError(
-                f"the run to resume saved no checkpoint; it was to replace the one that is now restored in "
-                f"{self.output_dir}. Give the same command again to resume that one, or replace it: "
-                "--overwrite_output_dir True without --resume_from_checkpoint."
+                f"--output_dir {folder} cannot be written to: {error.strerror}. Choose another folder."
+            ) from error
+        try:
+            return claim_folder(
+                folder, wanted, overwrite=self.options.overwrite_output_dir, trains=self.training.do_train
             )
-        checkpoint = None
-        if resumes:
-            checkpoint = find_checkpoint(self.output_dir if wanted.lower() == "true" else Path(wanted))
-            if self._resumes_here():
-                if self.replaces:
-                    logger.info("--overwrite_output_dir removes nothing, as this run is resumed")
-                self.replaces = False
-                return checkpoint
-        if not is_main_process() or not (names := [path.name for path in self.previous.files()]):
-            return checkpoint
-        if not self.replaces:
-            resumable = " Resume it: --resume_from_checkpoint True." if committed_checkpoints(self.output_dir) else ""
-            raise UserError(
-                f"--output_dir {self.output_dir} holds another run ({', '.join(names[:4])}"
-                f"{', …' if names[4:] else ''}).{resumable} Choose another folder, or replace it: "
-                "--overwrite_output_dir True."
-            )
-        if not self.training.do_train and any(name.endswith(".safetensors") or "checkpoint-" in name for name in names):
-            raise UserError(
-                f"--do_train False trains nothing that could replace the run in {self.output_dir}. Choose another "
-                "--output_dir for the evaluation."
-            )
-        logger.info(f"the run in {self.output_dir} is replaced when this one has saved its first checkpoint")
-        return checkpoint
+        except BaseException:
+            self.lock.release()
+            raise
 
     def add_data(self, data: LoadedData) -> None:
         """Print how many rows are used and skipped, and record it in run.json.
@@ -184,8 +168,8 @@ class Run:
                 f"{self.resume_from} saw its rows in another order than this run would. {wanted}, as in the run that "
                 "made it, or start again in another --output_dir."
             )
-        if self.resume_from and (self.output_dir / "run.json").is_file():
-            before = json.loads((self.output_dir / "run.json").read_text(encoding="utf-8")).get("data", [])
+        if self.resume_from:
+            before = (read_record(self.output_dir) or {}).get("data")
             if before and before != self.record["data"]:
                 raise UserError(
                     f"{self.resume_from} was trained on other rows than these (see data in "
@@ -324,23 +308,36 @@ class Run:
         """
         if self.training.do_train:
             require_gathering(trainer)
-        if self.replaces:
+        if self.claim.replaces:
             self._set_previous_aside()
         try:
             return self._train_and_save(
                 trainer, tokenizer, stop_ids=stop_ids, sample_prompts=sample_prompts, samples=samples, note=note
             )
-        except BaseException:
+        except BaseException as error:
             if is_main_process():
+                self._record_failure(error)
                 self.previous.restore()
             raise
+        finally:
+            self.lock.release()
+
+    def _record_failure(self, error: BaseException) -> None:
+        """Write into run.json how this run ended, if that can still be written."""
+        interrupted = isinstance(error, KeyboardInterrupt)
+        reason = "Ctrl-C" if interrupted else str(error) if isinstance(error, UserError) else repr(error)
+        self.record |= {"status": "stopped" if interrupted else "failed", "ended": _now(), "reason": reason[:2000]}
+        with suppress(OSError):
+            self._write_record()
 
     def _set_previous_aside(self) -> None:
         problem = None
         if is_main_process():
             try:
                 self.previous.set_aside()
-            except (OSError, UserError) as error:
+                if self.claim.worthless:
+                    self.previous.discard("it saved nothing to resume from")
+            except OSError as error:
                 problem = f"the run in {self.output_dir} was not replaced: {error}"
         # The others wait here, so that they write nothing before; if one process stopped alone, they would wait for it.
         if problems := [found for found in gather_object([problem]) if found]:
@@ -435,10 +432,11 @@ class Run:
             "metrics": metrics,
             "stop_token_ids": list(stop_ids),
         }
-        self._write_record()
         if self.training.do_train:
             plot_loss(self.output_dir)
             write_atomically(self.output_dir / "README.md", model_card(self.record, self.output_dir, note))
+        # The record comes last: it says that the run is complete.
+        self._write_record()
         shown = [name for name in sorted(metrics) if name == "train_loss" or _is_result(name)]
         logger.info("  ".join(f"{name} {metrics[name]:.4g}" for name in shown))
         for command in next_commands(self.output_dir) if self.training.do_train else ():
@@ -521,13 +519,6 @@ def render_supervision(
         + "".join(parts)
         + "\n"
     )
-
-
-def _require_writable(folder: Path) -> None:
-    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        what = "cannot be written to" if place.is_dir() else "is not a folder"
-        raise UserError(f"--output_dir {folder} cannot be created: {place} {what}. Choose another folder.")
 
 
 def _require_liger(training: TrainingArguments) -> None:

@@ -13,8 +13,9 @@ from typing import Any
 from medicalgpt.args import LoraArguments
 from medicalgpt.data.encoding import IGNORED
 from medicalgpt.errors import UserError
-from medicalgpt.logs import notice
+from medicalgpt.logs import is_main_process, notice
 from medicalgpt.models.families import require_separate_packs
+from medicalgpt.training.checkpoints import prepare_folder
 from medicalgpt.training.cpu import add_cpu_head, replace_lora_dropout, return_freed_memory
 from medicalgpt.training.optimizers import apply_loraplus, check_flags_applied, check_optimizer
 from medicalgpt.training.row_order import (
@@ -209,6 +210,9 @@ class StageTrainer(Trainer):
         if checkpoint is not None:
             continue_schedule(self.lr_scheduler, steps_planned(Path(checkpoint)), self.state.max_steps)
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing. TRL writes a README.md with each checkpoint; ours is written by a run that has finished."""
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         # The loss of the steps since the last log is still on each process.
         unlogged = nested_gather(self._tr_loss, self.args.parallel_mode).mean().item()
@@ -217,6 +221,10 @@ class StageTrainer(Trainer):
             "loss_sum": self._total_loss_scalar + unlogged,
             "seconds": round(seconds, 3),
         }
+        if is_main_process():
+            prepare_folder(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+        # Each process writes into that folder.
+        self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:

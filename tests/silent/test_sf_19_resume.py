@@ -109,8 +109,9 @@ def test_what_would_change_the_order_is_refused(place, stopped, tmp_path, more, 
 
 def test_streamed_or_not_stays_as_it_was(place, stopped, tmp_path):
     shutil.copytree(stopped, tmp_path / "out")
-    (tmp_path / "out" / "checkpoint-5" / "manifest.json").unlink()
+    manifest = tmp_path / "out" / "checkpoint-5" / "manifest.json"
     (tmp_path / "out" / "checkpoint-5" / "stream.json").unlink()
-    (tmp_path / "out" / "checkpoint-5" / "manifest.json").write_text(json.dumps({}))
+    entries = read_json(manifest)
+    manifest.write_text(json.dumps({name: entry for name, entry in entries.items() if name != "stream.json"}))
     with pytest.raises(UserError, match="Leave --streaming out"):
         opened(place, "sft", tmp_path / "out", "--resume_from_checkpoint", "True")
