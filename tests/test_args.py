@@ -423,7 +423,7 @@ def test_help_says_what_happens_here_where_the_library_declares_a_flag(stage):
     explained = {**StageDefaults.HELP, **vars(cls).get("HELP", {})}
     assert set(explained) <= {f.name for f in dataclasses.fields(cls)}
     assert {name: shown[name] for name in explained} == explained
-    assert " ".join(explained["resume_from_checkpoint"].split()) in " ".join(parser.format_help().split())
+    assert " ".join(explained["eval_on_start"].split()) in " ".join(parser.format_help().split())
 
 
 @pytest.mark.parametrize("script", [*TRAINING, "merge_peft_adapter.py", "validate_jsonl.py"])
