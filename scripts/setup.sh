@@ -3,15 +3,32 @@
 #
 #   bash scripts/setup.sh          to train, evaluate and serve
 #   bash scripts/setup.sh --dev    with the tools for the tests
+#   bash scripts/setup.sh --vllm   with vLLM, for GRPO with --use_vllm
+#   bash scripts/setup.sh --quant  llm-compressor, in an environment of its own
 #   bash scripts/setup.sh --which  install nothing; print the Python to use
 #
-# VENV=folder replaces .venv; PYTHON=python3.12 selects another interpreter (3.11 or newer).
+# VENV=folder replaces .venv (.venv-vllm-grpo, .venv-quant); PYTHON=python3.12 selects another interpreter (3.11 or
+# newer). constraints.txt holds the exact version of every package that was tested, so that a new release of one cannot
+# break an installation; NEWEST=1 ignores it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-VENV=${VENV:-.venv}
 REQUIREMENTS=requirements.txt
-if [ "${1:-}" = "--dev" ]; then REQUIREMENTS=requirements-dev.txt; fi
+FOLDER=.venv
+# The other two environments need other versions of some packages.
+CONSTRAINTS=(-c constraints.txt)
+case "${1:-}" in
+  "" | --which) ;;
+  --dev) REQUIREMENTS=requirements-dev.txt ;;
+  --vllm) REQUIREMENTS=requirements-vllm.txt FOLDER=.venv-vllm-grpo CONSTRAINTS=() ;;
+  --quant) REQUIREMENTS=requirements-quant.txt FOLDER=.venv-quant CONSTRAINTS=() ;;
+  *)
+    echo "error: unknown argument $1. Known: --dev, --vllm, --quant, --which" >&2
+    exit 2
+    ;;
+esac
+[ -z "${NEWEST:-}" ] || CONSTRAINTS=()
+VENV=${VENV:-$FOLDER}
 
 if [ -z "${PYTHON:-}" ]; then
   for candidate in python3.11 python3.12 python3.13 python3 python; do
@@ -31,7 +48,7 @@ if [ "${1:-}" = "--which" ]; then
 fi
 
 # The stamp records what was installed, so that a changed requirements file is noticed.
-wanted=$(cat requirements.txt requirements-dev.txt | cksum)
+wanted=$(cat requirements.txt "$REQUIREMENTS" constraints.txt | cksum)${NEWEST:+ newest}
 stamp="$VENV/.installed-$REQUIREMENTS"
 if [ -x "$VENV/bin/python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
   exit 0
@@ -39,5 +56,6 @@ fi
 
 [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
 echo "installing $REQUIREMENTS into $VENV (once; a few minutes, and about 3 GB with CUDA)"
-"$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -r "$REQUIREMENTS"
+"$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -r "$REQUIREMENTS" \
+  ${CONSTRAINTS[@]+"${CONSTRAINTS[@]}"}
 echo "$wanted" >"$stamp"

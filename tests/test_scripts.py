@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from argparse import ArgumentParser
+from importlib.metadata import distributions
 from pathlib import Path
 
 from tests.docs import Parsed, start
@@ -15,9 +16,12 @@ from tests.tiny import make_tiny
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 SCRIPTS = sorted((ROOT / "scripts").glob("*.sh"))
-STAGE_SCRIPTS = [path for path in SCRIPTS if path.stem not in ("run_pipeline", "run_tests", "setup", "vllm_deployment")]
+OTHER_SCRIPTS = ("run_pipeline", "run_tests", "setup", "vllm_deployment", "check_environments")
+STAGE_SCRIPTS = [path for path in SCRIPTS if path.stem not in OTHER_SCRIPTS]
 
 
 def bash(*command, timeout=300, **variables):
@@ -32,10 +36,31 @@ def test_syntax(script):
     assert bash("-n", script).returncode == 0
 
 
-def test_an_unknown_argument_is_refused_before_anything_is_done():
-    done = bash("scripts/run_pipeline.sh", "--frsh")
+@pytest.mark.parametrize("script", ["run_pipeline", "setup", "check_environments"])
+def test_an_unknown_argument_is_refused_before_anything_is_done(script):
+    done = bash(f"scripts/{script}.sh", "--frsh")
     assert done.returncode == 2
     assert "unknown argument --frsh" in done.stderr
+
+
+def lines_of(name):
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line and not line.startswith(("#", "-r"))]
+
+
+def test_the_constraints_are_the_versions_that_these_tests_run_with():
+    pinned = {}
+    for line in lines_of("constraints.txt"):
+        requirement = Requirement(line)
+        (exact,) = requirement.specifier
+        assert exact.operator == "==", line
+        pinned[canonicalize_name(requirement.name)] = exact.version
+    for line in [*lines_of("requirements.txt"), *lines_of("requirements-dev.txt")]:
+        requirement = Requirement(line)
+        assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)]), line
+    # A build for one kind of hardware (+cpu) has the version of the others.
+    installed = {canonicalize_name(one.name): one.version.partition("+")[0] for one in distributions()}
+    assert {name: installed.get(name) for name in pinned} == pinned
 
 
 def test_the_pipeline_starts_without_the_packages_that_it_installs():
@@ -123,7 +148,8 @@ def pipeline(tmp_path):
     (venv / "bin").mkdir(parents=True)
     (venv / "bin" / "python").write_text(STAND_IN, encoding="utf-8")
     (venv / "bin" / "python").chmod(0o755)
-    requirements = b"".join((ROOT / name).read_bytes() for name in ("requirements.txt", "requirements-dev.txt"))
+    installed = ("requirements.txt", "requirements.txt", "constraints.txt")
+    requirements = b"".join((ROOT / name).read_bytes() for name in installed)
     stamp = subprocess.run(["cksum"], input=requirements, capture_output=True, check=True).stdout
     (venv / ".installed-requirements.txt").write_bytes(stamp)
 
@@ -153,7 +179,7 @@ def copy_pipeline(tree):
     """Copy what the pipeline itself consists of, so that a test can change it; returns its script and its recipes."""
     for folder in ("scripts", "recipes"):
         shutil.copytree(ROOT / folder, tree / folder)
-    for name in ("run_pipeline.py", "requirements.txt", "requirements-dev.txt"):
+    for name in ("run_pipeline.py", "requirements.txt", "constraints.txt"):
         shutil.copy(ROOT / name, tree)
     return tree / "scripts" / "run_pipeline.sh", tree / "recipes"
 
