@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import threading
 import time
 from unittest.mock import patch
 
@@ -37,48 +36,51 @@ def lock(tmp_path):
     return file
 
 
-def test_a_lock_that_an_interrupted_run_left_is_taken_over(lock, tmp_path, log):
+@pytest.fixture
+def locks(tmp_path, monkeypatch):
+    monkeypatch.setattr(engines, "SECONDS_TO_BUILD", 0)
+    return engines.ExtensionLocks(tmp_path)
+
+
+def make_old(file):
+    past = time.time() - 600
+    os.utime(file, (past, past))
+
+
+def test_a_lock_that_an_interrupted_run_left_is_taken_over(lock, locks, log):
     """torch would wait for it for ever, without a word."""
-    past = time.time() - 2 * engines.STALE_SECONDS
-    os.utime(lock, (past, past))
-    engines.wait_for_extensions(tmp_path)
-    assert not lock.exists()
-    assert f"{lock} was left by a run that was interrupted 10 min ago" in "".join(log)
+    make_old(lock)
+    assert locks.check() and not lock.exists() and not locks.check()
+    assert f"{lock} was left by a run that was interrupted 10 min ago" in log[0] and len(log) == 1
 
 
-def test_a_folder_that_still_changes_may_be_another_machines(lock, tmp_path, log):
-    """Its lock is not removed, but named; what the message tells to do ends the wait."""
-    past = time.time() - 2 * engines.STALE_SECONDS
-    os.utime(lock, (past, past))
+def test_a_folder_that_still_changes_may_be_another_machines(lock, locks, log):
+    """Its lock is not removed, but named, once; what the message tells to do ends the wait."""
+    make_old(lock)
     (lock.parent / "cpu_adam.o").touch()
-    waiting = threading.Thread(target=engines.wait_for_extensions, args=[tmp_path])
-    waiting.start()
-    while not log:
-        time.sleep(0.01)
-    assert waiting.is_alive() and lock.exists()
-    command = "".join(log).partition("remove it: ")[2].partition(". It is")[0]
+    assert locks.check() and locks.check() and lock.exists() and len(log) == 1
+    command = log[0].partition("remove it: ")[2].partition(". It is")[0]
     subprocess.run(command, shell=True, check=True)
-    waiting.join(timeout=10)
-    assert not waiting.is_alive() and not lock.exists()
+    assert not locks.check()
 
 
-def test_a_lock_that_a_process_holds_is_waited_for(tmp_path, log):
+def test_a_lock_that_a_process_holds_is_waited_for(lock, locks, log):
     """However old it is: a slow machine may compile for long."""
-    lock = tmp_path / "deepspeed_shm_comm" / "lock"
-    lock.parent.mkdir()
+    lock.unlink()
     baton = FileBaton(str(lock))
     assert baton.try_acquire()
-    past = time.time() - 2 * engines.STALE_SECONDS
-    os.utime(lock, (past, past))
-    waiting = threading.Thread(target=engines.wait_for_extensions, args=[tmp_path])
-    waiting.start()
-    while not log:
-        time.sleep(0.01)
-    assert f"waiting for process {os.getpid()}, which compiles" in log[0]
-    assert waiting.is_alive() and lock.exists()
+    make_old(lock)
+    assert locks.check() and lock.exists()
+    assert f"process {os.getpid()} compiles an extension of DeepSpeed in {lock.parent}" in log[0]
     baton.release()
-    waiting.join(timeout=10)
-    assert not waiting.is_alive()
+    assert not locks.check()
+
+
+def test_other_processes_of_a_machine_wait_for_the_first(lock, locks, log, monkeypatch):
+    """If one went ahead, torch would wait in it, and would not compile once the lock is removed."""
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    make_old(lock)
+    assert locks.check() and lock.exists() and not log
 
 
 @pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_RANK", "WORLD_SIZE"])

@@ -1,13 +1,16 @@
 """DeepSpeed and FSDP: how a run starts under them, and what is refused because its weights are sharded."""
 
+import math
 import os
+import sys
+import threading
 import time
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
 from medicalgpt.errors import UserError
-from medicalgpt.logs import heartbeat, local_rank
+from medicalgpt.logs import HEARTBEAT_SECONDS, is_main_process, local_rank, rank
 from medicalgpt.training.checkpoints import GATHERING
 
 import psutil
@@ -16,9 +19,11 @@ from peft import PeftModel
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-# Longer than any file of DeepSpeed's extensions takes to compile: a folder that another machine compiles in changes
+# Longer than most files of DeepSpeed's extensions take to compile: a folder in which another machine compiles changes
 # more often than this.
-STALE_SECONDS = 300
+STALE_SECONDS = 120
+# An extension that is compiled already is locked for a second or two while it is loaded.
+SECONDS_TO_BUILD = 5
 
 
 def is_fsdp_requested(training: TrainingArguments) -> bool:
@@ -54,13 +59,15 @@ def init_deepspeed(training: TrainingArguments) -> None:
     """
     if not training.deepspeed:
         return
-    if local_rank() == 0:
-        wait_for_extensions(extensions_root())
+    locks = ExtensionLocks(extensions_root())
+    while locks.check():
+        time.sleep(1)
+    # A lock may appear later, when this run compiles as well, and its owner be killed.
+    threading.Thread(target=locks.watch, name="extension locks", daemon=True).start()
     if training.use_cpu:
         import deepspeed
 
-        with heartbeat(lambda: f"DeepSpeed compiles its extensions in {extensions_root()}, once per machine"):
-            deepspeed.init_distributed(dist_backend="gloo", timeout=timedelta(seconds=training.ddp_timeout))
+        deepspeed.init_distributed(dist_backend="gloo", timeout=timedelta(seconds=training.ddp_timeout))
 
 
 def extensions_root() -> Path:
@@ -72,39 +79,69 @@ def extensions_root() -> Path:
     return Path(get_default_build_root())
 
 
-def wait_for_extensions(root: Path) -> None:
-    """Wait while another run compiles extensions, and remove the locks of runs that were interrupted as they did.
+class ExtensionLocks:
+    """The locks of extensions that are being compiled, or that interrupted runs left.
 
-    torch waits for a lock as long as its file exists, and prints nothing.
+    torch waits for a lock as long as its file exists, and prints nothing. A process that is killed leaves the file.
 
     Args:
         root: see `extensions_root`; the locks are in its folders, one or two levels down.
     """
-    for lock in sorted([*root.glob("*/lock"), *root.glob("*/*/lock")]):
-        with heartbeat(lambda lock=lock: _describe_lock(lock), write=logger.warning):
-            described = False
-            while (age := _seconds_since_change(lock)) is not None:
-                compiling = _process_with_open(lock)
-                if compiling is None and age > STALE_SECONDS:
-                    logger.warning(
-                        f"{lock} was left by a run that was interrupted {age / 60:.0f} min ago; it is removed"
-                    )
-                    lock.unlink(missing_ok=True)
-                    break
-                if not described:
-                    logger.warning(_describe_lock(lock))
-                    described = True
-                time.sleep(1)
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.seen: dict[Path, float] = {}
+        self.described: dict[Path, float] = {}
+
+    def check(self) -> bool:
+        """Remove locks of interrupted runs, name the others every 30 s; returns whether there are any.
+
+        The first process of each machine does both.
+        """
+        found = [*self.root.glob("*/lock"), *self.root.glob("*/*/lock")]
+        now = time.monotonic()
+        self.seen = {lock: self.seen.get(lock, now) for lock in found}
+        if local_rank() != 0:
+            return bool(found)
+        for lock in found:
+            age = _seconds_since_change(lock)
+            if age is None:
+                continue
+            holder = _process_with_open(lock)
+            unsaid = now - self.described.get(lock, -math.inf) >= HEARTBEAT_SECONDS
+            if holder is None and age > STALE_SECONDS:
+                _warn(
+                    f"{lock} was left by a run that was interrupted {age / 60:.0f} min ago; it is removed. If this run "
+                    "now cannot load the extension, start it again."
+                )
+                lock.unlink(missing_ok=True)
+            elif unsaid and now - self.seen[lock] >= SECONDS_TO_BUILD:
+                self.described[lock] = now
+                _warn(_describe_lock(lock, holder))
+        return bool(found)
+
+    def watch(self) -> None:
+        """Check for as long as the process runs."""
+        while True:
+            self.check()
+            time.sleep(5)
 
 
-def _describe_lock(lock: Path) -> str:
-    pid = _process_with_open(lock)
-    if pid is not None:
-        return f"waiting for process {pid}, which compiles an extension of DeepSpeed in {lock.parent}"
+def _warn(text: str) -> None:
+    # Only the very first process has a log, and the locks are on each machine.
+    if is_main_process():
+        logger.warning(text)
+    else:
+        print(f"process {rank()}: {text}", file=sys.stderr, flush=True)
+
+
+def _describe_lock(lock: Path, holder: int | None) -> str:
+    if holder is not None:
+        return f"process {holder} compiles an extension of DeepSpeed in {lock.parent}; this run waits for it"
     return (
-        f"waiting for {lock}: no process of this machine holds it, so it was left by a run that was interrupted, or "
-        f"another machine compiles there. If none does, remove it: rm {lock}. It is taken over after "
-        f"{STALE_SECONDS // 60} min without a change in that folder."
+        f"this run waits for {lock}: no process of this machine holds it, so that it was left by a run that was "
+        f"interrupted, or another machine compiles there. If none does, remove it: rm {lock}. It is removed after "
+        f"{STALE_SECONDS} s without a change in that folder."
     )
 
 
