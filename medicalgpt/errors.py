@@ -33,6 +33,14 @@ USERS_ERRORS = {
 }
 
 
+# The exit code of a run that was asked to stop, and can be continued by the same command (EX_TEMPFAIL of sysexits.h).
+STOPPED = 75
+
+
+class Stopped(BaseException):
+    """A run ends because a signal asked it to. Like Ctrl-C, it is not an error that code may handle and go on."""
+
+
 class UserError(Exception):
     """Something the user can fix. The message says what happened, where, and what to do."""
 
@@ -43,7 +51,8 @@ def run_main(main: Callable[[], None]) -> None:
     So do errors of the system that only the user can fix: a full disk, a folder without permission, and the like.
 
     Raises:
-        SystemExit: with code 1 after a `UserError`, 130 after Ctrl-C, 141 if the reader of the output has gone.
+        SystemExit: with code 1 after a `UserError`, 75 (`STOPPED`) after `Stopped`, 130 after Ctrl-C, 141 if the reader
+            of the output has gone.
     """
     # transformers has its own `--debug`, which takes a value; only the flag without a value is ours.
     debug = _take_bare_debug_flag(sys.argv)
@@ -51,6 +60,14 @@ def run_main(main: Callable[[], None]) -> None:
         main()
         if world_size() > 1:
             _exit_at_once()
+    except Stopped as stop:
+        if debug:
+            raise
+        if is_main_process():
+            print(f"\nstopped: {stop}", file=sys.stderr, flush=True)
+        if world_size() > 1:
+            _exit_at_once(STOPPED)
+        sys.exit(STOPPED)
     except UserError as error:
         if debug:
             raise
@@ -89,8 +106,8 @@ def fail(message: str, code: int = 1) -> NoReturn:
     sys.exit(code)
 
 
-def _exit_at_once() -> NoReturn:
-    """End a process of several, with success, before C++ libraries shut down.
+def _exit_at_once(code: int = 0) -> NoReturn:
+    """End a process of several, as planned, before C++ libraries shut down.
 
     Threads of DeepSpeed and of the process group sometimes still run then and abort a process that has finished and
     saved its work ("terminate called without an active exception"), which the launcher takes for a failed run.
@@ -98,7 +115,7 @@ def _exit_at_once() -> NoReturn:
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)
 
 
 def _take_bare_debug_flag(argv: list[str]) -> bool:

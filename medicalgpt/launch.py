@@ -3,17 +3,53 @@
 python -m medicalgpt.launch --standalone --nproc_per_node 2 supervised_finetuning.py ...
 
 The flags are those of torchrun. The exit code is that of the process that failed first; 128 plus the number of a signal
-that killed it.
+that killed it. A signal to torchrun itself is passed on to the processes, which have 10 minutes to save a checkpoint,
+or as many seconds as TORCH_ELASTIC_SHUTDOWN_TIMEOUT says; then the exit code is theirs as well.
 """
 
+import os
 import sys
+from typing import Any
 
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher import api
 from torch.distributed.run import main
 
-if __name__ == "__main__":
+# The exit code of a process that was asked to stop and has saved a checkpoint (see errors.py).
+STOPPED = 75
+
+
+class Agent(LocalElasticAgent):
+    """torchrun's agent, which remembers how its processes ended."""
+
+    exit_codes: list[int] = []
+
+    def _shutdown(self, *args: Any, **kwargs: Any) -> None:
+        super()._shutdown(*args, **kwargs)
+        handlers = self._pcontext.subprocess_handlers.values() if self._pcontext else ()
+        Agent.exit_codes = [handler.proc.returncode for handler in handlers]
+
+
+def _exit_code(code: int) -> int:
+    return code if code >= 0 else 128 - code
+
+
+def launch() -> None:
+    """Run torchrun with the flags of the command line; it ends the process with the exit code described above."""
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
+    api.LocalElasticAgent = Agent
     try:
         main()
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
-        sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
+        sys.exit(_exit_code(failure.exitcode))
+    except SignalException as signal:
+        codes = {_exit_code(code) for code in Agent.exit_codes} or {128 + signal.sigval}
+        # Of several, that of a process which was not stopped as planned.
+        sys.exit(max(codes - {0, STOPPED}, default=max(codes)))
+
+
+if __name__ == "__main__":
+    launch()

@@ -293,6 +293,7 @@ ACCEPTED: dict[str, dict[tuple[str, ...], tuple[tuple[str, ...] | None, str]]] =
     "with_prompt": {CHAT: (ANY, "Questions are always put into the chat template that is saved with the model.")},
     "disable_gc": {CHAT: (ANY, "Memory is kept for the next answer; nothing is collected after each.")},
     "local_rank": {TRAINING: (ANY, "The launcher numbers the processes.")},
+    "enable_jit_checkpoint": {TRAINING: (ANY, "SIGTERM, SIGHUP and Ctrl-C always save a checkpoint.")},
     "save_safetensors": {EVERY: (("true",), "Weights are always saved as safetensors.")},
     "push_to_hub": {TRAINING: (("false",), "Nothing is uploaded.")},
     "remove_unused_columns": {

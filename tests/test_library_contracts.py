@@ -21,6 +21,7 @@ from accelerate.state import GradientState
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from transformers import AutoModelForCausalLM, Trainer
 from trl import GRPOTrainer, SFTTrainer
 
@@ -147,6 +148,7 @@ def test_places_and_tests_of_the_table_exist():
         (GRPOTrainer, "_generate_and_score_completions", "inputs"),
         (GRPOTrainer, "_tokenize_prompts", "prompts"),
         (GRPOTrainer, "_calculate_rewards", "inputs prompts completions completion_ids_list"),
+        (LocalElasticAgent, "_shutdown", "death_sig timeout"),
         (uvicorn.Server, "run", "sockets"),
         (uvicorn.Server, "startup", "sockets"),
         (uvicorn.Server, "shutdown", "sockets"),

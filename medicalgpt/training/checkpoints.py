@@ -37,9 +37,14 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
+def is_committed(checkpoint: Path) -> bool:
+    """Whether a checkpoint has a manifest; whether that agrees with the files, `checkpoint_problem` tells."""
+    return (checkpoint / MANIFEST).is_file()
+
+
 def checkpoint_problem(checkpoint: Path) -> str | None:
     """Why a checkpoint cannot be resumed from, or None."""
-    if not (checkpoint / MANIFEST).is_file():
+    if not is_committed(checkpoint):
         return "it was never finished: no manifest"
     try:
         entries = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
@@ -130,7 +135,7 @@ def prepare_folder(checkpoint: Path) -> None:
 def remove_incomplete_checkpoints(output_dir: Path) -> None:
     """Remove folders of checkpoints without a manifest, which a killed run has left."""
     for path in numbered_checkpoints(output_dir):
-        if not (path / MANIFEST).is_file():
+        if not is_committed(path):
             logger.info(f"{path}, which was never finished, is removed")
             _remove(path)
 
@@ -141,8 +146,8 @@ def remove_old_checkpoints(output_dir: Path, limit: int, best: str | None) -> No
     Args:
         best: folder of the best checkpoint, if there is one.
     """
-    committed = {path: path / MANIFEST for path in numbered_checkpoints(output_dir)}
-    committed = {path: manifest.stat().st_mtime_ns for path, manifest in committed.items() if manifest.is_file()}
+    found = filter(is_committed, numbered_checkpoints(output_dir))
+    committed = {path: (path / MANIFEST).stat().st_mtime_ns for path in found}
     # After a resume from an earlier one, the last is not the one with most steps.
     by_age = sorted(committed, key=lambda path: (committed[path], step_of(path)))
     kept = {path for path in by_age if path == by_age[-1] or (best and path.resolve() == Path(best).resolve())}

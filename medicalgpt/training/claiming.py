@@ -8,7 +8,13 @@ from typing import Any
 from medicalgpt.errors import UserError
 from medicalgpt.files import hash_file
 from medicalgpt.logs import is_main_process
-from medicalgpt.training.checkpoints import MANIFEST, find_checkpoint, newest_checkpoint, numbered_checkpoints
+from medicalgpt.training.checkpoints import (
+    MANIFEST,
+    find_checkpoint,
+    is_committed,
+    newest_checkpoint,
+    numbered_checkpoints,
+)
 from medicalgpt.training.output_folder import MODEL_FILES, PreviousRun, read_record, recover
 
 from accelerate.utils import broadcast_object_list, gather_object
@@ -39,7 +45,7 @@ class Claim:
 def resumes_in(output_dir: Path, wanted: str) -> bool:
     """Whether `--resume_from_checkpoint` would continue a run in this folder, as far as names of files tell."""
     if wanted.lower() == AUTO:
-        return any((path / MANIFEST).is_file() for path in numbered_checkpoints(output_dir))
+        return any(map(is_committed, numbered_checkpoints(output_dir)))
     return wanted.lower() == NEWEST or (wanted.lower() != NO and _is_in(output_dir, wanted))
 
 
@@ -126,8 +132,7 @@ def _claim_automatically(output_dir: Path, record: dict[str, Any] | None, overwr
         logger.warning(f"{output_dir / 'run.json'} is damaged, and is written again")
     if checkpoint := newest_checkpoint(output_dir):
         return _resume(checkpoint, overwrite)
-    committed = [path for path in numbered_checkpoints(output_dir) if (path / MANIFEST).is_file()]
-    if committed and not overwrite:
+    if any(map(is_committed, numbered_checkpoints(output_dir))) and not overwrite:
         raise UserError(
             f"no checkpoint in {output_dir} can be resumed from: their files have changed since they were saved (see "
             "above). Restore them, or train from the beginning and replace the run: --overwrite_output_dir True."

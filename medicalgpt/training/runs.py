@@ -14,13 +14,13 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from medicalgpt.args import RunArguments
 from medicalgpt.data.encoding import IGNORED
 from medicalgpt.data.loading import LoadedData
 from medicalgpt.data.streaming import StreamedData, StreamedSamples
-from medicalgpt.errors import UserError
+from medicalgpt.errors import Stopped, UserError
 from medicalgpt.files import write_atomically
 from medicalgpt.logs import is_main_process, setup_logging
 from medicalgpt.models import adapters, hub
@@ -35,7 +35,13 @@ from medicalgpt.training.callbacks import (
     PlainProgress,
     peak_memory_gb,
 )
-from medicalgpt.training.checkpoints import CheckpointCommitter, require_saved_weights
+from medicalgpt.training.checkpoints import (
+    CheckpointCommitter,
+    is_committed,
+    numbered_checkpoints,
+    require_saved_weights,
+    step_of,
+)
 from medicalgpt.training.claiming import NO, Claim, claim_folder, on_first_process, require_same_checkpoint, resumes_in
 from medicalgpt.training.engines import init_deepspeed, require_gathering
 from medicalgpt.training.folder_lock import FolderLock
@@ -43,7 +49,9 @@ from medicalgpt.training.observed import as_table, observe
 from medicalgpt.training.output_folder import PreviousRun, read_record, refuse_overlap
 from medicalgpt.training.plots import plot_loss
 from medicalgpt.training.samples import GreedyAnswers, SampleLogger
+from medicalgpt.training.stopping import StopAfterStep, StopRequest
 from medicalgpt.training.stream_trainer import STATE_FILE, StreamTrainer
+from medicalgpt.training.trainers import StageTrainer
 
 import torch
 from accelerate.utils import gather_object
@@ -84,6 +92,8 @@ class Run:
         if training.use_liger_kernel:
             _require_liger(training)
         self.stage, self.training, self.checkpoint, self.options = stage, training, checkpoint, run
+        self.stop = StopRequest()
+        self.stop.install()
         # The trainer changes its arguments; these stay as they were requested.
         self.requested = copy.copy(training)
         patience = getattr(training, "early_stopping_patience", None)
@@ -318,17 +328,44 @@ class Run:
             if is_main_process():
                 self._record_failure(error)
                 self.previous.restore()
+            if isinstance(error, Stopped):
+                # torchrun asks all processes to stop as soon as one has ended.
+                self.stop.installed.clear()
             raise
         finally:
             self.lock.release()
+            self.stop.uninstall()
 
     def _record_failure(self, error: BaseException) -> None:
         """Write into run.json how this run ended, if that can still be written."""
-        interrupted = isinstance(error, KeyboardInterrupt)
-        reason = "Ctrl-C" if interrupted else str(error) if isinstance(error, UserError) else repr(error)
-        self.record |= {"status": "stopped" if interrupted else "failed", "ended": _now(), "reason": reason[:2000]}
+        asked = isinstance(error, Stopped | KeyboardInterrupt)
+        reason = str(error) if isinstance(error, UserError | Stopped) else repr(error)
+        self.record |= {"status": "stopped" if asked else "failed", "ended": _now(), "reason": reason[:2000]}
         with suppress(OSError):
             self._write_record()
+
+    def _end_stopped(self) -> NoReturn:
+        """End a run that was asked to stop and has saved what it could. Call it on every process."""
+        asked = self.stop.received.name if self.stop.received else "another process was asked to stop"
+        saved = max(filter(is_committed, numbered_checkpoints(self.output_dir)), key=step_of, default=None)
+        reason = f"{asked}. {saved.name} is complete" if saved else f"{asked}. Nothing was saved yet"
+        stop = Stopped(f"{reason}; the same command with --resume auto continues")
+        if is_main_process():
+            self._record_failure(stop)
+        # If another one ended before the first has written that, torchrun would end the first.
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        raise stop
+
+    def _stop_if_asked(self, trainer: StageTrainer) -> None:
+        """End the run after its last step, if a process was asked to stop. Call it on every process."""
+        if not self.stop.agreed(self.training.device):
+            return
+        # With the best weights loaded in place of the last ones, it is too late for a checkpoint.
+        is_saved = is_committed(self.output_dir / f"checkpoint-{trainer.state.global_step}")
+        if not is_saved and not self.training.load_best_model_at_end:
+            trainer.save_checkpoint()
+        self._end_stopped()
 
     def _set_previous_aside(self) -> None:
         problem = None
@@ -362,9 +399,27 @@ class Run:
                 trainer, tokenizer, list(stop_ids), list(sample_prompts)[: self.options.sample_prompts]
             )
         before = samples.answers()
+        with self.stop.deferred():
+            metrics = self._train_and_evaluate(trainer)
+            if self.training.do_train:
+                trainer.save_state()
+                trainer.save_model()
+                require_saved_weights(self.output_dir)
+            if is_main_process():
+                self._save_tokenizer_and_generation_config(trainer, tokenizer, stop_ids)
+                self._write_samples(samples.shown, before, samples.answers())
+                self._finish(metrics, stop_ids, note)
+                self.previous.discard()
+            trainer.accelerator.wait_for_everyone()
+        # Otherwise threads of the process group could still run when the interpreter exits, and abort the program.
+        trainer.accelerator.end_training()
+        return metrics
+
+    def _train_and_evaluate(self, trainer: Trainer) -> dict[str, float]:
         metrics: dict[str, float] = {}
         if self.training.do_train:
             metrics |= trainer.train(resume_from_checkpoint=self.resume_from).metrics
+            self._stop_if_asked(trainer)
             if self.early_stopping and self.early_stopping.stopped:
                 self.record["stopped_early"] = self.early_stopping.stopped
             if isinstance(trainer, StreamTrainer):
@@ -373,24 +428,15 @@ class Run:
         unwanted = "do_eval" in getattr(self.training, "given", ()) and not self.training.do_eval
         if trainer.eval_dataset is not None and not unwanted:
             metrics |= trainer.evaluate()
-        if self.training.do_train:
-            trainer.save_state()
-            trainer.save_model()
-            require_saved_weights(self.output_dir)
-        if is_main_process():
-            self._save_tokenizer_and_generation_config(trainer, tokenizer, stop_ids)
-            self._write_samples(samples.shown, before, samples.answers())
-            self._finish(metrics, stop_ids, note)
-            self.previous.discard()
-        trainer.accelerator.wait_for_everyone()
-        # Otherwise threads of the process group could still run when the interpreter exits, and abort the program.
-        trainer.accelerator.end_training()
+            if self.training.do_train:
+                self._stop_if_asked(trainer)
         return metrics
 
     def _install_callbacks(self, trainer: Trainer) -> None:
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(MetricsFile(self.output_dir, append=self.resume_from is not None))
         trainer.add_callback(CheckpointCommitter(self.previous.discard))
+        trainer.add_callback(StopAfterStep(self.stop, self._end_stopped))
         trainer.add_callback(FiniteLoss())
         trainer.add_callback(BestMetric())
         if self.early_stopping:

@@ -227,6 +227,11 @@ class StageTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
 
+    def save_checkpoint(self) -> None:
+        """Save a checkpoint of the step that was trained last, as it is saved in training. Call it on every process."""
+        self._save_checkpoint(self.model, None)
+        self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
         # Seconds, and what is divided by them, are of the whole run, as if it had never been stopped.
         return super()._finalize_training(trial, num_train_samples, start_time - self._seconds_before)
