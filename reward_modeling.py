@@ -62,7 +62,7 @@ SCORING_FLAGS = {
     *("score_file", "output_file", "overwrite_output_file", "per_device_eval_batch_size"),
     *("model_name_or_path", "tokenizer_name_or_path", "model_revision", "cache_dir", "hub"),
     *("dtype", "device_map", "load_in_4bit", "load_in_8bit"),
-    *("ignore_fields", "skip_bad_rows", "long_rows", "skip_long_rows", "encoding"),
+    *("ignore_fields", "skip_bad_rows", "long_rows", "skip_long_rows", "max_long_rows", "encoding"),
 }
 
 
@@ -288,6 +288,7 @@ def score(
         batch_size=batch_size,
         skip_bad_rows=data_args.skip_bad_rows,
         long_rows=data_args.long_rows,
+        max_long_rows=data_args.max_long_rows,
     )
     logger.info("  ".join(f"{name} {value:.4g}" for name, value in summary.items()))
 

@@ -29,6 +29,7 @@ from medicalgpt.parser import parse_args
 
 if TYPE_CHECKING:
     from medicalgpt.data.duplicates import NearDuplicates, NearPair
+    from medicalgpt.data.lengths import LengthLimit
     from medicalgpt.data.loading import LoadedData
     from medicalgpt.data.rows import Rows
     from medicalgpt.data.statistics import RowStatistics
@@ -104,6 +105,7 @@ class ValidationArguments:
     skip_bad_rows: bool = same_field(DataArguments, "skip_bad_rows")
     long_rows: str | None = same_field(DataArguments, "long_rows")
     skip_long_rows: bool | None = same_field(DataArguments, "skip_long_rows")
+    max_long_rows: float = same_field(DataArguments, "max_long_rows")
 
     def __post_init__(self):
         if not (self.near_duplicates == 0 or 0.5 < self.near_duplicates <= 1):
@@ -353,21 +355,22 @@ def data_arguments(args: ValidationArguments, path: Path) -> DataArguments:
 
 def settle(args: ValidationArguments, problems: list, usable: int) -> None:
     """Report whether a stage would train with these flags, as `LoadedData.settle` decides there."""
+    from medicalgpt.data.lengths import describe_lost_rows
     from medicalgpt.readers.problems import SHOWN_PROBLEMS, DataError
 
     from loguru import logger
 
-    long_rows = DataArguments(long_rows=args.long_rows, skip_long_rows=args.skip_long_rows).long_rows
-    allowed = {"unusable": args.skip_bad_rows, "too long": long_rows != "refuse"}
+    flags = DataArguments(
+        long_rows=args.long_rows, skip_long_rows=args.skip_long_rows, max_long_rows=args.max_long_rows
+    )
+    allowed = {"unusable": args.skip_bad_rows, "too long": flags.long_rows != "refuse"}
     if refused := [problem for problem in problems if not allowed.get(problem.kind)]:
         raise DataError(refused)
     lost = sum(problem.kind == "too long" for problem in problems)
     encoded = usable + sum(not problem.side for problem in problems)
-    if long_rows == "turns" and 2 * lost > encoded:
-        raise UserError(
-            f"{lost} of {encoded} rows are too long, more than half: training would stop. Raise --model_max_length as "
-            "shown above, or train on the other rows alone: --long_rows skip."
-        )
+    if found := describe_lost_rows(lost, encoded, flags.max_long_rows):
+        reason, way_out = found
+        raise UserError(f"{reason}: training would stop. What makes room for them is shown above. {way_out}".rstrip())
     if not problems:
         print("every row can be used")
         return
@@ -410,9 +413,10 @@ def load_tokenizer(args: ValidationArguments) -> "PreTrainedTokenizerBase":
         prompt = {None: SYSTEM_PROMPT, "none": None}.get(prompt, prompt)
     if args.format != "text":
         apply_template(tokenizer, args.template_name, prompt, args.tool_format)
-    args.positions = attention.context_length(checkpoint.config)
-    if "model_max_length" not in args.given and args.positions:
-        args.model_max_length = min(args.model_max_length, args.positions)
+    args.config = checkpoint.config
+    positions = attention.context_length(checkpoint.config)
+    if "model_max_length" not in args.given and positions:
+        args.model_max_length = min(args.model_max_length, positions)
     return tokenizer
 
 
@@ -426,6 +430,7 @@ def token_lengths(
     from medicalgpt.data import encoding
     from medicalgpt.data.encoding import Pair, Prompt, Sample
     from medicalgpt.data.lengths import SHORTENED
+    from medicalgpt.data.loading import with_length_remedies
     from medicalgpt.data.tokenizing import encode_rows
     from medicalgpt.readers.sources import column_values
 
@@ -463,7 +468,7 @@ def token_lengths(
         rows = replace(data, train=data.train.select(mask), problems=[], lengths={})
         shorten = {"shorten_rows": data_arguments(args, args.file_path).long_rows == "turns"} if name == "chat" else {}
         encode_rows(rows, "train", partial(encode, tokenizer, max_length=limit, **shorten), sample=sample)
-        data.problems += rows.problems
+        data.problems += with_length_remedies(rows.problems, length_limit(args, name))
         if shortened := rows.lengths["train"].count(SHORTENED):
             print(f"  {shortened} of {len(lengths)} rows keep only their first exchanges that fit (--long_rows turns)")
     if not lengths and not data.problems:
@@ -473,14 +478,25 @@ def token_lengths(
 
 def longest_allowed(args: ValidationArguments, name: str) -> int:
     """The maximum number of tokens of a row; of a task, of its prompt."""
-    if name != "task":
-        return args.model_max_length
+    return args.model_max_length - (completion_length(args) if name == "task" else 0)
+
+
+def length_limit(args: ValidationArguments, name: str) -> "LengthLimit":
+    """The limit as the stage has it, with the positions of the model."""
+    from medicalgpt.data.lengths import LengthLimit
+
+    reserved = ("--max_completion_length", completion_length(args)) if name == "task" else None
+    return LengthLimit.of(longest_allowed(args, name), reserved, args.config)
+
+
+def completion_length(args: ValidationArguments) -> int:
+    """Of tasks: tokens kept for the answer."""
     kept = args.max_completion_length if args.max_completion_length is not None else args.model_max_length // 2
     if not 0 < kept < args.model_max_length:
         raise UserError(
             f"--max_completion_length {kept} must be above 0 and below --model_max_length {args.model_max_length}."
         )
-    return args.model_max_length - kept
+    return kept
 
 
 def print_lengths(args: ValidationArguments, lengths: "np.ndarray", name: str) -> None:
@@ -497,15 +513,13 @@ def print_lengths(args: ValidationArguments, lengths: "np.ndarray", name: str) -
     limit = longest_allowed(args, name)
     long = int((lengths > limit).sum())
     print(f"  longer than the limit of {limit:,}: {long:,} of {len(lengths):,} rows ({long / len(lengths):.1%})")
-    needed = {share: percentile(lengths, share) for share in PROPOSED_PERCENTILES}
-    if name == "task":
-        # What the prompt leaves must be at least what is kept for the answer.
-        kept = args.max_completion_length
-        needed = {share: length + (max(1, length - 1) if kept is None else kept) for share, length in needed.items()}
-    lines = ", ".join(f"{share}% of the rows: --model_max_length {length}" for share, length in needed.items())
-    beyond = args.positions and max(needed.values()) > args.positions
-    note = f" (above the model's {args.positions} positions: add --rope_scaling yarn)" if beyond else ""
-    print(f"  enough for {lines}{note}")
+    allowed, needed = length_limit(args, name), {share: percentile(lengths, share) for share in PROPOSED_PERCENTILES}
+    fitting = {share: length for share, length in needed.items() if not allowed.is_beyond(length)}
+    if fitting:
+        flags = ", ".join(f"{share}% of the rows: {allowed.flags_for(length)}" for share, length in fitting.items())
+        print(f"  enough for {flags}")
+    if len(fitting) < len(needed):
+        print(f"  {max(needed)}% of the rows {allowed.beyond(max(needed.values()))}")
 
 
 if __name__ == "__main__":

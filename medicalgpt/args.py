@@ -371,14 +371,20 @@ class DataArguments:
         default=None,
         metadata={
             "help": "What to do with rows that are too long; all are counted, and no answer is ever truncated. turns "
-            "(the default): a conversation keeps its first exchanges that fit, anything else is skipped, and training "
-            "stops before it starts if more than half of the rows would be. skip: skip them, however many. refuse: "
-            "stop.",
+            "(the default): a conversation keeps its first exchanges that fit, anything else is skipped. skip: skip "
+            "them. refuse: stop. Skipping more rows than --max_long_rows allows stops the run before it trains.",
             "choices": ["turns", "skip", "refuse"],
         },
     )
     skip_long_rows: bool | None = field(
         default=None, metadata={"help": "Another name: True is --long_rows skip, False is --long_rows refuse."}
+    )
+    max_long_rows: float = field(
+        default=0.5,
+        metadata={
+            "help": "Share of the training rows, and of the held-out rows, that may be skipped because they are too "
+            "long; 1: any number."
+        },
     )
     allow_overlap: bool = field(
         default=False, metadata={"help": "Continue even if held-out rows occur among the training rows."}
@@ -395,6 +401,8 @@ class DataArguments:
                 "is given as well; keep one of them."
             )
         self.long_rows = self.long_rows or named or "turns"
+        if not 0 <= self.max_long_rows <= 1:
+            raise ValueError(f"--max_long_rows {self.max_long_rows} is a share of the rows, from 0 to 1.")
 
 
 @dataclass

@@ -21,20 +21,11 @@ from tests.tiny import TURN_END, make_tiny, tiny_tokenizer
 
 import numpy as np
 import pytest
-from loguru import logger
 from safetensors.numpy import load_file, save_file
 
 
 def arguments(*flags: str) -> FileArguments:
     return parse_args(FileArguments, argv=flags)[0]
-
-
-@pytest.fixture
-def log():
-    lines: list[str] = []
-    sink = logger.add(lines.append, format="{message}")
-    yield lines
-    logger.remove(sink)
 
 
 @pytest.fixture(scope="module")

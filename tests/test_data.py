@@ -21,7 +21,6 @@ from medicalgpt.readers.text_files import open_text
 from tests.helpers import write_jsonl
 
 import pytest
-from loguru import logger
 
 QUESTION, ANSWER = {"role": "user", "content": "什么是感冒？"}, {"role": "assistant", "content": "一种病毒感染。"}
 SYSTEM = {"role": "system", "content": "简短"}
@@ -239,15 +238,6 @@ REFUSED = [
     ("response as object", {"prompt": "Q", "response": {"a": 1}}, "`response` is empty or not text", "Remove"),
     ("system as object", {**PAIR, "system": {"s": 1}}, "`system` is empty or not text", "Remove"),
 ]
-
-
-@pytest.fixture
-def log():
-    """Lines that were logged."""
-    lines: list[str] = []
-    sink = logger.add(lambda message: lines.append(message.record["message"]), level="INFO")
-    yield lines
-    logger.remove(sink)
 
 
 def load(place, convert=to_messages, document_unit="auto", seed=42, **flags):

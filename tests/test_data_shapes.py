@@ -22,7 +22,6 @@ from medicalgpt.readers.sources import ignored_fields
 from tests.helpers import ROOT, write_jsonl
 
 import pytest
-from loguru import logger
 
 ASKED, SAID = "What helps against a cold?", "Rest and tea."
 THOUGHT = "A cold is viral."
@@ -399,6 +398,13 @@ REFUSED = {
         {"messages": TURNS, "label": False},
         to_messages,
         "is false",
+        {"--skip_bad_rows True": None},
+    ),
+    "KTO in capitals": ({"Messages": TURNS, "Label": False}, to_messages, "is false", {"--skip_bad_rows True": None}),
+    "images in capitals": (
+        {"messages": TURNS, "Images": ["a.png"]},
+        to_messages,
+        "`images`, and only text",
         {"--skip_bad_rows True": None},
     ),
     "kto_tag": ({"messages": TURNS, "kto_tag": False}, to_messages, "is false", {"--skip_bad_rows True": None}),
@@ -791,6 +797,29 @@ def test_conversations(row, messages):
     assert json.dumps(row) == before
 
 
+def test_rows_with_the_same_names_are_read_by_their_values():
+    """What names alone say is found once for each set of them."""
+    empty = {"instruction": "", "input": "", "output": SAID, "system": "", "history": [], "options": "", "answer": ""}
+    rows = [
+        ({**empty, "instruction": ASKED}, TURNS),
+        ({**empty, "input": ASKED}, TURNS),
+        ({**empty, "instruction": ASKED, "system": "S", "history": [["Hi", "Hello"]]}, None),
+        ({**empty, "instruction": ASKED, "output": "", "options": OPTIONS, "answer": "B"}, CHOICE),
+        ({**empty, "instruction": ASKED, "answer": "Tea."}, RowError),
+    ]
+    for order in (rows, rows[::-1], rows):
+        for row, messages in order:
+            if messages is RowError:
+                with pytest.raises(RowError, match="`answer` is a second answer"):
+                    to_messages(row)
+            elif messages:
+                assert to_messages(row)["messages"] == messages
+            else:
+                assert [message["content"] for message in to_messages(row)["messages"]] == [
+                    *("S", "Hi", "Hello", ASKED, SAID)
+                ]
+
+
 @pytest.mark.parametrize(("row", "prompt"), PAIRS.values(), ids=PAIRS)
 def test_preferences(row, prompt):
     assert result(row, to_preference) == (prompt, GOOD, BAD)
@@ -860,10 +889,11 @@ def test_what_must_not_be_ignored_is_not():
     """`--ignore_fields label` would train bad examples, `images` the marks of the images."""
     bad = {"prompt": ASKED, "completion": SAID, "label": False}
     marked = {"messages": [{"role": "user", "content": "<image>What is this?"}, REPLY], "images": ["a.png"]}
-    for row, name in ((bad, "label"), (marked, "images")):
+    in_capitals = {"Prompt": ASKED, "Completion": SAID, "Label": False}
+    for row, name in ((bad, "label"), (marked, "images"), (in_capitals, "label"), (in_capitals, "Label")):
         with pytest.raises(RowError) as refused:
             to_messages(row, frozenset({name}))
-        assert f"without --ignore_fields {name}" in refused.value.remedy
+        assert f"without --ignore_fields {name.lower()}" in refused.value.remedy
     assert to_messages({"messages": TURNS, "images": ["a.png"]}, frozenset({"images"}))["messages"] == TURNS
 
 
@@ -1096,15 +1126,6 @@ def test_files(tmp_path, files, rows):
 
 
 # --- what is not used ------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def log():
-    """Lines that were logged."""
-    lines: list[str] = []
-    sink = logger.add(lambda message: lines.append(message.record["message"]), level="INFO")
-    yield lines
-    logger.remove(sink)
 
 
 def test_fields_that_are_not_used_are_counted_in_one_line(tmp_path, log):

@@ -13,18 +13,9 @@ import docx
 import pytest
 from docx.oxml import parse_xml
 from docx.oxml.ns import nsdecls, qn
-from loguru import logger
 from pypdf import PdfReader, PdfWriter
 
 MEGABYTE = 1 << 20
-
-
-@pytest.fixture
-def log():
-    lines: list[str] = []
-    sink = logger.add(lines.append, format="{message}")
-    yield lines
-    logger.remove(sink)
 
 
 def read(path: Path, content: str | bytes, **limits) -> tuple[Unit, ...]:

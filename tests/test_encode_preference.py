@@ -32,7 +32,6 @@ from tests.tiny import tiny_tokenizer
 
 import datasets
 import pytest
-from loguru import logger
 from tokenizers import normalizers
 from transformers import AutoModelForCausalLM
 
@@ -214,14 +213,6 @@ def cache(tmp_path, monkeypatch):
     """An empty token cache."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     return tmp_path / "cache" / "medicalgpt-tokens"
-
-
-@pytest.fixture
-def log():
-    lines: list[str] = []
-    sink = logger.add(lambda message: lines.append(message.record["message"]), level="INFO")
-    yield lines
-    logger.remove(sink)
 
 
 def encoded(path, convert=to_preference, encode=encode_preference, sample=Pair, workers=1, tokenizer=None, **options):

@@ -1,7 +1,15 @@
 """From rows to token ids, blocks and batches: no token lost, none added, none seen by the wrong neighbour."""
 
 from medicalgpt.args import DataArguments
-from medicalgpt.data.encoding import IGNORED, EncodingError, Sample, encode_chat, encode_document, render_prompts
+from medicalgpt.data.encoding import (
+    IGNORED,
+    EncodingError,
+    Sample,
+    encode_chat,
+    encode_document,
+    encode_prompt,
+    render_prompts,
+)
 from medicalgpt.data.loading import FileAccount, LoadedData
 from medicalgpt.data.tokenizing import encode_rows
 from medicalgpt.readers.problems import Place
@@ -112,6 +120,9 @@ def test_an_answer_that_is_context_is_not_trained(tokenizer):
     assert "bad" not in inputs and "Q2" in inputs
     row = chat([user("Q1"), assistant("good"), user("Q2"), {**assistant("bad"), "train": False}])
     assert trained_texts(tokenizer, encode_chat(tokenizer, row)) == ["good<|im_end|>"]
+    # With the prompts, the one before the last answer is trained too: up to the answer, which is not there at all.
+    (sample,) = encode_chat(tokenizer, row, train_on_inputs=True)
+    assert sample.labels == sample.input_ids == encode_prompt(tokenizer, chat(row["messages"][:3]))[0].prompt_ids
     with pytest.raises(EncodingError, match="its last answer is not to be trained on"):
         encode_chat(tokenizer, row, mask_history=True)
 

@@ -13,7 +13,6 @@ from medicalgpt.readers import text_files
 from medicalgpt.readers.sources import read_rows
 
 import pytest
-from loguru import logger
 
 CHINESE = "患者男，45岁，因“反复上腹部疼痛3个月”入院。查体：T 36.5℃。诊断：慢性胃炎？"
 TRADITIONAL = "感冒是由病毒引起的，請多喝水、多休息。若發燒超過三天，應儘速就醫。"
@@ -71,15 +70,6 @@ UNCERTAIN = [
     ("כאשר אתה מצונן, שתה הרבה מים ונוח", "cp1255"),
     ("عند الإصابة بالزكام اشرب الكثير من الماء", "cp1256"),
 ]
-
-
-@pytest.fixture
-def log():
-    """Lines that were logged."""
-    lines: list[str] = []
-    sink = logger.add(lambda message: lines.append(message.record["message"]), level="INFO")
-    yield lines
-    logger.remove(sink)
 
 
 @pytest.mark.parametrize(("text", "encoding"), READ, ids=lambda value: value[:12])

@@ -185,11 +185,24 @@ def test_more_than_half_stops_the_run_and_the_advice_works(tokenizer, tmp_path):
         in message
     )
     assert len(message.splitlines()) == 4 and "Nothing was trained" in message
-    assert advised(message) == [lengths[94], lengths[98], lengths[99]]
-    for length, used in zip(advised(message), (95, 99, 100), strict=True):
+    first, *others = message.splitlines()
+    for length, used in zip(advised("\n".join(others)), (95, 99, 100), strict=True):
+        assert length == lengths[used - 1]
         assert settled(tokenizer, tmp_path, rows, length)[0].account["train"][0].used == used
-    (flag, value) = re.search(r"--(long_rows) (skip)\.$", message).groups()
-    assert settled(tokenizer, tmp_path, rows, lengths[48], **{flag: value})[0].account["train"][0].used == 49
+    assert advised(first) == [lengths[49]]
+    # Whoever skips rows does not want to lose most of them unseen either; the way out is a flag of its own.
+    with pytest.raises(UserError, match="51 of 100 train rows are too long, more than half"):
+        settled(tokenizer, tmp_path, rows, lengths[48], long_rows="skip")
+    (flag, value) = re.search(r"--(max_long_rows) ([\d.]+)\.$", message).groups()
+    for long_rows in ("turns", "skip"):
+        flags = {flag: float(value), "long_rows": long_rows}
+        assert settled(tokenizer, tmp_path, rows, lengths[48], **flags)[0].account["train"][0].used == 49
+    with pytest.raises(UserError, match="51 of 100 train rows are too long, more than 50%"):
+        settled(tokenizer, tmp_path, rows, lengths[48], **{flag: float(value) - 0.01 - 1e-9})
+    # There is no way out where no row is left.
+    with pytest.raises(UserError, match="100 of 100 train rows") as stopped:
+        settled(tokenizer, tmp_path, rows, lengths[0] - 1)
+    assert "--max_long_rows" not in str(stopped.value)
     with pytest.raises(UserError, match="2 of 3 validation rows are too long") as stopped:
         settled(
             tokenizer,
@@ -222,9 +235,28 @@ def test_advice_knows_the_room_for_the_answer_and_the_positions_of_the_model():
     assert limit.needed(lengths) == "all rows fit with --model_max_length 340 --response_length 40"
     assert LengthLimit(15, positions=100).needed(lengths) == "all rows need 300 positions, the model has 100"
     assert LengthLimit(300).needed(lengths) == ""
+    scaled = LengthLimit(15, positions=100, scaling="--rope_scaling yarn")
+    more = "300 positions, the model has 100 (more with --model_max_length 300 --rope_scaling yarn)"
+    assert scaled.needed(lengths) == f"all rows need {more}"
+    assert scaled.remedy(300) == f"Shorten the row: it would need {more}."
+    assert scaled.remedy(100) == "Shorten the row, or make room for it: --model_max_length 100."
+
+
+def test_the_remedy_of_one_row_gives_it_room(tokenizer, tmp_path):
+    rows = [conversation(1, 5), conversation(1, 90), {"bad": 1}]
+    with pytest.raises(DataError) as refused:
+        settled(tokenizer, tmp_path, rows, 60, long_rows="refuse")
+    (problem,) = [each for each in refused.value.problems if each.kind == "too long"]
+    (length,) = advised(problem.remedy)
+    assert settled(tokenizer, tmp_path, rows, length, skip_bad_rows=True)[0].account["train"][0].used == 2
 
 
 # --- flags -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_share_of_rows_is_between_0_and_1():
+    with pytest.raises(ValueError, match="--max_long_rows 50 is a share of the rows, from 0 to 1"):
+        DataArguments(max_long_rows=50)
 
 
 def test_both_names_mean_the_same():
@@ -301,8 +333,11 @@ def test_streamed_rows_are_in_balance_at_every_sample(tokenizer, tmp_path):
 
 def test_a_streamed_run_stops_where_most_drawn_rows_are_too_long(tokenizer, tmp_path):
     write_jsonl(tmp_path / "rows.jsonl", [conversation(1, 100 + n) for n in range(20)] + [conversation(1)])
-    for long_rows, expected in (("turns", "20 of 21 train rows"), ("skip", None)):
-        arguments = DataArguments(train_file_dir=str(tmp_path), streaming=True, long_rows=long_rows)
+    stops = "20 of 21 train rows"
+    for long_rows, share, expected in (("turns", 0.5, stops), ("skip", 0.5, stops), ("skip", 0.96, None)):
+        arguments = DataArguments(
+            train_file_dir=str(tmp_path), streaming=True, long_rows=long_rows, max_long_rows=share
+        )
         data = check_data(arguments, to_messages)
         encode = partial(encode_chat, tokenizer, max_length=60)
         if expected:

@@ -10,7 +10,6 @@ from medicalgpt.readers.problems import DataError, RowError, place_of
 from tests.helpers import ROOT, write_jsonl
 
 import pytest
-from loguru import logger
 
 QUESTION, GOOD, BAD = "胸痛怎么办？", "立即拨打120。", "睡一觉就好。"
 SYSTEM = {"role": "system", "content": "简短"}
@@ -228,15 +227,6 @@ REFUSED = [
         "share all turns but the last",
     ),
 ]
-
-
-@pytest.fixture
-def log():
-    """Lines that were logged."""
-    lines: list[str] = []
-    sink = logger.add(lambda message: lines.append(message.record["message"]), level="INFO")
-    yield lines
-    logger.remove(sink)
 
 
 def load(place, **flags):

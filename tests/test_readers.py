@@ -151,7 +151,7 @@ CHINESE = (
 
 @pytest.mark.parametrize("blank", [True, False])
 @pytest.mark.parametrize(("text", "width"), [(ENGLISH, 60), (CHINESE, 24)])
-def test_wrapped_lines_are_noticed_and_the_remedy_gives_whole_documents(tmp_path, log_lines, text, width, blank):
+def test_wrapped_lines_are_noticed_and_the_remedy_gives_whole_documents(tmp_path, log, text, width, blank):
     lines = textwrap.wrap(text, width)
     documents = ["\n".join(lines)] * 3 if blank else ["\n".join(lines * 2)]
     (tmp_path / "a.txt").write_text("\n\n".join(documents) + "\n", encoding="utf-8")
@@ -159,23 +159,23 @@ def test_wrapped_lines_are_noticed_and_the_remedy_gives_whole_documents(tmp_path
     load_data(arguments, to_text)
     check_data(arguments, to_text)
     unit = "paragraph" if blank else "file"
-    noticed = [line for line in log_lines if f"--document_unit {unit};" in line]
+    noticed = [line for line in log if f"--document_unit {unit};" in line]
     assert len(noticed) == 2 and str(tmp_path / "a.txt") in noticed[0]
     for applied in (unit, "line"):
         data = load_data(arguments, to_text, document_unit=applied)
         expected = documents if applied == unit else [line for part in documents for line in part.split("\n")]
         assert [row["text"] for row in data.train] == expected
-    assert len([line for line in log_lines if "--document_unit" in line]) == 2
+    assert len([line for line in log if "--document_unit" in line]) == 2
 
 
-def test_lines_that_are_documents_are_not_taken_for_wrapped_ones(tmp_path, log_lines):
+def test_lines_that_are_documents_are_not_taken_for_wrapped_ones(tmp_path, log):
     documents = [f"{number}. {sentence}." for number, sentence in enumerate(ENGLISH.split(".")[:-1] * 4)]
     titles = [f"第{number}章 {CHINESE[: number % 7 + 2]}" for number in range(20)]
     (tmp_path / "a.txt").write_text("\n".join([*documents, *titles]), encoding="utf-8")
     (tmp_path / "b.txt").write_text("\n".join([ENGLISH.rstrip(".")] * 20), encoding="utf-8")
     for place in (tmp_path, ROOT / "data" / "pretrain"):
         load_data(DataArguments(train_file_dir=str(place)), to_text)
-    assert not any("--document_unit" in line for line in log_lines)
+    assert not any("--document_unit" in line for line in log)
 
 
 # --- JSON under another suffix ---------------------------------------------------------------------------------------
@@ -367,7 +367,7 @@ def test_nested_columns_nulls_and_other_types(tmp_path):
     assert json.dumps([first, second])
 
 
-def test_a_folder_of_save_to_disk(tmp_path, log_lines):
+def test_a_folder_of_save_to_disk(tmp_path, log):
     import datasets
 
     splits = {name: [{"prompt": f"{name} {n}", "response": "A"} for n in range(3)] for name in ("train", "test")}
@@ -377,17 +377,7 @@ def test_a_folder_of_save_to_disk(tmp_path, log_lines):
     data = load_data(DataArguments(train_file_dir=str(tmp_path / "saved")), to_messages)
     assert [row["messages"][0]["content"] for row in data.train] == ["train 0", "train 1", "train 2"]
     assert [row["messages"][0]["content"] for row in data.validation] == ["test 0", "test 1", "test 2"]
-    assert any("cache-1f.arrow (a cache of datasets" in line for line in log_lines)
+    assert any("cache-1f.arrow (a cache of datasets" in line for line in log)
     next((tmp_path / "saved" / "train").glob("data-00001*")).unlink()
     with pytest.raises(UserError, match="lacks data-00001-of-00002.arrow"):
         load_data(DataArguments(train_file_dir=str(tmp_path / "saved")), to_messages)
-
-
-@pytest.fixture
-def log_lines():
-    from loguru import logger
-
-    lines: list[str] = []
-    sink = logger.add(lambda message: lines.append(message.record["message"]), level="INFO")
-    yield lines
-    logger.remove(sink)

@@ -1,7 +1,5 @@
 """Retrieval: passages, terms, ranking and fusion; which files are read, and what is kept of them on disk."""
 
-from collections.abc import Iterator
-
 from chatpdf import FileArguments
 from medicalgpt.errors import UserError
 from medicalgpt.rag import grounding, retrieval
@@ -22,19 +20,10 @@ from tests.passages import ILLNESSES
 
 import numpy as np
 import pytest
-from loguru import logger
 
 
 def relevant(found: SearchResult, min_similarity: float | None = None, min_coverage=FileArguments.min_coverage) -> bool:
     return grounding.is_relevant(found, min_similarity, min_coverage)
-
-
-@pytest.fixture
-def log() -> Iterator[list[str]]:
-    lines: list[str] = []
-    sink = logger.add(lines.append, format="{message}")
-    yield lines
-    logger.remove(sink)
 
 
 # --- passages --------------------------------------------------------------------------------------------------------

@@ -202,9 +202,9 @@ def test_rows_are_left_out_only_as_far_as_the_flags_allow(scorer, tmp_path):
     assert [row["id"] for row in written] == [7]
     with pytest.raises(UserError, match="every row was skipped"):
         run(scorer, tmp_path, rows[1:2], skip_bad_rows=True)
-    with pytest.raises(UserError, match="2 of 3 rows are too long, more than half; (.|\\n)*--long_rows skip"):
-        run(scorer, tmp_path, [rows[0], rows[3], rows[3]])
-    assert len(run(scorer, tmp_path, [rows[0], rows[3], rows[3]], long_rows="skip")[1]) == 1
+    with pytest.raises(UserError, match="2 of 3 rows are too long, more than half; (.|\\n)*--max_long_rows 0.67"):
+        run(scorer, tmp_path, [rows[0], rows[3], rows[3]], long_rows="skip")
+    assert len(run(scorer, tmp_path, [rows[0], rows[3], rows[3]], max_long_rows=0.67)[1]) == 1
 
 
 def test_a_field_of_the_row_is_never_replaced(scorer, tmp_path):

@@ -13,16 +13,6 @@ from medicalgpt.readers.folders import choose_files, find_files, split_of
 from tests.helpers import write_jsonl
 
 import pytest
-from loguru import logger
-
-
-@pytest.fixture
-def log():
-    """Lines that were logged."""
-    lines: list[str] = []
-    sink = logger.add(lambda message: lines.append(message.record["message"]), level="INFO")
-    yield lines
-    logger.remove(sink)
 
 
 def write(folder: Path, *names: str) -> Path:

@@ -5,9 +5,12 @@ import re
 import shlex
 
 from medicalgpt.data.cleaning import clean_row
+from medicalgpt.data.encoding import encode_chat
 from medicalgpt.errors import UserError
 from medicalgpt.formats.conversion import to_messages
+from template import apply_template
 from tests.helpers import read_json, run_here, write_jsonl
+from tests.tiny import tiny_tokenizer
 
 import pytest
 
@@ -62,11 +65,16 @@ def test_a_conversation_ends_before_its_first_empty_turn():
     assert clean_row({"conversations": turns("Q", "")}, True) == ({"conversations": turns("Q", "")}, [])
 
 
-def test_an_empty_system_turn_goes():
+def test_an_empty_system_turn_stays():
+    """It is trained: without it, the template of the model would write its own system prompt."""
+    apply_template(tokenizer := tiny_tokenizer(), "qwen")
     for name in ("messages", "conversations"):
         said = turns("Q", "A", sharegpt=name == "conversations")
         system = {key: "" for key in said[0]} | {next(iter(said[0])): "system"}
-        assert clean_row({name: [system, *said]}, True)[0] == {name: said}
+        row = {name: [system, *said, *said]}
+        assert clean_row(row, True) == (row, [])
+        kept, without = (encode_chat(tokenizer, to_messages({name: each})) for each in (row[name], row[name][1:]))
+        assert kept != without
 
 
 def test_turns_after_the_last_answer_go_only_where_there_is_one():

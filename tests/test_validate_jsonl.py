@@ -190,11 +190,17 @@ def test_lengths_are_those_of_all_rows_and_the_proposed_limits_take_what_they_sa
 
 def test_a_length_beyond_the_positions_of_the_model_is_proposed_with_what_it_needs(base, tmp_path, capsys):
     path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "Q", "response": "A" * 600}])
-    run_here(SCRIPT, "--file_path", path, "--model_name_or_path", base, "--skip_long_rows", "--model_max_length", 700)
-    note = r"(--model_max_length \d+) \(.* 512 positions: add (--rope_scaling yarn)\)$"
-    advised = re.search(note, capsys.readouterr().out, re.MULTILINE)
+    run_here(SCRIPT, "--file_path", path, "--model_name_or_path", base, "--model_max_length", 700)
+    shown = capsys.readouterr().out
+    note = r"^  100% of the rows (need \d+ positions, the model has 512 \(more with (--model_max_length .*)\))$"
+    said, advised = re.search(note, shown, re.MULTILINE).groups()
     flags = ("--model_name_or_path", base, "--train_file_dir", path, "--output_dir", tmp_path / "run")
-    open_stage("supervised_finetuning.py", *flags, *" ".join(advised.groups()).split())
+    open_stage("supervised_finetuning.py", *flags, *advised.split())
+    # The stage says the same, of all rows and of this one.
+    with pytest.raises(UserError) as refused:
+        open_stage("supervised_finetuning.py", *flags)
+    assert f"all rows {said}" in str(refused.value) and f"Shorten the row: it would {said}." in str(refused.value)
+    assert "Raise --model_max_length" not in str(refused.value)
 
 
 def test_what_the_report_advises_is_a_flag_of_the_program(base, broken, capsys):
@@ -229,7 +235,8 @@ def test_tasks_are_as_long_as_grpo_has_them(base, tmp_path, capsys):
     for kept, enough in ((None, 2 * longest - 1), (30, longest + 30)):
         kept = () if kept is None else ("--max_completion_length", kept)
         run_here(SCRIPT, *flags, *kept, "--model_max_length", enough)
-        assert f"100% of the rows: --model_max_length {enough}\n" in capsys.readouterr().out
+        needed = f"--model_max_length {enough} --max_completion_length {enough - longest}"
+        assert f"100% of the rows: {needed}\n" in capsys.readouterr().out
         with pytest.raises(DataError, match=r"(?s)^1 problem.*a.jsonl:2: a prompt of") as refused:
             run_here(SCRIPT, *flags, *kept, "--model_max_length", enough - 1, "--long_rows", "refuse")
         with pytest.raises(DataError) as trained:

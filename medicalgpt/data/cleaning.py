@@ -96,10 +96,7 @@ def _clean_turns(turns: list[dict], where: str, answered: bool, changes: list[Ch
                 kept[name] = _clean_text(item, f"{place}.{name}", changes)
             else:
                 kept[name] = item
-        if _role(kept) == "system" and _is_empty(kept):
-            changes.append(Change("empty turn", place, turn))
-        else:
-            cleaned.append(kept)
+        cleaned.append(kept)
     end = _usable_end(cleaned, answered)
     if 0 < end < len(cleaned):
         # What follows may refer to what is not there.
@@ -110,8 +107,12 @@ def _clean_turns(turns: list[dict], where: str, answered: bool, changes: list[Ch
 
 
 def _usable_end(turns: Sequence[dict], answered: bool) -> int:
-    """How many turns to keep: all before the exchange with the first empty turn, and none after the last answer."""
-    end = next((number for number, turn in enumerate(turns) if _is_empty(turn)), len(turns))
+    """How many turns to keep: all before the exchange with the first empty turn, and none after the last answer.
+
+    An empty system turn is not one of them: it asks for no system prompt where the template has its own.
+    """
+    empty = (n for n, turn in enumerate(turns) if _is_empty(turn) and _role(turn) not in ("system", "developer"))
+    end = next(empty, len(turns))
     if end == len(turns) and not answered:
         return end
     while end and not _is_answer(turns[end - 1]):

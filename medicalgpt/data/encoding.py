@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from medicalgpt.models.templating import special_tokens_in
+from medicalgpt.models.templating import is_trusted, special_tokens_in
 from medicalgpt.readers.problems import shorten
 
 from jinja2 import TemplateError
@@ -20,6 +20,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 IGNORED = -100
+# The remedy for a row that is too long, where nothing is known of the model's positions.
+MAKE_ROOM = "Raise --model_max_length, or shorten the row"
 
 
 @dataclass(frozen=True)
@@ -161,17 +163,19 @@ def _encode_turns(
         raise EncodingError(f"its {'last' if mask_history else 'every'} answer is not to be trained on", remedy)
     # `train` is for us; a template must not see it.
     messages = [{name: item for name, item in message.items() if name != "train"} for message in messages]
+    # With the prompts, also the one before a last answer that is context only; it ends where the answer begins.
+    ends = [*trained, *turns[-1:]] if train_on_inputs and turns[-1] not in trained else trained
     try:
-        rendered = {turn: _render_turn(tokenizer, messages, tools, turn) for turn in trained}
+        rendered = {turn: _render_turn(tokenizer, messages, tools, turn) for turn in ends}
     except TemplateError as error:
         raise EncodingError(
             f"the chat template refuses it: {error}", "Fix the row, or choose another --template_name"
         ) from error
     _refuse_unsaid(messages, rendered)
-    for turn in trained:
+    for turn in ends:
         _check_prompt(rendered[turn])
     samples: list[Sample] = []
-    left = list(trained)
+    left = list(ends)
     while left:
         last = rendered[left[-1]]
         encoded = encode_apart(tokenizer, last.text, last.start)
@@ -181,17 +185,19 @@ def _encode_turns(
             start, end = map(encoded.token_at, span)
             prompts.append((before, start))
             if turn in group:
-                supervised += [*prompts, (start, end)] if train_on_inputs else [(start, end)]
-            if turn in trained:
-                # Prompts of turns that are not trained are supervised with the next turn that is.
+                supervised += prompts if train_on_inputs else []
+                supervised += [(start, end)] if turn in trained else []
+            if turn in ends:
+                # Prompts of other turns are supervised with the next one.
                 prompts = []
             before = end
-        if train_on_inputs:
-            supervised.append((before, len(encoded.ids)))
-        labels = [IGNORED] * len(encoded.ids)
+        ids = encoded.ids if left[-1] in trained else encoded.ids[: encoded.token_at(last.start)]
+        if train_on_inputs and left[-1] in trained:
+            supervised.append((before, len(ids)))
+        labels = [IGNORED] * len(ids)
         for start, end in supervised:
-            labels[start:end] = encoded.ids[start:end]
-        samples.append(Sample(encoded.ids, labels))
+            labels[start:end] = ids[start:end]
+        samples.append(Sample(ids, labels))
         left = [turn for turn in left if turn not in group]
     return samples[::-1]
 
@@ -288,7 +294,7 @@ def encode_prompt(
     if max_length is not None and len(ids) > max_length:
         raise EncodingError(
             f"a prompt of {len(ids)} tokens, longer than the {max_length} that leave room for the answer",
-            "Raise --model_max_length, or shorten the row",
+            MAKE_ROOM,
             too_long=True,
             tokens=len(ids),
         )
@@ -482,9 +488,11 @@ def refuse_special_tokens(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None
 ) -> None:
     """Raises EncodingError if a text contains a special token, such as the end of a turn in the middle of it."""
-    texts = [(f"turn {number}", message) for number, message in enumerate(messages, start=1)]
-    for where, value in [*texts, ("the column `tools`", tools or [])]:
-        if found := special_tokens_in(tokenizer, value):
+    texts = [
+        (f"turn {number}", message, is_trusted(message["role"])) for number, message in enumerate(messages, start=1)
+    ]
+    for where, value, trusted in [*texts, ("the column `tools`", tools or [], True)]:
+        if found := special_tokens_in(tokenizer, value, trusted=trusted):
             raise EncodingError(
                 f"{where} holds {', '.join(found)}, which this tokenizer reads as a special token",
                 "Remove it from the text, or write it differently",
@@ -494,7 +502,7 @@ def refuse_special_tokens(
 def _too_long(tokens: int, max_length: int) -> EncodingError:
     return EncodingError(
         f"{tokens} tokens, longer than the {max_length} that fit",
-        "Raise --model_max_length, or shorten the row",
+        MAKE_ROOM,
         too_long=True,
         tokens=tokens,
     )

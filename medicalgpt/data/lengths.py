@@ -1,13 +1,13 @@
 """How long rows are in tokens, which of them fit, and what makes room for the others."""
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 from medicalgpt.data.statistics import PROPOSED_PERCENTILES, percentile, percentiles
+from medicalgpt.models.attention import context_length, scaling_flag
 
 import numpy as np
+from transformers import PreTrainedConfig
 
 UNKNOWN, USED, SHORTENED, TOO_LONG = range(4)
 
@@ -44,16 +44,22 @@ class LengthLimit:
         tokens: None where rows of any length can be used.
         reserved: of `--model_max_length`, tokens that are kept for the answer, with the flag that says so.
         positions: of the model; None if it sets no limit.
+        scaling: the flag that stretches them; empty if they cannot be.
     """
 
     tokens: int | None = None
     reserved: tuple[str, int] | None = None
     positions: int | None = None
+    scaling: str = ""
 
     @classmethod
-    def of(cls, encode: Callable[..., Any], reserved: tuple[str, int] | None, positions: int | None) -> "LengthLimit":
-        """The limit of an encoding function with its arguments, as `functools.partial` holds them."""
-        return cls(encode.keywords.get("max_length") if isinstance(encode, partial) else None, reserved, positions)
+    def of(
+        cls, tokens: int | None, reserved: tuple[str, int] | None = None, config: PreTrainedConfig | None = None
+    ) -> "LengthLimit":
+        """The limit with the positions of a model of this configuration; None: of no model."""
+        if config is None:
+            return cls(tokens, reserved)
+        return cls(tokens, reserved, context_length(config), scaling_flag(config))
 
     def flags_for(self, length: int) -> str:
         """The flags with which rows of this many tokens fit."""
@@ -66,16 +72,42 @@ class LengthLimit:
         parts: dict[int, str] = {}
         for share in PROPOSED_PERCENTILES:
             parts[percentile(lengths.known, share)] = "all rows" if share == 100 else f"{share}% of the rows"
-        taken = self.reserved[1] if self.reserved else 0
         limit = max(self.tokens or 0, 0)
-        fitting = {length: share for length, share in parts.items() if not self._beyond(length + taken)}
+        fitting = {length: share for length, share in parts.items() if not self.is_beyond(length)}
         shown = [f"{share} fit with {self.flags_for(length)}" for length, share in fitting.items() if length > limit]
         if beyond := [length for length in parts if length not in fitting]:
-            shown.append(f"{parts[beyond[-1]]} need {beyond[-1] + taken:,} positions, the model has {self.positions:,}")
+            shown.append(f"{parts[beyond[-1]]} {self.beyond(beyond[-1])}")
         return "; ".join(shown)
 
-    def _beyond(self, length: int) -> bool:
-        return self.positions is not None and length > self.positions
+    def remedy(self, length: int) -> str:
+        """What to do about one row of this many tokens."""
+        if self.is_beyond(length):
+            return f"Shorten the row: it would {self.beyond(length)}."
+        return f"Shorten the row, or make room for it: {self.flags_for(length)}."
+
+    def beyond(self, length: int) -> str:
+        """The positions that rows of this many tokens need, and the flags that give the model as many, if any do."""
+        needed = f"need {length + self._taken:,} positions, the model has {self.positions:,}"
+        return f"{needed} (more with {self.flags_for(length)} {self.scaling})" if self.scaling else needed
+
+    def is_beyond(self, length: int) -> bool:
+        """Whether rows of this many tokens need more positions than the model has."""
+        return self.positions is not None and length + self._taken > self.positions
+
+    @property
+    def _taken(self) -> int:
+        return self.reserved[1] if self.reserved else 0
+
+
+def describe_lost_rows(lost: int, rows: int, allowed: float, what: str = "rows") -> tuple[str, str] | None:
+    """What to say of rows that would be skipped, and the way out; None if no more than the allowed share would be."""
+    if lost <= allowed * rows:
+        return None
+    share = "half" if allowed == 0.5 else f"{allowed:.0%}"
+    way_out = (
+        f"To do without these rows: --max_long_rows {math.ceil(100 * lost / rows) / 100:g}." if lost < rows else ""
+    )
+    return f"{lost} of {rows} {what} are too long, more than {share}", way_out
 
 
 def describe(lengths: RowLengths) -> str:

@@ -14,7 +14,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from medicalgpt.args import DataArguments
-from medicalgpt.data.lengths import SHORTENED, TOO_LONG, LengthLimit, RowLengths, describe
+from medicalgpt.data.lengths import SHORTENED, TOO_LONG, LengthLimit, RowLengths, describe, describe_lost_rows
 from medicalgpt.data.rows import Rows, on_disk
 from medicalgpt.errors import UserError
 from medicalgpt.formats.conversion import Converter, canonical_json, converter
@@ -98,12 +98,12 @@ class LoadedData:
                 that.
         """
         limit = limit or LengthLimit()
+        self.problems = with_length_remedies(self.problems, limit)
         allowed = {"unusable": arguments.skip_bad_rows, "too long": arguments.long_rows != "refuse"}
         if refused := [problem for problem in self.problems if not allowed.get(problem.kind)]:
             too_long = any(problem.kind == "too long" for problem in refused)
             raise DataError(refused, self._describe_lengths(limit) if too_long else "")
-        if arguments.long_rows == "turns":
-            self._refuse_if_most_are_too_long(limit)
+        self._refuse_if_too_many_are_lost(limit, arguments.max_long_rows)
         for problem in self.problems[:SHOWN_PROBLEMS]:
             logger.warning(f"skipped: {problem}")
         if limit.tokens is not None and (described := self._describe_lengths(limit)):
@@ -159,18 +159,15 @@ class LoadedData:
                     lines.append(f"  {needed}")
         return "\n".join(lines)
 
-    def _refuse_if_most_are_too_long(self, limit: LengthLimit) -> None:
+    def _refuse_if_too_many_are_lost(self, limit: LengthLimit, allowed: float) -> None:
         for side, lengths in self.lengths.items():
             lost, rows = lengths.count(TOO_LONG), len(lengths.outcome)
-            if 2 * lost > rows:
+            if found := describe_lost_rows(lost, rows, allowed, f"{side} rows"):
+                reason, way_out = found
                 place = place_of(getattr(self, side)[int(np.argmax(lengths.outcome == TOO_LONG))])
                 first = next(problem for problem in self.problems if problem.place == place)
-                lines = [f"{lost} of {rows} {side} rows are too long, more than half. The first: {first}"]
-                lines += [describe(lengths), limit.needed(lengths)]
-                raise UserError(
-                    "\n".join(filter(None, lines))
-                    + "\nNothing was trained. To train on the other rows alone: --long_rows skip."
-                )
+                lines = [f"{reason}. The first: {first}", describe(lengths), limit.needed(lengths)]
+                raise UserError("\n".join([*filter(None, lines), f"Nothing was trained. {way_out}".strip()]))
 
     def mix(self, encoded: "Dataset", arguments: DataArguments, seed: int) -> "Dataset":
         """Take as many encoded training rows of each source as its weight requires; all of them without weights.
@@ -263,6 +260,11 @@ class LoadedData:
                     f"of {float(source.weight):.2%}" + (f"; {used} distinct ones" if used < drawn else "")
                 )
         return "\n".join(lines)
+
+
+def with_length_remedies(problems: Sequence[Problem], limit: LengthLimit) -> list[Problem]:
+    """The problems; of rows with too many tokens, with what makes room for that many."""
+    return [replace(each, remedy=limit.remedy(each.tokens)) if each.tokens else each for each in problems]
 
 
 def row_converter(arguments: DataArguments, to: Callable[..., dict[str, Any]]) -> Converter:

@@ -20,7 +20,7 @@ class Rows(Sequence):
     last `Rows` that needs it. Processes forked from this one can read it.
 
     Args:
-        rows: dicts that JSON can hold; they are read back unchanged.
+        rows: dicts that JSON can hold; they are reloaded unchanged.
 
     Raises:
         UserError: the temporary folder has no space for them.

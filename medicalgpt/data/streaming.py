@@ -19,7 +19,14 @@ from typing import Any
 from medicalgpt.args import DataArguments
 from medicalgpt.data.encoding import IGNORED, EncodingError, Sample, ShortenedSamples
 from medicalgpt.data.lengths import LengthLimit
-from medicalgpt.data.loading import LoadedData, convert_files, identity, refuse_overlap, row_converter
+from medicalgpt.data.loading import (
+    LoadedData,
+    convert_files,
+    identity,
+    refuse_overlap,
+    row_converter,
+    with_length_remedies,
+)
 from medicalgpt.data.rows import Rows
 from medicalgpt.errors import UserError
 from medicalgpt.formats.conversion import Converter
@@ -139,10 +146,11 @@ class StreamedData(LoadedData):
     def settle(self, arguments: DataArguments, limit: LengthLimit | None = None) -> None:
         """As `LoadedData.settle`; rows that training itself will skip and count are not counted here.
 
-        Whether more than half of the rows are too long is judged by the drawn rows.
+        Whether too many of the rows are too long is judged by the drawn rows.
         """
-        if arguments.long_rows == "turns":
-            self._refuse_if_most_are_too_long(limit or LengthLimit())
+        limit = limit or LengthLimit()
+        self.problems = with_length_remedies(self.problems, limit)
+        self._refuse_if_too_many_are_lost(limit, arguments.max_long_rows)
         drawn = {place_of(row) for row in self.train} - {place_of(row) for row in self.validation}
         allowed = {"too long": arguments.long_rows != "refuse", "unusable": arguments.skip_bad_rows}
         self.problems = [

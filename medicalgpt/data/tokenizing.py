@@ -17,13 +17,12 @@ from typing import Any
 
 from medicalgpt.args import DataArguments
 from medicalgpt.data.cache import UncacheableError, load_or_make, token_key
-from medicalgpt.data.encoding import EncodingError, Pair, Prompt, Sample, ShortenedSamples
+from medicalgpt.data.encoding import MAKE_ROOM, EncodingError, Pair, Prompt, Sample, ShortenedSamples
 from medicalgpt.data.lengths import SHORTENED, TOO_LONG, UNKNOWN, USED, LengthLimit, RowLengths
 from medicalgpt.data.loading import LoadedData
 from medicalgpt.data.rows import Rows, on_disk
 from medicalgpt.errors import UserError
 from medicalgpt.logs import heartbeat
-from medicalgpt.models.attention import context_length
 from medicalgpt.readers.problems import Place, Problem, place_of
 
 import datasets
@@ -110,7 +109,8 @@ def encode_sides(
     workers, renew = arguments.preprocessing_num_workers, arguments.overwrite_cache
     train = encode_rows(data, "train", encode, workers, renew, sample)
     validation = encode_rows(data, "validation", encode, workers, renew, sample) if data.validation else None
-    data.settle(arguments, LengthLimit.of(encode, reserved, context_length(config) if config else None))
+    longest = encode.keywords.get("max_length") if isinstance(encode, partial) else None
+    data.settle(arguments, LengthLimit.of(longest, reserved, config))
     return data.mix(train, arguments, seed), validation
 
 
@@ -186,7 +186,8 @@ def _encode_part(
             samples = encode(row)
         except EncodingError as error:
             kind = "too long" if error.too_long else "unusable"
-            problems.append(Problem(place_of(row), error.reason, error.remedy + ".", kind=kind))
+            tokens = error.tokens if error.remedy == MAKE_ROOM else 0
+            problems.append(Problem(place_of(row), error.reason, error.remedy + ".", kind=kind, tokens=tokens))
             measured.append((error.tokens, TOO_LONG if error.too_long else UNKNOWN))
             continue
         if isinstance(samples, ShortenedSamples):

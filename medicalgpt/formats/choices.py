@@ -38,7 +38,7 @@ def parse_options(value: Any) -> dict[str, str]:
     Args:
         value: an object of letters and texts; a list of texts, or of objects with a letter (`key` or `label`) and a
             text (`value` or `text`); two lists, `text` and `label`; a string of lines "A. text"; or JSON of one of
-            these in a string. Options that are null are none: tables have a column for the longest list.
+            these in a string. Options that are null are ignored: tables have a column for the longest list.
 
     Raises:
         RowError: anything else, fewer than two options, or a letter twice.
@@ -115,7 +115,7 @@ def _parse_option_lines(text: str) -> list[tuple[str, str | None]]:
     pairs: list[tuple[str, str | None]] = []
     for line in text.splitlines():
         found = _OPTION_LINE.match(line)
-        # Letters are in order, so that a text which begins with "A " opens no option.
+        # Letters are in order, so that a text which begins with "A " is not an option.
         if found and found[1].upper() == LETTERS[len(pairs) : len(pairs) + 1]:
             pairs.append((found[1].upper(), found[2]))
         elif pairs and line.strip():

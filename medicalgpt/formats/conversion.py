@@ -124,7 +124,8 @@ class Converter:
         columns: Mapping[str, str] | None = None,
         preset: Preset | None = None,
     ):
-        self.to, self.ignore, self.columns, self.preset = to, ignore, dict(columns or {}), preset
+        self.to, self.columns, self.preset = to, dict(columns or {}), preset
+        self.ignore = ignore.union(name.lower() for name in ignore if name.lower() in ANY_CASE)
         self.kind, self.read = READERS.get(to, ("task", None))
         # Fields that --columns names and that no row has had.
         self.unseen = set(self.columns.values())

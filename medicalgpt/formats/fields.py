@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from itertools import chain
 from typing import Any
 
 from medicalgpt.formats.choices import OPTION_FIELDS
@@ -39,12 +38,12 @@ COMMON_NAMES = {
     "rejected": "the worse answer",
     "text": "a document",
 }
-# Names that are read whatever their capitals.
-ANY_CASE = frozenset({*CONVERSATION_FIELDS, *chain.from_iterable(PREFERENCE_FIELDS)})
 LABEL_FIELDS = ("label", "kto_tag")
 WEIGHT_FIELDS = ("weight", "sample_weight", "loss_weight")
 # Fields whose values are judged by themselves.
 SETTLED = frozenset({*MEDIA_FIELDS, *LABEL_FIELDS, *WEIGHT_FIELDS})
+# Names that count whatever their capitals.
+ANY_CASE = SETTLED.union(CONVERSATION_FIELDS, *PREFERENCE_FIELDS)
 # Fields that hold lists, whatever else one letter more or less would mean.
 LISTS = frozenset({*TURN_LISTS, *TOOL_FIELDS, "history"})
 _EMPTY = (None, "", [], {})
@@ -211,7 +210,7 @@ def refuse_misspelled(fields: Fields, known: Iterable[str]) -> None:
 
 @lru_cache(maxsize=1_000)
 def _misspelled(rest: tuple[str, ...], given: frozenset[str], known: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
-    """The unused names that may be misspellings, each with what it stands for."""
+    """The unused names that may be misspellings, each with the name that is probably meant."""
     absent = [name for name in known if name not in given]
     pairs = ((name, meant) for name in rest if name not in known for meant in absent)
     return tuple(pair for pair in pairs if is_misspelling(*pair))

@@ -25,7 +25,7 @@ def _math(row: Row, kind: str) -> dict[str, Any]:
     if row.get("messages"):
         # OpenR1-Math: the problem with the answer of a reasoning model.
         return {"messages": row["messages"]}
-    # Half of DeepScaleR's problems have no solution.
+    # Problems of DeepScaleR may have an empty solution.
     return {"question": row["problem"], "answer": row["solution"] or row["answer"]}
 
 

@@ -24,7 +24,7 @@ def _ultrafeedback(row: Row, kind: str) -> dict[str, Any]:
 
 
 def _is_ultrafeedback(row: Row) -> bool:
-    """Both conversations begin with the prompt, which is there once more."""
+    """Both conversations begin with the prompt, which the row also has by itself."""
     for name in ("chosen", "rejected"):
         turns = row[name]
         if not isinstance(turns, list) or len(turns) < 2 or not all(isinstance(turn, Mapping) for turn in turns):

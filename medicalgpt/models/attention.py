@@ -281,6 +281,12 @@ def rope_to_record(config: PreTrainedConfig) -> dict[str, Any] | None:
     return dict(rope) if rope.get("rope_type") in ROPE_SCALING else None
 
 
+def scaling_flag(config: PreTrainedConfig) -> str:
+    """The flag that stretches the model's positions; empty if they cannot be, or are already."""
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    return "--rope_scaling yarn" if rope.get("rope_type") == "default" else ""
+
+
 def position_options(config: PreTrainedConfig, rope_scaling: str | None, length: int | None) -> dict[str, Any]:
     """Options of `load_model` with which the model's positions reach `length` tokens (None: no requirement).
 
@@ -291,11 +297,11 @@ def position_options(config: PreTrainedConfig, rope_scaling: str | None, length:
         return {"rope_parameters": scaled_rope(config, rope_scaling, length)}
     known = context_length(config)
     if length and known and length > known:
-        rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
-        cure = " or stretch its positions: --rope_scaling yarn" if rope.get("rope_type") == "default" else ""
+        scaling = scaling_flag(config)
         raise UserError(
             f"the training length is {length} tokens, and the model has {known} positions. Set a length of at most "
-            f"{known} (--model_max_length, in pretraining --block_size){cure}."
+            f"{known} (--model_max_length, in pretraining --block_size)"
+            + (f" or stretch its positions: {scaling}." if scaling else ".")
         )
     rope = rope_to_record(config)
     return {"rope_parameters": rope} if rope else {}

@@ -168,22 +168,32 @@ def render_text(tokenizer: PreTrainedTokenizerBase, messages: list[dict], **kwar
         return None
 
 
-def special_tokens_in(tokenizer: PreTrainedTokenizerBase, value: Any, stop_ids: Set[int] = frozenset()) -> list[str]:
+def special_tokens_in(
+    tokenizer: PreTrainedTokenizerBase, value: Any, stop_ids: Set[int] = frozenset(), *, trusted: bool = False
+) -> list[str]:
     """The special tokens contained in the texts of a value, which a tokenizer would read as, say, the end of a turn.
 
     Besides the tokens that the tokenizer flags as special these are the added tokens that its chat template writes and
     those that end an answer: many tokenizers do not flag them, and read them all the same. Unflagged tokens that
-    delimit reasoning and tool calls are part of ordinary answers and do not count.
+    delimit a thought do not count: answers have them, and prompts name them to ask for that format.
 
     Args:
         value: a text, or what JSON can hold; names of fields are searched too.
         stop_ids: further tokens that end an answer.
+        trusted: the text is an answer, or what the operator wrote (a system prompt, tools): unflagged tokens that
+            delimit tools, calls and their results do not count there. In the text of a user, a tool or a document they
+            would pass for a call or a result.
 
     Returns:
         Each token once, in the order of the texts.
     """
-    pattern = _special_token_pattern(tokenizer, frozenset(stop_ids))
+    pattern = _special_token_patterns(tokenizer, frozenset(stop_ids))[trusted]
     return list(dict.fromkeys(token for text in _texts(value) for token in pattern.findall(text)))
+
+
+def is_trusted(role: str | None) -> bool:
+    """Whether turns of this role may hold marks of calls, see `special_tokens_in`."""
+    return role in ("assistant", "system", "developer")
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -200,35 +210,45 @@ def _texts(value: Any) -> Iterator[str]:
         yield str(value)
 
 
-# The pattern of each tokenizer, with what it was made of: a row must not cost a look at the entire vocabulary.
-_patterns: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[Any, re.Pattern]] = WeakKeyDictionary()
+# The patterns of each tokenizer, with what they were made of: a row must not cost a look at the entire vocabulary.
+_patterns: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[Any, tuple[re.Pattern, re.Pattern]]] = WeakKeyDictionary()
 _REASONING_MARK = re.compile(r"think|thought|reason", re.IGNORECASE)
 _LOOKS_LIKE_A_MARK = re.compile(r"[^\w\s].*\w.*[^\w\s]")
 
 
-def _special_token_pattern(tokenizer: PreTrainedTokenizerBase, stop_ids: frozenset[int]) -> re.Pattern:
+def _special_token_patterns(
+    tokenizer: PreTrainedTokenizerBase, stop_ids: frozenset[int]
+) -> tuple[re.Pattern, re.Pattern]:
+    """What is refused in any text, and what is refused in a trusted one."""
     made_of = (tokenizer.chat_template, len(tokenizer), tuple(tokenizer.all_special_tokens), stop_ids)
     if _patterns.get(tokenizer, (None,))[0] != made_of:
-        tokens = sorted(_special_tokens(tokenizer, stop_ids), key=len, reverse=True)
-        # Without any token, a pattern that never matches.
-        _patterns[tokenizer] = made_of, re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
+        tokens, marks = _special_tokens(tokenizer, stop_ids)
+        _patterns[tokenizer] = made_of, (_any_of(tokens | marks), _any_of(tokens))
     return _patterns[tokenizer][1]
 
 
-def _special_tokens(tokenizer: PreTrainedTokenizerBase, stop_ids: Set[int]) -> set[str]:
+def _any_of(tokens: Set[str]) -> re.Pattern:
+    # Without any token, a pattern that never matches.
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase, stop_ids: Set[int]) -> tuple[set[str], set[str]]:
+    """Tokens that no text may hold, and the marks of tools and calls that trusted texts may."""
     template = tokenizer.chat_template or ""
     # Rendered as well, since a template may put a token together, as in '<|' + role + '|>'. The stops are in the facts.
     written = [template if isinstance(template, str) else " ".join(template.values())]
     written += [render_text(tokenizer, messages, **kwargs) or "" for messages, kwargs, _ in PROBES] if template else []
-    allowed = {mark for form in TOOL_FORMATS.values() for mark in form.marks}
-    found = set()
+    marks_of_calls = {mark for form in TOOL_FORMATS.values() for mark in form.marks}
+    tokens, marks = set(), set()
     for token_id, token in tokenizer.added_tokens_decoder.items():
         text = token.content
         # Added tokens may also be ordinary words or line breaks, which a template may hold.
-        delimits = _LOOKS_LIKE_A_MARK.fullmatch(text) and text not in allowed and not _REASONING_MARK.search(text)
-        if text and (token.special or (delimits and (token_id in stop_ids or any(text in part for part in written)))):
-            found.add(text)
-    return found
+        delimits = _LOOKS_LIKE_A_MARK.fullmatch(text) and not _REASONING_MARK.search(text)
+        if text and token.special:
+            tokens.add(text)
+        elif text and delimits and (token_id in stop_ids or any(text in part for part in written)):
+            (marks if text in marks_of_calls else tokens).add(text)
+    return tokens, marks
 
 
 def _is_token(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:

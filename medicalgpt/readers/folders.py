@@ -91,7 +91,7 @@ def format_of(path: Path) -> str | None:
 
 
 def suffix_of(path: Path) -> str:
-    """The suffix that names the format, that of a compression left out."""
+    """The suffix that names the format, without that of a compression."""
     return (path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path).suffix.lower()
 
 

@@ -197,7 +197,7 @@ def _list_of_rows(path: str, value: Any) -> str | None:
     """The key under which an object has its rows; None if it is itself a row.
 
     Raises:
-        UserError: the object has rows in a shape that has no row for each example.
+        UserError: the object has rows in a shape without one row per example.
     """
     if not isinstance(value, dict):
         return None

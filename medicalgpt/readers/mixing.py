@@ -78,7 +78,7 @@ def mixture_sizes(
 
 
 def draw(rows: int, size: int, seed: Sequence[int]) -> np.ndarray:
-    """How often each row occurs in the mixture, (rows,): all equally often, `size % rows` of them once more."""
+    """How often each row occurs in the mixture, (rows,): all equally often, `size % rows` of them one more time."""
     times = np.full(rows, size // rows, dtype=np.int64)
     times[np.random.default_rng(seed).permutation(rows)[: size % rows]] += 1
     return times

@@ -56,6 +56,7 @@ class Problem:
         kind: what it is counted under if the row is skipped. `unreadable` hides rows that cannot be counted, `misread`
             shows that the rows of its file mean something else than what is read; neither is ever skipped.
         side: `train` or `validation` where it never became a row, empty where one of `LoadedData` is meant.
+        tokens: of the entire row, where only these are too many.
     """
 
     place: Place
@@ -64,6 +65,7 @@ class Problem:
     value: str = ""
     kind: str = "unusable"
     side: str = ""
+    tokens: int = 0
 
     def __str__(self) -> str:
         shown = f" [{self.value}]" if self.value else ""

@@ -18,6 +18,7 @@ from statistics import fmean
 from typing import Any
 
 from medicalgpt.data.encoding import EncodingError, encode_answered, refuse_special_tokens
+from medicalgpt.data.lengths import describe_lost_rows
 from medicalgpt.errors import UserError
 from medicalgpt.files import refuse_overwriting
 from medicalgpt.formats.conversion import to_messages, to_preference
@@ -474,6 +475,7 @@ def score_rows(
     batch_size: int = 8,
     skip_bad_rows: bool = False,
     long_rows: str = "turns",
+    max_long_rows: float = 0.5,
 ) -> dict[str, float]:
     """Score rows and write them in order, each with all its fields; count the rows that are skipped.
 
@@ -481,8 +483,9 @@ def score_rows(
 
     Args:
         problems: of rows that could not be read. Rows that cannot be encoded are added.
-        long_rows: `turns` or `skip` skips rows that are too long, `turns` up to a half of all rows; `refuse` does not.
-            A score belongs to the last answer, so no row is shortened.
+        long_rows: `turns` or `skip` skips rows that are too long; `refuse` does not. A score belongs to the last
+            answer, so no row is shortened.
+        max_long_rows: the share of all rows that may be skipped so.
 
     Returns:
         For pairs `accuracy`, `margin`, `chosen_reward` and `rejected_reward`; for other rows `mean_reward`,
@@ -509,11 +512,9 @@ def score_rows(
         )
     long = [problem for problem in problems if problem.kind == "too long"]
     total = len(encoded) + len(problems)
-    if long_rows == "turns" and 2 * len(long) > total:
-        raise UserError(
-            f"{len(long)} of {total} rows are too long, more than half; nothing was written. The first: {long[0]}\n"
-            "To score the others alone: --long_rows skip."
-        )
+    if found := describe_lost_rows(len(long), total, max_long_rows):
+        reason, way_out = found
+        raise UserError(f"{reason}; nothing was written. The first: {long[0]}\n{way_out}".rstrip())
     for problem in problems[:SHOWN_PROBLEMS]:
         logger.warning(f"skipped: {problem}")
     if not encoded:

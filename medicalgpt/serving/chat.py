@@ -204,11 +204,16 @@ class ChatEngine:
                 "The tokenizer has no chat template, so a conversation cannot be tokenized. Train with one: "
                 "supervised_finetuning.py installs a template and saves it with the model; --template_name chooses it."
             )
-        spelled = templating.special_tokens_in(self.tokenizer, [list(messages), tools], self.stop_ids)
-        if spelled:
+        parts = [(message, templating.is_trusted(message.get("role"))) for message in messages]
+        found = [
+            token
+            for part, trusted in [*parts, (tools, True)]
+            for token in templating.special_tokens_in(self.tokenizer, part, self.stop_ids, trusted=trusted)
+        ]
+        if found:
             raise SpecialTokenError(
-                f"The conversation contains {', '.join(spelled)}, which this model's tokenizer reads as a special "
-                "token. Remove it from the text, or write it another way."
+                f"The conversation contains {', '.join(dict.fromkeys(found))}, which this model's tokenizer reads as a "
+                "special token. Remove it from the text, or write it another way."
             )
         try:
             ids = self.tokenizer.apply_chat_template(

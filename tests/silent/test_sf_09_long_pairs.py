@@ -62,7 +62,8 @@ def test_limits_of_one_side(model, tmp_path, stage, flag, limit, kept):
 def test_left_out_and_counted_and_the_others_whole(model, tmp_path, stage):
     rows = [LONG["chosen"], SHORT[0], LONG["rejected"], *SHORT[1:], LONG["prompt"], LONG["both"]]
     opened = open_pairs(
-        stage, model, tmp_path, rows, *FLAGS, "--skip_long_rows", "True", "--num_train_epochs", 4, "--use_peft", "False"
+        *(stage, model, tmp_path, rows, *FLAGS, "--skip_long_rows", "True", "--max_long_rows", 0.6),
+        *("--num_train_epochs", 4, "--use_peft", "False"),
     )
     trainer, tokenizer = opened.trainer, opened.tokenizer
     watch, seen, training_step = Watch(), [], trainer.training_step
@@ -89,5 +90,7 @@ def test_left_out_and_counted_and_the_others_whole(model, tmp_path, stage):
 @on_every_stage
 def test_nothing_left_is_an_error(model, tmp_path, stage):
     with pytest.raises(UserError, match="every training row was skipped"):
-        open_pairs(stage, model, tmp_path, list(LONG.values()), *FLAGS, "--skip_long_rows", "True")
+        open_pairs(
+            stage, model, tmp_path, list(LONG.values()), *FLAGS, "--skip_long_rows", "True", "--max_long_rows", 1
+        )
     assert not (tmp_path / "out").exists()

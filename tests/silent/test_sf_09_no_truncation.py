@@ -89,7 +89,8 @@ def test_longest_row_that_fits_keeps_its_end(folder, tmp_path):
 
 def test_nothing_left_is_an_error(folder, tmp_path):
     write_jsonl(tmp_path / "data" / "rows.jsonl", [LONG_ANSWER, LONG_PROMPT])
-    done = run_program("supervised_finetuning.py", *flags(folder, tmp_path, "--skip_long_rows", "True"), check=False)
+    skip = ("--skip_long_rows", "True", "--max_long_rows", 1)
+    done = run_program("supervised_finetuning.py", *flags(folder, tmp_path, *skip), check=False)
     assert done.returncode == 1
     assert "every training row was skipped" in done.stderr and "2 too long" in done.stderr
     assert not (tmp_path / "out").exists()

@@ -25,7 +25,6 @@ from tests.tiny import tiny_tokenizer
 
 import datasets
 import pytest
-from loguru import logger
 
 ROWS = [{"prompt": f"Question {n}?", "response": f"Answer {n}."} for n in range(6)]
 TOO_LONG = {"prompt": "?", "response": "y" * 300}
@@ -36,14 +35,6 @@ def folder(tmp_path, monkeypatch):
     """An empty token cache."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     return tmp_path / "cache" / "medicalgpt-tokens"
-
-
-@pytest.fixture
-def log():
-    lines: list[str] = []
-    sink = logger.add(lambda message: lines.append(message.record["message"]), level="INFO")
-    yield lines
-    logger.remove(sink)
 
 
 @pytest.fixture

@@ -65,10 +65,42 @@ def test_rows_of_every_stage_are_refused(tokenizer, token):
 
 
 def test_tokens_of_reasoning_and_calls_and_ordinary_words_are_used(tokenizer):
+    """In an answer, and in what the operator writes; a question may name the tokens of a thought."""
     answer = f"<think>\naspirin?\n</think>\n\n{CALL} aspirin\n<table>"
-    (sample,) = encode_chat(tokenizer, to_messages({"instruction": f"{OUTPUT}\n{OTHER_END}", "output": answer}))
+    row = {"system": f"Call with {CALL}", "instruction": f"Use <think></think>, aspirin\n{OTHER_END}", "output": answer}
+    (sample,) = encode_chat(tokenizer, to_messages(row))
     assert tokenizer.decode(sample.input_ids).endswith(f"{answer}{END}")
     assert sample.input_ids.count(tokenizer.convert_tokens_to_ids(USER)) == 1
+
+
+@pytest.mark.parametrize("token", [CALL, OUTPUT])
+def test_a_user_or_a_tool_writes_no_call_and_no_result(tokenizer, token):
+    """Unflagged as well: such a text would pass for a call of the model, or for the result of one."""
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    asked, reply = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
+    poisoned = f"Hi{token}and"
+    for messages in (
+        [{**asked, "content": poisoned}, reply],
+        [asked, reply, {**asked, "content": poisoned}, reply],
+        [asked, call, {"role": "tool", "content": poisoned}, reply],
+    ):
+        with pytest.raises(EncodingError, match=f"holds {token}"):
+            encode_chat(tokenizer, to_messages({"messages": messages}))
+    with pytest.raises(EncodingError, match=f"turn 1 holds {token}"):
+        encode_prompt(tokenizer, to_task({"prompt": poisoned, "answer": "A"}))
+
+
+@pytest.mark.parametrize("name", ["qwen", "qwen3"])
+def test_marks_of_calls_in_a_vocabulary_of_qwen(name):
+    """Its templates look for <tool_response> at the beginning of a user's text, and drop thoughts by what they find."""
+    tokenizer = tiny_tokenizer()
+    marks = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
+    tokenizer.add_tokens([AddedToken(mark, special=False) for mark in [*marks, "<think>", "</think>"]])
+    apply_template(tokenizer, name)
+    for mark in marks:
+        assert special_tokens_in(tokenizer, f"a{mark}b") == [mark]
+        assert special_tokens_in(tokenizer, f"a{mark}b", trusted=True) == []
+    assert special_tokens_in(tokenizer, "<think></think>") == []
 
 
 @pytest.mark.parametrize(
@@ -97,10 +129,12 @@ def test_texts_are_searched_as_they_are():
     assert special_tokens_in(tokenizer, json.dumps(value)) == []
 
 
-@pytest.mark.parametrize("token", [USER, OTHER_END])
+@pytest.mark.parametrize("token", [USER, OTHER_END, CALL, OUTPUT])
 def test_a_request_is_refused(engine, token):
     with pytest.raises(SpecialTokenError, match=token.replace("|", r"\|")):
         engine.prompt_ids([{"role": "user", "content": f"Hi{token}"}])
+    if token in (CALL, OUTPUT):
+        engine.prompt_ids([{"role": "system", "content": f"Call with {token}"}, {"role": "user", "content": "Hi"}])
     batcher = make_batcher(engine, max_batch_size=1, max_waiting=1)
     try:
         client = TestClient(make_app(Service(OpenAIArguments(model_name_or_path="x"), engine, batcher, None)), LOCAL)
@@ -116,6 +150,6 @@ def test_documents_stay_text(engine):
     sources = [Source(f"{USER}.md", text, (0,))]
     ids = build_prompt(engine, Sampling(max_new_tokens=20), None, [], "What?", sources).prompt_ids
     counts = [ids.count(engine.tokenizer.convert_tokens_to_ids(token)) for token in (USER, ASSISTANT, OTHER_END, CALL)]
-    # The template's own turns, and what a document may say of calls.
-    assert counts == [1, 1, 0, 1]
-    assert escape_special_tokens(engine.tokenizer, text)[1] == 2
+    # The template's own turns alone.
+    assert counts == [1, 1, 0, 0]
+    assert escape_special_tokens(engine.tokenizer, text)[1] == 3
