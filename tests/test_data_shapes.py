@@ -269,6 +269,16 @@ CHATS = {
     ),
     "the letter as a label": ({"question": ASKED, "options": OPTIONS, "label": "B", "id": "Text-0"}, CHOICE),
     "turns of the question as JSON in a string": ({"prompt": json.dumps([USER]), "response": SAID}, TURNS),
+    "Gemini": (
+        {
+            "systemInstruction": {"role": "system", "parts": [{"text": "S"}]},
+            "contents": [
+                {"role": "user", "parts": [{"text": ASKED}]},
+                {"role": "model", "parts": [{"text": SAID[:4]}, {"text": SAID[4:]}]},
+            ],
+        },
+        [system("S"), *TURNS],
+    ),
     "GSM8K": (
         {"question": "2 bags of 3?", "answer": "2*3 = <<2*3=6>>6.\n#### 6"},
         [{"role": "user", "content": "2 bags of 3?"}, {"role": "assistant", "content": "2*3 = <<2*3=6>>6.\n#### 6"}],
@@ -660,6 +670,25 @@ REFUSED = {
         "the names of the fields look like a row",
         {},
     ),
+    "calls as text": (
+        {
+            "messages": [
+                USER,
+                {"role": "assistant", "content": "[weather()]"},
+                {"role": "tool", "content": "sun"},
+                REPLY,
+            ]
+        },
+        to_messages,
+        "turn 3 is the result of a tool, and turn 2 has no call",
+        {},
+    ),
+    "a pair under other names": (
+        {"question": ASKED, "pos": GOOD["content"], "neg": BAD["content"]},
+        to_preference,
+        "no field `chosen`",
+        {"--columns question=question,chosen=pos,rejected=neg": ([USER], GOOD, BAD)},
+    ),
     "rendered text": (
         {"text": f"<|im_start|>user\n{ASKED}<|im_end|>\n<|im_start|>assistant\n{SAID}<|im_end|>\n"},
         to_messages,
@@ -857,6 +886,8 @@ def test_refusals_and_their_remedies(row, to, reason, flags):
         to(row)
     assert reason in refused.value.reason
     offered = re.findall(r"--(?:columns|ignore_fields|preset|skip_bad_rows) [^\s.]+", refused.value.remedy)
+    # A remedy cannot know every name: FIELD stands for one.
+    offered = [flag if "FIELD" not in flag else next(iter(flags), flag) for flag in offered]
     assert sorted(offered) == sorted(flags), refused.value.remedy
     for flag, right in flags.items():
         if right is None:

@@ -289,7 +289,7 @@ def _read_history(fields: Fields) -> list[dict[str, Any]]:
 def _no_format(fields: Fields, question: str | None) -> RowError:
     rest = fields.rest()
     names = ", ".join(map(str, fields.given)) or "none"
-    if turns := next((name for name, value in rest.items() if are_turns(value)), None):
+    if turns := next((name for name, value in rest.items() if _are_readable_turns(value)), None):
         return RowError(
             f"no known chat format (fields: {names})", f"If `{turns}` are the turns: --columns messages={turns}.", rest
         )
@@ -324,6 +324,13 @@ def _no_format(fields: Fields, question: str | None) -> RowError:
         "and `output`, or `prompt` and `response`; data/README.md shows each.",
         rest,
     )
+
+
+def _are_readable_turns(value: Any) -> bool:
+    try:
+        return are_turns(value) and bool(to_messages_list(value, ""))
+    except RowError:
+        return False
 
 
 # Names of columns do not end like sentences, nor are they that long.

@@ -305,7 +305,8 @@ def _read_preference(fields: Fields) -> dict[str, Any]:
         if column not in fields:
             raise RowError(
                 f"no field `{column}`",
-                f"Preference rows have {both}; rows with one answer are for supervised_finetuning.py.",
+                f"Preference rows have {both}, or name them: --columns question=FIELD,chosen=FIELD,rejected=FIELD. "
+                "Rows with one answer are for supervised_finetuning.py.",
                 fields.rest(),
             )
     given = {column: parse_turns(fields.take(column)) for column in columns}

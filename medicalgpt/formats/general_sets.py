@@ -6,7 +6,7 @@ from typing import Any
 
 from medicalgpt.formats.medical_sets import is_huatuo_sft
 from medicalgpt.formats.shapes import SKIP, Preset, Row, are_texts, choice_row, is_transcript
-from medicalgpt.formats.turns import parse_transcript
+from medicalgpt.formats.turns import are_turns, parse_transcript
 from medicalgpt.readers.problems import RowError
 
 
@@ -33,6 +33,12 @@ def _squad(row: Row, kind: str) -> dict[str, Any]:
     if not row["answers"]["text"]:
         raise RowError("there is no answer in the text", SKIP, row)
     return {"question": f"{row['context']}\n\n{row['question']}", "answer": row["answers"]["text"][0]}
+
+
+def _gemini(row: Row, kind: str) -> dict[str, Any]:
+    system = row.get("systemInstruction") or row.get("system_instruction") or {}
+    texts = [part["text"] for part in system.get("parts", ())]
+    return {"messages": [*({"role": "system", "content": text} for text in texts), *row["contents"]]}
 
 
 def _guanaco(row: Row, kind: str) -> dict[str, Any]:
@@ -86,6 +92,16 @@ GENERAL_SETS = (
         ("text",),
         convert=_guanaco,
         check=is_transcript("text"),
+    ),
+    Preset(
+        "gemini",
+        "tuning files of Gemini",
+        "your own data",
+        ("chat",),
+        ("contents",),
+        convert=_gemini,
+        uses=("systemInstruction", "system_instruction"),
+        check=lambda row: are_turns(row["contents"]),
     ),
     Preset(
         "dolly",

@@ -20,7 +20,7 @@ PLAIN_ROLES = {
 }
 
 ROLE_FIELDS = ("from", "role")
-TEXT_FIELDS = ("value", "content")
+TEXT_FIELDS = ("value", "content", "parts")
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 MASK_FIELDS = ("weight", "loss", "train", "loss_mask")
 MEDIA_FIELDS = ("images", "videos", "audios", "image", "video", "audio")
@@ -376,6 +376,12 @@ def check_order(messages: list[dict[str, Any]], must_end_with: str) -> None:
         role = message["role"]
         if role == "system" and allowed != ("tool",):
             continue
+        if role == "tool" and allowed == ("user",):
+            raise RowError(
+                f"turn {number} is the result of a tool, and turn {number - 1} has no call",
+                f"Write the call as `tool_calls` of turn {number - 1}, or as a turn of function_call.",
+                messages[number - 2],
+            )
         if role not in allowed:
             raise RowError(
                 f"wrong order: turn {number} is {role}, expected {' or '.join(allowed)}",
