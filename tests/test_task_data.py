@@ -38,6 +38,7 @@ ASKED = [{"role": "user", "content": "Q"}]
         ({"Instruction": "Q", "Output": "A"}, {"answer": "A"}),
         ({"问题": "Q", "答案": "A"}, {"answer": "A", "答案": "A"}),
         ({"question": "Q", "context": "", "answer": "A"}, {"answer": "A"}),
+        ({"instruction": "Q", "context": "", "response": "A"}, {"answer": "A"}),
         ({"prompt": "Q", "completion": [{"role": "assistant", "content": "A"}], "label": True}, {"answer": "A"}),
         # Lists and objects as strings of JSON, as tables have them.
         (

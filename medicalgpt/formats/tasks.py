@@ -67,8 +67,8 @@ def to_task(value: Any, ignore: frozenset[str] = frozenset()) -> dict[str, Any]:
     for name in CONTEXT_FIELDS:
         if not is_blank(context := columns.pop(name, None)):
             question["content"] = f"{_context_text(context, name)}\n\n{question['content']}"
-    if "input" in columns:
-        question["content"] += f"\n{_context_text(columns.pop('input'), 'input')}"
+    if not is_blank(below := columns.pop("input", None)):
+        question["content"] += f"\n{_context_text(below, 'input')}"
     if options:
         question["content"] = prompt_with_options(question["content"], options)
     first = first_number(row, option_fields)
