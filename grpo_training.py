@@ -857,8 +857,8 @@ def main() -> None:
     # 2 tokenizer and template, with a system prompt that asks for the format the rewards look for
     tokenizer = loading.stage_tokenizer(checkpoint, model_args)
     system_prompt = {None: SYSTEM_PROMPT, "none": None}.get(args.system_prompt, args.system_prompt)
-    stop = apply_template(tokenizer, args.template_name, system_prompt, args.tool_format)
-    stop_ids = stop_token_ids(tokenizer, stop)
+    stop_ids = stop_token_ids(tokenizer, apply_template(tokenizer, args.template_name, system_prompt, args.tool_format))
+    run.add_tokenizer(tokenizer)
 
     # 3 data: prompts that leave room for an answer; the other fields of a row go to the reward functions
     data = load_tasks(data_args, functions, args.order_seed)

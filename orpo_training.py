@@ -153,6 +153,7 @@ def main() -> None:
     # 2 tokenizer and template
     tokenizer = loading.stage_tokenizer(checkpoint, model_args)
     stop = apply_template(tokenizer, args.template_name, args.system_prompt, args.tool_format)
+    run.add_tokenizer(tokenizer)
 
     # 3 data: both answers follow the same prompt; pairs that are too long are skipped, never truncated
     data = load_data(data_args, to_preference, seed=args.order_seed)

@@ -995,6 +995,7 @@ def main() -> None:
     # 2 tokenizer and template
     tokenizer = loading.stage_tokenizer(checkpoint, model_args)
     stop = apply_template(tokenizer, args.template_name, args.system_prompt, args.tool_format)
+    run.add_tokenizer(tokenizer)
 
     # 3 data: prompts; answers in the rows are not used
     data = load_data(data_args, to_task, seed=args.order_seed)

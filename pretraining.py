@@ -98,6 +98,7 @@ def main() -> None:
 
     # 2 tokenizer
     tokenizer = loading.stage_tokenizer(checkpoint, model_args)
+    run.add_tokenizer(tokenizer)
 
     # 3 data: documents become pieces of at most one block; no token is lost
     load = check_data if data_args.streaming else load_data

@@ -184,6 +184,7 @@ def main() -> None:
     stop_ids = stop_token_ids(tokenizer, stop)
     tokenizer.pad_token = scoring.choose_padding(tokenizer, stop_ids)
     logger.info(f"{head}; scores are read at {stop[0]}, padding is {tokenizer.pad_token}")
+    run.add_tokenizer(tokenizer)
 
     # 3 data: both answers follow the same prompt; pairs that are too long are skipped, never truncated
     data = load_data(data_args, to_preference, seed=args.order_seed)

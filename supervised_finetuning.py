@@ -109,10 +109,10 @@ def main() -> None:
     # 2 tokenizer and template
     tokenizer = loading.stage_tokenizer(checkpoint, model_args)
     stop = apply_template(tokenizer, args.template_name, args.system_prompt, args.tool_format)
+    run.add_tokenizer(tokenizer)
 
     # 3 data: each conversation is rendered by the template and masked; no answer is ever truncated
-    load = check_data if data_args.streaming else load_data
-    data = load(data_args, to_messages, seed=args.order_seed)
+    data = (check_data if data_args.streaming else load_data)(data_args, to_messages, seed=args.order_seed)
     encode = partial(
         encode_chat,
         tokenizer,

@@ -1,7 +1,7 @@
 """Write docs/training_params.md: the flags of every program, read from the dataclasses that declare them.
 
-    python -m docs.build_training_params            write the page
-    python -m docs.build_training_params --check    exit code 1 if the page is not current
+    python -m docs.build_training_params            write the page, and the tables of docs/resuming.md
+    python -m docs.build_training_params --check    exit code 1 if one of them is not current
 
 The page is the same on every machine: it shows the defaults of classes, not of instances, which depend on the hardware.
 """
@@ -30,6 +30,7 @@ import pretraining
 import reward_modeling
 import supervised_finetuning
 import validate_jsonl
+from docs import resume_tables
 from medicalgpt.args import (
     ApiArguments,
     AttentionArguments,
@@ -104,12 +105,16 @@ def main() -> None:
     """Write the page, or check it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if the page is not current")
-    page = render()
-    if not parser.parse_args().check:
-        PAGE.write_text(page, encoding="utf-8")
-        print(f"{PAGE.name}: written")
-    elif not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != page:
-        raise UserError(f"docs/{PAGE.name} is not current. Run: python -m docs.build_training_params")
+    pages = {PAGE: render()}
+    for language, path in resume_tables.PAGES.items():
+        pages[path] = resume_tables.with_tables(path.read_text(encoding="utf-8"), language)
+    check = parser.parse_args().check
+    for path, text in pages.items():
+        if not check:
+            path.write_text(text, encoding="utf-8")
+            print(f"{path.name}: written")
+        elif not path.is_file() or path.read_text(encoding="utf-8") != text:
+            raise UserError(f"docs/{path.name} is not current. Run: python -m docs.build_training_params")
 
 
 def render() -> str:

@@ -130,6 +130,18 @@ def read_json(path: str | Path) -> Any:
     return [json.loads(line) for line in text.split("\n") if line]
 
 
+def commit(checkpoint: str | Path) -> None:
+    """Write the manifest of a checkpoint, again if a test has changed its files."""
+    from medicalgpt.files import hash_file
+    from medicalgpt.training.checkpoints import MANIFEST
+
+    files = [path for path in sorted(Path(checkpoint).rglob("*")) if path.is_file() and path.name != MANIFEST]
+    entries = {
+        str(path.relative_to(checkpoint)): {"bytes": path.stat().st_size, "sha256": hash_file(path)} for path in files
+    }
+    Path(checkpoint, MANIFEST).write_text(json.dumps(entries))
+
+
 def stop_tokens(folder: str | Path) -> list[str]:
     """The tokens that end an answer of a trained model, as its run.json says.
 

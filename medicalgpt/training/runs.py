@@ -46,8 +46,9 @@ from medicalgpt.training.claiming import NO, Claim, claim_folder, on_first_proce
 from medicalgpt.training.engines import init_deepspeed, require_gathering
 from medicalgpt.training.folder_lock import FolderLock
 from medicalgpt.training.observed import as_table, observe
-from medicalgpt.training.output_folder import PreviousRun, read_record, refuse_overlap
+from medicalgpt.training.output_folder import PreviousRun, refuse_overlap
 from medicalgpt.training.plots import plot_loss
+from medicalgpt.training.resume import RecordInCheckpoint, ResumedRun, StepsOfFlags, contents, contents_of_tokenizer
 from medicalgpt.training.samples import GreedyAnswers, SampleLogger
 from medicalgpt.training.stopping import StopAfterStep, StopRequest
 from medicalgpt.training.stream_trainer import STATE_FILE, StreamTrainer
@@ -92,6 +93,7 @@ class Run:
         if training.use_liger_kernel:
             _require_liger(training)
         self.stage, self.training, self.checkpoint, self.options = stage, training, checkpoint, run
+        self.groups = (training, run, *others)
         self.stop = StopRequest()
         self.stop.install()
         # The trainer changes its arguments; these stay as they were requested.
@@ -103,7 +105,7 @@ class Run:
         init_deepspeed(training)
         wanted = str(training.resume_from_checkpoint or NO)
         resumes = resumes_in(self.output_dir, wanted)
-        refuse_overlap(self.output_dir, stage, (training, run, *others), checkpoint, resumes=resumes)
+        refuse_overlap(self.output_dir, stage, self.groups, checkpoint, resumes=resumes)
         self.previous, self.lock = PreviousRun(self.output_dir), FolderLock(self.output_dir)
         # The first question for the number of processes lets them talk to each other.
         processes = training.world_size
@@ -111,13 +113,6 @@ class Run:
         self.resume_from = self.claim.resume_from
         if self.resume_from:
             require_same_checkpoint(self.resume_from)
-        if self.claim.finished:
-            self.lock.release()
-            logger.info(
-                f"the run in {self.output_dir} has already finished, so nothing is left to do. To train it again and "
-                "replace it: --overwrite_output_dir True"
-            )
-            sys.exit(0)
         # The filter replaces a loss that is NaN by the mean of earlier ones, which hides that training has failed.
         training.logging_nan_inf_filter = False
         set_seed(training.seed)
@@ -125,9 +120,10 @@ class Run:
             "stage": stage,
             "status": "running",
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-            "arguments": _resolved(training, run, *others),
+            "arguments": _resolved(*self.groups),
             "parent": checkpoint.name,
-            "base": {"name": checkpoint.base},
+            "base": {"name": checkpoint.base, "adapter": checkpoint.adapter and checkpoint.adapter.path},
+            "contents": contents(self.groups, checkpoint),
             "git_commit": _git_commit(),
             "versions": {"python": platform.python_version(), **_library_versions()},
             "processes": processes,
@@ -135,6 +131,9 @@ class Run:
             "resumed_from": self.resume_from,
             "data": [],
         }
+        if self.claim.finished:
+            self._end_finished()
+        self.resumed = ResumedRun(self.resume_from, self.groups) if self.resume_from else None
         if training.disable_tqdm is False and not sys.stderr.isatty():
             training.disable_tqdm = True
 
@@ -155,6 +154,43 @@ class Run:
         except BaseException:
             self.lock.release()
             raise
+
+    def _end_finished(self) -> NoReturn:
+        """End with success if nothing is left to do.
+
+        Raises:
+            UserError: the run that has finished had other settings.
+        """
+        self.lock.release()
+        ResumedRun(str(self.output_dir), self.groups).require_finished(self.record)
+        logger.info(
+            f"the run in {self.output_dir} has already finished, so nothing is left to do. To train it again and "
+            "replace it: --overwrite_output_dir True"
+        )
+        sys.exit(0)
+
+    def add_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Record the tokenizer with its template in run.json, and compare a resumed run with the one before.
+
+        Call it before anything large is read.
+
+        Raises:
+            UserError: flags, base, tokenizer, ... that may not differ from those of the run that made the checkpoint.
+        """
+        self.record["contents"] |= contents_of_tokenizer(tokenizer)
+        if self.resumed:
+            self.record["changed_on_resume"] = self.resumed.require_same(self.record, self.output_dir)
+
+    def require_same_contents(self) -> None:
+        """Compare what was not on this machine before the model was loaded.
+
+        Raises:
+            UserError: as `add_tokenizer`.
+        """
+        if None in self.record["contents"].values():
+            self.record["contents"] |= contents(self.groups, self.checkpoint)
+            if self.resumed:
+                self.resumed.refuse(self.resumed.compare(self.record), self.record, self.output_dir)
 
     def add_data(self, data: LoadedData) -> None:
         """Print how many rows are used and skipped, and record it in run.json.
@@ -178,14 +214,8 @@ class Run:
                 f"{self.resume_from} saw its rows in another order than this run would. {wanted}, as in the run that "
                 "made it, or start again in another --output_dir."
             )
-        if self.resume_from:
-            before = (read_record(self.output_dir) or {}).get("data")
-            if before and before != self.record["data"]:
-                raise UserError(
-                    f"{self.resume_from} was trained on other rows than these (see data in "
-                    f"{self.output_dir / 'run.json'}); resuming would repeat some and skip others. Pass the same data "
-                    "and the same data flags, or start again in another --output_dir."
-                )
+        if self.resumed:
+            self.resumed.require_same_rows(self.record["data"])
 
     def preview(self, tokenizer: PreTrainedTokenizerBase, dataset: Dataset) -> None:
         """Print the first training row with its supervised tokens marked, so that a wrong mask shows at once."""
@@ -393,6 +423,7 @@ class Run:
         self._install_callbacks(trainer)
         # A model from a hub is on this machine only since it was loaded.
         self.record["base"]["fingerprint"] = self.checkpoint.fingerprint
+        self.require_same_contents()
         self._write_record()
         if samples is None:
             samples = GreedyAnswers(
@@ -435,6 +466,8 @@ class Run:
     def _install_callbacks(self, trainer: Trainer) -> None:
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(MetricsFile(self.output_dir, append=self.resume_from is not None))
+        trainer.add_callback(StepsOfFlags())
+        trainer.add_callback(RecordInCheckpoint(self.record))
         trainer.add_callback(CheckpointCommitter(self.previous.discard))
         trainer.add_callback(StopAfterStep(self.stop, self._end_stopped))
         trainer.add_callback(FiniteLoss())

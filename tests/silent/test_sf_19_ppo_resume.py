@@ -3,7 +3,7 @@
 import shutil
 
 from medicalgpt.errors import UserError
-from tests.helpers import read_json, write_jsonl
+from tests.helpers import commit, read_json, write_jsonl
 from tests.silent.callbacks import Kill
 from tests.silent.ppo import make_place, open_ppo, prompts
 
@@ -80,6 +80,14 @@ def test_stopped_and_resumed_equals_never_stopped(place, tmp_path, case):
 def test_a_checkpoint_of_other_weights_is_refused(place, tmp_path):
     opened(place, tmp_path / "out", "plain").finish()
     shutil.rmtree(tmp_path / "out" / "checkpoint-5", ignore_errors=True)
-    run = opened(place, tmp_path / "out", "plain", "--target_modules", "q_proj", "--resume_from_checkpoint", "True")
+    more = ("--target_modules", "q_proj", "--resume_from_checkpoint", "True")
+    with pytest.raises(UserError, match="--target_modules q_proj .before: all."):
+        opened(place, tmp_path / "out", "plain", *more)
+    # A checkpoint that does not say with which flags it was made.
+    checkpoint = tmp_path / "out" / "checkpoint-3"
+    for record in (checkpoint / "run.json", tmp_path / "out" / "run.json"):
+        record.write_text("{}")
+    commit(checkpoint)
+    run = opened(place, tmp_path / "out", "plain", *more)
     with pytest.raises(UserError, match="saved by a run that trained other weights than these flags do"):
         run.finish()

@@ -93,11 +93,14 @@ def stopped(place):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--shuffle_buffer", 9], "shuffle_buffer 8 .now 9."),
-        (["--data_seed", 1], "seed 42 .now 1."),
-        (["--dataloader_num_workers", 2], "dataloader_num_workers 0 .now 2."),
-        (["--packing", "True"], "block_size None .now 80."),
-        (["--max_train_samples", 9], "was trained on other rows"),
+        (["--shuffle_buffer", 9], "shuffle_buffer 9 .before: 8."),
+        (["--data_seed", 1], "data_seed 1 .before: 42."),
+        (
+            ["--dataloader_num_workers", 2],
+            "dataloader_num_workers 2 .before: 0.: the checkpoint has a position for each",
+        ),
+        (["--packing", "True"], "packing True .before: False."),
+        (["--max_train_samples", 9], "max_train_samples 9 .before: unset."),
     ],
 )
 def test_what_would_change_the_order_is_refused(place, stopped, tmp_path, more, message):
