@@ -5,6 +5,8 @@
     python convert_dataset.py --in_file data/reward --out_file outputs/pairs.jsonl --to preference
     python convert_dataset.py --in_file rated.jsonl --out_file outputs/pairs.jsonl --to preference --pair_by helpfulness
     python convert_dataset.py --in_file alpaca.json --out_file sharegpt.jsonl --data_type alpaca
+    python convert_dataset.py --dataset_name FreedomIntelligence/medical-o1-reasoning-SFT --dataset_config_name en \\
+        --out_file outputs/o1.jsonl --to sharegpt
 
 Reads every format that training reads, and writes JSON Lines, a JSON list, Parquet or lines of text, by the suffix of
 --out_file. Each row is read again from what is written and must be the same. A row that the format cannot hold, or that
@@ -35,9 +37,17 @@ FORMATS = ("sharegpt", "messages", "alpaca", "preference", "task", "text", "unch
 class ConversionArguments:
     """What to convert, and into what."""
 
-    in_file: str = field(metadata={"help": "File or folder.", "aliases": ["--file_path", "--train_file_dir"]})
     out_file: str = field(
         metadata={"help": "File to write: .jsonl, .json, .parquet, or .txt.", "aliases": ["--output_file"]}
+    )
+    in_file: str | None = field(
+        default=None, metadata={"help": "File or folder.", "aliases": ["--file_path", "--train_file_dir"]}
+    )
+    dataset_name: str | None = same_field(DataArguments, "dataset_name")
+    dataset_config_name: str | None = same_field(DataArguments, "dataset_config_name")
+    dataset_split: str = field(default="train", metadata={"help": "Split of that dataset to convert."})
+    data_files: str | None = field(
+        default=None, metadata={"help": "Files of that dataset to convert, separated by commas."}
     )
     to: str | None = field(
         default=None,
@@ -82,6 +92,8 @@ class ConversionArguments:
     )
 
     def __post_init__(self):
+        if bool(self.in_file) == bool(self.dataset_name):
+            raise ValueError("give the data with exactly one of --in_file and --dataset_name.")
         meant = {None: None, "json2jsonl": "unchanged"}.get(self.data_type, "sharegpt")
         if self.to and meant and self.to != meant:
             raise ValueError(f"--data_type {self.data_type} means --to {meant}; keep one of the two flags.")
@@ -115,7 +127,7 @@ def main() -> None:
     left_out = sum((each.left_out for each in account), Counter()) + Counter(problem.kind for problem in problems)
     left_out += rated.left_out if rated else Counter()
     reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "none"
-    print(f"{args.in_file}: {sum(each.rows for each in account)} rows, left out: {reasons}")
+    print(f"{args.in_file or args.dataset_name}: {sum(each.rows for each in account)} rows, left out: {reasons}")
     print(f"{args.out_file}: {len(rows)} rows, {args.to}")
 
 
@@ -132,7 +144,8 @@ def check_output(args: ConversionArguments) -> None:
         raise UserError(f"--out_file {path}: the suffix must be one of {', '.join(FILE_SUFFIXES)}.")
     if path.suffix.lower() == ".txt" and args.to not in ("text", "unchanged"):
         raise UserError(f"--out_file {path}: a .txt file holds documents only. Write .jsonl, or convert --to text.")
-    source = Path(args.in_file)
+    # A name on the hub is not a path here.
+    source = Path(args.in_file or args.dataset_name)
     if path.exists() and source.exists() and path.samefile(source):
         raise UserError(f"--out_file {path} is the input. Choose another path.")
     if path.is_dir():

@@ -41,6 +41,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medicalgpt import logs
+from medicalgpt.args import DataArguments, same_field
 from medicalgpt.code_version import code_version
 from medicalgpt.errors import UserError, run_main
 from medicalgpt.evaluation.held_out import (
@@ -48,6 +49,7 @@ from medicalgpt.evaluation.held_out import (
     PreferencePair,
     Question,
     QuestionSet,
+    Reading,
     read_held_out,
 )
 from medicalgpt.evaluation.measures import (
@@ -546,6 +548,8 @@ def parse_arguments() -> argparse.Namespace:
         default="auto",
         help="What one document is in .txt and .md files; auto: a line of .txt, an entire .md.",
     )
+    for name in ("columns", "preset"):
+        parser.add_argument(f"--{name}", help=f"{same_field(DataArguments, name).metadata['help']} For all files here.")
     parser.add_argument("--encoding", help="Encoding of files that are not UTF-8; unset: recognised.")
     parser.add_argument("--ignore_fields", default="", help="Fields of a row that are not used, separated by commas.")
     parser.add_argument("--examples", type=_positive, default=12, help="Number of questions shown with their answers.")
@@ -601,6 +605,8 @@ def settings_of(model: MeasuredModel, held_out: HeldOut, args: argparse.Namespac
     """Return the settings on which the results of a model depend, for its fingerprint."""
     return {
         "ignore_fields": args.ignore_fields,
+        "columns": args.columns,
+        "preset": args.preset,
         "encoding": args.encoding,
         "template_from": fingerprint_checkpoint(model.lender) if model.lender else None,
         "block_size": args.block_size,
@@ -627,8 +633,7 @@ def main() -> None:
         preference_file=args.preference_file,
         task_file=args.task_file,
         document_unit=args.document_unit,
-        ignore_fields=args.ignore_fields,
-        encoding=args.encoding,
+        reading=Reading(args.ignore_fields, args.columns, args.preset, args.encoding),
         # Without a reward model only the answers to prompts with requirements can be judged.
         all_prompts=args.reward_model is not None,
         examples=args.examples,
@@ -679,7 +684,8 @@ def main() -> None:
         checkpoint = Checkpoint.resolve(args.reward_model)
         answers = {result["name"]: result["prompt_answers"] for result in results.models}
         digest = hashlib.sha256(json.dumps(answers).encode()).hexdigest()
-        settings = {"ignore_fields": args.ignore_fields, "reward": True, "answers": digest}
+        reading = {name: getattr(args, name) for name in ("ignore_fields", "columns", "preset", "encoding")}
+        settings = {**reading, "reward": True, "answers": digest}
         fingerprint = results.fingerprint(checkpoint, settings)
         say(f"reward model ({args.reward_model})")
         result = reused(fingerprint, "reward model") or evaluate_reward_model(checkpoint, held_out, answers, args)

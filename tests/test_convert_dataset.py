@@ -15,6 +15,7 @@ from tests.helpers import read_json, run_here, write_jsonl
 
 import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset, DatasetDict
 
 SCRIPT = "convert_dataset.py"
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"properties": {"city": {"type": "string"}}}}}
@@ -417,3 +418,34 @@ def test_documents_of_several_lines_are_not_lines_of_text(tmp_path):
         convert(tmp_path, [{"text": "a"}, {"text": "b\nc"}], "text", name="a.txt")
     assert "Write .jsonl instead" in str(refused.value)
     assert len(convert(tmp_path, tmp_path / "in.jsonl", "text", name="a.jsonl")) == 2
+
+
+# --- data sets of the hub ---------------------------------------------------------------------------------------------
+
+
+def test_a_data_set_of_datasets_is_converted(tmp_path, capsys):
+    """Under the name that it would have on the hub; here it is a folder, since tests have no network."""
+    rows = [{"Question": f"{number}?", "Response": "Rest."} for number in range(3)]
+    saved = {"train": Dataset.from_list(rows), "test": Dataset.from_list(rows[:1])}
+    DatasetDict(saved).save_to_disk(tmp_path / "saved")
+    flags = ("--to", "alpaca", "--columns", "question=Question,answer=Response")
+    run_here(SCRIPT, "--dataset_name", tmp_path / "saved", "--out_file", tmp_path / "a.jsonl", *flags)
+    wanted = [{"instruction": f"{number}?", "input": "", "output": "Rest."} for number in range(3)]
+    assert [{**each, "input": each.get("input", "")} for each in read_json(tmp_path / "a.jsonl")] == wanted
+    assert f"{tmp_path / 'saved'}: 3 rows, left out: none" in capsys.readouterr().out
+    more = ("--dataset_split", "test", "--out_file", tmp_path / "b.jsonl")
+    run_here(SCRIPT, "--dataset_name", tmp_path / "saved", *more, *flags)
+    assert len(read_json(tmp_path / "b.jsonl")) == 1
+    (tmp_path / "repository").mkdir()
+    write_jsonl(tmp_path / "repository" / "one.jsonl", rows)
+    write_jsonl(tmp_path / "repository" / "two.jsonl", rows[:2])
+    more = ("--data_files", "two.jsonl", "--out_file", tmp_path / "c.jsonl")
+    run_here(SCRIPT, "--dataset_name", tmp_path / "repository", *more, *flags)
+    assert len(read_json(tmp_path / "c.jsonl")) == 2
+
+
+@pytest.mark.parametrize("sources", [(), ("--in_file", "a.jsonl", "--dataset_name", "b/c")])
+def test_one_source_is_converted(tmp_path, sources, capsys):
+    with pytest.raises(SystemExit):
+        run_here(SCRIPT, *sources, "--out_file", tmp_path / "out.jsonl", "--to", "sharegpt")
+    assert "exactly one of --in_file and --dataset_name" in capsys.readouterr().err

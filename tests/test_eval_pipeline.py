@@ -17,6 +17,7 @@ from medicalgpt.evaluation import measures, results
 from medicalgpt.evaluation.held_out import (
     PreferencePair,
     Question,
+    Reading,
     pick_examples,
     read_documents,
     read_preferences,
@@ -300,6 +301,56 @@ def test_all_rows_that_cannot_be_asked_are_named(tmp_path):
     with pytest.raises(UserError) as refused:
         read_questions(str(write_rows(tmp_path / "c.jsonl", rows)))
     assert "2 row(s)" in str(refused.value) and "c.jsonl:2" in str(refused.value) and "c.jsonl:3" in str(refused.value)
+
+
+MEDMCQA = {"question": "Which one?", "opa": "iron", "opb": "zinc", "opc": "lead", "opd": "gold", "exp": "It is so."}
+
+
+def test_columns_and_presets_say_which_field_is_what(tmp_path):
+    named = {"Ask": "Fever?", "Good": "Rest.", "Bad": "Run.", "note": "x", "category": "home"}
+    file = str(write_rows(tmp_path / "rows.jsonl", [named]))
+    (question,), _ = read_questions(file, Reading(columns="question=Ask,answer=Good"))
+    assert (question.messages[-1]["content"], question.reference, question.category) == ("Fever?", "Rest.", "home")
+    (pair,), _ = read_preferences(file, Reading(columns="question=Ask,chosen=Good,rejected=Bad"))
+    assert (pair.row["chosen"]["content"], pair.row["rejected"]["content"]) == ("Rest.", "Run.")
+    (task,) = read_tasks(file, Reading(columns="question=Ask,answer=Good"))
+    assert (task.messages[-1]["content"], task.reference) == ("Fever?", "Rest.")
+    assert read_documents(file, "auto", Reading(columns="text=Good"))[0] == ["Rest."]
+    # Counted from 1, as the files of the set are; recognised, it would be the copy on the hub, which counts from 0.
+    file = str(write_rows(tmp_path / "choices.jsonl", [{**MEDMCQA, "cop": 3}]))
+    assert read_tasks(file, Reading(preset="medmcqa-original"))[0].columns["answer"] == "C"
+    assert read_tasks(file)[0].columns["answer"] == "D"
+
+
+@pytest.mark.parametrize(
+    ("reading", "part"),
+    [
+        ({"columns": "question=Q,answer=Response"}, "no row has the field Q|no field `Q`"),
+        ({"columns": "question=question,answer=exp,reasoning=thoughts"}, "--columns: no row has the field thoughts"),
+        ({"columns": "question"}, "'question' is not NAME=FIELD"),
+        ({"preset": "medmqca"}, "Did you mean medmcqa"),
+        ({"preset": "medqa", "columns": "question=question"}, "--columns and --preset both"),
+    ],
+)
+def test_columns_that_are_not_there_are_refused(tmp_path, reading, part):
+    file = write_rows(tmp_path / "rows.jsonl", [{**MEDMCQA, "cop": 3}])
+    with pytest.raises(UserError, match=part):
+        read_questions(str(file), Reading(**reading))
+
+
+@pytest.mark.parametrize("read", [read_questions, read_tasks])
+def test_options_counted_the_other_way_are_not_measured(tmp_path, read):
+    file = write_rows(tmp_path / "rows.jsonl", [{**MEDMCQA, "cop": cop} for cop in (1, 4)])
+    with pytest.raises(UserError, match="rows.jsonl:2: `cop` is 4.*--preset medmcqa-original"):
+        read(str(file))
+    read(str(file), Reading(preset="medmcqa-original"))
+
+
+def test_the_command_line_takes_columns_or_a_preset(tmp_path, monkeypatch):
+    command = ["eval_pipeline.py", "--models", "a=b", "--chat_file", "c", "--output_file", "d"]
+    monkeypatch.setattr(sys, "argv", [*command, "--columns", "question=Ask", "--preset", "medqa"])
+    args = eval_pipeline.parse_arguments()
+    assert (args.columns, args.preset) == ("question=Ask", "medqa")
 
 
 def task_row(question, answer, kind, **extra):

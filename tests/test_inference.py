@@ -12,9 +12,11 @@ import sys
 import threading
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import inference
 from medicalgpt.errors import UserError
+from tests.helpers import run_here
 from tests.tiny import make_tiny
 
 import pytest
@@ -351,11 +353,29 @@ def launch(*command: object) -> subprocess.Popen:
     return subprocess.Popen(list(map(str, launcher)), env=environment, stderr=subprocess.PIPE, text=True)
 
 
+def interrupted(command: list[object]) -> list[object]:
+    """The command, which one process has begun: it ended in its last batch but one."""
+    generate, batches = inference.ChatEngine.generate, iter(range(100))
+
+    def stopping(engine, requests):
+        if next(batches) == 4:
+            raise KeyboardInterrupt
+        return generate(engine, requests)
+
+    with patch.object(inference.ChatEngine, "generate", stopping), pytest.raises(KeyboardInterrupt):
+        run_here("inference.py", *command)
+    return command
+
+
 @pytest.fixture(scope="module")
 def shared(endless, tmp_path_factory) -> tuple[Path, str]:
-    """Where two processes have written their answers, and what they printed. In their last run, one was killed."""
+    """Where two processes have written their answers, and what they printed.
+
+    One of their runs continues one that was interrupted; in the last one, a process was killed.
+    """
     folder = tmp_path_factory.mktemp("shared")
     runs = [shared_command(endless, folder, name, folder / f"{name}.jsonl") for name in SHARED]
+    runs.append(interrupted(shared_command(endless, folder, "sampled", folder / "continued.jsonl")))
     runs.append(shared_command(endless, folder, "greedy", folder / "killed.jsonl"))
     runs = [[str(free_port()), *map(str, run)] for run in runs]
     (folder / "runs.json").write_text(json.dumps(runs), encoding="utf-8")
@@ -379,6 +399,32 @@ def test_two_processes_write_the_file_of_one(name, shared, endless, tmp_path, mo
     taken = [path.read_text().count("a batch") for path in folder.glob(f"{name}.jsonl.took*")]
     assert (len(taken), sum(taken)) == ((1, 1) if name == "one-row" else (2, 6))
     assert len({row["response"] for row in read_rows(alone)}) == len(SHARED[name][0])
+
+
+def test_two_processes_continue_what_one_has_begun(shared, endless, tmp_path, monkeypatch):
+    folder, printed = shared
+    (begun,) = re.findall(r"continuing after the first (\d+) of 11 answers", printed)
+    assert 0 < int(begun) < 11
+    main(monkeypatch, *shared_command(endless, tmp_path, "sampled", tmp_path / "alone.jsonl"))
+    assert (folder / "continued.jsonl").read_bytes() == (tmp_path / "alone.jsonl").read_bytes(), printed
+    taken = [path.read_text().count("a batch") for path in folder.glob("continued.jsonl.took*")]
+    assert len(taken) == 2 and sum(taken) < 6
+    assert not list(folder.glob("continued.jsonl.partial*"))
+
+
+@pytest.mark.slow
+def test_a_run_of_which_a_process_was_killed_continues(shared, endless, tmp_path, monkeypatch):
+    """As a user starts it again; and other settings are refused, by one message and without waiting."""
+    folder, _ = shared
+    command = shared_command(endless, folder, "greedy", folder / "killed.jsonl")
+    refused = launch(ROOT / "inference.py", *command, "--max_new_tokens", 9)
+    printed = refused.communicate(timeout=120)[1]
+    assert refused.returncode == 1 and printed.count("differs in max_new_tokens (12)") == 1, printed
+    again = launch(ROOT / "inference.py", *command)
+    printed = again.communicate(timeout=120)[1]
+    assert again.returncode == 0, printed
+    main(monkeypatch, *shared_command(endless, tmp_path, "greedy", tmp_path / "alone.jsonl"))
+    assert (folder / "killed.jsonl").read_bytes() == (tmp_path / "alone.jsonl").read_bytes(), printed
 
 
 def test_processes_without_work_are_told(shared):

@@ -225,6 +225,11 @@ def test_files_are_checked_before_a_model_is_loaded(tmp_path):
     with pytest.raises(UserError, match="exists already.*--overwrite_output_file"):
         check_output_file(source, write_jsonl(tmp_path / "out.jsonl", []), False)
     check_output_file(source, str(tmp_path / "out.jsonl"), True)
+    # Scores that an interrupted run has left.
+    write_jsonl(tmp_path / "half.jsonl.partial", [PAIR])
+    with pytest.raises(UserError, match="half.jsonl.partial has the scores of a run .*--overwrite_output_file True"):
+        check_output_file(source, str(tmp_path / "half.jsonl"), False)
+    check_output_file(source, str(tmp_path / "half.jsonl"), True)
     for name in ("none.jsonl", "in.txt"):
         with pytest.raises(UserError, match="must be an existing .jsonl or .json file"):
             read_score_file(str(tmp_path / name))
@@ -237,3 +242,13 @@ def test_a_list_in_a_json_file(scorer, tmp_path):
     found, problems = read_score_file(str(tmp_path / "in.json"))
     assert [list(judged.conversations) for judged in found] == [["chosen_score", "rejected_score"], ["score"]]
     assert not problems
+
+
+def test_options_counted_the_other_way_are_never_skipped(scorer, tmp_path):
+    """Of MedMCQA, of which one copy counts from 0 and the other from 1: all other rows would be scored off by one."""
+    options = {"question": "Which?", "opa": "iron", "opb": "zinc", "opc": "lead", "opd": "gold", "exp": "So it is."}
+    source = write_jsonl(tmp_path / "in.jsonl", [{**options, "cop": 1}, {**options, "cop": 4}])
+    rows, problems = read_score_file(source)
+    with pytest.raises(UserError, match="in.jsonl:2: `cop` is 4"):
+        score_rows(scorer, rows, problems, str(tmp_path / "out.jsonl"), skip_bad_rows=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]

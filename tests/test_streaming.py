@@ -9,7 +9,7 @@ from medicalgpt.data import streaming
 from medicalgpt.data.encoding import EncodingError, Sample
 from medicalgpt.data.streaming import Position, StreamedSamples, check_data, fill_blocks
 from medicalgpt.errors import UserError
-from medicalgpt.formats.conversion import to_text
+from medicalgpt.formats.conversion import to_messages, to_text
 from medicalgpt.readers.problems import DataError
 from medicalgpt.training.stream_trainer import StreamCollator
 from tests.helpers import open_stage, read_json, run_here, write_jsonl
@@ -281,6 +281,24 @@ def test_reading_stops_where_problems_have_no_end(tmp_path, monkeypatch):
         check_data(arguments(tmp_path), to_text)
 
 
+@pytest.mark.parametrize(
+    ("cop", "flags", "remedy"),
+    [(4, {}, "medmcqa-original"), (0, {"preset": "medmcqa-original"}, "medmcqa")],
+)
+def test_options_counted_the_other_way_stop_a_stream_too(tmp_path, cop, flags, remedy):
+    """Of MedMCQA: without these rows, all others would be trained with the answer next to the correct one."""
+    options = {"opa": "iron", "opb": "zinc", "opc": "lead", "opd": "gold", "exp": "So it is."}
+    rows = [{"question": f"{number}?", **options, "cop": number} for number in (1, 2, 3)]
+    path = write_jsonl(tmp_path / "a.jsonl", [*rows, {**rows[0], "question": "4?", "cop": cop}])
+    given = arguments(path, skip_bad_rows=True, **flags)
+    with pytest.raises(UserError, match=f"a.jsonl:4: `cop` is {cop}.*--preset {remedy}"):
+        check_data(given, to_messages).settle(given)
+    given = arguments(path, preset=remedy)
+    data = check_data(given, to_messages)
+    data.settle(given)
+    assert data.rows == 4
+
+
 def test_overlap_with_held_out_rows_is_refused(folder):
     write_jsonl(folder / "valid.jsonl", [{"text": "new"}, documents("b", 25)[7]])
     with pytest.raises(UserError, match=r"(?s)1 of 2 held-out rows.*valid.jsonl:2 is also .*b.jsonl:8"):
@@ -374,8 +392,18 @@ def test_flags_that_cannot_be_kept_are_refused_before_anything_is_made(work, tmp
 def test_hub_data_is_refused(work, tmp_path):
     given = sft_flags(work, tmp_path / "out", "--dataset_name", "some/thing")
     at = given.index("--train_file_dir")
-    with pytest.raises(UserError, match="--streaming reads files"):
-        run_here("supervised_finetuning.py", *given[:at], *given[at + 2 :])
+    without_files = [*given[:at], *given[at + 2 :]]
+    with pytest.raises(UserError, match="--streaming reads files") as refused:
+        run_here("supervised_finetuning.py", *without_files)
+    assert "`hf download some/thing --repo-type dataset --local-dir data/thing`" in str(refused.value)
+    # A folder needs no download; the remedy is applied.
+    rows = [{"prompt": f"Q{number}?", "response": "Rest."} for number in range(20)]
+    Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    at = without_files.index("--dataset_name")
+    with pytest.raises(UserError, match=f"pass --train_file_dir {tmp_path / 'saved'}; omit --dataset_name.\n"):
+        run_here("supervised_finetuning.py", *without_files[:at], "--dataset_name", tmp_path / "saved")
+    without_name = [*without_files[:at], *without_files[at + 2 :]]
+    open_stage("supervised_finetuning.py", *without_name, "--train_file_dir", tmp_path / "saved")
 
 
 def test_too_few_rows_for_the_readers_are_refused(work, tmp_path):

@@ -221,6 +221,15 @@ def test_what_the_report_advises_is_a_flag_of_the_program(base, broken, capsys):
     assert lines[-1] == "5 rows can be used; with these flags training skips 8: 7 unusable, 1 too long"
 
 
+def test_the_encoding_of_a_file_is_told_once(tmp_path, capfd):
+    """Its first row is looked at, all are checked, and a copy is written."""
+    (tmp_path / "in").mkdir()
+    row = json.dumps({"prompt": "感冒了怎么办？", "response": "多休息，多喝水。"}, ensure_ascii=False)
+    (tmp_path / "in" / "a.jsonl").write_bytes(f"{row}\n".encode("gb18030"))
+    run_here(SCRIPT, "--file_path", tmp_path / "in", "--fix")
+    assert capfd.readouterr().err.count("a.jsonl is not UTF-8") == 1
+
+
 def test_skipping_every_row_is_an_error(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": ""}])
     with pytest.raises(UserError, match="every row would be skipped: 1 unusable"):

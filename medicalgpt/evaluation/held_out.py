@@ -84,6 +84,28 @@ class PreferencePair:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """How rows are read: the flags of the same names.
+
+    Attributes:
+        columns: which field of a row is what; no other field is then read.
+        preset: the data set whose rows these are.
+    """
+
+    ignore_fields: str = ""
+    columns: str | None = None
+    preset: str | None = None
+    encoding: str | None = None
+
+    def converter(self, to: Callable[..., dict[str, Any]]) -> conversion.Converter:
+        """Raises UserError if --columns or --preset cannot be understood."""
+        try:
+            return conversion.converter(to, sources.ignored_fields(self.ignore_fields), self.columns, self.preset)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+
+@dataclass(frozen=True)
 class HeldOut:
     """What the models are measured on; None for a kind that is not measured.
 
@@ -161,8 +183,7 @@ def read_held_out(
     preference_file: str | None = None,
     task_file: str | None = None,
     document_unit: str = "auto",
-    ignore_fields: str = "",
-    encoding: str | None = None,
+    reading: Reading | None = None,
     all_prompts: bool = False,
     examples: int = 12,
     seed: int = 42,
@@ -170,6 +191,7 @@ def read_held_out(
     """Read what is given; see the functions below for each kind.
 
     Args:
+        reading: how the rows of every file are read.
         all_prompts: ask all prompts of the preference file; by default those that say what a good answer contains.
         examples: maximum number of questions of the chat file whose answers are shown.
         seed: shuffles the questions.
@@ -182,20 +204,20 @@ def read_held_out(
     files = {kind: folders.find_files(place) for kind, place in places.items() if kind != "text"}
     found: dict[str, Any] = {}
     if text_file_dir:
-        found["documents"], files["text"] = read_documents(text_file_dir, document_unit, encoding)
+        found["documents"], files["text"] = read_documents(text_file_dir, document_unit, reading)
     if chat_file:
-        questions, found["skipped"] = read_questions(chat_file, ignore_fields, encoding)
+        questions, found["skipped"] = read_questions(chat_file, reading)
         found["chat"] = QuestionSet.choose(questions, examples, seed)
     if preference_file:
-        found["pairs"], prompts = read_preferences(preference_file, ignore_fields, encoding)
+        found["pairs"], prompts = read_preferences(preference_file, reading)
         if asked := [prompt for prompt in prompts if prompt.required or all_prompts]:
             found["prompts"] = QuestionSet.choose(asked, PROMPT_EXAMPLES, seed)
     if task_file:
-        found["tasks"] = QuestionSet.choose(read_tasks(task_file, ignore_fields, encoding), TASK_EXAMPLES, seed)
+        found["tasks"] = QuestionSet.choose(read_tasks(task_file, reading), TASK_EXAMPLES, seed)
     return HeldOut(**found, places=places, files=files)
 
 
-def read_documents(place: str, document_unit: str, encoding: str | None = None) -> tuple[list[str], list[Path]]:
+def read_documents(place: str, document_unit: str, reading: Reading | None = None) -> tuple[list[str], list[Path]]:
     """Return the held-out documents at `place` and their files.
 
     In a folder, held-out files are those whose name, or that of a folder around them, begins with validation, valid,
@@ -212,31 +234,27 @@ def read_documents(place: str, document_unit: str, encoding: str | None = None) 
                 f"--text_file_dir {place} has no held-out file. Name one validation.jsonl or validation.txt, or give a "
                 "file instead of the folder."
             )
-    documents = _convert_rows(files, lambda row: conversion.to_text(row.value)["text"], encoding, document_unit)
+    documents = _convert_rows(files, conversion.to_text, lambda row, text: text["text"], reading, document_unit)
     if not documents:
         raise UserError(f"--text_file_dir {place}: the held-out files are empty ({', '.join(map(str, files))}).")
     return documents, files
 
 
-def read_questions(
-    file: str, ignore_fields: str = "", encoding: str | None = None
-) -> tuple[list[Question], dict[str, int]]:
+def read_questions(file: str, reading: Reading | None = None) -> tuple[list[Question], dict[str, int]]:
     """Return the questions of a chat file, and the rows that cannot be scored, counted by reason.
 
     Raises:
         UserError: rows that are not conversations with a final answer (all of them, by file:line).
     """
-    ignore = sources.ignored_fields(ignore_fields)
 
-    def to_question(row: SourceRow) -> Question:
-        prompt = conversion.to_prompt(row.value, ignore)
+    def to_question(row: SourceRow, prompt: dict[str, Any]) -> Question:
         if prompt["reference"] is None:
             raise RowError("no answer to compare with", "End the row with the assistant's turn.")
         category = row.value.get("category")
         name = "no category" if category is None else str(category)
         return Question(str(row.place), name, prompt["messages"], prompt["tools"], prompt["reference"])
 
-    rows = _convert_rows(folders.find_files(file), to_question, encoding)
+    rows = _convert_rows(folders.find_files(file), conversion.to_prompt, to_question, reading)
     questions = [question for question in rows if question.reference.strip()]
     if not questions:
         raise UserError(f"--chat_file {file} has no question that can be scored.")
@@ -244,24 +262,21 @@ def read_questions(
     return questions, {"the answer is a tool call": calls} if calls else {}
 
 
-def read_preferences(
-    file: str, ignore_fields: str = "", encoding: str | None = None
-) -> tuple[list[PreferencePair], list[Question]]:
+def read_preferences(file: str, reading: Reading | None = None) -> tuple[list[PreferencePair], list[Question]]:
     """Return the pairs of a preference file, and its prompts, each once.
 
     Raises:
         UserError: rows that are not preferences, or whose format is wrong (all of them, by file:line).
     """
-    ignore = sources.ignored_fields(ignore_fields)
 
-    def to_pair(row: SourceRow) -> tuple[PreferencePair, Question]:
-        pair, place = conversion.to_preference(row.value, ignore), str(row.place)
+    def to_pair(row: SourceRow, pair: dict[str, Any]) -> tuple[PreferencePair, Question]:
+        place = str(row.place)
         language = str(row.value.get("language", "no language"))
         reference, required = pair["chosen"].get("content") or "", _required_strings(row.value)
         question = Question(place, language, pair["messages"], pair["tools"], reference, required)
         return PreferencePair(place, str(row.value.get("category", "no category")), pair), question
 
-    rows = _convert_rows(folders.find_files(file), to_pair, encoding)
+    rows = _convert_rows(folders.find_files(file), conversion.to_preference, to_pair, reading)
     if not rows:
         raise UserError(f"--preference_file {file} has no pairs.")
     prompts: dict[str, Question] = {}
@@ -290,23 +305,21 @@ def _required_strings(row: dict[str, Any]) -> list[list[str]] | None:
     return required
 
 
-def read_tasks(file: str, ignore_fields: str = "", encoding: str | None = None) -> list[Question]:
+def read_tasks(file: str, reading: Reading | None = None) -> list[Question]:
     """Return the tasks of a file; the category of each is its `type`.
 
     Raises:
         UserError: rows that are not prompts, or have no `answer` (all of them, by file:line).
     """
-    ignore = sources.ignored_fields(ignore_fields)
 
-    def to_task(row: SourceRow) -> Question:
-        task = tasks.to_task(row.value, ignore)
+    def to_question(row: SourceRow, task: dict[str, Any]) -> Question:
         columns = task["columns"]
         if "answer" not in columns:
             raise RowError("no answer to compare with", "Put the correct one into `answer`.")
         kind, answer = str(columns.get("type", "no type")), str(columns["answer"])
         return Question(str(row.place), kind, task["messages"], task["tools"], answer, columns=columns)
 
-    questions = _convert_rows(folders.find_files(file), to_task, encoding)
+    questions = _convert_rows(folders.find_files(file), tasks.to_task, to_question, reading)
     if not questions:
         raise UserError(f"--task_file {file} has no tasks.")
     return questions
@@ -332,24 +345,36 @@ def pick_examples(questions: Sequence[Question], count: int) -> list[int]:
 
 def _convert_rows(
     files: Iterable[Path],
-    convert: Callable[[SourceRow], Item],
-    encoding: str | None,
+    to: Callable[..., dict[str, Any]],
+    measured: Callable[[SourceRow, dict[str, Any]], Item],
+    reading: Reading | None,
     document_unit: str = "auto",
 ) -> list[Item]:
-    """Return what `convert` makes of each row.
+    """Return what is measured of each row.
+
+    Args:
+        to: the form that rows are converted to, as in conversion.py.
+        measured: of a row and its converted form.
 
     Raises:
-        UserError: rows that cannot be read, or for which `convert` raises RowError; all of them, by file:line.
+        UserError: rows that cannot be read, or for which one of the two raises RowError; all of them, by file:line.
+            Or --columns names a field that no row has.
     """
+    reading = reading or Reading()
+    convert = reading.converter(to)
     items, problems = [], []
-    for row in (row for file in files for row in sources.read_rows(file, document_unit, encoding)):
+    for row in (row for file in files for row in sources.read_rows(file, document_unit, reading.encoding)):
         if isinstance(row, Problem):
             problems.append(row)
             continue
         try:
-            items.append(convert(row))
+            items.append(measured(row, convert(row.value)))
         except RowError as error:
             problems.append(error.at(row.place))
     if problems:
         raise UserError(f"{len(problems)} row(s) cannot be measured:\n{format_problems(problems)}")
+    if items and convert.unseen:
+        raise UserError(
+            f"--columns: no row has the field {', '.join(sorted(convert.unseen))}. Correct its name, or omit it."
+        )
     return items

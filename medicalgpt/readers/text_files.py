@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -119,8 +119,14 @@ def open_text(path: str | Path, encoding: str | None = None) -> TextFile:
             _refuse_mixed(path, content, where)
         found = find_encoding(sample, where)
     _check(path, content, found)
-    logger.warning(f"{path} {found.notice}")
+    _warn_once(f"{path} {found.notice}")
     return TextFile(path, sha256, found.encoding, content)
+
+
+@cache
+def _warn_once(text: str) -> None:
+    """Programs that look at a file's first row, check it and copy it read it several times."""
+    logger.warning(text)
 
 
 def _refuse_other_than_text(path: Path) -> None:

@@ -407,15 +407,23 @@ class ScorableRow:
 
 
 def check_output_file(score_file: str, output_file: str, overwrite: bool) -> None:
-    """Raises UserError if the scores would overwrite the score file, or another file without `overwrite`."""
-    source, target = Path(score_file), Path(output_file)
-    for path in (target, Path(f"{output_file}.partial")):
+    """Raises UserError if the scores would overwrite the score file, or another file without `overwrite`.
+
+    Scores of a run that was interrupted are a file too: computing them may have taken hours.
+    """
+    source, target, partial = Path(score_file), Path(output_file), Path(f"{output_file}.partial")
+    for path in (target, partial):
         refuse_overwriting("--output_file", path, {"--score_file": source})
     if target.is_dir():
         raise UserError(f"--output_file {target} is a folder; give the name of a file in it.")
     if target.exists() and not overwrite:
         raise UserError(
             f"--output_file {target} exists already. Give another name, or replace it: --overwrite_output_file True."
+        )
+    if partial.exists() and not overwrite:
+        raise UserError(
+            f"{partial} has the scores of a run that was interrupted or has not ended yet. Give another --output_file, "
+            "or replace it: --overwrite_output_file True."
         )
 
 

@@ -76,10 +76,7 @@ def check_flags(data_args: DataArguments, args: SFTConfig, *, rows_can_be_too_lo
             "into a separate file: --validation_file_dir."
         )
     if data_args.dataset_name:
-        raise UserError(
-            "--streaming reads files. Download the dataset to a folder with `hf download --repo-type dataset` and pass "
-            "it to --train_file_dir, or omit --streaming: datasets of the hub are kept on disk."
-        )
+        raise UserError(_files_of_dataset(data_args))
     for name in ("eval_strategy", "save_strategy", "logging_strategy"):
         if getattr(args, name) == "epoch":
             step = name.replace("strategy", "steps")
@@ -91,6 +88,20 @@ def check_flags(data_args: DataArguments, args: SFTConfig, *, rows_can_be_too_lo
                 "--streaming does not know. Omit it, or use --packing True to avoid padding."
             )
         args.train_sampling_strategy = "random"
+
+
+def _files_of_dataset(data_args: DataArguments) -> str:
+    """Why a data set is not streamed, and how its files are."""
+    name = data_args.dataset_name
+    is_here = Path(name).is_dir()
+    folder = name if is_here else f"data/{Path(name).name}"
+    download = f"run `hf download {name} --repo-type dataset --local-dir {folder}`, then "
+    omitted = sorted({"dataset_name", "dataset_config_name", "dataset_split", "data_files"} & data_args.given)
+    return (
+        f"--streaming reads files, and --dataset_name {name} names a data set. To stream its files, "
+        f"{'' if is_here else download}pass --train_file_dir {folder}; omit --{', --'.join(omitted)}.\n"
+        "Or omit --streaming: data sets are kept on disk, not in memory."
+    )
 
 
 @dataclass
