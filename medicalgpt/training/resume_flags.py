@@ -175,7 +175,7 @@ TABLE: tuple[Group, ...] = (
         unless=(STREAMING,),
     ),
     Group(
-        ("skip_bad_rows", "allow_overlap"),
+        ("skip_bad_rows", "allow_overlap", "max_long_rows"),
         Policy.MAY_CHANGE,
         "the rows that are trained on are compared themselves",
     ),
