@@ -7,7 +7,9 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from typing import NoReturn
+from datetime import timedelta
+from functools import cache
+from typing import Any, NoReturn
 
 from medicalgpt.logs import is_main_process, rank, world_size
 
@@ -48,7 +50,8 @@ class UserError(Exception):
 def run_main(main: Callable[[], None]) -> None:
     """Run a program: a `UserError` ends it with its message and exit code 1; `--debug` shows the traceback as well.
 
-    So do errors of the system that only the user can fix: a full disk, a folder without permission, and the like.
+    So do errors of the system that only the user can fix: a full disk, a folder without permission, and the like. Of
+    several processes one reports, see `fail`; one that fails because another has ended says nothing.
 
     Raises:
         SystemExit: with code 1 after a `UserError`, 75 (`STOPPED`) after `Stopped`, 130 after Ctrl-C, 141 if the reader
@@ -59,7 +62,7 @@ def run_main(main: Callable[[], None]) -> None:
     try:
         main()
         if world_size() > 1:
-            _exit_at_once()
+            _exit_at_once(0)
     except Stopped as stop:
         if debug:
             raise
@@ -81,36 +84,155 @@ def run_main(main: Callable[[], None]) -> None:
         # The reader of our output (head, less) has gone. Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except OSError as error:
-        if debug or error.errno not in USERS_ERRORS:
-            raise
-        fail(f"{error.strerror}{f': {error.filename}' if error.filename else ''}. {USERS_ERRORS[error.errno]}")
     except KeyboardInterrupt:
         if debug:
             raise
         print("\nstopped", file=sys.stderr, flush=True)
         sys.exit(130)
+    except Exception as error:
+        if debug:
+            raise
+        if message := _explain(error):
+            fail(message)
+        if isinstance(error, OSError) and error.errno in USERS_ERRORS and not is_lost_connection(error):
+            fail(f"{error.strerror}{f': {error.filename}' if error.filename else ''}. {USERS_ERRORS[error.errno]}")
+        if world_size() > 1:
+            _end_with_the_others(error)
+        raise
+
+
+OUT_OF_MEMORY = re.compile(r"out of memory|can(no|')t allocate memory|bad_alloc|ALLOC_FAILED", flags=re.IGNORECASE)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, of a GPU or of the machine, in the words of any library."""
+    kinds = (RuntimeError, OSError)
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or (isinstance(error, kinds) and OUT_OF_MEMORY.search(str(error)) is not None)
+
+
+def _explain_memory(error: BaseException) -> str | None:
+    if not is_out_of_memory(error):
+        return None
+    return f"memory ran out ({_first_line(error)}). Free some, or use a machine with more."
+
+
+_explain: Callable[[BaseException], str | None] = _explain_memory
+
+
+def explain_with(explain: Callable[[BaseException], str | None]) -> None:
+    """From now on, `run_main` asks this function what to print for an error that is not a `UserError`.
+
+    Args:
+        explain: returns the message, or None for an error that it does not know.
+    """
+    global _explain
+    _explain = explain
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
 
 
 def fail(message: str, code: int = 1) -> NoReturn:
     """Print an error, once for all processes, and exit.
 
-    Most errors are met by all processes: the first one reports it, and its end makes the launcher end the others
-    before they have waited for `SECONDS_TO_SPEAK`. Another one reports an error that the first does not meet.
+    Most errors are met by all processes: the first one reports it. If it does not, the error is not its own, and the
+    process that has met it reports it, with its number, after `SECONDS_TO_SPEAK`.
     """
     if is_main_process():
-        print(f"\nerror: {message}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(SECONDS_TO_SPEAK)
+        if _may_report():
+            print(f"\nerror: {message}", file=sys.stderr, flush=True)
+    elif not _reported_within(SECONDS_TO_SPEAK) and _may_report():
         print(f"\nerror in process {rank()}: {message}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 
-def _exit_at_once(code: int = 0) -> NoReturn:
-    """End a process of several, as planned, before C++ libraries shut down.
+# Words of the errors that gloo, NCCL and the store of the processes raise when another process has gone.
+LOST_CONNECTION = re.compile(r"gloo|nccl|connection (reset|closed) by peer|broken pipe", flags=re.IGNORECASE)
+# Time for a process that fails to be seen as such by the others, whose connections break at once.
+SECONDS_TO_BE_SEEN = 2
 
-    Threads of DeepSpeed and of the process group sometimes still run then and abort a process that has finished and
-    saved its work ("terminate called without an active exception"), which the launcher takes for a failed run.
+
+def is_lost_connection(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, is of the connection to another process."""
+    while error is not None:
+        kind = f"{type(error).__module__}.{type(error).__name__}"
+        if kind.startswith(("torch.distributed", "torch._C._distributed")) or isinstance(error, ConnectionError):
+            return True
+        if isinstance(error, RuntimeError) and LOST_CONNECTION.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _end_with_the_others(error: Exception) -> None:
+    """Exit without a word if another process has reported why; if it has gone without a report, say that.
+
+    Returns:
+        If the error is this process's own, and to be shown with its traceback.
+    """
+    lost = is_lost_connection(error)
+    if _reported_within(SECONDS_TO_BE_SEEN if lost else 0) or not _may_report():
+        _exit_at_once(1)
+    if lost:
+        print(
+            f"\nerror: another process of the run has ended without a message, perhaps killed because memory ran out "
+            f"(see the system's log, dmesg), or its machine cannot be reached; process {rank()} was waiting for it "
+            f"({_first_line(error)}).\n  The traceback of this process: --debug",
+            file=sys.stderr,
+            flush=True,
+        )
+        _exit_at_once(1)
+
+
+def _may_report() -> bool:
+    """Whether no other process has reported an error; from now on, none will."""
+    if (store := _shared_store()) is None:
+        return True
+    try:
+        return store.compare_set(_REPORT_KEY, "", str(rank())) == str(rank()).encode()
+    except (RuntimeError, ValueError):
+        return True
+
+
+def _reported_within(seconds: float) -> bool:
+    """Whether another process reports an error within that time."""
+    end, store = time.monotonic() + seconds, _shared_store()
+    while True:
+        try:
+            if store is not None and store.check([_REPORT_KEY]):
+                return True
+        except (RuntimeError, ValueError):
+            # The process that had the store has gone, and no other one could have reported here.
+            store = None
+        if (left := end - time.monotonic()) <= 0:
+            return False
+        time.sleep(min(left, 0.1 if store is not None else left))
+
+
+_REPORT_KEY = f"medicalgpt/reported/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+
+
+@cache
+def _shared_store() -> Any:
+    """The key-value store of all processes, which torchrun keeps, or the first process; None if there is none."""
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
+    if world_size() == 1 or not address or not port.isdecimal():
+        return None
+    from torch.distributed import TCPStore
+
+    try:
+        return TCPStore(address, int(port), is_master=False, wait_for_workers=False, timeout=timedelta(seconds=5))
+    except (RuntimeError, ValueError):
+        return None
+
+
+def _exit_at_once(code: int) -> NoReturn:
+    """End a process of several before C++ libraries shut down.
+
+    Threads of DeepSpeed and of the process group sometimes still run then and abort the process ("terminate called
+    without an active exception"), which the launcher takes for another failure.
     """
     atexit._run_exitfuncs()
     sys.stdout.flush()

@@ -8,6 +8,7 @@ or as many seconds as TORCH_ELASTIC_SHUTDOWN_TIMEOUT says; then the exit code is
 """
 
 import os
+import signal
 import sys
 from typing import Any
 
@@ -43,10 +44,14 @@ def launch() -> None:
     try:
         main()
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
+        number, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            name = signal.Signals(-failure.exitcode).name
+            why = "; if nobody did that, memory ran out (see dmesg)" if name == "SIGKILL" else ""
+            print(f"\nerror: process {number} was killed by {name}{why}", file=sys.stderr)
         sys.exit(_exit_code(failure.exitcode))
-    except SignalException as signal:
-        codes = {_exit_code(code) for code in Agent.exit_codes} or {128 + signal.sigval}
+    except SignalException as stop:
+        codes = {_exit_code(code) for code in Agent.exit_codes} or {128 + stop.sigval}
         # Of several, that of a process which was not stopped as planned.
         sys.exit(max(codes - {0, STOPPED}, default=max(codes)))
 
