@@ -134,7 +134,6 @@ def check_flags(args: PreferenceArguments, use_peft: bool) -> None:
         "precompute_ref_batch_size": (args.precompute_ref_log_probs, "it is for --precompute_ref_log_probs True"),
         "ref_model_mixup_alpha": (args.sync_ref_model, "it is for --sync_ref_model True"),
         "ref_model_sync_steps": (args.sync_ref_model, "it is for --sync_ref_model True"),
-        "activation_offloading": (not args.use_cpu, "activations are on the CPU already"),
     }
     for name, (has_effect, reason) in used.items():
         if name in args.given and not has_effect:

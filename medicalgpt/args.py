@@ -5,9 +5,11 @@ A flag is declared once, as a dataclass field. What transformers or TRL already 
 
 import dataclasses
 from dataclasses import dataclass, field
+from importlib.util import find_spec
+from math import isfinite
 from typing import Any, ClassVar
 
-from medicalgpt.logs import number_single_process
+from medicalgpt.logs import is_launch_incomplete, number_single_process
 
 # Packages of trackers that have another name than their tracker.
 PACKAGE_OF_TRACKER = {"azure_ml": "azureml-core", "comet_ml": "comet-ml", "flyte": "flytekit", "neptune": "neptune"}
@@ -567,8 +569,15 @@ class StageDefaults:
         if self.bf16 is None:
             self.bf16 = not self.fp16 and bf16_gpu()
         self._refuse_idle_training()
+        self._refuse_unusable_values()
         self.report_to = installed_trackers(self.report_to)
         self._set_best_metric()
+        if is_launch_incomplete():
+            raise ValueError(
+                "accelerate launch was to start several processes and has started only this one, as it silently does "
+                "without several GPUs. Use torchrun --nproc_per_node N in its place, or pass it --num_processes 1 (and "
+                "unset MASTER_ADDR, if it is set)."
+            )
         if self.deepspeed:
             number_single_process()
         super().__post_init__()
@@ -606,6 +615,40 @@ class StageDefaults:
             flag = "max_steps" if self.max_steps == 0 else "num_train_epochs"
             raise ValueError(f"--{flag} {getattr(self, flag)} would train nothing. To evaluate only: --do_train False.")
         self._refuse_idle_evaluation()
+
+    def _refuse_unusable_values(self) -> None:
+        """Raise ValueError for values that libraries would refuse with a traceback, once the model is loaded."""
+        if not isfinite(self.num_train_epochs):
+            raise ValueError(f"--num_train_epochs {self.num_train_epochs} must be a number. Or set --max_steps.")
+        if self.fp16 and not self.bf16 and self.use_cpu:
+            raise ValueError("--fp16 needs a GPU. On a CPU, train in float32 (omit the flag) or with --bf16 True.")
+        if getattr(self, "activation_offloading", False) and self.use_cpu:
+            raise ValueError("--activation_offloading has no effect here: activations are on the CPU already. Omit it.")
+        if self.eval_accumulation_steps is not None and self.eval_accumulation_steps < 1:
+            raise ValueError(f"--eval_accumulation_steps {self.eval_accumulation_steps} must be at least 1.")
+        if self.dataloader_prefetch_factor is not None and self.dataloader_prefetch_factor < 1:
+            raise ValueError(f"--dataloader_prefetch_factor {self.dataloader_prefetch_factor} must be at least 1.")
+        for name in ("dataloader_persistent_workers", "dataloader_multiprocessing_context"):
+            if getattr(self, name) and not self.dataloader_num_workers:
+                raise ValueError(f"--{name} is for worker processes; add --dataloader_num_workers 1, or omit it.")
+        if self.torch_compile_backend is not None or self.torch_compile_mode is not None:
+            self._refuse_unknown_compilers()
+
+    def _refuse_unknown_compilers(self) -> None:
+        import torch
+        from accelerate.utils import DynamoBackend
+        from torch._inductor import list_mode_options
+
+        known = {backend.value.lower() for backend in DynamoBackend}
+        # With None also those for debugging and experimental ones.
+        backends = sorted(known.intersection(torch.compiler.list_backends(exclude_tags=None)))
+        backends = [name for name in backends if name != "tvm" or find_spec("tvm")]
+        for name, given, usable in (
+            ("torch_compile_backend", self.torch_compile_backend, backends),
+            ("torch_compile_mode", self.torch_compile_mode, sorted(list_mode_options())),
+        ):
+            if given is not None and given not in usable:
+                raise ValueError(f"--{name} {given} cannot be used here. Use one of {', '.join(usable)}, or omit it.")
 
     def _refuse_idle_evaluation(self) -> None:
         """Raise ValueError for flags that compare evaluations, if there are none, or none to compare."""

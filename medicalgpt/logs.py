@@ -48,6 +48,20 @@ def number_single_process() -> None:
         os.environ.update(TORCHRUN_VARIABLES)
 
 
+# By which a launcher tells how many processes there are: torchrun, Open MPI, MPICH and Intel MPI, MVAPICH.
+SIZE_VARIABLES = {"WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"}
+
+
+def is_launch_incomplete() -> bool:
+    """Whether `accelerate launch` was to start several processes, and has started this one alone.
+
+    It does so where there are not several GPUs. What it was to start shows only in the address where the processes
+    were to meet, which it does not set for a single one.
+    """
+    started_by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
+    return started_by_accelerate and "MASTER_ADDR" in os.environ and not SIZE_VARIABLES & os.environ.keys()
+
+
 def is_main_process() -> bool:
     """Whether this is the first process of the run, which logs for all."""
     return rank() == 0

@@ -133,6 +133,39 @@ def test_contradictions_that_the_library_finds_are_user_errors(refusal):
     assert "load_best_model_at_end" in refusal("--load_best_model_at_end", "True", "--eval_strategy", "epoch")
 
 
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--torch_compile_backend", "x"], "--torch_compile_backend x cannot be used here. Use one of aot_eager, "),
+        (["--torch_compile_backend", "tensorrt"], "--torch_compile_backend tensorrt cannot be used here"),
+        (["--torch_compile_mode", "x"], "--torch_compile_mode x cannot be used here. Use one of default, "),
+        (["--activation_offloading", "True"], "activations are on the CPU already"),
+        (["--fp16", "True"], "--fp16 needs a GPU"),
+        (["--num_train_epochs", "inf"], "--num_train_epochs inf must be a number"),
+        (["--num_train_epochs", "nan"], "--num_train_epochs nan must be a number"),
+        (["--eval_accumulation_steps", 0], "--eval_accumulation_steps 0 must be at least 1"),
+        (["--dataloader_prefetch_factor", 0], "--dataloader_prefetch_factor 0 must be at least 1"),
+        (["--dataloader_persistent_workers", "True"], "add --dataloader_num_workers 1, or omit it"),
+        (["--dataloader_multiprocessing_context", "fork"], "add --dataloader_num_workers 1, or omit it"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_what_cannot_work_here_is_refused_before_anything_is_loaded(refusal, argv, message):
+    printed = refusal(*argv)
+    assert message in printed and "Traceback" not in printed
+
+
+def test_what_the_refusals_propose_is_accepted():
+    for argv in (
+        ["--torch_compile_backend", "inductor", "--torch_compile_mode", "default"],
+        ["--dataloader_persistent_workers", "True", "--dataloader_num_workers", 1],
+        ["--dataloader_multiprocessing_context", "fork", "--dataloader_num_workers", 1],
+        ["--bf16", "True"],
+        ["--eval_accumulation_steps", 1],
+    ):
+        parse(*argv)
+
+
 # --- spellings -------------------------------------------------------------------------------------------------------
 
 

@@ -284,7 +284,6 @@ REFUSED = [
     (["--ref_model_mixup_alpha", "0.2"], "it is for --sync_ref_model"),
     (["--sync_ref_model", "True"], "add --use_peft False"),
     (["--loss_type", "aot", "--use_weighting", "True"], "takes apart"),
-    (["--activation_offloading", "True"], "on the CPU already"),
 ]
 
 

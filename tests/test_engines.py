@@ -2,10 +2,11 @@
 
 import os
 import subprocess
+import sys
 import time
 from unittest.mock import patch
 
-from medicalgpt.logs import TORCHRUN_VARIABLES, number_single_process
+from medicalgpt.logs import TORCHRUN_VARIABLES, is_launch_incomplete, number_single_process
 from medicalgpt.models.families import check_family
 from medicalgpt.training import engines
 from tests.helpers import ROOT, save_model
@@ -95,6 +96,51 @@ def test_a_process_without_a_launcher_is_a_group_of_one():
     with patch.dict(os.environ, clear=True):
         number_single_process()
         assert dict(os.environ) == TORCHRUN_VARIABLES
+
+
+# Prints what a training program would say of how it was started.
+LAUNCHED = """
+from medicalgpt.parser import parse_args
+from supervised_finetuning import FinetuningArguments
+parse_args(FinetuningArguments, argv=[])
+print("processes:", __import__("medicalgpt.logs").logs.world_size())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [["--cpu"], []], ids=["cpu", "default"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_accelerate_that_starts_one_process_in_place_of_two(tmp_path, count, more):
+    (tmp_path / "launched.py").write_text(LAUNCHED)
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(count), *more, "launched.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    if count == 1:
+        assert done.returncode == 0 and done.stdout == "processes: 1\n", done.stderr
+    else:
+        assert done.returncode != 0 and not done.stdout
+        assert "accelerate launch was to start several processes and has started only this one" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "incomplete"),
+    [
+        ("", False),
+        ("MASTER_ADDR", False),
+        ("ACCELERATE_MIXED_PRECISION", False),
+        ("ACCELERATE_MIXED_PRECISION MASTER_ADDR", True),
+        ("ACCELERATE_MIXED_PRECISION MASTER_ADDR WORLD_SIZE", False),
+        ("ACCELERATE_MIXED_PRECISION MASTER_ADDR OMPI_COMM_WORLD_SIZE", False),
+    ],
+)
+def test_a_launch_of_accelerate_that_is_incomplete(variables, incomplete):
+    with patch.dict(os.environ, dict.fromkeys(variables.split(), "1"), clear=True):
+        assert is_launch_incomplete() is incomplete
 
 
 def test_the_weights_that_quantization_reaches_are_counted_under_zero_3(tmp_path):
