@@ -650,8 +650,8 @@ class PpoTrainer(StageTrainer):
                 with nullcontext() if sync else self.accelerator.no_sync(model):
                     loss += self.training_step(model, batch, tokens)
             losses.append(loss)
-            if args.max_grad_norm > 0:
-                grad_norm = self._get_grad_norm(model, self._clip_grad_norm(model))
+            clipped = self._clip_grad_norm(model) if args.max_grad_norm > 0 else None
+            grad_norm = self._get_grad_norm(model, clipped)
             self.optimizer.step()
             model.zero_grad()
             if args.target_kl is not None:

@@ -167,7 +167,7 @@ def is_lost_connection(error: BaseException | None) -> bool:
 
 
 def _end_with_the_others(error: Exception) -> None:
-    """Exit without a word if another process has reported why; if it has gone without a report, say that.
+    """Exit silently if another process has reported why; if it has gone without a report, say that.
 
     Returns:
         If the error is this process's own, and to be shown with its traceback.

@@ -140,7 +140,7 @@ REFUSED: dict[str, dict[tuple[str, ...], str]] = {
     # Fields of TrainingArguments without effect in any stage.
     "do_predict": {TRAINING: "These scripts train and evaluate; generate with inference.py."},
     "logging_nan_inf_filter": {
-        TRAINING: "A loss that is not finite is always shown, and nothing is saved after it.",
+        TRAINING: "A loss that is not finite ends the run before its step is taken.",
     },
     "push_to_hub": {TRAINING: NO_UPLOAD},
     "hub_model_id": {TRAINING: NO_UPLOAD},

@@ -7,10 +7,10 @@ from itertools import islice
 from medicalgpt.args import DataArguments
 from medicalgpt.data import streaming
 from medicalgpt.data.encoding import EncodingError, Sample
-from medicalgpt.data.streaming import Position, StreamedSamples, check_data, fill_blocks
+from medicalgpt.data.streaming import PlacedSample, Position, StreamedSamples, check_data, fill_blocks
 from medicalgpt.errors import UserError
 from medicalgpt.formats.conversion import to_messages, to_text
-from medicalgpt.readers.problems import DataError
+from medicalgpt.readers.problems import DataError, Place
 from medicalgpt.training.stream_trainer import StreamCollator
 from tests.helpers import open_stage, read_json, run_here, write_jsonl
 from tests.tiny import make_tiny
@@ -143,10 +143,11 @@ def test_blocks_are_full_and_hold_whole_sequences(folder):
 
 
 def test_fill_blocks_is_best_fit():
-    samples = [Sample([n] * n, [-100] * n) for n in (3, 7, 5, 2, 6)]
+    samples = [PlacedSample([n] * n, [-100] * n, Place("rows.jsonl", n)) for n in (3, 7, 5, 2, 6)]
     blocks = fill_blocks(samples, 10)
     assert [block["seq_lengths"] for block in blocks] == [[7, 3], [6, 2], [5]]
     assert blocks[0]["input_ids"] == [7] * 7 + [3] * 3 and blocks[0]["labels"] == [-100] * 10
+    assert [place.line for place in blocks[1]["places"]] == [6, 2]
 
 
 def test_small_windows_lose_nothing(folder, monkeypatch):

@@ -11,7 +11,7 @@ import time
 from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from medicalgpt.formats.conversion import Converter
 from medicalgpt.logs import heartbeat
 from medicalgpt.readers.folders import choose_files
 from medicalgpt.readers.mixing import mixture_sizes
-from medicalgpt.readers.problems import SHOWN_PROBLEMS, DataError, Problem, SourceRow, place_of
+from medicalgpt.readers.problems import SHOWN_PROBLEMS, DataError, Place, Problem, SourceRow, place_of
 from medicalgpt.readers.sources import InputFile, notice_wrapped_lines, open_file, open_files, read_rows
 from medicalgpt.readers.tables import TableFile
 from medicalgpt.readers.text_files import TextFile
@@ -357,7 +357,8 @@ class StreamedSamples(IterableDataset):
         process, processes: which of how many this is.
 
     Yields:
-        `input_ids`, `labels`, `position`, and `seq_lengths` where sequences are packed. A row that must not be
+        `input_ids`, `labels`, `places` (the `Place` of each sequence), `position`, and `seq_lengths` where sequences
+        are packed. A row that must not be
         skipped ends the stream with `failure`, the message, since an exception of a worker would lose its type.
     """
 
@@ -452,7 +453,7 @@ class StreamedSamples(IterableDataset):
                 continue
             samples = self._encode(row, window.left_out, warn=epoch == 0)
             tokens += sum(len(sample.input_ids) for sample in samples)
-            window.samples += samples
+            window.samples += [PlacedSample(sample.input_ids, sample.labels, row.place) for sample in samples]
             window.rows += 1
             window.shortened += isinstance(samples, ShortenedSamples)
             if tokens >= most:
@@ -464,7 +465,9 @@ class StreamedSamples(IterableDataset):
     def _finished(self, window: "_Window", end: int, epoch: int) -> "_Window":
         window.end = end
         if not self.block_size:
-            window.samples = [asdict(sample) for sample in window.samples]
+            window.samples = [
+                {"input_ids": one.input_ids, "labels": one.labels, "places": [one.place]} for one in window.samples
+            ]
             return window
         window.samples = fill_blocks(window.samples, self.block_size)
         # Sequences are packed by length; blocks of short ones must not always come last.
@@ -524,16 +527,23 @@ class _Window:
     shortened: int = 0
 
 
-def fill_blocks(samples: Sequence[Sample], block_size: int) -> list[dict[str, list[int]]]:
+@dataclass(frozen=True)
+class PlacedSample(Sample):
+    """A sample with the place of its row."""
+
+    place: Place
+
+
+def fill_blocks(samples: Sequence[PlacedSample], block_size: int) -> list[dict[str, list[int]]]:
     """Pack complete sequences, the longest first, each into the fullest block with enough space (best fit).
 
     Args:
         samples: none longer than `block_size`.
 
     Returns:
-        Blocks of `input_ids`, `labels` and `seq_lengths`, each of at most `block_size` tokens.
+        Blocks of `input_ids`, `labels`, `seq_lengths` and `places`, each of at most `block_size` tokens.
     """
-    blocks: list[list[Sample]] = []
+    blocks: list[list[PlacedSample]] = []
     room: list[tuple[int, int]] = []
     for sample in sorted(samples, key=lambda sample: -len(sample.input_ids)):
         length = len(sample.input_ids)
@@ -550,6 +560,7 @@ def fill_blocks(samples: Sequence[Sample], block_size: int) -> list[dict[str, li
             "input_ids": [token for sample in block for token in sample.input_ids],
             "labels": [label for sample in block for label in sample.labels],
             "seq_lengths": [len(sample.input_ids) for sample in block],
+            "places": [sample.place for sample in block],
         }
         for block in blocks
     ]

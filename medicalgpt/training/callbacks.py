@@ -1,7 +1,6 @@
-"""Trainer callbacks: metrics to a file, progress lines, a finite loss, evaluations that are compared."""
+"""Trainer callbacks: metrics to a file, progress lines, evaluations that are compared."""
 
 import json
-import math
 import resource
 import time
 from collections.abc import Callable, Sequence
@@ -79,21 +78,6 @@ class FirstStep(TrainerCallback):
 
         # The library passes a callback everything but the batches.
         self.trainer.get_batch_samples = fetch_and_inspect
-
-
-class FiniteLoss(TrainerCallback):
-    """End a run whose loss is no longer finite: every weight is lost from then on, and nothing is worth saving."""
-
-    def on_log(
-        self, args: TrainingArguments, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
-        # A run shorter than --logging_steps logs only the mean over all steps.
-        loss = (logs or {}).get("loss", (logs or {}).get("train_loss", 0.0))
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the training loss became {loss} at or before step {state.global_step}; the run was ended and nothing "
-                "was saved. Lower --learning_rate, prefer --bf16 to --fp16, or add --max_grad_norm 1.0."
-            )
 
 
 class BestMetric(TrainerCallback):

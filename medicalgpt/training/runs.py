@@ -20,16 +20,16 @@ from medicalgpt.args import RunArguments
 from medicalgpt.data.encoding import IGNORED
 from medicalgpt.data.loading import LoadedData
 from medicalgpt.data.streaming import StreamedData, StreamedSamples
-from medicalgpt.errors import Stopped, UserError
+from medicalgpt.errors import Stopped, UserError, explain_with, is_out_of_memory
 from medicalgpt.files import write_atomically
 from medicalgpt.logs import is_main_process, setup_logging
 from medicalgpt.models import adapters, hub
 from medicalgpt.models.attention import rope_to_record
 from medicalgpt.training import row_order
+from medicalgpt.training.agreement import compare_data, compare_start, require_agreement
 from medicalgpt.training.callbacks import (
     BestMetric,
     EarlyStopping,
-    FiniteLoss,
     FirstStep,
     MetricsFile,
     PlainProgress,
@@ -44,7 +44,9 @@ from medicalgpt.training.checkpoints import (
 )
 from medicalgpt.training.claiming import NO, Claim, claim_folder, on_first_process, require_same_checkpoint, resumes_in
 from medicalgpt.training.engines import init_deepspeed, require_gathering
+from medicalgpt.training.finite import require_finite_start
 from medicalgpt.training.folder_lock import FolderLock
+from medicalgpt.training.memory import explain_memory, plan_memory
 from medicalgpt.training.observed import as_table, observe
 from medicalgpt.training.output_folder import PreviousRun, refuse_overlap
 from medicalgpt.training.plots import plot_loss
@@ -90,6 +92,7 @@ class Run:
         self, stage: str, training: TrainingArguments, checkpoint: hub.Checkpoint, run: RunArguments, *others: Any
     ):
         setup_logging()
+        self.trainer: Trainer | None = None
         if training.use_liger_kernel:
             _require_liger(training)
         self.stage, self.training, self.checkpoint, self.options = stage, training, checkpoint, run
@@ -136,6 +139,8 @@ class Run:
         self.resumed = ResumedRun(self.resume_from, self.groups) if self.resume_from else None
         if training.disable_tqdm is False and not sys.stderr.isatty():
             training.disable_tqdm = True
+        explain_with(self._explain)
+        compare_start(self.record)
 
     # -- before training ----------------------------------------------------------------------------------------------
 
@@ -208,6 +213,7 @@ class Run:
         self.record["data"] = [
             {"side": side, **account.as_dict()} for side, accounts in data.account.items() for account in accounts
         ]
+        compare_data(self.record["data"])
         if self.resume_from and (Path(self.resume_from) / STATE_FILE).is_file() != isinstance(data, StreamedData):
             wanted = "Leave --streaming out" if isinstance(data, StreamedData) else "Add --streaming True"
             raise UserError(
@@ -346,6 +352,7 @@ class Run:
         Raises:
             UserError: on every process, if the weights would not be saved, or were not (see `require_saved_weights`).
         """
+        self.trainer = trainer
         if self.training.do_train:
             require_gathering(trainer)
         if self.claim.replaces:
@@ -369,8 +376,9 @@ class Run:
     def _record_failure(self, error: BaseException) -> None:
         """Write into run.json how this run ended, if that can still be written."""
         asked = isinstance(error, Stopped | KeyboardInterrupt)
-        reason = str(error) if isinstance(error, UserError | Stopped) else repr(error)
-        self.record |= {"status": "stopped" if asked else "failed", "ended": _now(), "reason": reason[:2000]}
+        known = str(error) if isinstance(error, UserError | Stopped) else self._explain(error)
+        reason = (known or repr(error))[:2000]
+        self.record |= {"status": "stopped" if asked else "failed", "ended": _now(), "reason": reason}
         with suppress(OSError):
             self._write_record()
 
@@ -423,8 +431,11 @@ class Run:
         self._install_callbacks(trainer)
         # A model from a hub is on this machine only since it was loaded.
         self.record["base"]["fingerprint"] = self.checkpoint.fingerprint
+        require_agreement({"the model": self.checkpoint.fingerprint}, "Copy the same model to every host.")
         self.require_same_contents()
         self._write_record()
+        reference = getattr(trainer, "ref_model", None) or getattr(trainer, "reference", None)
+        require_finite_start({self.checkpoint.name: trainer.model, "the reference": reference})
         if samples is None:
             samples = GreedyAnswers(
                 trainer, tokenizer, list(stop_ids), list(sample_prompts)[: self.options.sample_prompts]
@@ -470,7 +481,6 @@ class Run:
         trainer.add_callback(RecordInCheckpoint(self.record))
         trainer.add_callback(CheckpointCommitter(self.previous.discard))
         trainer.add_callback(StopAfterStep(self.stop, self._end_stopped))
-        trainer.add_callback(FiniteLoss())
         trainer.add_callback(BestMetric())
         if self.early_stopping:
             trainer.add_callback(self.early_stopping)
@@ -520,6 +530,26 @@ class Run:
         logger.info("  ".join(f"{name} {metrics[name]:.4g}" for name in shown))
         for command in next_commands(self.output_dir) if self.training.do_train else ():
             logger.info(f"next: {command}")
+
+    def _explain(self, error: BaseException) -> str | None:
+        """What to print for an error that is not a `UserError`, if it is known: memory that ran out."""
+        args, trainer, plan, where = self.training, self.trainer, None, "before training began"
+        limit = "block_size" if hasattr(args, "block_size") else "model_max_length"
+        if trainer is not None and is_out_of_memory(error):
+            where = f"in step {trainer.state.global_step + 1}"
+            encoded = not {"input_ids", "chosen_ids"}.isdisjoint(getattr(trainer.train_dataset, "column_names", ()))
+            # With no memory left, this may fail as well; then the message is a general one.
+            with suppress(Exception):
+                plan = plan_memory(
+                    args,
+                    trainer.model,
+                    self.checkpoint.config,
+                    length=max(trainer.row_lengths(trainer.train_dataset)) if encoded else getattr(args, limit),
+                    sequences=getattr(trainer, "sequences_per_row", 1),
+                    adapter=self.record["arguments"]["use_peft"],
+                )
+        given = getattr(args, "given", frozenset())
+        return explain_memory(error, plan, where, self.record["arguments"], length_flag=limit, given=given)
 
     def _write_record(self) -> None:
         if is_main_process():

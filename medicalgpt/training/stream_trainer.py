@@ -1,9 +1,8 @@
 """Train on a stream of rows, and resume it exactly."""
 
 import json
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ from medicalgpt.data import batching
 from medicalgpt.data.loading import LoadedData
 from medicalgpt.data.streaming import Position, StreamedSamples
 from medicalgpt.errors import UserError
-from medicalgpt.logs import is_main_process
+from medicalgpt.readers.problems import Place
+from medicalgpt.training.finite import BatchRow
 from medicalgpt.training.trainers import TokenTrainer
 
 import torch
@@ -106,14 +106,16 @@ def _files_of_dataset(data_args: DataArguments) -> str:
 
 @dataclass
 class StreamCollator:
-    """A collator whose batches also have the position of their last sample in the stream."""
+    """A collator whose batches also have the places of their rows and the position of the last one in the stream."""
 
     collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         if "failure" in rows[-1]:
             return {"failure": rows[-1]["failure"]}
-        return {**self.collate(rows), "position": rows[-1]["position"], "worker": rows[-1]["worker"]}
+        places = [place for row in rows for place in row["places"]]
+        last = {name: rows[-1][name] for name in ("position", "worker")}
+        return {**self.collate(rows), **last, "places": places}
 
 
 class StreamTrainer(TokenTrainer):
@@ -131,6 +133,7 @@ class StreamTrainer(TokenTrainer):
         self.args.ignore_data_skip = True
         self.positions: list[Position] = [Position()] * max(1, self.args.dataloader_num_workers)
         self.next_worker = 0
+        self.step_places: list[list[Place]] = []
         self.add_callback(_StreamProgress(self))
 
     def get_train_dataloader(self) -> DataLoader:
@@ -154,19 +157,23 @@ class StreamTrainer(TokenTrainer):
         )
 
     def get_batch_samples(self, epoch_iterator: Iterator, *args: Any) -> tuple[list, Any]:
+        self.step_places = []
         return super().get_batch_samples(self._track_positions(epoch_iterator), *args)
 
     def _track_positions(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         for batch in batches:
             if "failure" in batch:
-                # Only the first process reports an error that all have.
-                if not is_main_process():
-                    print(f"error: {batch['failure']}", file=sys.stderr, flush=True)
                 raise UserError(batch["failure"])
+            self.step_places.append(batch.pop("places"))
             worker = batch.pop("worker")
             self.positions[worker] = batch.pop("position")
             self.next_worker = (worker + 1) % len(self.positions)
             yield batch
+
+    def places_of(self, number: int, rows: Sequence[BatchRow]) -> list[list[Place]]:
+        places = self.step_places[number]
+        # A sequence of a single token, of which nothing is supervised, is not among the rows.
+        return [[place] for place in places] if len(places) == len(rows) else [places] * len(rows)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         if resume_from_checkpoint:
@@ -240,12 +247,12 @@ def token_trainer(
         train, validation: encoded rows.
         block_size: tokens of a block.
     """
-    packed_size = block_size if args.packing else None
+    packed_size, encoded = block_size if args.packing else None, train
     if streaming:
         train = StreamedSamples(data, encode, train, packed_size, args.process_index, args.world_size)
     elif args.packing:
         train = batching.pack(train, block_size)
-    return (StreamTrainer if streaming else TokenTrainer)(
+    trainer = (StreamTrainer if streaming else TokenTrainer)(
         model=model,
         args=args,
         train_dataset=train,
@@ -254,6 +261,8 @@ def token_trainer(
         data_collator=batching.collator(tokenizer, model),
         loraplus_lr_ratio=loraplus_lr_ratio,
     )
+    trainer.encoded = encoded
+    return trainer
 
 
 class _StreamProgress(TrainerCallback):

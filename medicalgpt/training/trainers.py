@@ -4,7 +4,7 @@ import math
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -15,8 +15,10 @@ from medicalgpt.data.encoding import IGNORED
 from medicalgpt.errors import UserError
 from medicalgpt.logs import is_main_process, notice
 from medicalgpt.models.families import require_separate_packs
+from medicalgpt.readers.problems import Place
 from medicalgpt.training.checkpoints import prepare_folder
 from medicalgpt.training.cpu import add_cpu_head, replace_lora_dropout, return_freed_memory
+from medicalgpt.training.finite import BatchRow, FiniteSteps, find_places, require_finite_training
 from medicalgpt.training.optimizers import apply_loraplus, check_flags_applied, check_optimizer
 from medicalgpt.training.row_order import (
     FillerCollator,
@@ -145,6 +147,11 @@ class StageTrainer(Trainer):
       of steps of the resumed run.
     - `loraplus_lr_ratio` gives the B matrices a separate learning rate (see `optimizers.py`).
     - On a CPU, dropout keeps less for the backward pass (see `cpu.py`).
+    - A step whose loss or gradient is not finite is not taken, and weights that are not finite are not saved (see
+      `finite.py`).
+
+    Attributes:
+        encoded: the rows of `train_dataset` before they were packed, in which the rows of a batch are looked up.
     """
 
     def __init__(self, *, loraplus_lr_ratio: float | None = None, **kwargs: Any):
@@ -164,8 +171,11 @@ class StageTrainer(Trainer):
             replace_lora_dropout(self.model)
             return_freed_memory()
         self.loraplus_lr_ratio = loraplus_lr_ratio
+        self.encoded = self.train_dataset
         self._seconds_before, self._training_began = 0.0, time.time()
         self.add_callback(_RunFigures(self))
+        self.finite_steps = FiniteSteps(self)
+        self.add_callback(self.finite_steps)
 
     # How a batch is changed that must not count (see `row_order.StepBatches`).
     exclude = staticmethod(exclude_tokens)
@@ -235,6 +245,36 @@ class StageTrainer(Trainer):
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
         # Seconds, and what is divided by them, are of the whole run, as if it had never been stopped.
         return super()._finalize_training(trial, num_train_samples, start_time - self._seconds_before)
+
+    def training_step(self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.finite_steps.record(inputs, num_items_in_batch, loss)
+        return loss
+
+    # The only place that knows the norm before the step: `on_pre_optimizer_step` does not receive it, and to compute it
+    # again would cost another pass over all gradients.
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        self.finite_steps.check(model, grad_norm)
+        return grad_norm
+
+    def places_of(self, number: int, rows: Sequence[BatchRow]) -> list[list[Place]]:
+        """Where the rows of a batch are in the files.
+
+        Args:
+            number: of the batch in the current step, from 0.
+            rows: of that batch.
+        """
+        return find_places(rows, self.encoded)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model, in a checkpoint or as the result. Call it on every process.
+
+        Raises:
+            UserError: on every process, if a trained weight is not finite.
+        """
+        require_finite_training(self)
+        super().save_model(output_dir, _internal_call)
 
     def set_rates(self, optimizer: torch.optim.Optimizer) -> None:
         """Hook for stages with a second learning rate; the ratio of LoRA+ multiplies it."""
