@@ -119,6 +119,7 @@ NO_REMOTE_CODE = "Code of a checkpoint is never run; transformers itself must kn
 ANSWERS_ONLY = "Only answers are trained on; --train_on_inputs True trains on all."
 NO_METRICS = "The trainer determines what it evaluates."
 NO_LABELS = "There are no labels."
+NEVER_TOO_LONG = "A document that is longer than --block_size is split into blocks; none is too long."
 PAIRS_AT_ONCE = "Metrics are averaged over all held-out pairs at once."
 SCORES_AT_ONCE = "Scores are averaged all at once."
 PROMPTS_AT_ONCE = "Metrics are averaged over all held-out prompts at once."
@@ -159,6 +160,9 @@ REFUSED: dict[str, dict[tuple[str, ...], str]] = {
     "truncation_mode": {
         PT + SFT + PAIRS: "No answer is ever truncated; --long_rows says what happens to rows that are too long.",
     },
+    "long_rows": {PT: NEVER_TOO_LONG},
+    "skip_long_rows": {PT: NEVER_TOO_LONG},
+    "max_long_rows": {PT: NEVER_TOO_LONG},
     "dataset_text_field": {PT + SFT: "Rows are recognised by their fields; data/README.md shows the formats."},
     "dataset_kwargs": {PT + SFT: "Rows are encoded before the trainer sees them."},
     "dataset_num_proc": {PT + SFT + PAIRS: "Use --preprocessing_num_workers."},

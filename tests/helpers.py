@@ -1,15 +1,18 @@
 """What tests of whole programs share: run one as a user would, write its data, read what it leaves."""
 
+import atexit
 import importlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
+
+from medicalgpt.training.folder_lock import FolderLock
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -53,11 +56,24 @@ def run_program(
 def run_here(script: str, *args: Any) -> None:
     """Run a program's `main` in this process, which saves the seconds that its imports take.
 
-    A `UserError` comes out as it is raised, not as an exit code.
+    A `UserError` comes out as it is raised, not as an exit code; locks are then released, as when a process ends.
     """
     module = importlib.import_module(Path(script).stem)
-    with patch.object(sys, "argv", [script, *map(str, args)]):
-        module.main()
+    locks: list[Callable[[], None]] = []
+    register = atexit.register
+
+    def note_lock(function: Callable, *rest: Any, **named: Any) -> Callable:
+        if isinstance(getattr(function, "__self__", None), FolderLock):
+            locks.append(function)
+        return register(function, *rest, **named)
+
+    with patch.object(sys, "argv", [script, *map(str, args)]), patch.object(atexit, "register", note_lock):
+        try:
+            module.main()
+        except BaseException:
+            for release in locks:
+                release()
+            raise
 
 
 @dataclass

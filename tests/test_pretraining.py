@@ -99,7 +99,8 @@ def test_what_is_left(work, adapter):
     folder = work / "adapter"
     record = read_json(folder / "run.json")
     assert (record["stage"], record["status"]) == ("pretraining", "finished")
-    assert record["base"] == {"name": str(work / "base"), "fingerprint": fingerprint(str(work / "base"))}
+    weights = fingerprint(str(work / "base"))
+    assert record["base"] == {"name": str(work / "base"), "adapter": None, "fingerprint": weights}
     assert record["arguments"]["tokenizer_name_or_path"] == str(work / "extended")
     assert record["arguments"]["packing"] is True and record["arguments"]["block_size"] == 64
     trainable = record["model"]["trainable_by_module"]
