@@ -5,16 +5,18 @@ So does one that is resumed on another number of processes, as long as a step ha
 
 import importlib
 
-from tests.helpers import read_json
-from tests.silent.ledgers import STAGES, Trained, make_rows
+from tests.helpers import read_json, run_program
+from tests.silent.ledgers import LEARN, STAGES, Trained, make_rows
 
 import pytest
 
 # Thirteen rows in steps of four: the last step of an epoch has one row, which two processes cannot share.
 ROWS, STEPS = 13, 11
 SAVE = ("--save_strategy", "steps", "--save_steps", 3, "--max_steps", STEPS)
-ORDERS = [*(("sft", order) for order in ("group_by_length", "random")), ("pt", "random"), ("rm", "group_by_length")]
-ORDERS += [("dpo", "group_by_length"), ("dpo", "random"), ("orpo", "group_by_length"), ("ppo", None), ("grpo", None)]
+GROUPED, RANDOM = (("--train_sampling_strategy", order) for order in ("group_by_length", "random"))
+STREAMED = ("--streaming", "True", "--shuffle_buffer", 5)
+ORDERS = [("sft", GROUPED), ("sft", RANDOM), ("sft", STREAMED), ("pt", RANDOM), ("pt", STREAMED), ("rm", GROUPED)]
+ORDERS += [("dpo", GROUPED), ("dpo", RANDOM), ("orpo", GROUPED), ("ppo", ()), ("grpo", ())]
 
 
 def division(processes, accumulation=1):
@@ -78,8 +80,8 @@ def test_a_run_that_has_all_its_steps_takes_no_more(place, whole):
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "order"), ORDERS)
 def test_killed_and_resumed_on_two_processes(place, tmp_path, stage, order):
-    """In the second and in the third epoch; the file of the next test runs under torchrun."""
-    flags = [*division(2), *SAVE, *(("--train_sampling_strategy", order) if order else ())]
+    """In the second and in the third epoch."""
+    flags = [*division(2), *SAVE, *order]
     whole = Trained(stage, place, tmp_path / "whole", *flags, processes=2)
     assert sorted(whole.losses) == list(range(1, STEPS + 1))
     for killed, checkpoint in ((7, 6), (10, 9)):
@@ -88,6 +90,25 @@ def test_killed_and_resumed_on_two_processes(place, tmp_path, stage, order):
         assert stopped.rows == {step: rows for step, rows in whole.rows.items() if step < killed}
         resumed = Trained(stage, place, output, *flags, "--resume_from_checkpoint", "True", processes=2)
         assert_continues(resumed, whole, checkpoint)
+
+
+@pytest.mark.slow
+def test_under_torchrun(place, tmp_path):
+    """The same as above, by the commands that a user gives."""
+    flags = [
+        *("--model_name_or_path", place / "model", "--train_file_dir", place / "data" / "sft", *LEARN),
+        *("--dataloader_pin_memory", "False", *division(2), *SAVE),
+    ]
+    start = {"processes": 2, "launcher": "medicalgpt.launch"}
+    run_program(STAGES["sft"], *flags, "--output_dir", tmp_path / "whole", **start)
+    checkpoint = ("--resume_from_checkpoint", tmp_path / "whole" / "checkpoint-6")
+    run_program(STAGES["sft"], *flags, "--output_dir", tmp_path / "resumed", *checkpoint, **start)
+    whole, resumed = (
+        {row["step"]: row["loss"] for row in read_json(tmp_path / name / "metrics.jsonl") if "loss" in row}
+        for name in ("whole", "resumed")
+    )
+    assert resumed == pytest.approx({step: loss for step, loss in whole.items() if step > 6}, rel=1e-6)
+    assert len(resumed) == STEPS - 6
 
 
 @pytest.mark.slow
