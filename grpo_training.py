@@ -53,6 +53,7 @@ from medicalgpt.rewards.reward_check import check_rewards
 from medicalgpt.rewards.rewards import REWARDS, SYSTEM_PROMPT, RewardFunction, choose_rewards, wrap_reward
 from medicalgpt.rewards.scoring import RewardScorer, model_reward
 from medicalgpt.training.cpu import add_cpu_head
+from medicalgpt.training.disk import on_every_process, saving
 from medicalgpt.training.engines import are_weights_sharded
 from medicalgpt.training.row_order import StepBatches, data_parallel_rank
 from medicalgpt.training.runs import Run
@@ -373,7 +374,8 @@ class GroupTrainer(StageTrainer, GRPOTrainer):
         # Answers that are still to be trained on. Sampled again on resuming, they would differ.
         if self._step % (self.args.steps_per_generation * self.num_iterations):
             folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            torch.save({"step": self._step, "answers": self._buffered_inputs}, folder / self._answers_file)
+            with on_every_process(together=True), saving(folder.parent, folder.name):
+                torch.save({"step": self._step, "answers": self._buffered_inputs}, folder / self._answers_file)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

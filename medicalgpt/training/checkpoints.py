@@ -42,6 +42,11 @@ def is_committed(checkpoint: Path) -> bool:
     return (checkpoint / MANIFEST).is_file()
 
 
+def newest_committed(output_dir: Path) -> Path | None:
+    """The checkpoint with most steps that has a manifest; its files are not read."""
+    return max(filter(is_committed, numbered_checkpoints(output_dir)), key=step_of, default=None)
+
+
 def checkpoint_problem(checkpoint: Path) -> str | None:
     """Why a checkpoint cannot be resumed from, or None."""
     if not is_committed(checkpoint):

@@ -35,14 +35,9 @@ from medicalgpt.training.callbacks import (
     PlainProgress,
     peak_memory_gb,
 )
-from medicalgpt.training.checkpoints import (
-    CheckpointCommitter,
-    is_committed,
-    numbered_checkpoints,
-    require_saved_weights,
-    step_of,
-)
+from medicalgpt.training.checkpoints import CheckpointCommitter, is_committed, newest_committed, require_saved_weights
 from medicalgpt.training.claiming import NO, Claim, claim_folder, on_first_process, require_same_checkpoint, resumes_in
+from medicalgpt.training.disk import saving
 from medicalgpt.training.engines import init_deepspeed, require_gathering
 from medicalgpt.training.finite import require_finite_start
 from medicalgpt.training.folder_lock import FolderLock
@@ -385,7 +380,7 @@ class Run:
     def _end_stopped(self) -> NoReturn:
         """End a run that was asked to stop and has saved what it could. Call it on every process."""
         asked = self.stop.received.name if self.stop.received else "another process was asked to stop"
-        saved = max(filter(is_committed, numbered_checkpoints(self.output_dir)), key=step_of, default=None)
+        saved = newest_committed(self.output_dir)
         reason = f"{asked}. {saved.name} is complete" if saved else f"{asked}. Nothing was saved yet"
         stop = Stopped(f"{reason}; the same command with --resume auto continues")
         if is_main_process():
@@ -444,8 +439,9 @@ class Run:
         with self.stop.deferred():
             metrics = self._train_and_evaluate(trainer)
             if self.training.do_train:
-                trainer.save_state()
-                trainer.save_model()
+                with saving(self.output_dir, "the trained model"):
+                    trainer.save_state()
+                    trainer.save_model()
                 require_saved_weights(self.output_dir)
             if is_main_process():
                 self._save_tokenizer_and_generation_config(trainer, tokenizer, stop_ids)

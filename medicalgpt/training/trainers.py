@@ -18,6 +18,7 @@ from medicalgpt.models.families import require_separate_packs
 from medicalgpt.readers.problems import Place
 from medicalgpt.training.checkpoints import prepare_folder
 from medicalgpt.training.cpu import add_cpu_head, replace_lora_dropout, return_freed_memory
+from medicalgpt.training.disk import checkpoint_bytes, on_every_process, require_space, saving
 from medicalgpt.training.finite import BatchRow, FiniteSteps, find_places, require_finite_training
 from medicalgpt.training.optimizers import apply_loraplus, check_flags_applied, check_optimizer
 from medicalgpt.training.row_order import (
@@ -231,11 +232,21 @@ class StageTrainer(Trainer):
             "loss_sum": self._total_loss_scalar + unlogged,
             "seconds": round(seconds, 3),
         }
-        if is_main_process():
-            prepare_folder(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+        output_dir, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        with on_every_process(together=True):
+            if is_main_process():
+                prepare_folder(output_dir / name)
+                needed = checkpoint_bytes(output_dir, self.model, self.optimizer, sharded=self.is_sharded)
+                require_space(output_dir, needed, name)
         # Each process writes into that folder.
         self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)
+        with on_every_process(together=not self.is_sharded), saving(output_dir, name):
+            super()._save_checkpoint(model, trial)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether saving a checkpoint is work of all processes, which wait for each other in it."""
+        return self.is_deepspeed_enabled or self.is_fsdp_enabled
 
     def save_checkpoint(self) -> None:
         """Save a checkpoint of the step that was trained last, as it is saved in training. Call it on every process."""

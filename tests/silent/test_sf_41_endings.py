@@ -12,6 +12,7 @@ from medicalgpt.errors import STOPPED, Stopped, UserError
 from medicalgpt.training import checkpoints
 from medicalgpt.training.checkpoints import checkpoint_problem
 from tests.helpers import ROOT, open_stage, read_json, write_jsonl
+from tests.kills import run_killed
 from tests.silent.ppo import save_reward_model
 from tests.tiny import make_tiny
 
@@ -203,30 +204,26 @@ def test_the_same_command_twice_at_once_is_refused(place, tmp_path):
     assert not (tmp_path / "run" / ".run.lock").exists()
 
 
-@pytest.mark.slow
-def test_a_second_ctrl_c_ends_at_once(place, tmp_path):
-    """In a step that takes long; the next start says that the run was killed, and from when."""
-    words = [sys.executable, ROOT / SFT, *command(place, SFT, tmp_path / "run", "--max_steps", 100_000)]
-    words += ["--gradient_accumulation_steps", 100_000, "--num_train_epochs", 1]
-    process = start(words)
-    try:
-        deadline = time.time() + 120
-        while not (tmp_path / "run" / "metrics.jsonl").exists() and time.time() < deadline:
-            time.sleep(0.2)
-            if read_record_status(tmp_path / "run") == "running":
-                break
-        time.sleep(3)
-        process.send_signal(signal.SIGINT)
-        time.sleep(2)
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=10)
-    finally:
-        process.kill()
-    assert process.returncode in (-signal.SIGINT, STOPPED)
+def test_a_second_ctrl_c_ends_at_once(place, tmp_path, capfd):
+    """In the middle of a step; the next start says that the run was killed."""
 
+    def train():
+        run = open_stage(SFT, *command(place, SFT, tmp_path / "run"))
 
-def read_record_status(folder: Path) -> str | None:
-    return read_json(folder / "run.json")["status"] if (folder / "run.json").is_file() else None
+        def interrupted(*args, **kwargs):
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+            raise AssertionError("it has not ended")
+
+        run.trainer.training_step = interrupted
+        run.finish()
+
+    assert run_killed(train, tmp_path / "run", None) == -signal.SIGINT
+    assert read_json(tmp_path / "run" / "run.json")["status"] == "running"
+    capfd.readouterr()
+    open_stage(SFT, *command(place, SFT, tmp_path / "run"))
+    said = capfd.readouterr().err
+    assert "was killed: it has not recorded its end" in said and "has ended without leaving" in said
 
 
 @pytest.mark.slow
