@@ -59,9 +59,9 @@ def kill_until_finished(place: Path, output: Path, moments: Sequence[int | str])
 
 
 def test_kills_during_saves_lose_nothing(place, tmp_path):
-    """Before there is any, while the second is written and committed, and while the first is removed."""
+    """Before there is any, while the second is written and committed, while the first is removed, and at the end."""
     moments = ("open checkpoint-1/optimizer.pt", "open checkpoint-2/trainer_state.json")
-    moments += ("os.rename checkpoint-2/manifest.json", "os.rmdir checkpoint-1")
+    moments += ("os.rename checkpoint-2/manifest.json", "os.rmdir checkpoint-1", "open adapter_config.json")
     kill_until_finished(place, tmp_path / "run", moments)
 
 
