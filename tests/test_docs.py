@@ -22,7 +22,7 @@ TWINS = sorted(page for page in PAGES if page.stem.endswith("_zh"))
 GUIDES = [page for page in PAGES if page.parent.name != "data"]
 PROGRAMS = sorted(ROOT.glob("*.py"))
 # Flags of programs that are not ours.
-FOREIGN_FLAGS = {"--nproc_per_node", "--fix"}
+FOREIGN_FLAGS = {"--nproc_per_node", "--fix", "--config_file", "--num_processes"}
 LIBRARY_VARIABLES = {"HF_ENDPOINT", "CUDA_VISIBLE_DEVICES"}
 BROKEN_ROWS = """\
 {"conversations": [{"from": "human", "value": "感冒了怎么办？"}, {"from": "gpt", "value": "多休息，多喝水。"}]}

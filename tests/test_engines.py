@@ -4,15 +4,19 @@ import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 from unittest.mock import patch
 
+from medicalgpt.errors import UserError
 from medicalgpt.logs import TORCHRUN_VARIABLES, is_launch_incomplete, number_single_process
 from medicalgpt.models.families import check_family
 from medicalgpt.training import engines
-from tests.helpers import ROOT, save_model
+from tests.engine_arithmetic import TABLES
+from tests.helpers import ROOT, read_json, save_model
 from tests.tiny import tiny_tokenizer
 
 import pytest
+from accelerate import ParallelismConfig
 from loguru import logger
 from torch.utils.file_baton import FileBaton
 from transformers import AutoConfig
@@ -151,3 +155,53 @@ def test_the_weights_that_quantization_reaches_are_counted_under_zero_3(tmp_path
     check_family(config, "--load_in_4bit")
     del settings
     assert not is_deepspeed_zero3_enabled()
+
+
+def trainer_with(*, fsdp_version=None, **parallel):
+    """What `check_engine` looks at in a trainer."""
+    plugin = SimpleNamespace(fsdp_version=fsdp_version)
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin),
+        parallelism_config=ParallelismConfig(**parallel) if parallel else None,
+    )
+    return SimpleNamespace(
+        is_fsdp_enabled=fsdp_version is not None, is_deepspeed_enabled=False, accelerator=accelerator, model=None
+    )
+
+
+def test_the_older_fsdp_is_refused():
+    engines.check_engine(trainer_with())
+    engines.check_engine(trainer_with(fsdp_version=2))
+    with pytest.raises(UserError, match="Set fsdp_version: 2, as fsdp2.yaml does"):
+        engines.check_engine(trainer_with(fsdp_version=1))
+
+
+@pytest.mark.parametrize("size", ["cp_size", "tp_size", "sp_size"])
+def test_parts_of_a_sequence_or_a_layer_are_refused(size):
+    with pytest.raises(UserError, match="the stages' losses need whole sequences in each process. Remove it"):
+        engines.check_engine(trainer_with(fsdp_version=2, **{size: 2}))
+    engines.check_engine(trainer_with(fsdp_version=2, dp_shard_size=2))
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"])
+def test_every_value_of_the_files_has_its_reason_in_the_docs(name):
+    settings = read_json(ROOT / f"{name}.json")
+    keys = {"bf16", "fp16", *settings["zero_optimization"], "pin_memory"}
+    for page in ("distributed.md", "distributed_zh.md"):
+        text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+        assert not [key for key in keys if f"`{key}" not in text and f", {key}" not in text], page
+        assert f"{name}.json" in text
+    assert settings["zero_optimization"]["stage"] == int(name[4])
+
+
+def test_every_value_of_fsdp2_has_its_reason_above_it():
+    lines = (ROOT / "fsdp2.yaml").read_text(encoding="utf-8").splitlines()
+    inside = lines[lines.index("fsdp_config:") + 2 :]
+    values = [number for number, line in enumerate(inside) if not line.strip().startswith("#")]
+    assert len(values) == 6 and all(inside[number - 1].strip().startswith("#") for number in values)
+
+
+@pytest.mark.parametrize("table", TABLES, ids=lambda table: table.__name__)
+def test_the_numbers_of_the_page_are_those_of_its_formulae(table):
+    for page in ("distributed.md", "distributed_zh.md"):
+        assert table() in (ROOT / "docs" / page).read_text(encoding="utf-8")

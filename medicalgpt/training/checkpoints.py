@@ -18,8 +18,7 @@ from transformers import TrainerCallback, TrainingArguments
 MANIFEST = "manifest.json"
 GATHERING = (
     "Weights that are sharded over the processes must be gathered to be saved. For DeepSpeed ZeRO-3 set "
-    '"stage3_gather_16bit_weights_on_model_save": true, as zero3.json does; for FSDP "state_dict_type": '
-    '"FULL_STATE_DICT".'
+    '"stage3_gather_16bit_weights_on_model_save": true, as zero3.json does.'
 )
 
 

@@ -14,8 +14,10 @@ from medicalgpt.logs import HEARTBEAT_SECONDS, is_main_process, local_rank, rank
 from medicalgpt.training.checkpoints import GATHERING
 
 import psutil
+import torch
 from loguru import logger
 from peft import PeftModel
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -36,19 +38,44 @@ def are_weights_sharded(training: TrainingArguments) -> bool:
     return is_deepspeed_zero3_enabled() or is_fsdp_requested(training)
 
 
-def require_gathering(trainer: Trainer) -> None:
-    """Refuse settings with which all weights would be saved in parts, one per process.
+def check_engine(trainer: Trainer) -> None:
+    """Refuse settings under which the stages were not made to train, or weights would be saved in parts.
 
-    An adapter is gathered whatever the settings.
+    An adapter is gathered whatever the settings, and so are all weights under FSDP2.
 
     Raises:
         UserError: with the setting to change.
     """
+    parallel = getattr(trainer.accelerator, "parallelism_config", None)
+    if parallel and (parallel.tp_enabled or parallel.cp_enabled or parallel.sp_enabled):
+        raise UserError(
+            "parallelism_config splits each sequence or each layer over processes, and the stages' losses need whole "
+            "sequences in each process. Remove it. For long rows: --gradient_checkpointing True, zero3.json or "
+            "fsdp2.yaml; docs/distributed.md says more."
+        )
+    if trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.fsdp_version != 2:
+        raise UserError(
+            "fsdp_version 1 is PyTorch's older FSDP, with which these programs were not tested. Set fsdp_version: 2, "
+            "as fsdp2.yaml does."
+        )
     if not trainer.is_deepspeed_enabled or isinstance(trainer.model, PeftModel):
         return
     config = trainer.accelerator.state.deepspeed_plugin.hf_ds_config
     if config.is_zero3() and not config.is_true("zero_optimization.stage3_gather_16bit_weights_on_model_save"):
         raise UserError(f"the trained weights would not be saved as a model. {GATHERING}")
+
+
+def gather_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The weights of a model that FSDP2 shards, complete and on the CPU; of a model with an adapter, what is trained.
+
+    Call it on every process.
+
+    Returns:
+        On the first process; an empty dictionary on the others.
+    """
+    only_trained = isinstance(model, PeftModel)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=only_trained)
+    return get_model_state_dict(model, options=options)
 
 
 def init_deepspeed(training: TrainingArguments) -> None:

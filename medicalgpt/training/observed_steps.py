@@ -58,7 +58,9 @@ def _requested_optimizer(setup: TrainingSetup) -> tuple[Any, dict[str, Any]]:
     if setup.training.optim.value.endswith("layerwise"):
         # The library's call would register their hooks on the model a second time.
         return LayerWiseDummyOptimizer, {}
-    found, settings = Trainer.get_optimizer_cls_and_kwargs(setup.training, setup.base_model)
+    # Of weights that FSDP shards some are complete at times, for which the library would choose other settings here.
+    model = None if setup.sharded else setup.base_model
+    found, settings = Trainer.get_optimizer_cls_and_kwargs(setup.training, model)
     return found, {name: value for name, value in settings.items() if name not in ("lr", "params", "model")}
 
 
@@ -81,9 +83,17 @@ def optimizer(setup: TrainingSetup) -> Line:
         "optimizer",
         wanted_text,
         seen,
-        type(inner) is wanted and not odd,
+        (type(inner) is wanted or (wanted is torch.optim.AdamW and _is_cpu_adam(setup, inner))) and not odd,
         "A DeepSpeed file or the code of the trainer chose another.",
     )
+
+
+def _is_cpu_adam(setup: TrainingSetup, inner: Any) -> bool:
+    """Whether DeepSpeed's AdamW for CPUs is there because the file moves the optimizer's state to the CPU."""
+    plugin = setup.trainer.accelerator.state.deepspeed_plugin
+    zero = plugin.deepspeed_config.get("zero_optimization", {}) if plugin else {}
+    offloads = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+    return offloads and type(inner).__name__ == "DeepSpeedCPUAdam"
 
 
 def _class_name(kind: type) -> str:

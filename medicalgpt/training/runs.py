@@ -38,7 +38,7 @@ from medicalgpt.training.callbacks import (
 from medicalgpt.training.checkpoints import CheckpointCommitter, is_committed, newest_committed, require_saved_weights
 from medicalgpt.training.claiming import NO, Claim, claim_folder, on_first_process, require_same_checkpoint, resumes_in
 from medicalgpt.training.disk import saving
-from medicalgpt.training.engines import init_deepspeed, require_gathering
+from medicalgpt.training.engines import check_engine, init_deepspeed
 from medicalgpt.training.finite import require_finite_start
 from medicalgpt.training.folder_lock import FolderLock
 from medicalgpt.training.memory import explain_memory, plan_memory
@@ -349,7 +349,7 @@ class Run:
         """
         self.trainer = trainer
         if self.training.do_train:
-            require_gathering(trainer)
+            check_engine(trainer)
         if self.claim.replaces:
             self._set_previous_aside()
         try:

@@ -19,6 +19,7 @@ from medicalgpt.readers.problems import Place
 from medicalgpt.training.checkpoints import prepare_folder
 from medicalgpt.training.cpu import add_cpu_head, replace_lora_dropout, return_freed_memory
 from medicalgpt.training.disk import checkpoint_bytes, on_every_process, require_space, saving
+from medicalgpt.training.engines import gather_weights
 from medicalgpt.training.finite import BatchRow, FiniteSteps, find_places, require_finite_training
 from medicalgpt.training.optimizers import apply_loraplus, check_flags_applied, check_optimizer
 from medicalgpt.training.row_order import (
@@ -279,13 +280,21 @@ class StageTrainer(Trainer):
         return find_places(rows, self.encoded)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model, in a checkpoint or as the result. Call it on every process.
+        """Save the model, in a checkpoint or as the result, complete also where FSDP shards it.
+
+        Call it on every process.
 
         Raises:
             UserError: on every process, if a trained weight is not finite.
         """
         require_finite_training(self)
-        super().save_model(output_dir, _internal_call)
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        # The library writes nothing if each process saves its own part of a checkpoint (SHARDED_STATE_DICT).
+        weights = gather_weights(self.model)
+        if self.args.should_save:
+            self._save(output_dir, state_dict=weights)
 
     def set_rates(self, optimizer: torch.optim.Optimizer) -> None:
         """Hook for stages with a second learning rate; the ratio of LoRA+ multiplies it."""

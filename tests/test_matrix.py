@@ -1,0 +1,140 @@
+"""Each stage under each engine with each kind of weights: what is saved is the model that was trained, or a refusal."""
+
+import os
+import shutil
+
+from medicalgpt.models import adapters, loading
+from medicalgpt.models.hub import Checkpoint
+from tests.helpers import ROOT, read_json, run_program
+from tests.matrix import ENGINES, PROBE, Cell, as_table, cells, flags, make_place, output_of
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+# One of each engine that shards weights, in the quick suite; all others are slow.
+QUICK = {"FSDP2": ["supervised_finetuning:full", "dpo_training:LoRA"]}
+
+
+def train_cells(folder, engine, *names):
+    make_place(folder)
+    run_program("tests/matrix.py", folder, engine, *names, processes=2, timeout=1_800, env={"PYTHONPATH": str(ROOT)})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Folders of the engines whose cells were trained, each once."""
+    done = {}
+
+    def of(engine):
+        if engine not in done:
+            done[engine] = train_cells(tmp_path_factory.mktemp("matrix"), engine)
+        return done[engine]
+
+    return of
+
+
+def reload(place, cell):
+    """The model that a user would load from the output folder."""
+    checkpoint = Checkpoint.resolve(str(output_of(place, cell)))
+    scores = cell.stage == "reward_modeling"
+    model = loading.load_model(
+        AutoModelForSequenceClassification if scores else AutoModelForCausalLM,
+        checkpoint.source,
+        config=checkpoint.config,
+        qlora=cell.weights == "QLoRA",
+        **({"num_labels": 1} if scores else {}),
+    )
+    loading.never_repack_4bit(model)
+    if checkpoint.adapter:
+        model = adapters.attach_adapter(model, checkpoint.adapter)
+    return model.eval()
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=torch.tensor(PROBE)).logits
+
+
+def check_saved(place, cell):
+    """The output folder holds the trained model: no empty tensor, and the logits of the live one."""
+    found = read_json(output_of(place, cell) / "found.json")
+    assert "failure" not in found, found.get("failure")
+    if cell.refusal:
+        assert cell.refusal in found["refusal"]
+        return found
+    assert "refusal" not in found, found.get("refusal")
+    for file in output_of(place, cell).glob("**/*.safetensors"):
+        with safe_open(file, "pt") as weights:
+            assert not [name for name in weights.keys() if 0 in weights.get_slice(name).get_shape()]
+    assert (output_of(place, cell) / "checkpoint-2" / "manifest.json").is_file()
+    live = torch.tensor(found["logits"])
+    if cell.stage != "reward_modeling":
+        assert not torch.allclose(logits(AutoModelForCausalLM.from_pretrained(place / "base")), live, atol=1e-2), (
+            "nothing was trained"
+        )
+    torch.testing.assert_close(logits(reload(place, cell)), live, rtol=1e-4, atol=1e-4)
+    return found
+
+
+@pytest.mark.parametrize("cell", [cell for engine in QUICK for cell in cells([engine], QUICK[engine])], ids="-".join)
+def test_a_few_cells(quick, cell):
+    check_saved(quick, cell)
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    (engine,) = QUICK
+    return train_cells(tmp_path_factory.mktemp("quick"), engine, *QUICK[engine])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", list(cells()), ids="-".join)
+def test_every_cell(trained, cell):
+    """Losses and logits are also those of plain data parallelism: the engines differ in where the numbers are kept."""
+    found = check_saved(trained(cell.engine), cell)
+    if cell.refusal or cell.engine == "DDP":
+        return
+    plain = read_json(output_of(trained("DDP"), cell._replace(engine="DDP")) / "found.json")
+    assert found["losses"] == pytest.approx(plain["losses"], rel=1e-3, abs=1e-5)
+    torch.testing.assert_close(torch.tensor(found["logits"]), torch.tensor(plain["logits"]), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("page", ["distributed.md", "distributed_zh.md"])
+def test_the_page_shows_this_table(page):
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    assert as_table(chinese=page.endswith("_zh.md")) in text
+
+
+def test_every_refusal_is_of_a_cell():
+    assert {cell.refusal for cell in cells(ENGINES)} - {None}
+    assert os.path.isfile(ROOT / "fsdp2.yaml")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["full", "LoRA"])
+def test_fsdp2_resumes_where_it_stopped(tmp_path, weights):
+    """From the parts of all processes: weights, optimizer states, schedule and rows."""
+    place = make_place(tmp_path)
+    cell = Cell("supervised_finetuning", "FSDP2", weights)
+    common = [*flags(place, cell), "--lr_scheduler_type", "linear", "--save_total_limit", 3]
+
+    def run(output, steps, *more):
+        command = [*common, "--output_dir", place / output, "--max_steps", steps, *more]
+        run_program("tests/fsdp_on_cpu.py", ROOT / "supervised_finetuning.py", *command, **two)
+        (file,) = [path for path in (place / output).glob("*.safetensors")]
+        return load_file(file)
+
+    two = {"processes": 2, "timeout": 600, "env": {"PYTHONPATH": str(ROOT)}}
+    whole = run("whole", 4)
+    shutil.copytree(place / "whole", place / "half")
+    shutil.rmtree(place / "half" / "checkpoint-4")
+    resumed = run("half", 4, "--resume_from_checkpoint", "True")
+    parts = place / "half" / "checkpoint-4"
+    assert {path.name for path in parts.glob("*/*.distcp")} >= {"__0_0.distcp", "__1_0.distcp"}
+    assert whole.keys() == resumed.keys()
+    for name, weight in whole.items():
+        torch.testing.assert_close(resumed[name], weight, rtol=0, atol=1e-7, msg=name)
