@@ -79,9 +79,7 @@ def main() -> None:
         program="pretraining.py",
     )
     from medicalgpt.data.encoding import document_starts, encode_document
-    from medicalgpt.data.loading import load_data
-    from medicalgpt.data.streaming import check_data
-    from medicalgpt.data.tokenizing import encode_sides
+    from medicalgpt.data.prepared import load_and_encode
     from medicalgpt.formats.conversion import to_text
     from medicalgpt.models import loading
     from medicalgpt.training.runs import Run
@@ -101,10 +99,11 @@ def main() -> None:
     run.add_tokenizer(tokenizer)
 
     # 3 data: documents become pieces of at most one block; no token is lost
-    load = check_data if data_args.streaming else load_data
-    data = load(data_args, to_text, document_unit=args.document_unit, seed=args.order_seed)
     encode = partial(encode_document, tokenizer, block_size=args.block_size)
-    train, validation = encode_sides(data, encode, data_args, args.order_seed)
+    packed = args.block_size if args.packing else None
+    data, train, validation = load_and_encode(
+        data_args, to_text, encode, seed=args.order_seed, document_unit=args.document_unit, block_size=packed
+    )
     run.add_data(data)
     run.preview(tokenizer, train)
 

@@ -32,8 +32,7 @@ from medicalgpt.args import (
     StageDefaults,
 )
 from medicalgpt.data.encoding import Pair, encode_preference
-from medicalgpt.data.loading import load_data
-from medicalgpt.data.tokenizing import encode_sides
+from medicalgpt.data.prepared import load_and_encode
 from medicalgpt.errors import UserError, run_main
 from medicalgpt.formats.conversion import to_preference
 from medicalgpt.logs import is_main_process, setup_logging, world_size
@@ -187,7 +186,6 @@ def main() -> None:
     run.add_tokenizer(tokenizer)
 
     # 3 data: both answers follow the same prompt; pairs that are too long are skipped, never truncated
-    data = load_data(data_args, to_preference, seed=args.order_seed)
     encode = partial(
         encode_preference,
         tokenizer,
@@ -195,7 +193,9 @@ def main() -> None:
         max_source_length=args.max_source_length,
         max_target_length=args.max_target_length,
     )
-    train, validation = encode_sides(data, encode, data_args, args.order_seed, Pair, config=checkpoint.config)
+    data, train, validation = load_and_encode(
+        data_args, to_preference, encode, seed=args.order_seed, sample=Pair, config=checkpoint.config
+    )
     run.add_data(data)
     run.preview(tokenizer, train)
 

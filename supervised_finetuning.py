@@ -87,9 +87,7 @@ def main() -> None:
         program="supervised_finetuning.py",
     )
     from medicalgpt.data.encoding import encode_chat, render_prompts
-    from medicalgpt.data.loading import load_data
-    from medicalgpt.data.streaming import check_data
-    from medicalgpt.data.tokenizing import encode_sides
+    from medicalgpt.data.prepared import load_and_encode
     from medicalgpt.formats.conversion import to_messages
     from medicalgpt.models import loading
     from medicalgpt.models.templating import stop_token_ids
@@ -112,7 +110,6 @@ def main() -> None:
     run.add_tokenizer(tokenizer)
 
     # 3 data: each conversation is rendered by the template and masked; no answer is ever truncated
-    data = (check_data if data_args.streaming else load_data)(data_args, to_messages, seed=args.order_seed)
     encode = partial(
         encode_chat,
         tokenizer,
@@ -121,7 +118,10 @@ def main() -> None:
         mask_history=args.mask_history,
         shorten_rows=data_args.long_rows == "turns",
     )
-    train, validation = encode_sides(data, encode, data_args, args.order_seed, config=checkpoint.config)
+    packed = args.model_max_length if args.packing else None
+    data, train, validation = load_and_encode(
+        data_args, to_messages, encode, seed=args.order_seed, config=checkpoint.config, block_size=packed
+    )
     run.add_data(data)
     run.preview(tokenizer, train)
 

@@ -2,15 +2,21 @@
 
     python -m benchmarks.data_memory --model_name_or_path outputs/tiny-base
     python -m benchmarks.data_memory --model_name_or_path outputs/tiny-base --rows 10000 100000 --workers 1
+    python -m benchmarks.data_memory --model_name_or_path outputs/tiny-base --rows 100000 --read 1000000 10000000
 
 Prints a table: the size of the file; the seconds to read it, to tokenize it, and to do both again with the tokens from
 the cache; and the peak resident memory of the program and of its largest tokenizing process.
+
+With --read it prepares a shard of the first number of rows, and reads as many copies of it as make each number of rows:
+every row once, in random order, in batches of 32. Memory is that of the process itself ("own"), and with the pages of
+the files that it has mapped, which the system takes back when another program needs room.
 """
 
 import argparse
 import json
 import os
 import random
+import re
 import resource
 import subprocess
 import sys
@@ -110,6 +116,93 @@ def stream_file(path: str, model: str, workers: int | None) -> dict[str, Any]:
     }
 
 
+def read_shards(place: str, model: str, workers: int | None) -> dict[str, Any]:
+    """Read all samples of prepared shards once, in random order, as a stage does; returns time and memory."""
+    from medicalgpt.args import DataArguments
+    from medicalgpt.data.encoding import encode_chat
+    from medicalgpt.data.prepared import read_prepared
+
+    import torch
+
+    tokenizer = load_tokenizer(model)
+    before = own_memory()
+    started = time.perf_counter()
+    encode = partial(encode_chat, tokenizer, max_length=512, shorten_rows=True)
+    _, train, _ = read_prepared(DataArguments(prepared_dir=place), encode)
+    opened = time.perf_counter()
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).numpy()
+    tokens, most = 0, 0.0
+    for number in range(0, len(order), 32):
+        batch = train[order[number : number + 32]]["input_ids"]
+        tokens += sum(map(len, batch))
+        if number % 100_000 == 0:
+            most = max(most, own_memory())
+    return {
+        "samples": len(order),
+        "tokens": tokens,
+        "open_s": opened - started,
+        "read_s": time.perf_counter() - opened,
+        "before_mb": before,
+        "own_mb": max(most, own_memory()),
+        "peak_mb": peak_rss(resource.RUSAGE_SELF),
+    }
+
+
+def own_memory() -> float:
+    """Resident memory of this process without mapped files, in MB (Linux only)."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) / 1024
+
+
+def repeat_shard(prepared: Path, place: Path, copies: int) -> None:
+    """A folder of `copies` shards that all have the content of the only one in `prepared`, by links."""
+    from medicalgpt.data.shards import MANIFEST, Shard, write_index
+
+    source = prepared / Shard(1, 1).folder
+    for number in range(1, copies + 1):
+        shard = Shard(number, copies)
+        folder = place / shard.folder
+        folder.mkdir(parents=True)
+        for path in source.iterdir():
+            if path.name != MANIFEST:
+                os.link(path, folder / path.name)
+        manifest = json.loads((source / MANIFEST).read_text(encoding="utf-8")) | {"shard": shard}
+        (folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+    write_index(place)
+
+
+def measure_reading(arguments: argparse.Namespace) -> None:
+    """Prepare one shard, and print a row of the table for each number of rows that is read."""
+    print(
+        "| rows | prepared s | opened s | read s | rows/s | own memory before, MB | own memory, MB | with files, MB |"
+    )
+    print("|---:|---:|---:|---:|---:|---:|---:|---:|", flush=True)
+    with tempfile.TemporaryDirectory(dir=arguments.work_dir) as folder:
+        place, rows = Path(folder), arguments.rows[0]
+        write_rows(place / "rows.jsonl", rows)
+        flags = {
+            "--format": "chat",
+            "--model_name_or_path": arguments.model_name_or_path,
+            "--train_file_dir": place / "rows.jsonl",
+            "--prepared_dir": place / "one",
+            "--model_max_length": 512,
+            **({"--preprocessing_num_workers": arguments.workers} if arguments.workers else {}),
+        }
+        words = [str(word) for flag in flags.items() for word in flag]
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "prepare_data.py", *words], check=True, stdout=subprocess.DEVNULL)
+        seconds = time.perf_counter() - started
+        for count in arguments.read:
+            repeat_shard(place / "one", place / str(count), count // rows)
+            found = measure("prepared", place / str(count), arguments, folder)
+            print(
+                f"| {found['samples']:,} | {seconds:.1f} | {found['open_s']:.1f} | {found['read_s']:.1f} | "
+                f"{found['samples'] / found['read_s']:,.0f} | {found['before_mb']:.0f} | {found['own_mb']:.0f} | "
+                f"{found['peak_mb']:.0f} |",
+                flush=True,
+            )
+
+
 # The ways to turn a file into samples, by the name of their row in the table.
 WAYS = {"tokenized in advance": encode_file, "streamed": stream_file}
 
@@ -132,14 +225,19 @@ def main() -> None:
     parser.add_argument("--model_name_or_path", help="model whose tokenizer and chat template are used")
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000], help="numbers of rows")
     parser.add_argument("--workers", type=int, help="number of tokenizing processes; default: as in training")
+    parser.add_argument("--read", type=int, nargs="+", help="read so many rows from shards; needs a number in --rows")
+    parser.add_argument("--work_dir", help="folder for the files; default: that of the system")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
         way, *call = json.loads(arguments.measure)
-        print(json.dumps(WAYS[way](*call)))
+        print(json.dumps({**WAYS, "prepared": read_shards}[way](*call)))
         return
     if not arguments.model_name_or_path:
         parser.error("--model_name_or_path is required; python build_tiny_model.py creates a tiny model")
+    if arguments.read:
+        measure_reading(arguments)
+        return
     print("| way | rows | file MB | read s | tokenize s | both from cache s | peak MB | imports alone MB | worker MB |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|---:|", flush=True)
     for count in arguments.rows:

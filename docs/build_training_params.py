@@ -26,6 +26,7 @@ import merge_peft_adapter
 import openai_api
 import orpo_training
 import ppo_training
+import prepare_data
 import pretraining
 import reward_modeling
 import supervised_finetuning
@@ -166,6 +167,8 @@ def render() -> str:
         "### From the trainer",
         "The most common ones; `--help` lists the others.",
         table(pretraining.PretrainingArguments, only=INHERITED),
+        "## prepare_data.py",
+        table(prepare_data.PreparationArguments),
         "## merge_peft_adapter.py",
         table(merge_peft_adapter.MergeArguments),
         "## Front ends",

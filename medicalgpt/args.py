@@ -305,6 +305,10 @@ class DataArguments:
             "dev*, eval* or test* in --train_file_dir are the held-out data."
         },
     )
+    prepared_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder of rows that prepare_data.py has tokenized, instead of files; read as it is."},
+    )
     dataset_name: str | None = field(
         default=None,
         metadata={"help": "Dataset on the hub, or a folder that datasets can load or has saved, instead of files."},

@@ -80,7 +80,7 @@ PPO, GRPO = ("ppo_training.py",), ("grpo_training.py",)
 CHATPDF = ("chatpdf.py",)
 CHAT = ("inference.py", "openai_api.py", "fastapi_server_demo.py", "gradio_demo.py", *CHATPDF)
 CONVERT = ("convert_dataset.py",)
-TOOLS = ("merge_peft_adapter.py", "validate_jsonl.py", *CONVERT)
+TOOLS = ("merge_peft_adapter.py", "validate_jsonl.py", "prepare_data.py", *CONVERT)
 TRAINING = PT + SFT + PAIRS + PPO + GRPO
 PROGRAMS = EVERY + TRAINING + CHAT + TOOLS
 
@@ -184,6 +184,7 @@ REFUSED: dict[str, dict[tuple[str, ...], str]] = {
         PAIRS: "Pairs are tokenized before training; for corpora there is pretraining.py --streaming True.",
         PPO + GRPO: "Prompts are tokenized before training.",
     },
+    "prepared_dir": {PPO + GRPO: "Prompts are tokenized before training; give their files with --train_file_dir."},
     "shuffle_buffer": {
         PAIRS: "It is for --streaming, which the stages on preference pairs do not have.",
         PPO + GRPO: "It is for --streaming, which this stage does not have.",

@@ -1,7 +1,9 @@
 """What surrounds a training: the output folder, checkpoints that can be trusted, what is shown and recorded."""
 
 import json
+import re
 import sys
+import time
 
 from medicalgpt.args import DataArguments, ModelArguments, RunArguments
 from medicalgpt.data.encoding import IGNORED, encode_chat
@@ -154,6 +156,18 @@ def test_other_processes_leave_the_folder_to_the_first(start, tmp_path, monkeypa
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def test_the_log_has_size_and_seconds_of_a_checkpoint(tmp_path, log):
+    folder = save_checkpoint(tmp_path, 3, commit=False)
+    (folder / "global_step" / "optimizer.pt").write_bytes(b"x" * 2_500_000)
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    state = TrainerState(global_step=3, is_world_process_zero=True)
+    began = time.monotonic() - 100
+    CheckpointCommitter(began=lambda: began).on_save(args, state, TrainerControl())
+    (line,) = [line for line in log if line.startswith("checkpoint-3: ")]
+    size, seconds = re.fullmatch(r"checkpoint-3: ([\d.]+) MB saved in ([\d.]+) s", line).groups()
+    assert size == "2.5" and 100 <= float(seconds) < 160
 
 
 def test_a_whole_checkpoint_names_every_file(tmp_path):

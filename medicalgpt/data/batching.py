@@ -1,6 +1,7 @@
 """Batch encoded sequences: padded, or packed so that packed sequences do not attend to each other."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from medicalgpt.data.encoding import IGNORED
@@ -11,16 +12,18 @@ from transformers import PreTrainedTokenizerBase
 from trl import pack_dataset
 
 
-def pack(dataset: Dataset, block_size: int) -> Dataset:
+def pack(dataset: Dataset, block_size: int, file: Path | None = None) -> Dataset:
     """Put whole sequences together into blocks of at most `block_size` tokens (best fit, nothing is truncated).
 
     Args:
         dataset: columns `input_ids` and `labels`, each sequence at most `block_size` long.
+        file: where the blocks are kept; by default with the sequences.
 
     Returns:
         Columns `input_ids`, `labels` and `seq_lengths`, the lengths of the sequences in each block.
     """
-    return pack_dataset(dataset.select_columns(["input_ids", "labels"]), block_size, strategy="bfd")
+    kept = {"cache_file_name": str(file)} if file else {}
+    return pack_dataset(dataset.select_columns(["input_ids", "labels"]), block_size, strategy="bfd", map_kwargs=kept)
 
 
 def collator(tokenizer: PreTrainedTokenizerBase, model: torch.nn.Module) -> "Collator":

@@ -1,12 +1,17 @@
 """How long rows are in tokens, which of them fit, and what makes room for the others."""
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
+from medicalgpt.data.encoding import IGNORED
 from medicalgpt.data.statistics import PROPOSED_PERCENTILES, percentile, percentiles
 from medicalgpt.models.attention import context_length, scaling_flag
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset
 from transformers import PreTrainedConfig
 
 UNKNOWN, USED, SHORTENED, TOO_LONG = range(4)
@@ -115,3 +120,29 @@ def describe(lengths: RowLengths) -> str:
     return "tokens, share of rows up to this length: " + ", ".join(
         f"{share}%: {length:,}" for share, length in percentiles(lengths.known).items()
     )
+
+
+def count_tokens(dataset: Dataset) -> tuple[int, int, int]:
+    """Sequences of a data set, their tokens and the supervised ones; of pairs, a prompt counts with each answer."""
+    counts = Counter()
+    for batch in dataset.with_format("arrow").iter(10_000):
+        for name in set(batch.column_names) & {"input_ids", "prompt_ids", "chosen_ids", "rejected_ids"}:
+            counts[name] += _values(batch[name])
+        if "labels" in batch.column_names:
+            labels = pc.list_flatten(batch["labels"])
+            counts["labels"] += pc.sum(pc.not_equal(labels, IGNORED)).as_py() or 0
+    answers = counts["chosen_ids"] + counts["rejected_ids"]
+    if answers:
+        return len(dataset), 2 * counts["prompt_ids"] + answers, answers
+    return len(dataset), counts["input_ids"] + counts["prompt_ids"], counts["labels"]
+
+
+def _values(column: pa.ChunkedArray) -> int:
+    return pc.sum(pc.list_value_length(column)).as_py() or 0
+
+
+def list_lengths(dataset: Dataset, name: str) -> np.ndarray:
+    """(rows,) the lengths of the lists in a column."""
+    batches = dataset.select_columns(name).with_format("arrow").iter(10_000)
+    parts = [pc.list_value_length(batch[name]).to_numpy() for batch in batches]
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)

@@ -44,6 +44,7 @@ class FileAccount:
         unused: number of rows that have each of the fields that are not used.
         rows_with_unused: number of rows that have any of them.
         presets: number of rows that were recognised as each preset.
+        prepared: hash of the index of the shards that have its tokens, if they were prepared.
     """
 
     file: str
@@ -55,6 +56,7 @@ class FileAccount:
     unused: Counter = field(default_factory=Counter)
     rows_with_unused: int = 0
     presets: Counter = field(default_factory=Counter)
+    prepared: str = ""
 
     @property
     def used(self) -> int:
@@ -70,6 +72,7 @@ class FileAccount:
             **({"unused_fields": dict(self.unused)} if self.unused else {}),
             **({"presets": dict(self.presets)} if self.presets else {}),
             **({"shortened": self.shortened} if self.shortened else {}),
+            **({"prepared": self.prepared} if self.prepared else {}),
             **self.mixture,
         }
 
@@ -99,11 +102,21 @@ class LoadedData:
         """
         limit = limit or LengthLimit()
         self.problems = with_length_remedies(self.problems, limit)
+        self.skip_problems(arguments, limit, max_long_rows=arguments.max_long_rows)
+        if not self.train:
+            raise UserError("every training row was skipped; see the warnings above.\n" + self.summary())
+
+    def skip_problems(self, arguments: DataArguments, limit: LengthLimit, *, max_long_rows: float) -> None:
+        """As `settle`, for rows that are a part of the data: none of them need be left.
+
+        Args:
+            max_long_rows: share of the rows that may be skipped because they are too long.
+        """
         allowed = {"unusable": arguments.skip_bad_rows, "too long": arguments.long_rows != "refuse"}
         if refused := [problem for problem in self.problems if not allowed.get(problem.kind)]:
             too_long = any(problem.kind == "too long" for problem in refused)
             raise DataError(refused, self._describe_lengths(limit) if too_long else "")
-        self._refuse_if_too_many_are_lost(limit, arguments.max_long_rows)
+        self._refuse_if_too_many_are_lost(limit, max_long_rows)
         for problem in self.problems[:SHOWN_PROBLEMS]:
             logger.warning(f"skipped: {problem}")
         if limit.tokens is not None and (described := self._describe_lengths(limit)):
@@ -128,8 +141,6 @@ class LoadedData:
         for side, lengths in self.lengths.items():
             for index in np.flatnonzero(lengths.outcome == SHORTENED).tolist():
                 by_file[side, place_of(getattr(self, side)[index]).file].shortened += 1
-        if not self.train:
-            raise UserError("every training row was skipped; see the warnings above.\n" + self.summary())
 
     def report_fields(self, convert: Converter) -> None:
         """Log what rows were recognised as, and which of their fields are not used, in one line each.

@@ -61,25 +61,16 @@ def encode_rows(
     Raises:
         UserError: less than one process, or no room on the disk.
     """
-    rows = on_disk(getattr(data, side))
-    if num_proc is not None and num_proc < 1:
-        raise UserError(f"--preprocessing_num_workers {num_proc} must be at least 1.")
-    workers = num_proc or max(1, min(len(os.sched_getaffinity(0)), len(rows) // MIN_ROWS_PER_PROCESS))
-    key = None
+    rows, key = on_disk(getattr(data, side)), None
+    workers = worker_count(num_proc, len(rows))
     if isinstance(encode, partial):
         try:
             key = token_key(rows, encode)
         except UncacheableError as reason:
             logger.info(f"tokens are not cached: {reason}")
 
-    def read(folder: Path) -> Dataset:
-        with (folder / "problems.jsonl").open(encoding="utf-8") as file:
-            found = map(json.loads, file)
-            data.problems += [Problem(**{**problem, "place": Place(*problem["place"])}) for problem in found]
-        data.lengths[side] = RowLengths(*np.load(folder / "lengths.npy", allow_pickle=False))
-        return Dataset.from_file(str(folder / "samples.arrow"))
-
-    return load_or_make(key, partial(_write_encoded, rows, encode, workers, side, sample), read, renew=overwrite_cache)
+    make = partial(write_encoded, rows, encode, workers, side, sample)
+    return load_or_make(key, make, partial(read_encoded, data, side), renew=overwrite_cache)
 
 
 def encode_sides(
@@ -115,6 +106,24 @@ def encode_sides(
 
 
 MIN_ROWS_PER_PROCESS = 1000
+
+
+def worker_count(num_proc: int | None, rows: int) -> int:
+    """How many processes encode: as many as were requested, otherwise one per 1,000 rows, at most one per core."""
+    if num_proc is not None and num_proc < 1:
+        raise UserError(f"--preprocessing_num_workers {num_proc} must be at least 1.")
+    return num_proc or max(1, min(len(os.sched_getaffinity(0)), rows // MIN_ROWS_PER_PROCESS))
+
+
+def read_encoded(data: LoadedData, side: str, folder: Path) -> Dataset:
+    """The samples that `write_encoded` wrote to a folder; problems and lengths join `data`."""
+    with (folder / "problems.jsonl").open(encoding="utf-8") as file:
+        found = map(json.loads, file)
+        data.problems += [Problem(**{**problem, "place": Place(*problem["place"])}) for problem in found]
+    data.lengths[side] = RowLengths(*np.load(folder / "lengths.npy", allow_pickle=False))
+    return Dataset.from_file(str(folder / "samples.arrow"))
+
+
 ROWS_AT_A_TIME = 200
 BYTES_AT_A_TIME = 16 * 1024 * 1024
 
@@ -124,8 +133,14 @@ def _schema(sample: type) -> pa.Schema:
     return pa.schema([*((field.name, pa.list_(pa.int32())) for field in fields(sample)), ("place", place)])
 
 
-def _write_encoded(rows: Rows, encode: Callable, workers: int, side: str, sample: type, folder: Path) -> None:
-    """Write `samples.arrow` and `problems.jsonl`, in the order of the rows, whatever the number of processes."""
+def write_encoded(rows: Rows, encode: Callable, workers: int, side: str, sample: type, folder: Path) -> None:
+    """Write the samples of the rows, in their order, what could not be encoded, and the length of each row.
+
+    Args:
+        workers: number of processes, on which the result does not depend.
+        sample: see `encode_rows`.
+        folder: gets `samples.arrow`, `problems.jsonl` and `lengths.npy`; `read_encoded` reads them.
+    """
     starts = range(0, len(rows), ROWS_AT_A_TIME)
     schema = _schema(sample)
     with (

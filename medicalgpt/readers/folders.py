@@ -205,7 +205,7 @@ def split_of(file: Path, place: str | Path) -> str:
 def choose_files(arguments: DataArguments) -> tuple[list[Source], list[Path]]:
     """The sources of training rows, and the held-out files."""
     if bool(arguments.train_file_dir) == bool(arguments.dataset_name):
-        raise UserError("give the data with exactly one of --train_file_dir and --dataset_name.")
+        raise UserError("give the data with exactly one of --train_file_dir, --dataset_name and --prepared_dir.")
     hub_only = {
         "dataset_config_name": arguments.dataset_config_name,
         "dataset_split": arguments.dataset_split != "train",

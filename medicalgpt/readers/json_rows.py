@@ -16,16 +16,29 @@ ROW_LISTS = ("data", "rows", "train", "examples", "instances")
 HEAD_LINES = 2_000
 
 
-def read_json(file: TextFile, lines_expected: bool) -> Iterator[SourceRow | Problem]:
+def read_json(
+    file: TextFile, lines_expected: bool, start: int = 0, stop: int | None = None
+) -> Iterator[SourceRow | Problem]:
     """The rows of a .jsonl or .json file.
 
     Args:
         lines_expected: the suffix is that of JSON Lines: a single line is a row, not a file of one value.
+        start, stop: numbers of the first row and of the one after the last, from 0; other lines are not parsed.
     """
+    lines = json_lines(file, lines_expected)
+    if lines is None:
+        yield from islice(_read_values(str(file.path), file.text()), start, stop)
+        return
+    for number, line in islice(lines, start, stop):
+        yield parse_line(Place(str(file.path), number), line)
+
+
+def json_lines(file: TextFile, lines_expected: bool) -> Iterator[tuple[int, str]] | None:
+    """Numbers and texts of the lines, if each is a row; None if the file has its rows in another way."""
     lines = file.lines()
     head = list(islice(lines, 2))
     if not head:
-        return
+        return iter(())
     first = _parsed(head[0][1])
     several, is_list = len(head) > 1, first is not None and isinstance(first[0], list)
     in_lines = first is not None and (lines_expected and (several or not is_list) or several and not is_list)
@@ -34,12 +47,7 @@ def read_json(file: TextFile, lines_expected: bool) -> Iterator[SourceRow | Prob
         head += list(islice(lines, HEAD_LINES))
         in_lines = lines_expected or any(_parsed(line) is not None for _, line in head[1:] if line.lstrip()[:1] == "{")
         in_lines = in_lines and not _begins_with_value([line for _, line in head])
-    if in_lines:
-        name = str(file.path)
-        for number, line in chain(head, lines):
-            yield parse_line(Place(name, number), line)
-    else:
-        yield from _read_values(str(file.path), file.text())
+    return chain(head, lines) if in_lines else None
 
 
 def looks_like_json_lines(file: TextFile) -> bool:

@@ -4,6 +4,7 @@ Nothing is silently dropped or repaired: a row is read, or it is a `Problem` wit
 """
 
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,7 +14,7 @@ from medicalgpt.readers.folders import (
     format_of,
     suffix_of,
 )
-from medicalgpt.readers.json_rows import looks_like_json_lines, read_json
+from medicalgpt.readers.json_rows import json_lines, looks_like_json_lines, read_json
 from medicalgpt.readers.problems import (
     Place,
     Problem,
@@ -29,7 +30,11 @@ if TYPE_CHECKING:
 
 
 def read_rows(
-    file: str | Path | TextFile | TableFile, document_unit: str = "auto", encoding: str | None = None
+    file: str | Path | TextFile | TableFile,
+    document_unit: str = "auto",
+    encoding: str | None = None,
+    start: int = 0,
+    stop: int | None = None,
 ) -> Iterator[SourceRow | Problem]:
     """Read a file row by row; what cannot be read comes as a `Problem` in its place.
 
@@ -41,24 +46,40 @@ def read_rows(
         document_unit: what one document is in .txt and .md: `line`, `paragraph` (blank lines between), `file`, or
             `auto`: line for .txt, file for .md.
         encoding: of a file that is not UTF-8; None finds it.
+        start, stop: numbers of the first row and of the one after the last, from 0; by default all rows.
     """
     if not isinstance(file, TextFile | TableFile):
         file = open_file(file, encoding)
     kind = format_of(file.path)
     if isinstance(file, TableFile):
-        yield from file.rows()
+        yield from islice(file.rows(), start, stop)
     elif kind in ("json lines", "json"):
-        yield from read_json(file, lines_expected=kind == "json lines")
+        yield from read_json(file, kind == "json lines", start, stop)
     elif kind == "csv":
-        yield from read_csv(file)
+        yield from islice(read_csv(file), start, stop)
     else:
         if suffix_of(file.path) == ".txt" and looks_like_json_lines(file):
             raise UserError(
                 f"{file.path} is named as text, and has rows of JSON, which would be trained on with their braces and "
                 f"field names. Rename it: {file.path.name.partition('.')[0]}.jsonl."
             )
-        unit = document_unit if document_unit != "auto" else ("file" if suffix_of(file.path) == ".md" else "line")
-        yield from _read_text(file, unit)
+        yield from islice(_read_text(file, _unit_of(file, document_unit)), start, stop)
+
+
+def count_rows(file: TextFile | TableFile, document_unit: str = "auto") -> int:
+    """How many rows and problems `read_rows` gives; where each line is one, they are not parsed."""
+    kind, lines = format_of(file.path), None
+    if kind in ("json lines", "json"):
+        lines = json_lines(file, kind == "json lines")
+    elif kind == "text" and _unit_of(file, document_unit) == "line":
+        lines = file.lines()
+    return sum(1 for _ in (read_rows(file, document_unit) if lines is None else lines))
+
+
+def _unit_of(file: TextFile, document_unit: str) -> str:
+    if document_unit != "auto":
+        return document_unit
+    return "file" if suffix_of(file.path) == ".md" else "line"
 
 
 def notice_wrapped_lines(file: TextFile | TableFile, document_unit: str) -> None:

@@ -1,6 +1,7 @@
 """Complete checkpoints: a manifest with sizes and hashes, written last, and verified before resuming."""
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -170,8 +171,8 @@ def _remove(checkpoint: Path) -> None:
         logger.warning(f"{checkpoint} could not be removed: {error}")
 
 
-def _write_manifest(folder: Path) -> None:
-    """Make sure that all files of a checkpoint are on the disk, then write its manifest."""
+def _write_manifest(folder: Path) -> int:
+    """Make sure that all files of a checkpoint are on the disk, then write its manifest; returns their bytes."""
     entries = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != MANIFEST:
@@ -180,6 +181,7 @@ def _write_manifest(folder: Path) -> None:
     write_atomically(folder / MANIFEST, json.dumps(entries, indent=1))
     sync(folder / MANIFEST)
     sync(folder)
+    return sum(entry["bytes"] for entry in entries.values())
 
 
 class CheckpointCommitter(TrainerCallback):
@@ -190,13 +192,14 @@ class CheckpointCommitter(TrainerCallback):
 
     Args:
         committed: called on the first process after each manifest.
+        began: returns when the current checkpoint began to be saved, as `time.monotonic`.
 
     Raises:
         UserError: its weights are not there (see `require_saved_weights`); without a manifest it is never resumed from.
     """
 
-    def __init__(self, committed: Callable[[], None] = lambda: None):
-        self.committed = committed
+    def __init__(self, committed: Callable[[], None] = lambda: None, began: Callable[[], float] = time.monotonic):
+        self.committed, self.began = committed, began
         self.limit: int | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
@@ -209,7 +212,8 @@ class CheckpointCommitter(TrainerCallback):
         require_saved_weights(folder)
         if not state.is_world_process_zero:
             return
-        _write_manifest(folder)
+        size = _write_manifest(folder)
+        logger.info(f"{folder.name}: {size / 1e6:,.1f} MB saved in {time.monotonic() - self.began():.1f} s")
         self.committed()
         remove_incomplete_checkpoints(folder.parent)
         if self.limit and self.limit > 0:

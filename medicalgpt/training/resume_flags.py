@@ -186,7 +186,7 @@ TABLE: tuple[Group, ...] = (
         "weights, tokenizer and chat template are compared by their hashes",
     ),
     Group(
-        ("train_file_dir", "dataset_name", "dataset_config_name", "dataset_split", "data_files"),
+        ("train_file_dir", "prepared_dir", "dataset_name", "dataset_config_name", "dataset_split", "data_files"),
         Policy.SAME_CONTENT,
         "rows are compared by the hashes of their files",
     ),

@@ -9,13 +9,13 @@ as long as `rows_per_step` stays the same.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from medicalgpt.data.encoding import IGNORED
 
 import torch
 from accelerate import Accelerator
-from accelerate.data_loader import SeedableRandomSampler
 from datasets import Dataset
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import TrainingArguments
@@ -43,6 +43,31 @@ def data_parallel_rank(accelerator: Accelerator) -> tuple[int, int]:
     parallel = accelerator.parallelism_config
     same_rows = parallel.tp_size * parallel.cp_size if parallel else 1
     return accelerator.process_index // same_rows, accelerator.num_processes // same_rows
+
+
+class RandomOrder(Sampler[int]):
+    """All row indices in an order that depends on seed and epoch alone; 8 bytes of memory per row.
+
+    The library's sampler makes a Python list of them, which takes five times as much.
+
+    Args:
+        rows: how many there are.
+        seed: of the order of epoch 0.
+    """
+
+    def __init__(self, rows: int, seed: int):
+        self.rows, self.seed, self.epoch = rows, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __iter__(self) -> Iterator[int]:
+        order = torch.randperm(self.rows, generator=torch.Generator().manual_seed(self.seed + self.epoch))
+        for part in order.split(10_000):
+            yield from part.tolist()
 
 
 class LengthGroups(LengthGroupedSampler):
@@ -81,7 +106,7 @@ def order_rows(dataset: Dataset, strategy: str, seed: int, lengths: Callable[[],
         return LengthGroups(lengths(), group, seed)
     if strategy == "sequential":
         return SequentialSampler(dataset)
-    return SeedableRandomSampler(dataset, data_seed=seed)
+    return RandomOrder(len(dataset), seed)
 
 
 class StepBatches(Sampler[list[int]]):
@@ -130,9 +155,8 @@ class StepBatches(Sampler[list[int]]):
         return full * self.accumulation + (0 if self.drop_last else self._batches_of(rest))
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = list(self.order)
-        for start in range(0, len(order), self.rows_per_step):
-            step = order[start : start + self.rows_per_step]
+        order = iter(self.order)
+        while step := list(islice(order, self.rows_per_step)):
             if len(step) == self.rows_per_step or not self.drop_last:
                 yield from self._own_batches(step)
 

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from medicalgpt.args import RunArguments
 from medicalgpt.data.encoding import IGNORED
+from medicalgpt.data.lengths import count_tokens
 from medicalgpt.data.loading import LoadedData
 from medicalgpt.data.streaming import StreamedData, StreamedSamples
 from medicalgpt.errors import Stopped, UserError, explain_with, is_out_of_memory
@@ -249,7 +250,7 @@ class Run:
         """
         args = self.training
         streamed = isinstance(train, StreamedSamples)
-        sequences, tokens, supervised = train.estimate() if streamed else _sizes(train)
+        sequences, tokens, supervised = train.estimate() if streamed else count_tokens(train)
         about = "about " if streamed else ""
         batch = batch or row_order.rows_per_step(args)
         per_epoch = steps_per_epoch or row_order.steps_per_epoch(sequences, args)
@@ -475,7 +476,7 @@ class Run:
         trainer.add_callback(MetricsFile(self.output_dir, append=self.resume_from is not None))
         trainer.add_callback(StepsOfFlags())
         trainer.add_callback(RecordInCheckpoint(self.record))
-        trainer.add_callback(CheckpointCommitter(self.previous.discard))
+        trainer.add_callback(CheckpointCommitter(self.previous.discard, lambda: trainer.saving_since))
         trainer.add_callback(StopAfterStep(self.stop, self._end_stopped))
         trainer.add_callback(BestMetric())
         if self.early_stopping:
@@ -646,17 +647,6 @@ def _sequences_of_pair(row: dict[str, Any]) -> list[tuple[list[int], list[int]]]
     prompt = row["prompt_ids"]
     answers = (row["chosen_ids"], row["rejected_ids"])
     return [(prompt + answer, [IGNORED] * len(prompt) + answer) for answer in answers]
-
-
-def _sizes(train: Dataset) -> tuple[int, int, int]:
-    """Rows, tokens and supervised tokens."""
-    if "chosen_ids" in train.column_names:
-        prompts, *answers = (sum(map(len, train[f"{name}_ids"])) for name in ("prompt", "chosen", "rejected"))
-        return len(train), 2 * prompts + sum(answers), sum(answers)
-    if "input_ids" not in train.column_names:
-        return len(train), sum(map(len, train["prompt_ids"])), 0
-    tokens = sum(map(len, train["input_ids"]))
-    return len(train), tokens, sum(label != IGNORED for labels in train["labels"] for label in labels)
 
 
 def _is_result(name: str) -> bool:

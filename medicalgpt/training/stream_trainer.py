@@ -250,7 +250,7 @@ def token_trainer(
     packed_size, encoded = block_size if args.packing else None, train
     if streaming:
         train = StreamedSamples(data, encode, train, packed_size, args.process_index, args.world_size)
-    elif args.packing:
+    elif args.packing and "seq_lengths" not in train.column_names:
         train = batching.pack(train, block_size)
     trainer = (StreamTrainer if streaming else TokenTrainer)(
         model=model,

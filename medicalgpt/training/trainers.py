@@ -12,6 +12,7 @@ from typing import Any
 
 from medicalgpt.args import LoraArguments
 from medicalgpt.data.encoding import IGNORED
+from medicalgpt.data.lengths import list_lengths
 from medicalgpt.errors import UserError
 from medicalgpt.logs import is_main_process, notice
 from medicalgpt.models.families import require_separate_packs
@@ -35,6 +36,7 @@ from medicalgpt.training.row_order import (
 )
 from medicalgpt.training.schedules import build_schedule, check_schedule, continue_schedule, steps_planned
 
+import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset
@@ -175,6 +177,8 @@ class StageTrainer(Trainer):
         self.loraplus_lr_ratio = loraplus_lr_ratio
         self.encoded = self.train_dataset
         self._seconds_before, self._training_began = 0.0, time.time()
+        # When the last checkpoint began to be saved; see `CheckpointCommitter`.
+        self.saving_since = time.monotonic()
         self.add_callback(_RunFigures(self))
         self.finite_steps = FiniteSteps(self)
         self.add_callback(self.finite_steps)
@@ -185,7 +189,7 @@ class StageTrainer(Trainer):
     @staticmethod
     def row_lengths(dataset: Dataset) -> list[int]:
         """Tokens of each row, by which rows are grouped."""
-        return [len(ids) for ids in dataset["input_ids"]]
+        return list_lengths(dataset, "input_ids").tolist()
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer that `--optim` names.
@@ -226,6 +230,7 @@ class StageTrainer(Trainer):
         """Nothing. TRL writes a README.md with each checkpoint; ours is written by a run that has finished."""
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.saving_since = time.monotonic()
         # The loss of the steps since the last log is still on each process.
         unlogged = nested_gather(self._tr_loss, self.args.parallel_mode).mean().item()
         seconds = self._seconds_before + time.time() - self._training_began
@@ -517,8 +522,8 @@ class PairTrainer(StageTrainer):
     @staticmethod
     def row_lengths(dataset: Dataset) -> list[int]:
         """Tokens of the longer of both sequences of each pair."""
-        columns = zip(dataset["prompt_ids"], dataset["chosen_ids"], dataset["rejected_ids"], strict=True)
-        return [len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in columns]
+        prompts, chosen, rejected = (list_lengths(dataset, f"{name}_ids") for name in ("prompt", "chosen", "rejected"))
+        return (prompts + np.maximum(chosen, rejected)).tolist()
 
     def get_batch_samples(self, *args: Any) -> tuple[list[dict[str, torch.Tensor]], int]:
         """The batches of a step on this process, and the number of pairs of the step on all of them."""

@@ -53,7 +53,8 @@ def _rows_of(numbers: range) -> dict[str, list[dict[str, Any]]]:
 
 def open_run(stage: str, place: Path, output: Path, *more: Any) -> Opened:
     """A stage on its rows, stopped before its first step."""
-    flags = [*("--train_file_dir", place / "data" / stage, "--output_dir", output, *LEARN)]
+    data = () if "--prepared_dir" in more else ("--train_file_dir", place / "data" / stage)
+    flags = [*data, "--output_dir", output, *LEARN]
     model = ("--sft_model_path" if stage == "ppo" else "--model_name_or_path", place / "model")
     if stage == "pt":
         flags += ["--packing", "False"]
