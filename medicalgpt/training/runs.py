@@ -42,6 +42,7 @@ from medicalgpt.training.disk import saving
 from medicalgpt.training.engines import check_engine, init_deepspeed
 from medicalgpt.training.finite import require_finite_start
 from medicalgpt.training.folder_lock import FolderLock
+from medicalgpt.training.hosts import require_shared_folder, watch_hosts
 from medicalgpt.training.memory import explain_memory, plan_memory
 from medicalgpt.training.observed import as_table, observe
 from medicalgpt.training.output_folder import PreviousRun, refuse_overlap
@@ -108,7 +109,9 @@ class Run:
         self.previous, self.lock = PreviousRun(self.output_dir), FolderLock(self.output_dir)
         # The first question for the number of processes lets them talk to each other.
         processes = training.world_size
+        self.host_watch = watch_hosts(training.ddp_timeout)
         self.claim = on_first_process(lambda: self._claim_folder(wanted))
+        require_shared_folder(self.output_dir)
         self.resume_from = self.claim.resume_from
         if self.resume_from:
             require_same_checkpoint(self.resume_from)
@@ -450,6 +453,7 @@ class Run:
                 self._finish(metrics, stop_ids, note)
                 self.previous.discard()
             trainer.accelerator.wait_for_everyone()
+        self.host_watch.stop()
         # Otherwise threads of the process group could still run when the interpreter exits, and abort the program.
         trainer.accelerator.end_training()
         return metrics
