@@ -120,7 +120,8 @@ def test_the_record_is_exact(work, adapter):
     base, chat = str(work / "base"), work / "chat"
     assert (record["stage"], record["status"]) == ("supervised_finetuning", "finished")
     assert record["command"][:3] == [SCRIPT, "--model_name_or_path", base]
-    assert record["parent"] == base and record["base"] == {"name": base, "fingerprint": fingerprint(base)}
+    assert record["parent"] == base
+    assert record["base"] == {"name": base, "adapter": None, "fingerprint": fingerprint(base)}
     assert record["data"] == [
         {
             "side": side,
