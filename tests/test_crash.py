@@ -11,6 +11,7 @@ from benchmarks import crash
 import pytest
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
 def test_twenty_kills_and_faults_lose_nothing(tmp_path, capsys):
     command = ["crash", "--kills", "14", "--faults", "6", "--seed", "3", "--output", str(tmp_path / "found.json")]
