@@ -201,10 +201,10 @@ def main() -> None:
 
     # 4 model; a new head starts at random, with the same weights on every process
     set_seed(args.seed)
-    new_head = partial(loading.load_trainable, AutoModelForSequenceClassification, num_labels=1)
+    load_scorer = partial(loading.load_trainable, AutoModelForSequenceClassification, num_labels=1)
     with suppress_seqcls_warning():
         load = {"max_length": args.model_max_length, "bf16": args.bf16}
-        model = new_head(checkpoint, tokenizer, model_args, lora_args, attention_args, **load)
+        model = load_scorer(checkpoint, tokenizer, model_args, lora_args, attention_args, **load)
     if checkpoint.adapter and lora_args.use_peft:
         scoring.restore_head(model, checkpoint.adapter)
     scoring.score_in_float32(model)
