@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -293,6 +294,8 @@ QUESTIONS = [f"question {number} {'x' * (number * 7 % 40)}" for number in range(
 SAMPLED = ("--temperature", 1, "--seed", 5, "--repetition_penalty", 1.1)
 # What two processes are asked: questions and further flags.
 SHARED = {"greedy": (QUESTIONS, ()), "sampled": (QUESTIONS, SAMPLED), "one-row": (QUESTIONS[:1], SAMPLED)}
+# Longest batches come first, so that the first rows have their answers when the run is interrupted.
+CONTINUED = {"continued": (sorted(QUESTIONS, key=len, reverse=True), SAMPLED)}
 
 # Runs inference.main several times in each process, each time with a store of its own, since torchrun's start takes
 # longer than all of them. A process holds its first batch until the other one has a batch too. At last the second
@@ -334,7 +337,7 @@ for os.environ["MASTER_PORT"], *argv in json.loads(Path(sys.argv[1]).read_text()
 
 
 def shared_command(model: str, folder: Path, name: str, output: Path) -> list[object]:
-    questions, more = SHARED[name]
+    questions, more = (SHARED | CONTINUED)[name]
     data = write_rows(folder / f"{name}.txt", questions)
     flags = ("--batch_size", 2, "--max_new_tokens", 12, *more)
     return ["--model_name_or_path", model, "--data_file", data, *flags, "--output_file", output]
@@ -375,7 +378,7 @@ def shared(endless, tmp_path_factory) -> tuple[Path, str]:
     """
     folder = tmp_path_factory.mktemp("shared")
     runs = [shared_command(endless, folder, name, folder / f"{name}.jsonl") for name in SHARED]
-    runs.append(interrupted(shared_command(endless, folder, "sampled", folder / "continued.jsonl")))
+    runs.append(interrupted(shared_command(endless, folder, "continued", folder / "continued.jsonl")))
     runs.append(shared_command(endless, folder, "greedy", folder / "killed.jsonl"))
     runs = [[str(free_port()), *map(str, run)] for run in runs]
     (folder / "runs.json").write_text(json.dumps(runs), encoding="utf-8")
@@ -405,7 +408,7 @@ def test_two_processes_continue_what_one_has_begun(shared, endless, tmp_path, mo
     folder, printed = shared
     (begun,) = re.findall(r"continuing after the first (\d+) of 11 answers", printed)
     assert 0 < int(begun) < 11
-    main(monkeypatch, *shared_command(endless, tmp_path, "sampled", tmp_path / "alone.jsonl"))
+    main(monkeypatch, *shared_command(endless, tmp_path, "continued", tmp_path / "alone.jsonl"))
     assert (folder / "continued.jsonl").read_bytes() == (tmp_path / "alone.jsonl").read_bytes(), printed
     taken = [path.read_text().count("a batch") for path in folder.glob("continued.jsonl.took*")]
     assert len(taken) == 2 and sum(taken) < 6
@@ -415,8 +418,9 @@ def test_two_processes_continue_what_one_has_begun(shared, endless, tmp_path, mo
 @pytest.mark.slow
 def test_a_run_of_which_a_process_was_killed_continues(shared, endless, tmp_path, monkeypatch):
     """As a user starts it again; and other settings are refused, by one message and without waiting."""
-    folder, _ = shared
-    command = shared_command(endless, folder, "greedy", folder / "killed.jsonl")
+    for path in shared[0].glob("killed.jsonl.partial*"):
+        shutil.copy(path, tmp_path)
+    command = shared_command(endless, tmp_path, "greedy", tmp_path / "killed.jsonl")
     refused = launch(ROOT / "inference.py", *command, "--max_new_tokens", 9)
     printed = refused.communicate(timeout=120)[1]
     assert refused.returncode == 1 and printed.count("differs in max_new_tokens (12)") == 1, printed
@@ -424,7 +428,7 @@ def test_a_run_of_which_a_process_was_killed_continues(shared, endless, tmp_path
     printed = again.communicate(timeout=120)[1]
     assert again.returncode == 0, printed
     main(monkeypatch, *shared_command(endless, tmp_path, "greedy", tmp_path / "alone.jsonl"))
-    assert (folder / "killed.jsonl").read_bytes() == (tmp_path / "alone.jsonl").read_bytes(), printed
+    assert (tmp_path / "killed.jsonl").read_bytes() == (tmp_path / "alone.jsonl").read_bytes(), printed
 
 
 def test_processes_without_work_are_told(shared):
