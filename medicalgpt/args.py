@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from math import isfinite
 from typing import Any, ClassVar
 
-from medicalgpt.logs import is_launch_incomplete, number_single_process
+from medicalgpt.logs import is_launch_incomplete, notice, number_single_process
 
 # Packages of trackers that have another name than their tracker.
 PACKAGE_OF_TRACKER = {"azure_ml": "azureml-core", "comet_ml": "comet-ml", "flyte": "flytekit", "neptune": "neptune"}
@@ -572,6 +572,9 @@ class StageDefaults:
             self.use_cpu = True
         if self.bf16 is None:
             self.bf16 = not self.fp16 and bf16_gpu()
+        if self.fp16 and not self.bf16 and self.use_cpu:
+            notice("--fp16 True: float16 needs a GPU; on this CPU training computes in float32.")
+            self.fp16 = False
         self._refuse_idle_training()
         self._refuse_unusable_values()
         self.report_to = installed_trackers(self.report_to)
@@ -624,8 +627,6 @@ class StageDefaults:
         """Raise ValueError for values that libraries would refuse with a traceback, once the model is loaded."""
         if not isfinite(self.num_train_epochs):
             raise ValueError(f"--num_train_epochs {self.num_train_epochs} must be a number. Or set --max_steps.")
-        if self.fp16 and not self.bf16 and self.use_cpu:
-            raise ValueError("--fp16 needs a GPU. On a CPU, train in float32 (omit the flag) or with --bf16 True.")
         if getattr(self, "activation_offloading", False) and self.use_cpu:
             raise ValueError("--activation_offloading has no effect here: activations are on the CPU already. Omit it.")
         if self.eval_accumulation_steps is not None and self.eval_accumulation_steps < 1:

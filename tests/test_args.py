@@ -20,6 +20,7 @@ from medicalgpt.refusals import ACCEPTED, ANY, EVERY, REFUSED, RENAMED, TRAINING
 from tests.helpers import ROOT, run_program
 
 import pytest
+import torch
 from transformers import TrainingArguments
 from trl import SFTConfig
 
@@ -128,6 +129,13 @@ def test_the_required_flag_is_required(capsys):
     assert "--model_name_or_path" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="float16 works on a GPU")
+def test_float16_on_a_cpu_is_float32_with_a_notice(capsys, tmp_path):
+    (args,) = parse_args(supervised_finetuning.FinetuningArguments, argv=["--output_dir", str(tmp_path), "--fp16"])
+    assert not args.fp16 and not args.bf16
+    assert "on this CPU training computes in float32" in capsys.readouterr().err
+
+
 def test_contradictions_that_the_library_finds_are_user_errors(refusal):
     assert "fp16 and bf16" in refusal("--fp16", "--bf16")
     assert "load_best_model_at_end" in refusal("--load_best_model_at_end", "True", "--eval_strategy", "epoch")
@@ -140,7 +148,6 @@ def test_contradictions_that_the_library_finds_are_user_errors(refusal):
         (["--torch_compile_backend", "tensorrt"], "--torch_compile_backend tensorrt cannot be used here"),
         (["--torch_compile_mode", "x"], "--torch_compile_mode x cannot be used here. Use one of default, "),
         (["--activation_offloading", "True"], "activations are on the CPU already"),
-        (["--fp16", "True"], "--fp16 needs a GPU"),
         (["--num_train_epochs", "inf"], "--num_train_epochs inf must be a number"),
         (["--num_train_epochs", "nan"], "--num_train_epochs nan must be a number"),
         (["--eval_accumulation_steps", 0], "--eval_accumulation_steps 0 must be at least 1"),

@@ -549,7 +549,7 @@ def test_nothing_to_read_is_said(tmp_path):
 
 def test_data_is_named_exactly_once(tmp_path):
     for flags in ({}, {"train_file_dir": str(tmp_path), "dataset_name": "a/b"}):
-        with pytest.raises(UserError, match="exactly one of --train_file_dir and --dataset_name"):
+        with pytest.raises(UserError, match="exactly one of --train_file_dir, --dataset_name and --prepared_dir"):
             load_data(DataArguments(**flags), to_text)
 
 
