@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from functools import cache
@@ -96,9 +97,9 @@ def run_main(main: Callable[[], None]) -> None:
             fail(message)
         if isinstance(error, OSError) and error.errno in USERS_ERRORS and not is_lost_connection(error):
             fail(f"{error.strerror}{f': {error.filename}' if error.filename else ''}. {USERS_ERRORS[error.errno]}")
-        if world_size() > 1:
-            _end_with_the_others(error)
-        raise
+        if world_size() == 1:
+            raise
+        _end_with_the_others(error)
 
 
 OUT_OF_MEMORY = re.compile(r"out of memory|can(no|')t allocate memory|bad_alloc|ALLOC_FAILED", flags=re.IGNORECASE)
@@ -145,6 +146,8 @@ def fail(message: str, code: int = 1) -> NoReturn:
             print(f"\nerror: {message}", file=sys.stderr, flush=True)
     elif not _reported_within(SECONDS_TO_SPEAK) and _may_report():
         print(f"\nerror in process {rank()}: {message}", file=sys.stderr, flush=True)
+    if _process_group_exists():
+        _exit_at_once(code)
     sys.exit(code)
 
 
@@ -166,24 +169,20 @@ def is_lost_connection(error: BaseException | None) -> bool:
     return False
 
 
-def _end_with_the_others(error: Exception) -> None:
-    """Exit silently if another process has reported why; if it has gone without a report, say that.
-
-    Returns:
-        If the error is this process's own, and to be shown with its traceback.
-    """
+def _end_with_the_others(error: Exception) -> NoReturn:
+    """Exit silently if another process has reported why; otherwise report what is known: for a bug, its traceback."""
     lost = is_lost_connection(error)
-    if _reported_within(SECONDS_TO_BE_SEEN if lost else 0) or not _may_report():
-        _exit_at_once(1)
-    if lost:
-        print(
-            f"\nerror: another process of the run has ended without a message, perhaps killed because memory ran out "
-            f"(see the system's log, dmesg), or its machine cannot be reached; process {rank()} was waiting for it "
-            f"({_first_line(error)}).\n  The traceback of this process: --debug",
-            file=sys.stderr,
-            flush=True,
-        )
-        _exit_at_once(1)
+    if not _reported_within(SECONDS_TO_BE_SEEN if lost else 0) and _may_report():
+        if lost:
+            print(
+                "\nerror: another process of the run has ended without a message, perhaps killed because memory ran "
+                f"out (see the system's log, dmesg), or its machine cannot be reached; process {rank()} was waiting "
+                f"for it ({_first_line(error)}).\n  The traceback of this process: --debug",
+                file=sys.stderr,
+            )
+        else:
+            traceback.print_exception(error)
+    _exit_at_once(1)
 
 
 def _may_report() -> bool:
@@ -226,6 +225,12 @@ def _shared_store() -> Any:
         return TCPStore(address, int(port), is_master=False, wait_for_workers=False, timeout=timedelta(seconds=5))
     except (RuntimeError, ValueError):
         return None
+
+
+def _process_group_exists() -> bool:
+    # Without an import: most errors come before torch is loaded.
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized() and world_size() > 1
 
 
 def _exit_at_once(code: int) -> NoReturn:
