@@ -19,12 +19,13 @@ atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=Tr
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+
+
 @pytest.fixture(autouse=True)
-def signal_handlers() -> Iterator[None]:
-    """A training program that a test runs in this process handles signals until its process ends."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    yield
-    for number, handler in handlers.items():
+def signal_handlers() -> None:
+    """A training program that a fixture or a test runs in this process handles signals until its process ends."""
+    for number, handler in HANDLERS.items():
         if signal.getsignal(number) is not handler:
             signal.signal(number, handler)
 
