@@ -246,7 +246,9 @@ class StageTrainer(Trainer):
                 require_space(output_dir, needed, name)
         # Each process writes into that folder.
         self.accelerator.wait_for_everyone()
-        with on_every_process(together=not self.is_sharded), saving(output_dir, name):
+        # With a best checkpoint, the library lets the processes wait for each other there.
+        together = not self.is_sharded and not self.state.best_global_step
+        with on_every_process(together=together), saving(output_dir, name):
             super()._save_checkpoint(model, trial)
 
     @property
