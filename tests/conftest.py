@@ -17,6 +17,8 @@ atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=Tr
 # A shell starts background jobs with SIGINT ignored, and programs started from there would ignore it as well: then no
 # test of Ctrl-C could pass. A handler set here is the default again in every program that a test starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# So does nohup with SIGHUP.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
