@@ -4,6 +4,7 @@ import atexit
 import errno
 import os
 import re
+import socket
 import sys
 import time
 import traceback
@@ -219,6 +220,11 @@ def _shared_store() -> Any:
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
     if world_size() == 1 or not address or not port.isdecimal():
         return None
+    try:
+        # torch reports a store that has gone with a traceback of its own.
+        socket.create_connection((address, int(port)), timeout=5).close()
+    except OSError:
+        return None
     from torch.distributed import TCPStore
 
     try:
@@ -242,6 +248,9 @@ def _exit_at_once(code: int) -> NoReturn:
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
+    if code == 1 and is_main_process() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        # The store is in this process: the others have to see first that it has reported.
+        time.sleep(SECONDS_TO_BE_SEEN)
     os._exit(code)
 
 
