@@ -4,6 +4,7 @@ import atexit
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 
@@ -24,12 +25,55 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
 
 
+SECONDS_OF_A_SLOW_TEST = 3600
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A slow test may take longer than the limit in pyproject.toml, unless it has a limit of its own."""
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SECONDS_OF_A_SLOW_TEST))
+
+
 @pytest.fixture(autouse=True)
 def signal_handlers() -> None:
     """A training program that a fixture or a test runs in this process handles signals until its process ends."""
     for number, handler in HANDLERS.items():
         if signal.getsignal(number) is not handler:
             signal.signal(number, handler)
+
+
+# How a program knows that it is one of several processes.
+OF_SEVERAL = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def leave_group() -> list[str]:
+    """Make this process one that is alone; returns what had made it one of several."""
+    left = [name for name in OF_SEVERAL if os.environ.pop(name, None) is not None]
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+        left.append("a process group")
+    state = sys.modules.get("accelerate.state")
+    if state is not None and state.PartialState._shared_state.get("backend"):
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+        left.append("a distributed state of accelerate")
+    return left
+
+
+@pytest.fixture(autouse=True)
+def one_process() -> Iterator[None]:
+    """A test leaves this process as one that is alone: the next ones would wait for others, perhaps for ever."""
+    yield
+    if left := leave_group():
+        pytest.fail(f"the test leaves {', '.join(left)} in the process of the tests")
+
+
+@pytest.fixture
+def grouped() -> Iterator[None]:
+    """For a test that makes this process one of several, as `--deepspeed` does."""
+    yield
+    leave_group()
 
 
 @pytest.fixture

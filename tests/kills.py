@@ -1,5 +1,7 @@
 """Run something in a forked process, and kill it by SIGKILL at a chosen change of the disk."""
 
+import faulthandler
+import gc
 import os
 import signal
 import sys
@@ -7,6 +9,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+# After so many, it prints where it is, and ends.
+SECONDS_TO_END = 120
 # What Python reports before it changes the disk (see `sys.addaudithook`); also opening a file for reading.
 CHANGES = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shutil.rmtree", "os.link")
 
@@ -26,6 +30,9 @@ def run_killed(action: Callable[[], object], folder: Path, moment: int | str | N
     process = os.fork()
     if process:
         return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    # What the tests have left is not removed here: whatever waits for its threads would wait for ever.
+    gc.freeze()
+    faulthandler.dump_traceback_later(SECONDS_TO_END, exit=True)
     count = 0
 
     def hook(event: str, args: tuple) -> None:

@@ -1,5 +1,6 @@
 """Several processes of a run, forked from the test: what it has imported, they need not import again."""
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -61,6 +62,8 @@ def _free_port() -> int:
 
 
 def _call(function: Callable[..., Any], args: tuple, environment: dict[str, str], send: Any, log: Path) -> None:
+    # What the tests have left is not removed here: whatever waits for its threads would wait for ever.
+    gc.freeze()
     import torch
     from accelerate.state import AcceleratorState, GradientState, PartialState
 

@@ -42,7 +42,7 @@ def parsed(program: str, *argv: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("program", "line"), [line[1:] for line in LINES], ids=[line[0] for line in LINES])
-def test_lines_of_medicalgpt_are_understood(program, line):
+def test_lines_of_medicalgpt_are_understood(program, line, grouped):
     values = parsed(program, *line.split())
     source = {"validate_jsonl.py": "file_path", "convert_dataset.py": "in_file"}.get(program, "model_name_or_path")
     assert values[source] in ("M", "F")
