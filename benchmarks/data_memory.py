@@ -8,8 +8,9 @@ Prints a table: the size of the file; the seconds to read it, to tokenize it, an
 the cache; and the peak resident memory of the program and of its largest tokenizing process.
 
 With --read it prepares a shard of the first number of rows, and reads as many copies of it as make each number of rows:
-every row once, in random order, in batches of 32. Memory is that of the process itself ("own"), and with the pages of
-the files that it has mapped, which the system takes back when another program needs room.
+every row once, in batches of 32, in the order that --train_sampling_strategy names. Memory is that of the process
+itself ("own"), and with the pages of the files that it has mapped, which the system takes back when another program
+needs room.
 """
 
 import argparse
@@ -116,13 +117,13 @@ def stream_file(path: str, model: str, workers: int | None) -> dict[str, Any]:
     }
 
 
-def read_shards(place: str, model: str, workers: int | None) -> dict[str, Any]:
-    """Read all samples of prepared shards once, in random order, as a stage does; returns time and memory."""
+def read_shards(place: str, model: str, workers: int | None, strategy: str) -> dict[str, Any]:
+    """Read all samples of prepared shards once, in the order of a stage's epoch; returns time and memory."""
     from medicalgpt.args import DataArguments
     from medicalgpt.data.encoding import encode_chat
+    from medicalgpt.data.lengths import list_lengths
     from medicalgpt.data.prepared import read_prepared
-
-    import torch
+    from medicalgpt.training.row_order import StepBatches, order_rows
 
     tokenizer = load_tokenizer(model)
     before = own_memory()
@@ -130,15 +131,16 @@ def read_shards(place: str, model: str, workers: int | None) -> dict[str, Any]:
     encode = partial(encode_chat, tokenizer, max_length=512, shorten_rows=True)
     _, train, _ = read_prepared(DataArguments(prepared_dir=place), encode)
     opened = time.perf_counter()
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).numpy()
-    tokens, most = 0, 0.0
-    for number in range(0, len(order), 32):
-        batch = train[order[number : number + 32]]["input_ids"]
+    order = order_rows(train, strategy, 0, lambda: list_lengths(train, "input_ids"), 32)
+    rows, tokens, most = 0, 0, 0.0
+    for indices in StepBatches(order, 32, 1):
+        batch = train[indices]["input_ids"]
+        rows += len(batch)
         tokens += sum(map(len, batch))
-        if number % 100_000 == 0:
+        if rows % 100_000 < 32:
             most = max(most, own_memory())
     return {
-        "samples": len(order),
+        "samples": rows,
         "tokens": tokens,
         "open_s": opened - started,
         "read_s": time.perf_counter() - opened,
@@ -194,7 +196,7 @@ def measure_reading(arguments: argparse.Namespace) -> None:
         seconds = time.perf_counter() - started
         for count in arguments.read:
             repeat_shard(place / "one", place / str(count), count // rows)
-            found = measure("prepared", place / str(count), arguments, folder)
+            found = measure("prepared", place / str(count), arguments, folder, arguments.train_sampling_strategy)
             print(
                 f"| {found['samples']:,} | {seconds:.1f} | {found['open_s']:.1f} | {found['read_s']:.1f} | "
                 f"{found['samples'] / found['read_s']:,.0f} | {found['before_mb']:.0f} | {found['own_mb']:.0f} | "
@@ -207,9 +209,9 @@ def measure_reading(arguments: argparse.Namespace) -> None:
 WAYS = {"tokenized in advance": encode_file, "streamed": stream_file}
 
 
-def measure(way: str, path: Path, arguments: argparse.Namespace, cache: str) -> dict[str, Any]:
+def measure(way: str, path: Path, arguments: argparse.Namespace, cache: str, *more: str) -> dict[str, Any]:
     """Run one way in a new process."""
-    call = json.dumps([way, str(path), arguments.model_name_or_path, arguments.workers])
+    call = json.dumps([way, str(path), arguments.model_name_or_path, arguments.workers, *more])
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.data_memory", "--measure", call],
         env={**os.environ, "HF_DATASETS_CACHE": cache},
@@ -226,6 +228,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000], help="numbers of rows")
     parser.add_argument("--workers", type=int, help="number of tokenizing processes; default: as in training")
     parser.add_argument("--read", type=int, nargs="+", help="read so many rows from shards; needs a number in --rows")
+    parser.add_argument("--train_sampling_strategy", default="random", choices=["random", "group_by_length"])
     parser.add_argument("--work_dir", help="folder for the files; default: that of the system")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -7,6 +7,7 @@ from medicalgpt.data.encoding import IGNORED
 from medicalgpt.training.row_order import (
     FILLER,
     FillerCollator,
+    LengthGroups,
     MarkedRows,
     StepBatches,
     draw_mini_batches,
@@ -18,12 +19,14 @@ from medicalgpt.training.row_order import (
     steps_per_epoch,
 )
 
+import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 STRATEGIES = ("group_by_length", "random", "sequential")
 
@@ -39,7 +42,7 @@ def divisions(rows):
 
 
 def lengths_of(count):
-    return [1 + 37 * n % 101 for n in range(count)]
+    return 1 + 37 * np.arange(count) % 101
 
 
 def batches_of(count, strategy, division, *, epoch=0, seed=3, drop_last=False):
@@ -119,6 +122,16 @@ def test_an_incomplete_step_is_dropped_as_a_whole(count, steps):
     for division in divisions(4):
         found = steps_of(batches_of(count, "random", division, drop_last=True), division[2])
         assert [len(rows) for rows in found] == [4] * steps
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 15, 16, 17, 100, 25_000])
+def test_rows_are_grouped_as_the_library_does(count):
+    """The lengths repeat, so that the order of rows of one length counts too."""
+    for epoch in (0, 1):
+        order = LengthGroups(lengths_of(count), 4, seed=3)
+        order.set_epoch(epoch)
+        generator = torch.Generator().manual_seed(3 + epoch)
+        assert list(order) == get_length_grouped_indices(lengths_of(count).tolist(), 4, generator=generator)
 
 
 @pytest.mark.parametrize("division", divisions(4))

@@ -7,19 +7,19 @@ as long as `rows_per_step` stays the same.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 from medicalgpt.data.encoding import IGNORED
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import TrainingArguments
-from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 
 # The key with which a row, and a batch without labels, is marked as a filler (see `StepBatches`).
 FILLER = "filler"
@@ -70,11 +70,14 @@ class RandomOrder(Sampler[int]):
             yield from part.tolist()
 
 
-class LengthGroups(LengthGroupedSampler):
+class LengthGroups(Sampler[int]):
     """Row indices such that rows of similar length share a step, in an order that depends on seed and epoch alone.
 
-    The library's sampler draws from the global generator, so a resumed run would see some rows twice and others
-    never; and its groups are batches of one process, so the order would depend on their number.
+    The order is that of the library's `get_length_grouped_indices`: all rows are shuffled, cut into chunks of up to 50
+    steps, and each chunk is sorted, its longest row first; the longest row of all comes first, so that a step that
+    needs too much memory is the first one. The library makes Python lists, which take ten times as much memory as the
+    16 bytes per row here, and its sampler draws from the global generator, so a resumed run would see some rows twice
+    and others never.
 
     Args:
         lengths: tokens of each row.
@@ -82,19 +85,30 @@ class LengthGroups(LengthGroupedSampler):
         seed: of the order of epoch 0.
     """
 
-    def __init__(self, lengths: Sequence[int], group_size: int, seed: int):
-        super().__init__(group_size, lengths=lengths)
+    def __init__(self, lengths: np.ndarray, group_size: int, seed: int):
+        self.lengths = torch.from_numpy(np.ascontiguousarray(lengths))
+        self.chunk = max(1, min(len(lengths) // (group_size * 4), 50)) * group_size
         self.seed, self.epoch = seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
+    def __len__(self) -> int:
+        return len(self.lengths)
+
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+        order = torch.randperm(len(self.lengths), generator=generator)
+        for chunk in order.split(self.chunk):
+            chunk.copy_(chunk[self.lengths[chunk].argsort(descending=True, stable=True)])
+        # The longest row of a chunk is its first.
+        first = self.chunk * int(self.lengths[order[:: self.chunk]].argmax())
+        order[[0, first]] = order[[first, 0]]
+        for part in order.split(10_000):
+            yield from part.tolist()
 
 
-def order_rows(dataset: Dataset, strategy: str, seed: int, lengths: Callable[[], Sequence[int]], group: int) -> Sampler:
+def order_rows(dataset: Dataset, strategy: str, seed: int, lengths: Callable[[], np.ndarray], group: int) -> Sampler:
     """The order of an epoch's rows.
 
     Args:

@@ -545,7 +545,7 @@ class Run:
                     args,
                     trainer.model,
                     self.checkpoint.config,
-                    length=max(trainer.row_lengths(trainer.train_dataset)) if encoded else getattr(args, limit),
+                    length=int(max(trainer.row_lengths(trainer.train_dataset))) if encoded else getattr(args, limit),
                     sequences=getattr(trainer, "sequences_per_row", 1),
                     adapter=self.record["arguments"]["use_peft"],
                 )

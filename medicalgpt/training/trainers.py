@@ -187,9 +187,9 @@ class StageTrainer(Trainer):
     exclude = staticmethod(exclude_tokens)
 
     @staticmethod
-    def row_lengths(dataset: Dataset) -> list[int]:
+    def row_lengths(dataset: Dataset) -> np.ndarray:
         """Tokens of each row, by which rows are grouped."""
-        return list_lengths(dataset, "input_ids").tolist()
+        return list_lengths(dataset, "input_ids")
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer that `--optim` names.
@@ -522,10 +522,10 @@ class PairTrainer(StageTrainer):
         raise NotImplementedError
 
     @staticmethod
-    def row_lengths(dataset: Dataset) -> list[int]:
+    def row_lengths(dataset: Dataset) -> np.ndarray:
         """Tokens of the longer of both sequences of each pair."""
         prompts, chosen, rejected = (list_lengths(dataset, f"{name}_ids") for name in ("prompt", "chosen", "rejected"))
-        return (prompts + np.maximum(chosen, rejected)).tolist()
+        return prompts + np.maximum(chosen, rejected)
 
     def get_batch_samples(self, *args: Any) -> tuple[list[dict[str, torch.Tensor]], int]:
         """The batches of a step on this process, and the number of pairs of the step on all of them."""
