@@ -215,6 +215,15 @@ class CheckpointCommitter(TrainerCallback):
         size = _write_manifest(folder)
         logger.info(f"{folder.name}: {size / 1e6:,.1f} MB saved in {time.monotonic() - self.began():.1f} s")
         self.committed()
-        remove_incomplete_checkpoints(folder.parent)
+        self._remove_superseded(folder, state)
+
+    def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        # A run that was killed after its last manifest saves nothing more, and still has older checkpoints.
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and is_committed(folder):
+            self._remove_superseded(folder, state)
+
+    def _remove_superseded(self, newest: Path, state: Any) -> None:
+        remove_incomplete_checkpoints(newest.parent)
         if self.limit and self.limit > 0:
-            remove_old_checkpoints(folder.parent, self.limit, state.best_model_checkpoint)
+            remove_old_checkpoints(newest.parent, self.limit, state.best_model_checkpoint)

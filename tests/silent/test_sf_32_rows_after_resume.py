@@ -116,7 +116,7 @@ def test_under_torchrun(place, tmp_path):
 def test_four_processes_two_and_four_again(place, tmp_path, stage):
     """PPO draws an answer's tokens from the answer's number, so that even its rollouts are the same."""
     whole = Trained(stage, place, tmp_path / "whole", *division(4), *SAVE, processes=4)
-    Trained(stage, place, tmp_path / "out", *division(4), *SAVE, processes=4, stop=3)
+    Trained(stage, place, tmp_path / "out", *division(4), *SAVE, processes=4, stop=4)
     Trained(
         stage,
         place,
@@ -127,5 +127,6 @@ def test_four_processes_two_and_four_again(place, tmp_path, stage):
     )
     last = Trained(stage, place, tmp_path / "out", *division(4), *SAVE, "--resume_from_checkpoint", "True", processes=4)
     assert last.rows == {step: rows for step, rows in whole.rows.items() if step >= 6}
-    assert last.losses == pytest.approx(whole.losses, rel=1e-5)
+    # The loss of PPO is a sum of both signs near 0.
+    assert last.losses == pytest.approx(whole.losses, **({"abs": 1e-4} if stage == "ppo" else {"rel": 1e-5}))
     assert last.tokens == whole.tokens

@@ -59,9 +59,10 @@ def kill_until_finished(place: Path, output: Path, moments: Sequence[int | str])
 
 
 def test_kills_during_saves_lose_nothing(place, tmp_path):
-    """Before there is any, while the second is written and committed, while the first is removed, and at the end."""
+    """Before there is any, while the second is written and committed, before the first is removed, and at the end."""
     moments = ("open checkpoint-1/optimizer.pt", "open checkpoint-2/trainer_state.json")
-    moments += ("os.rename checkpoint-2/manifest.json", "os.rmdir checkpoint-1", "open adapter_config.json")
+    moments += ("os.rename checkpoint-2/manifest.json", "os.rmdir checkpoint-1", "os.remove checkpoint-3/manifest.json")
+    moments += ("open adapter_config.json",)
     kill_until_finished(place, tmp_path / "run", moments)
 
 
