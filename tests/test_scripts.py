@@ -473,7 +473,7 @@ def test_programs_know_every_flag_that_scripts_give_them(tmp_path, script):
 @pytest.mark.slow
 def test_the_pipeline_learns_and_a_second_call_keeps_what_is_finished(tmp_path):
     variables = {"OUT": str(tmp_path / "out"), "NAME": "小医", "AUTHOR": "我", "OMP_NUM_THREADS": "2"}
-    first = bash("scripts/run_pipeline.sh", timeout=1800, **variables)
+    first = bash("scripts/run_pipeline.sh", timeout=3400, **variables)
     assert first.returncode == 0, first.stderr[-2000:]
     results = json.loads((tmp_path / "out" / "eval.json").read_text(encoding="utf-8"))
     base, pretrained, tuned, preferred = results["models"]
@@ -493,7 +493,7 @@ def test_the_pipeline_learns_and_a_second_call_keeps_what_is_finished(tmp_path):
     for stage in ("data", "base", "pt", "sft", "sft-merged", "dpo", "dpo-merged"):
         assert f"== {stage}: finished before, kept" in second.stdout
 
-    other = bash("scripts/run_pipeline.sh", timeout=1800, STAGES="pt sft rm orpo", **variables)
+    other = bash("scripts/run_pipeline.sh", timeout=3400, STAGES="pt sft rm orpo", **variables)
     assert other.returncode == 0, other.stderr[-2000:]
     results = json.loads((tmp_path / "out" / "eval.json").read_text(encoding="utf-8"))
     tuned, preferred = results["models"][2:]
@@ -501,12 +501,12 @@ def test_the_pipeline_learns_and_a_second_call_keeps_what_is_finished(tmp_path):
     assert share(preferred, "preference") >= 0.85
     assert share(preferred, "chat") >= share(tuned, "chat") - 0.05
 
-    ppo = bash("scripts/run_pipeline.sh", timeout=1800, STAGES="pt sft rm ppo", **variables)
+    ppo = bash("scripts/run_pipeline.sh", timeout=3400, STAGES="pt sft rm ppo", **variables)
     assert ppo.returncode == 0, ppo.stderr[-2000:]
     scores = json.loads((tmp_path / "out" / "eval.json").read_text(encoding="utf-8"))["reward"]["models"]
     assert scores["ppo"]["mean"] > scores["sft"]["mean"] + 2
 
-    grpo = bash("scripts/run_pipeline.sh", timeout=1800, STAGES="pt sft grpo", **variables)
+    grpo = bash("scripts/run_pipeline.sh", timeout=3400, STAGES="pt sft grpo", **variables)
     assert grpo.returncode == 0, grpo.stderr[-2000:]
     tuned, rewarded = json.loads((tmp_path / "out" / "eval.json").read_text(encoding="utf-8"))["models"][2:]
     assert share(rewarded, "good") >= share(tuned, "good") + 0.1
