@@ -30,28 +30,27 @@ def run_ranks(function: Callable[..., Any], processes: int, *args: Any, log: Pat
         receive, send = context.Pipe(duplex=False)
         numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
         environment = {**place, **{name: str(value) for name, value in numbers.items()}} if processes > 1 else {}
-        process = context.Process(
-            target=_call, args=(function, args, environment, send, log / f"rank{rank}.txt"), daemon=True
-        )
+        # Not a daemon, which may have no children: workers of a loader are.
+        process = context.Process(target=_call, args=(function, args, environment, send, log / f"rank{rank}.txt"))
         process.start()
         send.close()
         running.append((process, receive))
-    results, problems = [], []
-    for rank, (_, receive) in enumerate(running):
-        try:
-            found = receive.recv() if receive.poll(timeout) else ("did not end", None)
-        except EOFError:
-            found = ("ended without a result", None)
-        if found[0]:
-            printed = (log / f"rank{rank}.txt").read_text(encoding="utf-8", errors="replace")
-            problems.append(f"process {rank}: {found[0]}\n{printed[-4000:]}")
-            break
-        results.append(found[1])
-    for process, _ in running:
-        if problems:
-            process.kill()
-        process.join()
-    assert not problems, problems[0]
+    results = []
+    try:
+        for rank, (_, receive) in enumerate(running):
+            try:
+                problem, result = receive.recv() if receive.poll(timeout) else ("did not end", None)
+            except EOFError:
+                problem, result = "ended without a result", None
+            if problem:
+                printed = (log / f"rank{rank}.txt").read_text(encoding="utf-8", errors="replace")
+                raise AssertionError(f"process {rank}: {problem}\n{printed[-4000:]}")
+            results.append(result)
+    finally:
+        for process, _ in running:
+            if len(results) < processes:
+                process.kill()
+            process.join()
     return results
 
 
