@@ -27,6 +27,11 @@ CHINESE = {
     "the program": "程序",
     "the weights of the base model": "基座权重",
     "the adapter that training started from": "训练起点的适配器",
+    "the configuration of the model": "模型的配置（config.json）",
+    "the configuration of --reference_model": "`--reference_model` 的配置",
+    "the configuration of --reward_model_path": "`--reward_model_path` 的配置",
+    "the configuration of --value_model_path": "`--value_model_path` 的配置",
+    "the engine": "引擎（DDP、DeepSpeed 或 FSDP）",
     "the tokenizer": "分词器",
     "the chat template": "对话模板",
     "the rows": "数据行",
@@ -42,7 +47,8 @@ CHINESE = {
     "only how fast rows are loaded": "只影响读取数据的速度",
     "the rows that are trained on are compared themselves": "直接比较参与训练的数据行",
     "weights, tokenizer and chat template are compared by their hashes": "按哈希比较权重、分词器和对话模板",
-    "rows are compared by the hashes of their files": "按文件哈希比较数据",
+    "rows are compared by the hashes of their files; packed ones also by their division into shards": "按文件"
+    "哈希比较数据；打包的数据还比较分片数",
     "models and files are compared by their hashes": "按哈希比较模型和文件",
     "rows per optimizer step: batch size x accumulation x processes": "每个优化步的行数：批大小 × 累积步数 × 进程数",
     "each stage has its own checkpoints": "每个阶段有自己的检查点",
@@ -57,6 +63,7 @@ CHINESE = {
     "the checkpoint has either an adapter or all weights": "检查点里要么是适配器，要么是全部权重",
     "determines which weights are trained, and these are restored": "决定训练哪些权重，而这些权重要从检查点恢复",
     "what the trained weights belong to": "参与训练的权重依附于它",
+    "determines what a model makes of its weights": "决定模型如何使用它的权重",
     "each engine saves the state of the optimizer in its own form": "每种引擎以自己的格式保存优化器状态",
     "belongs to a single start, or follows from other flags": "只属于一次启动，或由其他参数决定；不比较",
     # Exceptions.
@@ -66,6 +73,8 @@ CHINESE = {
     "批大小采样的回答（GRPO）",
     "the optimizer's state is saved in one part per process, as by DeepSpeed and FSDP": "优化器状态按进程切分保存"
     "（DeepSpeed、FSDP）",
+    "each process averages over its own tokens, as with --average_tokens_across_devices False": "每个进程"
+    "只对自己的 token 求平均（`--average_tokens_across_devices False`）",
     "the learning rate follows the evaluations, as with reduce_lr_on_plateau and greedy": "学习率取决于评估结果"
     "（`reduce_lr_on_plateau`、`greedy`）",
     "the checkpoint has a best result, of the metric before": "检查点里已有按原指标记录的最好结果",

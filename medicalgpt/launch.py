@@ -5,7 +5,8 @@ python -m medicalgpt.launch --standalone --nproc_per_node 2 supervised_finetunin
 The flags are those of torchrun. The exit code is that of the process that failed first; 128 plus the number of a signal
 that killed it; 75 if another host could not be reached, so that the same command may succeed later. A signal to
 torchrun itself is passed on to the processes, which have 10 minutes to save a checkpoint, or as many seconds as
-TORCH_ELASTIC_SHUTDOWN_TIMEOUT says; then the exit code is theirs as well.
+TORCH_ELASTIC_SHUTDOWN_TIMEOUT says; then the exit code is theirs as well. As soon as one of them has failed, or the
+other hosts are lost, the rest have 30 seconds: they may wait for it in a collective operation, and can save nothing.
 
 With several hosts, torchrun starts the processes again (`--max_restarts`) only while it is connected to the host of
 `--rdzv_endpoint`; without that connection it waits for ever, even for processes that have ended. Then this module
@@ -18,6 +19,8 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Sequence
+from subprocess import Popen
 from typing import Any, NoReturn
 
 import psutil
@@ -36,20 +39,59 @@ ATTEMPT = "MEDICALGPT_LAUNCH_ATTEMPT"
 SECONDS_TO_RETRY = 5
 # torchrun notices within a tenth of a second that a process has ended, unless it waits for a lost connection.
 SECONDS_TO_NOTICE = 15
+# Time to end for the processes that are left when one has failed; it is torchrun's own.
+SECONDS_AFTER_FAILURE = 30
 
 
 class Agent(LocalElasticAgent):
-    """torchrun's agent, which remembers how its processes ended, and whether it is ending them."""
+    """torchrun's agent, which waits only for processes that can still end as planned.
+
+    Attributes:
+        exit_codes: of its processes, once it has ended them.
+        attends: whether it is looking at its processes, or ending them.
+    """
 
     exit_codes: list[int] = []
-    ends_processes = False
+    attends = False
 
-    def _shutdown(self, *args: Any, **kwargs: Any) -> None:
-        Agent.ends_processes = True
-        super()._shutdown(*args, **kwargs)
-        Agent.ends_processes = False
-        handlers = self._pcontext.subprocess_handlers.values() if self._pcontext else ()
-        Agent.exit_codes = [handler.proc.returncode for handler in handlers]
+    def _invoke_run(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super()._invoke_run(*args, **kwargs)
+        except SignalException:
+            raise
+        except Exception:
+            # The other hosts are lost.
+            self._shutdown_timeout = min(self._shutdown_timeout, SECONDS_AFTER_FAILURE)
+            raise
+
+    def _monitor_workers(self, *args: Any, **kwargs: Any) -> Any:
+        Agent.attends = True
+        try:
+            return super()._monitor_workers(*args, **kwargs)
+        finally:
+            Agent.attends = False
+
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = SECONDS_AFTER_FAILURE) -> None:
+        Agent.attends = True
+        processes = [handler.proc for handler in self._pcontext.subprocess_handlers.values()] if self._pcontext else []
+        _end(processes, death_sig, timeout)
+        # What is left is killed.
+        super()._shutdown(death_sig, timeout=1)
+        Agent.attends = False
+        Agent.exit_codes = [process.returncode for process in processes]
+
+
+def _end(processes: Sequence[Popen], death_sig: signal.Signals, timeout: float) -> None:
+    """Ask processes to end, and wait until they have: so many seconds, or `SECONDS_AFTER_FAILURE` once one failed."""
+    for process in processes:
+        if process.poll() is None:
+            # With its children, as torchrun does.
+            os.killpg(process.pid, death_sig)
+    limit = time.monotonic() + timeout
+    while None in (codes := [process.poll() for process in processes]) and time.monotonic() < limit:
+        if set(codes) - {None, 0, STOPPED}:
+            limit = min(limit, time.monotonic() + SECONDS_AFTER_FAILURE)
+        time.sleep(0.1)
 
 
 def _exit_code(code: int) -> int:
@@ -87,8 +129,8 @@ def _watch(args: argparse.Namespace) -> None:
         time.sleep(1)
         children = psutil.Process().children()
         ended = [child.pid for child in children if child.status() == psutil.STATUS_ZOMBIE]
-        # While torchrun ends the processes, it waits for one after the other.
-        since = {} if Agent.ends_processes else {pid: since.get(pid, time.monotonic()) for pid in ended}
+        # While torchrun ends the processes, it may wait for one and not yet look at the next.
+        since = {} if Agent.attends else {pid: since.get(pid, time.monotonic()) for pid in ended}
         if since and time.monotonic() - min(since.values()) > SECONDS_TO_NOTICE:
             for child in children:
                 child.send_signal(signal.SIGKILL)

@@ -232,6 +232,12 @@ REFUSED: dict[str, dict[tuple[str, ...], str]] = {
         PPO: "The loss is always a mean over the tokens of all processes.",
         GRPO: "The weight of a token follows from --loss_type.",
     },
+    "accelerator_config": {
+        PPO: "Prompts are divided over processes by the program, and gradients are synchronized once per update.",
+    },
+    "parallelism_config": {
+        TRAINING: "No stage splits sequences or layers over processes; docs/distributed.md says what to use instead.",
+    },
     "sync_ref_model": {GRPO: f"{FIXED_REFERENCE} To update it, start a new run from the result."},
     "ref_model_mixup_alpha": {GRPO: FIXED_REFERENCE},
     "ref_model_sync_steps": {GRPO: FIXED_REFERENCE},

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from medicalgpt.errors import UserError
 from medicalgpt.files import hash_file
-from medicalgpt.training.checkpoints import MANIFEST
+from medicalgpt.training.checkpoints import MANIFEST, set_later_aside
 from medicalgpt.training.claiming import Claim, claim_folder, resumes_in
+from medicalgpt.training.output_folder import PreviousRun
 
 import pytest
 from loguru import logger
@@ -116,6 +117,29 @@ def test_a_killed_replacement_starts_again(tmp_path):
     assert claim(folder, overwrite=True) == Claim(replaces=True)
     assert json.loads((folder / "run.json").read_text())["status"] == "finished"
     assert not (folder / "checkpoint-1").exists()
+
+
+def test_a_run_that_continues_from_an_earlier_checkpoint_is_the_one_that_is_resumed_next(tmp_path, log):
+    folder = fill(tmp_path / "run", "stopped", "3", "10", "20", "25 torn")
+    for later in (["checkpoint-10", "checkpoint-20"], ["checkpoint-7"]):
+        set_later_aside(folder / "checkpoint-3", folder)
+        assert claim(folder).resume_from == str(folder / "checkpoint-3")
+        aside = folder / f"superseded-checkpoints{'-2' if later == ['checkpoint-7'] else ''}"
+        assert sorted(path.name for path in aside.iterdir()) == later
+        assert f"the later {', '.join(later)} will not be resumed from any more; moved to {aside}." in " ".join(log)
+        # They can still be resumed from.
+        path = str(aside / later[0])
+        assert claim(tmp_path / "other", path) == Claim(path)
+        if later != ["checkpoint-7"]:
+            fill(folder, "running", "7")
+    # From the newest one, or into another folder, there is nothing to do.
+    lines = len(log)
+    set_later_aside(folder / "checkpoint-3", folder)
+    fill(folder, "running", "8")
+    set_later_aside(folder / "checkpoint-3", tmp_path / "other")
+    assert len(log) == lines and (folder / "checkpoint-8").is_dir()
+    # A run that replaces this one replaces them, too.
+    assert {"superseded-checkpoints", "superseded-checkpoints-2"} <= {path.name for path in PreviousRun(folder).files()}
 
 
 # --- the other ways of starting --------------------------------------------------------------------------------------

@@ -12,14 +12,14 @@ from medicalgpt.logs import TORCHRUN_VARIABLES, is_launch_incomplete, number_sin
 from medicalgpt.models.families import check_family
 from medicalgpt.training import engines
 from tests.engine_arithmetic import TABLES
-from tests.helpers import ROOT, read_json, save_model
+from tests.helpers import ROOT, open_stage, read_json, run_here, save_model, write_jsonl
 from tests.tiny import tiny_tokenizer
 
 import pytest
 from accelerate import ParallelismConfig
 from loguru import logger
 from torch.utils.file_baton import FileBaton
-from transformers import AutoConfig
+from transformers import AutoConfig, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
@@ -181,6 +181,56 @@ def test_parts_of_a_sequence_or_a_layer_are_refused(size):
     with pytest.raises(UserError, match="the stages' losses need whole sequences in each process. Remove it"):
         engines.check_engine(trainer_with(fsdp_version=2, **{size: 2}))
     engines.check_engine(trainer_with(fsdp_version=2, dp_shard_size=2))
+
+
+@pytest.mark.parametrize(
+    ("settings", "idle"),
+    [
+        ({"split_batches": True, "even_batches": False}, "split_batches, even_batches"),
+        ({"dispatch_batches": False}, "dispatch_batches"),
+        ({"non_blocking": True, "gradient_accumulation_kwargs": {"sync_each_batch": True}}, "non_blocking"),
+        ({"gradient_accumulation_kwargs": {"num_steps": 2}}, "gradient_accumulation_kwargs.num_steps"),
+        ({"gradient_accumulation_kwargs": {"sync_each_batch": True}}, None),
+    ],
+)
+def test_settings_of_accelerate_without_effect_are_refused(tmp_path, settings, idle):
+    training = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, accelerator_config=settings)
+    engines.check_accelerator_config(training)
+    training.given = {"accelerator_config"}
+    if idle is None:
+        engines.check_accelerator_config(training)
+    else:
+        with pytest.raises(UserError, match=f"^--accelerator_config: {idle} would have no effect"):
+            engines.check_accelerator_config(training)
+
+
+def test_gradients_are_synchronized_in_each_batch_on_request(tmp_path):
+    save_model(tmp_path / "model", tiny_tokenizer())
+    write_jsonl(tmp_path / "data/rows.jsonl", [{"prompt": f"Q{n}?", "response": "Rest."} for n in range(4)])
+    flags = ("--model_name_or_path", tmp_path / "model", "--train_file_dir", tmp_path / "data", "--sample_prompts", 0)
+    flags += ("--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 3, "--max_steps", 1)
+    settings = '{"gradient_accumulation_kwargs": {"sync_each_batch": true}}'
+    for more, batches_without in (((), 2), (("--accelerator_config", settings), 0)):
+        opened = open_stage(
+            "supervised_finetuning.py", *flags, *more, "--output_dir", tmp_path / f"without-{batches_without}"
+        )
+        accelerator = opened.trainer.accelerator
+        with patch.object(accelerator, "no_sync", side_effect=accelerator.no_sync) as no_sync:
+            opened.finish()
+        assert no_sync.call_count == batches_without
+    with pytest.raises(UserError, match="--accelerator_config: split_batches would have no effect"):
+        open_stage(
+            "supervised_finetuning.py",
+            *flags,
+            *("--accelerator_config", '{"split_batches": true}', "--output_dir", tmp_path / "refused"),
+        )
+
+
+def test_another_division_of_the_work_is_refused(capsys):
+    with pytest.raises(SystemExit) as end:
+        run_here("pretraining.py", "--parallelism_config", '{"cp_size": 2}')
+    assert end.value.code == 2
+    assert "--parallelism_config has no effect in this program. No stage splits sequences" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"])

@@ -39,8 +39,10 @@ import torch.distributed
 def main():
     torch.distributed.init_process_group("gloo")
     torch.distributed.barrier()
-    if rank() == 1:
+    if rank() == (sys.argv[1] != "first"):
         match sys.argv[1]:
+            case "first":
+                raise errors.UserError("process 0 alone sees this. Fix it.")
             case "row":
                 raise errors.UserError("rows.jsonl:7 cannot be used. Fix it.")
             case "disk":
@@ -63,6 +65,7 @@ REPORTS = {
     "disk": (1, "error in process 1: No such file or directory: /nowhere/at/all. Check the path."),
     "bug": (1, "LookupError: a bug"),
     "killed": (137, "error: process 1 was killed by SIGKILL; if nobody did that, memory ran out (see dmesg)"),
+    "first": (1, "error: process 0 alone sees this. Fix it."),
     "all": (1, "error: this is met by all. Fix it."),
 }
 
@@ -82,7 +85,7 @@ def check_report(stderr, code, report):
 
 
 @pytest.mark.parametrize(
-    "case", ["row", "killed", *(pytest.param(x, marks=pytest.mark.slow) for x in ("disk", "bug", "all"))]
+    "case", ["row", "killed", *(pytest.param(x, marks=pytest.mark.slow) for x in ("disk", "bug", "first", "all"))]
 )
 def test_the_process_that_knows_reports(driver, case):
     code, report = REPORTS[case]

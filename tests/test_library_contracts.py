@@ -136,6 +136,14 @@ def test_places_and_tests_of_the_table_exist():
             "max_steps num_update_steps_per_epoch num_train_epochs resume_from_checkpoint trial",
         ),
         (Trainer, "_prepare_for_training", "max_steps train_dataloader resume_from_checkpoint"),
+        (Trainer, "_evaluate", "trial ignore_keys_for_eval skip_scheduler"),
+        (Trainer, "_determine_best_metric", "metrics trial"),
+        (
+            Trainer,
+            "_run_epoch",
+            "model epoch train_dataloader steps_in_epoch num_update_steps_per_epoch trial ignore_keys_for_eval "
+            "start_time resume_from_checkpoint epochs_trained steps_trained_in_current_epoch",
+        ),
         (Trainer, "_finalize_training", "trial num_train_samples start_time"),
         (
             Trainer,
@@ -150,6 +158,8 @@ def test_places_and_tests_of_the_table_exist():
         (GRPOTrainer, "_generate_and_score_completions", "inputs"),
         (GRPOTrainer, "_tokenize_prompts", "prompts"),
         (GRPOTrainer, "_calculate_rewards", "inputs prompts completions completion_ids_list"),
+        (LocalElasticAgent, "_invoke_run", "role"),
+        (LocalElasticAgent, "_monitor_workers", "worker_group"),
         (LocalElasticAgent, "_shutdown", "death_sig timeout"),
         (uvicorn.Server, "run", "sockets"),
         (uvicorn.Server, "startup", "sockets"),

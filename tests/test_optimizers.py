@@ -4,10 +4,14 @@ from types import SimpleNamespace
 
 from medicalgpt.errors import UserError
 from medicalgpt.training.optimizers import apply_loraplus, check_flags_applied, check_optimizer
+from tests.helpers import open_stage, save_model, write_jsonl
+from tests.tiny import tiny_tokenizer
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
 
 
 class Adapted(torch.nn.Module):
@@ -118,3 +122,27 @@ def test_eight_bit_optimizers_need_their_package(tmp_path, monkeypatch):
         check_optimizer(args, use_peft=True)
     args.optim = type(args.optim)("adamw_torch")
     check_optimizer(args, use_peft=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optim", [name.value for name in OptimizerNames])
+def test_every_optimizer_is_refused_at_the_start_or_resumes_exactly(tmp_path, optim):
+    save_model(tmp_path / "model", tiny_tokenizer())
+    write_jsonl(tmp_path / "data/rows.jsonl", [{"prompt": f"Q{n}?", "response": "y" * (n + 1)} for n in range(8)])
+    flags = ("--model_name_or_path", tmp_path / "model", "--train_file_dir", tmp_path / "data", "--use_peft", "False")
+    flags += ("--optim", optim, "--use_cpu", "True", "--max_steps", 4, "--save_steps", 2, "--learning_rate", 1e-3)
+    flags += ("--gradient_accumulation_steps", 1, "--per_device_train_batch_size", 2, "--sample_prompts", 0)
+    try:
+        opened = open_stage("supervised_finetuning.py", *flags, "--output_dir", tmp_path / "whole")
+        before = {name: weight.clone() for name, weight in opened.trainer.model.named_parameters()}
+        opened.trainer.create_optimizer()
+    except UserError as error:
+        assert f"--optim {optim} " in str(error)
+        return
+    opened.trainer.optimizer = None
+    opened.finish()
+    assert any(not weight.equal(before[name]) for name, weight in opened.trainer.model.named_parameters())
+    resume = ("--resume_from_checkpoint", tmp_path / "whole/checkpoint-2", "--output_dir", tmp_path / "resumed")
+    open_stage("supervised_finetuning.py", *flags, *resume).finish()
+    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "resumed"))
+    assert all(whole[name].equal(resumed[name]) for name in whole)

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -74,30 +75,29 @@ NEEDED = {
     "grpo_training.py": {"reward_funcs": "reward", "reward_file": "reward.py", "system_prompt": "none"},
 }
 REWARD = "def reward(completions, **kwargs):\n    return [0.0]\n"
-CHANGES = [
-    ("pretraining.py", {"block_size": 256}),
-    ("pretraining.py", {"packing": "False"}),
-    ("pretraining.py", {"document_unit": "line"}),
-    ("supervised_finetuning.py", {"mask_history": "True"}),
-    ("supervised_finetuning.py", {"columns": "question=instruction,answer=output"}),
-    ("reward_modeling.py", {"center_rewards_coefficient": 0.01}),
-    ("reward_modeling.py", {"max_source_length": 300}),
-    ("dpo_training.py", {"beta": 0.2}),
-    ("dpo_training.py", {"loss_type": "hinge"}),
-    ("dpo_training.py", {"reference_model": "second"}),
-    ("orpo_training.py", {"orpo_beta": 0.2}),
-    ("ppo_training.py", {"kl_coef": 0.1}),
-    ("ppo_training.py", {"num_mini_batches": 2}),
-    ("ppo_training.py", {"response_length": 100}),
-    ("ppo_training.py", {"reward_model_path": "model"}),
-    ("ppo_training.py", {"value_model_path": "model"}),
-    ("grpo_training.py", {"num_generations": 4}),
-    ("grpo_training.py", {"temperature": 0.7}),
-    ("grpo_training.py", {"gradient_accumulation_steps": 8}),
-    ("grpo_training.py", {"max_completion_length": 100}),
-    ("grpo_training.py", {"reward_file": "other.py"}),
-    ("grpo_training.py", {"reward_weights": 2}),
-]
+# All of a stage are changed at once, and each is named.
+CHANGES = {
+    "pretraining.py": {"block_size": 256, "packing": "False", "document_unit": "line"},
+    "supervised_finetuning.py": {"mask_history": "True", "columns": "question=instruction,answer=output"},
+    "reward_modeling.py": {"center_rewards_coefficient": 0.01, "max_source_length": 300},
+    "dpo_training.py": {"beta": 0.2, "loss_type": "hinge", "reference_model": "second"},
+    "orpo_training.py": {"orpo_beta": 0.2},
+    "ppo_training.py": {
+        "kl_coef": 0.1,
+        "num_mini_batches": 2,
+        "response_length": 100,
+        "reward_model_path": "model",
+        "value_model_path": "model",
+    },
+    "grpo_training.py": {
+        "num_generations": 4,
+        "temperature": 0.7,
+        "gradient_accumulation_steps": 8,
+        "max_completion_length": 100,
+        "reward_file": "other.py",
+        "reward_weights": 2,
+    },
+}
 PATHS = ("reference_model", "reward_model_path", "value_model_path", "reward_file")
 
 
@@ -151,10 +151,12 @@ def test_a_stage_with_the_same_settings_is_resumed(place, program):
     assert {name: change["now"] for name, change in entry["changes"].items()} == {"logging_steps": 3}
 
 
-@pytest.mark.parametrize(("program", "changed"), CHANGES, ids=lambda value: str(value))
-def test_a_stage_with_other_settings_is_refused(place, program, changed):
-    with pytest.raises(UserError, match=f"cannot be resumed with these settings:\n  .*--{next(iter(changed))} "):
-        start(place, program, resume_from_checkpoint="True", **changed)
+@pytest.mark.parametrize("program", CHANGES)
+def test_a_stage_with_other_settings_is_refused(place, program):
+    with pytest.raises(UserError, match="cannot be resumed with these settings:") as error:
+        start(place, program, resume_from_checkpoint="True", **CHANGES[program])
+    for flag in CHANGES[program]:
+        assert re.search(rf"--{flag} \S.* \(before: ", str(error.value)), flag
 
 
 @pytest.mark.parametrize(
@@ -176,6 +178,18 @@ def test_a_file_that_was_changed_in_its_place_is_noticed(place, tmp_path):
     (folder / "reward.py").write_text(REWARD.replace("0.0", "1.0"))
     with pytest.raises(UserError, match="--reward_file"):
         start(folder, "grpo_training.py", resume_from_checkpoint="True")
+
+
+def test_a_configuration_that_was_changed_in_its_place_is_noticed(place, tmp_path):
+    """Of a further model, too. The same one at another place is right."""
+    moved = tmp_path / "moved"
+    shutil.copytree(place / "second", moved)
+    config = json.loads((moved / "config.json").read_text())
+    start(place, "ppo_training.py", resume_from_checkpoint="True", reward_model_path=moved)
+    (moved / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
+    with pytest.raises(UserError, match="the configuration of --reward_model_path .*: determines what") as error:
+        start(place, "ppo_training.py", resume_from_checkpoint="True", reward_model_path=moved)
+    assert f"To resume it, pass --reward_model_path {place / 'second'}.\n" in str(error.value)
 
 
 def test_a_checkpoint_of_another_stage_is_refused(place):
@@ -216,6 +230,24 @@ def test_fewer_processes_accumulate_more(place, tmp_path):
         resume(place, checkpoint, per_device_train_batch_size=5)
 
 
+def test_processes_that_average_alone_are_counted(place, tmp_path):
+    """Each over its own tokens, so that the same rows per step have another loss."""
+    checkpoint = edited(place, tmp_path, lambda record: record.update(processes=4))
+    alone = {"average_tokens_across_devices": "False", "gradient_accumulation_steps": 4}
+    with pytest.raises(UserError) as error:
+        resume(place, checkpoint, **alone)
+    assert "the number of processes 1 (before: 4): each process averages over its own tokens" in str(error.value)
+
+
+def test_the_engine_is_compared_also_if_no_flag_names_it(place, tmp_path):
+    """`accelerate launch` names it in variables of the environment."""
+    checkpoint = edited(place, tmp_path, lambda record: record.update(engine="FSDP"))
+    with pytest.raises(
+        UserError, match="the engine DDP .before: FSDP.: each engine saves.*\n  To resume it, start it with F"
+    ):
+        resume(place, checkpoint)
+
+
 def test_a_checkpoint_without_optimizer_is_refused(place, tmp_path):
     checkpoint = edited(place, tmp_path, lambda record: record["arguments"].update(save_only_model=True))
     with pytest.raises(UserError, match="--save_only_model True: it has no state of the optimizer.*omit --resume_from"):
@@ -229,7 +261,7 @@ def test_versions_are_recorded(place, tmp_path):
 
 def test_a_checkpoint_of_an_earlier_version_is_compared_as_far_as_it_says(place, tmp_path):
     def earlier(record):
-        for part in ("contents", "versions"):
+        for part in ("contents", "versions", "engine"):
             del record[part]
         del record["base"]["adapter"], record["arguments"]["long_rows"]
 

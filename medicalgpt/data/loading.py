@@ -45,6 +45,8 @@ class FileAccount:
         rows_with_unused: number of rows that have any of them.
         presets: number of rows that were recognised as each preset.
         prepared: hash of the index of the shards that have its tokens, if they were prepared.
+        packed_shards: the number of these shards if there are several, each of which was packed by itself, so that the
+            blocks follow from the division.
     """
 
     file: str
@@ -57,6 +59,7 @@ class FileAccount:
     rows_with_unused: int = 0
     presets: Counter = field(default_factory=Counter)
     prepared: str = ""
+    packed_shards: int = 0
 
     @property
     def used(self) -> int:
@@ -73,6 +76,7 @@ class FileAccount:
             **({"presets": dict(self.presets)} if self.presets else {}),
             **({"shortened": self.shortened} if self.shortened else {}),
             **({"prepared": self.prepared} if self.prepared else {}),
+            **({"packed_shards": self.packed_shards} if self.packed_shards else {}),
             **self.mixture,
         }
 

@@ -105,6 +105,9 @@ def read_prepared(
         Rows(example["row"] for example in examples if example["side"] == "validation"),
         {side: _join_accounts(manifests, side, hash_file(place / INDEX)) for side in ("train", "validation")},
     )
+    if block_size and len(folders) > 1:
+        for account in data.account["train"]:
+            account.packed_shards = len(folders)
     train = concatenate_datasets([Dataset.from_file(str(folder / "train.arrow")) for folder in folders])
     held_out = folders[0] / "validation.arrow"
     logger.info(f"{len(train):,} sequences in {len(folders)} shard(s) of {place}, {index['tokens']:,} tokens")

@@ -7,6 +7,7 @@ import re
 import socket
 import urllib.parse
 import urllib.request
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -340,14 +341,8 @@ def fingerprint(name_or_path: str, *, revision: str | None = None, cache_dir: st
     Raises:
         CheckpointError: a file that is not a safetensors file, or ends within its header.
     """
-    folder = Path(name_or_path)
-    if not folder.is_dir():
-        try:
-            folder = Path(
-                cached_file(name_or_path, "config.json", revision=revision, cache_dir=cache_dir, local_files_only=True)
-            ).parent
-        except (OSError, TypeError):
-            return None
+    if (folder := _folder_of(name_or_path, revision, cache_dir)) is None:
+        return None
     tensors: dict[str, bytes] = {}
     for path in sorted(folder.glob("*.safetensors")):
         if path.name.startswith("adapter_"):
@@ -370,3 +365,32 @@ def fingerprint(name_or_path: str, *, revision: str | None = None, cache_dir: st
     if not tensors:
         return None
     return hashlib.sha256(b"".join(tensors[name] for name in sorted(tensors))).hexdigest()
+
+
+def hash_config(name_or_path: str, *, revision: str | None = None, cache_dir: str | None = None) -> str | None:
+    """A hash of config.json, whatever its layout and whoever has written it; None if it is not on this machine.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    folder = _folder_of(name_or_path, revision, cache_dir)
+    if folder is None or not (folder / "config.json").is_file():
+        return None
+    return hash_settings(_read_object(folder / "config.json"), but=("transformers_version", "_name_or_path"))
+
+
+def hash_settings(settings: Mapping[str, Any], but: Sequence[str]) -> str:
+    """A hash of settings as they are in a JSON file, except those named."""
+    kept = {name: value for name, value in settings.items() if name not in but}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def _folder_of(name_or_path: str, revision: str | None, cache_dir: str | None) -> Path | None:
+    """Where the files of a model are on this machine."""
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path)
+    try:
+        found = cached_file(name_or_path, "config.json", revision=revision, cache_dir=cache_dir, local_files_only=True)
+        return Path(found).parent
+    except (OSError, TypeError):
+        return None

@@ -13,7 +13,15 @@ from medicalgpt.logs import HEARTBEAT_SECONDS
 
 import torch
 from loguru import logger
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    DefaultFlowCallback,
+    EarlyStoppingCallback,
+    IntervalStrategy,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainingArguments,
+)
 
 # Metrics in a line of progress, next to speed and memory.
 SHOWN_METRICS = ("loss", "accuracy", "rewards/accuracies", "score", "reward", "rewards/accuracy/mean", "kl")
@@ -28,10 +36,11 @@ class MetricsFile(TrainerCallback):
         self.path, self.append = output_dir / "metrics.jsonl", append
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        if not state.is_world_process_zero or not self.path.is_file():
-            return
         # What the stopped run logged after the checkpoint will be logged again.
-        keep_rows(self.path, state.global_step if self.append else -1)
+        is_complete = state.global_step >= state.max_steps
+        state.log_history = without_end(state.log_history, is_complete)
+        if state.is_world_process_zero and self.path.is_file():
+            keep_rows(self.path, state.global_step if self.append else -1, is_complete)
 
     def on_log(
         self, args: TrainingArguments, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
@@ -43,19 +52,36 @@ class MetricsFile(TrainerCallback):
                 file.write(json.dumps(event) + "\n")
 
 
-def keep_rows(path: Path, last_step: int) -> None:
-    """Remove the rows of later steps from a file of JSON rows, and the row that a kill has torn, with a notice."""
-    rows = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    steps = [_step_of_row(row) for row in rows]
-    kept = [row for row, step in zip(rows, steps, strict=True) if step is not None and step <= last_step]
-    if torn := sum(row != "" and step is None for row, step in zip(rows, steps, strict=True)):
+def keep_rows(path: Path, last_step: int, is_complete: bool = False) -> None:
+    """Remove from a file of JSON rows those that a resumed run logs again, and the row that a kill has torn.
+
+    Args:
+        last_step: of the checkpoint; rows of later steps are removed.
+        is_complete: as for `without_end`.
+    """
+    rows = [row for row in path.read_text(encoding="utf-8", errors="replace").split("\n") if row]
+    events = [event for event in map(_event_of, rows) if event]
+    if torn := len(rows) - len(events):
         logger.warning(f"{path}: {torn} row(s) that a stopped run left unfinished are removed")
-    write_atomically(path, "".join(f"{row}\n" for row in kept))
+    kept = without_end([event for event in events if event["step"] <= last_step], is_complete)
+    write_atomically(path, "".join(f"{json.dumps(event)}\n" for event in kept))
 
 
-def _step_of_row(row: str) -> float | None:
+def without_end(events: Sequence[dict[str, Any]], is_complete: bool) -> list[dict[str, Any]]:
+    """Log events without the summary of a training that is resumed.
+
+    Args:
+        is_complete: no step is left to train, so that what followed the summary is repeated as well.
+    """
+    ends = [number for number, event in enumerate(events) if "train_runtime" in event]
+    kept = events[: ends[-1]] if ends and is_complete else events
+    return [event for event in kept if "train_runtime" not in event]
+
+
+def _event_of(row: str) -> dict[str, Any] | None:
     try:
-        return float(json.loads(row)["step"])
+        event = json.loads(row)
+        return event if isinstance(event["step"], int | float) else None
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
 
@@ -104,10 +130,44 @@ class BestMetric(TrainerCallback):
         )
 
 
+# Where `TrainerState`, which is saved as trainer_state.json, names a step whose evaluation is still to come.
+DUE_EVALUATION = "due_evaluation"
+
+
+class DueEvaluation(TrainerCallback):
+    """Note in a checkpoint that the evaluation of its step is still to come, and make it when the run is resumed.
+
+    So it is if the run was asked to stop in that step, or if the step ends an epoch, which is evaluated after the step
+    is saved. `StageTrainer` lets it count as if it had been made then.
+    """
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.eval_strategy == IntervalStrategy.NO:
+            state.stateful_callbacks.pop(DUE_EVALUATION, None)
+        elif DUE_EVALUATION in state.stateful_callbacks:
+            args.eval_on_start = True
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        is_due = control.should_evaluate
+        if control.should_training_stop or float(state.epoch).is_integer():
+            is_due |= DefaultFlowCallback().on_epoch_end(args, state, TrainerControl()).should_evaluate
+        if is_due:
+            self._note(state)
+
+    def on_epoch_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if control.should_evaluate:
+            self._note(state)
+
+    @staticmethod
+    def _note(state: Any) -> None:
+        state.stateful_callbacks[DUE_EVALUATION] = {"step": state.global_step}
+
+
 class EarlyStopping(EarlyStoppingCallback):
     """`--early_stopping_patience`: end training after so many evaluations in a row without a better metric.
 
-    The count continues after a resume, where the evaluation before the first step repeats one that was counted.
+    The count continues after a resume, where the evaluation before the first step repeats one that was counted, unless
+    it was still to come (see `DueEvaluation`).
 
     Attributes:
         stopped: what ended the training, for run.json; None if nothing did.
@@ -132,7 +192,8 @@ class EarlyStopping(EarlyStoppingCallback):
     def on_evaluate(
         self, args: TrainingArguments, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any
     ) -> None:
-        if self.first_step is None or state.global_step == self.first_step or self.stopped:
+        is_first = state.global_step == self.first_step and DUE_EVALUATION not in state.stateful_callbacks
+        if self.first_step is None or is_first or self.stopped:
             return
         super().on_evaluate(args, state, control, metrics, **kwargs)
         if self.early_stopping_patience_counter >= self.early_stopping_patience:

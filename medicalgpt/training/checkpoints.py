@@ -17,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback, TrainingArguments
 
 MANIFEST = "manifest.json"
+# Subfolder of an output folder, and the beginning of the names of further ones.
+SUPERSEDED = "superseded-checkpoints"
 GATHERING = (
     "Weights that are sharded over the processes must be gathered to be saved. For DeepSpeed ZeRO-3 set "
     '"stage3_gather_16bit_weights_on_model_save": true, as zero3.json does.'
@@ -159,6 +161,33 @@ def remove_old_checkpoints(output_dir: Path, limit: int, best: str | None) -> No
     surplus = len(by_age) - max(limit, len(kept))
     for path in [path for path in by_age if path not in kept][: max(surplus, 0)]:
         _remove(path)
+
+
+def set_later_aside(checkpoint: Path, output_dir: Path) -> None:
+    """Move the complete checkpoints of later steps into a subfolder, as the run now continues from this one.
+
+    Otherwise the next start, which resumes from the newest one, would continue from them. They are kept; the log says
+    where. Nothing is done for a checkpoint of another folder.
+
+    Raises:
+        OSError: one could not be moved.
+    """
+    step = step_of(checkpoint)
+    later = [path for path in numbered_checkpoints(output_dir) if is_committed(path) and step_of(path) > step]
+    if not later or checkpoint.resolve().parent != output_dir.resolve():
+        return
+    aside, number = output_dir / SUPERSEDED, 2
+    while aside.exists():
+        aside, number = output_dir / f"{SUPERSEDED}-{number}", number + 1
+    aside.mkdir()
+    # The last one comes last: until then, the newest checkpoint is the same as before.
+    for path in sorted(later, key=step_of):
+        path.rename(aside / path.name)
+    names = ", ".join(path.name for path in sorted(later, key=step_of))
+    logger.warning(
+        f"this run continues from {checkpoint}, so that the later {names} will not be resumed from any more; moved to "
+        f"{aside}. Remove that folder if you do not need it."
+    )
 
 
 def _remove(checkpoint: Path) -> None:

@@ -20,6 +20,7 @@ from peft import PeftModel
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 # Longer than most files of DeepSpeed's extensions take to compile: a folder in which another machine compiles changes
 # more often than this.
@@ -33,9 +34,38 @@ def is_fsdp_requested(training: TrainingArguments) -> bool:
     return bool(training.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1")
 
 
+def engine_of(training: TrainingArguments) -> str:
+    """`DeepSpeed` or `FSDP`, by a flag or by `accelerate launch`; `DDP` for neither, also on a single process."""
+    if training.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("true", "1"):
+        return "DeepSpeed"
+    return "FSDP" if is_fsdp_requested(training) else "DDP"
+
+
 def are_weights_sharded(training: TrainingArguments) -> bool:
     """Whether each process will hold only a part of every weight: under ZeRO-3 and FSDP."""
     return is_deepspeed_zero3_enabled() or is_fsdp_requested(training)
+
+
+def check_accelerator_config(training: TrainingArguments) -> None:
+    """Refuse settings of `--accelerator_config` without effect: the stages themselves divide rows over processes.
+
+    What is left is `sync_each_batch`, which saves memory under FSDP.
+
+    Raises:
+        UserError: it names the settings.
+    """
+    if "accelerator_config" not in getattr(training, "given", ()):
+        return
+    settings, defaults = training.accelerator_config.to_dict(), AcceleratorConfig().to_dict()
+    accumulation = settings.pop("gradient_accumulation_kwargs") or {}
+    idle = [name for name, value in settings.items() if value != defaults[name]]
+    idle += [f"gradient_accumulation_kwargs.{name}" for name in accumulation if name != "sync_each_batch"]
+    if idle:
+        raise UserError(
+            f"--accelerator_config: {', '.join(idle)} would have no effect: rows are divided over processes by this "
+            "program, and accumulated as --gradient_accumulation_steps says. Remove it; what has an effect is "
+            'gradient_accumulation_kwargs: {"sync_each_batch": true}.'
+        )
 
 
 def check_engine(trainer: Trainer) -> None:

@@ -61,15 +61,21 @@ class FiniteSteps(TrainerCallback):
     """Refuse a step whose loss or gradient is not finite, on every process at once.
 
     The trainer reports each batch to `record`, and calls `check` between the backward pass and the optimizer's step.
-    That costs one all-reduce of two numbers per step and, on a GPU, one synchronization: the host has to know the
-    result before it starts the optimizer.
+    That costs one all-reduce of three numbers per step and, on a GPU, one synchronization: the host has to know the
+    result before it starts the optimizer. The third number is for whoever has a question to all processes in each step.
 
     DeepSpeed takes its step inside the backward pass, and skips it by itself where the gradient is not finite; see
     `carry_into_gradient`.
+
+    Attributes:
+        ask: the question, answered for this process.
+        answer: whether any process said yes in the last check.
     """
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
+        self.ask: Callable[[], bool] = lambda: False
+        self.answer = False
         self.batches: list[_Batch] = []
         self.skipped = self.first_step = 0
         if trainer.is_deepspeed_enabled:
@@ -100,8 +106,10 @@ class FiniteSteps(TrainerCallback):
         norm = torch.as_tensor(0.0 if norm is None else norm, device=loss.device)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         # DeepSpeed reports the norm of a gradient that is not finite as -1.
-        failed = torch.stack([~loss.isfinite(), ~norm.isfinite() | (norm < 0)]).float()
-        loss_failed, norm_failed = self.trainer.accelerator.reduce(failed, reduction="sum").bool().tolist()
+        asked = torch.tensor(self.ask(), device=loss.device)
+        found = torch.stack([~loss.isfinite(), ~norm.isfinite() | (norm < 0), asked]).float()
+        found = self.trainer.accelerator.reduce(found, reduction="sum").bool().tolist()
+        loss_failed, norm_failed, self.answer = found
         if not loss_failed and not norm_failed:
             self.skipped = 0
             return

@@ -19,7 +19,7 @@ from typing import Any
 from medicalgpt.errors import UserError
 from medicalgpt.files import overlap, remove_entry
 from medicalgpt.models import hub
-from medicalgpt.training.checkpoints import MANIFEST
+from medicalgpt.training.checkpoints import MANIFEST, SUPERSEDED
 from medicalgpt.training.folder_lock import FolderLock
 
 import datasets
@@ -52,6 +52,7 @@ CHECKPOINTS = "checkpoint-[0-9]*"
 RUN_FILES = (
     *MODEL_FILES,
     CHECKPOINTS,
+    f"{SUPERSEDED}*",
     "metrics.jsonl",
     "samples.jsonl",
     "answers.jsonl",

@@ -15,6 +15,8 @@ from medicalgpt.files import hash_file, write_atomically
 from medicalgpt.models import hub
 from medicalgpt.models.adapters import SHAPE_FLAGS
 from medicalgpt.training.resume_flags import (
+    CONFIGS,
+    DATA_PLACES,
     FACTS,
     GLOBAL_BATCH,
     OTHER_FILES,
@@ -96,7 +98,7 @@ class RecordInCheckpoint(TrainerCallback):
 
 
 def contents(groups: Sequence[Any], checkpoint: hub.Checkpoint) -> dict[str, str | None]:
-    """Hashes of what the flags name: the base, the adapter on it, further models and files.
+    """Hashes of what the flags name: the base, the adapter on it, further models and files, and their configurations.
 
     Args:
         groups: argument dataclasses.
@@ -106,6 +108,9 @@ def contents(groups: Sequence[Any], checkpoint: hub.Checkpoint) -> dict[str, str
     """
     found = {
         "base": hub.fingerprint(checkpoint.source, revision=checkpoint.revision, cache_dir=checkpoint.cache_dir),
+        "config": _hash_of_configs(
+            checkpoint.source, checkpoint.adapter, revision=checkpoint.revision, cache_dir=checkpoint.cache_dir
+        ),
     }
     if checkpoint.adapter:
         found["adapter"] = _hash_of_adapter(checkpoint.adapter)
@@ -115,14 +120,24 @@ def contents(groups: Sequence[Any], checkpoint: hub.Checkpoint) -> dict[str, str
             if not isinstance(value, str) or not value:
                 continue
             if field.name in OTHER_MODELS:
-                found[field.name] = _hash_of_model(value, checkpoint.cache_dir)
+                base, adapter = hub.resolve_checkpoint(value)
+                found[field.name] = _hash_of_model(base, adapter, checkpoint.cache_dir)
+                found[CONFIGS[field.name]] = _hash_of_configs(base, adapter, cache_dir=checkpoint.cache_dir)
             elif field.name in OTHER_FILES and Path(value).is_file():
                 found[field.name] = hash_file(value)
     return found
 
 
-def _hash_of_model(name_or_path: str, cache_dir: str | None) -> str | None:
-    base, adapter = hub.resolve_checkpoint(name_or_path)
+def _hash_of_configs(base: str, adapter: hub.Adapter | None, **options: Any) -> str | None:
+    found = hub.hash_config(base, **options)
+    if adapter is None or found is None:
+        return found
+    # The base may be somewhere else, and peft writes its version.
+    own = hub.hash_settings(adapter.config, but=("base_model_name_or_path", "peft_version", "inference_mode"))
+    return hashlib.sha256(f"{found} {own}".encode()).hexdigest()
+
+
+def _hash_of_model(base: str, adapter: hub.Adapter | None, cache_dir: str | None) -> str | None:
     weights = hub.fingerprint(base, cache_dir=cache_dir)
     if adapter is None or weights is None:
         return weights
@@ -201,21 +216,31 @@ class ResumedRun:
             + (" To continue it from its last checkpoint: --resume_from_checkpoint True." if longer else "")
         )
 
-    def require_same_rows(self, data: Sequence[Mapping[str, Any]]) -> None:
-        """Compare the training rows, wherever their files are.
+    def require_same_rows(self, record: Mapping[str, Any], output_dir: Path) -> None:
+        """Compare the training rows, wherever their files are, and the blocks that they were packed in.
 
         Args:
-            data: of the record of the run that resumes.
+            record: of the run that resumes, with its data.
 
         Raises:
             UserError: some would be trained twice, others never.
         """
-        before = self.before.get("data", [])
+        before, data = self.before.get("data", []), record["data"]
         if before and _training_rows(before) != _training_rows(data):
             raise UserError(
                 f"{self.checkpoint} was trained on other rows than these; resuming would repeat some and skip others. "
                 f"It was trained on {_rows_text(before)}; these are {_rows_text(data)}.\nPass the same data and the "
                 "same data flags, or start again in another --output_dir."
+            )
+        shards, shards_now = _division(before), _division(data)
+        if before and shards != shards_now:
+            places = [each for each in self.compare(record) if each.name in DATA_PLACES]
+            remedy = self.as_before(places, {}, record) or f"prepare the same rows in {_shards_text(shards)}"
+            raise UserError(
+                f"{self.checkpoint} was trained on blocks packed in {_shards_text(shards)}; these are packed in "
+                f"{_shards_text(shards_now)}, which makes other blocks, so that resuming would repeat some rows and "
+                f"skip others.\n  To resume it, {remedy}.\n  With these blocks, start another run"
+                f"{self.way_out([], output_dir)}."
             )
 
     def compare(self, record: Mapping[str, Any]) -> list[Difference]:
@@ -287,14 +312,19 @@ class ResumedRun:
             refused = [each for each in refused if each.name not in GLOBAL_BATCH]
         flags = [each for each in refused if each.name not in FACTS]
         for each in refused:
-            named = {"base": MODEL_PLACES, "adapter": MODEL_PLACES, "tokenizer": ("tokenizer_name_or_path",)}
+            named = {"base": MODEL_PLACES, "adapter": MODEL_PLACES, "config": MODEL_PLACES}
+            named |= {"tokenizer": ("tokenizer_name_or_path",), **{CONFIGS[flag]: (flag,) for flag in CONFIGS}}
             moved = [places[name] for name in named.get(each.name, ()) if name in places]
             flags += moved
             if each.name in ("tokenizer", "template") and not moved:
                 # As the checkpoint has saved it.
                 passed.append(_as_flag("tokenizer_name_or_path", str(self.checkpoint)))
-            elif each.name in ("base", "adapter") and not moved:
+            elif each.name in ("base", "adapter", "config") and not moved:
                 others.append(f"restore {FACTS[each.name]} {self.before['base']['name']}")
+            elif each.name in CONFIGS.values() and not moved:
+                others.append(f"restore {FACTS[each.name]}")
+            elif each.name == "engine":
+                others.append(f"start it with{'out DeepSpeed and FSDP' if each.before == 'DDP' else ' ' + each.before}")
             elif each.name == "processes":
                 others.append(f"start {each.before} process(es)")
             elif each.name == "stage":
@@ -335,7 +365,10 @@ def _without_consequences(refused: Sequence[Difference]) -> list[Difference]:
     if "stage" in names:
         return [each for each in refused if each.name == "stage"]
     if "base" in names:
-        implied |= {"tokenizer", "template"}
+        implied |= {"config", "tokenizer", "template"}
+    implied |= {CONFIGS[name] for name in names if name in CONFIGS}
+    if names & {"fsdp", "deepspeed"}:
+        implied |= {"engine"}
     if names & {"template_name", "tool_format", "system_prompt", "tokenizer"}:
         implied |= {"template"}
     return [each for each in refused if each.name not in implied]
@@ -353,7 +386,7 @@ def _accumulation(refused: Sequence[Difference], before: Mapping[str, Any], now:
 def _arguments(record: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a run, those that follow from others set to what they mean."""
     found = dict(record.get("arguments", {}))
-    found |= {name: record[name] for name in ("stage", "processes") if name in record}
+    found |= {name: record[name] for name in ("stage", "processes", "engine") if name in record}
     found |= {f"{VERSION}{name}": version for name, version in record.get("versions", {}).items()}
     if found.get("data_seed", MISSING) is None:
         found["data_seed"] = found.get("seed")
@@ -382,7 +415,7 @@ def _different_contents(before: Mapping[str, Any], now: Mapping[str, Any]) -> It
     """What the flags name: compared by its hash, or by its name where one of the two runs has no hash of it."""
     hashes_before, hashes = before.get("contents") or {"base": before["base"].get("fingerprint")}, now["contents"]
     names_before, names = _names(before), _names(now)
-    for name in ("base", "adapter", "tokenizer", "template", *HASHED):
+    for name in ("base", "adapter", "config", "tokenizer", "template", *HASHED, *CONFIGS.values()):
         old_hash, new_hash = hashes_before.get(name), hashes.get(name)
         old_name, new_name = names_before.get(name, MISSING), names.get(name, MISSING)
         renamed = old_name is not MISSING and new_name is not MISSING and not _same(old_name, new_name)
@@ -401,6 +434,15 @@ def _names(record: Mapping[str, Any]) -> dict[str, Any]:
 def _training_rows(data: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
     """What determines the rows that training draws from, wherever the files are."""
     return [[entry.get(key) for key in ROW_KEYS] for entry in data if entry["side"] == "train"]
+
+
+def _division(data: Sequence[Mapping[str, Any]]) -> int:
+    """How many parts the training rows were packed in, each by itself."""
+    return max((entry.get("packed_shards", 1) for entry in data if entry["side"] == "train"), default=1)
+
+
+def _shards_text(shards: int) -> str:
+    return "one piece" if shards == 1 else f"{shards} shards (prepare_data.py --shard 1/{shards} to {shards}/{shards})"
 
 
 def _rows_text(data: Sequence[Mapping[str, Any]]) -> str:

@@ -68,7 +68,11 @@ def _samples_groups(before: Arguments, now: Arguments) -> bool:
 
 def _is_sharded(before: Arguments, now: Arguments) -> bool:
     changed = before.get("processes") != now.get("processes")
-    return changed and any(now.get(name) for name in ("deepspeed", "fsdp", "parallelism_config"))
+    return changed and any((now.get("deepspeed"), now.get("fsdp"), now.get("engine") in ("DeepSpeed", "FSDP")))
+
+
+def _averages_alone(before: Arguments, now: Arguments) -> bool:
+    return before.get("processes") != now.get("processes") and now.get("average_tokens_across_devices") is False
 
 
 def _follows_metric(before: Arguments, now: Arguments) -> bool:
@@ -82,6 +86,9 @@ def _compares_already(before: Arguments, now: Arguments) -> bool:
 STREAMING = Unless(_streams, "the checkpoint has a position for each reader of the rows, as with --streaming")
 GROUPS = Unless(_samples_groups, "the checkpoint has answers that were sampled in batches of this size, as in GRPO")
 SHARDED = Unless(_is_sharded, "the optimizer's state is saved in one part per process, as by DeepSpeed and FSDP")
+ALONE = Unless(
+    _averages_alone, "each process averages over its own tokens, as with --average_tokens_across_devices False"
+)
 METRIC_SCHEDULE = Unless(
     _follows_metric, "the learning rate follows the evaluations, as with reduce_lr_on_plateau and greedy"
 )
@@ -89,9 +96,13 @@ BEST_SO_FAR = Unless(_compares_already, "the checkpoint has a best result, of th
 
 # The number of rows in an optimizer step is the product of these.
 GLOBAL_BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps", "processes")
+# Flags that name the rows.
+DATA_PLACES = ("train_file_dir", "prepared_dir", "dataset_name", "dataset_config_name", "dataset_split", "data_files")
 # Flags that name further models and files; run.json has a hash of each.
 OTHER_MODELS = ("reference_model", "reward_model_path", "value_model_path")
-OTHER_FILES = ("deepspeed", "fsdp_config", "accelerator_config", "reward_file")
+OTHER_FILES = ("deepspeed", "fsdp_config", "reward_file")
+# The facts about their configurations.
+CONFIGS = {name: f"config of {name}" for name in OTHER_MODELS}
 
 TABLE: tuple[Group, ...] = (
     # What changes nothing that is trained.
@@ -156,7 +167,7 @@ TABLE: tuple[Group, ...] = (
             *("gradient_checkpointing_kwargs", "activation_offloading", "full_determinism", "device_map"),
             *("pad_to_multiple_of", "use_cache", "torch_empty_cache_steps", "ddp_backend", "ddp_bucket_cap_mb"),
             *("ddp_broadcast_buffers", "ddp_find_unused_parameters", "ddp_static_graph", "ddp_timeout"),
-            *("remove_unused_columns", "preprocessing_num_workers", "precompute_ref_log_probs"),
+            *("accelerator_config", "remove_unused_columns", "preprocessing_num_workers", "precompute_ref_log_probs"),
             *("precompute_ref_batch_size", "rollout_forward_batch_size", "cache_implementation"),
             *("ds3_gather_for_generation", "vllm_mode", "vllm_enable_sleep_mode", "vllm_gpu_memory_utilization"),
             *("vllm_tensor_parallel_size", "vllm_model_impl", "vllm_server_base_url", "vllm_server_host"),
@@ -186,9 +197,9 @@ TABLE: tuple[Group, ...] = (
         "weights, tokenizer and chat template are compared by their hashes",
     ),
     Group(
-        ("train_file_dir", "prepared_dir", "dataset_name", "dataset_config_name", "dataset_split", "data_files"),
+        DATA_PLACES,
         Policy.SAME_CONTENT,
-        "rows are compared by the hashes of their files",
+        "rows are compared by the hashes of their files; packed ones also by their division into shards",
     ),
     Group(
         (*OTHER_MODELS, *OTHER_FILES),
@@ -201,7 +212,7 @@ TABLE: tuple[Group, ...] = (
         GLOBAL_BATCH,
         Policy.SAME_PRODUCT,
         "rows per optimizer step: batch size x accumulation x processes",
-        unless=(STREAMING, GROUPS, SHARDED),
+        unless=(STREAMING, GROUPS, SHARDED, ALONE),
     ),
     # What may not change.
     Group(
@@ -299,7 +310,13 @@ TABLE: tuple[Group, ...] = (
         WayOut.NEW_RUN,
     ),
     Group(
-        ("fsdp", "parallelism_config"),
+        ("config", *CONFIGS.values()),
+        Policy.FIXED,
+        "determines what a model makes of its weights",
+        WayOut.NEW_RUN,
+    ),
+    Group(
+        ("engine", "fsdp"),
         Policy.FIXED,
         "each engine saves the state of the optimizer in its own form",
     ),
@@ -310,6 +327,9 @@ FACTS = {
     "stage": "the program",
     "base": "the weights of the base model",
     "adapter": "the adapter that training started from",
+    "config": "the configuration of the model",
+    **{fact: f"the configuration of --{name}" for name, fact in CONFIGS.items()},
+    "engine": "the engine",
     "tokenizer": "the tokenizer",
     "template": "the chat template",
     "data": "the rows",

@@ -36,10 +36,16 @@ from medicalgpt.training.callbacks import (
     PlainProgress,
     peak_memory_gb,
 )
-from medicalgpt.training.checkpoints import CheckpointCommitter, is_committed, newest_committed, require_saved_weights
+from medicalgpt.training.checkpoints import (
+    CheckpointCommitter,
+    is_committed,
+    newest_committed,
+    require_saved_weights,
+    set_later_aside,
+)
 from medicalgpt.training.claiming import NO, Claim, claim_folder, on_first_process, require_same_checkpoint, resumes_in
 from medicalgpt.training.disk import saving
-from medicalgpt.training.engines import check_engine, init_deepspeed
+from medicalgpt.training.engines import check_engine, engine_of, init_deepspeed
 from medicalgpt.training.finite import require_finite_start
 from medicalgpt.training.folder_lock import FolderLock
 from medicalgpt.training.hosts import require_shared_folder, watch_hosts
@@ -129,6 +135,7 @@ class Run:
             "git_commit": _git_commit(),
             "versions": {"python": platform.python_version(), **_library_versions()},
             "processes": processes,
+            "engine": engine_of(training),
             "started": _now(),
             "resumed_from": self.resume_from,
             "data": [],
@@ -220,7 +227,7 @@ class Run:
                 "made it, or start again in another --output_dir."
             )
         if self.resumed:
-            self.resumed.require_same_rows(self.record["data"])
+            self.resumed.require_same_rows(self.record, self.output_dir)
 
     def preview(self, tokenizer: PreTrainedTokenizerBase, dataset: Dataset) -> None:
         """Print the first training row with its supervised tokens marked, so that a wrong mask shows at once."""
@@ -354,8 +361,7 @@ class Run:
         self.trainer = trainer
         if self.training.do_train:
             check_engine(trainer)
-        if self.claim.replaces:
-            self._set_previous_aside()
+        self._set_previous_aside()
         try:
             return self._train_and_save(
                 trainer, tokenizer, stop_ids=stop_ids, sample_prompts=sample_prompts, samples=samples, note=note
@@ -405,12 +411,16 @@ class Run:
         self._end_stopped()
 
     def _set_previous_aside(self) -> None:
+        """Move away an earlier run that this one replaces, or what it has saved after the checkpoint to resume from."""
         problem = None
         if is_main_process():
             try:
-                self.previous.set_aside()
+                if self.claim.replaces:
+                    self.previous.set_aside()
                 if self.claim.worthless:
                     self.previous.discard("it saved nothing to resume from")
+                if self.resume_from and self.training.do_train:
+                    set_later_aside(Path(self.resume_from), self.output_dir)
             except OSError as error:
                 problem = f"the run in {self.output_dir} was not replaced: {error}"
         # The others wait here, so that they write nothing before; if one process stopped alone, they would wait for it.
@@ -430,8 +440,9 @@ class Run:
         self._install_callbacks(trainer)
         # A model from a hub is on this machine only since it was loaded.
         self.record["base"]["fingerprint"] = self.checkpoint.fingerprint
-        require_agreement({"the model": self.checkpoint.fingerprint}, "Copy the same model to every host.")
         self.require_same_contents()
+        model = {"the model": self.checkpoint.fingerprint, "its configuration": self.record["contents"]["config"]}
+        require_agreement(model, "Copy the same model to every host.")
         self._write_record()
         reference = getattr(trainer, "ref_model", None) or getattr(trainer, "reference", None)
         require_finite_start({self.checkpoint.name: trainer.model, "the reference": reference})
@@ -481,7 +492,9 @@ class Run:
         trainer.add_callback(StepsOfFlags())
         trainer.add_callback(RecordInCheckpoint(self.record))
         trainer.add_callback(CheckpointCommitter(self.previous.discard, lambda: trainer.saving_since))
-        trainer.add_callback(StopAfterStep(self.stop, self._end_stopped))
+        steps = trainer.finite_steps
+        steps.ask = lambda: self.stop.received is not None
+        trainer.add_callback(StopAfterStep(self.stop, lambda: steps.answer, self._end_stopped))
         trainer.add_callback(BestMetric())
         if self.early_stopping:
             trainer.add_callback(self.early_stopping)

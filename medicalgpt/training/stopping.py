@@ -96,20 +96,27 @@ class StopAfterStep(TrainerCallback):
     Add it after `CheckpointCommitter`.
 
     Args:
+        agreed: whether any process was asked to stop in the current step, before its optimizer's step; the same on
+            every process.
         end: called on every process when the checkpoint is complete; does not return.
     """
 
-    def __init__(self, request: StopRequest, end: Callable[[], None]):
-        self.request, self.end = request, end
+    def __init__(self, request: StopRequest, agreed: Callable[[], bool], end: Callable[[], None]):
+        self.request, self.agreed, self.end = request, agreed, end
         self.trains = self.stopping = False
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         self.trains = True
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.request.agreed(args.device):
+        if self.agreed():
             self.stopping = control.should_log = control.should_save = True
-            # It may take longer than the process has. A resumed run begins with one.
+            # It may take longer than the process has. A resumed run makes it (see `DueEvaluation`).
+            control.should_evaluate = False
+
+    def on_epoch_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        # Where an epoch ends before its last step is saved, as in PPO.
+        if self.stopping:
             control.should_evaluate = False
 
     def on_evaluate(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:

@@ -1,6 +1,7 @@
 """The base of the stages' trainers, and the trainers of token-level stages and of preference pairs."""
 
 import math
+import random
 import sys
 import time
 from collections import defaultdict
@@ -17,10 +18,11 @@ from medicalgpt.errors import UserError
 from medicalgpt.logs import is_main_process, notice
 from medicalgpt.models.families import require_separate_packs
 from medicalgpt.readers.problems import Place
+from medicalgpt.training.callbacks import DUE_EVALUATION, DueEvaluation
 from medicalgpt.training.checkpoints import prepare_folder
 from medicalgpt.training.cpu import add_cpu_head, replace_lora_dropout, return_freed_memory
 from medicalgpt.training.disk import checkpoint_bytes, on_every_process, require_space, saving
-from medicalgpt.training.engines import gather_weights
+from medicalgpt.training.engines import check_accelerator_config, gather_weights
 from medicalgpt.training.finite import BatchRow, FiniteSteps, find_places, require_finite_training
 from medicalgpt.training.optimizers import apply_loraplus, check_flags_applied, check_optimizer
 from medicalgpt.training.row_order import (
@@ -65,6 +67,7 @@ def training_defaults(args: TrainingArguments, *, adapter_rate: float, full_rate
         UserError: an optimizer or a schedule that cannot be used as requested.
     """
     check_optimizer(args, use_peft)
+    check_accelerator_config(args)
     if args.learning_rate is None:
         args.learning_rate = adapter_rate if use_peft else full_rate
     check_schedule(args)
@@ -180,6 +183,8 @@ class StageTrainer(Trainer):
         # When the last checkpoint began to be saved; see `CheckpointCommitter`.
         self.saving_since = time.monotonic()
         self.add_callback(_RunFigures(self))
+        self.add_callback(DueEvaluation())
+        self.resumed_from: str | None = None
         self.finite_steps = FiniteSteps(self)
         self.add_callback(self.finite_steps)
 
@@ -223,6 +228,7 @@ class StageTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
+        self.resumed_from = checkpoint
         if checkpoint is not None:
             continue_schedule(self.lr_scheduler, steps_planned(Path(checkpoint)), self.state.max_steps)
 
@@ -260,6 +266,21 @@ class StageTrainer(Trainer):
         """Save a checkpoint of the step that was trained last, as it is saved in training. Call it on every process."""
         self._save_checkpoint(self.model, None)
         self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False) -> Any:
+        # Before the first step the library evaluates without consequences; one that is still due has them.
+        is_due = DUE_EVALUATION in self.state.stateful_callbacks
+        with _restored_random_state(self.args.device):
+            metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler and not is_due)
+        if skip_scheduler and is_due and self._determine_best_metric(metrics, trial):
+            self.state.best_model_checkpoint = self.resumed_from
+        self.state.stateful_callbacks.pop(DUE_EVALUATION, None)
+        return metrics
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # Early stopping may end a resumed run at its first evaluation; the library would take one step more.
+        if not self.control.should_training_stop:
+            super()._run_epoch(*args, **kwargs)
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
         # Seconds, and what is divided by them, are of the whole run, as if it had never been stopped.
@@ -373,6 +394,17 @@ class StageTrainer(Trainer):
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         self.state.num_input_tokens_seen = self._total_train_tokens
         return loss
+
+
+@contextmanager
+def _restored_random_state(device: torch.device) -> Iterator[None]:
+    """Whatever draws random numbers within this context, training draws the same afterwards as without it."""
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = [] if device.type in ("cpu", "mps") else [device]
+    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+        yield
+    random.setstate(python)
+    np.random.set_state(numpy)
 
 
 # Where `TrainerState`, which is saved as trainer_state.json, keeps figures of the run for a resume.

@@ -13,10 +13,12 @@ from medicalgpt.training import checkpoints
 from medicalgpt.training.checkpoints import checkpoint_problem
 from tests.helpers import ROOT, open_stage, read_json, write_jsonl
 from tests.kills import run_killed
+from tests.ranks import run_ranks
 from tests.silent.ppo import save_reward_model
 from tests.tiny import make_tiny
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -126,6 +128,27 @@ def test_a_signal_at_any_time_is_not_lost(place, tmp_path, event, flags, step):
     require_stopped(tmp_path / "run", step)
 
 
+def test_a_stop_in_the_final_evaluation_leaves_nothing_twice(place, tmp_path):
+    for name in ("whole", "stopped"):
+        run = open_stage(SFT, *command(place, SFT, tmp_path / name))
+        if name == "stopped":
+            run.trainer.add_callback(Send(signal.SIGTERM, "on_prediction_step", STEPS))
+            with pytest.raises(Stopped):
+                run.finish()
+            run = open_stage(SFT, *command(place, SFT, tmp_path / name))
+        run.finish()
+    kinds = [
+        [(row["step"], "loss" in row, "train_runtime" in row, "eval_loss" in row) for row in rows]
+        for name in ("whole", "stopped")
+        for rows in (read_json(tmp_path / name / "metrics.jsonl"), history(tmp_path / name))
+    ]
+    assert all(kind == kinds[0] for kind in kinds)
+
+
+def history(output: Path) -> list[dict[str, float]]:
+    return read_json(output / "trainer_state.json")["log_history"] + read_json(output / "metrics.jsonl")[-1:]
+
+
 def test_a_signal_in_the_middle_of_a_save_waits_for_its_end(place, tmp_path, monkeypatch):
     write = checkpoints.write_atomically
 
@@ -224,6 +247,35 @@ def test_a_second_ctrl_c_ends_at_once(place, tmp_path, capfd):
     open_stage(SFT, *command(place, SFT, tmp_path / "run"))
     said = capfd.readouterr().err
     assert "was killed: it has not recorded its end" in said and "has ended without leaving" in said
+
+
+def stop_one(place: str, output: str) -> dict[str, object]:
+    """Train on this process of several, of which the second one is asked to stop in step 2."""
+    run = open_stage(SFT, *command(Path(place), SFT, Path(output), "--ddp_timeout", 60))
+    if run.trainer.args.process_index == 1:
+        run.trainer.add_callback(Send(signal.SIGTERM, "on_step_begin", step=1))
+    sizes, reduce = [], torch.distributed.all_reduce
+
+    def note(tensor, *args, **kwargs):
+        sizes.append((run.trainer.state.global_step, tensor.dtype, tensor.numel()))
+        return reduce(tensor, *args, **kwargs)
+
+    torch.distributed.all_reduce = note
+    try:
+        run.finish()
+    except Stopped as stop:
+        return {"said": str(stop), "sizes": sizes, "step": run.trainer.state.global_step}
+
+
+def test_one_process_of_two_is_stopped_and_the_question_costs_nothing_more(place, tmp_path):
+    first, second = run_ranks(stop_one, 2, str(place), str(tmp_path / "run"), log=tmp_path / "log")
+    assert first["step"] == second["step"] == 2
+    assert "another process was asked to stop. checkpoint-2 is complete" in first["said"]
+    assert "SIGTERM. checkpoint-2 is complete" in second["said"]
+    # In the first step, which saves and evaluates nothing, one number is reduced with those about loss and gradient.
+    in_first_step = [size for step, *size in first["sizes"] if step == 0]
+    assert [torch.float32, 3] in in_first_step and [torch.int32, 1] not in in_first_step
+    assert [torch.int32, 1] not in [size for step, *size in first["sizes"] if step == 1]
 
 
 @pytest.mark.slow

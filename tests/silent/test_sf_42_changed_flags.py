@@ -23,39 +23,43 @@ BEFORE = {
     "per_device_train_batch_size": 2,
     "model_max_length": 256,
     "weight_decay": 0.01,
-    # Evaluations draw random numbers, so that dropout would differ after them.
+    # Workers that load data draw random numbers, so that dropout would differ with another number of them.
     "lora_dropout": 0.0,
 }
+# By what leads out of a refusal; all of a group are changed at once, and each is named.
 CHANGED = {
-    "per_device_train_batch_size": 1,
-    "gradient_accumulation_steps": 2,
-    "seed": 7,
-    "data_seed": 7,
-    "lr_scheduler_type": "cosine",
-    "warmup_steps": 2,
-    "learning_rate": 1e-3,
-    "weight_decay": 0.1,
-    "max_grad_norm": 0.5,
-    "optim": "adafactor",
-    "model_max_length": 320,
-    "train_sampling_strategy": "random",
-    "dataloader_drop_last": "True",
-    "ignore_data_skip": "True",
-    "packing": "True",
-    "template_name": "vicuna",
-    "system_prompt": "Be brief.",
-    "train_on_inputs": "True",
-    "neft_alpha": 5,
-    "max_train_samples": 8,
-    "lora_rank": 16,
-    "lora_dropout": 0.1,
-    "target_modules": "q_proj",
-    "modules_to_save": "lm_head",
-    "use_peft": "False",
-    "freeze_layers": "0",
-    "load_in_4bit": "True",
-    "dtype": "bfloat16",
-    "streaming": "True",
+    "from the weights": {
+        "per_device_train_batch_size": 1,
+        "seed": 7,
+        "data_seed": 7,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 2,
+        "learning_rate": 1e-3,
+        "weight_decay": 0.1,
+        "max_grad_norm": 0.5,
+        "optim": "adafactor",
+        "model_max_length": 320,
+        "train_sampling_strategy": "random",
+        "dataloader_drop_last": "True",
+        "ignore_data_skip": "True",
+        "packing": "True",
+        "template_name": "vicuna",
+        "system_prompt": "Be brief.",
+        "train_on_inputs": "True",
+        "neft_alpha": 5,
+        "max_train_samples": 8,
+    },
+    "accumulation": {"gradient_accumulation_steps": 2},
+    "streaming": {"streaming": "True"},
+    "without an adapter": {"use_peft": "False", "lora_dropout": None},
+    "another adapter": {
+        "lora_rank": 16,
+        "lora_dropout": 0.1,
+        "target_modules": "q_proj",
+        "modules_to_save": "lm_head",
+        "freeze_layers": "0",
+    },
+    "another base": {"load_in_4bit": "True", "dtype": "bfloat16"},
 }
 
 
@@ -128,20 +132,21 @@ def way_out(message: str) -> str:
     return re.search(r"With the new settings, start another run(.*)\.$", message)[1]
 
 
-@pytest.mark.parametrize("flag", CHANGED)
-def test_a_changed_flag_is_refused_with_two_remedies(place, flag):
+@pytest.mark.parametrize("group", CHANGED)
+def test_changed_flags_are_refused_with_two_remedies(place, group):
     record = (place / "run" / "run.json").read_bytes()
-    # Flags of the adapter have no effect without one.
-    fewer = {"lora_dropout": None} if flag == "use_peft" else {}
-    arguments = resumed(place, **{flag: CHANGED[flag], **fewer})
+    changed = CHANGED[group]
+    arguments = resumed(place, **changed)
     message = refusal(arguments)
-    assert f"--{flag.replace('neft_alpha', 'neftune_noise_alpha')} " in message and "(before: " in message
-    # Other defaults follow from --use_peft.
-    assert len(message.splitlines()) == (6 if flag == "use_peft" else 4)
+    for flag in changed:
+        assert re.search(rf"--{flag.replace('neft_alpha', 'neftune_noise_alpha')} \S.* \(before: ", message), flag
+    lines = message.splitlines()
+    assert lines[-2].startswith("  To resume it, ") and lines[-1].startswith("  With the new settings, ")
     assert (place / "run" / "run.json").read_bytes() == record
     passes(applied(arguments, as_before(message)))
     # Another adapter needs a merged model, which the next test makes.
-    if "python merge_peft_adapter.py" not in way_out(message):
+    assert ("python merge_peft_adapter.py" in way_out(message)) == (group == "another adapter")
+    if group != "another adapter":
         passes(applied(arguments, way_out(message)))
 
 
@@ -183,6 +188,41 @@ def test_another_base_is_refused(place, tmp_path, same_path):
     # The same weights at another place are right.
     shutil.copytree(place / "model", model, dirs_exist_ok=True)
     passes(resumed(place, model_name_or_path=model, output_dir=run))
+
+
+def test_another_configuration_at_the_same_path_is_refused(place, tmp_path):
+    """It changes what the same weights compute. Another layout of the file, and who has written it, change nothing."""
+    run, model = tmp_path / "run", tmp_path / "model"
+    shutil.copytree(place / "model", model)
+    open_stage(SFT, *flags(place, model_name_or_path=model, output_dir=run, max_steps=1, save_steps=1)).finish()
+    arguments = resumed(place, model_name_or_path=model, output_dir=run)
+    config = read_json(model / "config.json")
+    (model / "config.json").write_text(json.dumps({**config, "transformers_version": "6.0"}))
+    passes(arguments)
+    (model / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
+    message = refusal(arguments)
+    assert re.search(
+        r"the configuration of the model \w{12} \(before: \w{12}\): determines what a model makes", message
+    )
+    assert as_before(message) == f"restore the configuration of the model {model}"
+    passes(applied(arguments, way_out(message)))
+    # At another place.
+    message = refusal(resumed(place, model_name_or_path=model))
+    assert as_before(message) == f"pass --model_name_or_path {place / 'model'}"
+
+
+def test_a_resume_from_an_earlier_checkpoint_is_resumed_from_there_again(place, tmp_path):
+    """The later ones are kept aside from the moment at which training begins."""
+    run = tmp_path / "run"
+    shutil.copytree(place / "whole", run)
+    opened = open_stage(SFT, *flags(place, output_dir=run, resume_from_checkpoint=run / "checkpoint-2"))
+    assert (run / "checkpoint-4").is_dir()
+    opened.trainer.add_callback(Kill(3))
+    with pytest.raises(KeyboardInterrupt):
+        opened.finish()
+    assert (run / "superseded-checkpoints" / "checkpoint-4" / "manifest.json").is_file()
+    again = open_stage(SFT, *flags(place, output_dir=run, resume_from_checkpoint="auto"))
+    assert again.run.resume_from == str(run / "checkpoint-2")
 
 
 @pytest.mark.parametrize("part", ["template", "tokenizer"])
