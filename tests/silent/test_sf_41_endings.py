@@ -140,13 +140,13 @@ def test_a_stop_in_the_final_evaluation_leaves_nothing_twice(place, tmp_path):
     kinds = [
         [(row["step"], "loss" in row, "train_runtime" in row, "eval_loss" in row) for row in rows]
         for name in ("whole", "stopped")
-        for rows in (read_json(tmp_path / name / "metrics.jsonl"), history(tmp_path / name))
+        for rows in (
+            read_json(tmp_path / name / "metrics.jsonl"),
+            read_json(tmp_path / name / "trainer_state.json")["log_history"],
+        )
     ]
     assert all(kind == kinds[0] for kind in kinds)
-
-
-def history(output: Path) -> list[dict[str, float]]:
-    return read_json(output / "trainer_state.json")["log_history"] + read_json(output / "metrics.jsonl")[-1:]
+    assert len(kinds[0]) == STEPS + 2
 
 
 def test_a_signal_in_the_middle_of_a_save_waits_for_its_end(place, tmp_path, monkeypatch):
@@ -271,7 +271,7 @@ def test_one_process_of_two_is_stopped_and_the_question_costs_nothing_more(place
     first, second = run_ranks(stop_one, 2, str(place), str(tmp_path / "run"), log=tmp_path / "log")
     assert first["step"] == second["step"] == 2
     assert "another process was asked to stop. checkpoint-2 is complete" in first["said"]
-    assert "SIGTERM. checkpoint-2 is complete" in second["said"]
+    assert second["said"].startswith("SIGTERM. ")
     # In the first step, which saves and evaluates nothing, one number is reduced with those about loss and gradient.
     in_first_step = [size for step, *size in first["sizes"] if step == 0]
     assert [torch.float32, 3] in in_first_step and [torch.int32, 1] not in in_first_step
