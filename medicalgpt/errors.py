@@ -175,10 +175,14 @@ def _end_with_the_others(error: Exception) -> NoReturn:
     lost = is_lost_connection(error)
     if not _reported_within(SECONDS_TO_BE_SEEN if lost else 0) and _may_report():
         if lost:
+            why = "killed because memory ran out (see the system's log, dmesg), or its machine cannot be reached"
+            ended = f"another process of the run has ended without a message, perhaps {why}"
+            if _shared_store() is None:
+                # With the store has gone what its process has reported.
+                ended = f"process 0 has ended; if it has not said why, it was perhaps {why}"
             print(
-                "\nerror: another process of the run has ended without a message, perhaps killed because memory ran "
-                f"out (see the system's log, dmesg), or its machine cannot be reached; process {rank()} was waiting "
-                f"for it ({_first_line(error)}).\n  The traceback of this process: --debug",
+                f"\nerror: {ended}; process {rank()} was waiting for it ({_first_line(error)}).\n  The traceback of "
+                "this process: --debug",
                 file=sys.stderr,
             )
         else:

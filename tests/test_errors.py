@@ -116,9 +116,15 @@ def test_without_a_launcher_the_first_process_has_the_store(driver, case):
         assert [process.returncode for process in started] == [1, -9]
         assert stderr.count("error: another process of the run has ended without a message") == 1
         assert "process 0 was waiting for it" in stderr and "Traceback" not in stderr
-    else:
-        assert [process.returncode for process in started] == [1, 1]
-        check_report(stderr, code, report)
+        return
+    assert [process.returncode for process in started] == [1, 1]
+    if case == "first":
+        # The store that would tell that process 0 has reported has gone with it.
+        stderr, _, second = stderr.partition(
+            "\nerror: process 0 has ended; if it has not said why, it was perhaps killed"
+        )
+        assert "; process 1 was waiting for it" in second and "error" not in second
+    check_report(stderr, code, report)
 
 
 def test_the_first_process_speaks_at_once(capsys, monkeypatch):
