@@ -205,7 +205,7 @@ class ResumedRun:
             each for each in self.compare(record) if each.reason or each.name in ("max_steps", "num_train_epochs")
         ]
         # Nothing is left to be divided.
-        changed = [each for each in _without_consequences(changed) if each.name not in GLOBAL_BATCH[2:]]
+        changed = [each for each in _without_consequences(changed) if each.name not in ("processes", "engine")]
         if not changed:
             return
         longer = all(not each.reason for each in changed)
@@ -233,7 +233,8 @@ class ResumedRun:
                 "same data flags, or start again in another --output_dir."
             )
         shards, shards_now = _division(before), _division(data)
-        if before and shards != shards_now:
+        # A checkpoint of an earlier version has only the hash of their index.
+        if before and shards != shards_now and _indexes(before) != _indexes(data):
             places = [each for each in self.compare(record) if each.name in DATA_PLACES]
             remedy = self.as_before(places, {}, record) or f"prepare the same rows in {_shards_text(shards)}"
             raise UserError(
@@ -439,6 +440,10 @@ def _training_rows(data: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
 def _division(data: Sequence[Mapping[str, Any]]) -> int:
     """How many parts the training rows were packed in, each by itself."""
     return max((entry.get("packed_shards", 1) for entry in data if entry["side"] == "train"), default=1)
+
+
+def _indexes(data: Sequence[Mapping[str, Any]]) -> list[str | None]:
+    return [entry.get("prepared") for entry in data if entry["side"] == "train"]
 
 
 def _shards_text(shards: int) -> str:

@@ -1,9 +1,10 @@
 """Prepared shards give the rows of their files in the same steps, on any number of processes, and after a resume."""
 
+import json
 import shutil
 
 from medicalgpt.errors import UserError
-from tests.helpers import run_here
+from tests.helpers import commit, read_json, run_here
 from tests.silent.ledgers import Trained, make_rows, open_run
 
 import pytest
@@ -88,6 +89,15 @@ def test_packed_rows_in_other_shards_are_refused(place):
         assert f"\n  To resume it, {remedy}" in str(error.value)
         assert "start another run from these weights: omit --resume_from_checkpoint" in str(error.value)
         assert f"pass --model_name_or_path {checkpoint} --output_dir " in str(error.value)
+    # An earlier version recorded the hash of the index alone.
+    old = place / "old" / "checkpoint-1"
+    shutil.copytree(place / "packed-from-2" / "checkpoint-1", old)
+    record = read_json(old / "run.json")
+    for entry in record["data"]:
+        assert entry.pop("packed_shards") == 2
+    (old / "run.json").write_text(json.dumps(record))
+    commit(old)
+    open_packed("from-old", "2", "--max_steps", 2, "--resume_from_checkpoint", old)
     # Prepared again in the same place.
     shutil.rmtree(place / "packed-2")
     prepare(place, "packed-2", 3, *length)
