@@ -63,6 +63,7 @@ from medicalgpt.rag.retrieval import (
 from medicalgpt.readers.problems import Problem, format_problems
 from medicalgpt.readers.sources import read_rows
 from medicalgpt.serving.chat import ChatEngine
+from medicalgpt.serving.engines import engine_from
 from medicalgpt.serving.generation import GenerationRequest, Sampling, sampling_from
 from medicalgpt.serving.terminal import print_answer, print_note, read_lines
 from template import check_template
@@ -170,7 +171,7 @@ def main() -> None:
         return serve_page(collection, arguments)
     engine = None
     if arguments.model_name_or_path:
-        engine = ChatEngine.from_arguments(arguments)
+        engine = engine_from(arguments)
         check_template(engine.tokenizer, arguments.template_name)
     if mode == "search":
         show_passages(collection, arguments)
@@ -500,7 +501,7 @@ def serve_page(collection: Collection, arguments: FileArguments) -> None:
     from medicalgpt.serving.web import auth_from
 
     auth = auth_from(arguments)
-    engine = ChatEngine.from_arguments(arguments)
+    engine = engine_from(arguments)
     check_template(engine.tokenizer, arguments.template_name)
     batcher = batcher_from(engine, arguments)
     try:

@@ -26,7 +26,7 @@ from medicalgpt.errors import UserError, run_main
 from medicalgpt.logs import setup_logging
 from medicalgpt.parser import parse_args
 from medicalgpt.serving.batchers import Batcher, QueueFullError, batcher_from
-from medicalgpt.serving.chat import ChatEngine
+from medicalgpt.serving.engines import engine_from
 from medicalgpt.serving.generation import Answer, GenerationRequest, sampling_from
 from medicalgpt.serving.web import AccessMiddleware, bound_socket, key_from
 from template import check_template
@@ -102,7 +102,7 @@ def main() -> None:
     key = key_from(arguments)
     # So does a port that is taken.
     bound_socket(arguments).close()
-    engine = ChatEngine.from_arguments(arguments)
+    engine = engine_from(arguments)
     check_template(engine.tokenizer, arguments.template_name)
     batcher = batcher_from(engine, arguments)
     # When stopped, it takes no more requests and finishes those that it has.

@@ -20,7 +20,7 @@ from medicalgpt.errors import run_main
 from medicalgpt.logs import setup_logging
 from medicalgpt.parser import parse_args
 from medicalgpt.serving.batchers import Batcher, batcher_from
-from medicalgpt.serving.chat import ChatEngine
+from medicalgpt.serving.engines import engine_from
 from medicalgpt.serving.generation import Sampling, sampling_from
 from medicalgpt.serving.page import LABEL, Turns, describe, escape_turns, launch, stream
 from medicalgpt.serving.web import auth_from
@@ -51,7 +51,7 @@ def main() -> None:
     setup_logging()
     sampling_from(arguments)
     auth = auth_from(arguments)
-    engine = ChatEngine.from_arguments(arguments)
+    engine = engine_from(arguments)
     check_template(engine.tokenizer, arguments.template_name)
     batcher = batcher_from(engine, arguments)
     try:

@@ -6,7 +6,8 @@
     torchrun --nproc_per_node 2 inference.py --model_name_or_path outputs-sft --data_file questions.jsonl
 
 The model may be a hub name, a folder with all weights, or the folder of an adapter (its base is found automatically);
---lora_model adds an adapter. The chat template and the stop tokens come with the checkpoint.
+--lora_model adds an adapter, or several: with --lora_weights they are combined, otherwise /adapter NAME in the
+conversation chooses among them. The chat template and the stop tokens come with the checkpoint.
 
 A row of --data_file has `conversations`, `messages`, `instruction` (with `input`), `prompt`, `query` or `question`; a
 .txt file has a question on each line. If a row ends with an answer, that is not shown to the model and is written as
@@ -50,6 +51,7 @@ from medicalgpt.readers.folders import format_of
 from medicalgpt.readers.problems import NEVER_SKIPPED, Problem, RowError, SourceRow, format_problems
 from medicalgpt.readers.sources import ignored_fields, read_rows
 from medicalgpt.serving.chat import ChatEngine, ChatTemplateError, PromptTooLongError, SpecialTokenError
+from medicalgpt.serving.engines import adapted, engine_from
 from medicalgpt.serving.generation import Answer, GenerationRequest, Sampling, sampling_from
 from medicalgpt.serving.terminal import print_answer, print_note, read_lines, system_message
 from template import check_template
@@ -68,6 +70,7 @@ SECONDS_BETWEEN_LOOKS = 0.05
 
 HELP = """/clear        forget the conversation
 /system TEXT  set the system prompt (without TEXT: show it)
+/adapter NAME switch to another adapter of --lora_model (without NAME: list them)
 /help         this list
 /exit         exit (or Ctrl-D)
 Ctrl-C stops an answer; what was printed of it stays in the conversation."""
@@ -115,8 +118,9 @@ def main() -> None:
             check_output_file(arguments)
             questions = read_questions(arguments)
 
-        engine = ChatEngine.from_arguments(arguments)
-        check_template(engine.tokenizer, arguments.template_name)
+        engine = engine_from(arguments, by_name=mode == "interactive")
+        for each in adapted(engine):
+            check_template(each.tokenizer, arguments.template_name)
         if mode == "query":
             messages = [*system_message(arguments.system_prompt), {"role": "user", "content": arguments.query}]
             print_answer(engine, engine.request(messages, sampling))
@@ -182,6 +186,8 @@ def talk(engine: ChatEngine, sampling: Sampling, system_prompt: str | None) -> N
         elif command == "/system":
             system_prompt = rest.strip() or system_prompt
             print_note(f"System prompt: {system_prompt or 'none'}")
+        elif command == "/adapter":
+            engine = switch_adapter(engine, rest.strip())
         elif command == "/help":
             print_note(HELP)
         elif command.startswith("/") and command[1:].isalpha() and not rest:
@@ -198,6 +204,20 @@ def talk(engine: ChatEngine, sampling: Sampling, system_prompt: str | None) -> N
                 # After an empty turn, the model would give empty answers from here on.
                 if answer:
                     history += [messages[-1], {"role": "assistant", "content": answer}]
+
+
+def switch_adapter(engine: ChatEngine, name: str) -> ChatEngine:
+    """The engine of the adapter with this name; the same engine, and a note, if there is none."""
+    if not engine.siblings:
+        print_note("There is one model here. Start with several adapters: --lora_model PATH,PATH")
+    elif name in engine.siblings:
+        engine = engine.siblings[name]
+        print_note(f"From here on {name} answers.")
+    else:
+        missing = f"There is no adapter {name}. " if name else ""
+        listed = ", ".join(f"{each} (active)" if each == engine.name else each for each in engine.siblings)
+        print_note(f"{missing}/adapter NAME chooses among: {listed}")
+    return engine
 
 
 @dataclass(frozen=True)

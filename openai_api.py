@@ -12,6 +12,10 @@ Routes: POST /v1/chat/completions and /v1/completions, whole or streamed; GET /v
 Prometheus) and /openapi.json. The flags set the defaults of fields that a request omits, temperature for example. A
 field that this server cannot honour is refused, never ignored. Prompts and answers are not logged.
 
+Several adapters on one base, each under its own name, which requests give as the model:
+
+    python openai_api.py --model_name_or_path Qwen/Qwen3-0.6B --lora_model outputs/cardio,outputs/derma
+
 With a key, every route requires it. Without one, the server listens on this machine only, and answers only requests
 that are addressed to it by a name of this machine: no page in a browser can then reach the model under another name.
 """
@@ -34,16 +38,17 @@ from concurrent.futures import Future
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import Any
 
 from medicalgpt.args import ApiArguments
 from medicalgpt.errors import UserError, run_main
 from medicalgpt.logs import setup_logging
+from medicalgpt.models import combining
 from medicalgpt.models.templating import tool_format_of
 from medicalgpt.parser import parse_args
 from medicalgpt.serving.batchers import Batcher, BatcherClosedError, QueueFullError, batcher_from
 from medicalgpt.serving.chat import ChatEngine, PromptTooLongError
+from medicalgpt.serving.engines import adapted, base_name, engine_from
 from medicalgpt.serving.generation import REPLACEMENT, Answer, GenerationRequest, Sampling, sampling_from
 from medicalgpt.serving.openai_schema import (
     MAX_CHOICES,
@@ -225,12 +230,26 @@ class Metrics:
             gauge.set_function(lambda name=name: getattr(batcher, name))
 
 
+class ServedModel:
+    """A name in requests, and what answers to it.
+
+    Attributes:
+        takes_tools: whether the chat template can render tools.
+    """
+
+    def __init__(self, name: str, engine: ChatEngine):
+        self.name = name
+        self.engine = engine
+        self.takes_tools = tool_format_of(engine.tokenizer) is not None
+        self.bytes_of = lru_cache(maxsize=None)(partial(token_bytes, engine.tokenizer))
+
+
 class Service:
     """What the routes share.
 
     Attributes:
+        models: by their names; several if each adapter has one.
         sampling: the defaults for fields that a request omits.
-        takes_tools: whether the chat template can render tools.
         stopping: the server takes no new requests.
         recent_seconds: how long the last answers took.
         open: answers that clients wait for.
@@ -242,14 +261,14 @@ class Service:
         self.batcher = batcher
         self.key = key
         self.sampling = sampling_from(arguments)
-        self.model_name = model_name(arguments)
-        self.takes_tools = tool_format_of(engine.tokenizer) is not None
+        engines = {served_name(arguments, name): each for name, each in engine.siblings.items()}
+        engines = engines or {model_name(arguments): engine}
+        self.models = {name: ServedModel(name, each) for name, each in engines.items()}
         self.created = int(time.time())
         self.stopping = False
         self.metrics = Metrics(batcher)
         self.recent_seconds: deque[float] = deque(maxlen=32)
         self.open: set[Future[Answer]] = set()
-        self.bytes_of = lru_cache(maxsize=None)(partial(token_bytes, engine.tokenizer))
 
     def seconds_to_wait(self) -> int:
         """After how many seconds one of the running answers may have ended."""
@@ -311,11 +330,16 @@ class RequestLog:
 
 
 def requests_for(
-    prompts: Sequence[list[int]], body: Generation, sampling: Sampling, tools: list[dict[str, Any]] | None = None
+    model: ServedModel,
+    prompts: Sequence[list[int]],
+    body: Generation,
+    sampling: Sampling,
+    tools: list[dict[str, Any]] | None = None,
 ) -> list[GenerationRequest]:
     """`n` answers to each prompt, the i-th of them sampled with seed + i."""
     samplings = [sampling.with_seed_offset(i) for i in range(body.n or 1)]
-    return [GenerationRequest(prompt_ids, each, tools) for prompt_ids in prompts for each in samplings]
+    adapter = model.engine.name
+    return [GenerationRequest(prompt_ids, each, tools, adapter=adapter) for prompt_ids in prompts for each in samplings]
 
 
 def resampled(request: GenerationRequest, attempt: int) -> GenerationRequest:
@@ -323,9 +347,13 @@ def resampled(request: GenerationRequest, attempt: int) -> GenerationRequest:
     return dataclasses.replace(request, sampling=request.sampling.with_seed_offset(attempt * MAX_CHOICES))
 
 
-def check_common(service: Service, body: Generation) -> None:
-    """Raises ApiError for what the schema does not check, in both kinds of requests."""
-    if body.model != service.model_name:
+def check_common(service: Service, body: Generation) -> ServedModel:
+    """The model of a request.
+
+    Raises:
+        ApiError: there is none of this name, or what the schema does not check, in both kinds of requests.
+    """
+    if body.model not in service.models:
         raise unknown_model(service, body.model)
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options: it has no effect without stream.", param="stream_options")
@@ -337,10 +365,11 @@ def check_common(service: Service, body: Generation) -> None:
                     f"{name}: it has no effect at temperature 0, the default of this server; set a temperature.",
                     param=name,
                 )
+    return service.models[body.model]
 
 
 def unknown_model(service: Service, name: str) -> ApiError:
-    message = f"There is no model {name!r} here; this server has {service.model_name!r}."
+    message = f"There is no model {name!r} here; this server has {', '.join(map(repr, service.models))}."
     return ApiError(404, message, code="model_not_found", param="model")
 
 
@@ -433,7 +462,7 @@ def read_object(text: str) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def tools_for(service: Service, body: ChatRequest) -> list[dict[str, Any]] | None:
+def tools_for(model: ServedModel, body: ChatRequest) -> list[dict[str, Any]] | None:
     """The tools that are offered to the model.
 
     Raises:
@@ -444,7 +473,7 @@ def tools_for(service: Service, body: ChatRequest) -> list[dict[str, Any]] | Non
             if getattr(body, name) not in (None, "none"):
                 raise ApiError(400, f"{name}: it has no effect without tools.", param=name)
         return None
-    if not service.takes_tools:
+    if not model.takes_tools:
         raise ApiError(400, "tools: this model's chat template has no form for tools.", param="tools")
     if body.tool_choice == "none":
         return None
@@ -659,15 +688,15 @@ class Form:
         prompts: number of prompts; each has the same number of answers.
     """
 
-    def __init__(self, service: Service, body: Generation, prompts: int = 1):
-        self.service = service
+    def __init__(self, model: ServedModel, body: Generation, prompts: int = 1):
+        self.model = model
         self.body = body
         self.prompts = prompts
         self.id = f"{self.id_prefix}-{uuid.uuid4().hex}"
         self.created = int(time.time())
 
     def framed(self, object_name: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        head = {"id": self.id, "object": object_name, "created": self.created, "model": self.service.model_name}
+        head = {"id": self.id, "object": object_name, "created": self.created, "model": self.model.name}
         return {**head, "choices": choices}
 
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
@@ -683,9 +712,9 @@ class Form:
         """Each token of the text with its log-probability and the most likely tokens in its place."""
         scores = answer.scores
         # The token that ends a turn is not part of the text.
-        if scores and answer.finish_reason == "stop" and scores[-1].token_id in self.service.engine.stop_ids:
+        if scores and answer.finish_reason == "stop" and scores[-1].token_id in self.model.engine.stop_ids:
             scores = scores[:-1]
-        bytes_of = self.service.bytes_of
+        bytes_of = self.model.bytes_of
         return [
             (
                 bytes_of(score.token_id),
@@ -868,22 +897,22 @@ router = APIRouter(route_class=StrictRoute, responses=ERRORS)
 async def chat_completions(request: Request, body: ChatRequest) -> Any:
     """Answer a conversation."""
     service: Service = request.app.state.service
-    check_common(service, body)
+    model = check_common(service, body)
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs: it has no effect without logprobs.", param="top_logprobs")
     sampling = sampling_for(service, body, (body.top_logprobs or 0) if body.logprobs else None)
-    tools = tools_for(service, body)
+    tools = tools_for(model, body)
     messages = to_template(body.messages, service.arguments.system_prompt)
-    prompt_ids = await tokenized("messages", service.engine.prompt_ids, messages, tools)
-    jobs = requests_for([prompt_ids], body, sampling, tools)
-    return await respond(service, request, jobs, ChatForm(service, body), answer_check(body))
+    prompt_ids = await tokenized("messages", model.engine.prompt_ids, messages, tools)
+    jobs = requests_for(model, [prompt_ids], body, sampling, tools)
+    return await respond(service, request, jobs, ChatForm(model, body), answer_check(body))
 
 
 @router.post("/v1/completions")
 async def completions(request: Request, body: CompletionRequest) -> Any:
     """Continue a raw text, without the chat template."""
     service: Service = request.app.state.service
-    check_common(service, body)
+    model = check_common(service, body)
     if body.best_of not in (None, body.n or 1):
         raise ApiError(400, "best_of: answers are not ranked here; use n.", param="best_of")
     sampling = sampling_for(service, body, body.logprobs)
@@ -891,8 +920,9 @@ async def completions(request: Request, body: CompletionRequest) -> Any:
     prompts = body.prompt if several else [body.prompt]
     if not prompts:
         raise ApiError(400, "prompt: it is empty.", param="prompt")
-    ids = [await tokenized("prompt", completion_ids, service.engine, prompt) for prompt in prompts]
-    return await respond(service, request, requests_for(ids, body, sampling), CompletionForm(service, body, len(ids)))
+    ids = [await tokenized("prompt", completion_ids, model.engine, prompt) for prompt in prompts]
+    jobs = requests_for(model, ids, body, sampling)
+    return await respond(service, request, jobs, CompletionForm(model, body, len(ids)))
 
 
 async def tokenized(param: str, function: Callable[..., list[int]], *args: Any) -> list[int]:
@@ -922,26 +952,27 @@ def completion_ids(engine: ChatEngine, prompt: str | list[int]) -> list[int]:
 
 @router.get("/v1/models")
 async def models(request: Request) -> Any:
-    """The one model that is served."""
-    return {"object": "list", "data": [described(request.app.state.service)]}
+    """The model that is served, or the base and its adapters."""
+    service: Service = request.app.state.service
+    return {"object": "list", "data": [described(service, each) for each in service.models.values()]}
 
 
 @router.get("/v1/models/{model:path}")
 async def one_model(request: Request, model: str) -> Any:
-    """The model, if that is its name."""
+    """The model of this name."""
     service: Service = request.app.state.service
-    if model != service.model_name:
+    if model not in service.models:
         raise unknown_model(service, model)
-    return described(service)
+    return described(service, service.models[model])
 
 
-def described(service: Service) -> dict[str, Any]:
+def described(service: Service, model: ServedModel) -> dict[str, Any]:
     return {
-        "id": service.model_name,
+        "id": model.name,
         "object": "model",
         "created": service.created,
         "owned_by": "medicalgpt",
-        "max_model_len": service.engine.context_length,
+        "max_model_len": model.engine.context_length,
     }
 
 
@@ -990,8 +1021,9 @@ def main() -> None:
     key, origins = key_from(arguments), origins_from(arguments)
     check_limits(arguments)
     with bound_socket(arguments) as listener:
-        engine = ChatEngine.from_arguments(arguments)
-        check_template(engine.tokenizer, arguments.template_name)
+        engine = engine_from(arguments, by_name=True)
+        for each in adapted(engine):
+            check_template(each.tokenizer, arguments.template_name)
         batcher = batcher_from(engine, arguments)
         service = Service(arguments, engine, batcher, key)
         try:
@@ -1002,10 +1034,12 @@ def main() -> None:
 
 
 def model_name(arguments: OpenAIArguments) -> str:
-    if arguments.served_model_name:
-        return arguments.served_model_name
-    path = Path(arguments.model_name_or_path)
-    return path.resolve().name if path.is_dir() else path.name
+    return arguments.served_model_name or base_name(arguments.model_name_or_path)
+
+
+def served_name(arguments: OpenAIArguments, name: str) -> str:
+    """The name in requests of one of several adapters, or of the base, to which --served_model_name applies."""
+    return model_name(arguments) if name == base_name(arguments.model_name_or_path) else name
 
 
 def origins_from(arguments: OpenAIArguments) -> list[str]:
@@ -1026,6 +1060,10 @@ def check_limits(arguments: OpenAIArguments) -> None:
     for name in ("max_request_bytes", "max_tokens_limit", "request_timeout"):
         if not getattr(arguments, name) > 0:
             raise UserError(f"--{name} is {getattr(arguments, name)}, it must be above 0.")
+    if arguments.served_model_name in combining.named_adapters(arguments.lora_model):
+        raise UserError(
+            f"--served_model_name {arguments.served_model_name} is the name of an adapter. Give the base another name."
+        )
     if not arguments.stop_timeout >= 0:
         raise UserError(f"--stop_timeout is {arguments.stop_timeout}, it must be 0 or more.")
     if arguments.max_new_tokens > arguments.max_tokens_limit:
@@ -1082,10 +1120,11 @@ def announce(service: Service, port: int) -> None:
     # The wildcard address cannot be asked.
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     url = f"http://{url_host(host)}:{port}"
-    question = {"model": service.model_name, "messages": [{"role": "user", "content": "感冒了怎么办？"}]}
+    names = list(service.models)
+    question = {"model": names[0], "messages": [{"role": "user", "content": "感冒了怎么办？"}]}
     key = ' -H "Authorization: Bearer $MEDICALGPT_API_KEY"' if service.key else ""
     print(
-        f"Serving {service.model_name} on {url}/v1 (Ctrl-C stops). Ask it:\n\n"
+        f"Serving {', '.join(names)} on {url}/v1 (Ctrl-C stops). Ask it:\n\n"
         f"    curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' \\\n"
         f"        -d {shlex.quote(json.dumps(question, ensure_ascii=False))}\n",
         flush=True,

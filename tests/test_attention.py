@@ -90,7 +90,7 @@ def logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
         (FlashFacts(8, True, package_2=True, package_3=True), "flash_attention_2", "installed package flash-attn"),
         (FlashFacts(9, True, package_2=True), "flash_attention_2", "installed package flash-attn"),
         (FlashFacts(8, True, kernel=True), "kernels-community/flash-attn2", "prebuilt kernel"),
-        (FlashFacts(8, True), "sdpa", "pip install kernels"),
+        (FlashFacts(8, True), "sdpa", "setup.sh --extras"),
         (FlashFacts(8, False, package_2=True, package_3=True, kernel=True), "sdpa", "16 bits"),
         (FlashFacts(7, True, package_2=True), "sdpa", "older than Ampere"),
         (FlashFacts(None, True, package_2=True, package_3=True), "sdpa", "no CUDA GPU"),

@@ -15,7 +15,7 @@ FLOORS = (
     {"logs", "refusals"},
     {"errors", "launch"},
     {"files", "encodings"},
-    {"code_version"},
+    {"code_version", "adapter_args"},
     {"args"},
     {"parser"},
     {"models", "readers"},

@@ -20,7 +20,15 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 SCRIPTS = sorted((ROOT / "scripts").glob("*.sh"))
-OTHER_SCRIPTS = ("run_pipeline", "run_tests", "setup", "vllm_deployment", "check_environments", "run_multinode")
+OTHER_SCRIPTS = (
+    "run_pipeline",
+    "run_tests",
+    "setup",
+    "vllm_deployment",
+    "check_environments",
+    "try_newest",
+    "run_multinode",
+)
 STAGE_SCRIPTS = [path for path in SCRIPTS if path.stem not in OTHER_SCRIPTS]
 
 

@@ -10,7 +10,7 @@ from medicalgpt.args import LoraArguments
 from medicalgpt.errors import UserError
 from medicalgpt.logs import notice
 from medicalgpt.models.families import fused_experts
-from medicalgpt.models.hub import HEADS, Adapter, CheckpointError, check_base
+from medicalgpt.models.hub import HEADS, Adapter, CheckpointError, check_base, merge_command
 
 import torch
 from loguru import logger
@@ -53,7 +53,7 @@ def check_flags(lora: LoraArguments, adapter: Adapter | None) -> None:
     elif adapter and (clash := sorted((SHAPE_FLAGS | {"freeze_layers"}) & given)):
         raise UserError(
             f"the adapter {adapter.path} keeps its own shape, so --{', --'.join(clash)} would have no effect. Leave "
-            f"them out, or merge the adapter first: python merge_peft_adapter.py --lora_model {adapter.path}"
+            f"them out, or merge the adapter first: {merge_command(adapter.path)}"
         )
 
 
@@ -271,8 +271,7 @@ def _require_trained_rows(model: PeftModel, adapter: str, new_rows: Sequence[int
     if untrained and embedding.rpartition(".")[2] not in (config.modules_to_save or ()):
         raise UserError(
             f"the tokenizer has {len(untrained)} tokens (the first has id {min(untrained)}) that the adapter {adapter} "
-            "does not train. Merge it first, and train a new adapter on the result: "
-            f"python merge_peft_adapter.py --lora_model {adapter}"
+            f"does not train. Merge it first, and train a new adapter on the result: {merge_command(adapter)}"
         )
 
 
@@ -362,22 +361,30 @@ def head_outputs(adapter: Adapter) -> int | None:
 
 
 def _grow_to_adapter(model: PreTrainedModel, adapter: Adapter) -> None:
-    """Give the embedding the rows that the adapter needs, where tokens were added in its training.
+    """Give the embedding the rows that the adapter needs, where tokens were added in its training."""
+    own = model.get_input_embeddings().num_embeddings
+    if (rows := embedding_rows(adapter, own)) != own:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+
+
+def embedding_rows(adapter: Adapter, own: int) -> int:
+    """Rows of the embedding that an adapter needs.
 
     The adapter holds either a copy of the whole embedding or the new rows alone.
+
+    Args:
+        own: rows of the base.
     """
     weights = Path(adapter.path) / "adapter_model.safetensors"
     if not weights.is_file():
-        return
-    own = model.get_input_embeddings().num_embeddings
+        return own
     with safe_open(weights, "pt") as file:
         ends = ("embed_tokens.weight", "embed_tokens.token_adapter.base_layer.weight")
         names = [name for name in file.keys() if name.endswith(ends)]
         rows = file.get_slice(names[0]).get_shape()[0] if names else None
     if rows is None:
         rows = max([own, *(row + 1 for row in token_rows(adapter.config.get("trainable_token_indices")))])
-    if rows != own:
-        model.resize_token_embeddings(rows, mean_resizing=False)
+    return rows
 
 
 def _check_positions(adapter: Adapter, model: PreTrainedModel) -> None:
@@ -386,8 +393,7 @@ def _check_positions(adapter: Adapter, model: PreTrainedModel) -> None:
         if found != wanted:
             raise CheckpointError(
                 f"the adapter {adapter.path} was trained with other positions ({wanted}) than its base was loaded "
-                f"with ({found}). Load the base with those, or merge: python merge_peft_adapter.py --lora_model "
-                f"{adapter.path}"
+                f"with ({found}). Load the base with those, or merge: {merge_command(adapter.path)}"
             )
 
 

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import re
+import shlex
 import socket
 import urllib.parse
 import urllib.request
@@ -142,8 +143,7 @@ class Checkpoint:
         if trained and adapter:
             raise UserError(
                 f"{name_or_path} is an adapter already, and {adapter_flag} names another: {adapter}. Leave "
-                f"{adapter_flag} out, or merge the first one into its base: python merge_peft_adapter.py --lora_model "
-                f"{name_or_path}"
+                f"{adapter_flag} out, or merge the first one into its base: {merge_command(name_or_path)}"
             )
         if adapter:
             try:
@@ -307,6 +307,12 @@ def load_pretrained(loader: Any, name_or_path: str, **options: Any) -> Any:
             f"{name_or_path} could not be loaded: {type(error).__name__}: {' '.join(' '.join(first[:2]).split())}\n"
             "One of its files (config.json, tokenizer.json, weights) is damaged or of another model. Get it again."
         ) from error
+
+
+def merge_command(adapter: str) -> str:
+    """A command that merges an adapter into its base, to be shown to the user."""
+    folder, merged = shlex.quote(adapter), shlex.quote(f"{adapter.rstrip('/')}-merged")
+    return f"python merge_peft_adapter.py --lora_model {folder} --output_dir {merged}"
 
 
 def check_base(adapter: Adapter, base: str) -> None:

@@ -150,7 +150,10 @@ class Batcher(ABC):
 
 
 class StaticBatcher(Batcher):
-    """Answers the queued requests together; the next are admitted when each of these has its answer."""
+    """Answers the queued requests together; the next are admitted when each of these has its answer.
+
+    One adapter answers a batch: that of the request that has waited longest.
+    """
 
     def __init__(self, engine: ChatEngine, max_batch_size: int = 16, max_waiting: int = 64):
         super().__init__(engine, max_batch_size, max_waiting)
@@ -181,20 +184,27 @@ class StaticBatcher(Batcher):
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._queue or self._closed)
-                batch = []
-                while self._queue and len(batch) < self.max_batch_size:
-                    job = self._queue.popleft()
-                    if not job[1].cancelled():
-                        batch.append(job)
-                self._batch = batch
+                batch = self._batch = self._next_batch()
                 if not batch and self._closed and not self._queue:
                     return
             if batch:
                 self._answer(batch)
 
+    def _next_batch(self) -> list[tuple[GenerationRequest, "Future[Answer]"]]:
+        batch: list[tuple[GenerationRequest, Future[Answer]]] = []
+        others: deque[tuple[GenerationRequest, Future[Answer]]] = deque()
+        while self._queue and len(batch) < self.max_batch_size:
+            job = self._queue.popleft()
+            if not job[1].cancelled():
+                same = not batch or job[0].adapter == batch[0][0].adapter
+                (batch if same else others).append(job)
+        self._queue.extendleft(reversed(others))
+        return batch
+
     def _answer(self, batch: Sequence[tuple[GenerationRequest, "Future[Answer]"]]) -> None:
         try:
-            self.engine.generate([request for request, _ in batch])
+            engine = self.engine.siblings.get(batch[0][0].adapter, self.engine)
+            engine.generate([request for request, _ in batch])
         except BaseException as error:
             # The thread continues: what broke this batch need not break the next one.
             logger.opt(exception=error).debug("a batch failed")
@@ -358,7 +368,8 @@ def continuous_obstacles(engine: ChatEngine) -> list[str]:
     """Reasons why continuous batching would not give the model's own answers; empty if it does."""
     config = engine.model.config.get_text_config()
     layers = set(getattr(config, "layer_types", None) or ["full_attention"]) - PAGED_LAYERS
-    return [f"it has layers of the kind {', '.join(sorted(layers))}"] if layers else []
+    reasons = [f"it has layers of the kind {', '.join(sorted(layers))}"] if layers else []
+    return reasons + (["its adapters are switched by name"] if engine.siblings else [])
 
 
 def batcher_from(engine: ChatEngine, arguments: ServeArguments) -> Batcher:

@@ -8,13 +8,12 @@ does not depend on the others in its batch, and text never ends in half a charac
 import dataclasses
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from medicalgpt.args import ChatArguments
 from medicalgpt.errors import UserError
 from medicalgpt.models import adapters, loading, templating
 from medicalgpt.models.attention import context_length
@@ -78,25 +77,36 @@ class ChatEngine:
     Args:
         model: a causal language model, with or without adapters.
         tokenizer: its tokenizer, with a chat template.
+        generation_config: with the stop tokens; the model's by default.
 
     Attributes:
+        name: of its adapter, if several can be chosen.
+        siblings: the engines on the same model, by the names of their adapters; empty if there is only one.
         context_length: maximum number of tokens of a prompt and its answer; None if the model has no limit.
         special_ids: ids of the tokenizer's special tokens, by their text.
         stop_ids: tokens that end an answer.
         stop_strings: strings that end an answer.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        generation_config: GenerationConfig | None = None,
+    ):
         self.model = model
         self.tokenizer = tokenizer
+        self.name: str | None = None
+        self.siblings: Mapping[str, ChatEngine] = {}
         self.context_length = context_length(model.config)
         self.special_ids = {
             token.content: token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
         }
-        ends = model.generation_config.eos_token_id
+        self.generation_config = generation_config or model.generation_config
+        ends = self.generation_config.eos_token_id
         ends = list(ends) if isinstance(ends, Sequence) else [ends]
         self.stop_ids = frozenset(int(end) for end in (*ends, tokenizer.eos_token_id) if end is not None)
-        self.stop_strings = tuple(model.generation_config.stop_strings or ())
+        self.stop_strings = tuple(self.generation_config.stop_strings or ())
 
     @classmethod
     def from_pretrained(
@@ -148,20 +158,9 @@ class ChatEngine:
     ) -> "ChatEngine":
         """Load a checkpoint that is resolved already. For the rest see `from_pretrained`."""
         tokenizer = loading.checkpoint_tokenizer(checkpoint)
-        model = loading.load_model(
-            AutoModelForCausalLM,
-            checkpoint.source,
-            config=checkpoint.config,
-            dtype=dtype,
-            load_in_4bit=load_in_4bit,
-            load_in_8bit=load_in_8bit,
-            device_map=device_map,
-            revision=checkpoint.revision,
-            cache_dir=checkpoint.cache_dir,
+        model = load_base(
+            checkpoint, dtype=dtype, load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit, device_map=device_map
         )
-        # Quantized weights are on their device already.
-        if device_map is None and not (load_in_4bit or load_in_8bit) and torch.accelerator.is_available():
-            model.to(torch.accelerator.current_accelerator())
         if checkpoint.adapter:
             if Path(checkpoint.adapter.path, "generation_config.json").is_file():
                 model.generation_config = GenerationConfig.from_pretrained(checkpoint.adapter.path)
@@ -170,22 +169,6 @@ class ChatEngine:
             named = ", ".join(f"{name} {value}" for name, value in ignored.items())
             logger.info(f"generation_config.json recommends {named}; answers follow the flags and requests instead")
         return cls(model, tokenizer)
-
-    @classmethod
-    def from_arguments(cls, arguments: ChatArguments) -> "ChatEngine":
-        """Load the model that the flags name. Errors are those of `from_pretrained`."""
-        return cls.from_pretrained(
-            arguments.model_name_or_path,
-            lora_model=arguments.lora_model,
-            tokenizer_name_or_path=arguments.tokenizer_name_or_path,
-            dtype=arguments.dtype,
-            load_in_4bit=arguments.load_in_4bit,
-            load_in_8bit=arguments.load_in_8bit,
-            device_map=arguments.device_map,
-            hub=arguments.hub,
-            revision=arguments.model_revision,
-            cache_dir=arguments.cache_dir,
-        )
 
     def prompt_ids(self, messages: Messages, tools: Tools | None = None) -> list[int]:
         """Render a conversation up to the point where the answer begins.
@@ -260,7 +243,7 @@ class ChatEngine:
         Raises:
             PromptTooLongError, NoChatTemplateError, ChatTemplateError, SpecialTokenError: see `prompt_ids`.
         """
-        return GenerationRequest(self.prompt_ids(messages, tools), sampling or Sampling(), tools)
+        return GenerationRequest(self.prompt_ids(messages, tools), sampling or Sampling(), tools, adapter=self.name)
 
     def chat(self, messages: Messages, sampling: Sampling | None = None, tools: Tools | None = None) -> Answer:
         """Render one conversation and answer it. Arguments and errors are those of `request`."""
@@ -368,6 +351,32 @@ class ChatEngine:
             context_length=self.context_length,
             device=self.model.device,
         )
+
+
+def load_base(
+    checkpoint: Checkpoint,
+    *,
+    dtype: str = "auto",
+    load_in_4bit: bool = False,
+    load_in_8bit: bool = False,
+    device_map: str | None = None,
+) -> PreTrainedModel:
+    """The base of a checkpoint, without its adapter, on its device. For the arguments see `from_pretrained`."""
+    model = loading.load_model(
+        AutoModelForCausalLM,
+        checkpoint.source,
+        config=checkpoint.config,
+        dtype=dtype,
+        load_in_4bit=load_in_4bit,
+        load_in_8bit=load_in_8bit,
+        device_map=device_map,
+        revision=checkpoint.revision,
+        cache_dir=checkpoint.cache_dir,
+    )
+    # Quantized weights are on their device already.
+    if device_map is None and not (load_in_4bit or load_in_8bit) and torch.accelerator.is_available():
+        model.to(torch.accelerator.current_accelerator())
+    return model
 
 
 def settle(future: "Future[Answer]", answer: Answer | None = None, error: BaseException | None = None) -> None:

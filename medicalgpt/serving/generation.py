@@ -177,6 +177,7 @@ class GenerationRequest:
         on_end: called with the answer as soon as it is complete, possibly before others in the batch.
         cancelled: called at every token; True ends the answer, and `on_end` is not called.
         on_error: called if this answer fails, while others in the batch continue. Unset: the error is raised for all.
+        adapter: name of the engine that answers, where a batcher has several on one model.
     """
 
     prompt_ids: Sequence[int]
@@ -186,6 +187,7 @@ class GenerationRequest:
     on_end: Callable[[Answer], Any] = lambda answer: None
     cancelled: Callable[[], bool] = lambda: False
     on_error: Callable[[Exception], Any] | None = None
+    adapter: str | None = None
 
 
 class AnswerState:

@@ -7,7 +7,7 @@ from typing import Any
 from medicalgpt.args import LoraArguments, ModelArguments
 from medicalgpt.errors import UserError
 from medicalgpt.models import adapters, loading
-from medicalgpt.models.hub import Checkpoint
+from medicalgpt.models.hub import Checkpoint, merge_command
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -46,7 +46,7 @@ def load_reference(
     if checkpoint.adapter and (model_args.load_in_4bit or model_args.load_in_8bit or model_args.qlora):
         raise UserError(
             f"--reference_model {name} is an adapter, which cannot be merged into a quantized base. Merge it first: "
-            f"python merge_peft_adapter.py --lora_model {name}"
+            f"{merge_command(name)}"
         )
     vocabulary = loading.stage_tokenizer(checkpoint, model_args).get_vocab()
     if differing := sorted(set(tokenizer.get_vocab().items()) - set(vocabulary.items())):
