@@ -72,7 +72,10 @@ def choose_flash(facts: FlashFacts) -> tuple[str, str]:
         name = FLASH_ATTN_KERNEL_FALLBACK["flash_attention_2"]
         return name, f"FlashAttention 2, the prebuilt kernel {name} (no package flash-attn is installed)"
     else:
-        missing = "flash-attn is not installed, and no prebuilt kernel could be loaded (bash scripts/setup.sh --extras; needs the hub)"
+        missing = (
+            "flash-attn is not installed, and no prebuilt kernel could be loaded (it needs the hub, and the package "
+            "kernels: bash scripts/setup.sh --extras)"
+        )
     return "sdpa", f"PyTorch's own, which takes its flash backend in batches without padding: {missing}"
 
 
