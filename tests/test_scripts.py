@@ -10,6 +10,7 @@ from argparse import ArgumentParser
 from importlib.metadata import distributions
 from pathlib import Path
 
+from medicalgpt.training.optimizers import OPTIMIZER_PACKAGES
 from tests.docs import Parsed, start
 from tests.helpers import ROOT
 from tests.tiny import make_tiny
@@ -18,6 +19,8 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
+from transformers.utils.import_utils import KERNELS_MAX_VERSION, KERNELS_MIN_VERSION
 
 SCRIPTS = sorted((ROOT / "scripts").glob("*.sh"))
 OTHER_SCRIPTS = (
@@ -69,6 +72,29 @@ def test_the_constraints_are_the_versions_that_these_tests_run_with():
     # A build for one kind of hardware (+cpu) has the version of the others.
     installed = {canonicalize_name(one.name): one.version.partition("+")[0] for one in distributions()}
     assert {name: installed.get(name) for name in pinned} == pinned
+
+
+def test_the_extras_have_versions_that_transformers_takes():
+    pinned = {}
+    for line in lines_of("requirements-extras.txt"):
+        requirement = Requirement(line)
+        (exact,) = requirement.specifier
+        assert exact.operator == "==", line
+        pinned[canonicalize_name(requirement.name)] = Version(exact.version)
+    assert Version(KERNELS_MIN_VERSION) <= pinned["kernels"] < Version(KERNELS_MAX_VERSION)
+    named = {package for start, _, package in OPTIMIZER_PACKAGES if start in ("galore", "apollo")}
+    assert named | {"kernels", "liger-kernel"} == pinned.keys()
+
+
+def test_the_names_of_the_newest_have_no_versions():
+    """Those that scripts/try_newest.sh installs: every package, with its marker."""
+    text = (ROOT / "scripts" / "try_newest.sh").read_text(encoding="utf-8")
+    command = text[text.index("grep -hvE") : text.index(' >"$work/requirements.txt"')]
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
+    found = [Requirement(line) for line in done.stdout.splitlines()]
+    wanted = [Requirement(line) for name in ("requirements.txt", "requirements-dev.txt") for line in lines_of(name)]
+    assert [(each.name, each.marker) for each in found] == [(each.name, each.marker) for each in wanted]
+    assert not any(each.specifier for each in found)
 
 
 def test_the_pipeline_starts_without_the_packages_that_it_installs():
