@@ -36,11 +36,11 @@ ASKED = [{"role": "user", "content": "你好"}]
 SHORT = Sampling(max_new_tokens=12)
 
 
-def save_adapter(path: Path, base: str, seed: int, template: str = "chatml", **lora) -> str:
+def save_adapter(path: Path, base: str, seed: int, template: str = "chatml", rows: tuple[int, ...] = (), **lora) -> str:
     """An adapter with random weights, as a stage leaves it."""
     model = load_model(AutoModelForCausalLM, base)
     torch.manual_seed(seed)
-    model = add_lora(model, LoraArguments(**lora), TaskType.CAUSAL_LM)
+    model = add_lora(model, LoraArguments(**lora), TaskType.CAUSAL_LM, new_rows=rows)
     for parameter in model.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.2)
@@ -68,6 +68,7 @@ def work(tmp_path_factory) -> dict[str, str]:
         ),
         "other": save_adapter(folder / "other", second, 4, lora_rank=4),
         "head": save_adapter(folder / "head", base, 5, modules_to_save="lm_head"),
+        "rows": save_adapter(folder / "rows", base, 8, lora_rank=4, rows=(100, 101)),
         "vicuna": save_adapter(folder / "vicuna", base, 6, template="vicuna", lora_rank=4),
     }
 
@@ -391,7 +392,14 @@ def same_as_alone(work, *names) -> dict[str, str]:
 
 
 def test_adapters_are_switched_by_name(work):
-    same_as_alone(work, "a", "wide", "vicuna")
+    same_as_alone(work, "rows", "a", "wide", "vicuna")
+
+
+def test_one_adapter_with_a_name_is_served_under_it(work):
+    """Beside its base; without a name, it answers under that of the base."""
+    arguments = chat_arguments({"base": work["base"], "given": f"first={work['a']}"}, "given")
+    assert list(engine_from(arguments, by_name=True).siblings) == ["first", "base"]
+    assert engine_from(chat_arguments(work, "a"), by_name=True).siblings == {}
 
 
 def test_each_adapter_has_its_own_stop_tokens(work, tmp_path):

@@ -335,12 +335,16 @@ def generation_config_in(folder: str) -> GenerationConfig | None:
 
 
 def peft_names(adapters: Mapping[str, Adapter]) -> dict[str, str]:
-    """The names that adapters have in peft, which allows no dots in them."""
-    return {name: f"adapter_{number}" if number else "default" for number, name in enumerate(adapters)}
+    """The names that adapters have in peft, which allows no dots in them, in the order in which they are to be loaded.
+
+    Those with rows of tokens come last: peft cannot load others after them.
+    """
+    ordered = sorted(adapters, key=lambda name: bool(adapters[name].config.get("trainable_token_indices")))
+    return {name: f"adapter_{number}" if number else "default" for number, name in enumerate(ordered)}
 
 
 def attach_adapters(model: PreTrainedModel, adapters: Mapping[str, Adapter]) -> PeftModel:
-    """Load several adapters onto their base, under `peft_names`; the first is active.
+    """Load several adapters onto their base, under `peft_names`.
 
     Raises:
         CheckpointError: one does not fit the base, or they have different numbers of tokens.
@@ -353,14 +357,13 @@ def attach_adapters(model: PreTrainedModel, adapters: Mapping[str, Adapter]) -> 
             f"the adapters need embeddings with different numbers of tokens ({listed}), so that they cannot share a "
             "model. Merge each alone, and serve the results separately."
         )
-    labels = peft_names(adapters)
-    (_, first), *others = adapters.items()
-    attached = attach_adapter(model, first)
-    for name, adapter in others:
-        base = model.config._name_or_path
+    (first, _), *others = peft_names(adapters).items()
+    attached = attach_adapter(model, adapters[first])
+    for name, label in others:
+        adapter, base = adapters[name], model.config._name_or_path
         check_base(adapter, base)
         try:
-            attached.load_adapter(adapter.path, labels[name])
+            attached.load_adapter(adapter.path, label)
         except (RuntimeError, ValueError, OSError, TypeError, LookupError, SafetensorError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise CheckpointError(f"the adapter {adapter.path} does not fit {base}: {reason}") from error
@@ -375,7 +378,8 @@ def combine(model: PreTrainedModel, adapters: Mapping[str, Adapter], combination
         UserError: their ranks differ in a module, or peft refuses them.
     """
     attached = attach_adapters(model, adapters)
-    labels = list(peft_names(adapters).values())
+    names = peft_names(adapters)
+    labels = [names[name] for name in adapters]
     layers = {name: layer for name, layer in attached.get_base_model().named_modules() if isinstance(layer, LoraLayer)}
     if combination.kind in EQUAL_RANKS:
         for name, layer in layers.items():

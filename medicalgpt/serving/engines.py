@@ -9,6 +9,7 @@ from pathlib import Path
 from medicalgpt.args import ChatArguments
 from medicalgpt.errors import UserError
 from medicalgpt.models import combining, loading
+from medicalgpt.models.adapters import embedding_rows
 from medicalgpt.models.combining import Combination
 from medicalgpt.models.hub import Adapter, Checkpoint
 from medicalgpt.serving.chat import ChatEngine, load_base
@@ -63,8 +64,8 @@ def engine_from(arguments: ChatArguments, *, by_name: bool = False) -> ChatEngin
     """Load the model that the flags name.
 
     Args:
-        by_name: the front end can choose among several adapters; then the engine of the first is returned, with all of
-            them as its `siblings`.
+        by_name: the front end can choose among adapters. If there are several, or one as NAME=PATH, the engine of the
+            first is returned, with all of them, and that of the base, as its `siblings`.
 
     Raises:
         UserError: see `ChatEngine.from_pretrained`; several adapters that do not fit together, or no way is given to
@@ -86,7 +87,9 @@ def engine_from(arguments: ChatArguments, *, by_name: bool = False) -> ChatEngin
     }
     found = {"hub": arguments.hub, "revision": arguments.model_revision, "cache_dir": arguments.cache_dir}
     tokenizer = arguments.tokenizer_name_or_path
-    if len(named) < 2 and combination is None:
+    # One adapter is served under a name that it is given, too.
+    named_one = by_name and any(name != base_name(path) for name, path in named.items())
+    if len(named) < 2 and combination is None and not named_one:
         return ChatEngine.from_pretrained(
             arguments.model_name_or_path,
             lora_model=next(iter(named.values()), None),
@@ -139,6 +142,7 @@ def _switchable(
     model = load_base(checkpoint, **placed)
     of_base = model.generation_config
     rows = model.get_input_embeddings().num_embeddings
+    grows = any(embedding_rows(adapter, rows) != rows for adapter in adapters.values())
     attached = combining.attach_adapters(model, adapters)
     lock = threading.Lock()
 
@@ -153,7 +157,7 @@ def _switchable(
 
     labels = combining.peft_names(adapters)
     engines = {name: engine(name, adapter, labels[name]) for name, adapter in adapters.items()}
-    if attached.get_input_embeddings().num_embeddings == rows:
+    if not grows:
         engines[base] = engine(base, None, None)
     else:
         # The rows of the adapters' tokens are random in the base, which could say them.
