@@ -227,7 +227,9 @@ def test_stream_of_the_client_and_its_usage(client):
 def test_line_ends_inside_of_a_text_do_not_end_an_event(tmp_path, engine):
     """Some clients split lines where Unicode does."""
     with local(engine) as page:
-        page.app.state.service.model_name = "a\u2028b\x85c"
+        (model,) = page.app.state.service.models.values()
+        model.name = "a\u2028b\x85c"
+        page.app.state.service.models = {model.name: model}
         body = {"model": "a\u2028b\x85c", "messages": ask("你好"), "stream": True, "max_tokens": 2}
         text = page.post("/v1/chat/completions", json=body).text
     assert all(line == "" or line.startswith("data: ") for line in text.splitlines())
