@@ -360,7 +360,7 @@ def attach_adapters(model: PreTrainedModel, adapters: Mapping[str, Adapter]) -> 
     (first, _), *others = peft_names(adapters).items()
     attached = attach_adapter(model, adapters[first])
     for name, label in others:
-        adapter, base = adapters[name], model.config._name_or_path
+        adapter, base = adapters[name], model.config.name_or_path
         check_base(adapter, base)
         try:
             attached.load_adapter(adapter.path, label)
