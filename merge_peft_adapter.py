@@ -8,7 +8,8 @@ The base must be the one that the adapter was trained on. A base whose files are
 update to rounded weights gives a different model. (An adapter trained on a base loaded in 4 bits is merged into the
 base in full precision.) Works for causal models and for sequence and token classification. The adapter's tokenizer,
 chat template and stop tokens are saved with the result, and for a reward model the padding token, by which it finds the
-end of a text. The merged model is reloaded from disk, and its logits (scores for a reward model) are compared with
+end of a text. If the base takes images or audio too, the result is the whole checkpoint: its encoders and the files of
+its processor are copied byte for byte (a reward model, which scores texts, has none). The merged model is reloaded from disk, and its logits (scores for a reward model) are compared with
 those of the adapter on its base. Only then it appears in --output_dir, in place of an earlier model.
 
 Several adapters of one base are combined with --lora_weights. In a chain, each was trained on the result of merging
@@ -21,7 +22,8 @@ import json
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,10 +91,9 @@ class CombineArguments(CombinationArguments):
 
 
 def main() -> None:
-    args, combining_args = parse_args(
-        MergeArguments, CombineArguments, description=__doc__, program="merge_peft_adapter.py"
-    )
-    from medicalgpt.models.combining import Combination, named_adapters
+    (args,) = parse_args(MergeArguments, description=__doc__, program="merge_peft_adapter.py")
+    from medicalgpt.models import adapters, hub, loading, towers
+    from medicalgpt.training.output_folder import replace_model
     from medicalgpt.training.runs import next_commands
 
     from loguru import logger
@@ -139,11 +140,14 @@ def merge(
     output_dir = Path(args.output_dir)
     auto_class, options = model_class(adapter)
     dtype = getattr(torch, args.dtype) if args.dtype != "auto" else config.dtype or torch.float32
+    open_model = partial(loading.load_model, auto_class, dtype=str(dtype).removeprefix("torch."))
+    if "max_shard_size" in getattr(args, "given", ()) and auto_class is transformers.AutoModelForCausalLM:
+        refuse_sharding(base, config)
     # The base lacks the head, which is in the adapter; transformers would warn that it is newly initialized.
     with suppress_seqcls_warning() if "num_labels" in options else nullcontext():
         for name, value in options.items():
             setattr(config, name, value)
-        model = auto_class.from_pretrained(base, config=config, dtype=dtype, cache_dir=args.cache_dir)
+        model = open_model(base, config=config, cache_dir=args.cache_dir)
     tokenizer = loading.checkpoint_tokenizer(checkpoint)
     model = put_on(model, found, combination)
     if is_classifier := auto_class is transformers.AutoModelForSequenceClassification:
@@ -159,10 +163,11 @@ def merge(
             model.generation_config = transformers.GenerationConfig.from_pretrained(place)
     with replace_model(output_dir) as folder:
         model.save_pretrained(folder, max_shard_size=args.max_shard_size)
+        towers.complete(folder, model)
         tokenizer.save_pretrained(folder)
         del model
         gc.collect()
-        merged = auto_class.from_pretrained(folder, dtype=dtype)
+        merged = open_model(str(folder))
         difference = compare(before, probe(merged, tokenizer, new_rows, padded=is_classifier))
         log_difference(difference, merged, is_classifier)
         limit = ROUNDING[str(dtype).removeprefix("torch.")]
@@ -296,6 +301,17 @@ def refuse_quantized(base: str, config: Any) -> None:
         raise UserError(
             f"{base} is stored quantized ({method}); merging into rounded weights gives a different model. Pass the "
             "unquantized base with --model_name_or_path."
+        )
+
+
+def refuse_sharding(base: str, config: Any) -> None:
+    """Raise UserError if the files of the result are those of the base, whatever their size."""
+    from medicalgpt.models import towers
+
+    if towers.has_towers(config):
+        raise UserError(
+            f"{base} takes images or audio too: the merged checkpoint has the same weight files as it, so that "
+            "--max_shard_size would have no effect. Leave it out."
         )
 
 

@@ -240,7 +240,8 @@ def check_start(checkpoint: Checkpoint) -> str:
         UserError: no reward model can be trained from this checkpoint.
     """
     config, adapter = checkpoint.config, checkpoint.adapter
-    if config.model_type not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
+    # With encoders of images, it is the language model alone that scores.
+    if config.get_text_config().model_type not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
         raise UserError(
             f"{checkpoint.name} is of type {config.model_type}, for which transformers has no model with a scoring "
             "head. Use another base for the reward model, such as Qwen/Qwen3-0.6B: PPO and GRPO can use it with any "

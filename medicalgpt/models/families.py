@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from medicalgpt.errors import UserError
+from medicalgpt.models.towers import has_towers, language_half
 
 import torch
 from loguru import logger
@@ -35,7 +36,7 @@ USEFUL_SHARE, EXPECTED_SHARE = 0.5, 0.95
 
 
 def check_family(config: PreTrainedConfig, quantizing_flag: str | None = None) -> None:
-    """Refuse a model that is not a causal language model of text, or that quantization would hardly make smaller.
+    """Refuse a model without a causal language model, or one that quantization would hardly make smaller.
 
     Args:
         config: of the base model.
@@ -45,8 +46,9 @@ def check_family(config: PreTrainedConfig, quantizing_flag: str | None = None) -
         UserError: with the model type, the reason and the remedy.
     """
     kind, problem = config.model_type, None
-    if config.get_text_config() is not config:
-        problem = "takes images or audio too; use a checkpoint for text alone"
+    if has_towers(config):
+        # Raises an error if its language model cannot be trained alone.
+        language_half(config)
     elif config.is_encoder_decoder:
         problem = "has an encoder and a decoder; use a decoder-only model"
     elif kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
@@ -64,9 +66,12 @@ def check_family(config: PreTrainedConfig, quantizing_flag: str | None = None) -
 
 def _check_quantizable(config: PreTrainedConfig, flag: str) -> None:
     """Warn of weights that bitsandbytes would not quantize. Raises UserError if that is the larger part."""
-    # Under ZeRO-3 the library would shard the weights of this model too, which are not there.
-    with torch.device("meta"), set_zero3_state():
-        model = AutoModelForCausalLM.from_config(config)
+    if has_towers(config):
+        model = language_half(config).on_meta()
+    else:
+        # Under ZeRO-3 the library would shard the weights of this model too, which are not there.
+        with torch.device("meta"), set_zero3_state():
+            model = AutoModelForCausalLM.from_config(config)
     ends = [end.weight for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
     weights = [weight for weight in model.parameters() if all(weight is not end for end in ends)]
     linear = [module.weight for module in model.modules() if type(module) in (torch.nn.Linear, Conv1D)]
@@ -130,5 +135,6 @@ def require_separate_packs(model: torch.nn.Module, collator: Callable[[list[dict
     if change > 0.01:
         raise UserError(
             f"{model.config.model_type} does not keep packed sequences apart: the logits of one change by {change:.0%} "
-            "with the sequence before it. Pass --packing False."
+            "with the sequence before it. Pass --packing False: each row is then a sequence of its own, and padding stays "
+            "short where rows of similar length share a batch (--train_sampling_strategy group_by_length)."
         )

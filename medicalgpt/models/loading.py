@@ -1,13 +1,14 @@
 """Load tokenizers and models, quantized, with adapters, and ready to train."""
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from medicalgpt.args import AttentionArguments, LoraArguments, ModelArguments, bf16_gpu
 from medicalgpt.errors import UserError
 from medicalgpt.logs import local_rank, notice, world_size
-from medicalgpt.models import attention
+from medicalgpt.models import attention, towers
 from medicalgpt.models.adapters import adapters_to_float32, add_lora, attach_adapter, check_flags
 from medicalgpt.models.families import TESTED, check_family
 from medicalgpt.models.hub import (
@@ -149,6 +150,8 @@ def load_model(
 ) -> PreTrainedModel:
     """Load the weights of a base or full checkpoint (not of an adapter, see `attach_adapter`).
 
+    Of a checkpoint that takes images or audio too, only the language model is loaded (see `towers`).
+
     Args:
         auto_class: AutoModelForCausalLM, AutoModelForSequenceClassification, ...
         name_or_path: local folder or hub name.
@@ -196,8 +199,8 @@ def load_model(
         config.num_labels = num_labels
     if rope_parameters is not None:
         config.get_text_config().rope_parameters = rope_parameters
-    return load_pretrained(
-        auto_class,
+    load = partial(towers.load if towers.has_towers(config) else load_pretrained, auto_class)
+    return load(
         name_or_path,
         config=config,
         dtype=_weights_dtype(dtype, full_training),

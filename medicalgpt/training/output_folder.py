@@ -35,6 +35,8 @@ MODEL_FILES = (
     "generation_config.json",
     "adapter_config.json",
     "chat_template.jinja",
+    "base_chat_template.jinja",
+    "*processor_config.json",
     "additional_chat_templates",
     "tokenizer.json",
     "tokenizer_config.json",

@@ -24,7 +24,7 @@ from medicalgpt.data.streaming import StreamedData, StreamedSamples
 from medicalgpt.errors import Stopped, UserError, explain_with, is_out_of_memory
 from medicalgpt.files import write_atomically
 from medicalgpt.logs import is_main_process, setup_logging
-from medicalgpt.models import adapters, hub
+from medicalgpt.models import adapters, hub, towers
 from medicalgpt.models.attention import rope_to_record
 from medicalgpt.training import row_order
 from medicalgpt.training.agreement import compare_data, compare_start, require_agreement
@@ -459,6 +459,8 @@ class Run:
                     trainer.save_model()
                 require_saved_weights(self.output_dir)
             if is_main_process():
+                if self.training.do_train:
+                    self._complete_checkpoint(trainer)
                 self._save_tokenizer_and_generation_config(trainer, tokenizer, stop_ids)
                 self._write_samples(samples.shown, before, samples.answers())
                 self._finish(metrics, stop_ids, note)
@@ -468,6 +470,15 @@ class Run:
         # Otherwise threads of the process group could still run when the interpreter exits, and abort the program.
         trainer.accelerator.end_training()
         return metrics
+
+    def _complete_checkpoint(self, trainer: Trainer) -> None:
+        """Put a language model of which all weights were trained back into the checkpoint that it was taken from."""
+        if not (self.output_dir / hub.ADAPTER_CONFIG).is_file():
+            try:
+                with saving(self.output_dir, "the whole checkpoint"):
+                    towers.complete(self.output_dir, trainer.accelerator.unwrap_model(trainer.model))
+            except hub.CheckpointError as error:
+                raise UserError(f"{error} {self.output_dir} holds the trained language model alone.") from error
 
     def _train_and_evaluate(self, trainer: Trainer) -> dict[str, float]:
         metrics: dict[str, float] = {}

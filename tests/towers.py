@@ -1,0 +1,178 @@
+"""Tiny random checkpoints that take images too, as transformers saves them or with the names that are on the hub."""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.families import CHATML, GEMMA, LLAMA3, MISTRAL, Family, family_tokenizer
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForMultimodalLM
+
+GLM = ("[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
+LLAMA4 = ("<|begin_of_text|>", "<|header_start|>", "<|header_end|>", "<|eot|>")
+IMAGE = "<|image|>"
+QWEN_VISION = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
+LINEAR = {
+    **{"layer_types": ["linear_attention", "full_attention"], "head_dim": 8},
+    **{"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+SIGLIP = {
+    **{"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+    **{"image_size": 28, "patch_size": 14},
+}
+WINDOWS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16}
+
+
+@dataclass(frozen=True)
+class Tower:
+    """What tells one family from another.
+
+    Attributes:
+        text: tokens and template, as of a family without towers.
+        settings: of the language model, on top of the sizes that all share.
+        vision: of the encoder of images.
+        top: of the whole.
+        packs: whether it keeps packed sequences apart.
+        scores: whether transformers has a class of its language model that scores.
+    """
+
+    text: Family
+    settings: dict[str, Any] = field(default_factory=dict)
+    vision: dict[str, Any] = field(default_factory=dict)
+    top: dict[str, Any] = field(default_factory=dict)
+    packs: bool = True
+    scores: bool = False
+
+
+QWEN = Family("qwen3", CHATML, "<|endoftext|>")
+GLM4 = Family("glm4", GLM, "<|endoftext|>")
+GEMMAS = Family("gemma", GEMMA, "<eos>", "<bos>")
+TOWERS = {
+    "qwen3_5": Tower(QWEN, LINEAR, {**QWEN_VISION, "num_position_embeddings": 16}, packs=False, scores=True),
+    "qwen3_5_moe": Tower(
+        Family("qwen3", CHATML, "<|endoftext|>", experts=True),
+        {**LINEAR, **EXPERTS, "shared_expert_intermediate_size": 16},
+        {**QWEN_VISION, "num_position_embeddings": 16},
+        packs=False,
+    ),
+    "qwen2_5_vl": Tower(QWEN, MROPE, {**QWEN_VISION, "fullatt_block_indexes": [0]}),
+    "qwen3_vl": Tower(
+        QWEN, MROPE, {**QWEN_VISION, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+    ),
+    "qwen3_vl_moe": Tower(
+        Family("qwen3", CHATML, "<|endoftext|>", experts=True),
+        {**MROPE, **EXPERTS},
+        {**QWEN_VISION, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+    ),
+    "gemma3": Tower(GEMMAS, {**WINDOWS, "query_pre_attn_scalar": 8}, SIGLIP, {"mm_tokens_per_image": 4}, scores=True),
+    "gemma4": Tower(
+        GEMMAS,
+        {**WINDOWS, "hidden_size_per_layer_input": 0, "global_head_dim": 8},
+        {
+            **{"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+            **{"num_key_value_heads": 2, "head_dim": 8, "position_embedding_size": 16},
+        },
+        {"audio_config": None},
+    ),
+    "llama4": Tower(
+        Family("llama4", LLAMA4, "<|eot|>", experts=True),
+        {
+            **{"num_local_experts": 4, "intermediate_size_mlp": 64, "attention_chunk_size": 64},
+            **{"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "moe_layers": [0, 1]},
+        },
+        {
+            **{"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2},
+            **{"vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16, "image_size": 28},
+        },
+    ),
+    "mistral3": Tower(
+        Family("mistral", MISTRAL, "</s>", "<s>"),
+        {"model_type": "mistral", "sliding_window": None},
+        {
+            **{"model_type": "pixtral", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1},
+            **{"num_attention_heads": 2, "head_dim": 8, "image_size": 28, "patch_size": 14},
+        },
+        {"tie_word_embeddings": False},
+        scores=True,
+    ),
+    "glm4v": Tower(
+        GLM4,
+        {"rope_parameters": {**MROPE["rope_parameters"], "partial_rotary_factor": 1.0}},
+        {**QWEN_VISION, "image_size": 28},
+    ),
+    "glm46v": Tower(
+        GLM4,
+        {"model_type": "glm4v_text", "rope_parameters": {**MROPE["rope_parameters"], "partial_rotary_factor": 1.0}},
+        {**QWEN_VISION, "model_type": "glm4v_vision", "image_size": 28},
+    ),
+}
+# How names begin on the hub, by how they begin in the models that transformers saves.
+HUB_NAMES = {"qwen2_5_vl": (("model.language_model.", "model."), ("model.visual.", "visual."))}
+
+
+def make_towers(path: str | Path, name: str, *, shards: str = "50GB", dtype: Any = None, **settings: Any) -> str:
+    """Save a checkpoint of two layers with an encoder of images, a tokenizer and a processor's file.
+
+    Args:
+        shards: maximum size of a weight file.
+        dtype: of the weights; by default float32.
+        settings: of the language model.
+    """
+    tower = TOWERS[name]
+    tokenizer = family_tokenizer(tower.text)
+    tokenizer.add_special_tokens({"additional_special_tokens": [*tower.text.special, IMAGE]})
+    torch.manual_seed(0)
+    ends = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    text = {
+        **{"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512},
+        # Wide enough that the scores of random weights differ clearly.
+        **{"initializer_range": 0.1, **ends, **tower.settings, **settings},
+    }
+    image = tokenizer.convert_tokens_to_ids(IMAGE)
+    config = AutoConfig.for_model(
+        name,
+        text_config=text,
+        vision_config={"initializer_range": 0.1, **tower.vision},
+        **{"image_token_id": image, "image_token_index": image, "video_token_id": image, **tower.top},
+    )
+    model = AutoModelForMultimodalLM.from_config(config, dtype=dtype or torch.float32)
+    model.save_pretrained(path, max_shard_size=shards)
+    tokenizer.save_pretrained(path)
+    Path(path, "preprocessor_config.json").write_text('{"image_processor_type": "of the base", "size": 28}\n')
+    return str(path)
+
+
+def rename_as_on_the_hub(folder: str | Path, name: str) -> None:
+    """Give the weights of a checkpoint in one file the names that the family has on the hub."""
+    path = Path(folder, "model.safetensors")
+    with safe_open(path, "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+    for new, old in HUB_NAMES[name]:
+        tensors = {old + key.removeprefix(new) if key.startswith(new) else key: each for key, each in tensors.items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def hashes(folder: str | Path) -> dict[str, str]:
+    """sha256 of the bytes of each weight, with its file, type and shape, by its name."""
+    found = {}
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        raw = path.read_bytes()
+        length = int.from_bytes(raw[:8], "little")
+        for name, entry in json.loads(raw[8 : 8 + length]).items():
+            if name != "__metadata__":
+                start, end = (8 + length + offset for offset in entry["data_offsets"])
+                digest = hashlib.sha256(raw[start:end]).hexdigest()
+                found[name] = f"{path.name} {entry['dtype']} {entry['shape']} {digest}"
+    return found
