@@ -9,11 +9,9 @@ update to rounded weights gives a different model. (An adapter trained on a base
 base in full precision.) Works for causal models and for sequence and token classification. The adapter's tokenizer,
 chat template and stop tokens are saved with the result, and for a reward model the padding token, by which it finds the
 end of a text. If the base takes images or audio too, the result is the whole checkpoint: its encoders and the files of
-its processor are copied byte for byte (a reward model, which scores texts, has none). The merged model is reloaded from disk, and its logits (scores for a reward model) are compared with
-those of the adapter on its base. Only then it appears in --output_dir, in place of an earlier model.
-
-Several adapters of one base are combined with --lora_weights. In a chain, each was trained on the result of merging
-those before it.
+its processor are copied byte for byte (a reward model has no use for them). The merged model is reloaded from disk, and
+its logits (scores for a reward model) are compared with those of the adapter on its base. Only then it appears in
+--output_dir, in place of an earlier model.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints that take images too, as transformers saves them or with the names that are on the hub."""
+"""Tiny random checkpoints that take images too; transformers saves them with the names that they have on the hub."""
 
 import hashlib
 import json
@@ -6,15 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.families import CHATML, GEMMA, LLAMA3, MISTRAL, Family, family_tokenizer
+from tests.families import CHATML, GEMMA, GLM4, LLAMA3, MISTRAL, Family, family_tokenizer
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForMultimodalLM
 
-GLM = ("[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
-LLAMA4 = ("<|begin_of_text|>", "<|header_start|>", "<|header_end|>", "<|eot|>")
 IMAGE = "<|image|>"
 QWEN_VISION = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
@@ -52,7 +48,7 @@ class Tower:
 
 
 QWEN = Family("qwen3", CHATML, "<|endoftext|>")
-GLM4 = Family("glm4", GLM, "<|endoftext|>")
+GLMS = Family("glm4", GLM4, "<|endoftext|>")
 GEMMAS = Family("gemma", GEMMA, "<eos>", "<bos>")
 TOWERS = {
     "qwen3_5": Tower(QWEN, LINEAR, {**QWEN_VISION, "num_position_embeddings": 16}, packs=False, scores=True),
@@ -63,9 +59,7 @@ TOWERS = {
         packs=False,
     ),
     "qwen2_5_vl": Tower(QWEN, MROPE, {**QWEN_VISION, "fullatt_block_indexes": [0]}),
-    "qwen3_vl": Tower(
-        QWEN, MROPE, {**QWEN_VISION, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
-    ),
+    "qwen3_vl": Tower(QWEN, MROPE, {**QWEN_VISION, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}),
     "qwen3_vl_moe": Tower(
         Family("qwen3", CHATML, "<|endoftext|>", experts=True),
         {**MROPE, **EXPERTS},
@@ -82,7 +76,7 @@ TOWERS = {
         {"audio_config": None},
     ),
     "llama4": Tower(
-        Family("llama4", LLAMA4, "<|eot|>", experts=True),
+        Family("llama3", LLAMA3, "<|end_of_text|>", "<|begin_of_text|>", experts=True),
         {
             **{"num_local_experts": 4, "intermediate_size_mlp": 64, "attention_chunk_size": 64},
             **{"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "moe_layers": [0, 1]},
@@ -103,18 +97,16 @@ TOWERS = {
         scores=True,
     ),
     "glm4v": Tower(
-        GLM4,
+        GLMS,
         {"rope_parameters": {**MROPE["rope_parameters"], "partial_rotary_factor": 1.0}},
         {**QWEN_VISION, "image_size": 28},
     ),
     "glm46v": Tower(
-        GLM4,
+        GLMS,
         {"model_type": "glm4v_text", "rope_parameters": {**MROPE["rope_parameters"], "partial_rotary_factor": 1.0}},
         {**QWEN_VISION, "model_type": "glm4v_vision", "image_size": 28},
     ),
 }
-# How names begin on the hub, by how they begin in the models that transformers saves.
-HUB_NAMES = {"qwen2_5_vl": (("model.language_model.", "model."), ("model.visual.", "visual."))}
 
 
 def make_towers(path: str | Path, name: str, *, shards: str = "50GB", dtype: Any = None, **settings: Any) -> str:
@@ -152,16 +144,6 @@ def make_towers(path: str | Path, name: str, *, shards: str = "50GB", dtype: Any
     tokenizer.save_pretrained(path)
     Path(path, "preprocessor_config.json").write_text('{"image_processor_type": "of the base", "size": 28}\n')
     return str(path)
-
-
-def rename_as_on_the_hub(folder: str | Path, name: str) -> None:
-    """Give the weights of a checkpoint in one file the names that the family has on the hub."""
-    path = Path(folder, "model.safetensors")
-    with safe_open(path, "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}
-    for new, old in HUB_NAMES[name]:
-        tensors = {old + key.removeprefix(new) if key.startswith(new) else key: each for key, each in tensors.items()}
-    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def hashes(folder: str | Path) -> dict[str, str]:

@@ -135,6 +135,6 @@ def require_separate_packs(model: torch.nn.Module, collator: Callable[[list[dict
     if change > 0.01:
         raise UserError(
             f"{model.config.model_type} does not keep packed sequences apart: the logits of one change by {change:.0%} "
-            "with the sequence before it. Pass --packing False: each row is then a sequence of its own, and padding stays "
-            "short where rows of similar length share a batch (--train_sampling_strategy group_by_length)."
+            "with the sequence before it. Pass --packing False: each row is then a sequence of its own, and there is "
+            "little padding if rows of similar length share a batch (--train_sampling_strategy group_by_length)."
         )

@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     PreTrainedConfig,
@@ -264,7 +265,6 @@ class Whole:
         prefix: what the names of its layers begin with in the loaded model.
         renamed: the names on the disk have another beginning than those of the class.
         conversions: of the library, between weights on the disk and those of the class.
-        config: of the language model, as it was loaded.
         unused: patterns of names that are on the disk without being weights of the model.
     """
 
@@ -272,7 +272,6 @@ class Whole:
     prefix: str
     renamed: bool
     conversions: list[WeightTransform] = field(repr=False)
-    config: PreTrainedConfig = field(repr=False)
     unused: tuple[str, ...] = ()
 
     def stored_name(self, name: str) -> str:
@@ -328,7 +327,9 @@ def load(auto_class: Any, source: str, config: PreTrainedConfig, **options: Any)
         )
     used = {rf"^{re.escape(old)}" for old in renames}
     conversions = [
-        conversion for conversion in model._weight_conversions or [] if not used & set(conversion._original_source_patterns)
+        conversion
+        for conversion in model._weight_conversions or []
+        if not used & set(conversion._original_source_patterns)
     ]
     # Checkpoints of a run have the names of the model itself, by which they are loaded to resume it.
     model._weight_conversions = []
@@ -336,8 +337,7 @@ def load(auto_class: Any, source: str, config: PreTrainedConfig, **options: Any)
         logger.warning(f"{source} has no weights of {'its towers'}: the result will be without them as well")
     elif generates:
         unused = tuple(half.model_class._keys_to_ignore_on_load_unexpected or ())
-        kept = copy.deepcopy(model.config)
-        model.taken_from = Whole(stored, prefix, half.is_alone, conversions, kept, unused)
+        model.taken_from = Whole(stored, prefix, half.is_alone, conversions, unused)
         logger.info(f"{source}: the language model is loaded, without {', '.join(part[:-1] for part in stored.others)}")
     return (model, info) if with_info else model
 
@@ -384,13 +384,13 @@ def complete(folder: Path, model: PreTrainedModel) -> bool:
             path.replace(folder / path.name)
     finally:
         remove_entry(partial)
-    logger.info(f"{folder} is the whole checkpoint: {', '.join(part[:-1] for part in whole.stored.others)} as they were")
+    logger.info(
+        f"{folder} is the whole checkpoint: {', '.join(part[:-1] for part in whole.stored.others)} as they were"
+    )
     return True
 
 
-def _trained_weights(
-    folder: Path, model: PreTrainedModel, whole: Whole, stack: ExitStack
-) -> dict[str, torch.Tensor]:
+def _trained_weights(folder: Path, model: PreTrainedModel, whole: Whole, stack: ExitStack) -> dict[str, torch.Tensor]:
     """The saved weights by their names in the whole checkpoint; read from the disk when they are used.
 
     Raises:
@@ -469,17 +469,18 @@ def _write_index(partial: Path, whole: Whole) -> None:
 
 def _write_config(partial: Path, model: PreTrainedModel, whole: Whole) -> None:
     """The configuration of the base, with what training has changed."""
-    path = whole.stored.find(CONFIG)
-    text = path.read_text(encoding="utf-8")
-    config, now, before = json.loads(text), model.config.get_text_config(), whole.config.get_text_config()
+    stored = whole.stored
+    text = stored.find(CONFIG).read_text(encoding="utf-8")
+    base = load_pretrained(AutoConfig, stored.source, revision=stored.revision, cache_dir=stored.cache_dir)
+    config, now, before = json.loads(text), model.config.get_text_config(), base.get_text_config()
     # In older checkpoints the language model's settings are at the top.
     own = config.get("text_config") or config
     if (rows := model.get_input_embeddings().num_embeddings) != before.vocab_size:
         for part in (own, config):
             if part is own or "vocab_size" in part:
                 part["vocab_size"] = rows
-    if now.rope_parameters != before.rope_parameters:
-        own["rope_parameters"] = now.rope_parameters
+    if (positions := getattr(now, "rope_parameters", None)) != getattr(before, "rope_parameters", None):
+        own["rope_parameters"] = positions
         for name in ("rope_scaling", "rope_theta"):
             own.pop(name, None)
     dtype = str(model.dtype).removeprefix("torch.")
