@@ -46,6 +46,7 @@ from medicalgpt.logs import heartbeat, world_size
 from medicalgpt.models import adapters, loading
 from medicalgpt.models.hub import Adapter
 from medicalgpt.models.templating import reply_text, stop_token_ids
+from medicalgpt.models.towers import has_towers
 from medicalgpt.parser import parse_args
 from medicalgpt.rewards.columns import add_reward_columns, reward_columns
 from medicalgpt.rewards.coverage import check_coverage, find_unscorable
@@ -854,6 +855,11 @@ def main() -> None:
     checkpoint = loading.stage_checkpoint(model_args, lora_args)
     loading.resolve_length(args, "model_max_length", checkpoint, attention_args)
     reserved = resolve_completion_length(args)
+    if args.use_vllm and has_towers(checkpoint.config):
+        raise UserError(
+            f"--use_vllm True: {checkpoint.name} takes images or audio too, and vLLM has its weights under other names "
+            "than the language model that is trained. Omit it, to sample with transformers."
+        )
     run = Run("grpo_training", args, checkpoint, run_args, model_args, attention_args, data_args, lora_args)
 
     # 2 tokenizer and template, with a system prompt that asks for the format the rewards look for

@@ -23,7 +23,6 @@ from transformers import (
     BertConfig,
     ByT5Tokenizer,
     CLIPConfig,
-    Gemma3Config,
     T5Config,
 )
 
@@ -211,9 +210,13 @@ REFUSED = {
     "decoder of a pair": (AutoConfig.for_model("bart"), "of the type bart, which has an encoder and a decoder"),
     "encoder": (BertConfig(), "of the type bert, which is an encoder"),
     "another encoder": (AutoConfig.for_model("roberta"), "of the type roberta, which is an encoder"),
-    "images": (Gemma3Config(), "of the type gemma3, which takes images or audio too"),
-    "images and films": (AutoConfig.for_model("qwen2_5_vl"), "of the type qwen2_5_vl, which takes images or audio too"),
-    "no text": (CLIPConfig(), "of the type clip, which takes images or audio too"),
+    "no text": (CLIPConfig(), "of the type clip, which takes images or audio too and has no language model"),
+    "images and a decoder of a pair": (
+        AutoConfig.for_model("florence2"),
+        "of the type florence2, which takes images or audio too and has an encoder and a decoder",
+    ),
+    "a prompt in both directions": (AutoConfig.for_model("paligemma"), "paligemma, .* in both directions"),
+    "images within": (AutoConfig.for_model("git"), "of the type git, which takes images or audio too, within its"),
     "no causal model": (AutoConfig.for_model("vit"), "of the type vit, which has no causal language model"),
 }
 

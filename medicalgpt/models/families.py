@@ -12,7 +12,11 @@ from loguru import logger
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import set_zero3_state
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 from transformers.pytorch_utils import Conv1D
 
 # By `model_type` of config.json: those that the tests take from pretraining to inference; see docs/models.md.
@@ -29,6 +33,20 @@ TESTED = (
     "glm4",
     "mixtral",
     "qwen3_moe",
+)
+# The same, of checkpoints that take images or audio too.
+TESTED_WITH_TOWERS = (
+    "qwen3_5",
+    "qwen3_5_moe",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "qwen3_vl_moe",
+    "gemma3",
+    "gemma4",
+    "llama4",
+    "mistral3",
+    "glm4v",
+    "glm46v",
 )
 # Share of the weights between embedding and head that are in linear layers: below the first, 4 or 8 bits save next to
 # nothing; below the second, less than expected.
@@ -53,6 +71,8 @@ def check_family(config: PreTrainedConfig, quantizing_flag: str | None = None) -
         problem = "has an encoder and a decoder; use a decoder-only model"
     elif kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         problem = "has no causal language model in transformers; use a decoder-only model"
+    elif kind in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES:
+        problem = "takes images or audio too, within its language model; use a decoder-only model"
     elif kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
         problem = "is an encoder, which sees the tokens that it should predict; use a decoder-only model"
     if problem:

@@ -10,7 +10,7 @@ from medicalgpt.errors import UserError
 from medicalgpt.logs import local_rank, notice, world_size
 from medicalgpt.models import attention, towers
 from medicalgpt.models.adapters import adapters_to_float32, add_lora, attach_adapter, check_flags
-from medicalgpt.models.families import TESTED, check_family
+from medicalgpt.models.families import TESTED, TESTED_WITH_TOWERS, check_family
 from medicalgpt.models.hub import (
     HEADS,
     TOKENIZER_CONFIG,
@@ -95,7 +95,7 @@ def stage_tokenizer(checkpoint: Checkpoint, arguments: ModelArguments) -> PreTra
     """
     config = checkpoint.config
     check_family(config, _quantizing_flag(arguments.load_in_4bit or arguments.qlora, arguments.load_in_8bit))
-    if config.model_type not in TESTED:
+    if config.model_type not in (*TESTED, *TESTED_WITH_TOWERS):
         logger.warning(f"{config.model_type} is not among the model families that were tested (docs/models.md)")
     tokenizer = checkpoint_tokenizer(checkpoint)
     if not tokenizer.is_fast:

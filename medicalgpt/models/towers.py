@@ -84,13 +84,17 @@ class LanguageHalf:
         """
         if self.is_alone:
             return ()
-        model = _on_meta(self.model_class, self.config)
-        base, decoder = model.base_model, model.get_decoder()
+        try:
+            model = _on_meta(self.model_class, self.config)
+        except Exception as error:
+            raise UserError(_refusal(self.config, f"could not be built: {error}")) from error
+        base, decoder, head = model.base_model, model.get_decoder(), model.get_output_embeddings()
         children = dict(base.named_children())
         language = [name for name, child in children.items() if any(part is decoder for part in child.modules())]
-        if len(language) != 1 or model.get_output_embeddings() is None or len(children) == 1:
+        towers = [name for name, child in children.items() if name not in language and child is not head]
+        if len(language) != 1 or head is None or not towers:
             raise UserError(_refusal(self.config, "has no language model that could be trained alone"))
-        return tuple(name for name in children if name != language[0])
+        return tuple(towers)
 
     def build_class(self, ignored: Iterable[str] = ()) -> type[PreTrainedModel]:
         """The class without towers.
