@@ -140,7 +140,8 @@ def _targets_next_to_experts(model: PreTrainedModel, lora: LoraArguments, expert
     Raises:
         UserError: flags that peft cannot follow in adapters of experts.
     """
-    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    # A router can be a class of its own that is derived from a linear layer and gives more than one output.
+    linear = [name for name, module in model.named_modules() if _is_plain_linear(module)]
     of_attention = sorted({name.rpartition(".")[2] for name in linear if "attn" in name})
     without = f"leave the experts as they are: --target_modules {','.join(of_attention)}"
     for clash, flag in (
@@ -164,6 +165,11 @@ def _targets_next_to_experts(model: PreTrainedModel, lora: LoraArguments, expert
     convert_peft_config_for_transformers(understood, model, None)
     # The others are names that experts had before they were fused: peft would not look for linear layers by them.
     return sorted(names & set(understood.target_modules))
+
+
+def _is_plain_linear(module: torch.nn.Module) -> bool:
+    is_quantized = type(module).__module__.startswith("bitsandbytes.")
+    return type(module) is torch.nn.Linear or (is_quantized and isinstance(module, torch.nn.Linear))
 
 
 def _require_adapters(model: PeftModel, names: list[str], frozen: list[str]) -> None:

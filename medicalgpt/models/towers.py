@@ -10,6 +10,7 @@ import copy
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -96,6 +97,14 @@ class LanguageHalf:
             raise UserError(_refusal(self.config, "has no language model that could be trained alone"))
         return tuple(towers)
 
+    @cached_property
+    def prefix(self) -> str:
+        """What the names of its layers begin with, such as `model.`."""
+        model = _on_meta(self.model_class, self.config)
+        embedding = model.get_input_embeddings()
+        names = [name for name, module in model.named_modules() if module is embedding]
+        return f"{names[0]}.weight".removesuffix(EMBEDDING)
+
     def build_class(self, ignored: Iterable[str] = ()) -> type[PreTrainedModel]:
         """The class without towers.
 
@@ -108,10 +117,16 @@ class LanguageHalf:
             parent.__init__(model, *args, **kwargs)
             for name in towers:
                 delattr(model.base_model, name)
+            rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+            if "mrope_section" in rope:
+                model.get_decoder().register_forward_pre_hook(_pass_text_positions, with_kwargs=True)
 
         known = list(parent._keys_to_ignore_on_load_unexpected or ())
         known += [rf"^{re.escape(f'{parent.base_model_prefix}.{name}.')}" for name in towers]
         members: dict[str, Any] = {"_keys_to_ignore_on_load_unexpected": [*known, *ignored]}
+        if self.is_alone:
+            # Of Llama 4 it is the name that the language model has in the whole.
+            members["base_model_prefix"] = self.prefix.removesuffix(".")
         if towers:
             # Without images the loss is that of a language model, which the trainer may divide by all its tokens.
             members |= {"__init__": build, "accepts_loss_kwargs": True}
@@ -121,6 +136,17 @@ class LanguageHalf:
     def on_meta(self) -> PreTrainedModel:
         """The model without weights."""
         return _on_meta(self.build_class(), self.config)
+
+
+def _pass_text_positions(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Repeat positions (batch, length) for text, time, height and width.
+
+    Without those for text, some classes do not see where the next of several packed sequences begins.
+    """
+    positions = kwargs.get("position_ids")
+    if positions is not None and positions.ndim == 2:
+        kwargs = {**kwargs, "position_ids": positions[None].expand(4, -1, -1)}
+    return args, kwargs
 
 
 def _on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
@@ -135,6 +161,10 @@ def _refusal(config: PreTrainedConfig, problem: str) -> str:
         f"and {problem}. Use a checkpoint for text alone, such as Qwen/Qwen3-0.6B, or one of the families in "
         "docs/models.md."
     )
+
+
+def _balances_routers(model_class: type[PreTrainedModel]) -> bool:
+    return hasattr(sys.modules[model_class.__module__], "load_balancing_loss_func")
 
 
 def language_half(config: PreTrainedConfig, auto_class: Any = AutoModelForCausalLM) -> LanguageHalf:
@@ -160,7 +190,11 @@ def language_half(config: PreTrainedConfig, auto_class: Any = AutoModelForCausal
         for name in copied if auto_class is AutoModelForCausalLM else [*copied, "num_labels"]:
             if (value := getattr(config, name, None)) is not None:
                 setattr(alone, name, value)
-        return LanguageHalf(mapping[type(text)], alone, True)
+        model_class = mapping[type(text)]
+        if hasattr(alone, "router_aux_loss_coef") and not _balances_routers(model_class):
+            # Llama 4 has the setting, and no such loss; the trainer would take that of another family.
+            alone.router_aux_loss_coef = 0.0
+        return LanguageHalf(model_class, alone, True)
     if auto_class is AutoModelForSequenceClassification:
         raise UserError(_refusal(config, "has no class that scores texts, so it cannot become a reward model"))
     if type(config) not in MODEL_FOR_MULTIMODAL_LM_MAPPING:
@@ -309,7 +343,7 @@ def load(auto_class: Any, source: str, config: PreTrainedConfig, **options: Any)
     ignored = [rf"^{re.escape(prefix)}" for prefix in stored.others]
     if not generates:
         ignored.append(r"^lm_head\.")
-    prefix = f"{half.model_class.base_model_prefix}."
+    prefix = half.prefix
     renames = {stored.language: prefix, stored.head: "lm_head."} if half.is_alone else {}
     renames = {old: new for old, new in renames.items() if old and old != new}
     model, info = load_pretrained(
