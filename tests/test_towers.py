@@ -68,7 +68,7 @@ def whole_logits(folder, dtype=torch.float32):
 
 
 def is_tower(name):
-    return any(part in name for part in ("visual", "vision", "projector"))
+    return any(part in name for part in ("visual", "vision", "projector", "mtp"))
 
 
 def require_whole(base, folder, trained=True):
@@ -202,6 +202,43 @@ def test_files_types_and_rows_of_the_whole(name, tmp_path):
         assert found.get_text_config().rope_parameters["factor"] == 2.0
     kept = {each: text for each, text in hashes(base).items() if is_tower(each)}
     assert kept and kept == {each: text for each, text in hashes(tmp_path / "grown").items() if is_tower(each)}
+
+
+def test_rows_of_embeddings_in_each_layer_cannot_grow(tmp_path):
+    base = make_towers(tmp_path / "base", "gemma4")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens(["<new>"])
+    with pytest.raises(UserError, match="in those of its layers, which cannot grow in gemma4_text"):
+        loading.add_missing_rows(loading.load_model(AutoModelForCausalLM, base), tokenizer)
+
+
+def test_settings_at_the_top_and_a_tied_head(tmp_path):
+    """As in the checkpoints of Qwen2.5-VL: no `text_config`, and the small ones have no head of their own."""
+    base = make_towers(tmp_path / "base", "qwen2_5_vl", tied=True)
+    config = read_json(Path(base, "config.json"))
+    config |= config.pop("text_config") | {"model_type": "qwen2_5_vl", "tie_word_embeddings": True}
+    Path(base, "config.json").write_text(json.dumps(config))
+    model = loading.load_model(AutoModelForCausalLM, base, dtype="float32")
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    torch.testing.assert_close(logits(model), whole_logits(base))
+    rows = model.get_input_embeddings().num_embeddings
+    model.resize_token_embeddings(rows + 3)
+    model.save_pretrained(tmp_path / "grown")
+    towers.complete(tmp_path / "grown", model)
+    torch.testing.assert_close(whole_logits(tmp_path / "grown"), logits(model))
+    assert read_json(tmp_path / "grown" / "config.json") == config | {"vocab_size": rows + 3}
+
+
+def test_a_head_that_is_not_tied_where_the_configuration_does_not_say_so(tmp_path):
+    """As in the checkpoints of Mistral 3."""
+    base = make_towers(tmp_path / "base", "mistral3")
+    config = read_json(Path(base, "config.json"))
+    del config["tie_word_embeddings"]
+    Path(base, "config.json").write_text(json.dumps(config))
+    model = loading.load_model(AutoModelForCausalLM, base)
+    assert not model.config.tie_word_embeddings
+    assert model.get_output_embeddings().weight is not model.get_input_embeddings().weight
+    torch.testing.assert_close(logits(model), whole_logits(base))
 
 
 def test_resumed_training_of_all_weights_is_the_same(data, tmp_path):

@@ -9,6 +9,8 @@ from typing import Any
 from tests.families import CHATML, GEMMA, GLM4, LLAMA3, MISTRAL, Family, family_tokenizer
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForMultimodalLM
 
 IMAGE = "<|image|>"
@@ -68,7 +70,7 @@ TOWERS = {
     "gemma3": Tower(GEMMAS, {**WINDOWS, "query_pre_attn_scalar": 8}, SIGLIP, {"mm_tokens_per_image": 4}, scores=True),
     "gemma4": Tower(
         GEMMAS,
-        {**WINDOWS, "hidden_size_per_layer_input": 0, "global_head_dim": 8},
+        {**WINDOWS, "hidden_size_per_layer_input": 4, "global_head_dim": 8},
         {
             **{"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
             **{"num_key_value_heads": 2, "head_dim": 8, "position_embedding_size": 16},
@@ -109,12 +111,15 @@ TOWERS = {
 }
 
 
-def make_towers(path: str | Path, name: str, *, shards: str = "50GB", dtype: Any = None, **settings: Any) -> str:
+def make_towers(
+    path: str | Path, name: str, *, shards: str = "50GB", dtype: Any = None, tied: bool = False, **settings: Any
+) -> str:
     """Save a checkpoint of two layers with an encoder of images, a tokenizer and a processor's file.
 
     Args:
         shards: maximum size of a weight file.
         dtype: of the weights; by default float32.
+        tied: the head is the embedding, in a family where it usually is not.
         settings: of the language model.
     """
     tower = TOWERS[name]
@@ -132,18 +137,33 @@ def make_towers(path: str | Path, name: str, *, shards: str = "50GB", dtype: Any
         # Wide enough that the scores of random weights differ clearly.
         **{"initializer_range": 0.1, **ends, **tower.settings, **settings},
     }
+    if "hidden_size_per_layer_input" in text:
+        text["vocab_size_per_layer_input"] = len(tokenizer)
     image = tokenizer.convert_tokens_to_ids(IMAGE)
     config = AutoConfig.for_model(
         name,
         text_config=text,
         vision_config={"initializer_range": 0.1, **tower.vision},
         **{"image_token_id": image, "image_token_index": image, "video_token_id": image, **tower.top},
+        **({"tie_word_embeddings": True} if tied else {}),
     )
     model = AutoModelForMultimodalLM.from_config(config, dtype=dtype or torch.float32)
     model.save_pretrained(path, max_shard_size=shards)
     tokenizer.save_pretrained(path)
+    if name.startswith("qwen3_5"):
+        # On the hub there is a head for several tokens at once too, which transformers does not load.
+        save_file({"mtp.fc.weight": torch.randn(4, 4)}, Path(path, "mtp.safetensors"), metadata={"format": "pt"})
+        _add_file(path, "mtp.safetensors", ["mtp.fc.weight"])
     Path(path, "preprocessor_config.json").write_text('{"image_processor_type": "of the base", "size": 28}\n')
     return str(path)
+
+
+def _add_file(folder: str | Path, file: str, names: list[str]) -> None:
+    """Write the index of a checkpoint in one file, and of one more."""
+    with safe_open(Path(folder, "model.safetensors"), "pt") as opened:
+        weights = dict.fromkeys(opened.keys(), "model.safetensors") | dict.fromkeys(names, file)
+    text = json.dumps({"metadata": {"total_size": 0}, "weight_map": weights})
+    Path(folder, "model.safetensors.index.json").write_text(text)
 
 
 def hashes(folder: str | Path) -> dict[str, str]:

@@ -379,10 +379,20 @@ def add_missing_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
 
     Returns:
         The number of rows before.
+
+    Raises:
+        UserError: the model has embeddings for each of its layers too, which cannot grow.
     """
     rows = model.get_input_embeddings().num_embeddings
     needed = max(tokenizer.get_vocab().values()) + 1
     if needed > rows:
+        config = model.config.get_text_config()
+        if getattr(config, "hidden_size_per_layer_input", None):
+            raise UserError(
+                f"the tokenizer has tokens up to id {needed - 1}, and {name or 'the model'} has {rows} rows in its "
+                f"embedding and in those of its layers, which cannot grow in {config.model_type}. Use its own "
+                "tokenizer, and give reserved tokens of it a meaning in place of new ones."
+            )
         model.resize_token_embeddings(needed)
         of_which = f" of {name}" if name else ""
         logger.info(f"the embedding{of_which} grew from {rows} to {needed} rows; the new ones start at the mean")

@@ -344,6 +344,9 @@ def load(auto_class: Any, source: str, config: PreTrainedConfig, **options: Any)
     if not generates:
         ignored.append(r"^lm_head\.")
     prefix = half.prefix
+    if half.is_alone and stored.head and not config.get_text_config().tie_word_embeddings:
+        # The whole of Mistral 3 is tied by default, and its checkpoints, which do not say so, are not.
+        half.config.tie_word_embeddings = False
     renames = {stored.language: prefix, stored.head: "lm_head."} if half.is_alone else {}
     renames = {old: new for old, new in renames.items() if old and old != new}
     model, info = load_pretrained(
@@ -363,6 +366,9 @@ def load(auto_class: Any, source: str, config: PreTrainedConfig, **options: Any)
             f"the language model of {source} is not one of the type {half.config.model_type}: {'; '.join(wrong)}. Get "
             "the complete checkpoint; docs/models.md lists the families."
         )
+    if head := model.get_output_embeddings():
+        # The library unties weights that it finds to differ in the files, and leaves the setting as it is.
+        model.config.tie_word_embeddings = head.weight is model.get_input_embeddings().weight
     used = {rf"^{re.escape(old)}" for old in renames}
     conversions = [
         conversion
