@@ -447,10 +447,11 @@ def _trained_weights(folder: Path, model: PreTrainedModel, whole: Whole, stack: 
         weights = revert_weight_conversion(model, weights)
         model._weight_conversions = []
     weights = {whole.stored_name(name): tensor for name, tensor in weights.items()}
-    head = f"{whole.stored.head}weight"
-    if whole.stored.head and head not in weights:
-        # Tied, and stored twice.
-        weights[head] = weights[f"{whole.stored.language}{EMBEDDING}"]
+    if model.config.tie_word_embeddings:
+        # One matrix, which may be stored twice in the base, and is where FSDP has gathered it.
+        weights.pop(whole.stored_name("lm_head.weight"), None)
+        if whole.stored.head:
+            weights[f"{whole.stored.head}weight"] = weights[f"{whole.stored.language}{EMBEDDING}"]
     expected = {name for name in whole.stored.names if whole.stored.is_language(name)}
     unused = {name for name in expected - weights.keys() if any(re.search(each, name) for each in whole.unused)}
     if differing := sorted(weights.keys() ^ (expected - unused)):

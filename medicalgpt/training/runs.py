@@ -44,8 +44,8 @@ from medicalgpt.training.checkpoints import (
     set_later_aside,
 )
 from medicalgpt.training.claiming import NO, Claim, claim_folder, on_first_process, require_same_checkpoint, resumes_in
-from medicalgpt.training.disk import saving
-from medicalgpt.training.engines import check_engine, engine_of, init_deepspeed
+from medicalgpt.training.disk import on_every_process, saving
+from medicalgpt.training.engines import check_engine, init_deepspeed
 from medicalgpt.training.finite import require_finite_start
 from medicalgpt.training.folder_lock import FolderLock
 from medicalgpt.training.hosts import require_shared_folder, watch_hosts
@@ -458,9 +458,8 @@ class Run:
                     trainer.save_state()
                     trainer.save_model()
                 require_saved_weights(self.output_dir)
+                self._complete_checkpoint(trainer)
             if is_main_process():
-                if self.training.do_train:
-                    self._complete_checkpoint(trainer)
                 self._save_tokenizer_and_generation_config(trainer, tokenizer, stop_ids)
                 self._write_samples(samples.shown, before, samples.answers())
                 self._finish(metrics, stop_ids, note)
@@ -473,7 +472,9 @@ class Run:
 
     def _complete_checkpoint(self, trainer: Trainer) -> None:
         """Put a language model of which all weights were trained back into the checkpoint that it was taken from."""
-        if not (self.output_dir / hub.ADAPTER_CONFIG).is_file():
+        with on_every_process(together=True):
+            if not is_main_process() or (self.output_dir / hub.ADAPTER_CONFIG).is_file():
+                return
             try:
                 with saving(self.output_dir, "the whole checkpoint"):
                     towers.complete(self.output_dir, trainer.accelerator.unwrap_model(trainer.model))
