@@ -11,8 +11,8 @@ from medicalgpt.models import adapters, families, hub, loading, towers
 from medicalgpt.serving.chat import ChatEngine
 from medicalgpt.serving.generation import Sampling
 from tests.families import Followed
-from tests.helpers import open_stage, read_json, run_here, write_jsonl
-from tests.towers import TOWERS, hashes, make_towers
+from tests.helpers import ROOT, open_stage, read_json, run_here, write_jsonl
+from tests.towers import TOWERS, as_table, hashes, make_towers
 
 import pytest
 import torch
@@ -124,6 +124,12 @@ def test_adapter_merge_and_all_weights(name, data, tmp_path):
         engine = ChatEngine.from_pretrained(str(tmp_path / folder))
         assert engine.stop_ids >= set(read_json(tmp_path / folder / "generation_config.json")["eos_token_id"])
         engine.chat([{"role": "user", "content": "Why 1?"}], Sampling(max_new_tokens=4))
+
+
+@pytest.mark.parametrize(("page", "chinese"), [("models.md", False), ("models_zh.md", True)])
+def test_the_page_lists_the_families_that_are_tested(page, chinese):
+    assert as_table(chinese) in (ROOT / "docs" / page).read_text(encoding="utf-8")
+    assert tuple(TOWERS) == families.TESTED_WITH_TOWERS
 
 
 @pytest.mark.slow

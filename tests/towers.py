@@ -39,9 +39,11 @@ class Tower:
         top: of the whole.
         packs: whether it keeps packed sequences apart.
         scores: whether transformers has a class of its language model that scores.
+        hub: checkpoints, for example.
     """
 
     text: Family
+    hub: str
     settings: dict[str, Any] = field(default_factory=dict)
     vision: dict[str, Any] = field(default_factory=dict)
     top: dict[str, Any] = field(default_factory=dict)
@@ -53,23 +55,40 @@ QWEN = Family("qwen3", CHATML, "<|endoftext|>")
 GLMS = Family("glm4", GLM4, "<|endoftext|>")
 GEMMAS = Family("gemma", GEMMA, "<eos>", "<bos>")
 TOWERS = {
-    "qwen3_5": Tower(QWEN, LINEAR, {**QWEN_VISION, "num_position_embeddings": 16}, packs=False, scores=True),
+    "qwen3_5": Tower(
+        QWEN, "Qwen/Qwen3.5-4B", LINEAR, {**QWEN_VISION, "num_position_embeddings": 16}, packs=False, scores=True
+    ),
     "qwen3_5_moe": Tower(
         Family("qwen3", CHATML, "<|endoftext|>", experts=True),
+        "Qwen/Qwen3.5-35B-A3B",
         {**LINEAR, **EXPERTS, "shared_expert_intermediate_size": 16},
         {**QWEN_VISION, "num_position_embeddings": 16},
         packs=False,
     ),
-    "qwen2_5_vl": Tower(QWEN, MROPE, {**QWEN_VISION, "fullatt_block_indexes": [0]}),
-    "qwen3_vl": Tower(QWEN, MROPE, {**QWEN_VISION, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}),
+    "qwen2_5_vl": Tower(QWEN, "Qwen/Qwen2.5-VL-7B-Instruct", MROPE, {**QWEN_VISION, "fullatt_block_indexes": [0]}),
+    "qwen3_vl": Tower(
+        QWEN,
+        "Qwen/Qwen3-VL-8B-Instruct",
+        MROPE,
+        {**QWEN_VISION, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+    ),
     "qwen3_vl_moe": Tower(
         Family("qwen3", CHATML, "<|endoftext|>", experts=True),
+        "Qwen/Qwen3-VL-30B-A3B-Instruct",
         {**MROPE, **EXPERTS},
         {**QWEN_VISION, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
     ),
-    "gemma3": Tower(GEMMAS, {**WINDOWS, "query_pre_attn_scalar": 8}, SIGLIP, {"mm_tokens_per_image": 4}, scores=True),
+    "gemma3": Tower(
+        GEMMAS,
+        "google/gemma-3-4b-it, google/medgemma-4b-it",
+        {**WINDOWS, "query_pre_attn_scalar": 8},
+        SIGLIP,
+        {"mm_tokens_per_image": 4},
+        scores=True,
+    ),
     "gemma4": Tower(
         GEMMAS,
+        "google/gemma-4-E4B-it",
         {**WINDOWS, "hidden_size_per_layer_input": 4, "global_head_dim": 8},
         {
             **{"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
@@ -79,6 +98,7 @@ TOWERS = {
     ),
     "llama4": Tower(
         Family("llama3", LLAMA3, "<|end_of_text|>", "<|begin_of_text|>", experts=True),
+        "meta-llama/Llama-4-Scout-17B-16E-Instruct",
         {
             **{"num_local_experts": 4, "intermediate_size_mlp": 64, "attention_chunk_size": 64},
             **{"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "moe_layers": [0, 1]},
@@ -90,6 +110,7 @@ TOWERS = {
     ),
     "mistral3": Tower(
         Family("mistral", MISTRAL, "</s>", "<s>"),
+        "mistralai/Mistral-Small-3.2-24B-Instruct-2506",
         {"model_type": "mistral", "sliding_window": None},
         {
             **{"model_type": "pixtral", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1},
@@ -100,15 +121,31 @@ TOWERS = {
     ),
     "glm4v": Tower(
         GLMS,
+        "zai-org/GLM-4.1V-9B-Thinking",
         {"rope_parameters": {**MROPE["rope_parameters"], "partial_rotary_factor": 1.0}},
         {**QWEN_VISION, "image_size": 28},
     ),
     "glm46v": Tower(
         GLMS,
+        "zai-org/GLM-4.6V-Flash",
         {"model_type": "glm4v_text", "rope_parameters": {**MROPE["rope_parameters"], "partial_rotary_factor": 1.0}},
         {**QWEN_VISION, "model_type": "glm4v_vision", "image_size": 28},
     ),
 }
+
+
+def as_table(chinese: bool = False) -> str:
+    """The table in Markdown, as docs/models.md and its Chinese twin show it."""
+    stages = ["PT", "SFT", "DPO", "合并" if chinese else "merge", "推理" if chinese else "inference"]
+    columns = (
+        ["4 比特", "RM", "打包", "Hub 上的例子"] if chinese else ["4 bit", "RM", "packing", "on the hub, for example"]
+    )
+    head = ["model_type", *stages, *columns]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for name, tower in TOWERS.items():
+        marks = [True] * len(stages) + [not tower.text.experts, tower.scores, tower.packs]
+        lines.append(f"| `{name}` | {' | '.join('✓' if mark else '✗' for mark in marks)} | {tower.hub} |")
+    return "\n".join(lines)
 
 
 def make_towers(
