@@ -44,7 +44,7 @@ from medicalgpt.files import hash_file
 from medicalgpt.formats.tasks import to_task
 from medicalgpt.logs import heartbeat, world_size
 from medicalgpt.models import adapters, loading
-from medicalgpt.models.hub import Adapter
+from medicalgpt.models.hub import Adapter, Checkpoint
 from medicalgpt.models.templating import reply_text, stop_token_ids
 from medicalgpt.models.towers import has_towers
 from medicalgpt.parser import parse_args
@@ -783,6 +783,17 @@ def resolve_rewards(args: GrpoArguments) -> dict[str, RewardFunction]:
     return functions
 
 
+def resolve_policy(args: GrpoArguments, model_args: ModelArguments, lora_args: LoraArguments) -> Checkpoint:
+    """Resolve the model to train. Raises UserError if vLLM cannot take over its weights; see `stage_checkpoint` too."""
+    checkpoint = loading.stage_checkpoint(model_args, lora_args)
+    if args.use_vllm and has_towers(checkpoint.config):
+        raise UserError(
+            f"--use_vllm True: {checkpoint.name} takes images or audio too, and vLLM has its weights under other names "
+            "than the language model that is trained. Omit it, to sample with transformers."
+        )
+    return checkpoint
+
+
 def load_tasks(data_args: DataArguments, functions: dict[str, RewardFunction], seed: int) -> LoadedData:
     """The rows; one whose answer no reply could match is among the problems, if replies are compared with it."""
     data = load_data(data_args, to_task, seed=seed)
@@ -852,14 +863,9 @@ def main() -> None:
     check_flags(args)
     training_defaults(args, adapter_rate=1e-5, full_rate=1e-6, use_peft=lora_args.use_peft)
     disable_lora_dropout(args, lora_args)
-    checkpoint = loading.stage_checkpoint(model_args, lora_args)
+    checkpoint = resolve_policy(args, model_args, lora_args)
     loading.resolve_length(args, "model_max_length", checkpoint, attention_args)
     reserved = resolve_completion_length(args)
-    if args.use_vllm and has_towers(checkpoint.config):
-        raise UserError(
-            f"--use_vllm True: {checkpoint.name} takes images or audio too, and vLLM has its weights under other names "
-            "than the language model that is trained. Omit it, to sample with transformers."
-        )
     run = Run("grpo_training", args, checkpoint, run_args, model_args, attention_args, data_args, lora_args)
 
     # 2 tokenizer and template, with a system prompt that asks for the format the rewards look for
