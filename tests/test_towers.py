@@ -102,7 +102,10 @@ def train(stage, *options):
 @pytest.mark.parametrize("name", EACH)
 def test_adapter_merge_and_all_weights(name, data, tmp_path):
     base = make_towers(tmp_path / "base", name)
-    plain = logits(loading.load_model(AutoModelForCausalLM, base))
+    model = loading.load_model(AutoModelForCausalLM, base)
+    # FSDP looks for each of them.
+    assert model._no_split_modules and model._no_split_modules <= {type(each).__name__ for each in model.modules()}
+    plain = logits(model)
     torch.testing.assert_close(plain, whole_logits(base))
     assert plain.std() > 0.3, "logits that hardly differ would show nothing"
 

@@ -117,19 +117,22 @@ class LanguageHalf:
             parent.__init__(model, *args, **kwargs)
             for name in towers:
                 delattr(model.base_model, name)
+            # FSDP looks for each of these classes in the model.
+            present = {type(module).__name__ for module in model.modules()}
+            model._no_split_modules = set(model._no_split_modules or ()) & present
             rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-            if "mrope_section" in rope:
+            if towers and "mrope_section" in rope:
                 model.get_decoder().register_forward_pre_hook(_pass_text_positions, with_kwargs=True)
 
         known = list(parent._keys_to_ignore_on_load_unexpected or ())
         known += [rf"^{re.escape(f'{parent.base_model_prefix}.{name}.')}" for name in towers]
-        members: dict[str, Any] = {"_keys_to_ignore_on_load_unexpected": [*known, *ignored]}
+        members: dict[str, Any] = {"__init__": build, "_keys_to_ignore_on_load_unexpected": [*known, *ignored]}
         if self.is_alone:
             # Of Llama 4 it is the name that the language model has in the whole.
             members["base_model_prefix"] = self.prefix.removesuffix(".")
         if towers:
             # Without images the loss is that of a language model, which the trainer may divide by all its tokens.
-            members |= {"__init__": build, "accepts_loss_kwargs": True}
+            members["accepts_loss_kwargs"] = True
         # By its name and module the library finds the conversions of a class, and saves it in the configuration.
         return type(parent.__name__, (parent,), {"__module__": parent.__module__, **members})
 
