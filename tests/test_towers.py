@@ -16,6 +16,7 @@ from tests.towers import TOWERS, as_table, hashes, make_towers
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoTokenizer
 
 PT, SFT, DPO, RM = "pretraining.py", "supervised_finetuning.py", "dpo_training.py", "reward_modeling.py"
@@ -238,6 +239,18 @@ def test_settings_at_the_top_and_a_tied_head(tmp_path):
     assert read_json(tmp_path / "grown" / "config.json") == config | {"vocab_size": rows + 3}
 
 
+def test_a_tied_head_that_was_gathered_apart(tmp_path):
+    """FSDP saves the matrix under both of its names."""
+    base = make_towers(tmp_path / "base", "gemma3")
+    model = loading.load_model(AutoModelForCausalLM, base)
+    model.save_pretrained(tmp_path / "out")
+    path = tmp_path / "out" / "model.safetensors"
+    weights = load_file(path)
+    save_file({**weights, "lm_head.weight": weights["model.embed_tokens.weight"].clone()}, path)
+    towers.complete(tmp_path / "out", model)
+    require_whole(base, tmp_path / "out", trained=False)
+
+
 def test_a_head_that_is_not_tied_where_the_configuration_does_not_say_so(tmp_path):
     """As in the checkpoints of Mistral 3."""
     base = make_towers(tmp_path / "base", "mistral3")
@@ -268,8 +281,6 @@ def test_resumed_training_of_all_weights_is_the_same(data, tmp_path):
 
 
 def test_a_checkpoint_whose_language_model_is_another_is_refused(tmp_path):
-    from safetensors.torch import load_file, save_file
-
     base = make_towers(tmp_path / "base", "gemma3")
     path = Path(base, "model.safetensors")
     weights = load_file(path)
