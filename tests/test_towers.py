@@ -12,6 +12,7 @@ from medicalgpt.serving.chat import ChatEngine
 from medicalgpt.serving.generation import Sampling
 from tests.families import Followed
 from tests.helpers import ROOT, open_stage, read_json, run_here, write_jsonl
+from tests.silent.ppo import save_reward_model
 from tests.towers import TOWERS, as_table, hashes, make_towers
 
 import pytest
@@ -312,3 +313,18 @@ def test_the_template_of_the_base_is_kept(data, tmp_path):
     open_stage(SFT, *options).finish()
     assert (tmp_path / "full" / towers.BASE_TEMPLATE).read_text() == tokenizer.chat_template
     assert AutoTokenizer.from_pretrained(tmp_path / "full").chat_template == original
+
+
+@pytest.mark.slow
+def test_ppo_leaves_the_whole_checkpoint_too(tmp_path):
+    """Of the two models that PPO trains, the policy is saved."""
+    base = make_towers(tmp_path / "base", "gemma3")
+    save_reward_model(tmp_path / "rm", AutoTokenizer.from_pretrained(base))
+    write_jsonl(tmp_path / "data" / "rows.jsonl", [{"prompt": f"Why {n}?"} for n in range(8)])
+    models = ("--sft_model_path", base, "--reward_model_path", tmp_path / "rm", "--output_dir", tmp_path / "out")
+    more = ("--train_file_dir", tmp_path / "data", "--response_length", 5, "--max_steps", 1, "--sample_prompts", 0)
+    sizes = ("--per_device_train_batch_size", 2, "--num_mini_batches", 1, "--save_strategy", "no")
+    opened = open_stage("ppo_training.py", *models, *more, *sizes, "--use_peft", "False", "--learning_rate", 1e-2)
+    opened.finish()
+    require_whole(base, tmp_path / "out")
+    torch.testing.assert_close(whole_logits(tmp_path / "out"), logits(opened.trainer.policy), rtol=1e-4, atol=1e-4)

@@ -289,8 +289,14 @@ def _finder(source: str, revision: str | None, cache_dir: str | None) -> Callabl
     def find(name: str) -> Path | None:
         if Path(source).is_dir():
             return Path(source, name) if Path(source, name).is_file() else None
+        # Offline, one that is not in the cache counts as missing.
         found = cached_file(
-            source, name, revision=revision, cache_dir=cache_dir, _raise_exceptions_for_missing_entries=False
+            source,
+            name,
+            revision=revision,
+            cache_dir=cache_dir,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
         )
         return Path(found) if found else None
 
@@ -373,10 +379,11 @@ def load(auto_class: Any, source: str, config: PreTrainedConfig, **options: Any)
         # The library unties weights that it finds to differ in the files, and leaves the setting as it is.
         model.config.tie_word_embeddings = head.weight is model.get_input_embeddings().weight
     used = {rf"^{re.escape(old)}" for old in renames}
+    # Under ZeRO-3 the library keeps those that matched no weight as well.
     conversions = [
         conversion
         for conversion in model._weight_conversions or []
-        if not used & set(conversion._original_source_patterns)
+        if conversion.was_used() and not used & set(conversion._original_source_patterns)
     ]
     # Checkpoints of a run have the names of the model itself, by which they are loaded to resume it.
     model._weight_conversions = []

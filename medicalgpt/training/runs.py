@@ -475,9 +475,11 @@ class Run:
         with on_every_process(together=True):
             if not is_main_process() or (self.output_dir / hub.ADAPTER_CONFIG).is_file():
                 return
+            model = trainer.accelerator.unwrap_model(trainer.model)
             try:
                 with saving(self.output_dir, "the whole checkpoint"):
-                    towers.complete(self.output_dir, trainer.accelerator.unwrap_model(trainer.model))
+                    # PPO trains a critic too.
+                    towers.complete(self.output_dir, getattr(model, "policy", model))
             except hub.CheckpointError as error:
                 raise UserError(f"{error} {self.output_dir} holds the trained language model alone.") from error
 
