@@ -4,7 +4,10 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+from grpo_training import resolve_policy
+from medicalgpt.args import LoraArguments, ModelArguments
 from medicalgpt.data.batching import Collator
 from medicalgpt.errors import UserError
 from medicalgpt.models import adapters, families, hub, loading, towers
@@ -313,6 +316,14 @@ def test_the_template_of_the_base_is_kept(data, tmp_path):
     open_stage(SFT, *options).finish()
     assert (tmp_path / "full" / towers.BASE_TEMPLATE).read_text() == tokenizer.chat_template
     assert AutoTokenizer.from_pretrained(tmp_path / "full").chat_template == original
+
+
+def test_grpo_does_not_sample_with_vllm(tmp_path):
+    base = make_towers(tmp_path / "base", "gemma3")
+    models = (ModelArguments(model_name_or_path=base), LoraArguments())
+    assert resolve_policy(SimpleNamespace(use_vllm=False), *models).source == base
+    with pytest.raises(UserError, match="--use_vllm True: .* takes images or audio too"):
+        resolve_policy(SimpleNamespace(use_vllm=True), *models)
 
 
 @pytest.mark.slow
