@@ -255,11 +255,13 @@ def test_a_tied_head_that_was_gathered_apart(tmp_path):
     require_whole(base, tmp_path / "out", trained=False)
 
 
-def test_a_head_that_is_not_tied_where_the_configuration_does_not_say_so(tmp_path):
-    """As in the checkpoints of Mistral 3."""
-    base = make_towers(tmp_path / "base", "mistral3")
-    config = read_json(Path(base, "config.json"))
-    del config["tie_word_embeddings"]
+@pytest.mark.parametrize(("name", "said"), [("mistral3", None), ("qwen2_5_vl", True)])
+def test_a_head_that_is_not_tied_where_the_configuration_does_not_say_so(tmp_path, name, said):
+    """As in the checkpoints of Mistral 3, which say nothing: tied is the library's default."""
+    base = make_towers(tmp_path / "base", name)
+    config = read_json(Path(base, "config.json")) | {"tie_word_embeddings": said}
+    if said is None:
+        del config["tie_word_embeddings"]
     Path(base, "config.json").write_text(json.dumps(config))
     model = loading.load_model(AutoModelForCausalLM, base)
     assert not model.config.tie_word_embeddings
