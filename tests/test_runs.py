@@ -20,7 +20,8 @@ from medicalgpt.training.checkpoints import (
     newest_checkpoint,
 )
 from medicalgpt.training.claiming import Claim
-from medicalgpt.training.runs import Run, model_card, next_commands, render_supervision
+from medicalgpt.training.preview import render_supervision
+from medicalgpt.training.runs import Run, model_card, next_commands
 from tests.helpers import chat, read_json, write_jsonl
 from tests.tiny import make_tiny, tiny_tokenizer
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from medicalgpt.args import RunArguments
-from medicalgpt.data.encoding import IGNORED
 from medicalgpt.data.lengths import count_tokens
 from medicalgpt.data.loading import LoadedData
 from medicalgpt.data.streaming import StreamedData, StreamedSamples
@@ -53,6 +52,7 @@ from medicalgpt.training.memory import explain_memory, plan_memory
 from medicalgpt.training.observed import as_table, observe
 from medicalgpt.training.output_folder import PreviousRun, refuse_overlap
 from medicalgpt.training.plots import plot_loss
+from medicalgpt.training.preview import render_supervision, sequences_of
 from medicalgpt.training.resume import RecordInCheckpoint, ResumedRun, StepsOfFlags, contents, contents_of_tokenizer
 from medicalgpt.training.samples import GreedyAnswers, SampleLogger
 from medicalgpt.training.stopping import StopAfterStep, StopRequest
@@ -237,8 +237,7 @@ class Run:
         if dataset.column_names == ["prompt_ids", "place"]:
             print(f"first prompt:\n{tokenizer.decode(row['prompt_ids'])}\n", file=sys.stderr)
             return
-        sequences = [(row["input_ids"], row["labels"])] if "input_ids" in row else _sequences_of_pair(row)
-        for ids, labels in sequences:
+        for ids, labels in sequences_of(row):
             print(render_supervision(tokenizer, ids, labels, sys.stderr.isatty()), file=sys.stderr)
 
     def announce(
@@ -629,35 +628,6 @@ def model_card(record: dict[str, Any], output_dir: Path, note: str) -> str:
     )
 
 
-def render_supervision(
-    tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int], labels: Sequence[int], colour: bool
-) -> str:
-    """The text of a row with its supervised tokens in green, or in ⟦ ⟧ without colour, and their share.
-
-    Consecutive tokens are decoded together, so that a character that spans tokens is not split.
-
-    Args:
-        input_ids, labels: of one row, equally long; a label of -100 is not supervised.
-    """
-    start, end = ("\033[32m", "\033[0m") if colour else ("⟦", "⟧")
-    parts: list[str] = []
-    at = 0
-    while at < len(input_ids):
-        trained = labels[at] != IGNORED
-        stop = at
-        while stop < len(input_ids) and (labels[stop] != IGNORED) == trained:
-            stop += 1
-        text = tokenizer.decode(input_ids[at:stop])
-        parts.append(f"{start}{text}{end}" if trained else text)
-        at = stop
-    count = sum(label != IGNORED for label in labels)
-    return (
-        f"first training row, trained tokens marked ({count} of {len(labels)}, {count / max(len(labels), 1):.0%}):\n"
-        + "".join(parts)
-        + "\n"
-    )
-
-
 def _require_liger(training: TrainingArguments) -> None:
     if training.use_cpu or not torch.cuda.is_available():
         raise UserError("--use_liger_kernel needs a CUDA GPU, and this run has none. Leave it out.")
@@ -671,13 +641,6 @@ def _resolved(*groups: Any) -> dict[str, Any]:
         values = group.to_dict() if isinstance(group, TrainingArguments) else dataclasses.asdict(group)
         merged |= {name: value for name, value in values.items() if not name.endswith("_token")}
     return merged
-
-
-def _sequences_of_pair(row: dict[str, Any]) -> list[tuple[list[int], list[int]]]:
-    """Ids and labels of the chosen and the rejected answer, each after its prompt."""
-    prompt = row["prompt_ids"]
-    answers = (row["chosen_ids"], row["rejected_ids"])
-    return [(prompt + answer, [IGNORED] * len(prompt) + answer) for answer in answers]
 
 
 def _is_result(name: str) -> bool:
