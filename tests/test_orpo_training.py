@@ -375,16 +375,13 @@ def test_two_processes_take_the_step_of_one(model, tmp_path):
         *("--use_peft", "False", "--optim", "sgd", "--learning_rate", 1, "--lr_scheduler_type", "constant"),
         *("--max_grad_norm", 0, "--max_steps", 1, "--logging_steps", 1),
     ]
-    opened = open_orpo(model, tmp_path, *common, "--per_device_train_batch_size", 4, rows=ROWS[:4])
+    opened = open_orpo(model, tmp_path / "here", *common, "--per_device_train_batch_size", 4, rows=ROWS[:4])
     trainer = opened.trainer
     loss = trainer.compute_loss(trainer.model, collate(trainer))
     loss.backward()
     expected = gradients(trainer.model)
-    run_program(
-        "orpo_training.py",
-        *flags(model, tmp_path, *common, "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 2),
-        processes=2,
-    )
+    divided = ("--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 2)
+    run_program("orpo_training.py", *flags(model, tmp_path, *common, *divided, rows=ROWS[:4]), processes=2)
     before, after = load_file(f"{model}/model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     (event,) = [event for event in read_json(tmp_path / "out" / "metrics.jsonl") if "loss" in event]
     assert event["loss"] == pytest.approx(loss.item(), rel=1e-5)
