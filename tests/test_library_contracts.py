@@ -151,6 +151,8 @@ def test_places_and_tests_of_the_table_exist():
             "tr_loss grad_norm model trial epoch ignore_keys_for_eval start_time learning_rate",
         ),
         (Trainer, "_save_checkpoint", "model trial"),
+        (Trainer, "_load_from_checkpoint", "resume_from_checkpoint model"),
+        (Trainer, "_load_best_model", ""),
         (Trainer, "_get_grad_norm", "model grad_norm"),
         (SFTTrainer, "_save_checkpoint", "model trial"),
         (GRPOTrainer, "_save_checkpoint", "model trial"),

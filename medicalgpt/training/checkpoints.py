@@ -9,12 +9,20 @@ from typing import Any
 from medicalgpt.errors import UserError
 from medicalgpt.files import hash_file, remove_entry, sync, write_atomically
 from medicalgpt.logs import is_main_process
+from medicalgpt.models import loading
 
 import torch
 from accelerate.utils import gather_object
 from loguru import logger
+from peft import PeftModel
 from safetensors import SafetensorError, safe_open
-from transformers import TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 MANIFEST = "manifest.json"
 # Subfolder of an output folder, and the beginning of the names of further ones.
@@ -125,6 +133,35 @@ def _problem_of_weights(folder: Path) -> str | None:
         except SafetensorError as error:
             return f"{path} was not saved whole ({error}). Make room on the disk, or save somewhere else."
     return None
+
+
+def load_renamed_weights(model: PreTrainedModel, checkpoint: Path) -> None:
+    """Load weights that a checkpoint has under other names than the model, such as experts, which are saved one by one.
+
+    The trainer loads what it finds by its name, and leaves the rest of the model as it was.
+
+    Raises:
+        UserError: the checkpoint is that of another model.
+    """
+    if isinstance(model, PeftModel):
+        return
+    names: set[str] = set()
+    for path in checkpoint.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            names.update(file.keys())
+    if names <= model.state_dict().keys():
+        return
+    scores = "SequenceClassification" in type(model).__name__
+    loaded = loading.load_model(
+        AutoModelForSequenceClassification if scores else AutoModelForCausalLM,
+        str(checkpoint),
+        num_labels=model.config.num_labels if scores else None,
+        dtype=str(model.dtype).removeprefix("torch."),
+    )
+    try:
+        model.load_state_dict(loaded.state_dict())
+    except RuntimeError as error:
+        raise UserError(f"{checkpoint} does not have the weights of this model. {error}") from error
 
 
 def numbered_checkpoints(output_dir: Path) -> list[Path]:

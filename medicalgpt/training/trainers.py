@@ -19,7 +19,7 @@ from medicalgpt.logs import is_main_process, notice
 from medicalgpt.models.families import require_separate_packs
 from medicalgpt.readers.problems import Place
 from medicalgpt.training.callbacks import DUE_EVALUATION, DueEvaluation
-from medicalgpt.training.checkpoints import prepare_folder
+from medicalgpt.training.checkpoints import load_renamed_weights, prepare_folder
 from medicalgpt.training.cpu import add_cpu_head, replace_lora_dropout, return_freed_memory
 from medicalgpt.training.disk import checkpoint_bytes, on_every_process, require_space, saving
 from medicalgpt.training.engines import check_accelerator_config, gather_weights
@@ -231,6 +231,16 @@ class StageTrainer(Trainer):
         self.resumed_from = checkpoint
         if checkpoint is not None:
             continue_schedule(self.lr_scheduler, steps_planned(Path(checkpoint)), self.state.max_steps)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not self.is_sharded:
+            load_renamed_weights(self.model if model is None else model, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if not self.is_sharded:
+            load_renamed_weights(self.model, Path(self.state.best_model_checkpoint))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing. TRL writes a README.md with each checkpoint; ours is written by a run that has finished."""
