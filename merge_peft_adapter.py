@@ -12,6 +12,9 @@ end of a text. If the base takes images or audio too, the result is the whole ch
 its processor are copied byte for byte (a reward model has no use for them). The merged model is reloaded from disk, and
 its logits (scores for a reward model) are compared with those of the adapter on its base. Only then it appears in
 --output_dir, in place of an earlier model.
+
+Several adapters of one base are combined with --lora_weights. In a chain, each was trained on the result of merging
+those before it.
 """
 
 import copy
@@ -20,7 +23,7 @@ import json
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,9 +92,10 @@ class CombineArguments(CombinationArguments):
 
 
 def main() -> None:
-    (args,) = parse_args(MergeArguments, description=__doc__, program="merge_peft_adapter.py")
-    from medicalgpt.models import adapters, hub, loading, towers
-    from medicalgpt.training.output_folder import replace_model
+    args, combining_args = parse_args(
+        MergeArguments, CombineArguments, description=__doc__, program="merge_peft_adapter.py"
+    )
+    from medicalgpt.models.combining import Combination, named_adapters
     from medicalgpt.training.runs import next_commands
 
     from loguru import logger
@@ -125,7 +129,7 @@ def merge(
         named: places of the adapters by their names.
         chained: what the record says of a chain in place of the base and the adapter of its last step.
     """
-    from medicalgpt.models import adapters, loading
+    from medicalgpt.models import adapters, loading, towers
     from medicalgpt.training.output_folder import replace_model
 
     import torch

@@ -44,7 +44,7 @@ from medicalgpt.training.checkpoints import (
 )
 from medicalgpt.training.claiming import NO, Claim, claim_folder, on_first_process, require_same_checkpoint, resumes_in
 from medicalgpt.training.disk import on_every_process, saving
-from medicalgpt.training.engines import check_engine, init_deepspeed
+from medicalgpt.training.engines import check_engine, engine_of, init_deepspeed
 from medicalgpt.training.finite import require_finite_start
 from medicalgpt.training.folder_lock import FolderLock
 from medicalgpt.training.hosts import require_shared_folder, watch_hosts
