@@ -398,7 +398,7 @@ MERGED = {
 }
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("case", MERGED)
 def test_a_merged_adapter_computes_the_same(folders, tmp_path, case, tied):
     extended().save_pretrained(tmp_path / "extended")

@@ -101,6 +101,7 @@ def test_a_run_leaves_what_the_next_step_needs(work, alone):
     assert (alone / "merged" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(work, alone, tmp_path):
     """Same pairs a step, and seven held-out pairs, which two processes cannot share evenly."""
     options = ("--per_device_train_batch_size", 2, "--max_steps", 4, "--learning_rate", 0.01, "--sample_prompts", 0)

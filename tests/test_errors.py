@@ -13,7 +13,10 @@ import pytest
 import torch
 
 
-@pytest.mark.parametrize(("launcher", "tracebacks"), [("torch.distributed.run", 1), ("medicalgpt.launch", 0)])
+@pytest.mark.parametrize(
+    ("launcher", "tracebacks"),
+    [pytest.param("torch.distributed.run", 1, marks=pytest.mark.slow), ("medicalgpt.launch", 0)],
+)
 def test_torchrun_shows_a_user_error_once(tmp_path, launcher, tracebacks):
     done = run_program(
         "supervised_finetuning.py",

@@ -95,7 +95,14 @@ def train(stage, base, *options):
     return opened
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+QUICK = ("qwen3", "glm4", "mixtral")
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", [name if name in QUICK else slow(name) for name in FAMILIES])
 def test_family_goes_from_pretraining_to_an_answer(name, data, tmp_path, capsys):
     family = FAMILIES[name]
     source = make_family(tmp_path / "base", name)

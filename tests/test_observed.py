@@ -222,7 +222,7 @@ def test_two_processes(flags, tmp_path):
     assert all(line["agrees"] for line in lines.values())
 
 
-@pytest.mark.parametrize(("stage", "peft"), [(2, False), (3, True)])
+@pytest.mark.parametrize(("stage", "peft"), [pytest.param(2, False, marks=pytest.mark.slow), (3, True)])
 def test_deepspeed(flags, tmp_path, stage, peft):
     pytest.importorskip("deepspeed")
     more = ("--deepspeed", ROOT / f"zero{stage}.json", "--max_steps", 1, "--neft_alpha", 5, "--use_peft", peft)

@@ -320,6 +320,7 @@ def test_as_a_user_train_then_score(base, data, trained, tmp_path):
     assert found == pytest.approx(trained[1], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_model(base, data, trained, tmp_path):
     """Together they see the rows of one process with twice the batch."""
     batch = ("--per_device_train_batch_size", 1, "--train_sampling_strategy", "random", "--sample_prompts", 0)

@@ -104,7 +104,9 @@ def test_the_pipeline_starts_without_the_packages_that_it_installs():
     assert (done.returncode, done.stderr) == (2, "error: unknown argument --frsh; known: --fresh\n")
 
 
-@pytest.mark.parametrize("script, processes", [("run_pt.sh", "1"), ("run_sft.sh", "2")])
+@pytest.mark.parametrize(
+    "script, processes", [pytest.param("run_pt.sh", "1", marks=pytest.mark.slow), ("run_sft.sh", "2")]
+)
 def test_a_stage_is_launched_with_further_flags(tmp_path, script, processes):
     done = bash(
         f"scripts/{script}",

@@ -314,7 +314,13 @@ def test_full_training_on_packed_blocks(work, adapter):
     assert len(read_json(folder / "metrics.jsonl")) > 2
 
 
-@pytest.mark.parametrize("flags", [("--load_in_4bit", "True", "--qlora", "True"), ("--load_in_8bit", "True")])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--load_in_4bit", "True", "--qlora", "True"),
+        pytest.param(("--load_in_8bit", "True"), marks=pytest.mark.slow),
+    ],
+)
 def test_quantized_bases(work, flags):
     """As the guide has it; the adapter is float32 and merges into the base in full precision."""
     output = flags[0].strip("-")

@@ -92,7 +92,9 @@ def test_one_process(place, tmp_path, data, batch_size, accumulation):
     assert_same(opened.trainer.state.log_history[0]["loss"], found, *oracle(place, data))
 
 
-@pytest.mark.parametrize(("data", "batch_size", "accumulation"), [("sft4", 1, 2), ("pt", 2, 1)])
+@pytest.mark.parametrize(
+    ("data", "batch_size", "accumulation"), [("sft4", 1, 2), pytest.param("pt", 2, 1, marks=pytest.mark.slow)]
+)
 def test_two_processes(place, tmp_path, data, batch_size, accumulation):
     script = "pretraining.py" if data == "pt" else "supervised_finetuning.py"
     run_program(script, *flags(place, data, tmp_path, batch_size, accumulation), processes=2)

@@ -34,7 +34,7 @@ def steps(folder):
     return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
 
 
-@pytest.mark.parametrize("strategy", ["group_by_length", "random"])
+@pytest.mark.parametrize("strategy", ["group_by_length", pytest.param("random", marks=pytest.mark.slow)])
 @on_every_stage
 def test_stopped_and_resumed_equals_never_stopped(model, tmp_path, stage, strategy):
     order = ("--train_sampling_strategy", strategy)
