@@ -75,9 +75,9 @@ class LengthGroups(Sampler[int]):
 
     The order is that of the library's `get_length_grouped_indices`: all rows are shuffled, cut into chunks of up to 50
     steps, and each chunk is sorted, its longest row first; the longest row of all comes first, so that a step that
-    needs too much memory is the first one. The library makes Python lists, which take several times as much memory as the
-    12 bytes per row here, and its sampler draws from the global generator, so a resumed run would see some rows twice
-    and others never.
+    needs too much memory is the first one. The library makes Python lists, which take several times as much memory as
+    the 12 bytes per row here, and its sampler draws from the global generator, so a resumed run would see some rows
+    twice and others never.
 
     Args:
         lengths: tokens of each row.
