@@ -370,7 +370,7 @@ def test_killed_and_resumed_is_the_run_that_was_not_killed(work):
     weights = folder / "checkpoint-60" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
 
-    with pytest.raises(UserError, match="Resume it: --resume_from_checkpoint True"):
+    with pytest.raises(UserError, match="Resume it: --resume auto"):
         here(work, "killed", *flags)
     resumed = train(work, "killed", *flags, "--resume_from_checkpoint", "True")
     assert re.search(r"checkpoint-60 is incomplete \(adapter_model.safetensors has changed\)", resumed.stderr)
