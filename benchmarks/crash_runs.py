@@ -69,7 +69,7 @@ STAGES = {
     "grpo": Stage(
         "grpo_training",
         lambda n: {"question": f"{n}?", "answer": str(n)},
-        ("--num_generations", 2, "--max_completion_length", 4, "--reward_funcs", "length,repetition"),
+        ("--num_generations", 2, "--max_completion_length", 4, "--reward_funcs", "length", "repetition"),
     ),
 }
 
