@@ -111,7 +111,7 @@ def load(stages: Iterable[str], work: Path) -> None:
     tokenizer = peers.train_tokenizer(["yes no word Question text"])
     stop = apply_template(tokenizer, "chatml")
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1}
-    shape |= {"max_position_embeddings": 256, "seed": 0}
+    shape |= {"max_position_embeddings": 512, "seed": 0}
     model = build_model(tokenizer, stop_token_ids(tokenizer, stop), Namespace(**shape))
     for folder in ("model", "reward"):
         tokenizer.save_pretrained(work / folder)
