@@ -297,11 +297,14 @@ def resume_everywhere(bench: Bench, cases: list[Case]) -> None:
             return
         whole = bench.reference(case, RESUME_STEPS)
         flags = crash_runs.flags_of(case, bench.work, RESUME_STEPS)
+        at = flags.index("--resume")
         for step in range(1, RESUME_STEPS + 1):
             folder = bench.new_folder()
             ignored = [f"checkpoint-{later}" for later in range(1, RESUME_STEPS + 1) if later != step]
             shutil.copytree(whole, folder, ignore=shutil.ignore_patterns(*ignored, "rows.*", "log*"))
-            codes = crash_runs.start(case, folder, flags).wait()
+            # The copy is of a run that has finished, which `--resume auto` would leave alone.
+            from_step = [*flags[:at], "--resume_from_checkpoint", f"{OUT}/checkpoint-{step}", *flags[at + 2 :]]
+            codes = crash_runs.start(case, folder, from_step).wait()
             bench.count("resume point", case.stage, "full" if case.full else "LoRA", f"{case.processes} process(es)")
             if any(codes):
                 bench.fail(case, f"the resume from step {step} failed with {codes}", folder)
