@@ -81,7 +81,14 @@ class Template:
         self.folder = folder
         self._requests, requests = os.pipe()
         replies, self._replies = os.pipe()
-        self._job = crash_runs.start(case, folder, flags, lambda: _stop_at_save(self._requests, self._replies, step))
+
+        def stop_at_save() -> None:
+            # Of this pipe the run must not keep open the end from which it reads that there are no more requests.
+            os.close(requests)
+            os.close(replies)
+            _stop_at_save(self._requests, self._replies, step)
+
+        self._job = crash_runs.start(case, folder, flags, stop_at_save)
         os.close(self._requests)
         os.close(self._replies)
         self._to, self._from = os.fdopen(requests, "w", buffering=1), os.fdopen(replies)
