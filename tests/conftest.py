@@ -76,6 +76,17 @@ def grouped() -> Iterator[None]:
     leave_group()
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """On tensors as small as those of most tests, threads only wait for each other."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def log() -> Iterator[list[str]]:
     """Lines that are logged from here on."""

@@ -134,3 +134,11 @@ class Followed:
 
     def moved(self) -> set[str]:
         return {name for name, old in self.before.items() if not old.equal(self.parameters[name].detach())}
+
+
+def stage_flags(data: Path, stage: str, model: str | Path, out: Path, *more: Any) -> list[Any]:
+    """Flags of a short run of a stage on the rows in its folder of `data`."""
+    return [
+        *("--model_name_or_path", model, "--train_file_dir", data / stage, "--output_dir", out, "--max_steps", 3),
+        *("--save_strategy", "no", "--sample_prompts", 0, "--learning_rate", 1e-2, "--max_grad_norm", 0, *more),
+    ]

@@ -10,7 +10,7 @@ from medicalgpt.errors import UserError
 from medicalgpt.models import adapters, families, hub, loading
 from medicalgpt.models.attention import SHIFTED_MODELS
 from template import TEMPLATES
-from tests.families import FAMILIES, Followed, family_tokenizer, make_family
+from tests.families import FAMILIES, Followed, family_tokenizer, make_family, stage_flags
 from tests.helpers import open_stage, read_json, run_here, write_jsonl
 from tests.tiny import tiny_tokenizer
 
@@ -26,19 +26,12 @@ from transformers import (
     T5Config,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 PT, SFT = "pretraining.py", "supervised_finetuning.py"
 DOCUMENTS = [{"text": f"Document {n}: " + "abcdefgh " * n} for n in (1, 4, 7, 2)]
 CHATS = [{"prompt": f"Why {n}?", "response": "A cold. " * n} for n in (1, 4, 2)]
 IDS = torch.arange(40).reshape(2, 20)
 MATRIX = Path(__file__).resolve().parent.parent / "docs" / "models.md"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +40,6 @@ def data(tmp_path_factory):
     write_jsonl(root / PT / "rows.jsonl", DOCUMENTS)
     write_jsonl(root / SFT / "rows.jsonl", CHATS)
     return root
-
-
-def flags(data, stage, model, out, *more):
-    return [
-        *("--model_name_or_path", model, "--train_file_dir", data / stage, "--output_dir", out, "--max_steps", 3),
-        *("--save_strategy", "no", "--sample_prompts", 0, "--learning_rate", 1e-2, "--max_grad_norm", 0, *more),
-    ]
 
 
 def logits(model):
@@ -109,11 +95,13 @@ def test_family_goes_from_pretraining_to_an_answer(name, data, tmp_path, capsys)
     base = AutoModelForCausalLM.from_pretrained(source)
     assert logits(base).std() > 0.3, "logits that hardly differ would show nothing"
 
-    read = train(PT, base, *flags(data, PT, source, tmp_path / "pt", "--use_peft", "False"))
+    read = train(PT, base, *stage_flags(data, PT, source, tmp_path / "pt", "--use_peft", "False"))
     assert "seq_lengths" in read.trainer.train_dataset.column_names
     same_logits(read.trainer.model, AutoModelForCausalLM.from_pretrained(tmp_path / "pt"))
 
-    lora = train(SFT, base, *flags(data, SFT, tmp_path / "pt", tmp_path / "lora", "--template_name", family.template))
+    lora = train(
+        SFT, base, *stage_flags(data, SFT, tmp_path / "pt", tmp_path / "lora", "--template_name", family.template)
+    )
     live = logits(lora.trainer.model)
     reloaded = loading.load_model(AutoModelForCausalLM, str(tmp_path / "pt"))
     assert (logits(reloaded) - live).abs().max() > 0.01, "the adapter has no effect"
@@ -125,10 +113,10 @@ def test_family_goes_from_pretraining_to_an_answer(name, data, tmp_path, capsys)
     tied = merged.get_input_embeddings().weight is merged.get_output_embeddings().weight
     assert tied == base.config.tie_word_embeddings == ("lm_head.weight" not in dict(merged.named_parameters()))
 
-    full = train(SFT, base, *flags(data, SFT, tmp_path / "pt", tmp_path / "full", "--use_peft", "False"))
+    full = train(SFT, base, *stage_flags(data, SFT, tmp_path / "pt", tmp_path / "full", "--use_peft", "False"))
     same_logits(full.trainer.model, AutoModelForCausalLM.from_pretrained(tmp_path / "full"))
 
-    quantized = flags(data, SFT, tmp_path / "pt", tmp_path / "4bit", "--load_in_4bit", "True")
+    quantized = stage_flags(data, SFT, tmp_path / "pt", tmp_path / "4bit", "--load_in_4bit", "True")
     if family.experts:
         with pytest.raises(UserError, match=r"reaches \d+% of the .* experts.down_proj.* omit it"):
             open_stage(SFT, *quantized)
@@ -153,7 +141,7 @@ def test_family_goes_from_pretraining_to_an_answer(name, data, tmp_path, capsys)
 def test_router_loss_is_added_as_the_configuration_says(data, tmp_path):
     for weight in (0.0, 0.5):
         source = make_family(tmp_path / f"base-{weight}", "mixtral", router_aux_loss_coef=weight)
-        opened = open_stage(SFT, *flags(data, SFT, source, tmp_path / f"out-{weight}", "--use_peft", "False"))
+        opened = open_stage(SFT, *stage_flags(data, SFT, source, tmp_path / f"out-{weight}", "--use_peft", "False"))
         trainer = opened.trainer
         batch = next(iter(trainer.get_train_dataloader()))
         model = AutoModelForCausalLM.from_pretrained(source)
@@ -169,10 +157,10 @@ def test_router_loss_is_added_as_the_configuration_says(data, tmp_path):
 def test_flags_that_adapters_of_experts_cannot_follow(data, tmp_path, flag, value):
     source = make_family(tmp_path / "base", "mixtral")
     with pytest.raises(UserError, match=rf"cannot follow {flag} {value}.*--target_modules k_proj,o_proj,q_proj,v_proj"):
-        open_stage(SFT, *flags(data, SFT, source, tmp_path / "out", flag, value))
+        open_stage(SFT, *stage_flags(data, SFT, source, tmp_path / "out", flag, value))
     # The way out that the message names.
     named = ("--target_modules", "k_proj,o_proj,q_proj,v_proj")
-    open_stage(SFT, *flags(data, SFT, source, tmp_path / "out", flag, value, *named))
+    open_stage(SFT, *stage_flags(data, SFT, source, tmp_path / "out", flag, value, *named))
 
 
 def dense_and_sparse(path):
@@ -192,7 +180,7 @@ def dense_and_sparse(path):
 
 def test_linear_layers_that_peft_cannot_reach_are_said(data, tmp_path, capsys):
     source = dense_and_sparse(tmp_path / "base")
-    opened = open_stage(SFT, *flags(data, SFT, source, tmp_path / "out"))
+    opened = open_stage(SFT, *stage_flags(data, SFT, source, tmp_path / "out"))
     said = capsys.readouterr().err
     assert "glm4_moe is not among the model families that were tested" in said
     layers = [
@@ -207,7 +195,9 @@ def test_linear_layers_that_peft_cannot_reach_are_said(data, tmp_path, capsys):
     with pytest.raises(UserError, match="gate_proj, up_proj, down_proj for a name of the experts"):
         open_stage(
             SFT,
-            *flags(data, SFT, source, tmp_path / "other", "--target_modules", "q_proj,gate_proj,up_proj,down_proj"),
+            *stage_flags(
+                data, SFT, source, tmp_path / "other", "--target_modules", "q_proj,gate_proj,up_proj,down_proj"
+            ),
             *("--lora_dropout", 0),
         )
 
@@ -318,7 +308,7 @@ def test_packing_is_refused_before_training(data, tmp_path):
     tokenizer = tiny_tokenizer()
     leaking("mamba", tokenizer).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    options = flags(data, PT, tmp_path / "model", tmp_path / "out", "--use_peft", "False")
+    options = stage_flags(data, PT, tmp_path / "model", tmp_path / "out", "--use_peft", "False")
     with pytest.raises(UserError, match="mamba does not keep packed sequences apart"):
         open_stage(PT, *options)
     open_stage(PT, *options, "--packing", "False")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 BETA = 0.1
 # From a probability so small that exp gives 0 to one that is 1 in float32, and 1 itself.
 MEANS = [-2000.0, -104.0, -30.0, -5.0, -0.7, -0.1, -1e-3, -1e-5, -1e-6]
@@ -30,14 +31,6 @@ def oracle(chosen, rejected, beta=BETA):
         "chosen": -1 - beta * doubt / -np.expm1(c),
         "rejected": beta * doubt / -np.expm1(r),
     }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

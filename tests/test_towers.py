@@ -13,7 +13,7 @@ from medicalgpt.errors import UserError
 from medicalgpt.models import adapters, families, hub, loading, towers
 from medicalgpt.serving.chat import ChatEngine
 from medicalgpt.serving.generation import Sampling
-from tests.families import Followed
+from tests.families import Followed, stage_flags
 from tests.helpers import ROOT, open_stage, read_json, run_here, write_jsonl
 from tests.silent.ppo import save_reward_model
 from tests.towers import TOWERS, as_table, hashes, make_towers
@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoTokenizer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 PT, SFT, DPO, RM = "pretraining.py", "supervised_finetuning.py", "dpo_training.py", "reward_modeling.py"
 ROWS = {
     PT: [{"text": f"Document {n}: " + "abcdefgh " * n} for n in (1, 4, 7, 2)],
@@ -36,27 +37,12 @@ QUICK = ("gemma3", "qwen2_5_vl")
 EACH = [pytest.param(name, marks=() if name == QUICK[0] else pytest.mark.slow) for name in TOWERS]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     root = tmp_path_factory.mktemp("data")
     for stage, rows in ROWS.items():
         write_jsonl(root / stage / "rows.jsonl", rows)
     return root
-
-
-def flags(data, stage, model, out, *more):
-    return [
-        *("--model_name_or_path", model, "--train_file_dir", data / stage, "--output_dir", out, "--max_steps", 2),
-        *("--save_strategy", "no", "--sample_prompts", 0, "--learning_rate", 1e-2, "--max_grad_norm", 0, *more),
-    ]
 
 
 def logits(model):
@@ -115,7 +101,7 @@ def test_adapter_merge_and_all_weights(name, data, tmp_path):
     assert plain.std() > 0.3, "logits that hardly differ would show nothing"
 
     template = ("--template_name", TOWERS[name].text.template)
-    _, live = train(SFT, *flags(data, SFT, base, tmp_path / "lora", *template))
+    _, live = train(SFT, *stage_flags(data, SFT, base, tmp_path / "lora", *template))
     assert (live - plain).abs().max() > 0.01, "the adapter has no effect"
     loaded = loading.load_model(AutoModelForCausalLM, base)
     again = adapters.attach_adapter(loaded, hub.Adapter.read(str(tmp_path / "lora")))
@@ -125,7 +111,7 @@ def test_adapter_merge_and_all_weights(name, data, tmp_path):
     require_whole(base, tmp_path / "merged")
     torch.testing.assert_close(whole_logits(tmp_path / "merged"), live, rtol=1e-4, atol=1e-4)
 
-    _, live = train(SFT, *flags(data, SFT, tmp_path / "merged", tmp_path / "full", "--use_peft", "False"))
+    _, live = train(SFT, *stage_flags(data, SFT, tmp_path / "merged", tmp_path / "full", "--use_peft", "False"))
     require_whole(tmp_path / "merged", tmp_path / "full")
     torch.testing.assert_close(whole_logits(tmp_path / "full"), live, rtol=1e-4, atol=1e-4)
     for folder in ("lora", "merged", "full"):
@@ -147,10 +133,10 @@ def test_every_stage(name, data, tmp_path):
     base = make_towers(tmp_path / "base", name)
     template = ("--template_name", tower.text.template)
     packing = () if tower.packs else ("--packing", "False")
-    train(PT, *flags(data, PT, base, tmp_path / "pt", "--use_peft", "False", *packing))
+    train(PT, *stage_flags(data, PT, base, tmp_path / "pt", "--use_peft", "False", *packing))
     require_whole(base, tmp_path / "pt")
-    train(DPO, *flags(data, DPO, base, tmp_path / "dpo", *template))
-    quantized = flags(data, SFT, base, tmp_path / "4bit", "--load_in_4bit", "True", *template)
+    train(DPO, *stage_flags(data, DPO, base, tmp_path / "dpo", *template))
+    quantized = stage_flags(data, SFT, base, tmp_path / "4bit", "--load_in_4bit", "True", *template)
     if tower.text.experts:
         with pytest.raises(UserError, match=r"reaches \d+% of the .* omit it"):
             open_stage(SFT, *quantized)
@@ -158,7 +144,7 @@ def test_every_stage(name, data, tmp_path):
         train(SFT, *quantized)
         run_here("merge_peft_adapter.py", "--lora_model", tmp_path / "4bit", "--output_dir", tmp_path / "merged")
         require_whole(base, tmp_path / "merged")
-    scored = flags(data, RM, base, tmp_path / "rm", *template)
+    scored = stage_flags(data, RM, base, tmp_path / "rm", *template)
     if not tower.scores:
         with pytest.raises(UserError, match="no model with a scoring head"):
             open_stage(RM, *scored)
@@ -273,7 +259,7 @@ def test_resumed_training_of_all_weights_is_the_same(data, tmp_path):
     base = make_towers(tmp_path / "base", "qwen2_5_vl")
     options = ("--use_peft", "False", "--template_name", "qwen3", "--max_steps", 2, "--save_steps", 1)
     for out in ("whole", "resumed"):
-        given = flags(data, SFT, base, tmp_path / out, *options)
+        given = stage_flags(data, SFT, base, tmp_path / out, *options)
         given[given.index("--save_strategy") + 1] = "steps"
         open_stage(SFT, *given).finish()
     shutil.rmtree(tmp_path / "resumed" / "checkpoint-2")
@@ -302,7 +288,7 @@ def test_a_checkpoint_whose_language_model_is_another_is_refused(tmp_path):
 
 def test_shards_of_a_whole_checkpoint_are_those_of_the_base(data, tmp_path):
     base = make_towers(tmp_path / "base", "gemma3")
-    open_stage(SFT, *flags(data, SFT, base, tmp_path / "lora", "--template_name", "gemma")).finish()
+    open_stage(SFT, *stage_flags(data, SFT, base, tmp_path / "lora", "--template_name", "gemma")).finish()
     merge = ("--lora_model", tmp_path / "lora", "--output_dir", tmp_path / "merged", "--max_shard_size", "1GB")
     with pytest.raises(UserError, match="--max_shard_size would have no effect"):
         run_here("merge_peft_adapter.py", *merge)
@@ -314,7 +300,7 @@ def test_the_template_of_the_base_is_kept(data, tmp_path):
     original = tokenizer.chat_template
     tokenizer.chat_template = "{{ 'images: ' + messages[0]['content'] }}"
     tokenizer.save_pretrained(base)
-    options = flags(data, SFT, base, tmp_path / "full", "--use_peft", "False", "--template_name", "gemma")
+    options = stage_flags(data, SFT, base, tmp_path / "full", "--use_peft", "False", "--template_name", "gemma")
     open_stage(SFT, *options).finish()
     assert (tmp_path / "full" / towers.BASE_TEMPLATE).read_text() == tokenizer.chat_template
     assert AutoTokenizer.from_pretrained(tmp_path / "full").chat_template == original

@@ -24,15 +24,6 @@ def place(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(autouse=True)
-def handlers():
-    """A run that is stopped keeps its handlers until its process ends."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 class Stop(TrainerCallback):
     """Asks this process to stop in a step, or kills the run when the step has been saved."""
 

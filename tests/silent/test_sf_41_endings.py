@@ -50,15 +50,6 @@ def place(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(autouse=True)
-def handlers():
-    """A run that is stopped keeps its handlers until its process ends."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 def command(place: Path, script: str, output: Path, *more: object) -> list[object]:
     data = place / Path(script).stem
     flags = ["--model_name_or_path", place / "model", "--train_file_dir", data / "train", "--output_dir", output]
