@@ -438,14 +438,17 @@ def _misspelt(given: str, flag: str) -> bool:
     words, known = given.split("_"), flag.split("_")
     if len(words) != len(known):
         return difflib.SequenceMatcher(None, given.replace("_", ""), flag.replace("_", "")).ratio() > 0.95
+    # Where two words agree, the third may be a short one with a mistake.
+    agree = sum(map(str.__eq__, words, known))
+    shortest, alike = (3, 0.79) if agree > 1 else (4, 0.82)
     return all(
         word == other
         # Two letters in the wrong order.
-        or (len(word) > 3 and sorted(word) == sorted(other))
+        or (len(word) >= shortest and sorted(word) == sorted(other))
         or (len(word) > 2 and other.startswith(word))
         or (
             re.sub(r"\D", "", word) == re.sub(r"\D", "", other)
-            and difflib.SequenceMatcher(None, word, other).ratio() > 0.82
+            and difflib.SequenceMatcher(None, word, other).ratio() > alike
         )
         for word, other in zip(words, known, strict=True)
     )

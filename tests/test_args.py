@@ -86,6 +86,13 @@ def test_unknown_flag_names_the_nearest(refusal):
     assert "--help" in message
 
 
+@pytest.mark.parametrize(
+    ("given", "flag"), [("--train_file_dri", "--train_file_dir"), ("--nm_train_epochs", "--num_train_epochs")]
+)
+def test_a_mistake_in_a_short_word_is_seen_where_the_others_agree(refusal, given, flag):
+    assert f"unknown flag {given}: did you mean {flag}?" in refusal(given, 3)
+
+
 def test_unknown_flag_without_neighbour_guesses_none(refusal):
     message = refusal("--qqqqqqqq", 3)
     assert "unknown flag --qqqqqqqq: see --help" in message and "did you mean" not in message
