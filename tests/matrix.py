@@ -18,6 +18,9 @@ from tests.tiny import tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 ENGINES = ("DDP", "ZeRO-2", "ZeRO-3", "FSDP2")
+# Not in the table: the same partitioning with other places for the states. They are tried with a stage of each kind.
+OTHER_ENGINES = ("ZeRO-1", "ZeRO-2 offload", "ZeRO-3 offload")
+OTHER_CELLS = ("supervised_finetuning:full", "supervised_finetuning:LoRA", "dpo_training:LoRA", "grpo_training:LoRA")
 WEIGHTS = {
     "full": ["--use_peft", "False", "--learning_rate", 1e-2],
     "LoRA": ["--lora_dropout", 0, "--learning_rate", 5e-2],
@@ -117,7 +120,8 @@ def flags(place: Path, cell: Cell) -> list[Any]:
     model = ["--model_name_or_path", place / "base"]
     if cell.stage == "ppo_training":
         model = ["--sft_model_path", place / "base", "--reward_model_path", place / "rm"]
-    engine = ["--deepspeed", ROOT / f"zero{cell.engine[-1]}.json"] if cell.engine.startswith("ZeRO") else []
+    file = f"{cell.engine.lower().replace('-', '').replace(' ', '_')}.json"
+    engine = ["--deepspeed", ROOT / file] if cell.engine.startswith("ZeRO") else []
     return [
         *(*model, "--train_file_dir", place / folder, "--output_dir", output_of(place, cell), "--max_steps", 2),
         *("--per_device_train_batch_size", 2, "--sample_prompts", 0, "--logging_steps", 1, "--ddp_timeout", 300),

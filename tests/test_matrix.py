@@ -6,7 +6,7 @@ import shutil
 from medicalgpt.models import adapters, loading
 from medicalgpt.models.hub import Checkpoint
 from tests.helpers import ROOT, read_json, run_program
-from tests.matrix import ENGINES, PROBE, Cell, as_table, cells, flags, make_place, output_of
+from tests.matrix import ENGINES, OTHER_CELLS, OTHER_ENGINES, PROBE, Cell, as_table, cells, flags, make_place, output_of
 
 import pytest
 import torch
@@ -31,7 +31,8 @@ def trained(tmp_path_factory):
 
     def of(engine):
         if engine not in done:
-            done[engine] = train_cells(tmp_path_factory.mktemp("matrix"), engine)
+            names = OTHER_CELLS if engine in OTHER_ENGINES else ()
+            done[engine] = train_cells(tmp_path_factory.mktemp("matrix"), engine, *names)
         return done[engine]
 
     return of
@@ -92,7 +93,7 @@ def quick(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cell", list(cells()), ids="-".join)
+@pytest.mark.parametrize("cell", [*cells(), *cells(OTHER_ENGINES, OTHER_CELLS)], ids="-".join)
 def test_every_cell(trained, cell):
     """Losses and logits are also those of plain data parallelism: the engines differ in where the numbers are kept."""
     found = check_saved(trained(cell.engine), cell)
