@@ -4,9 +4,11 @@ import math
 import os
 from functools import partial
 
-from medicalgpt.errors import UserError
+from medicalgpt.errors import UserError, run_main
+from medicalgpt.logs import rank
 from medicalgpt.training.checkpoints import checkpoint_problem, numbered_checkpoints
 from tests.helpers import ROOT, open_stage, read_json, run_program, save_model, write_jsonl
+from tests.kills import run_together
 from tests.silent.pairs import pairs
 from tests.silent.ppo import make_place, ppo_flags
 from tests.silent.tasks import task_flags, tasks
@@ -307,11 +309,17 @@ def test_one_process_of_two(place, tmp_path, what, step):
 @pytest.mark.parametrize("what", BREAKS)
 @pytest.mark.parametrize("step", [1, 3, STEPS])
 @pytest.mark.parametrize("stage", STAGES)
-def test_one_process_of_two_in_every_stage(place, tmp_path, stage, step, what):
-    done = run_two(place, tmp_path / "out", stage, what, step, 1)
-    assert done.returncode == 1, done.stderr
-    assert "Traceback" not in done.stderr and "gloo" not in done.stderr
-    assert done.stderr.count(f"in step {step} on process 1.") == 1, done.stderr
+def test_one_process_of_two_in_every_stage(place, tmp_path, one_thread, stage, step, what):
+    def train():
+        opened = open_stage(stage, *flags(place, stage, tmp_path / "out"))
+        if rank() == 1:
+            BREAKS[what](opened.trainer, step)
+        opened.finish()
+
+    codes, printed = run_together(lambda: run_main(train), tmp_path)
+    assert codes == [1, 1], printed
+    assert not [text for text in printed if "Traceback" in text or "gloo" in text], printed
+    assert "".join(printed).count(f"in step {step} on process 1.") == 1, printed
     assert steps_of(tmp_path / "out") == [one for one in (4, 2) if one < step]
 
 
