@@ -194,6 +194,7 @@ class PreferenceTrainer(PairTrainer):
         measures = ("entropy", "mean_logits", "is_top1") + (("log_sum_sq_probs",) if args.use_weighting else ())
         dense = not args.use_weighting and not self.router_coefficient
         add_log_prob_head(self.model, measures=measures, dense_on_cpu=dense)
+        self.try_loss(self.model, routed=bool(self.router_coefficient))
         if start_from and ref_model is None:
             adapters.add_reference_adapter(self.model, start_from)
         if ref_model is not None:

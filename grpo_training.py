@@ -169,6 +169,7 @@ class GroupTrainer(StageTrainer, GRPOTrainer):
             # TRL sets neither with vLLM, and evaluation generates without it.
             self.generation_config = self.generation_kwargs = None
         self._add_cpu_head(self.model, measured=True)
+        self.try_loss(self.model, routed=self.aux_loss_enabled)
         if args.disable_dropout:
             disable_dropout(self.model)
         if beta:

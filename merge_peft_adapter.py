@@ -297,9 +297,11 @@ def resolve(
 
 
 def refuse_quantized(base: str, config: Any) -> None:
-    """Raise UserError if the weights in the base's files are quantized."""
-    if getattr(config, "quantization_config", None):
-        method = config.quantization_config.get("quant_method", "quantized")
+    """Raise UserError if the weights in the base's files are quantized, and training has not restored them."""
+    from medicalgpt.models.quantization import RESTORED, stored_method
+
+    method = stored_method(config)
+    if method not in (None, *RESTORED):
         raise UserError(
             f"{base} is stored quantized ({method}); merging into rounded weights gives a different model. Pass the "
             "unquantized base with --model_name_or_path."

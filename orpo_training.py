@@ -115,6 +115,7 @@ class OrpoTrainer(PairTrainer):
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
         add_log_prob_head(self.model)
+        self.try_loss(self.model)
 
     def pair_values(self, model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         outputs = score_answers(model, inputs)

@@ -478,6 +478,7 @@ class PpoTrainer(StageTrainer):
             base = model.get_base_model() if isinstance(model, PeftModel) else model
             add_fused_lm_head(base, temperature=self.args.temperature, outputs=("log_probs", "entropy"))
             add_cpu_head(base, temperature=self.args.temperature)
+            self.try_loss(base)
         if reference is not None:
             self.accelerator.prepare_model(reference, evaluation_mode=True)
         # The loss is divided by the tokens of the update (see `compute_loss`); the library must not divide it again by

@@ -29,6 +29,7 @@ class Family:
         bos: begins every text, where the family's tokenizers put it.
         config: on top of the sizes that all share.
         experts: whether the feed-forward layers are mixtures of experts.
+        packs: whether packed sequences stay apart.
     """
 
     template: str
@@ -37,6 +38,7 @@ class Family:
     bos: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
     experts: bool = False
+    packs: bool = True
 
 
 LLAMA3 = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
@@ -44,11 +46,31 @@ TOOLS = ("[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]", "[TOOL_RESUL
 MISTRAL = ("[INST]", "[/INST]", *TOOLS)
 GEMMA = ("<start_of_turn>", "<end_of_turn>")
 PHI3 = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+DEEPSEEK3 = ("<｜User｜>", "<｜Assistant｜>")
+DEEPSEEK_ENDS = ("<｜end▁of▁sentence｜>", "<｜begin▁of▁sentence｜>")
+COHERE = tuple(f"<|{name}_TOKEN|>" for name in ("START_OF_TURN", "END_OF_TURN", "SYSTEM", "USER", "CHATBOT"))
 GLM4 = ("[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
 # Shorter than the texts of the tests, so that it has an effect.
 WINDOW = {"sliding_window": 16}
 BOTH = {"query_pre_attn_scalar": 8, "layer_types": ["sliding_attention", "full_attention"], **WINDOW}
+SLIDING = {"layer_types": ["sliding_attention", "full_attention"], **WINDOW}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+SHARED = {**EXPERTS, "shared_expert_intermediate_size": 16}
+# The first layer is dense and the second has experts, one of which all tokens share.
+ROUTED = {
+    **{"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "intermediate_size": 16},
+    **{"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+}
+# Queries, keys and values are compressed; head_dim is the part of a head that is rotated.
+LATENT = {
+    **{"kv_lora_rank": 8, "q_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8},
+    **{"head_dim": 4, "num_key_value_heads": 4},
+}
+MINIMAX = {"num_local_experts": 4, "num_experts_per_tok": 2}
+LINEAR = {
+    **{"layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 4},
+    **{"linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
+}
 # Keyed by `model_type` of config.json.
 FAMILIES = {
     "llama": Family("llama3", LLAMA3, "<|end_of_text|>", "<|begin_of_text|>"),
@@ -63,6 +85,41 @@ FAMILIES = {
     "glm4": Family("glm4", GLM4, "<|endoftext|>"),
     "mixtral": Family("mistral", MISTRAL, "</s>", "<s>", {"num_local_experts": 4}, experts=True),
     "qwen3_moe": Family("qwen3", CHATML, "<|endoftext|>", config=EXPERTS, experts=True),
+    "qwen2_moe": Family("qwen", CHATML, "<|endoftext|>", config=SHARED, experts=True),
+    "qwen3_next": Family("qwen3", CHATML, "<|endoftext|>", config={**SHARED, **LINEAR}, experts=True, packs=False),
+    "deepseek_v2": Family("deepseek", (), *DEEPSEEK_ENDS, {**LATENT, **ROUTED}, experts=True),
+    "deepseek_v3": Family("deepseek3", DEEPSEEK3, *DEEPSEEK_ENDS, {**LATENT, **ROUTED}, experts=True),
+    "glm4_moe": Family("glm4", GLM4, "<|endoftext|>", config=ROUTED, experts=True),
+    "glm4_moe_lite": Family("glm4", GLM4, "<|endoftext|>", config={**LATENT, **ROUTED}, experts=True),
+    "gpt_oss": Family(
+        "chatml",
+        CHATML,
+        "<|endoftext|>",
+        config={"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 16, **WINDOW},
+        experts=True,
+        packs=False,
+    ),
+    "llama4_text": Family(
+        "chatml",
+        CHATML,
+        "<|endoftext|>",
+        config={"num_local_experts": 4, "intermediate_size": 16, "intermediate_size_mlp": 32},
+        experts=True,
+    ),
+    "minimax_m2": Family("chatml", CHATML, "<|endoftext|>", config=MINIMAX, experts=True),
+    "hunyuan_v1_moe": Family("chatml", CHATML, "</s>", "<s>", {"num_experts": 4, "moe_topk": 2}, experts=True),
+    "hunyuan_v1_dense": Family("chatml", CHATML, "</s>", "<s>"),
+    "minicpm3": Family("chatml", CHATML, "</s>", "<s>", {**LATENT, "head_dim": None}),
+    "ministral3": Family("mistral", MISTRAL, "</s>", "<s>"),
+    "seed_oss": Family("chatml", CHATML, "</s>", "<s>"),
+    "ernie4_5": Family("chatml", CHATML, "</s>", "<s>"),
+    "exaone4": Family("chatml", CHATML, "<|endoftext|>", config=SLIDING),
+    "smollm3": Family("chatml", CHATML, "<|endoftext|>", config={"no_rope_layers": [1, 0]}),
+    "olmo2": Family("chatml", CHATML, "<|endoftext|>"),
+    "olmo3": Family("chatml", CHATML, "<|endoftext|>", config=SLIDING),
+    "granite": Family("chatml", CHATML, "<|endoftext|>", config={"attention_multiplier": 0.3}),
+    "cohere2": Family("cohere", COHERE, "<|END_OF_TURN_TOKEN|>", "<BOS_TOKEN>", {"logit_scale": 0.9, **SLIDING}),
+    "lfm2": Family("chatml", CHATML, "<|endoftext|>", config={"layer_types": ["conv", "full_attention"]}, packs=False),
 }
 
 

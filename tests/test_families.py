@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from medicalgpt.data.batching import Collator
@@ -16,8 +17,10 @@ from tests.tiny import tiny_tokenizer
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     BertConfig,
@@ -55,8 +58,9 @@ def same_logits(one, other):
 def targets(base):
     """How many weights `--target_modules all` stands for: linear layers but the head, and fused experts."""
     head = base.get_output_embeddings()
-    linear = sum(isinstance(module, nn.Linear) and module is not head for module in base.modules())
-    return linear + sum(parameter.ndim == 3 for parameter in base.parameters())
+    linear = sum(type(module) is nn.Linear and module is not head for module in base.modules())
+    convolutions = {id(module.weight) for module in base.modules() if isinstance(module, nn.Conv1d)}
+    return linear + sum(each.ndim == 3 and id(each) not in convolutions for each in base.parameters())
 
 
 def train(stage, base, *options):
@@ -81,7 +85,7 @@ def train(stage, base, *options):
     return opened
 
 
-QUICK = ("qwen3", "glm4", "mixtral")
+QUICK = ("qwen3", "glm4", "mixtral", "deepseek_v3")
 
 
 def slow(*values):
@@ -95,8 +99,13 @@ def test_family_goes_from_pretraining_to_an_answer(name, data, tmp_path, capsys)
     base = AutoModelForCausalLM.from_pretrained(source)
     assert logits(base).std() > 0.3, "logits that hardly differ would show nothing"
 
-    read = train(PT, base, *stage_flags(data, PT, source, tmp_path / "pt", "--use_peft", "False"))
-    assert "seq_lengths" in read.trainer.train_dataset.column_names
+    documents = stage_flags(data, PT, source, tmp_path / "pt", "--use_peft", "False")
+    if not family.packs:
+        with pytest.raises(UserError, match=f"{name} does not keep packed sequences apart.*--packing False"):
+            open_stage(PT, *documents)
+        documents += ["--packing", "False"]
+    read = train(PT, base, *documents)
+    assert ("seq_lengths" in read.trainer.train_dataset.column_names) == family.packs
     same_logits(read.trainer.model, AutoModelForCausalLM.from_pretrained(tmp_path / "pt"))
 
     lora = train(
@@ -163,43 +172,68 @@ def test_flags_that_adapters_of_experts_cannot_follow(data, tmp_path, flag, valu
     open_stage(SFT, *stage_flags(data, SFT, source, tmp_path / "out", flag, value, *named))
 
 
-def dense_and_sparse(path):
-    """A GLM-4.5 whose first layer is dense: its linear layers have the names that experts had before."""
+def test_layers_that_predict_several_tokens_are_left_out_with_a_warning(data, tmp_path, capsys):
+    source = make_family(tmp_path / "base", "glm4_moe", num_mtp_layers=1)
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    # It comes after the two layers of the model.
+    weights |= {
+        name.replace(".layers.1.", ".layers.2."): weight.clone()
+        for name, weight in weights.items()
+        if ".layers.1." in name
+    }
+    save_file(weights, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    opened = open_stage(SFT, *stage_flags(data, SFT, source, tmp_path / "out", "--use_peft", "False"))
+    said = capsys.readouterr().err
+    assert re.search(r"\d+ weights of layers that predict several tokens at once \(model.layers.2\.", said)
+    opened.finish()
+    assert not any(".layers.2." in name for name in load_file(tmp_path / "out" / "model.safetensors"))
+    assert read_json(tmp_path / "out" / "config.json")["num_nextn_predict_layers"] == 0
+
+
+@pytest.mark.parametrize("weight", [None, 0])
+def test_a_loss_that_trl_cannot_compute_is_refused_before_training(data, tmp_path, weight):
+    """TRL reads the number of experts under Mixtral's name, which this family does not have."""
     tokenizer = tiny_tokenizer()
     config = AutoConfig.for_model(
-        "glm4_moe",
-        **{"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
-        **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "n_routed_experts": 4, "n_group": 1},
-        **{"topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "first_k_dense_replace": 1},
-        **{"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id},
+        "phimoe",
+        **{"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1, **HEADS},
+        **{"num_local_experts": 4, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id},
     )
-    AutoModelForCausalLM.from_config(config).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return str(path)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    flags = stage_flags(data, SFT, tmp_path / "base", tmp_path / "out")
+    if weight is None:
+        with pytest.raises(UserError, match="phimoe cannot be computed in training: .*--router_aux_loss_coef 0"):
+            open_stage(SFT, *flags)
+    else:
+        open_stage(SFT, *flags, "--router_aux_loss_coef", weight).finish()
 
 
-def test_linear_layers_that_peft_cannot_reach_are_said(data, tmp_path, capsys):
-    source = dense_and_sparse(tmp_path / "base")
+@pytest.mark.slow
+def test_every_type_of_the_library_is_accepted_or_refused():
+    for kind in CONFIG_MAPPING:
+        try:
+            config = CONFIG_MAPPING[kind]()
+        except Exception:
+            # Some need the configurations of their parts.
+            continue
+        with suppress(UserError):
+            families.check_family(config)
+
+
+def test_linear_layers_with_former_names_of_experts(data, tmp_path):
+    """The first layer of this model is dense, and its layers have the names that experts had before."""
+    source = make_family(tmp_path / "base", "glm4_moe")
     opened = open_stage(SFT, *stage_flags(data, SFT, source, tmp_path / "out"))
-    said = capsys.readouterr().err
-    assert "glm4_moe is not among the model families that were tested" in said
-    layers = [
-        name.removesuffix(".base_layer")
-        for name, module in opened.trainer.model.get_base_model().named_modules()
-        if type(module) is nn.Linear and ".lora_" not in name and not name.endswith((".base_layer", "lm_head"))
-    ]
-    kinds = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
-    assert kinds == "down_proj, gate_proj, up_proj"
-    assert f"no adapter on {len(layers)} linear layers ({kinds}; " in said
-    opened.finish()
+    adapted = {name.partition(".lora_A")[0] for name, _ in opened.trainer.model.named_parameters() if ".lora_A" in name}
+    assert {name.rpartition(".")[2] for name in adapted if ".layers.0.mlp." in name} == {
+        *("gate_proj", "up_proj", "down_proj")
+    }
+    assert any("shared_experts.up_proj" in name for name in adapted)
+    assert not any(name.endswith((".gate", "lm_head")) for name in adapted)
+    named = ("--target_modules", "q_proj,gate_proj,up_proj,down_proj", "--lora_dropout", 0)
     with pytest.raises(UserError, match="gate_proj, up_proj, down_proj for a name of the experts"):
-        open_stage(
-            SFT,
-            *stage_flags(
-                data, SFT, source, tmp_path / "other", "--target_modules", "q_proj,gate_proj,up_proj,down_proj"
-            ),
-            *("--lora_dropout", 0),
-        )
+        open_stage(SFT, *stage_flags(data, SFT, source, tmp_path / "other", *named))
 
 
 REFUSED = {
@@ -240,12 +274,21 @@ def test_what_is_no_causal_model_is_named_before_the_data_is_read(tmp_path, stag
             {"model_type": "chatglm", "auto_map": {"AutoConfig": "configuration_chatglm.ChatGLMConfig"}},
             "needs its own code, and code of a checkpoint is never run",
         ),
+        (
+            {"model_type": "internlm3", "auto_map": {"AutoConfig": "configuration_internlm3.InternLM3Config"}},
+            "needs its own code, and code of a checkpoint is never run",
+        ),
+        (
+            {"model_type": "minicpm", "auto_map": {"AutoConfig": "configuration_minicpm.MiniCPMConfig"}},
+            "needs its own code, and code of a checkpoint is never run",
+        ),
         ({"model_type": "brandnew"}, "of the type brandnew, which transformers .* does not know"),
     ],
 )
 def test_what_transformers_does_not_know_is_named_without_asking(tmp_path, config, message):
     (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "configuration_chatglm.py").write_text("raise SystemExit('this must not run')")
+    for name in ("chatglm", "internlm3", "minicpm"):
+        (tmp_path / f"configuration_{name}.py").write_text("raise SystemExit('this must not run')")
     with pytest.raises(UserError, match=message):
         run_here(
             SFT,
@@ -325,4 +368,5 @@ def test_the_page_lists_the_families_that_are_tested():
             assert template.strip("`") == FAMILIES[name].template and FAMILIES[name].template in TEMPLATES
             in_4bit = "✗" if FAMILIES[name].experts else "✓"
             shifted = "✓" if name in SHIFTED_MODELS else "✗"
-            assert marks[:-1] == ["✓", "✓", "✓", in_4bit, "✓", "✓", "✓", shifted]
+            packed = "✓" if FAMILIES[name].packs else "✗"
+            assert marks[:-1] == ["✓", "✓", "✓", in_4bit, "✓", "✓", packed, shifted]

@@ -15,6 +15,7 @@ from medicalgpt.serving.chat import ChatEngine
 from medicalgpt.serving.generation import Sampling
 from tests.families import Followed, stage_flags
 from tests.helpers import ROOT, open_stage, read_json, run_here, write_jsonl
+from tests.matrix import REWARDS
 from tests.silent.ppo import save_reward_model
 from tests.towers import TOWERS, as_table, hashes, make_towers
 
@@ -327,3 +328,29 @@ def test_ppo_leaves_the_whole_checkpoint_too(tmp_path):
     opened.finish()
     require_whole(base, tmp_path / "out")
     torch.testing.assert_close(whole_logits(tmp_path / "out"), logits(opened.trainer.policy), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", QUICK)
+def test_grpo_leaves_the_whole_checkpoint_too(name, tmp_path):
+    base = make_towers(tmp_path / "base", name)
+    write_jsonl(tmp_path / "data" / "rows.jsonl", [{"question": f"{n} + 1?", "answer": str(n + 1)} for n in range(8)])
+    (tmp_path / "rewards.py").write_text(REWARDS)
+    rewards = ("--reward_file", tmp_path / "rewards.py", "--reward_funcs", "sizes")
+    models = ("--model_name_or_path", base, "--train_file_dir", tmp_path / "data")
+    more = ("--template_name", TOWERS[name].text.template, "--max_steps", 1, "--sample_prompts", 0, "--beta", 0.1)
+    sizes = ("--per_device_train_batch_size", 4, "--num_generations", 4, "--max_completion_length", 5)
+    flags = (*models, *more, *sizes, *rewards, "--save_strategy", "no", "--learning_rate", 1e-2)
+
+    opened = open_stage("grpo_training.py", *flags, "--output_dir", tmp_path / "full", "--use_peft", "False")
+    assert not any(is_tower(each) for each, _ in opened.trainer.model.named_parameters())
+    assert not any(is_tower(each) for each, _ in opened.trainer.ref_model.named_parameters())
+    opened.finish()
+    require_whole(base, tmp_path / "full")
+    torch.testing.assert_close(whole_logits(tmp_path / "full"), logits(opened.trainer.model), rtol=1e-4, atol=1e-4)
+
+    opened = open_stage("grpo_training.py", *flags, "--output_dir", tmp_path / "lora")
+    opened.finish()
+    run_here("merge_peft_adapter.py", "--lora_model", tmp_path / "lora", "--output_dir", tmp_path / "merged")
+    require_whole(base, tmp_path / "merged")
+    torch.testing.assert_close(whole_logits(tmp_path / "merged"), logits(opened.trainer.model), rtol=1e-4, atol=1e-4)

@@ -27,6 +27,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 SHAPE_FLAGS = frozenset(
     ("lora_rank", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_dora", "use_rslora")
 )
+# Of families whose router is a linear layer.
+ROUTER = "gate"
 
 
 def check_flags(lora: LoraArguments, adapter: Adapter | None) -> None:
@@ -102,16 +104,16 @@ def add_lora(
         )
     rows = _rows_to_train(model, new_rows, to_save, names, tied)
     targets: str | list[str] = "all-linear" if names == ["all"] else names
-    experts = sorted(fused_experts(model)) if names == ["all"] else []
-    if experts:
-        targets = _targets_next_to_experts(model, lora, experts)
+    parameters: list[str] = []
+    if experts := sorted(fused_experts(model)) if names == ["all"] else []:
+        targets, parameters = _targets_next_to_experts(model, lora, experts)
     config = LoraConfig(
         task_type=task_type,
         r=lora.lora_rank,
         lora_alpha=lora.lora_alpha,
         lora_dropout=0.0 if experts else lora.lora_dropout,
         target_modules=targets,
-        target_parameters=experts or None,
+        target_parameters=parameters or None,
         modules_to_save=to_save or None,
         exclude_modules=rf"(?:{'|'.join(map(re.escape, frozen))})\..*" if frozen else None,
         trainable_token_indices=rows or None,
@@ -131,11 +133,17 @@ def add_lora(
     return model
 
 
-def _targets_next_to_experts(model: PreTrainedModel, lora: LoraArguments, experts: list[str]) -> list[str]:
-    """Names of the linear layers, without the head, that can have adapters next to those of the experts.
+def _targets_next_to_experts(
+    model: PreTrainedModel, lora: LoraArguments, experts: list[str]
+) -> tuple[list[str], list[str]]:
+    """What gets adapters in a mixture of experts: all of it but the head and the routers.
 
     `all-linear` of peft differs from family to family: it skips experts, or adapts them with twice the rank and the
     router too.
+
+    Returns:
+        Names of linear layers, and names of parameters: the experts, and linear layers with a name that experts had
+        before they were fused, by which peft would not look for linear layers.
 
     Raises:
         UserError: flags that peft cannot follow in adapters of experts.
@@ -163,8 +171,8 @@ def _targets_next_to_experts(model: PreTrainedModel, lora: LoraArguments, expert
     names = {name.rpartition(".")[2] for name in linear if model.get_submodule(name) is not head}
     understood = LoraConfig(target_modules=sorted(names))
     convert_peft_config_for_transformers(understood, model, None)
-    # The others are names that experts had before they were fused: peft would not look for linear layers by them.
-    return sorted(names & set(understood.target_modules))
+    taken = sorted(names - {ROUTER} - set(understood.target_modules))
+    return sorted(names & set(understood.target_modules)), [*experts, *(f"{name}.weight" for name in taken)]
 
 
 def _is_plain_linear(module: torch.nn.Module) -> bool:

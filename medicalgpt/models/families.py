@@ -1,7 +1,9 @@
 """Which model families can be trained: decided by the configuration alone, before anything large is loaded."""
 
+import re
+import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from medicalgpt.errors import UserError
@@ -9,7 +11,7 @@ from medicalgpt.models.towers import has_towers, language_half
 
 import torch
 from loguru import logger
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import set_zero3_state
 from transformers.models.auto.modeling_auto import (
@@ -33,6 +35,28 @@ TESTED = (
     "glm4",
     "mixtral",
     "qwen3_moe",
+    "qwen2_moe",
+    "qwen3_next",
+    "deepseek_v2",
+    "deepseek_v3",
+    "glm4_moe",
+    "glm4_moe_lite",
+    "gpt_oss",
+    "llama4_text",
+    "minimax_m2",
+    "hunyuan_v1_moe",
+    "hunyuan_v1_dense",
+    "minicpm3",
+    "ministral3",
+    "seed_oss",
+    "ernie4_5",
+    "exaone4",
+    "smollm3",
+    "olmo2",
+    "olmo3",
+    "granite",
+    "cohere2",
+    "lfm2",
 )
 # The same, of checkpoints that take images or audio too.
 TESTED_WITH_TOWERS = (
@@ -157,4 +181,78 @@ def require_separate_packs(model: torch.nn.Module, collator: Callable[[list[dict
             f"{model.config.model_type} does not keep packed sequences apart: the logits of one change by {change:.0%} "
             "with the sequence before it. Pass --packing False: each row is then a sequence of its own, and there is "
             "little padding if rows of similar length share a batch (--train_sampling_strategy group_by_length)."
+        )
+
+
+def require_loss(model: PreTrainedModel, routed: bool = False) -> None:
+    """Try on a short sequence whether TRL's fused LM head can compute the loss of a model.
+
+    It builds on what most families have in common: hidden states from `base_model`, and for the routers of a mixture
+    of experts the names of Mixtral's settings. Not tried if the weights are not in this process (ZeRO-3, FSDP).
+
+    Args:
+        model: the causal model without wrappers, with TRL's `fused_lm_head` forward.
+        routed: the loss of its routers is added.
+
+    Raises:
+        UserError: it cannot; with the error of the library.
+    """
+    if is_deepspeed_zero3_enabled() or any(parameter.is_meta for parameter in model.parameters()):
+        return
+    ids = torch.arange(8, device=model.get_input_embeddings().weight.device)[None]
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            options = {"output_router_logits": True} if routed else {}
+            model(input_ids=ids, labels=ids, fused_lm_head=True, use_cache=False, **options)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        remedy = "Pass --router_aux_loss_coef 0, or use" if routed else "Use"
+        raise UserError(
+            f"the loss of {model.config.model_type} cannot be computed in training: {type(error).__name__}: {error}. "
+            f"{remedy} a model of a family in docs/models.md."
+        ) from error
+    finally:
+        model.train(was_training)
+
+
+def settle_backbone(model: PreTrainedModel) -> None:
+    """Correct what trainers would read of a causal model that is not so.
+
+    `base_model` is the model without its head, from which TRL takes hidden states: the library has there for the
+    language model of Llama 4 the name that it has next to the encoder of images. And a family without a loss for its
+    routers has no weight of one: Llama 4 has the setting, and the trainer would take the loss of another family.
+    """
+    if model.base_model is model:
+        embedding = model.get_input_embeddings()
+        for name, child in model.named_children():
+            if child is not embedding and any(module is embedding for module in child.modules()):
+                model.base_model_prefix = name
+    config = model.config.get_text_config()
+    known = vars(sys.modules[type(model).__module__])
+    if hasattr(config, "router_aux_loss_coef") and "load_balancing_loss_func" not in known:
+        config.router_aux_loss_coef = 0.0
+
+
+def settle_prediction_layers(model: PreTrainedModel, names: Iterable[str]) -> None:
+    """Say which weights the library has ignored: layers that predict several tokens at once (DeepSeek-V3, GLM-4.5).
+
+    Args:
+        model: its configuration is changed if it counts them, since it is saved without them.
+        names: of the weights in the files that it was loaded from.
+    """
+    config = model.config.get_text_config()
+    found = []
+    for name in names:
+        layer = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+        if re.search(r"(?:^|\.)mtp", name) or (layer and int(layer[1]) >= config.num_hidden_layers):
+            found.append(name)
+    if found:
+        if hasattr(config, "num_mtp_layers"):
+            config.num_mtp_layers = 0
+        logger.warning(
+            f"{len(found)} weights of layers that predict several tokens at once ({found[0]}, ...) are not loaded: "
+            "they are not trained, and a merged or fully trained model is saved without them"
         )

@@ -8,7 +8,7 @@ import shlex
 import socket
 import urllib.parse
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -347,30 +347,49 @@ def fingerprint(name_or_path: str, *, revision: str | None = None, cache_dir: st
     Raises:
         CheckpointError: a file that is not a safetensors file, or ends within its header.
     """
-    if (folder := _folder_of(name_or_path, revision, cache_dir)) is None:
-        return None
     tensors: dict[str, bytes] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        if path.name.startswith("adapter_"):
-            continue
+    for path, start_of_data, header in _headers(name_or_path, revision, cache_dir):
         with open(path, "rb") as file:
-            header_length = int.from_bytes(file.read(8), "little")
-            try:
-                header = json.loads(file.read(header_length) if header_length <= path.stat().st_size else b"")
-            except ValueError as error:
-                raise CheckpointError(f"{path} is damaged or incomplete; get the file again.") from error
             for name, entry in header.items():
-                if name == "__metadata__":
-                    continue
                 start, end = entry["data_offsets"]
                 digest = hashlib.sha256(f"{name} {entry['dtype']} {entry['shape']}".encode())
                 for at in (start, (start + end) // 2, max(start, end - 64)):
-                    file.seek(8 + header_length + at)
+                    file.seek(start_of_data + at)
                     digest.update(file.read(min(64, end - at)))
                 tensors[name] = digest.digest()
     if not tensors:
         return None
     return hashlib.sha256(b"".join(tensors[name] for name in sorted(tensors))).hexdigest()
+
+
+def weight_shapes(
+    name_or_path: str, *, revision: str | None = None, cache_dir: str | None = None
+) -> dict[str, list[int]]:
+    """The shape of each tensor in the safetensors files of a checkpoint; empty if they are not on this machine.
+
+    Raises:
+        CheckpointError: see `fingerprint`.
+    """
+    headers = _headers(name_or_path, revision, cache_dir)
+    return {name: entry["shape"] for _, _, header in headers for name, entry in header.items()}
+
+
+def _headers(
+    name_or_path: str, revision: str | None, cache_dir: str | None
+) -> Iterator[tuple[Path, int, dict[str, dict[str, Any]]]]:
+    """Each file of weights on this machine: its path, where its data begins, and dtype, shape and place by name."""
+    folder = _folder_of(name_or_path, revision, cache_dir)
+    for path in sorted(folder.glob("*.safetensors")) if folder else ():
+        if path.name.startswith("adapter_"):
+            continue
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            try:
+                header = json.loads(file.read(length) if length <= path.stat().st_size else b"")
+            except ValueError as error:
+                raise CheckpointError(f"{path} is damaged or incomplete; get the file again.") from error
+        header.pop("__metadata__", None)
+        yield path, 8 + length, header
 
 
 def hash_config(name_or_path: str, *, revision: str | None = None, cache_dir: str | None = None) -> str | None:

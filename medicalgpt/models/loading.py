@@ -10,7 +10,13 @@ from medicalgpt.errors import UserError
 from medicalgpt.logs import local_rank, notice, world_size
 from medicalgpt.models import attention, towers
 from medicalgpt.models.adapters import adapters_to_float32, add_lora, attach_adapter, check_flags
-from medicalgpt.models.families import TESTED, TESTED_WITH_TOWERS, check_family
+from medicalgpt.models.families import (
+    TESTED,
+    TESTED_WITH_TOWERS,
+    check_family,
+    settle_backbone,
+    settle_prediction_layers,
+)
 from medicalgpt.models.hub import (
     HEADS,
     TOKENIZER_CONFIG,
@@ -18,6 +24,16 @@ from medicalgpt.models.hub import (
     CheckpointError,
     load_pretrained,
     tokenizer_source,
+    weight_shapes,
+)
+from medicalgpt.models.quantization import (
+    BITSANDBYTES,
+    RESTORED,
+    check_stored,
+    quantization_config,
+    quantizing_flag,
+    restore,
+    settle_restored,
 )
 
 import torch
@@ -28,7 +44,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -81,6 +96,15 @@ def stage_checkpoint(arguments: ModelArguments, lora: LoraArguments) -> Checkpoi
     """
     checkpoint = Checkpoint.from_arguments(arguments, lora.peft_path)
     check_flags(lora, checkpoint.adapter)
+    check_stored(
+        checkpoint.config,
+        checkpoint.source,
+        flag=quantizing_flag(arguments.load_in_4bit or arguments.qlora, arguments.load_in_8bit),
+        full_training=not lora.use_peft,
+        in_training=True,
+        revision=checkpoint.revision,
+        cache_dir=checkpoint.cache_dir,
+    )
     return checkpoint
 
 
@@ -94,7 +118,7 @@ def stage_tokenizer(checkpoint: Checkpoint, arguments: ModelArguments) -> PreTra
         UserError: a family that cannot be trained (see `check_family`).
     """
     config = checkpoint.config
-    check_family(config, _quantizing_flag(arguments.load_in_4bit or arguments.qlora, arguments.load_in_8bit))
+    check_family(config, quantizing_flag(arguments.load_in_4bit or arguments.qlora, arguments.load_in_8bit))
     if config.model_type not in (*TESTED, *TESTED_WITH_TOWERS):
         logger.warning(f"{config.model_type} is not among the model families that were tested (docs/models.md)")
     tokenizer = checkpoint_tokenizer(checkpoint)
@@ -105,29 +129,6 @@ def stage_tokenizer(checkpoint: Checkpoint, arguments: ModelArguments) -> PreTra
             "tokenizer.json: --tokenizer_name_or_path."
         )
     return tokenizer
-
-
-def _quantizing_flag(load_in_4bit: bool, load_in_8bit: bool) -> str | None:
-    return "--load_in_4bit" if load_in_4bit else "--load_in_8bit" if load_in_8bit else None
-
-
-def quantization_config(load_in_4bit: bool, load_in_8bit: bool, qlora: bool) -> BitsAndBytesConfig | None:
-    """NF4 for 4 bits, with double quantization for QLoRA (https://arxiv.org/abs/2305.14314); int8 for 8 bits.
-
-    Raises:
-        UserError: both widths at once.
-    """
-    load_in_4bit = load_in_4bit or qlora
-    if load_in_4bit and load_in_8bit:
-        raise UserError("--load_in_8bit does not work with --load_in_4bit or --qlora; choose one.")
-    if load_in_4bit:
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=qlora,
-            bnb_4bit_compute_dtype=torch.bfloat16 if bf16_gpu() else torch.float32,
-        )
-    return BitsAndBytesConfig(load_in_8bit=True) if load_in_8bit else None
 
 
 def load_model(
@@ -167,12 +168,7 @@ def load_model(
         UserError: options that contradict each other, or a family that does not suit (see `check_family`).
     """
     quantization = quantization_config(load_in_4bit, load_in_8bit, qlora)
-    distributed = world_size() > 1
-    if device_map and distributed:
-        if device_map != "auto":
-            raise UserError("--device_map is for a single process; under torchrun each process has its own GPU.")
-        notice("--device_map auto: each of these processes has its own GPU, so the model is not distributed over them.")
-        device_map = None
+    flag = quantizing_flag(load_in_4bit or qlora, load_in_8bit)
     if quantization and full_training:
         raise UserError(
             "a quantized base cannot be trained in full: pass --use_peft True, or leave the 4/8-bit flag out."
@@ -180,36 +176,65 @@ def load_model(
     if quantization and auto_class is AutoModelForSequenceClassification:
         # By default the library takes the last module for the head, which is not true of every family.
         quantization.llm_int8_skip_modules = list(HEADS)
-    if quantization and device_map is None and torch.cuda.is_available():
-        device_map = {"": local_rank()}
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
+    where = {"revision": revision, "cache_dir": cache_dir}
     if config is None:
-        config = load_pretrained(AutoConfig, name_or_path, revision=revision, cache_dir=cache_dir)
+        config = load_pretrained(AutoConfig, name_or_path, **where)
+    stored = check_stored(config, name_or_path, flag=flag, full_training=full_training, **where)
     if auto_class is AutoModelForCausalLM:
-        check_family(config, _quantizing_flag(load_in_4bit or qlora, load_in_8bit))
-        if any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
-            # The library would initialize a head at random, and only warn.
-            raise CheckpointError(
-                f"{name_or_path} is a reward model: it scores texts and cannot generate any, as its LM head is gone. "
-                "Pass the language model that it was trained from; scores: python reward_modeling.py --score_file FILE."
-            )
+        check_family(config, flag)
+        _require_generator(config, name_or_path)
     config = copy.deepcopy(config)
     if num_labels is not None:
         config.num_labels = num_labels
     if rope_parameters is not None:
         config.get_text_config().rope_parameters = rope_parameters
+    if stored in RESTORED:
+        restore(config, stored)
+    weights_dtype = _weights_dtype(dtype, full_training)
     load = partial(towers.load if towers.has_towers(config) else load_pretrained, auto_class)
-    return load(
+    model = load(
         name_or_path,
         config=config,
-        dtype=_weights_dtype(dtype, full_training),
+        dtype=weights_dtype,
         quantization_config=quantization,
-        device_map=device_map,
-        revision=revision,
-        cache_dir=cache_dir,
+        device_map=_placement(device_map, quantized=bool(quantization) or stored == BITSANDBYTES),
+        **where,
         **options,
     )
+    if stored in RESTORED:
+        settle_restored(model, weights_dtype)
+    if auto_class is AutoModelForCausalLM:
+        settle_backbone(model)
+        if not towers.has_towers(config):
+            settle_prediction_layers(model, weight_shapes(name_or_path, **where))
+    return model
+
+
+def _require_generator(config: PreTrainedConfig, name: str) -> None:
+    if any(architecture.endswith("ForSequenceClassification") for architecture in config.architectures or ()):
+        # The library would initialize a head at random, and only warn.
+        raise CheckpointError(
+            f"{name} is a reward model: it scores texts and cannot generate any, as its LM head is gone. "
+            "Pass the language model that it was trained from; scores: python reward_modeling.py --score_file FILE."
+        )
+
+
+def _placement(device_map: str | None, quantized: bool) -> str | dict[str, int] | None:
+    """Where the weights go: nowhere else under torchrun, and quantized ones to the GPU at once.
+
+    Raises:
+        UserError: a placement for a single process, in one of several.
+    """
+    if device_map and world_size() > 1:
+        if device_map != "auto":
+            raise UserError("--device_map is for a single process; under torchrun each process has its own GPU.")
+        notice("--device_map auto: each of these processes has its own GPU, so the model is not distributed over them.")
+        device_map = None
+    if quantized and device_map is None and torch.cuda.is_available():
+        return {"": local_rank()}
+    return device_map
 
 
 def _weights_dtype(dtype: str, full_training: bool) -> torch.dtype:

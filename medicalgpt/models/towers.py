@@ -10,7 +10,6 @@ import copy
 import json
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -166,10 +165,6 @@ def _refusal(config: PreTrainedConfig, problem: str) -> str:
     )
 
 
-def _balances_routers(model_class: type[PreTrainedModel]) -> bool:
-    return hasattr(sys.modules[model_class.__module__], "load_balancing_loss_func")
-
-
 def language_half(config: PreTrainedConfig, auto_class: Any = AutoModelForCausalLM) -> LanguageHalf:
     """Find the class for the language model of a configuration with towers.
 
@@ -193,11 +188,7 @@ def language_half(config: PreTrainedConfig, auto_class: Any = AutoModelForCausal
         for name in copied if auto_class is AutoModelForCausalLM else [*copied, "num_labels"]:
             if (value := getattr(config, name, None)) is not None:
                 setattr(alone, name, value)
-        model_class = mapping[type(text)]
-        if hasattr(alone, "router_aux_loss_coef") and not _balances_routers(model_class):
-            # Llama 4 has the setting, and no such loss; the trainer would take that of another family.
-            alone.router_aux_loss_coef = 0.0
-        return LanguageHalf(model_class, alone, True)
+        return LanguageHalf(mapping[type(text)], alone, True)
     if auto_class is AutoModelForSequenceClassification:
         raise UserError(_refusal(config, "has no class that scores texts, so it cannot become a reward model"))
     if type(config) not in MODEL_FOR_MULTIMODAL_LM_MAPPING:

@@ -16,7 +16,7 @@ from medicalgpt.data.encoding import IGNORED
 from medicalgpt.data.lengths import list_lengths
 from medicalgpt.errors import UserError
 from medicalgpt.logs import is_main_process, notice
-from medicalgpt.models.families import require_separate_packs
+from medicalgpt.models.families import require_loss, require_separate_packs
 from medicalgpt.readers.problems import Place
 from medicalgpt.training.callbacks import DUE_EVALUATION, DueEvaluation
 from medicalgpt.training.checkpoints import load_renamed_weights, prepare_folder
@@ -334,6 +334,11 @@ class StageTrainer(Trainer):
         if self.args.should_save:
             self._save(output_dir, state_dict=weights)
 
+    def try_loss(self, model: PreTrainedModel | PeftModel, routed: bool = False) -> None:
+        """Refuse a model of which the loss cannot be computed (see `require_loss`)."""
+        with self.compute_loss_context_manager():
+            require_loss(model.get_base_model() if isinstance(model, PeftModel) else model, routed)
+
     def set_rates(self, optimizer: torch.optim.Optimizer) -> None:
         """Hook for stages with a second learning rate; the ratio of LoRA+ multiplies it."""
 
@@ -464,6 +469,7 @@ class TokenTrainer(StageTrainer, SFTTrainer):
         super().__init__(compute_metrics=token_means, **kwargs)
         self.neftune_noise_alpha = None
         add_cpu_head(self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model)
+        self.try_loss(self.model, routed=self.aux_loss_enabled)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         before = self.state.num_input_tokens_seen
