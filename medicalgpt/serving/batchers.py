@@ -11,10 +11,11 @@ import itertools
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
+from typing import Any
 
 from medicalgpt.args import ServeArguments
 from medicalgpt.errors import UserError
@@ -52,6 +53,8 @@ class Batcher(ABC):
 
     Attributes:
         failure: why the model cannot answer any more; None as long as it can.
+        on_ended: called at the end of each answer that has begun, also of a cancelled one, with the tokens of its
+            prompt and of the answer so far.
 
     Raises:
         ValueError: a limit is below 1.
@@ -68,6 +71,7 @@ class Batcher(ABC):
         self.max_waiting = max_waiting
         self.stall_seconds = stall_seconds
         self.failure: str | None = None
+        self.on_ended: Callable[[int, int], Any] = lambda prompt_tokens, completion_tokens: None
         self._changed = threading.Condition()
         self._schedule = Schedule(max_batch_size, max_waiting)
         self._closed = False
@@ -170,6 +174,8 @@ class Batcher(ABC):
 
     def _ended(self, job: Job, future: "Future[Answer]") -> None:
         """The answer to a job is complete, has failed, or is not wanted any more."""
+        if job.state is not None:
+            self.on_ended(len(job.state.prompt_ids), job.tokens)
         with self._changed:
             self._changed.notify_all()
 
@@ -356,7 +362,7 @@ class ContinuousBatcher(Batcher):
             if job in self._schedule.running:
                 self._schedule.running.remove(job)
             self._fill()
-            self._changed.notify_all()
+        super()._ended(job, future)
 
     def _forget(self, job: Job) -> None:
         for name in [name for name, (each, _) in self._jobs.items() if each is job]:

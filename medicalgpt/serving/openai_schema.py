@@ -27,6 +27,7 @@ MAX_TOOLS = 128
 MAX_METADATA = 16
 MAX_PROMPTS = 1024
 MAX_PROMPT_TOKENS = 1_000_000
+FAIL_FAST = Field(fail_fast=True)
 # Longer names of fields are not compared with those that are known.
 LONGEST_TYPO = 64
 
@@ -87,7 +88,7 @@ class TextPart(Body):
         return value
 
 
-Content = Annotated[str | Annotated[list[TextPart], Field(fail_fast=True)], at_most(MAX_PARTS)]
+Content = Annotated[str | Annotated[list[TextPart], FAIL_FAST], at_most(MAX_PARTS)]
 
 
 class CalledFunction(Body):
@@ -114,7 +115,7 @@ class UserMessage(Body):
 class AssistantMessage(Body):
     role: Literal["assistant"]
     content: Content | None = None
-    tool_calls: Annotated[Annotated[list[ToolCall], Field(fail_fast=True)] | None, at_most(MAX_TOOLS)] = None
+    tool_calls: Annotated[Annotated[list[ToolCall], FAIL_FAST] | None, at_most(MAX_TOOLS)] = None
     # Empty in answers of this server; clients send them back with the message.
     refusal: None = None
     annotations: Annotated[list[Any] | None, at_most(0)] = None
@@ -179,7 +180,7 @@ class Generation(Body):
         None, ge=0, description="An extension: sample from the k most likely tokens; 0: from all."
     )
     repetition_penalty: float | None = Field(None, gt=0, le=10, description="An extension.")
-    stop: Annotated[Stop | Annotated[list[Stop], Field(fail_fast=True)] | None, at_most(MAX_STOPS)] = None
+    stop: Annotated[Stop | Annotated[list[Stop], FAIL_FAST] | None, at_most(MAX_STOPS)] = None
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     seed: int | None = Field(None, ge=0, lt=MAX_SEED)
     stream: bool | None = None
@@ -201,7 +202,8 @@ class ChatRequest(Generation):
     max_completion_tokens: int | None = Field(None, ge=1)
     # Templates render a tool as it was written, in training and here.
     tools: Annotated[
-        Annotated[list[Annotated[Tool, WrapValidator(_validate_unchanged)]], Field(min_length=1, fail_fast=True)] | None,
+        Annotated[list[Annotated[Tool, WrapValidator(_validate_unchanged)]], Field(min_length=1, fail_fast=True)]
+        | None,
         at_most(MAX_TOOLS),
     ] = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
@@ -224,9 +226,9 @@ def _count_prompts(value: Any) -> Any:
 class CompletionRequest(Generation):
     prompt: Annotated[
         str
-        | Annotated[list[str], Field(fail_fast=True)]
-        | Annotated[list[int], Field(fail_fast=True)]
-        | Annotated[list[Annotated[list[int], Field(fail_fast=True), at_most(MAX_PROMPT_TOKENS)]], Field(fail_fast=True)],
+        | Annotated[list[str], FAIL_FAST]
+        | Annotated[list[int], FAIL_FAST]
+        | Annotated[list[Annotated[list[int], FAIL_FAST, at_most(MAX_PROMPT_TOKENS)]], FAIL_FAST],
         BeforeValidator(_count_prompts),
     ]
     logprobs: int | None = Field(None, ge=0, le=20)
