@@ -9,9 +9,10 @@ import os
 import resource
 import time
 from asyncio import TimerHandle, Transport
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from http import HTTPStatus
 from typing import Any
 
@@ -56,12 +57,18 @@ class ConnectionLimits:
 
 
 class LimitedProtocol(HttpToolsProtocol):
-    """uvicorn's protocol with limits, which are an attribute of a subclass (`limited_protocol`)."""
+    """uvicorn's protocol with limits, which are an attribute of a subclass (`limited_protocol`).
+
+    Attributes:
+        wrap: makes the application that is called of the one in uvicorn's settings.
+    """
 
     limits: ConnectionLimits
+    wrap: Callable[[ASGIApp], ASGIApp]
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
+        self.app = self.wrap(self.app)
         # No front end speaks WebSocket.
         self.ws_protocol_class = None
         self.since = time.monotonic()
@@ -137,7 +144,7 @@ class LimitedProtocol(HttpToolsProtocol):
         if len(self.pipeline) > MAX_PIPELINED:
             self._fail_with(HTTPStatus.TOO_MANY_REQUESTS)
         super().on_message_begin()
-        self._in_headers, self._header_bytes = True, 0
+        self._in_headers = True
 
     def on_header(self, name: bytes, value: bytes) -> None:
         super().on_header(name, value)
@@ -216,8 +223,11 @@ class LimitedProtocol(HttpToolsProtocol):
         self._linger_timer = self.loop.call_later(SECONDS_TO_LINGER, self.transport.abort)
 
 
-def limited_protocol(limits: ConnectionLimits) -> type[LimitedProtocol]:
-    return type("LimitedProtocol", (LimitedProtocol,), {"limits": limits})
+def limited_protocol(
+    limits: ConnectionLimits, wrap: Callable[[ASGIApp], ASGIApp] = lambda app: app
+) -> type[LimitedProtocol]:
+    # Each connection is given the application; it is wrapped once.
+    return type("LimitedProtocol", (LimitedProtocol,), {"limits": limits, "wrap": staticmethod(cache(wrap))})
 
 
 def connection_limits(arguments: ServeArguments) -> ConnectionLimits:
@@ -253,10 +263,14 @@ def uvicorn_config(app: ASGIApp, arguments: ServeArguments, **options: Any) -> u
 
 
 @contextmanager
-def limited_uvicorn(arguments: ServeArguments) -> Iterator[None]:
-    """Within it, a server whose settings are made elsewhere has the limits too: Gradio makes its own."""
+def limited_uvicorn(arguments: ServeArguments, wrap: Callable[[ASGIApp], ASGIApp]) -> Iterator[None]:
+    """Within it, a server whose settings are made elsewhere has the limits too: Gradio makes its own.
+
+    Args:
+        wrap: wraps the application in what must be outside of everything.
+    """
     usual = HTTP_PROTOCOLS["auto"]
-    HTTP_PROTOCOLS["auto"] = limited_protocol(connection_limits(arguments))
+    HTTP_PROTOCOLS["auto"] = limited_protocol(connection_limits(arguments), wrap)
     try:
         yield
     finally:

@@ -95,16 +95,21 @@ def launch(
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     if uploads is not None:
         os.environ["GRADIO_TEMP_DIR"] = str(uploads.folder)
-    middleware = _middleware(arguments, auth, uploads)
+    middleware, origins = _middleware(arguments, auth, uploads), origins_from(arguments.allow_origins)
     with bound_socket(arguments) as listener:
         port = listener.getsockname()[1]
-    with limited_uvicorn(arguments):
+
+    def wrap(app: ASGIApp) -> ASGIApp:
+        # Within Gradio's own rules for other origins, it would come too late.
+        return OriginMiddleware(app, refuse=_refuse, allowed=origins)
+
+    with limited_uvicorn(arguments, wrap):
         url, public_url = _launch(page, arguments, auth, port, middleware, max_file_size)
     return public_url or url
 
 
 def _middleware(arguments: PageArguments, auth: tuple[str, str] | None, uploads: Uploads | None) -> list[Middleware]:
-    """What every request passes before Gradio sees it, the outermost first."""
+    """What a request passes before Gradio's routes see it, the outermost first."""
     most = FORM_BYTES if uploads is None else uploads.max_bytes
     found = [
         Middleware(
@@ -115,8 +120,7 @@ def _middleware(arguments: PageArguments, auth: tuple[str, str] | None, uploads:
             protection="--auth",
             max_body_bytes=lambda scope: most if is_upload(scope) else arguments.max_request_bytes,
             body_seconds=arguments.body_timeout,
-        ),
-        Middleware(OriginMiddleware, refuse=_refuse, allowed=origins_from(arguments.allow_origins)),
+        )
     ]
     if auth:
         found.append(Middleware(LoginMiddleware, refuse=_refuse))
