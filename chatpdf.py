@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 from medicalgpt.args import ChatArguments, PageArguments
 from medicalgpt.errors import UserError, run_main
 from medicalgpt.files import refuse_overwriting, write_atomically
-from medicalgpt.logs import heartbeat, setup_logging
+from medicalgpt.logs import heartbeat, printable, setup_logging
 from medicalgpt.parser import parse_args
 from medicalgpt.rag import documents
 from medicalgpt.rag.documents import read_document
@@ -59,6 +59,7 @@ from medicalgpt.rag.retrieval import (
     language_of,
     normalize,
     split,
+    with_short_names,
 )
 from medicalgpt.readers.problems import Problem, format_problems
 from medicalgpt.readers.sources import read_rows
@@ -73,6 +74,7 @@ from loguru import logger
 
 if TYPE_CHECKING:
     from medicalgpt.serving.batchers import Batcher
+    from medicalgpt.serving.uploads import Uploads
 
     import gradio as gr
 
@@ -82,6 +84,7 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medi
 MODES = ("query", "interactive", "search", "evaluate", "page")
 ANSWERS_AT_A_TIME = 8
 FILES_OF_A_VISITOR = 20
+CHARS_OF_A_VISITOR = 5_000_000
 HELP = """/clear   forget the conversation
 /help    this list
 /exit    leave (or Ctrl-D)
@@ -154,6 +157,10 @@ class FileArguments(PageArguments):
             "help": "Folder in which passages and embeddings of --files are cached, readable only by their owner. "
             "Default: medicalgpt/chatpdf in the user's cache folder (~/.cache)."
         },
+    )
+    max_upload_bytes: int = field(
+        default=500_000_000,
+        metadata={"help": "Maximum bytes of all uploads that are not read yet; a visitor may have a quarter of them."},
     )
     port: int = field(
         default=8081, metadata={"help": "Port to listen on; 0 takes a free one.", "aliases": ["--server_port"]}
@@ -319,7 +326,7 @@ def reply(
         print(UNKNOWN[language_of(question)], flush=True)
         return ""
     answer = print_answer(engine, GenerationRequest(prompt.prompt_ids, sampling))
-    print("", *format_sources(answer, prompt.sources), sep="\n", flush=True)
+    print("", *map(printable, format_sources(answer, prompt.sources)), sep="\n", flush=True)
     return answer
 
 
@@ -356,7 +363,7 @@ def show_passages(collection: Collection, arguments: FileArguments) -> None:
     print_note(f"{found.coverage:.0%} of the question's terms are in the best passages{similarity}: {verdict}")
     sources = build_sources(collection, found, arguments.num_passages, arguments.num_expand_context_chunk)
     for number, source in enumerate(sources, start=1):
-        print(f"[{number}] {source.place}\n{source.text}\n")
+        print(printable(f"[{number}] {source.place}\n{source.text}\n"))
 
 
 @dataclass(frozen=True)
@@ -497,27 +504,35 @@ def serve_page(collection: Collection, arguments: FileArguments) -> None:
     """
     # Gradio takes seconds to import.
     from medicalgpt.serving.batchers import batcher_from
-    from medicalgpt.serving.page import launch
+    from medicalgpt.serving.page import launch, serve
+    from medicalgpt.serving.uploads import Uploads
     from medicalgpt.serving.web import auth_from
 
     auth = auth_from(arguments)
     engine = engine_from(arguments)
     check_template(engine.tokenizer, arguments.template_name)
     batcher = batcher_from(engine, arguments)
+    uploads = Uploads(arguments.max_upload_bytes)
     try:
-        page = build_page(batcher, collection, arguments)
-        url = launch(page, arguments, auth, max_file_size=documents.Limits().input_bytes)
+        page = build_page(batcher, collection, uploads, arguments)
+        url = launch(page, arguments, auth, uploads, documents.Limits().input_bytes)
         logger.info(f"Open {url} in a browser. Ctrl-C ends the program.")
-        page.block_thread()
+        serve(batcher)
     finally:
         batcher.close(finish=False)
+        uploads.close()
 
 
-def build_page(batcher: "Batcher", collection: Collection, arguments: FileArguments) -> "gr.Blocks":
+def build_page(batcher: "Batcher", collection: Collection, uploads: "Uploads", arguments: FileArguments) -> "gr.Blocks":
     """Upload, ask, read the answer and its sources. A visitor's files and turns are only in the visitor's session."""
-    from medicalgpt.serving.page import describe, escape_turns
+    from medicalgpt.serving.page import MAX_EVENTS, describe, escape_turns, visitor_of
+    from medicalgpt.serving.prompts import PromptReader
 
     import gradio as gr
+
+    # By their names: where they are on this machine is nobody's business.
+    collection = Collection(with_short_names(collection.passages), collection.embedder, collection.vectors)
+    prompts = PromptReader(arguments.max_prompt_chars)
 
     sampling = sampling_from(arguments)
     with gr.Blocks(title="MedicalGPT: your files", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
@@ -542,16 +557,21 @@ def build_page(batcher: "Batcher", collection: Collection, arguments: FileArgume
                 sources_shown = gr.Textbox(label="Sources · 出处", interactive=False, lines=8, elem_id="sources")
 
         def take(paths: list[str] | None, had: list[Passage]) -> tuple[None, list[Passage], Collection, str]:
-            passages, lines = take_uploads(paths or [], had, arguments)
+            passages, lines = take_uploads(paths or [], had, arguments, uploads.release)
             return None, passages, collection.with_more(passages), "\n".join(lines)
 
         async def ask(
-            asked: str, said: list[dict[str, str]], files: Collection | None
+            visitor: gr.Request, asked: str, said: list[dict[str, str]], files: Collection | None
         ) -> AsyncIterator[dict[gr.Component, Any]]:
             if not asked.strip():
                 yield {question: ""}
                 return
             now = [*said, {"role": "user", "content": asked}]
+            try:
+                prompts.check(now)
+            except UserError as error:
+                yield {question: asked, sources_shown: describe(error)}
+                return
             yield {chatbot: escape_turns(now), question: "", sources_shown: ""}
             text, below = "", ""
 
@@ -559,7 +579,8 @@ def build_page(batcher: "Batcher", collection: Collection, arguments: FileArgume
                 return [*now, {"role": "assistant", "content": text}]
 
             try:
-                answering = answer_visitor(batcher, sampling, files or collection, arguments, said, asked)
+                client = visitor_of(visitor)
+                answering = answer_visitor(batcher, sampling, files or collection, arguments, said, asked, client)
                 async with aclosing(answering):
                     async for text, below in answering:
                         yield {chatbot: escape_turns(with_answer(text)), sources_shown: below}
@@ -592,7 +613,7 @@ def build_page(batcher: "Batcher", collection: Collection, arguments: FileArgume
             [turns, chatbot, uploaded, mine, listing, sources_shown],
             api_visibility="private",
         )
-    return page.queue(api_open=False)
+    return page.queue(max_size=MAX_EVENTS, api_open=False)
 
 
 async def answer_visitor(
@@ -602,16 +623,17 @@ async def answer_visitor(
     arguments: FileArguments,
     history: Sequence[dict[str, str]],
     question: str,
+    client: str,
 ) -> AsyncIterator[tuple[str, str]]:
     """Yield the answer so far, and what is shown below it: its sources at the end, nothing if no model was asked."""
     from medicalgpt.serving.page import stream
 
     found = await asyncio.to_thread(collection.search, search_query(question, history))
-    prompt = ground(batcher.engine, sampling, collection, arguments, found, history, question)
+    prompt = await asyncio.to_thread(ground, batcher.engine, sampling, collection, arguments, found, history, question)
     if prompt is None:
         yield UNKNOWN[language_of(question)], ""
         return
-    request, text = GenerationRequest(prompt.prompt_ids, sampling), ""
+    request, text = GenerationRequest(prompt.prompt_ids, sampling, client=client), ""
     async with aclosing(stream(batcher, request, arguments.request_timeout)) as growing:
         async for text, _ in growing:
             yield text, ""
@@ -619,9 +641,12 @@ async def answer_visitor(
 
 
 def take_uploads(
-    paths: Sequence[str], had: Sequence[Passage], arguments: FileArguments
+    paths: Sequence[str],
+    had: Sequence[Passage],
+    arguments: FileArguments,
+    release: Callable[[Path], None],
 ) -> tuple[list[Passage], list[str]]:
-    """Read a visitor's files and delete them. Returns all of the visitor's passages, and messages about them."""
+    """Read a visitor's files and release them. Returns all of the visitor's passages, and messages about them."""
     passages, messages = list(had), []
     for path in map(Path, paths):
         name = safe_name(path.name)
@@ -631,12 +656,15 @@ def take_uploads(
             if len({passage.file for passage in others}) >= FILES_OF_A_VISITOR:
                 raise UserError(f"{name}: at most {FILES_OF_A_VISITOR} files are accepted.")
             document = read_document(path, encoding=arguments.encoding)
-            passages = others + split(name, document.units, arguments.chunk_size, arguments.chunk_overlap)
+            found = split(name, document.units, arguments.chunk_size, arguments.chunk_overlap)
+            if sum(len(passage.text) for passage in (*others, *found)) > CHARS_OF_A_VISITOR:
+                raise UserError(f"{name}: your files have more than {CHARS_OF_A_VISITOR} characters together.")
+            passages = others + found
             messages += [f"{name}: {notice}" for notice in document.notices]
         except UserError as error:
             messages.append(str(error).replace(str(path), name))
         finally:
-            path.unlink(missing_ok=True)
+            release(path)
     return passages, [*dict.fromkeys(passage.file for passage in passages), *messages]
 
 

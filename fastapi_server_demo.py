@@ -10,13 +10,15 @@
 
 Only the question is required. Errors come as {"detail": "…"}: 400 the model cannot be asked this, 401 no key, 403 no
 key is set and the Host header names another machine, 408 and 413 the body is too slow or too long, 422 unknown fields
-or wrong values, 429 too many requests are queued, 500 the model failed, 504 it took too long.
+or wrong values, 429 too many requests are queued or too many keys were wrong, 500 the model failed, 503 it does not
+recover, 504 it took too long. Headers that are too long (431) or too slow (408) are refused in plain text.
 
 Anything more is in openai_api.py, with the same engine and the same answers: streams, tools, stop strings,
 probabilities, metrics, and the protocol that client programs know.
 """
 
 import asyncio
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
@@ -25,10 +27,13 @@ from medicalgpt.args import ApiArguments
 from medicalgpt.errors import UserError, run_main
 from medicalgpt.logs import setup_logging
 from medicalgpt.parser import parse_args
-from medicalgpt.serving.batchers import Batcher, QueueFullError, batcher_from
+from medicalgpt.serving.batchers import Batcher, ModelFailedError, batcher_from
 from medicalgpt.serving.engines import engine_from
 from medicalgpt.serving.generation import Answer, GenerationRequest, sampling_from
-from medicalgpt.serving.web import AccessMiddleware, bound_socket, key_from
+from medicalgpt.serving.limits import connection_limits, uvicorn_config
+from medicalgpt.serving.prompts import PromptReader
+from medicalgpt.serving.schedule import QueueFullError
+from medicalgpt.serving.web import AccessMiddleware, bound_socket, client_of, key_from, settled, url_host
 from template import check_template
 
 import uvicorn
@@ -38,7 +43,9 @@ from fastapi.responses import JSONResponse
 from loguru import logger
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
-MAX_BODY_BYTES = 1_000_000
+# Lists are counted, and no more than one wrong item is reported: each of a million would take a minute.
+MAX_TURNS = 500
+MAX_QUESTIONS = 1000
 
 Text = Annotated[str, Field(min_length=1)]
 
@@ -68,11 +75,15 @@ class Settings(BaseModel):
 
 class ChatRequest(Settings):
     input: Text = Field(validation_alias=AliasChoices("input", "query"))
-    history: list[Annotated[list[str], Field(min_length=2, max_length=2)]] = []
+    history: list[Annotated[list[str], Field(min_length=2, max_length=2)]] = Field(
+        [], max_length=MAX_TURNS, fail_fast=True
+    )
 
 
 class BatchRequest(Settings):
-    inputs: list[Text] = Field(validation_alias=AliasChoices("inputs", "queries"), min_length=1)
+    inputs: list[Text] = Field(
+        validation_alias=AliasChoices("inputs", "queries"), min_length=1, max_length=MAX_QUESTIONS, fail_fast=True
+    )
 
 
 class Reply(BaseModel):
@@ -100,13 +111,38 @@ def main() -> None:
     # Errors in the flags show before the model is loaded.
     sampling_from(arguments)
     key = key_from(arguments)
+    connection_limits(arguments)
     # So does a port that is taken.
-    bound_socket(arguments).close()
-    engine = engine_from(arguments)
-    check_template(engine.tokenizer, arguments.template_name)
-    batcher = batcher_from(engine, arguments)
-    # When stopped, it takes no more requests and finishes those that it has.
-    uvicorn.run(build_app(batcher, arguments, key), host=arguments.host, port=arguments.port)
+    with bound_socket(arguments) as listener:
+        engine = engine_from(arguments)
+        check_template(engine.tokenizer, arguments.template_name)
+        batcher = batcher_from(engine, arguments)
+        try:
+            Server(batcher, uvicorn_config(build_app(batcher, arguments, key), arguments), listener).run()
+        finally:
+            batcher.close(finish=False)
+    if batcher.failure is not None:
+        raise UserError(batcher.failure)
+
+
+class Server(uvicorn.Server):
+    """When stopped, it takes no more requests and finishes those that it has. It ends if the model does not recover."""
+
+    def __init__(self, batcher: Batcher, config: uvicorn.Config, listener: socket.socket):
+        super().__init__(config)
+        self.batcher = batcher
+        self.listener = listener
+        self.url = f"http://{url_host(listener.getsockname()[0])}:{listener.getsockname()[1]}"
+
+    def run(self) -> None:
+        super().run([self.listener])
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        print(f"Serving on {self.url} (Ctrl-C stops)", flush=True)
+
+    async def on_tick(self, counter: int) -> bool:
+        return await super().on_tick(counter) or self.batcher.failure is not None
 
 
 def build_app(batcher: Batcher, arguments: ServerArguments, key: str | None) -> FastAPI:
@@ -118,9 +154,10 @@ def build_app(batcher: Batcher, arguments: ServerArguments, key: str | None) -> 
         AccessMiddleware,
         refuse=lambda refused: refusal(refused.status_code, refused.detail, refused.headers),
         key=key,
-        max_body_bytes=MAX_BODY_BYTES,
-        body_seconds=arguments.request_timeout,
+        max_body_bytes=lambda scope: arguments.max_request_bytes,
+        body_seconds=arguments.body_timeout,
     )
+    prompts = PromptReader(arguments.max_prompt_chars)
 
     add_error_handlers(app, arguments)
 
@@ -130,6 +167,8 @@ def build_app(batcher: Batcher, arguments: ServerArguments, key: str | None) -> 
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
+        if problem := batcher.problem:
+            raise HTTPException(503, problem)
         return {"status": "ok", "running": batcher.running, "waiting": batcher.waiting}
 
     @app.post("/chat")
@@ -155,30 +194,37 @@ def build_app(batcher: Batcher, arguments: ServerArguments, key: str | None) -> 
         sampling = replace(sampling_from(arguments), **given)
         if idle := {"top_p", "top_k", "seed"}.intersection(given) if sampling.temperature == 0 else None:
             raise HTTPException(400, f"{', '.join(sorted(idle))}: no effect at temperature 0; set a temperature.")
+        conversations = [[*turns, {"role": "user", "content": text}] for text in questions]
+        client = client_of(request.scope)
+
+        def tokenize(conversations: list[list[dict[str, str]]]) -> list[list[int]]:
+            return [batcher.engine.prompt_ids(conversation) for conversation in conversations]
+
         try:
-            prompts = [batcher.engine.prompt_ids([*turns, {"role": "user", "content": text}]) for text in questions]
+            ids = await prompts.read(client, conversations, tokenize)
+            futures = batcher.submit_many(
+                [
+                    GenerationRequest(prompt_ids, sampling.with_seed_offset(number), client=client)
+                    for number, prompt_ids in enumerate(ids)
+                ]
+            )
         except UserError as error:
             raise HTTPException(400, str(error)) from error
-        futures = batcher.submit_many(
-            [
-                GenerationRequest(prompt_ids, sampling.with_seed_offset(number))
-                for number, prompt_ids in enumerate(prompts)
-            ]
-        )
-        answers = asyncio.gather(*map(asyncio.wrap_future, futures))
+        answers = asyncio.ensure_future(settled(futures))
         try:
             async with asyncio.timeout(arguments.request_timeout):
                 while not (await asyncio.wait([answers], timeout=0.5))[0]:
                     if await request.is_disconnected():
                         raise HTTPException(499, "The client has left.")
+            return answers.result()
+        except (HTTPException, TimeoutError, QueueFullError, ModelFailedError):
+            raise
+        except Exception as error:
+            logger.opt(exception=error).error("no answer")
+            raise HTTPException(500, "The model failed; the server's log says why.") from error
         finally:
             # A client that no longer waits frees its place in the batch.
-            for future in futures:
-                future.cancel()
-        if error := answers.exception():
-            logger.opt(exception=error).error("no answer")
-            raise HTTPException(500, "The model failed; the server's log says why.")
-        return answers.result()
+            answers.cancel()
 
     return app
 
@@ -195,6 +241,10 @@ def add_error_handlers(app: FastAPI, arguments: ServerArguments) -> None:
     @app.exception_handler(QueueFullError)
     async def too_many(request: Request, error: QueueFullError) -> JSONResponse:
         return refusal(429, str(error), {"Retry-After": "1"})
+
+    @app.exception_handler(ModelFailedError)
+    async def broken(request: Request, error: ModelFailedError) -> JSONResponse:
+        return refusal(503, str(error))
 
     @app.exception_handler(TimeoutError)
     async def too_late(request: Request, error: TimeoutError) -> JSONResponse:

@@ -12,7 +12,7 @@ through Gradio's servers; both need `--auth user:password`, or the same in the e
 
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from medicalgpt.args import PageArguments
@@ -22,7 +22,18 @@ from medicalgpt.parser import parse_args
 from medicalgpt.serving.batchers import Batcher, batcher_from
 from medicalgpt.serving.engines import engine_from
 from medicalgpt.serving.generation import Sampling, sampling_from
-from medicalgpt.serving.page import LABEL, Turns, describe, escape_turns, launch, stream
+from medicalgpt.serving.page import (
+    LABEL,
+    MAX_EVENTS,
+    Turns,
+    describe,
+    escape_turns,
+    launch,
+    serve,
+    stream,
+    visitor_of,
+)
+from medicalgpt.serving.prompts import PromptReader
 from medicalgpt.serving.web import auth_from
 from template import check_template
 
@@ -57,7 +68,7 @@ def main() -> None:
     try:
         page = build_page(batcher, arguments)
         logger.info(f"Open {launch(page, arguments, auth)} in a browser. Ctrl-C stops the program.")
-        page.block_thread()
+        serve(batcher)
     finally:
         batcher.close(finish=False)
 
@@ -145,12 +156,19 @@ def lay_out(arguments: PageArguments) -> Layout:
 
 def build_page(batcher: Batcher, arguments: PageArguments) -> gr.Blocks:
     """The page: its components, and what happens when a button is pressed."""
+    prompts = PromptReader(arguments.max_prompt_chars)
     with gr.Blocks(title="MedicalGPT", analytics_enabled=False) as page:
         layout = lay_out(arguments)
         turns, chatbot, question, view = layout.turns, layout.chatbot, layout.question, layout.view
 
         async def ask(
-            event: gr.EventData, said: Turns, asked: str, system_prompt: str, seed: str, *values: float
+            event: gr.EventData,
+            visitor: gr.Request,
+            said: Turns,
+            asked: str,
+            system_prompt: str,
+            seed: str,
+            *values: float,
         ) -> AsyncIterator[dict[gr.Component, Any]]:
             before, _ = without_unanswered(said)
             earlier, again = before, event.target.elem_id == "retry"
@@ -162,12 +180,14 @@ def build_page(batcher: Batcher, arguments: PageArguments) -> gr.Blocks:
                 yield view(before)
                 return
             said, text, note = [*earlier, {"role": "user", "content": asked}], "", ""
-            yield {**view(said, busy=True), question: ""}
             try:
+                prompts.check([system_prompt, said])
+                yield {**view(said, busy=True), question: ""}
                 system_turn = [{"role": "system", "content": system_prompt}] if system_prompt.strip() else []
                 sampling = Sampling(seed=seed_of(seed), **dict(zip(layout.sliders, values, strict=True)))
-                request = batcher.engine.request([*system_turn, *said], sampling)
-                growing = stream(batcher, request, arguments.request_timeout)
+                client = visitor_of(visitor)
+                request = await prompts.read(client, [*system_turn, *said], batcher.engine.request, sampling)
+                growing = stream(batcher, replace(request, client=client), arguments.request_timeout)
                 async with aclosing(growing):
                     async for text, note in growing:  # noqa: B007  (the last note is used below)
                         answered = [*said, {"role": "assistant", "content": text}]
@@ -214,7 +234,7 @@ def build_page(batcher: Batcher, arguments: PageArguments) -> gr.Blocks:
         buttons["stop"].click(stop_answer, [turns, question], **ending)
         buttons["undo"].click(undo_turn, turns, **ending)
         gr.on([buttons["clear"].click, chatbot.clear], lambda: view([]), **ending)
-    return page.queue(default_concurrency_limit=None, api_open=False)
+    return page.queue(default_concurrency_limit=None, max_size=MAX_EVENTS, api_open=False)
 
 
 def without_unanswered(said: Turns) -> tuple[Turns, str | None]:

@@ -34,7 +34,7 @@ import traceback
 import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -46,10 +46,11 @@ from medicalgpt.logs import setup_logging
 from medicalgpt.models import combining
 from medicalgpt.models.templating import tool_format_of
 from medicalgpt.parser import parse_args
-from medicalgpt.serving.batchers import Batcher, BatcherClosedError, QueueFullError, batcher_from
+from medicalgpt.serving.batchers import Batcher, BatcherClosedError, ModelFailedError, batcher_from
 from medicalgpt.serving.chat import ChatEngine, PromptTooLongError
 from medicalgpt.serving.engines import adapted, base_name, engine_from
 from medicalgpt.serving.generation import REPLACEMENT, Answer, GenerationRequest, Sampling, sampling_from
+from medicalgpt.serving.limits import connection_limits, uvicorn_config
 from medicalgpt.serving.openai_schema import (
     MAX_CHOICES,
     AssistantMessage,
@@ -62,12 +63,17 @@ from medicalgpt.serving.openai_schema import (
     SystemMessage,
     ToolMessage,
 )
+from medicalgpt.serving.prompts import PromptReader, PromptTooLargeError
+from medicalgpt.serving.schedule import QueueFullError
 from medicalgpt.serving.web import (
     AccessMiddleware,
     ClientDisconnected,
     RequestRefused,
     bound_socket,
+    client_of,
     key_from,
+    origins_from,
+    settled,
     url_host,
     wait_for_disconnect,
 )
@@ -97,6 +103,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 # How often a sampled answer that fails its check is sampled again.
 RETRIES = 2
+# Characters of a field's name in an error; a client may have made it up.
+LONGEST_PATH = 200
 # How long connections may take to close after the last answer.
 SECONDS_TO_CLOSE = 5
 # Represents a log-probability of minus infinity, for which JSON has no number.
@@ -120,7 +128,6 @@ class OpenAIArguments(ApiArguments):
             "help": "Web sites whose pages may send requests from a browser, with commas (https://a.org,https://b.org)."
         },
     )
-    max_request_bytes: int = field(default=2_000_000, metadata={"help": "Maximum bytes of a request's body."})
     max_tokens_limit: int = field(default=4096, metadata={"help": "Maximum tokens that a request may ask for."})
     stop_timeout: float = field(
         default=60.0, metadata={"help": "Seconds that running answers have to finish when the server is stopped."}
@@ -183,6 +190,7 @@ def invalid_body(error: RequestValidationError) -> ApiError:
             path += f".{key}" if path else key
             value = value.get(key)
     message = problem["msg"].removeprefix("Value error, ")
+    path = path[:LONGEST_PATH]
     return ApiError(400, f"{path or 'the body'}: {message}", param=path or None)
 
 
@@ -219,8 +227,8 @@ class Metrics:
         make = partial(Histogram, buckets=BUCKETS, registry=self.registry)
         count = partial(Counter, registry=self.registry)
         self.requests = count("medicalgpt_requests", "Requests. 499: the client left.", ["route", "status"])
-        self.prompt_tokens = count("medicalgpt_prompt_tokens", "Tokens of answered prompts.")
-        self.completion_tokens = count("medicalgpt_completion_tokens", "Tokens generated in whole answers.")
+        self.prompt_tokens = count("medicalgpt_prompt_tokens", "Tokens of prompts that the model has read.")
+        self.completion_tokens = count("medicalgpt_completion_tokens", "Tokens generated, cancelled answers included.")
         self.seconds = make("medicalgpt_request_seconds", "From a request to the end of its answer.", ["route"])
         self.first_token = make(
             "medicalgpt_time_to_first_token_seconds", "From a request to the first text of its answer."
@@ -228,6 +236,11 @@ class Metrics:
         for name, what in (("running", "Answers being generated."), ("waiting", "Queued requests.")):
             gauge = Gauge(f"medicalgpt_{name}", what, registry=self.registry)
             gauge.set_function(lambda name=name: getattr(batcher, name))
+        batcher.on_ended = self.count_tokens
+
+    def count_tokens(self, prompt_tokens: int, completion_tokens: int) -> None:
+        self.prompt_tokens.inc(prompt_tokens)
+        self.completion_tokens.inc(completion_tokens)
 
 
 class ServedModel:
@@ -266,6 +279,7 @@ class Service:
         self.models = {name: ServedModel(name, each) for name, each in engines.items()}
         self.created = int(time.time())
         self.stopping = False
+        self.prompts = PromptReader(arguments.max_prompt_chars)
         self.metrics = Metrics(batcher)
         self.recent_seconds: deque[float] = deque(maxlen=32)
         self.open: set[Future[Answer]] = set()
@@ -334,12 +348,16 @@ def requests_for(
     prompts: Sequence[list[int]],
     body: Generation,
     sampling: Sampling,
+    client: str,
     tools: list[dict[str, Any]] | None = None,
 ) -> list[GenerationRequest]:
     """`n` answers to each prompt, the i-th of them sampled with seed + i."""
     samplings = [sampling.with_seed_offset(i) for i in range(body.n or 1)]
-    adapter = model.engine.name
-    return [GenerationRequest(prompt_ids, each, tools, adapter=adapter) for prompt_ids in prompts for each in samplings]
+    return [
+        GenerationRequest(prompt_ids, each, tools, adapter=model.engine.name, client=client)
+        for prompt_ids in prompts
+        for each in samplings
+    ]
 
 
 def resampled(request: GenerationRequest, attempt: int) -> GenerationRequest:
@@ -519,10 +537,7 @@ def submit(
     Raises:
         ApiError: the queue is full, or the server is stopping.
     """
-    arguments, metrics, seen = service.arguments, service.metrics, []
-    most = arguments.max_waiting + arguments.max_batch_size
-    if len(jobs) > most:
-        raise ApiError(400, f"The request asks for {len(jobs)} answers; this server takes at most {most}.", param="n")
+    metrics, seen = service.metrics, []
 
     def take(number: int, text: str) -> None:
         if not seen:
@@ -531,31 +546,35 @@ def submit(
         if on_text is not None:
             on_text(number, text)
 
-    def count(future: "Future[Answer]") -> None:
-        service.open.discard(future)
-        if not future.cancelled() and future.exception() is None:
-            metrics.prompt_tokens.inc(future.result().prompt_tokens)
-            metrics.completion_tokens.inc(future.result().completion_tokens)
-
     try:
         futures = service.batcher.submit_many(
             [dataclasses.replace(job, on_text=partial(take, number)) for number, job in enumerate(jobs)]
         )
     except QueueFullError as error:
-        raise ApiError(
-            429,
-            f"{error}",
-            code="queue_full",
-            type="rate_limit_error",
-            headers={"Retry-After": str(service.seconds_to_wait())},
-        ) from error
+        raise queue_full(service, error) from error
     except BatcherClosedError as error:
         raise stopping() from error
+    except ModelFailedError as error:
+        raise ApiError(503, f"{error}", code="model_failed", type="server_error") from error
+    except PromptTooLongError as error:
+        raise ApiError(400, f"{error}", code="context_length_exceeded") from error
     request.scope["futures"] += futures
     service.open.update(futures)
     for future in futures:
-        future.add_done_callback(count)
+        future.add_done_callback(service.open.discard)
     return futures
+
+
+def queue_full(service: Service, error: QueueFullError) -> ApiError:
+    headers = {"Retry-After": str(service.seconds_to_wait())}
+    return ApiError(429, f"{error}", code="queue_full", type="rate_limit_error", headers=headers)
+
+
+def require_places(service: Service, answers: int) -> None:
+    """Raises ApiError if a request asks for more answers than can run and wait."""
+    most = service.arguments.max_waiting + service.arguments.max_batch_size
+    if answers > most:
+        raise ApiError(400, f"The request asks for {answers} answers; this server takes at most {most}.", param="n")
 
 
 def stopping() -> ApiError:
@@ -569,7 +588,7 @@ def timed_out(service: Service) -> ApiError:
 
 async def wait_for(service: Service, request: Request, futures: Sequence["Future[Answer]"]) -> list[Answer]:
     """Raises ApiError after the time limit, ClientDisconnected, or what went wrong in an answer."""
-    answers = asyncio.gather(*map(asyncio.wrap_future, futures))
+    answers = asyncio.ensure_future(settled(futures))
     leaving = asyncio.ensure_future(wait_for_disconnect(request))
     try:
         async with asyncio.timeout_at(request.scope["deadline"]):
@@ -581,11 +600,16 @@ async def wait_for(service: Service, request: Request, futures: Sequence["Future
             raise ClientDisconnected
         try:
             return answers.result()
-        except asyncio.CancelledError as error:
-            raise stopping() from error
+        except (QueueFullError, asyncio.CancelledError) as error:
+            raise ended_early(service, error) from error
     finally:
         answers.cancel()
         leaving.cancel()
+
+
+def ended_early(service: Service, error: BaseException) -> ApiError:
+    """What a client is told whose answer was dropped from the queue, or cancelled."""
+    return queue_full(service, error) if isinstance(error, QueueFullError) else stopping()
 
 
 async def answers_for(
@@ -642,10 +666,11 @@ async def pieces_of(
             if event is None:
                 raise ClientDisconnected
             if isinstance(event, Future):
-                if event.cancelled():
-                    raise stopping()
                 open_jobs -= 1
-                event = event.result()
+                try:
+                    event = event.result()
+                except (QueueFullError, CancelledError) as error:
+                    raise ended_early(service, error) from error
             yield number, event
     finally:
         leaving.cancel()
@@ -834,7 +859,9 @@ async def respond(
 ) -> Response:
     """Answer whole or as a stream, as requested. Answers with conditions are sent after they are checked."""
     if not form.body.stream:
-        return JSONResponse(form.whole(await answers_for(service, request, jobs, check)))
+        answers = await answers_for(service, request, jobs, check)
+        # Probabilities of many tokens take a while to write.
+        return await asyncio.to_thread(lambda: JSONResponse(form.whole(answers)))
     if check:
         events = pieces_again(await answers_for(service, request, jobs, check))
     else:
@@ -873,8 +900,8 @@ async def stream_of(
                     yield line([form.piece(number, event)])
                     continue
                 answers[number] = event
-                for choice in form.ending(number, event):
-                    yield line([choice])
+                for choice in await asyncio.to_thread(form.ending, number, event):
+                    yield await asyncio.to_thread(line, [choice])
         if with_usage:
             yield line([], form.usage([answers[number] for number in range(jobs)]))
         yield b"data: [DONE]\n\n"
@@ -902,9 +929,11 @@ async def chat_completions(request: Request, body: ChatRequest) -> Any:
         raise ApiError(400, "top_logprobs: it has no effect without logprobs.", param="top_logprobs")
     sampling = sampling_for(service, body, (body.top_logprobs or 0) if body.logprobs else None)
     tools = tools_for(model, body)
+    require_places(service, body.n or 1)
     messages = to_template(body.messages, service.arguments.system_prompt)
-    prompt_ids = await tokenized("messages", model.engine.prompt_ids, messages, tools)
-    jobs = requests_for(model, [prompt_ids], body, sampling, tools)
+    client = client_of(request.scope)
+    prompt_ids = await tokenized(service, client, "messages", (messages, tools), chat_ids, model.engine)
+    jobs = requests_for(model, [prompt_ids], body, sampling, client, tools)
     return await respond(service, request, jobs, ChatForm(model, body), answer_check(body))
 
 
@@ -920,34 +949,46 @@ async def completions(request: Request, body: CompletionRequest) -> Any:
     prompts = body.prompt if several else [body.prompt]
     if not prompts:
         raise ApiError(400, "prompt: it is empty.", param="prompt")
-    ids = [await tokenized("prompt", completion_ids, model.engine, prompt) for prompt in prompts]
-    jobs = requests_for(model, ids, body, sampling)
+    require_places(service, len(prompts) * (body.n or 1))
+    client = client_of(request.scope)
+    ids = await tokenized(service, client, "prompt", prompts, completion_ids, model.engine)
+    jobs = requests_for(model, ids, body, sampling, client)
     return await respond(service, request, jobs, CompletionForm(model, body, len(ids)))
 
 
-async def tokenized(param: str, function: Callable[..., list[int]], *args: Any) -> list[int]:
-    """Token ids of a prompt, computed in another thread, since a long one takes a while.
+async def tokenized(
+    service: Service, client: str, param: str, value: Any, function: Callable[..., Any], engine: ChatEngine
+) -> Any:
+    """What `function(value, engine)` returns, off the event loop.
 
     Raises:
         ApiError: the prompt is too long, or cannot be rendered.
     """
     try:
-        return await asyncio.to_thread(function, *args)
-    except PromptTooLongError as error:
+        return await service.prompts.read(client, value, function, engine)
+    except (PromptTooLongError, PromptTooLargeError) as error:
         raise ApiError(400, f"{error}", code="context_length_exceeded", param=param) from error
     except (UserError, ValueError) as error:
         raise ApiError(400, f"{error}", param=param) from error
 
 
-def completion_ids(engine: ChatEngine, prompt: str | list[int]) -> list[int]:
-    """Raises ValueError if the prompt is empty, too long, or not of this vocabulary."""
-    if isinstance(prompt, str):
-        return engine.completion_ids(prompt)
+def chat_ids(value: tuple[list[dict[str, Any]], list[dict[str, Any]] | None], engine: ChatEngine) -> list[int]:
+    """Token ids of a conversation with the tools that are offered in it."""
+    return engine.prompt_ids(*value)
+
+
+def completion_ids(prompts: Sequence[str | list[int]], engine: ChatEngine) -> list[list[int]]:
+    """Raises ValueError if a prompt is empty, too long, or not of this vocabulary."""
     known = engine.model.get_input_embeddings().weight.shape[0]
-    if not prompt or not all(0 <= token_id < known for token_id in prompt):
-        raise ValueError(f"A prompt of token ids has at least one, and each is from 0 to {known - 1}.")
-    engine.require_room(prompt)
-    return prompt
+    found = []
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            prompt = engine.completion_ids(prompt)
+        elif not prompt or not all(0 <= token_id < known for token_id in prompt):
+            raise ValueError(f"A prompt of token ids has at least one, and each is from 0 to {known - 1}.")
+        engine.require_room(prompt)
+        found.append(prompt)
+    return found
 
 
 @router.get("/v1/models")
@@ -977,8 +1018,10 @@ def described(service: Service, model: ServedModel) -> dict[str, Any]:
 
 
 @router.get("/health")
-async def health() -> Any:
-    """Responds as soon as the model can answer."""
+async def health(request: Request) -> Any:
+    """Responds as soon as the model can answer, with an error if it cannot any more."""
+    if problem := request.app.state.service.batcher.problem:
+        raise ApiError(503, problem, code="model_failed", type="server_error")
     return {"status": "ok"}
 
 
@@ -999,8 +1042,8 @@ def make_app(service: Service, origins: Sequence[str] = ()) -> FastAPI:
         AccessMiddleware,
         refuse=lambda refusal: to_api_error(refusal).response(),
         key=service.key,
-        max_body_bytes=service.arguments.max_request_bytes,
-        body_seconds=service.arguments.request_timeout,
+        max_body_bytes=lambda scope: service.arguments.max_request_bytes,
+        body_seconds=service.arguments.body_timeout,
     )
     app.add_middleware(RequestLog, service=service)
     if origins:
@@ -1018,7 +1061,7 @@ def main() -> None:
     (arguments,) = parse_args(OpenAIArguments, description=__doc__, program="openai_api.py")
     setup_logging()
     # Errors in the flags show before minutes are spent on loading a model.
-    key, origins = key_from(arguments), origins_from(arguments)
+    key, origins = key_from(arguments), origins_from(arguments.allow_origins)
     check_limits(arguments)
     with bound_socket(arguments) as listener:
         engine = engine_from(arguments, by_name=True)
@@ -1030,6 +1073,8 @@ def main() -> None:
             Server(service, origins, listener).run()
         finally:
             batcher.close(finish=False)
+    if batcher.failure is not None:
+        raise UserError(batcher.failure)
     logger.info("stopped")
 
 
@@ -1042,24 +1087,12 @@ def served_name(arguments: OpenAIArguments, name: str) -> str:
     return model_name(arguments) if name == base_name(arguments.model_name_or_path) else name
 
 
-def origins_from(arguments: OpenAIArguments) -> list[str]:
-    """Raises UserError if a value is not an origin."""
-    origins = [origin.strip() for origin in (arguments.allow_origins or "").split(",") if origin.strip()]
-    for origin in origins:
-        if not re.fullmatch(r"https?://[^/*\s]+", origin):
-            raise UserError(
-                f"--allow_origins: {origin!r} is not an origin. Name each site as a browser does, https://example.org "
-                "or http://localhost:3000; a wildcard would let every page ask."
-            )
-    return origins
-
-
 def check_limits(arguments: OpenAIArguments) -> None:
     """Raises UserError for limits that make no sense."""
     sampling_from(arguments)
-    for name in ("max_request_bytes", "max_tokens_limit", "request_timeout"):
-        if not getattr(arguments, name) > 0:
-            raise UserError(f"--{name} is {getattr(arguments, name)}, it must be above 0.")
+    connection_limits(arguments)
+    if not arguments.max_tokens_limit > 0:
+        raise UserError(f"--max_tokens_limit is {arguments.max_tokens_limit}, it must be above 0.")
     if arguments.served_model_name in combining.named_adapters(arguments.lora_model):
         raise UserError(
             f"--served_model_name {arguments.served_model_name} is the name of an adapter. Give the base another name."
@@ -1078,13 +1111,11 @@ class Server(uvicorn.Server):
 
     def __init__(self, service: Service, origins: Sequence[str], listener: socket.socket):
         arguments = service.arguments
-        config = uvicorn.Config(
+        config = uvicorn_config(
             make_app(service, origins),
+            arguments,
             log_config=None,
             access_log=False,
-            server_header=False,
-            ws="none",
-            lifespan="off",
             timeout_graceful_shutdown=arguments.stop_timeout + SECONDS_TO_CLOSE,
         )
         super().__init__(config)
@@ -1101,6 +1132,10 @@ class Server(uvicorn.Server):
         self.loop = asyncio.get_running_loop()
         await super().startup(sockets)
         announce(self.service, self.listener.getsockname()[1])
+
+    async def on_tick(self, counter: int) -> bool:
+        # A model that does not recover is started again by whoever supervises the process.
+        return await super().on_tick(counter) or self.service.batcher.failure is not None
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         # A second signal means: do not wait for the running answers.

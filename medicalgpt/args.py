@@ -183,13 +183,30 @@ class ServeArguments(ChatArguments):
     batching: str = field(
         default="auto",
         metadata={
-            "help": "static: queued requests are admitted when the running batch is finished. continuous: at every "
-            "token, for CUDA. auto: continuous on CUDA if the model supports it, static otherwise.",
+            "help": "How requests join a running batch. continuous: at every token, on pages of a shared cache. "
+            "static: the batch is computed again with them. auto: continuous if the model supports it, static "
+            "otherwise.",
             "choices": ["auto", "static", "continuous"],
         },
     )
     request_timeout: float = field(
         default=300.0, metadata={"help": "Maximum number of seconds from a request to its answer."}
+    )
+    max_prompt_chars: int = field(
+        default=500_000,
+        metadata={"help": "Maximum number of characters of a prompt with all of its turns, checked before tokenizing."},
+    )
+    max_request_bytes: int = field(default=2_000_000, metadata={"help": "Maximum bytes of a request's body."})
+    max_header_bytes: int = field(default=32_768, metadata={"help": "Maximum bytes of a request's line and headers."})
+    max_connections: int = field(
+        default=1000,
+        metadata={"help": "Maximum number of connections; fewer if ulimit -n is lower. Idle ones make room first."},
+    )
+    header_timeout: float = field(
+        default=10.0, metadata={"help": "Maximum number of seconds until a request's headers are complete."}
+    )
+    body_timeout: float = field(
+        default=60.0, metadata={"help": "Maximum number of seconds until a request's body is complete."}
     )
 
 
@@ -215,6 +232,19 @@ class PageArguments(ServeArguments):
         metadata={"help": "user:password required by the page. Safer: the environment variable MEDICALGPT_AUTH."},
     )
     share: bool = field(default=False, metadata={"help": "Create a public link through Gradio's servers."})
+    allow_origins: str | None = field(
+        default=None,
+        metadata={
+            "help": "Further origins of the page, with commas, if a proxy changes the Host header (https://a.org)."
+        },
+    )
+    max_prompt_chars: int = field(
+        default=100_000,
+        metadata={"help": "Maximum number of characters of a prompt with all of its turns, checked before tokenizing."},
+    )
+    body_timeout: float = field(
+        default=300.0, metadata={"help": "Maximum number of seconds until a request's body, or an upload, is complete."}
+    )
 
 
 @dataclass

@@ -13,7 +13,7 @@ from datetime import timedelta
 from functools import cache
 from typing import Any, NoReturn
 
-from medicalgpt.logs import is_main_process, rank, world_size
+from medicalgpt.logs import is_main_process, printable, rank, world_size
 
 # Time for the first process to report an error that all processes meet, and to exit, before another one reports it.
 SECONDS_TO_SPEAK = 10
@@ -144,9 +144,9 @@ def fail(message: str, code: int = 1) -> NoReturn:
     """
     if is_main_process():
         if _may_report():
-            print(f"\nerror: {message}", file=sys.stderr, flush=True)
+            print(f"\nerror: {printable(message)}", file=sys.stderr, flush=True)
     elif not _reported_within(SECONDS_TO_SPEAK) and _may_report():
-        print(f"\nerror in process {rank()}: {message}", file=sys.stderr, flush=True)
+        print(f"\nerror in process {rank()}: {printable(message)}", file=sys.stderr, flush=True)
     if _process_group_exists():
         _exit_at_once(code)
     sys.exit(code)

@@ -4,6 +4,7 @@ The variables by which torchrun and accelerate number the processes are read and
 """
 
 import os
+import re
 import sys
 import threading
 import time
@@ -73,9 +74,19 @@ def notice(text: str) -> None:
         print(f"note: {text}", file=sys.stderr)
 
 
+# What a terminal may obey instead of showing: C0 and C1 control characters, except tabs and line ends.
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def printable(text: str) -> str:
+    """A text that was not written here, a file's name or an answer, with control characters as `\\x1b`."""
+    return CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
 def setup_logging() -> None:
     """Send the log to stderr, and show libraries' progress bars only on a terminal."""
     logger.remove()
+    logger.configure(patcher=lambda record: record.update(message=printable(record["message"])))
     if is_main_process():
         logger.add(sys.stderr, format="<level>{level: <7}</level> {message}", level="INFO")
     if not is_main_process() or not sys.stderr.isatty():

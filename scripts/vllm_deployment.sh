@@ -61,6 +61,13 @@ case "$HOST" in
   127.* | localhost | ::1) ;;
   *) [ -n "$API_KEY" ] || refuse "HOST=$HOST lets other machines use the model. Set a key for them: API_KEY=..." ;;
 esac
+for variable in PORT:65535 TENSOR_PARALLEL:4096 MAX_MODEL_LEN:999999999 WAIT:999999; do
+  name=${variable%:*} most=${variable#*:}
+  value=${!name}
+  [ -n "$value" ] || [ "$name" != MAX_MODEL_LEN ] || continue
+  [[ "$value" =~ ^[1-9][0-9]{0,8}$ ]] && [ "$value" -le "$most" ] ||
+    refuse "$name=$value: it must be a whole number from 1 to $most"
+done
 case "$DEVICE" in
   auto) if nvidia-smi -L 2>/dev/null | grep -q GPU; then DEVICE=cuda; else DEVICE=cpu; fi ;;
   cuda | cpu) ;;

@@ -3,16 +3,19 @@
 import dataclasses
 import threading
 import time
-from concurrent.futures import CancelledError, wait
+from concurrent.futures import CancelledError
 
 from medicalgpt.errors import UserError
-from medicalgpt.serving.batchers import BatcherClosedError, QueueFullError, make_batcher
+from medicalgpt.serving import batchers
+from medicalgpt.serving.batchers import BatcherClosedError, ModelFailedError, QueueFullError, make_batcher
 from medicalgpt.serving.chat import ChatEngine
 from medicalgpt.serving.generation import GenerationRequest, Sampling
 from tests.families import FAMILIES, make_family
+from tests.gate import Gate
 from tests.tiny import make_tiny
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 
 KINDS = ["static", "continuous"]
@@ -140,7 +143,8 @@ def test_several_new_tokens_at_once(engine):
     assert [answer.finish_reason for answer in alone] == ["length", "stop"] * 2
     assert alone[1].completion_tokens % 5 and alone[3].completion_tokens % 5
     with make_batcher(engine, batching="continuous") as batcher:
-        get_result, lengths = batcher._manager.get_result, []
+        manager, lengths = batcher._paged._manager, []
+        get_result = manager.get_result
 
         def late(**options):
             output = get_result(**options)
@@ -149,7 +153,7 @@ def test_several_new_tokens_at_once(engine):
             lengths.append(len(output.generated_tokens))
             return output
 
-        batcher._manager.get_result = late
+        manager.get_result = late
         for sampling, expected in zip(settings, alone, strict=True):
             pieces = []
             request = dataclasses.replace(engine.request(ask("hello"), sampling), on_text=pieces.append)
@@ -176,19 +180,15 @@ def test_many_threads(alone, batcher):
     assert len(got) >= 24 and all(alone[text] == answer for text, answer in got)
 
 
-def test_who_is_admitted_when(engine):
-    """A short request behind a long one: static batching waits for the long one, continuous batching does not."""
-    for kind in KINDS:
-        with make_batcher(engine, batching=kind, max_batch_size=2) as batcher:
-            long = start(batcher)
-            short = batcher.submit(engine.request(ask("hi"), GREEDY))
-            if kind == "static":
-                assert (batcher.running, batcher.waiting) == (1, 1)
-            else:
-                short.result(20)
-                assert not long.done()
-            long.cancel()
-            assert short.result(20).completion_tokens == 12
+@pytest.mark.parametrize("kind", KINDS)
+def test_short_request_is_not_held_up_by_a_long_one(engine, kind):
+    expected = engine.chat(ask("hi"), GREEDY), engine.chat(ask("hello"), LONG)
+    with make_batcher(engine, batching=kind, max_batch_size=2) as batcher:
+        long = start(batcher)
+        same(batcher.submit(engine.request(ask("hi"), GREEDY)).result(20), expected[0])
+        assert not long.done()
+        # Interrupted or not, the long one says what it says alone.
+        same(long.result(60), expected[1])
 
 
 def test_cancelled_requests_free_their_places(batcher):
@@ -240,25 +240,71 @@ def test_close_finishes_or_cancels(engine):
         assert all(future.cancelled() for future in futures)
 
 
-def test_an_error_reaches_the_caller_and_the_next_request_is_answered(engine):
-    batcher = make_batcher(engine, batching="static")
-    count = 0
+class Fire:
+    """A model that fails in some of its steps, counted from 1."""
 
-    def fail(*_):
-        nonlocal count
-        count += 1
-        if count == 5:
-            raise RuntimeError("the graphics card caught fire")
+    def __init__(self, engine: ChatEngine, *steps: int, error: type[Exception] = RuntimeError):
+        self.failing, self.count, self.error = steps, 0, error
+        self.handle = engine.model.register_forward_pre_hook(self)
 
-    handle = engine.model.register_forward_pre_hook(fail)
-    try:
-        futures = [batcher.submit(engine.request(ask("hi"), GREEDY)) for _ in range(2)]
-        wait(futures, 20)
-        assert any("caught fire" in str(future.exception()) for future in futures)
-        assert batcher.submit(batcher.engine.request(ask("hi"), GREEDY)).result(20).completion_tokens == 12
-    finally:
-        handle.remove()
-        batcher.close()
+    def __call__(self, *_):
+        self.count += 1
+        if not self.failing or self.count in self.failing:
+            raise self.error("the graphics card caught fire")
+
+    def __enter__(self) -> "Fire":
+        return self
+
+    def __exit__(self, *_):
+        self.handle.remove()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_failed_batch_is_the_end_of_that_batch_only(engine, kind):
+    """Its requests get the error, the others their answers, and whoever comes later is answered as before."""
+    expected = engine.chat(ask("hi"), GREEDY)
+    for error in (RuntimeError, torch.OutOfMemoryError):
+        with make_batcher(engine, batching=kind, max_batch_size=2) as batcher:
+            with Fire(engine, 40, error=error):
+                running = [start(batcher), batcher.submit(engine.request(ask("hi"), LONG))]
+                waiting = batcher.submit(engine.request(ask("hi"), GREEDY))
+                for future in running:
+                    with pytest.raises(RuntimeError, match="caught fire"):
+                        future.result(30)
+                same(waiting.result(30), expected)
+                same(batcher.submit(engine.request(ask("hi"), GREEDY)).result(30), expected)
+            assert batcher.problem is None and batcher.failure is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_model_that_does_not_recover_is_given_up(engine, kind, monkeypatch):
+    monkeypatch.setattr(batchers, "SECONDS_BETWEEN_TRIALS", 0.01)
+    with make_batcher(engine, batching=kind, max_batch_size=1) as batcher:
+        futures = [batcher.submit(engine.request(ask("hi"), LONG)) for _ in range(3)]
+        assert batcher.problem is None
+        with Fire(engine):
+            for future in futures:
+                with pytest.raises(RuntimeError, match="caught fire|does not recover"):
+                    future.result(30)
+            until(lambda: batcher.failure)
+        assert batcher.problem == "The model has failed (RuntimeError) and does not recover."
+        with pytest.raises(ModelFailedError):
+            batcher.submit(engine.request(ask("hi"), GREEDY))
+        assert (batcher.running, batcher.waiting) == (0, 0)
+    # The model attends as before.
+    assert engine.chat(ask("hi"), GREEDY).completion_tokens == 12
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stalled_model_is_a_problem(engine, kind):
+    gate = Gate(engine.model)
+    with make_batcher(engine, batching=kind, stall_seconds=0.2) as batcher, gate.shut():
+        future = batcher.submit(engine.request(ask("hi"), GREEDY))
+        until(lambda: batcher.problem)
+        assert "generated nothing" in batcher.problem
+        gate.allow(100)
+        future.result(30)
+        assert batcher.problem is None
 
 
 def test_an_answer_that_fails_by_itself_does_not_fail_its_neighbours(alone, batcher):
@@ -271,26 +317,6 @@ def test_an_answer_that_fails_by_itself_does_not_fail_its_neighbours(alone, batc
     with pytest.raises(RuntimeError, match="nobody can read this"):
         bad.result(20)
     until(lambda: batcher.running == 0)
-
-
-def test_an_error_of_continuous_batching_reaches_every_caller(engine):
-    batcher = make_batcher(engine, batching="continuous", max_batch_size=2)
-    futures = [start(batcher), *(batcher.submit(engine.request(ask("hi"), LONG)) for _ in range(3))]
-
-    def fail(*_):
-        raise RuntimeError("the graphics card caught fire")
-
-    handle = engine.model.register_forward_pre_hook(fail)
-    try:
-        for future in futures:
-            with pytest.raises(RuntimeError, match="caught fire"):
-                future.result(20)
-        # The manager has ended: a request that comes later must not wait forever.
-        with pytest.raises(BatcherClosedError):
-            batcher.submit(engine.request(ask("hi"), GREEDY))
-    finally:
-        handle.remove()
-        batcher.close()
 
 
 def test_layers_that_continuous_batching_does_not_know(engine, monkeypatch):

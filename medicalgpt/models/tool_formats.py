@@ -55,14 +55,18 @@ class ToolFormat:
             f"{{%- macro tool_result(message) %}}{self.result}{{%- endmacro %}}\n"
         )
 
-    def safe_length(self, text: str) -> int:
-        """Characters of a streamed answer that are certain to be text and not part of a call, whatever follows."""
+    def safe_length(self, text: str, known: int = 0) -> int:
+        """Characters of a streamed answer that are certain to be text and not part of a call, whatever follows.
+
+        Args:
+            known: what was returned for the beginning of the same answer, which is not searched again.
+        """
         if self.opening is None:
             return 0
-        end = text.find(self.opening)
+        end = text.find(self.opening, known)
         if end < 0:
-            end = len(text) - partial_match_length(text, self.opening)
-        return len(text[:end].rstrip())
+            end = len(text) - partial_match_length(text[known:], self.opening)
+        return known + len(text[known:end].rstrip())
 
     def parse(self, text: str, tools: Sequence[Any] | None = None) -> tuple[str, list[dict[str, Any]]]:
         """Parse the calls of an answer. Calls in the model's reasoning (before `</think>`) do not count.

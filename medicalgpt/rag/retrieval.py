@@ -9,7 +9,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import chain
 from math import log
@@ -69,6 +69,17 @@ class Passage:
     @property
     def normalized(self) -> str:
         return normalize(self.text)
+
+
+def with_short_names(passages: Sequence[Passage]) -> list[Passage]:
+    """The passages with each file by its name, and as many folders before it as distinguish it from the others."""
+    files = {passage.file: Path(passage.file).parts for passage in passages}
+    counts = Counter(parts[start:] for parts in files.values() for start in range(len(parts)))
+    names = {
+        file: "/".join(next((parts[-n:] for n in range(1, len(parts)) if counts[parts[-n:]] == 1), parts))
+        for file, parts in files.items()
+    }
+    return [replace(passage, file=names[passage.file]) for passage in passages]
 
 
 def normalize(text: str) -> str:

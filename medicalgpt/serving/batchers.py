@@ -1,50 +1,45 @@
 """Concurrent requests to one model, answered in batches.
 
 A model answers sixteen conversations in little more time than one. A `Batcher` takes requests from any thread and
-returns a future for each. `StaticBatcher` answers the queued requests together and admits the next ones when all of
-them are done. `ContinuousBatcher` admits at every token, through the paged attention of transformers, which is made for
-CUDA.
+returns a future for each. Requests join a running batch, and leave it, at any token: in `ContinuousBatcher` through the
+paged attention of transformers, which most models support, on CPUs and GPUs; in `StaticBatcher`, for all others, by
+computing the batch again. `Schedule` decides who is next.
 """
 
-import copy
 import dataclasses
 import itertools
 import threading
+import time
 from abc import ABC, abstractmethod
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
+from typing import Any
 
 from medicalgpt.args import ServeArguments
 from medicalgpt.errors import UserError
 from medicalgpt.serving.chat import ChatEngine, settle
-from medicalgpt.serving.generation import Answer, AnswerState, GenerationRequest, plain_settings, refuse_nan
+from medicalgpt.serving.generation import Answer, GenerationRequest, Sampling
+from medicalgpt.serving.paged import PagedAnswer, PagedModel
+from medicalgpt.serving.schedule import Job, QueueFullError, Schedule
 
-import torch
 from loguru import logger
-from transformers import ContinuousBatchingConfig, GenerationConfig
-from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
-from transformers.generation.continuous_batching.requests import FutureRequestState, GenerationOutput
 
-# Attention that a paged cache supports.
-PAGED_LAYERS = {"full_attention", "sliding_attention"}
-
-
-class QueueFullError(RuntimeError):
-    """The queue is full.
-
-    Attributes:
-        waiting: number of queued requests.
-    """
-
-    def __init__(self, waiting: int):
-        super().__init__(f"{waiting} requests wait already. Try again in a moment.")
-        self.waiting = waiting
+# How often, and with how many seconds in between, a model that has failed is tried before it is given up.
+TRIALS = 3
+SECONDS_BETWEEN_TRIALS = 1.0
+# A batch runs this many times as long as it took to compute its prompts before it is interrupted for a request that
+# waits, so that computing them again costs at most a quarter of the time.
+PAYS_OFF = 3
 
 
 class BatcherClosedError(RuntimeError):
     """The batcher no longer takes requests."""
+
+
+class ModelFailedError(RuntimeError):
+    """The model cannot answer any more."""
 
 
 class Batcher(ABC):
@@ -54,42 +49,57 @@ class Batcher(ABC):
         engine: the model.
         max_batch_size: maximum number of answers that are generated together.
         max_waiting: maximum number of queued requests.
+        stall_seconds: time without a token, while answers are being generated, after which `problem` says so.
+
+    Attributes:
+        failure: why the model cannot answer any more; None as long as it can.
+        on_ended: called at the end of each answer that has begun, also of a cancelled one, with the tokens of its
+            prompt and of the answer so far.
 
     Raises:
         ValueError: a limit is below 1.
     """
 
-    def __init__(self, engine: ChatEngine, max_batch_size: int = 16, max_waiting: int = 64):
+    def __init__(
+        self, engine: ChatEngine, max_batch_size: int = 16, max_waiting: int = 64, stall_seconds: float = 300.0
+    ):
         for name, value in (("max_batch_size", max_batch_size), ("max_waiting", max_waiting)):
             if value < 1:
                 raise ValueError(f"{name} is {value}, it must be at least 1.")
         self.engine = engine
         self.max_batch_size = max_batch_size
         self.max_waiting = max_waiting
+        self.stall_seconds = stall_seconds
+        self.failure: str | None = None
+        self.on_ended: Callable[[int, int], Any] = lambda prompt_tokens, completion_tokens: None
         self._changed = threading.Condition()
+        self._schedule = Schedule(max_batch_size, max_waiting)
         self._closed = False
+        self._last_step = time.monotonic()
+
+    def _start(self) -> None:
+        self._thread = threading.Thread(target=self._guarded, name=type(self).__name__, daemon=True)
+        self._thread.start()
 
     @property
-    @abstractmethod
     def waiting(self) -> int:
-        """Number of queued requests: nothing has been generated for them yet."""
+        """Number of queued requests: nothing is being generated for them."""
+        return sum(not job.future.done() for job in tuple(self._schedule.waiting))
 
     @property
-    @abstractmethod
     def running(self) -> int:
         """Number of answers that are being generated."""
+        return sum(not job.future.done() for job in tuple(self._schedule.running))
 
-    @abstractmethod
-    def _admit(self, jobs: Sequence[tuple[GenerationRequest, "Future[Answer]"]]) -> None:
-        """Queue requests; called under the lock."""
-
-    @abstractmethod
-    def _join(self) -> None:
-        """Wait until nothing is being generated."""
-
-    @abstractmethod
-    def _cancel_all(self) -> None:
-        """Cancel queued and running requests; called under the lock."""
+    @property
+    def problem(self) -> str | None:
+        """What keeps the model from answering; None if nothing does."""
+        if self.failure is None and not self._closed and not self._thread.is_alive():
+            return "The thread that generates has ended."
+        idle = time.monotonic() - self._last_step
+        if self.failure is None and self.running and idle > self.stall_seconds:
+            return f"The model has generated nothing for {idle:.0f} seconds."
+        return self.failure
 
     def submit(self, request: GenerationRequest) -> "Future[Answer]":
         """Queue one request.
@@ -99,17 +109,19 @@ class Batcher(ABC):
                 `cancelled` and `on_error` are set here.
 
         Returns:
-            The future answer. Cancelling it frees its place in the batch at the next token.
+            The future answer. Cancelling it frees its place in the batch at the next token. It ends with
+            `QueueFullError` if the queue is full later, other clients want a place, and this client has the most.
 
         Raises:
             QueueFullError: too many requests are queued.
             BatcherClosedError: after `close`.
+            ModelFailedError: the model cannot answer any more.
         """
         return self.submit_many([request])[0]
 
     def submit_many(self, requests: Sequence[GenerationRequest]) -> list["Future[Answer]"]:
-        """Queue several requests, all of them or none. Errors are those of `submit`."""
-        admitted: list[tuple[GenerationRequest, Future[Answer]]] = []
+        """Queue several requests of one client, all of them or none. Errors are those of `submit`."""
+        jobs: list[Job] = []
         for request in requests:
             future: Future[Answer] = Future()
             bound = dataclasses.replace(
@@ -118,16 +130,23 @@ class Batcher(ABC):
                 cancelled=future.cancelled,
                 on_error=lambda error, future=future: settle(future, error=error),
             )
-            admitted.append((bound, future))
+            jobs.append(Job(bound, future))
         with self._changed:
+            if self.failure is not None:
+                raise ModelFailedError(self.failure)
             if self._closed:
                 raise BatcherClosedError("The server is stopping and takes no new requests.")
-            free = self.max_waiting + max(0, self.max_batch_size - self.running) - self.waiting
-            if len(requests) > free:
-                raise QueueFullError(self.waiting)
-            self._admit(admitted)
+            if not self._schedule.running:
+                self._last_step = time.monotonic()
+            dropped = self._schedule.add(jobs)
+            for job in jobs:
+                job.future.add_done_callback(partial(self._ended, job))
+            self._fill()
             self._changed.notify_all()
-        return [future for _, future in admitted]
+        for job in dropped:
+            reason = "The queue is full, others wait, and you have most of its places. Ask for fewer answers at a time."
+            settle(job.future, error=QueueFullError(self.waiting, reason))
+        return [job.future for job in jobs]
 
     def close(self, finish: bool = True) -> None:
         """Take no new requests, and return when nothing is being generated.
@@ -137,10 +156,11 @@ class Batcher(ABC):
         """
         with self._changed:
             self._closed = True
-            if not finish:
-                self._cancel_all()
+            jobs = [] if finish else [*self._schedule.running, *self._schedule.waiting]
             self._changed.notify_all()
-        self._join()
+        for job in jobs:
+            job.future.cancel()
+        self._thread.join()
 
     def __enter__(self) -> "Batcher":
         return self
@@ -148,228 +168,256 @@ class Batcher(ABC):
     def __exit__(self, *_: object) -> None:
         self.close(finish=False)
 
+    @abstractmethod
+    def _fill(self) -> None:
+        """Let waiting jobs begin if that is possible at any time; called under the lock."""
+
+    def _ended(self, job: Job, future: "Future[Answer]") -> None:
+        """The answer to a job is complete, has failed, or is not wanted any more."""
+        if job.state is not None:
+            self.on_ended(len(job.state.prompt_ids), job.tokens)
+        with self._changed:
+            self._changed.notify_all()
+
+    @abstractmethod
+    def _work(self) -> None:
+        """Generate until the batcher is closed and nothing is left to do."""
+
+    @abstractmethod
+    def _try(self) -> None:
+        """Generate one token; raises an error if that fails."""
+
+    def _guarded(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:
+            self._give_up(error)
+
+    def _fail_batch(self, error: BaseException | str) -> None:
+        """Fail the jobs of the batch, and the batcher itself if the model does not answer any more."""
+        logger.opt(exception=error if isinstance(error, BaseException) else None).error("a batch failed")
+        with self._changed:
+            failed, self._schedule.running = self._schedule.running, []
+        for job in failed:
+            # Without the traceback, whose frames hold tensors.
+            settle(job.future, error=RuntimeError(str(error)))
+        error = None
+        for _ in range(TRIALS):
+            try:
+                self._try()
+                return
+            except Exception as again:
+                error = again
+                time.sleep(SECONDS_BETWEEN_TRIALS)
+        self._give_up(error)
+
+    def _give_up(self, error: BaseException) -> None:
+        logger.opt(exception=error).critical("the model cannot answer any more")
+        with self._changed:
+            self.failure = f"The model has failed ({type(error).__name__}) and does not recover."
+            jobs = [*self._schedule.running, *self._schedule.waiting]
+            self._schedule.running, self._schedule.waiting = [], []
+        for job in jobs:
+            settle(job.future, error=ModelFailedError(self.failure))
+
+    def _probe(self) -> GenerationRequest:
+        """The shortest request."""
+        return GenerationRequest([min(self.engine.stop_ids, default=0)], Sampling(max_new_tokens=1))
+
 
 class StaticBatcher(Batcher):
-    """Answers the queued requests together; the next are admitted when each of these has its answer.
+    """Generates one batch after the other, for models whose memory cannot be paged.
 
-    One adapter answers a batch: that of the request that has waited longest.
+    When a request waits that can join, the running batch is interrupted and computed again together with it. One
+    adapter answers a batch; a request to another one interrupts it too.
     """
 
-    def __init__(self, engine: ChatEngine, max_batch_size: int = 16, max_waiting: int = 64):
-        super().__init__(engine, max_batch_size, max_waiting)
-        self._queue: deque[tuple[GenerationRequest, Future[Answer]]] = deque()
-        self._batch: list[tuple[GenerationRequest, Future[Answer]]] = []
-        self._thread = threading.Thread(target=self._work, name="StaticBatcher", daemon=True)
-        self._thread.start()
-
-    @property
-    def waiting(self) -> int:
-        return sum(not future.done() for _, future in tuple(self._queue))
-
-    @property
-    def running(self) -> int:
-        return sum(not future.done() for _, future in tuple(self._batch))
-
-    def _admit(self, jobs: Sequence[tuple[GenerationRequest, "Future[Answer]"]]) -> None:
-        self._queue.extend(jobs)
-
-    def _join(self) -> None:
-        self._thread.join()
-
-    def _cancel_all(self) -> None:
-        for _, future in (*self._queue, *self._batch):
-            future.cancel()
+    def __init__(
+        self, engine: ChatEngine, max_batch_size: int = 16, max_waiting: int = 64, stall_seconds: float = 300.0
+    ):
+        super().__init__(engine, max_batch_size, max_waiting, stall_seconds)
+        self._start()
 
     def _work(self) -> None:
-        while True:
+        while self.failure is None:
             with self._changed:
-                self._changed.wait_for(lambda: self._queue or self._closed)
-                batch = self._batch = self._next_batch()
-                if not batch and self._closed and not self._queue:
+                self._changed.wait_for(lambda: self._unfinished() or self._closed)
+                if not self._unfinished():
                     return
-            if batch:
-                self._answer(batch)
+                batch = self._next_batch()
+            try:
+                self._generate(batch)
+            except Exception as error:
+                self._fail_batch(error)
 
-    def _next_batch(self) -> list[tuple[GenerationRequest, "Future[Answer]"]]:
-        batch: list[tuple[GenerationRequest, Future[Answer]]] = []
-        others: deque[tuple[GenerationRequest, Future[Answer]]] = deque()
-        while self._queue and len(batch) < self.max_batch_size:
-            job = self._queue.popleft()
-            if not job[1].cancelled():
-                same = not batch or job[0].adapter == batch[0][0].adapter
-                (batch if same else others).append(job)
-        self._queue.extendleft(reversed(others))
-        return batch
+    def _fill(self) -> None:
+        """The thread takes them when it forms the next batch."""
 
-    def _answer(self, batch: Sequence[tuple[GenerationRequest, "Future[Answer]"]]) -> None:
-        try:
-            engine = self.engine.siblings.get(batch[0][0].adapter, self.engine)
-            engine.generate([request for request, _ in batch])
-        except BaseException as error:
-            # The thread continues: what broke this batch need not break the next one.
-            logger.opt(exception=error).debug("a batch failed")
-            for _, future in batch:
-                settle(future, error=error)
+    def _unfinished(self) -> bool:
+        schedule = self._schedule
+        schedule.forget_ended()
+        schedule.running = [job for job in schedule.running if not job.future.done()]
+        return bool(schedule.running or schedule.waiting)
+
+    def _next_batch(self) -> list[Job]:
+        schedule = self._schedule
+        if schedule.running and self._other_adapter_waits():
+            for job in tuple(schedule.running):
+                schedule.suspend(job)
+        while (job := schedule.to_suspend()) is not None:
+            schedule.suspend(job)
+            # Its place is for the one that it was suspended for.
+            schedule.take_next(self._fits)
+        while schedule.take_next(self._fits) is not None:
+            pass
+        return list(schedule.running)
+
+    def _fits(self, job: Job) -> bool:
+        running = self._schedule.running
+        return not running or job.request.adapter == running[0].request.adapter
+
+    def _other_adapter_waits(self) -> bool:
+        return any(not self._fits(job) for job in self._schedule.waiting)
+
+    def _generate(self, batch: Sequence[Job]) -> None:
+        engine = self.engine.siblings.get(batch[0].request.adapter, self.engine)
+        for job in batch:
+            job.state = job.state or engine.begin(job.request)
+        began = time.monotonic()
+        first: float | None = None
+
+        def pause() -> bool:
+            nonlocal first
+            now = self._last_step = time.monotonic()
+            if first is None:
+                first = now
+            if now - first < PAYS_OFF * (first - began):
+                return False
+            with self._changed:
+                self._schedule.forget_ended()
+                if not self._schedule.waiting:
+                    return False
+                room = sum(not job.future.done() for job in batch) < self.max_batch_size
+                return self._other_adapter_waits() or room or self._schedule.to_suspend() is not None
+
+        engine.extend([job.state for job in batch], pause)
+
+    def _try(self) -> None:
+        self.engine.generate([self._probe()])
 
 
 class ContinuousBatcher(Batcher):
     """Admits a queued request as soon as an answer ends, at any token.
 
-    transformers schedules the requests and runs the model on pages of a shared cache; each request's `AnswerState`
-    chooses its tokens, so an answer is the one that `ChatEngine.chat` gives. Until the batcher is closed, the model
-    uses paged attention and can be used through the batcher only.
+    transformers runs the model on pages of a shared cache; each request's `AnswerState` chooses its tokens, so an
+    answer is the one that `ChatEngine.chat` gives. Until the batcher is closed, the model uses paged attention and can
+    be used through the batcher only. If a forward pass fails, the requests in it fail, and a new cache is made.
 
     Raises:
-        UserError: the model has layers that the library cannot page.
+        UserError: the model has layers that the library cannot page, or no memory is left for the cache.
     """
 
-    def __init__(self, engine: ChatEngine, max_batch_size: int = 16, max_waiting: int = 64):
-        super().__init__(engine, max_batch_size, max_waiting)
+    def __init__(
+        self, engine: ChatEngine, max_batch_size: int = 16, max_waiting: int = 64, stall_seconds: float = 300.0
+    ):
+        super().__init__(engine, max_batch_size, max_waiting, stall_seconds)
         if reasons := continuous_obstacles(engine):
             raise UserError(
                 f"Continuous batching cannot serve this model: {'; '.join(reasons)}. Use --batching static."
             )
-        self._jobs: dict[str, tuple[AnswerState, Future[Answer]]] = {}
         self._numbers = itertools.count()
-        self._manager = engine.model.init_continuous_batching(
-            _plain_config(engine),
-            ContinuousBatchingConfig(
-                max_requests_per_batch=max_batch_size,
-                # Each request chooses its token with its own settings, on the host, at every step.
-                use_async_batching=False,
-                use_cuda_graph=False,
-                # By default nearly all free memory becomes cache, which would be all of the machine's on a CPU.
-                max_memory_percent=None if engine.model.device.type == "cuda" else 0.05,
-            ),
-        )
-        processor = self._manager.logit_processor
-        processor.logits_processor.append(_PagedChooser())
-        processor.supported_keys, processor.tensors_required, processor.do_processing = (
-            {"answer_state": AnswerState},
-            1,
-            True,
-        )
-        self._manager.start()
-        self._thread = threading.Thread(target=self._deliver, name="ContinuousBatcher", daemon=True)
-        self._thread.start()
+        # By the name that they have in the paged model, which is another one each time that they join the batch.
+        self._jobs: dict[str, tuple[Job, PagedAnswer]] = {}
+        self._paged = PagedModel(engine, max_batch_size)
+        self._start()
 
-    @property
-    def waiting(self) -> int:
-        return max(0, len(self._jobs) - self.max_batch_size)
+    def submit_many(self, requests: Sequence[GenerationRequest]) -> list["Future[Answer]"]:
+        for request in requests:
+            self._paged.require_room(request)
+        return super().submit_many(requests)
 
-    @property
-    def running(self) -> int:
-        return min(len(self._jobs), self.max_batch_size)
-
-    def _admit(self, jobs: Sequence[tuple[GenerationRequest, "Future[Answer]"]]) -> None:
-        for request, future in jobs:
+    def _fill(self) -> None:
+        schedule = self._schedule
+        if not self._paged.running:
+            return
+        while (job := schedule.to_suspend()) is not None:
+            job.leaving = True
+            answer = next(answer for each, answer in self._jobs.values() if each is job)
+            answer.pause()
+            self._suspend_if_complete(job, answer)
+        while (job := schedule.take_next()) is not None:
+            job.state = job.state or self.engine.begin(job.request)
             name = str(next(self._numbers))
-            state = self.engine.begin(request)
-            self._jobs[name] = state, future
-            self._manager.add_request(
-                list(request.prompt_ids),
-                request_id=name,
-                max_new_tokens=state.max_tokens,
-                streaming=True,
-                answer_state=state,
-            )
-            future.add_done_callback(lambda future, name=name: self._forget(name))
+            self._jobs[name] = job, self._paged.add(name, job.state)
 
-    def _forget(self, name: str) -> None:
+    def _suspend_if_complete(self, job: Job, answer: PagedAnswer) -> None:
+        """Suspend a job that is leaving once each token that was chosen for it has arrived."""
+        if job.leaving and answer.is_complete and not job.future.done():
+            self._forget(job)
+            self._schedule.suspend(job)
+
+    def _ended(self, job: Job, future: "Future[Answer]") -> None:
         with self._changed:
-            if self._jobs.pop(name, None) is not None:
-                self._manager.cancel_request(name)
-            self._changed.notify_all()
+            self._forget(job)
+            if job in self._schedule.running:
+                self._schedule.running.remove(job)
+            self._fill()
+        super()._ended(job, future)
 
-    def _join(self) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: not self._jobs)
-        self._manager.stop(block=True)
-        self._thread.join()
+    def _forget(self, job: Job) -> None:
+        for name in [name for name, (each, _) in self._jobs.items() if each is job]:
+            del self._jobs[name]
+            self._paged.cancel(name)
 
-    def _cancel_all(self) -> None:
-        for _, future in tuple(self._jobs.values()):
-            future.cancel()
-
-    def _deliver(self) -> None:
-        """Pass each new token to its request, until the manager has stopped."""
-        while not self._closed or self._jobs:
-            output = self._manager.get_result(timeout=0.1)
+    def _work(self) -> None:
+        """Pass each new token to its request."""
+        while self.failure is None:
+            with self._changed:
+                if self._closed and not self._schedule.running and not self._schedule.waiting:
+                    break
+            output = self._paged.next_output()
             if output is not None:
-                self._take(output)
-            elif not self._manager.is_running():
-                error = self._manager.background_thread_status.fatal_error or RuntimeError("generation has stopped")
+                self._take(output.request_id, output.generated_tokens, output.error, output.is_finished())
+            elif not self._paged.running:
                 with self._changed:
-                    self._closed = True
-                    futures = [future for _, future in self._jobs.values()]
-                for future in futures:
-                    settle(future, error=error)
-                return
+                    self._jobs.clear()
+                self._fail_batch(self._paged.error)
+                with self._changed:
+                    self._fill()
+        self._paged.stop()
 
-    def _take(self, output: GenerationOutput) -> None:
-        # A request that the manager has finished must not be cancelled there.
-        find = self._jobs.pop if output.is_finished() else self._jobs.get
-        state, future = find(output.request_id, (None, None))
-        if state is None:
-            return
-        if output.error is not None:
-            settle(future, error=RuntimeError(output.error))
-            return
-        # Under load, an output may hold more than one new token.
-        for token_id in output.generated_tokens[len(state.token_ids) :]:
-            if not state.ended:
-                state.add(token_id)
+    def _take(self, name: str, token_ids: Sequence[int], error: str | None, finished: bool) -> None:
+        # A request that the paged model has finished must not be cancelled there.
         with self._changed:
+            job, answer = (self._jobs.pop if finished else self._jobs.get)(name, (None, None))
+        if job is None:
+            return
+        if error is not None:
+            settle(job.future, error=RuntimeError(error))
+            return
+        self._last_step = time.monotonic()
+        answer.receive(token_ids)
+        with self._changed:
+            self._suspend_if_complete(job, answer)
+            if self._schedule.waiting:
+                self._fill()
             self._changed.notify_all()
 
-
-class _PagedChooser(ContinuousBatchingLogitsProcessor):
-    """Lets each request choose its next token from the scores."""
-
-    supported_kwargs = {"answer_state": AnswerState}
-    ignored_kwargs = ()
-
-    def __init__(self) -> None:
-        self._states: list[FutureRequestState] = []
-
-    def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
-        int32_tensor.zero_()
-
-    def prepare_tensor_args(self, requests_with_new_token: list[FutureRequestState]) -> torch.Tensor:
-        """Keep the requests in the order of the coming scores; the tensor itself is not used."""
-        self._states = list(requests_with_new_token)
-        return torch.zeros(len(self._states), dtype=torch.int32)
-
-    def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
-        """scores: (requests, vocabulary), float32, possibly with padding rows at the end."""
-        refuse_nan(scores[: len(self._states)])
-        for number, future_state in enumerate(self._states):
-            state = future_state.state
-            before = torch.tensor([*state.initial_tokens, *state.generated_tokens], device=scores.device)
-            state.logit_processor_kwargs["answer_state"].choose(scores[number], before)
-        return scores
-
-
-def _plain_config(engine: ChatEngine) -> GenerationConfig:
-    """The checkpoint's generation settings without those that choose tokens: requests do so themselves."""
-    config = copy.deepcopy(engine.model.generation_config)
-    config.update(
-        **plain_settings(),
-        stop_strings=None,
-        max_length=None,
-        max_new_tokens=None,
-        max_time=None,
-        eos_token_id=sorted(engine.stop_ids) or -1,
-    )
-    return config
+    def _try(self) -> None:
+        with suppress(Exception):
+            self._paged.stop()
+        paged = PagedModel(self.engine, self.max_batch_size)
+        try:
+            paged.answer(self._probe())
+        except BaseException:
+            paged.stop()
+            raise
+        self._paged = paged
 
 
 def continuous_obstacles(engine: ChatEngine) -> list[str]:
     """Reasons why continuous batching would not give the model's own answers; empty if it does."""
-    config = engine.model.config.get_text_config()
-    layers = set(getattr(config, "layer_types", None) or ["full_attention"]) - PAGED_LAYERS
-    reasons = [f"it has layers of the kind {', '.join(sorted(layers))}"] if layers else []
-    return reasons + (["its adapters are switched by name"] if engine.siblings else [])
+    return PagedModel.obstacles(engine) + (["its adapters are switched by name"] if engine.siblings else [])
 
 
 def batcher_from(engine: ChatEngine, arguments: ServeArguments) -> Batcher:
@@ -379,21 +427,33 @@ def batcher_from(engine: ChatEngine, arguments: ServeArguments) -> Batcher:
         batching=arguments.batching,
         max_batch_size=arguments.max_batch_size,
         max_waiting=arguments.max_waiting,
+        stall_seconds=arguments.request_timeout,
     )
 
 
 def make_batcher(
-    engine: ChatEngine, *, batching: str = "auto", max_batch_size: int = 16, max_waiting: int = 64
+    engine: ChatEngine,
+    *,
+    batching: str = "auto",
+    max_batch_size: int = 16,
+    max_waiting: int = 64,
+    stall_seconds: float = 300.0,
 ) -> Batcher:
-    """The batcher that `--batching` names: static, continuous, or auto, which is continuous on CUDA where possible.
+    """The batcher that `--batching` names: static, continuous, or auto, which is continuous where possible.
 
     Raises:
-        UserError: continuous batching is requested and the model does not support it, or a limit is below 1.
+        UserError: continuous batching is requested and not possible, or a limit is below 1.
     """
-    if batching == "auto":
-        batching = "continuous" if engine.model.device.type == "cuda" and not continuous_obstacles(engine) else "static"
-    kind = {"static": StaticBatcher, "continuous": ContinuousBatcher}[batching]
+    limits = max_batch_size, max_waiting, stall_seconds
     try:
-        return kind(engine, max_batch_size, max_waiting)
+        if batching == "static" or (batching == "auto" and continuous_obstacles(engine)):
+            return StaticBatcher(engine, *limits)
+        try:
+            return ContinuousBatcher(engine, *limits)
+        except UserError as error:
+            if batching != "auto":
+                raise
+            logger.warning(f"{error} This is done now.")
+            return StaticBatcher(engine, *limits)
     except ValueError as error:
         raise UserError(f"--{error}") from error

@@ -309,16 +309,25 @@ class ChatEngine:
         Returns:
             The answers, None where a request was cancelled or failed on its own.
         """
-        device = self.model.device
         states = [self.begin(request) for request in requests]
-        width = max(len(state.prompt_ids) for state in states)
+        self.extend(states)
+        return [state.answer for state in states]
+
+    def extend(self, states: Sequence[AnswerState], pause: Callable[[], bool] = lambda: False) -> None:
+        """Continue answers in one batch until all of them have ended, or until `pause`, called at each token, is True.
+
+        What they have so far is computed again.
+        """
+        device = self.model.device
+        prompts = [state.ids for state in states]
+        width = max(map(len, prompts))
         # Any token can be padding, since the attention mask hides it; one of a prompt is certainly in the vocabulary.
-        padding = states[0].prompt_ids[0]
+        padding = prompts[0][0]
         input_ids = torch.full((len(states), width), padding, dtype=torch.long)
         attention_mask = torch.zeros_like(input_ids)
-        for number, state in enumerate(states):
-            input_ids[number, width - len(state.prompt_ids) :] = torch.tensor(state.prompt_ids)
-            attention_mask[number, width - len(state.prompt_ids) :] = 1
+        for number, prompt in enumerate(prompts):
+            input_ids[number, width - len(prompt) :] = torch.tensor(prompt)
+            attention_mask[number, width - len(prompt) :] = 1
         # The current CUDA device belongs to a thread, and custom kernels run on it wherever their tensors are.
         on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
         with on_device, _evaluation_mode(self.model):
@@ -328,7 +337,7 @@ class ChatEngine:
                 # Each request chooses its own tokens: what the model's generation_config recommends would come on top.
                 **plain_settings()
                 | {
-                    "max_new_tokens": max(state.max_tokens for state in states),
+                    "max_new_tokens": max(state.max_tokens - len(state.token_ids) for state in states),
                     "eos_token_id": sorted(self.stop_ids) or None,
                     "pad_token_id": padding,
                     "use_cache": True,
@@ -336,9 +345,8 @@ class ChatEngine:
                     "max_time": None,
                 },
                 logits_processor=LogitsProcessorList([Chooser(states, width)]),
-                stopping_criteria=StoppingCriteriaList([Recorder(states)]),
+                stopping_criteria=StoppingCriteriaList([Recorder(states, pause)]),
             )
-        return [state.answer for state in states]
 
     def begin(self, request: GenerationRequest) -> AnswerState:
         """The answer to a request before its first token."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from medicalgpt.models.adapters import embedding_rows
 from medicalgpt.models.combining import Combination
 from medicalgpt.models.hub import Adapter, Checkpoint
 from medicalgpt.serving.chat import ChatEngine, load_base
-from medicalgpt.serving.generation import Answer, GenerationRequest
+from medicalgpt.serving.generation import AnswerState
 
 from loguru import logger
 from peft import PeftModel
@@ -44,9 +44,9 @@ class NamedEngine(ChatEngine):
         self.label = label
         self._lock = lock
 
-    def generate(self, requests: Sequence[GenerationRequest]) -> list[Answer | None]:
+    def extend(self, states: Sequence[AnswerState], pause: Callable[[], bool] = lambda: False) -> None:
         with self._lock, self._active():
-            return super().generate(requests)
+            super().extend(states, pause)
 
     @contextmanager
     def _active(self) -> Iterator[None]:

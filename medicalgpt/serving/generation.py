@@ -8,7 +8,8 @@ from typing import Any, Literal
 from medicalgpt.args import ChatArguments
 from medicalgpt.errors import UserError
 from medicalgpt.models.templating import tool_format_of
-from medicalgpt.models.tool_formats import ToolFormat, partial_match_length
+from medicalgpt.models.tool_formats import ToolFormat
+from medicalgpt.serving.stop_strings import MAX_STOP_CHARS, StopFinder
 
 import torch
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase, StoppingCriteria
@@ -74,7 +75,11 @@ class Sampling:
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
             ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "above 0"),
-            ("stop", all(self.stop), "without empty strings"),
+            (
+                "stop",
+                all(0 < len(text) <= MAX_STOP_CHARS for text in self.stop),
+                f"of strings that are not empty and have at most {MAX_STOP_CHARS} characters",
+            ),
             ("log_probs", not self.log_probs or self.temperature > 0, "False at temperature 0"),
             (
                 "top_log_probs",
@@ -178,6 +183,7 @@ class GenerationRequest:
         cancelled: called at every token; True ends the answer, and `on_end` is not called.
         on_error: called if this answer fails, while others in the batch continue. Unset: the error is raised for all.
         adapter: name of the engine that answers, where a batcher has several on one model.
+        client: who asks. A batcher gives fair shares to its clients.
     """
 
     prompt_ids: Sequence[int]
@@ -188,6 +194,7 @@ class GenerationRequest:
     cancelled: Callable[[], bool] = lambda: False
     on_error: Callable[[Exception], Any] | None = None
     adapter: str | None = None
+    client: str = ""
 
 
 class AnswerState:
@@ -239,7 +246,7 @@ class AnswerState:
         # without them, it could not be distinguished from text.
         stop = (*self._sampling.stop, *stop_strings)
         self._stop_ids = stop_ids.union(special_ids[text] for text in stop if text in special_ids)
-        self._stop_strings = tuple(text for text in stop if text not in special_ids)
+        self._stops = StopFinder([text for text in stop if text not in special_ids])
         marks = self._tools.marks if self._tools else ()
         shown = {special_ids[mark] for mark in marks if mark in special_ids}
         self._hidden_ids = frozenset(special_ids.values()) - shown
@@ -249,8 +256,10 @@ class AnswerState:
         # On the device until the end, since reading a number synchronizes with it.
         self._log_probs: list[torch.Tensor] = []
         self._scores: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-        # Final text, how much of it was passed on, and text that may be the beginning of a stop string.
+        # Final text, how much of it is certain not to be a call, how much was passed on, and text that may be the
+        # beginning of a stop string.
         self._text = ""
+        self._safe = 0
         self._passed_on = 0
         self._held = ""
         # A token's text can depend on the token before (spaces, bytes of a character), so decoding starts at
@@ -260,17 +269,22 @@ class AnswerState:
         self._fresh = 0
         self._seen = 0
 
-    def choose(self, scores: torch.Tensor, before: torch.Tensor) -> None:
+    @property
+    def ids(self) -> list[int]:
+        """The prompt and the answer so far."""
+        return [*self.prompt_ids, *self.token_ids]
+
+    def choose(self, scores: torch.Tensor, before: Callable[[], torch.Tensor]) -> None:
         """Change scores in place so that the highest one is the next token.
 
         Args:
             scores: of the whole vocabulary, (vocabulary,), float32.
-            before: tokens of the prompt and of the answer so far, (length,).
+            before: returns the tokens of the prompt and of the answer so far, (length,).
         """
         sampling = self._sampling
         plain = None if sampling.top_log_probs is None else scores.log_softmax(-1)
         if sampling.repetition_penalty != 1:
-            said = before.unique()
+            said = before().unique()
             penalty = sampling.repetition_penalty
             scores[said] = torch.where(scores[said] > 0, scores[said] / penalty, scores[said] * penalty)
         if self._generator is not None:
@@ -301,22 +315,23 @@ class AnswerState:
             self._end(len(self._held), "stop")
             return
         self._ids.append(token_id)
-        self._held += self._decode()
-        found = [at for at in map(self._held.find, self._stop_strings) if at >= 0]
-        if found:
-            self._end(min(found), "stop")
+        piece = self._decode()
+        self._held += piece
+        begun = self._stops.feed(piece)
+        if begun is not None:
+            self._end(len(self._held) - begun, "stop")
         elif len(self.token_ids) == self.max_tokens:
             self._end(len(self._held), "length")
         else:
-            unsure = max((partial_match_length(self._held, stop) for stop in self._stop_strings), default=0)
-            self._release(len(self._held) - unsure)
-            self._pass_on(self._text[: self._tools.safe_length(self._text)] if self._tools else self._text)
+            self._release(len(self._held) - self._stops.held)
+            self._safe = self._tools.safe_length(self._text, self._safe) if self._tools else len(self._text)
+            self._pass_on(self._text, self._safe)
 
     def _end(self, length: int, finish_reason: Literal["stop", "length"]) -> None:
         self._release(length)
         tools = self._request.tools
         text, calls = self._tools.parse(self._text, tools) if self._tools else (self._text, [])
-        self._pass_on(text)
+        self._pass_on(text, len(text))
         self.ended = True
         # In a continuous batch, tokens may have been chosen after the one that completed a stop string.
         log_probs = self._log_probs[: len(self.token_ids)]
@@ -339,10 +354,10 @@ class AnswerState:
         self._text += self._held[:length]
         self._held = self._held[length:]
 
-    def _pass_on(self, text: str) -> None:
-        if len(text) > self._passed_on:
-            self._request.on_text(text[self._passed_on :])
-            self._passed_on = len(text)
+    def _pass_on(self, text: str, length: int) -> None:
+        if length > self._passed_on:
+            self._request.on_text(text[self._passed_on : length])
+            self._passed_on = length
 
     def _decode(self) -> str:
         known = self._decoded(self._ids[self._context : self._fresh])
@@ -364,29 +379,32 @@ class Chooser(LogitsProcessor):
 
     def __init__(self, states: Sequence[AnswerState], width: int):
         self.states = states
-        self.padding = [width - len(state.prompt_ids) for state in states]
+        self.padding = [width - len(state.ids) for state in states]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """input_ids: (batch, length); scores: (batch, vocabulary), float32."""
         refuse_nan(scores)
         for number, state in enumerate(self.states):
             if not state.ended:
-                state.choose(scores[number], input_ids[number, self.padding[number] :])
+                before = input_ids[number, self.padding[number] :]
+                state.choose(scores[number], lambda before=before: before)
         return scores
 
 
 class Recorder(StoppingCriteria):
-    """Adds each new token to its answer, and stops the answers that have ended."""
+    """Adds each new token to its answer, and stops the answers that have ended; all, if they are to pause."""
 
-    def __init__(self, states: Sequence[AnswerState]):
+    def __init__(self, states: Sequence[AnswerState], pause: Callable[[], bool]):
         self.states = states
+        self.pause = pause
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         """input_ids: (batch, length). Returns (batch,), True where an answer has ended."""
         for state, token_id in zip(self.states, input_ids[:, -1].tolist(), strict=True):
             if not state.ended:
                 state.add(token_id)
-        return torch.tensor([state.ended for state in self.states], device=input_ids.device)
+        pause = self.pause()
+        return torch.tensor([pause or state.ended for state in self.states], device=input_ids.device)
 
 
 def refuse_nan(scores: torch.Tensor) -> None:

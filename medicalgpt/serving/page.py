@@ -5,22 +5,42 @@ import dataclasses
 import html
 import os
 import re
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 
 from medicalgpt.args import PageArguments
 from medicalgpt.errors import UserError
-from medicalgpt.serving.batchers import Batcher, BatcherClosedError, QueueFullError
+from medicalgpt.serving.batchers import Batcher, BatcherClosedError, ModelFailedError
 from medicalgpt.serving.generation import GenerationRequest
-from medicalgpt.serving.web import AccessMiddleware, RequestRefused, bound_socket, url_host
+from medicalgpt.serving.limits import limited_uvicorn
+from medicalgpt.serving.schedule import QueueFullError
+from medicalgpt.serving.uploads import UploadMiddleware, Uploads, is_upload
+from medicalgpt.serving.web import (
+    WRONG_PASSWORDS,
+    AccessMiddleware,
+    Failures,
+    OriginMiddleware,
+    RequestRefused,
+    bound_socket,
+    client_of,
+    origins_from,
+    url_host,
+)
 
 import gradio as gr
 from loguru import logger
 from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
-from starlette.responses import PlainTextResponse
+from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 Turns = list[dict[str, str]]
+# Sessions whose conversation is remembered, and events that may wait for Gradio itself.
+MAX_SESSIONS = 500
+MAX_EVENTS = 200
+# Bytes of an upload's body besides those of its files.
+FORM_BYTES = 65_536
 # Code in Markdown, and what browsers read as a tag or an entity; reasoning is folded by its tags.
 CODE = re.compile(r"(```.*?(?:```|$)|`[^`\n]+`)", re.DOTALL)
 HTML = re.compile(r"<(?=[a-zA-Z/!?])(?!/?think>)|&(?=[a-zA-Z#])")
@@ -55,21 +75,69 @@ CONTENT_POLICY = (
 )
 
 
-def launch(page: gr.Blocks, arguments: PageArguments, auth: tuple[str, str] | None, max_file_size: int = 1) -> str:
+def launch(
+    page: gr.Blocks,
+    arguments: PageArguments,
+    auth: tuple[str, str] | None,
+    uploads: Uploads | None = None,
+    max_file_size: int = 1,
+) -> str:
     """Serve the page in its own thread; returns its address.
 
     Args:
-        max_file_size: maximum bytes of an upload; the default suits pages without uploads.
+        uploads: where the files of visitors are; None for a page that takes none.
+        max_file_size: maximum bytes of one of them.
 
     Raises:
-        UserError: the address cannot be listened on.
+        UserError: the address cannot be listened on, or a flag has an invalid value.
     """
     # Gradio sends its own requests, which depend only on this variable, not on how the page was built.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    # With a password, Gradio itself checks who asks.
-    access = [] if auth else [Middleware(AccessMiddleware, refuse=_refuse, protection="--auth")]
+    if uploads is not None:
+        os.environ["GRADIO_TEMP_DIR"] = str(uploads.folder)
+    middleware, origins = _middleware(arguments, auth, uploads), origins_from(arguments.allow_origins)
     with bound_socket(arguments) as listener:
         port = listener.getsockname()[1]
+
+    def wrap(app: ASGIApp) -> ASGIApp:
+        # Within Gradio's own rules for other origins, it would come too late.
+        return OriginMiddleware(app, refuse=_refuse, allowed=origins)
+
+    with limited_uvicorn(arguments, wrap):
+        url, public_url = _launch(page, arguments, auth, port, middleware, max_file_size)
+    return public_url or url
+
+
+def _middleware(arguments: PageArguments, auth: tuple[str, str] | None, uploads: Uploads | None) -> list[Middleware]:
+    """What a request passes before Gradio's routes see it, the outermost first."""
+    most = FORM_BYTES if uploads is None else uploads.max_bytes
+    found = [
+        Middleware(
+            AccessMiddleware,
+            refuse=_refuse,
+            # With a password, Gradio itself checks who asks.
+            any_host=auth is not None,
+            protection="--auth",
+            max_body_bytes=lambda scope: most if is_upload(scope) else arguments.max_request_bytes,
+            body_seconds=arguments.body_timeout,
+        )
+    ]
+    if auth:
+        found.append(Middleware(LoginMiddleware, refuse=_refuse))
+    if uploads is not None:
+        found.append(Middleware(UploadMiddleware, uploads=uploads, refuse=_refuse))
+    return [*found, Middleware(with_content_policy)]
+
+
+def _launch(
+    page: gr.Blocks,
+    arguments: PageArguments,
+    auth: tuple[str, str] | None,
+    port: int,
+    middleware: list[Middleware],
+    max_file_size: int,
+) -> tuple[str, str | None]:
+    """Start Gradio's server; returns its address, and a public one if there is one."""
     _, url, public_url = page.launch(
         server_name=url_host(arguments.host),
         server_port=port,
@@ -78,7 +146,8 @@ def launch(page: gr.Blocks, arguments: PageArguments, auth: tuple[str, str] | No
         i18n=LABEL,
         # Gradio's own themes load fonts from Google.
         theme=gr.themes.Default(font=["sans-serif"], font_mono=["monospace"]),
-        app_kwargs={"middleware": [*access, Middleware(with_content_policy)]},
+        app_kwargs={"middleware": middleware},
+        state_session_capacity=MAX_SESSIONS,
         footer_links=[],
         run_history=False,
         enable_monitoring=False,
@@ -89,7 +158,58 @@ def launch(page: gr.Blocks, arguments: PageArguments, auth: tuple[str, str] | No
         quiet=True,
         prevent_thread_lock=True,
     )
-    return public_url or url
+    return url, public_url
+
+
+def serve(batcher: Batcher, seconds: float | None = None) -> None:
+    """Return when the program is interrupted.
+
+    Args:
+        seconds: at most; for tests.
+
+    Raises:
+        UserError: the model cannot answer any more.
+    """
+    began = time.monotonic()
+    with suppress(KeyboardInterrupt):
+        while seconds is None or time.monotonic() - began < seconds:
+            if batcher.failure is not None:
+                raise UserError(batcher.failure)
+            time.sleep(0.2)
+
+
+def visitor_of(request: gr.Request) -> str:
+    """Who asks: the client to whom shares of the batch and of the queue are given."""
+    return client_of(request.request.scope)
+
+
+class LoginMiddleware:
+    """Counts wrong passwords, and refuses clients that send too many, the right one included."""
+
+    def __init__(self, app: ASGIApp, *, refuse: Callable[[RequestRefused], Response]):
+        self.app = app
+        self.refuse = refuse
+        self.failures = Failures(WRONG_PASSWORDS)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"].rstrip("/") != "/login":
+            await self.app(scope, receive, send)
+            return
+        client = client_of(scope)
+        try:
+            self.failures.check(client)
+        except RequestRefused as refusal:
+            await self.refuse(refusal)(scope, receive, send)
+            return
+        # Counted before the answer is known, since several may be tried at the same time.
+        self.failures.add(client)
+
+        async def note(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] < 400:
+                self.failures.forget(client)
+            await send(message)
+
+        await self.app(scope, receive, note)
 
 
 def _refuse(refusal: RequestRefused) -> PlainTextResponse:
@@ -152,7 +272,7 @@ async def stream(batcher: Batcher, request: GenerationRequest, timeout: float) -
 
 def describe(error: Exception) -> str:
     """What a visitor is told about an error."""
-    if isinstance(error, (UserError, ValueError, QueueFullError, BatcherClosedError)):
+    if isinstance(error, (UserError, ValueError, QueueFullError, BatcherClosedError, ModelFailedError)):
         return str(error)
     if isinstance(error, TimeoutError):
         return "The answer took too long and was stopped."

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 
+from medicalgpt.logs import printable
 from medicalgpt.serving.chat import ChatEngine
 from medicalgpt.serving.generation import GenerationRequest
 
@@ -18,7 +19,7 @@ def print_answer(engine: ChatEngine, request: GenerationRequest) -> str:
         with engine.stream(request) as stream:
             for piece in stream:
                 pieces.append(piece)
-                print(piece, end="", flush=True)
+                print(printable(piece), end="", flush=True)
         print(flush=True)
         if stream.answer.finish_reason == "length":
             limit = request.sampling.max_new_tokens
@@ -31,7 +32,7 @@ def print_answer(engine: ChatEngine, request: GenerationRequest) -> str:
 
 def print_note(text: str) -> None:
     """Print something that is not part of an answer, to stderr."""
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 def read_lines() -> Iterator[str]:

@@ -9,10 +9,16 @@ import asyncio
 import base64
 import hmac
 import ipaddress
+import math
 import os
 import re
 import socket
-from collections.abc import Callable
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future
+from typing import Any
+from urllib.parse import urlsplit
 
 from medicalgpt.args import ApiArguments, PageArguments, ServeArguments
 from medicalgpt.errors import UserError
@@ -22,6 +28,12 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+# Wrong keys that a client may send in a minute before it has to wait; of passwords, which are shorter, fewer.
+WRONG_KEYS = 100
+WRONG_PASSWORDS = 10
+SECONDS_OF_FAILURES = 60.0
+# Number of clients whose failures are remembered.
+MAX_CLIENTS = 10_000
 # An IPv6 address in brackets or a name, and perhaps a port.
 HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([\w.-]+))(?::\d+)?")
 
@@ -106,6 +118,100 @@ class RequestRefused(HTTPException):
         self.code = code
 
 
+def client_of(scope: Scope) -> str:
+    """Who sends a request: its address, of IPv6 the network, of which a client has all addresses.
+
+    uvicorn takes the address from X-Forwarded-For if the request comes from this machine, where a proxy may run.
+    """
+    host = scope["client"][0] if scope.get("client") else ""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host
+    if address.version == 4:
+        return host
+    return str(address.ipv4_mapped or ipaddress.ip_network((address, 64), strict=False))
+
+
+class Failures:
+    """Counts what clients got wrong, a key or a password, and refuses those that try too often.
+
+    Args:
+        allowed: failures within a minute; after these, nothing is tried until its end, be it right or wrong.
+    """
+
+    def __init__(self, allowed: int):
+        self.allowed = allowed
+        # The beginning of each client's minute, and its failures in it.
+        self._counts: OrderedDict[str, tuple[float, int]] = OrderedDict()
+
+    def check(self, client: str) -> None:
+        """Raises RequestRefused if the client has to wait."""
+        began, count = self._counts.get(client, (0.0, 0))
+        left = began + SECONDS_OF_FAILURES - time.monotonic()
+        if count >= self.allowed and left > 0:
+            raise RequestRefused(
+                429, "Too many wrong keys or passwords.", "too_many_failures", {"Retry-After": str(math.ceil(left))}
+            )
+
+    def forget(self, client: str) -> None:
+        self._counts.pop(client, None)
+
+    def add(self, client: str) -> None:
+        now = time.monotonic()
+        began, count = self._counts.pop(client, (now, 0))
+        self._counts[client] = (began, count + 1) if now - began < SECONDS_OF_FAILURES else (now, 1)
+        while len(self._counts) > MAX_CLIENTS:
+            self._counts.popitem(last=False)
+
+
+def origins_from(allow_origins: str | None) -> list[str]:
+    """The origins of --allow_origins. Raises UserError if a value is not one."""
+    origins = [origin.strip() for origin in (allow_origins or "").split(",") if origin.strip()]
+    for origin in origins:
+        if not re.fullmatch(r"https?://[^/*\s]+", origin):
+            raise UserError(
+                f"--allow_origins: {origin!r} is not an origin. Name each site as a browser does, https://example.org "
+                "or http://localhost:3000; a wildcard would let every page ask."
+            )
+    return origins
+
+
+class OriginMiddleware:
+    """Refuses requests that pages of other sites send: a browser names the origin of the page, and adds its cookies.
+
+    Args:
+        allowed: further origins; that of the application itself is the one in the Host header.
+    """
+
+    def __init__(self, app: ASGIApp, *, refuse: Callable[[RequestRefused], Response], allowed: Collection[str] = ()):
+        self.app = app
+        self.refuse = refuse
+        self.allowed = allowed
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] in ("http", "websocket") and self._is_foreign(dict(scope["headers"]), scope.get("method")):
+            refusal = RequestRefused(403, "Pages of other sites may not send requests.", "wrong_origin")
+            await self.refuse(refusal)(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+    def _is_foreign(self, headers: dict[bytes, bytes], method: str | None) -> bool:
+        origin = headers.get(b"origin", b"").decode("latin-1")
+        if not origin:
+            # A link on another page may lead here; nothing else may.
+            return headers.get(b"sec-fetch-site") == b"cross-site" and method not in ("GET", "HEAD")
+        if origin in self.allowed:
+            return False
+        try:
+            own = urlsplit(origin)
+            # A proxy may have taken TLS off, so the scheme is not compared.
+            named = {own.netloc.lower(), (own.hostname or "") if own.port in (None, 80, 443) else ""} - {""}
+        except ValueError:
+            return True
+        return headers.get(b"host", b"").decode("latin-1").lower() not in named
+
+
 class AccessMiddleware:
     """Passes a request on if it has the key or, without a key, is addressed to this machine; limits its body.
 
@@ -113,9 +219,10 @@ class AccessMiddleware:
         app: the ASGI application that is protected, all routes of it.
         refuse: makes the response to a refused request.
         key: the key of `Authorization: Bearer KEY`, or user:password of `Basic`; None asks for none.
+        any_host: do not look at the Host header; the application itself asks for a password.
         protection: what a server that other machines may reach is started with, for the message.
-        max_body_bytes: most bytes of a body, whatever its headers say of its length; None for no limit.
-        body_seconds: time within which the body must have arrived; None for no limit.
+        max_body_bytes: returns the most bytes of a request's body, whatever its headers say of its length.
+        body_seconds: time within which the body must have arrived.
     """
 
     def __init__(
@@ -123,14 +230,17 @@ class AccessMiddleware:
         app: ASGIApp,
         *,
         refuse: Callable[[RequestRefused], Response],
+        max_body_bytes: Callable[[Scope], int],
+        body_seconds: float,
         key: str | None = None,
+        any_host: bool = False,
         protection: str = "a key",
-        max_body_bytes: int | None = None,
-        body_seconds: float | None = None,
     ):
         self.app = app
         self.refuse = refuse
         self.key = key
+        self.any_host = any_host
+        self.failures = Failures(WRONG_KEYS)
         self.protection = protection
         self.max_body_bytes = max_body_bytes
         self.body_seconds = body_seconds
@@ -140,23 +250,25 @@ class AccessMiddleware:
             await self.app(scope, receive, send)
             return
         try:
-            self._admit(dict(scope["headers"]))
+            self._admit(client_of(scope), dict(scope["headers"]))
         except RequestRefused as refusal:
             await self.refuse(refusal)(scope, receive, send)
         else:
-            await self.app(scope, self._limited(receive), send)
+            await self.app(scope, self._limited(receive, self.max_body_bytes(scope)), send)
 
-    def _admit(self, headers: dict[bytes, bytes]) -> None:
+    def _admit(self, client: str, headers: dict[bytes, bytes]) -> None:
         if self.key is not None:
+            self.failures.check(client)
             # In constant time, so that a key cannot be guessed letter by letter.
             if not hmac.compare_digest(_key_in(headers.get(b"authorization", b"")), self.key.encode()):
+                self.failures.add(client)
                 raise RequestRefused(
                     401,
                     "The API key is missing or wrong; send the header Authorization: Bearer KEY.",
                     "invalid_api_key",
                     {"WWW-Authenticate": "Bearer"},
                 )
-        elif not is_loopback(_host_of(headers.get(b"host", b""))):
+        elif not self.any_host and not is_loopback(_host_of(headers.get(b"host", b""))):
             raise RequestRefused(
                 403,
                 "The Host header names another machine. Ask by 127.0.0.1 or localhost, or start the server with "
@@ -164,9 +276,9 @@ class AccessMiddleware:
                 "wrong_host",
             )
 
-    def _limited(self, receive: Receive) -> Receive:
+    def _limited(self, receive: Receive, max_bytes: int) -> Receive:
         size, complete = 0, False
-        deadline = None if self.body_seconds is None else asyncio.get_running_loop().time() + self.body_seconds
+        deadline = asyncio.get_running_loop().time() + self.body_seconds
 
         async def receive_limited() -> Message:
             nonlocal size, complete
@@ -177,10 +289,12 @@ class AccessMiddleware:
                     message = await receive()
             except TimeoutError as error:
                 raise RequestRefused(408, "The body did not arrive in time.", "timeout") from error
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnected
             size += len(message.get("body", b""))
             complete = not message.get("more_body", False)
-            if self.max_body_bytes is not None and size > self.max_body_bytes:
-                raise RequestRefused(413, f"The body has more than {self.max_body_bytes} bytes.", "request_too_large")
+            if size > max_bytes:
+                raise RequestRefused(413, f"The body has more than {max_bytes} bytes.", "request_too_large")
             return message
 
         return receive_limited
@@ -204,8 +318,24 @@ def _host_of(header: bytes) -> str:
     return (found[1] or found[2]).lower() if found else ""
 
 
-class ClientDisconnected(Exception):
-    """The client has disconnected, so nobody waits for the answer."""
+class ClientDisconnected(HTTPException):
+    """The client has disconnected, so nobody waits for the answer. Counted as 499, as nginx does."""
+
+    def __init__(self) -> None:
+        super().__init__(499, "The client has left.")
+
+
+async def settled(futures: Sequence[Future]) -> list[Any]:
+    """The results of futures, or the first error. If nobody waits for them any more, they are cancelled."""
+    waiting = [asyncio.wrap_future(future) for future in futures]
+    try:
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_EXCEPTION)
+        failed = [each for each in waiting if each.done() and (each.cancelled() or each.exception())]
+        return [each.result() for each in failed or waiting]
+    finally:
+        for each in waiting:
+            # asyncio complains of errors that nobody has looked at.
+            each.cancel() or each.cancelled() or each.exception()
 
 
 async def wait_for_disconnect(request: Request) -> None:
