@@ -13,7 +13,8 @@ expected answers come from `ChatEngine`, greedy and in float32, as in both serve
 answers differ from each other and in which no token was a near tie, so that every answer identifies its question:
 `mixed up` is the answer to another question, `wrong` is the answer to none, and `lost` is a request whose connection
 was closed or timed out before the end of the answer. With `--kill_share`, clients hang up in the middle of some
-answers; with `--attacks`, the server is attacked all the time (benchmarks/attacks.py), and its health is looked at. A full server may refuse requests (429, with Retry-After); the client then waits as long as it is told.
+answers; with `--attacks`, the server is attacked all the time (benchmarks/attacks.py), and its health is looked at. A
+full server may refuse requests (429, with Retry-After); the client then waits as long as it is told.
 
 Seconds are measured by the clients: from the request to the end of its answer, and to its first text if it is streamed.
 Memory (resident, of all processes of the server) is read before the load, twice a second during it, and two seconds
