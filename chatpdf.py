@@ -31,7 +31,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medicalgpt.args import ChatArguments, PageArguments
+from medicalgpt.args import ChatArguments
 from medicalgpt.errors import UserError, run_main
 from medicalgpt.files import refuse_overwriting, write_atomically
 from medicalgpt.logs import heartbeat, printable, setup_logging
@@ -63,6 +63,7 @@ from medicalgpt.rag.retrieval import (
 )
 from medicalgpt.readers.problems import Problem, format_problems
 from medicalgpt.readers.sources import read_rows
+from medicalgpt.serving.arguments import PageArguments
 from medicalgpt.serving.chat import ChatEngine
 from medicalgpt.serving.engines import engine_from
 from medicalgpt.serving.generation import GenerationRequest, Sampling, sampling_from
@@ -538,23 +539,7 @@ def build_page(batcher: "Batcher", collection: Collection, uploads: "Uploads", a
     with gr.Blocks(title="MedicalGPT: your files", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         # The uploads of a session, and the collection of these and --files.
         uploaded, mine, turns = gr.State([]), gr.State(None), gr.State([])
-        gr.Markdown("## Questions about your files · 文件问答")
-        with gr.Row(equal_height=False):
-            with gr.Column(scale=1, min_width=260):
-                upload = gr.File(
-                    label="Add files · 添加文件",
-                    file_count="multiple",
-                    file_types=list(documents.SUFFIXES),
-                    elem_id="upload",
-                )
-                listing = gr.Textbox(label="Files · 已读取", interactive=False, lines=4, elem_id="files")
-            with gr.Column(scale=3):
-                chatbot = gr.Chatbot(label="Conversation · 对话", height="50vh", allow_tags=False, buttons=["copy"])
-                question = gr.Textbox(label="Question · 问题", elem_id="question")
-                with gr.Row():
-                    send = gr.Button("Send · 发送", variant="primary", elem_id="send")
-                    clear = gr.Button("Clear · 清空", elem_id="clear")
-                sources_shown = gr.Textbox(label="Sources · 出处", interactive=False, lines=8, elem_id="sources")
+        upload, listing, chatbot, question, send, clear, sources_shown = lay_out()
 
         def take(paths: list[str] | None, had: list[Passage]) -> tuple[None, list[Passage], Collection, str]:
             passages, lines = take_uploads(paths or [], had, arguments, uploads.release)
@@ -614,6 +599,30 @@ def build_page(batcher: "Batcher", collection: Collection, uploads: "Uploads", a
             api_visibility="private",
         )
     return page.queue(max_size=MAX_EVENTS, api_open=False)
+
+
+def lay_out() -> "tuple[gr.File, gr.Textbox, gr.Chatbot, gr.Textbox, gr.Button, gr.Button, gr.Textbox]":
+    """Place the components of the page: upload, files, conversation, question, two buttons, sources."""
+    import gradio as gr
+
+    gr.Markdown("## Questions about your files · 文件问答")
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=1, min_width=260):
+            upload = gr.File(
+                label="Add files · 添加文件",
+                file_count="multiple",
+                file_types=list(documents.SUFFIXES),
+                elem_id="upload",
+            )
+            listing = gr.Textbox(label="Files · 已读取", interactive=False, lines=4, elem_id="files")
+        with gr.Column(scale=3):
+            chatbot = gr.Chatbot(label="Conversation · 对话", height="50vh", allow_tags=False, buttons=["copy"])
+            question = gr.Textbox(label="Question · 问题", elem_id="question")
+            with gr.Row():
+                send = gr.Button("Send · 发送", variant="primary", elem_id="send")
+                clear = gr.Button("Clear · 清空", elem_id="clear")
+            sources_shown = gr.Textbox(label="Sources · 出处", interactive=False, lines=8, elem_id="sources")
+    return upload, listing, chatbot, question, send, clear, sources_shown
 
 
 async def answer_visitor(

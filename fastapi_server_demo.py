@@ -23,13 +23,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
-from medicalgpt.args import ApiArguments
 from medicalgpt.errors import UserError, run_main
 from medicalgpt.logs import setup_logging
 from medicalgpt.parser import parse_args
+from medicalgpt.serving.arguments import ApiArguments
 from medicalgpt.serving.batchers import Batcher, ModelFailedError, batcher_from
 from medicalgpt.serving.engines import engine_from
-from medicalgpt.serving.generation import Answer, GenerationRequest, sampling_from
+from medicalgpt.serving.generation import Answer, GenerationRequest, Sampling, sampling_from
 from medicalgpt.serving.limits import connection_limits, uvicorn_config
 from medicalgpt.serving.prompts import PromptReader
 from medicalgpt.serving.schedule import QueueFullError
@@ -186,14 +186,7 @@ def build_app(batcher: Batcher, arguments: ServerArguments, key: str | None) -> 
         request: Request, asked: Settings, questions: Sequence[str], history: Sequence[Sequence[str]] = ()
     ) -> list[Answer]:
         """Answer several questions, each after the same history."""
-        given = asked.model_dump(include=set(Settings.model_fields), exclude_unset=True)
-        system = given.pop("system_prompt", arguments.system_prompt)
-        turns = [{"role": "system", "content": system}] if system else []
-        for question, answer in history:
-            turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        sampling = replace(sampling_from(arguments), **given)
-        if idle := {"top_p", "top_k", "seed"}.intersection(given) if sampling.temperature == 0 else None:
-            raise HTTPException(400, f"{', '.join(sorted(idle))}: no effect at temperature 0; set a temperature.")
+        turns, sampling = opening_of(asked, history, arguments)
         conversations = [[*turns, {"role": "user", "content": text}] for text in questions]
         client = client_of(request.scope)
 
@@ -227,6 +220,21 @@ def build_app(batcher: Batcher, arguments: ServerArguments, key: str | None) -> 
             answers.cancel()
 
     return app
+
+
+def opening_of(
+    asked: Settings, history: Sequence[Sequence[str]], arguments: ServerArguments
+) -> tuple[list[dict[str, str]], Sampling]:
+    """The turns before a question, and how it is answered."""
+    given = asked.model_dump(include=set(Settings.model_fields), exclude_unset=True)
+    system = given.pop("system_prompt", arguments.system_prompt)
+    turns = [{"role": "system", "content": system}] if system else []
+    for question, answer in history:
+        turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    sampling = replace(sampling_from(arguments), **given)
+    if idle := {"top_p", "top_k", "seed"}.intersection(given) if sampling.temperature == 0 else None:
+        raise HTTPException(400, f"{', '.join(sorted(idle))}: no effect at temperature 0; set a temperature.")
+    return turns, sampling
 
 
 def add_error_handlers(app: FastAPI, arguments: ServerArguments) -> None:

@@ -15,10 +15,10 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from medicalgpt.args import PageArguments
 from medicalgpt.errors import run_main
 from medicalgpt.logs import setup_logging
 from medicalgpt.parser import parse_args
+from medicalgpt.serving.arguments import PageArguments
 from medicalgpt.serving.batchers import Batcher, batcher_from
 from medicalgpt.serving.engines import engine_from
 from medicalgpt.serving.generation import Sampling, sampling_from
@@ -212,13 +212,8 @@ def build_page(batcher: Batcher, arguments: PageArguments) -> gr.Blocks:
             return {**view(said), question: unanswered or ""}
 
         buttons = layout.buttons
-        outputs = [
-            turns,
-            chatbot,
-            question,
-            layout.notice,
-            *(buttons[name] for name in ("send", "stop", "retry", "undo")),
-        ]
+        changing = [buttons[name] for name in ("send", "stop", "retry", "undo")]
+        outputs = [turns, chatbot, question, layout.notice, *changing]
         private = {"outputs": outputs, "api_visibility": "private"}
         # One event for everything that asks: a visitor gets one answer at a time, and the other buttons can cancel it.
         asking = gr.on(

@@ -40,12 +40,12 @@ from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any
 
-from medicalgpt.args import ApiArguments
 from medicalgpt.errors import UserError, run_main
 from medicalgpt.logs import setup_logging
 from medicalgpt.models import combining
 from medicalgpt.models.templating import tool_format_of
 from medicalgpt.parser import parse_args
+from medicalgpt.serving.arguments import ApiArguments
 from medicalgpt.serving.batchers import Batcher, BatcherClosedError, ModelFailedError, batcher_from
 from medicalgpt.serving.chat import ChatEngine, PromptTooLongError
 from medicalgpt.serving.engines import adapted, base_name, engine_from

@@ -13,7 +13,8 @@ expected answers come from `ChatEngine`, greedy and in float32, as in both serve
 answers differ from each other and in which no token was a near tie, so that every answer identifies its question:
 `mixed up` is the answer to another question, `wrong` is the answer to none, and `lost` is a request whose connection
 was closed or timed out before the end of the answer. With `--kill_share`, clients hang up in the middle of some
-answers. A full server may refuse requests (429, with Retry-After); the client then waits as long as it is told.
+answers; with `--attacks`, the server is attacked all the time (benchmarks/attacks.py), and its health is looked at. A
+full server may refuse requests (429, with Retry-After); the client then waits as long as it is told.
 
 Seconds are measured by the clients: from the request to the end of its answer, and to its first text if it is streamed.
 Memory (resident, of all processes of the server) is read before the load, twice a second during it, and two seconds
@@ -35,10 +36,12 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from benchmarks.attacks import Attacker
 
 import httpx
 import numpy as np
@@ -117,6 +120,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max_new_tokens", type=int, default=32)
     parser.add_argument("--stream_share", type=float, default=0.5, help="share of requests that are streamed")
     parser.add_argument("--kill_share", type=float, default=0.0, help="share of requests that clients hang up on")
+    parser.add_argument("--attacks", action="store_true", help="attack the server while the clients use it")
     parser.add_argument("--timeout", type=float, default=120, help="seconds after which a request is lost")
     parser.add_argument("--url", help="a running server, without /v1")
     parser.add_argument("--pid", type=int, help="its process, so that its memory can be read")
@@ -130,6 +134,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--model {args.model} is not a model. bash scripts/run_pipeline.sh creates outputs/sft-merged")
     if args.url and (args.vllm_venv or args.ours_flags or args.vllm_flags):
         parser.error("--url measures a running server; it starts neither openai_api.py nor vLLM")
+    if args.attacks and args.vllm_venv:
+        parser.error("--attacks is for openai_api.py and --url; measure vLLM in a run of its own")
     if args.pid and not args.url:
         parser.error("--pid is for --url; the processes of servers started here are known")
     return args
@@ -227,13 +233,14 @@ async def measure(url: str, pid: int | None, cases: list[list[Case]], args: argp
     clients = [
         httpx.AsyncClient(
             base_url=f"{url}/v1/",
-            headers={"Authorization": f"Bearer {key}"} if key else {},
+            # Each is a client of its own for the server, as behind a proxy.
+            headers={"X-Forwarded-For": f"192.0.2.{number}"} | ({"Authorization": f"Bearer {key}"} if key else {}),
             timeout=args.timeout,
             verify=context,
             # Requests to this machine must not go through a proxy.
             trust_env=bool(args.url),
         )
-        for _ in cases
+        for number, _ in enumerate(cases)
     ]
     models = (await clients[0].get("models")).raise_for_status().json()
     load = Load(models["data"][0]["id"], {case.text for own in cases for case in own}, args)
@@ -244,12 +251,14 @@ async def measure(url: str, pid: int | None, cases: list[list[Case]], args: argp
     before, used, own_used = memory(server), cpu_seconds(server), time.process_time()
     began = time.perf_counter()
     watching = asyncio.create_task(watch(server, sampled))
-    outcomes = await asyncio.gather(
-        *(
-            load.client(http, own, began + args.seconds, random.Random(f"{args.seed} {number}"))
-            for number, (http, own) in enumerate(zip(clients, cases, strict=True))
+    attacker = Attacker(url, load.model)
+    with attacker.going_on() if args.attacks else nullcontext():
+        outcomes = await asyncio.gather(
+            *(
+                load.client(http, own, began + args.seconds, random.Random(f"{args.seed} {number}"))
+                for number, (http, own) in enumerate(zip(clients, cases, strict=True))
+            )
         )
-    )
     elapsed = time.perf_counter() - began
     used, own_used = cpu_seconds(server) - used, time.process_time() - own_used
     await asyncio.sleep(SETTLING)
@@ -259,6 +268,8 @@ async def measure(url: str, pid: int | None, cases: list[list[Case]], args: argp
         await http.aclose()
     found = summary([outcome for own in outcomes for outcome in own], elapsed)
     found |= {"server_cpu_seconds": used, "client_cpu_seconds": own_used}
+    if args.attacks:
+        found |= attacker.summary()
     return found | {"memory_mb": {"before": before, "after": after, "peak": max([*sampled, before, after])}}
 
 

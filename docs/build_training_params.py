@@ -34,16 +34,13 @@ import validate_jsonl
 from docs import resume_tables
 from medicalgpt.adapter_args import CombinationArguments
 from medicalgpt.args import (
-    ApiArguments,
     AttentionArguments,
     ChatArguments,
     DataArguments,
     LoraArguments,
     ModelArguments,
-    PageArguments,
     PairArguments,
     RunArguments,
-    ServeArguments,
     StageDefaults,
     TemplateArguments,
     help_texts,
@@ -62,6 +59,7 @@ from medicalgpt.refusals import (
     SUMS,
     TRAINING,
 )
+from medicalgpt.serving.arguments import ApiArguments, PageArguments, ServeArguments
 
 PAGE = Path(__file__).parent / "training_params.md"
 

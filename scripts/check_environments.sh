@@ -2,7 +2,8 @@
 # Whether the packages of each environment still fit together, with today's releases; run it before a release.
 #
 #   bash scripts/check_environments.sh           resolve each requirements file, and install nothing
-#   bash scripts/check_environments.sh --write   and write the versions of requirements-dev.txt to constraints.txt
+#   bash scripts/check_environments.sh --write   and write the versions: of requirements-dev.txt to constraints.txt, and of
+#                                                vllm, quant and peers to constraints-vllm.txt and so on
 #
 # PYTHON=python3.12 selects another interpreter. Only metadata is downloaded where the index has it.
 set -euo pipefail
@@ -32,18 +33,30 @@ for file in requirements*.txt; do
 done
 [ "$failed" = 0 ] || exit 1
 
-if [ "${1:-}" = --write ]; then
-  "$PYTHON" - "$folder/requirements-dev.txt.json" >"$folder/constraints.txt" <<'END'
+# lock FILE OUTPUT: write the versions in the resolution of a requirements file.
+lock() {
+  "$PYTHON" - "$folder/$1.json" "$1" >"$folder/lock" <<'END'
 import json
 import re
 import sys
 
-print("# The versions that were tested together. Written by: bash scripts/check_environments.sh --write")
+print(f"# The versions that {sys.argv[2]} resolved to. Written by: bash scripts/check_environments.sh --write")
 for package in sorted(json.load(open(sys.argv[1]))["install"], key=lambda package: package["metadata"]["name"].lower()):
     name = re.sub(r"[-_.]+", "-", package["metadata"]["name"]).lower()
+    # The build of torch for the GPU at hand decides these.
+    if name.startswith(("nvidia-", "cuda-", "triton")):
+        continue
     # A build for one kind of hardware (+cpu) has the version of the others.
     print(f"{name}=={package['metadata']['version'].partition('+')[0]}")
 END
-  mv "$folder/constraints.txt" constraints.txt
-  echo "constraints.txt: written"
+  mv "$folder/lock" "$2"
+  echo "$2: written"
+}
+
+if [ "${1:-}" = --write ]; then
+  lock requirements-dev.txt constraints.txt
+  # These are environments of their own.
+  for name in vllm quant peers; do
+    lock "requirements-$name.txt" "constraints-$name.txt"
+  done
 fi

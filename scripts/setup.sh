@@ -10,26 +10,26 @@
 #
 # VENV=folder replaces .venv (.venv-vllm-grpo, .venv-quant); PYTHON=python3.12 selects another interpreter (3.11 or
 # newer). constraints.txt holds the exact version of every package that was tested, so that a new release of one cannot
-# break an installation; NEWEST=1 ignores it.
+# break an installation, and constraints-vllm.txt and constraints-quant.txt those that were resolved together; NEWEST=1
+# ignores them.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 REQUIREMENTS=requirements.txt
 FOLDER=.venv
 # The other two environments need other versions of some packages.
-CONSTRAINTS=(-c constraints.txt)
+CONSTRAINTS=constraints.txt
 case "${1:-}" in
   "" | --which) ;;
   --dev) REQUIREMENTS=requirements-dev.txt ;;
   --extras) REQUIREMENTS=requirements-extras.txt ;;
-  --vllm) REQUIREMENTS=requirements-vllm.txt FOLDER=.venv-vllm-grpo CONSTRAINTS=() ;;
-  --quant) REQUIREMENTS=requirements-quant.txt FOLDER=.venv-quant CONSTRAINTS=() ;;
+  --vllm) REQUIREMENTS=requirements-vllm.txt FOLDER=.venv-vllm-grpo CONSTRAINTS=constraints-vllm.txt ;;
+  --quant) REQUIREMENTS=requirements-quant.txt FOLDER=.venv-quant CONSTRAINTS=constraints-quant.txt ;;
   *)
     echo "error: unknown argument $1. Known: --dev, --extras, --vllm, --quant, --which" >&2
     exit 2
     ;;
 esac
-[ -z "${NEWEST:-}" ] || CONSTRAINTS=()
 VENV=${VENV:-$FOLDER}
 
 if [ -z "${PYTHON:-}" ]; then
@@ -50,7 +50,7 @@ if [ "${1:-}" = "--which" ]; then
 fi
 
 # The stamp records what was installed, so that a changed requirements file is noticed.
-wanted=$(cat requirements.txt "$REQUIREMENTS" constraints.txt | cksum)${NEWEST:+ newest}
+wanted=$(cat requirements.txt "$REQUIREMENTS" "$CONSTRAINTS" | cksum)${NEWEST:+ newest}
 stamp="$VENV/.installed-$REQUIREMENTS"
 if [ -x "$VENV/bin/python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
   exit 0
@@ -58,6 +58,7 @@ fi
 
 [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
 echo "installing $REQUIREMENTS into $VENV (once; a few minutes, and about 3 GB with CUDA)"
-"$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -r "$REQUIREMENTS" \
-  ${CONSTRAINTS[@]+"${CONSTRAINTS[@]}"}
+bounds=(-c "$CONSTRAINTS")
+[ -z "${NEWEST:-}" ] || bounds=()
+"$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -r "$REQUIREMENTS" ${bounds[@]+"${bounds[@]}"}
 echo "$wanted" >"$stamp"

@@ -100,7 +100,7 @@ if [ -z "$INSTALLED" ]; then
   [ -x "$VLLM_VENV/bin/python" ] || "$PYTHON" -m venv "$VLLM_VENV"
   install=("$VLLM_VENV/bin/python" -m pip install --quiet --disable-pip-version-check)
   if [ "$DEVICE" = cuda ]; then
-    "${install[@]}" -r requirements-peers.txt
+    "${install[@]}" -r requirements-peers.txt -c constraints-peers.txt
   else
     # The CPU build of torch is in PyTorch's index, unless pip is configured with another index that has it.
     "${install[@]}" torch==2.13.0+cpu 2>/dev/null ||

@@ -14,9 +14,10 @@ import reward_modeling
 import supervised_finetuning
 from chatpdf import FileArguments
 from inference import InferenceArguments
-from medicalgpt.args import ApiArguments, DataArguments, LoraArguments, ModelArguments, RunArguments, StageDefaults
+from medicalgpt.args import DataArguments, LoraArguments, ModelArguments, RunArguments, StageDefaults
 from medicalgpt.parser import StrictParser, parse_args
 from medicalgpt.refusals import ACCEPTED, ANY, EVERY, REFUSED, RENAMED, TRAINING, for_program, refused_in
+from medicalgpt.serving.arguments import ApiArguments
 from tests.helpers import ROOT, run_program
 
 import pytest

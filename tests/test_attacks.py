@@ -213,8 +213,8 @@ def test_all_places_taken_by_answers(servers):
 def test_number_of_open_files_is_the_limit():
     """`ulimit -n` is lower than --max_connections."""
     program = (
-        "from medicalgpt.args import ServeArguments\nfrom medicalgpt.serving.limits import connection_limits\n"
-        "print(connection_limits(ServeArguments('x')).connections)"
+        "from medicalgpt.serving import arguments, limits\n"
+        "print(limits.connection_limits(arguments.ServeArguments('x')).connections)"
     )
     done = subprocess.run(
         [sys.executable, "-c", program],

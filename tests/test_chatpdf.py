@@ -422,13 +422,13 @@ def test_uploads_are_read_and_deleted(tmp_path, monkeypatch):
         return str(tmp_path / name)
 
     paths = [upload("a.md", "one"), upload("bad.pdf", "x")]
-    passages, told = take_uploads(paths, [], arguments())
+    passages, told = take_uploads(paths, [], arguments(), Path.unlink)
     assert [passage.text for passage in passages] == ["one"] and not list(tmp_path.iterdir())
     assert told[0] == "a.md" and told[1].startswith("bad.pdf: it is damaged") and str(tmp_path) not in told[1]
-    passages, _ = take_uploads([upload("a.md", "two")], passages, arguments())
+    passages, _ = take_uploads([upload("a.md", "two")], passages, arguments(), Path.unlink)
     assert [passage.text for passage in passages] == ["two"]
     monkeypatch.setattr(chatpdf, "FILES_OF_A_VISITOR", 1)
-    again, told = take_uploads([upload("b.md", "three")], passages, arguments())
+    again, told = take_uploads([upload("b.md", "three")], passages, arguments(), Path.unlink)
     assert again == passages and "at most 1 files" in told[-1]
 
 

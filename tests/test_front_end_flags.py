@@ -42,7 +42,11 @@ def status(header: str | None, key: str) -> int:
         return {"type": "http.request", "body": b"", "more_body": False}
 
     app = AccessMiddleware(
-        PlainTextResponse("ok"), refuse=lambda refusal: PlainTextResponse("", refusal.status_code), key=key
+        PlainTextResponse("ok"),
+        refuse=lambda refusal: PlainTextResponse("", refusal.status_code),
+        key=key,
+        max_body_bytes=lambda scope: 100,
+        body_seconds=10,
     )
     headers = [(b"host", b"127.0.0.1")] + ([(b"authorization", header.encode())] if header else [])
     scope = {"type": "http", "method": "GET", "path": "/", "headers": headers}

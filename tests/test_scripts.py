@@ -74,6 +74,31 @@ def test_the_constraints_are_the_versions_that_these_tests_run_with():
     assert {name: installed.get(name) for name in pinned} == pinned
 
 
+LOCKS = {"--quant": "constraints-quant.txt", "--vllm": "constraints-vllm.txt", "--dev": "constraints.txt"}
+
+
+@pytest.mark.parametrize("name", ["vllm", "quant", "peers"])
+def test_the_other_environments_have_versions_that_their_requirements_allow(name):
+    pinned = dict(line.split("==") for line in lines_of(f"constraints-{name}.txt"))
+    files = [f"requirements-{name}.txt", *(["requirements.txt"] if name == "vllm" else [])]
+    for line in (line for file in files for line in lines_of(file)):
+        requirement = Requirement(line)
+        assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)]), line
+
+
+@pytest.mark.parametrize("flag", LOCKS)
+def test_an_environment_is_installed_in_its_own_versions(tmp_path, flag):
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\necho "$@" >>{tmp_path / "calls"}\n')
+    python.chmod(0o755)
+    for newest, bounds in (("", f" -c {LOCKS[flag]}"), ("1", "")):
+        assert bash("scripts/setup.sh", flag, VENV=str(tmp_path / "venv"), NEWEST=newest).returncode == 0
+        (call,) = (tmp_path / "calls").read_text().splitlines()
+        assert call.endswith(f"requirements-{flag[2:]}.txt{bounds}")
+        (tmp_path / "calls").unlink()
+
+
 def test_the_extras_have_versions_that_transformers_takes():
     pinned = {}
     for line in lines_of("requirements-extras.txt"):

@@ -12,7 +12,7 @@ from medicalgpt.adapter_args import COMBINATION_TYPES, CombinationArguments
 from medicalgpt.args import ChatArguments, LoraArguments
 from medicalgpt.errors import UserError
 from medicalgpt.models.adapters import add_lora
-from medicalgpt.models.combining import Combination, combine, named_adapters, read_adapters
+from medicalgpt.models.combining import DEFAULT_SEED, Combination, combine, named_adapters, read_adapters
 from medicalgpt.models.hub import CheckpointError, fingerprint
 from medicalgpt.models.loading import load_model
 from medicalgpt.serving.batchers import make_batcher
@@ -208,15 +208,33 @@ def flags(**given) -> Namespace:
         ({"lora_weights": "1,1", "combination_type": "ties"}, "ab", "needs --density"),
         ({"lora_weights": "1,1", "density": 0.5}, "ab", "--density has no effect with --combination_type cat"),
         ({"lora_weights": "1,1", "combination_type": "ties", "density": 1.5}, "ab", "--density 1.5 must be"),
+        ({"lora_weights": "1,1", "combination_type": "ties", "density": 0}, "ab", "--density 0 must be above 0"),
         ({"lora_weights": "1,1", "svd_rank": 4}, "ab", "--svd_rank has no effect"),
         ({"lora_weights": "1,1", "combination_type": "svd", "svd_rank": 0}, "ab", "--svd_rank 0 must be at least 1"),
         ({"lora_weights": "1,1", "majority_sign_method": "total"}, "ab", "--majority_sign_method has no effect"),
         ({"lora_weights": "1,1", "combination_seed": 1}, "ab", "--combination_seed has no effect"),
+        (
+            {"lora_weights": "1,1", "combination_type": "dare_linear", "density": 0.5, "combination_seed": -1},
+            "ab",
+            "--combination_seed -1 must be at least 0",
+        ),
     ],
 )
 def test_flags_that_make_no_sense_are_refused(given, names, message):
     with pytest.raises(UserError, match=message):
         Combination.from_arguments(flags(**given), list(names))
+
+
+def test_every_flag_arrives():
+    given = {"lora_weights": "0.7,-0.3", "density": 0.25, "svd_rank": 3, "combination_seed": 7}
+    given |= {"combination_type": "dare_ties_svd", "majority_sign_method": "frequency"}
+    found = Combination.from_arguments(flags(**given), ["a", "b"])
+    assert found == Combination((0.7, -0.3), "dare_ties_svd", 0.25, "frequency", 3, 7)
+    assert found.described(["a", "b"]) == "0.7 x a + -0.3 x b (dare_ties_svd, density 0.25, seed 7)"
+    usual = Combination.from_arguments(flags(lora_weights="1,0"), ["a", "b"])
+    assert usual == Combination((1.0, 0.0), "cat", None, "total", None, DEFAULT_SEED)
+    assert usual.described(["a", "b"]) == "1 x a + 0 x b (cat)"
+    assert Combination.from_arguments(flags(), ["a", "b"]) is None
 
 
 def test_all_problems_are_named_at_once():

@@ -17,8 +17,8 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from medicalgpt.args import ServeArguments
 from medicalgpt.errors import UserError
+from medicalgpt.serving.arguments import ServeArguments
 from medicalgpt.serving.chat import ChatEngine, settle
 from medicalgpt.serving.generation import Answer, GenerationRequest, Sampling
 from medicalgpt.serving.paged import PagedAnswer, PagedModel

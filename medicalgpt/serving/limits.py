@@ -16,8 +16,8 @@ from functools import cache
 from http import HTTPStatus
 from typing import Any
 
-from medicalgpt.args import ServeArguments
 from medicalgpt.errors import UserError
+from medicalgpt.serving.arguments import ServeArguments
 
 import uvicorn
 from loguru import logger

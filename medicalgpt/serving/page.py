@@ -9,8 +9,8 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 
-from medicalgpt.args import PageArguments
 from medicalgpt.errors import UserError
+from medicalgpt.serving.arguments import PageArguments
 from medicalgpt.serving.batchers import Batcher, BatcherClosedError, ModelFailedError
 from medicalgpt.serving.generation import GenerationRequest
 from medicalgpt.serving.limits import limited_uvicorn

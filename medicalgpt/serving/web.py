@@ -20,8 +20,8 @@ from concurrent.futures import Future
 from typing import Any
 from urllib.parse import urlsplit
 
-from medicalgpt.args import ApiArguments, PageArguments, ServeArguments
 from medicalgpt.errors import UserError
+from medicalgpt.serving.arguments import ApiArguments, PageArguments, ServeArguments
 
 from fastapi import Request
 from starlette.exceptions import HTTPException
