@@ -12,6 +12,10 @@ Data (.jsonl or .json), recognised row by row: ShareGPT `conversations`, OpenAI 
 
     {"conversations": [{"from": "human", "value": "How is a cold treated?"}, {"from": "gpt", "value": "With rest ..."}]}
 
+With Qwen2.5-VL or Qwen3-VL as the base, rows may have images, as paths relative to the data file:
+
+    {"messages": [{"role": "user", "content": "<image>What is this?"}, ...], "images": ["xray/1.png"]}
+
 In --output_dir: the adapter (or all weights with --use_peft False), the tokenizer with the chat template that was
 trained, generation_config.json with its stop tokens, run.json, metrics.jsonl, samples.jsonl, loss.png and README.md.
 Guide: docs/supervised_finetuning.md
@@ -60,6 +64,16 @@ class FinetuningArguments(TemplateArguments, StageDefaults, SFTConfig):
     mask_history: bool = field(
         default=False, metadata={"help": "Train on the last answer of each conversation only, not on earlier ones."}
     )
+    image_max_pixels: int | None = field(
+        default=None,
+        metadata={
+            "help": "Images with more pixels are scaled down to so many; saved with the result. Unset: 589,824 (768 x "
+            "768), or what the base has if that is less."
+        },
+    )
+    image_min_pixels: int | None = field(
+        default=None, metadata={"help": "Images with fewer pixels are scaled up. Unset: what the base has."}
+    )
     # Rows of similar length share a batch; answers differ so much in length that this halves the time.
     train_sampling_strategy: str = field(
         default="group_by_length",
@@ -86,11 +100,12 @@ def main() -> None:
         description=__doc__,
         program="supervised_finetuning.py",
     )
-    from medicalgpt.data.encoding import encode_chat, render_prompts
+    from medicalgpt.data.encoding import ImageSample, Sample, encode_chat, prompt_pictures, render_prompts
     from medicalgpt.data.prepared import load_and_encode
-    from medicalgpt.formats.conversion import to_messages
+    from medicalgpt.formats.conversion import to_messages, to_messages_with_images
     from medicalgpt.models import loading
     from medicalgpt.models.templating import stop_token_ids
+    from medicalgpt.training.images import find_vision, use_vision
     from medicalgpt.training.runs import Run
     from medicalgpt.training.stream_trainer import check_flags, token_trainer
     from medicalgpt.training.trainers import training_defaults
@@ -108,6 +123,7 @@ def main() -> None:
     tokenizer = loading.stage_tokenizer(checkpoint, model_args)
     stop = apply_template(tokenizer, args.template_name, args.system_prompt, args.tool_format)
     run.add_tokenizer(tokenizer)
+    vision = find_vision(checkpoint, tokenizer, args, data_args)
 
     # 3 data: each conversation is rendered by the template and masked; no answer is ever truncated
     encode = partial(
@@ -117,12 +133,20 @@ def main() -> None:
         train_on_inputs=args.train_on_inputs,
         mask_history=args.mask_history,
         shorten_rows=data_args.long_rows == "turns",
+        **({"images": vision.tokens} if vision else {}),
     )
     packed = args.model_max_length if args.packing else None
     data, train, validation = load_and_encode(
-        data_args, to_messages, encode, seed=args.order_seed, config=checkpoint.config, block_size=packed
+        data_args,
+        to_messages_with_images if vision else to_messages,
+        encode,
+        seed=args.order_seed,
+        sample=ImageSample if vision else Sample,
+        config=checkpoint.config,
+        block_size=packed,
     )
     run.add_data(data)
+    vision, train, validation = use_vision(vision, args, tokenizer, train, validation)
     run.preview(tokenizer, train)
 
     # 4 model
@@ -135,6 +159,7 @@ def main() -> None:
         attention_args,
         max_length=args.model_max_length,
         bf16=args.bf16,
+        with_towers=vision is not None,
     )
 
     # 5 trainer
@@ -143,15 +168,18 @@ def main() -> None:
         block_size=args.model_max_length,
         streaming=data_args.streaming,
         loraplus_lr_ratio=lora_args.loraplus_lr_ratio,
+        vision=vision,
     )
 
     # 6 train, save
     run.announce(model, trainer.train_dataset, validation)
+    shown = data.validation or data.train
     run.train_and_save(
         trainer,
         tokenizer,
         stop_ids=stop_token_ids(tokenizer, stop),
-        sample_prompts=render_prompts(tokenizer, data.validation or data.train, run_args.sample_prompts),
+        sample_prompts=render_prompts(tokenizer, shown, run_args.sample_prompts, vision and vision.tokens),
+        sample_pictures=prompt_pictures(shown, run_args.sample_prompts),
         note="Supervised fine-tuning: the model has learned to answer as the conversations below do.",
     )
 

@@ -11,6 +11,7 @@ from medicalgpt.errors import UserError
 from medicalgpt.logs import notice
 from medicalgpt.models.families import fused_experts
 from medicalgpt.models.hub import HEADS, Adapter, CheckpointError, check_base, merge_command
+from medicalgpt.models.towers import towers_of
 
 import torch
 from loguru import logger
@@ -94,6 +95,12 @@ def add_lora(
         to_save = [name for name in to_save if name != "lm_head"] or ["embed_tokens"]
         logger.info(f"the head is tied to the embedding: {', '.join(to_save)} trains both")
     _require_modules(model, [*to_save, *(names if names != ["all"] else [])])
+    towers = towers_of(model)
+    if inside := [name for name in to_save if any(_has_module(model.get_submodule(each), name) for each in towers)]:
+        raise UserError(
+            f"--modules_to_save {', '.join(inside)}: there are modules of that name in {', '.join(towers)}, which "
+            "stays as it is. Omit them."
+        )
     layers = [model.get_submodule(name) for name in frozen]
     if inside := [name for name in to_save if any(_has_module(layer, name) for layer in layers)]:
         raise UserError(
@@ -113,7 +120,7 @@ def add_lora(
         target_modules=targets,
         target_parameters=experts or None,
         modules_to_save=to_save or None,
-        exclude_modules=rf"(?:{'|'.join(map(re.escape, frozen))})\..*" if frozen else None,
+        exclude_modules=_inside(*frozen, *towers),
         trainable_token_indices=rows or None,
         use_dora=lora.use_dora,
         use_rslora=lora.use_rslora,
@@ -124,11 +131,16 @@ def add_lora(
         model = get_peft_model(model, config, autocast_adapter_dtype=not is_deepspeed_zero3_enabled())
     except ValueError as error:
         raise UserError(f"peft refuses --target_modules {lora.target_modules} for this model: {error}") from error
-    _require_adapters(model, names, frozen)
+    _require_adapters(model, names, [*frozen, *towers])
     if rows:
         logger.info(f"{len(new_rows)} new tokens: their rows in {' and '.join(rows)} are trained, no other rows")
         _save_rows_alone(model)
     return model
+
+
+def _inside(*names: str) -> str | None:
+    """A pattern of the modules within those of the names; None without any."""
+    return rf"(?:{'|'.join(map(re.escape, names))})\..*" if names else None
 
 
 def _targets_next_to_experts(model: PreTrainedModel, lora: LoraArguments, experts: list[str]) -> list[str]:
@@ -217,7 +229,7 @@ def _frozen_layers(model: PreTrainedModel, numbers: str) -> list[str]:
     lists = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.ModuleList) and len(module) == count
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count and not name.startswith(towers_of(model))
     ]
     if not lists:
         raise UserError(f"--freeze_layers: {type(model).__name__} has no list of its {count} layers. Leave it out.")

@@ -146,11 +146,13 @@ def load_model(
     cache_dir: str | None = None,
     attn_implementation: str | None = None,
     full_training: bool = False,
+    with_towers: bool = False,
     **options: Any,
 ) -> PreTrainedModel:
     """Load the weights of a base or full checkpoint (not of an adapter, see `attach_adapter`).
 
-    Of a checkpoint that takes images or audio too, only the language model is loaded (see `towers`).
+    Of a checkpoint that takes images or audio too, only the language model is loaded unless `with_towers` (see
+    `towers`).
 
     Args:
         auto_class: AutoModelForCausalLM, AutoModelForSequenceClassification, ...
@@ -161,6 +163,7 @@ def load_model(
         dtype: `auto` is bfloat16 on a GPU that supports it, else float32; with `full_training` always float32, since
             updates of the usual size are lost in bfloat16 weights (autocast still computes in bfloat16).
         device_map: as in accelerate; only in a single process.
+        with_towers: the model is to be shown images too (see `vision`).
 
     Raises:
         CheckpointError: not found or not loadable.
@@ -199,7 +202,10 @@ def load_model(
         config.num_labels = num_labels
     if rope_parameters is not None:
         config.get_text_config().rope_parameters = rope_parameters
-    load = partial(towers.load if towers.has_towers(config) else load_pretrained, auto_class)
+    if towers.has_towers(config):
+        load = partial(towers.load, auto_class, with_towers=with_towers)
+    else:
+        load = partial(load_pretrained, auto_class)
     return load(
         name_or_path,
         config=config,
@@ -289,6 +295,8 @@ def load_base(
             model = attach_adapter(model, adapter).merge_and_unload()
             # peft froze the base when it added the adapter.
             model.requires_grad_(True)
+            for name in towers.towers_of(model):
+                model.get_submodule(name).requires_grad_(False)
     return model
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from medicalgpt.args import ChatArguments
+from medicalgpt.data.images import Picture
 from medicalgpt.errors import UserError
 from medicalgpt.models.templating import tool_format_of
 from medicalgpt.models.tool_formats import ToolFormat, partial_match_length
@@ -178,6 +179,7 @@ class GenerationRequest:
         cancelled: called at every token; True ends the answer, and `on_end` is not called.
         on_error: called if this answer fails, while others in the batch continue. Unset: the error is raised for all.
         adapter: name of the engine that answers, where a batcher has several on one model.
+        pictures: the images whose tokens are in the prompt, in their order.
     """
 
     prompt_ids: Sequence[int]
@@ -188,6 +190,7 @@ class GenerationRequest:
     cancelled: Callable[[], bool] = lambda: False
     on_error: Callable[[Exception], Any] | None = None
     adapter: str | None = None
+    pictures: Sequence[Picture] = ()
 
 
 class AnswerState:
