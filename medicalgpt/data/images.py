@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medicalgpt.errors import UserError
+from medicalgpt.formats.turns import IMAGE_PART
 from medicalgpt.readers.problems import Place, RowError, shorten
 
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -246,6 +247,12 @@ def check_images(paths: Sequence[str], place: Place) -> list[dict[str, Any]]:
 def pictures_of(row: dict[str, Any]) -> list[Picture]:
     """The images of a converted row."""
     return [Picture(**image) for image in row.get("images") or ()]
+
+
+def question_with_images(text: str, images: int) -> dict[str, Any]:
+    """A turn of the user about so many images, which come before the text."""
+    parts = [dict(IMAGE_PART) for _ in range(images)]
+    return {"role": "user", "content": [*parts, {"type": "text", "text": text}] if images else text}
 
 
 def parts_of(content: Any) -> list[dict[str, Any]]:

@@ -437,7 +437,8 @@ def _with_images(
             fields.replace(name, value)
         paths = read_image_paths({name: fields.take(name) for name in IMAGE_FIELDS}, inline)
         converted = read(fields)
-        converted["messages"] = place_images(converted["messages"], paths)
+        # Trained as text, a mark whose image was lost would teach the model to do without.
+        converted["messages"] = place_images(converted["messages"], paths, mark_is_text=read is _read_prompt)
         return {**converted, "images": paths} if paths else converted
 
     return read_with_images

@@ -138,19 +138,26 @@ def read_image_paths(values: Mapping[str, Any], inline: list[str | None]) -> lis
     return named or paths
 
 
-def place_images(messages: list[dict[str, Any]], paths: list[str]) -> list[dict[str, Any]]:
+def place_images(messages: list[dict[str, Any]], paths: list[str], mark_is_text: bool = False) -> list[dict[str, Any]]:
     """The messages with the marks in turns of the user replaced: content becomes a list of parts, text and images.
+
+    Args:
+        mark_is_text: a mark in a row without images is text.
 
     Raises:
         RowError: another number of marks than of images, or a mark in another turn.
     """
+    if mark_is_text and not paths:
+        return messages
     if paths:
         for number, message in enumerate(messages, start=1):
             if message["role"] != "user" and IMAGE_MARK in message["content"] + message.get("reasoning_content", ""):
                 raise _of_another_turn(number, message["role"], message["content"])
     marks = sum(message["content"].count(IMAGE_MARK) for message in messages if message["role"] == "user")
     if marks != len(paths):
-        remedy = WHERE if marks < len(paths) else f"List each image in `images`, in the order of the marks. {WHERE}"
+        remedy = WHERE if marks < len(paths) else "List each image in `images`, in the order of the marks."
+        if not paths:
+            remedy += " If it is text that happens to be like the mark, write it another way."
         raise RowError(f"{marks} {IMAGE_MARK} in the text, and {len(paths)} image(s)", remedy, paths)
     return [
         {**message, "content": _parts(message["content"])}

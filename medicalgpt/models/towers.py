@@ -11,7 +11,7 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -409,6 +409,12 @@ def load(auto_class: Any, source: str, config: PreTrainedConfig, *, with_towers:
 def towers_of(model: torch.nn.Module) -> tuple[str, ...]:
     """Names of the modules of a loaded model that are its towers, such as `model.visual`; none if it has none."""
     return getattr(model, "tower_names", ())
+
+
+def without_towers(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """(name, module) of a loaded model, in the order of `named_modules`, without its towers."""
+    inside = tuple(f"{name}." for name in towers_of(model))
+    return ((name, module) for name, module in model.named_modules() if not f"{name}.".startswith(inside))
 
 
 def complete(folder: Path, model: PreTrainedModel) -> bool:

@@ -162,11 +162,34 @@ class Vision:
             if name == "video_preprocessor_config.json" or own is None:
                 shutil.copyfile(path, folder / name)
                 continue
-            own["size"] = self.settings["size"]
-            for bound, value in zip(("min_pixels", "max_pixels"), self.settings["size"].values(), strict=True):
-                if bound in own:
-                    own[bound] = value
+            bounds = {"min_pixels": self.tokens.min_pixels, "max_pixels": self.tokens.max_pixels}
+            older = not own.keys().isdisjoint(bounds)
+            own |= bounds if older else {}
+            if "size" in own or not older:
+                own["size"] = self.settings["size"]
             (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def copy_processor(source: str, target: Path) -> None:
+    """Copy the files of processors that an adapter was trained with, if its folder has any."""
+    for name in PROCESSOR_FILES:
+        if Path(source, name).is_file():
+            shutil.copyfile(Path(source, name), target / name)
+
+
+def check_same_bounds(adapters: Sequence[str]) -> None:
+    """Raises UserError if adapters that are combined, folders, were trained on images of other sizes."""
+    found = {}
+    for folder in adapters:
+        files = {name: Path(folder, name) for name in PROCESSOR_FILES if Path(folder, name).is_file()}
+        if settings := _settings_in(files):
+            found[folder] = _bounds(settings)
+    if len(set(found.values())) > 1:
+        shown = ", ".join(f"{folder} ({least:,} to {most:,} pixels)" for folder, (least, most) in found.items())
+        raise UserError(
+            f"the adapters were trained on images of other sizes: {shown}. Train them with the same "
+            "--image_min_pixels and --image_max_pixels to combine them."
+        )
 
 
 def _read_processor(checkpoint: Checkpoint) -> tuple[dict[str, Path], dict[str, Any]]:
@@ -175,26 +198,35 @@ def _read_processor(checkpoint: Checkpoint) -> tuple[dict[str, Path], dict[str, 
     for place in places:
         find = find_in(place, checkpoint.revision, checkpoint.cache_dir)
         files = {name: path for name in PROCESSOR_FILES if (path := find(name))}
-        for name, key in (("processor_config.json", "image_processor"), ("preprocessor_config.json", None)):
-            if name not in files:
-                continue
-            try:
-                content = json.loads(files[name].read_text(encoding="utf-8"))
-                settings = content.get(key) if key else content
-                if settings is None:
-                    continue
-                kind = settings["image_processor_type"]
-                if not kind.startswith(PROCESSOR_TYPE):
-                    raise CheckpointError(f"{files[name]} is of {kind}, and only {PROCESSOR_TYPE} is known here.")
-                return files, {"patch_size": 14, "merge_size": 2, **settings}
-            except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-                if isinstance(error, CheckpointError):
-                    raise
-                raise CheckpointError(f"{files[name]} cannot be read ({error}). Get the file again.") from error
+        if settings := _settings_in(files):
+            return files, settings
     raise CheckpointError(
         f"{checkpoint.source} has no preprocessor_config.json, which says how images become tokens. Get the complete "
         "checkpoint."
     )
+
+
+def _settings_in(files: dict[str, Path]) -> dict[str, Any] | None:
+    """The settings of the image processor in these files; None if they have none.
+
+    Raises:
+        CheckpointError: a file that is damaged, or of another processor.
+    """
+    for name, key in (("processor_config.json", "image_processor"), ("preprocessor_config.json", None)):
+        if name not in files:
+            continue
+        try:
+            content = json.loads(files[name].read_text(encoding="utf-8"))
+            settings = content.get(key) if key else content
+            if settings is None:
+                continue
+            kind = settings["image_processor_type"]
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            raise CheckpointError(f"{files[name]} cannot be read ({error!r}). Get the file again.") from error
+        if not str(kind).startswith(PROCESSOR_TYPE):
+            raise CheckpointError(f"{files[name]} is of {kind}, and only {PROCESSOR_TYPE} is known here.")
+        return {"patch_size": 14, "merge_size": 2, **settings}
+    return None
 
 
 def _bounds(settings: dict[str, Any]) -> tuple[int, int]:

@@ -74,8 +74,8 @@ def use_vision(
         return None, *(side and side.remove_columns("pictures") for side in (train, validation))
     if args.packing:
         raise UserError(
-            "--packing True: rows with images are not packed, since the positions of an image's tokens are those of "
-            "its rows and columns, which do not restart with the next row. Omit it; rows of similar length share a batch."
+            "--packing True: rows with images are not packed, since positions that restart with each row of a block "
+            "are not those of the rows and columns of an image. Omit it; rows of similar length share a batch."
         )
     if are_weights_sharded(args):
         raise UserError(
