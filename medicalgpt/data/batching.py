@@ -98,8 +98,10 @@ class ImageCollator:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch = self.collate(rows)
         paths = [path for row in rows for path in row["pictures"]]
+        if not paths:
+            return batch
         try:
-            return {**batch, **self.vision.inputs(batch["input_ids"], [decode_file(path) for path in paths])}
+            return {**batch, **self.vision.inputs(batch["input_ids"], map(decode_file, paths))}
         except ValueError as error:
             raise UserError(
                 f"the images of a batch are not those that were checked when the rows were read: {error}. They are "

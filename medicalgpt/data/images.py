@@ -8,6 +8,7 @@ import base64
 import binascii
 import hashlib
 import re
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,6 +38,8 @@ MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK",
 SINGLE_FORMATS = ("MPO",)
 ORIENTATION = 0x0112
 SIDEWAYS = (5, 6, 7, 8)
+# Requests are checked in threads; each of these may take as much memory as the largest image does.
+_DECODING = threading.Semaphore(2)
 _DATA_ADDRESS = re.compile(r"data:image/[\w.+-]+;base64,", re.IGNORECASE)
 
 
@@ -107,7 +110,8 @@ class Picture:
         """Check the bytes of an image's file. Raises ImageError, see `read`."""
         if len(content) > MAX_BYTES:
             raise _too_many_bytes(len(content))
-        width, height = _check(content)
+        with _DECODING:
+            width, height = _check(content)
         return cls(width, height, content=content, sha256=hashlib.sha256(content).hexdigest())
 
     def decode(self) -> Image.Image:

@@ -6,7 +6,7 @@ prompt. The bounds are those of the training: they are saved with the checkpoint
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from medicalgpt.models.towers import PROCESSOR_FILES, find_in
 
 import torch
 from PIL import Image
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 # Its counterpart on torchvision rounds differently, and is there on some machines only.
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
@@ -94,7 +94,7 @@ class Vision:
             UserError: bounds that contradict each other.
         """
         config = checkpoint.config
-        if config.model_type not in WITH_IMAGES:
+        if not can_have_images(config):
             raise CheckpointError(
                 f"{checkpoint.name} is of the type {config.model_type}, which is not trained on images here. Use one "
                 f"of the types {' and '.join(WITH_IMAGES)}, such as Qwen/Qwen2.5-VL-3B-Instruct."
@@ -122,21 +122,22 @@ class Vision:
     def processor(self) -> Qwen2VLImageProcessorPil:
         return Qwen2VLImageProcessorPil.from_dict(self.settings)
 
-    def encode(self, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
-        """Pixels as the encoder takes them.
+    def encode(self, images: Iterable[Image.Image]) -> dict[str, torch.Tensor]:
+        """Pixels as the encoder takes them; one image is decoded at a time.
 
         Returns:
             `pixel_values` (patches of all images, values of a patch), float32, and `image_grid_thw` (images, 3), the
             patches of each image in time, height and width.
         """
-        return dict(self.processor(list(images), return_tensors="pt"))
+        encoded = [self.processor([image], return_tensors="pt") for image in images]
+        return {name: torch.cat([each[name] for each in encoded]) for name in ("pixel_values", "image_grid_thw")}
 
-    def inputs(self, input_ids: torch.Tensor, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
-        """What a model needs for images besides the tokens; nothing without images.
+    def inputs(self, input_ids: torch.Tensor, images: Iterable[Image.Image]) -> dict[str, torch.Tensor]:
+        """What a model needs for images besides the tokens.
 
         Args:
             input_ids: (batch, length).
-            images: of all rows of the batch, in their order.
+            images: of all rows of the batch, in their order; at least one.
 
         Returns:
             Of `encode`, and `mm_token_type_ids` (batch, length), 1 where a token is of an image: by them, positions
@@ -145,13 +146,11 @@ class Vision:
         Raises:
             ValueError: another number of tokens than the images have.
         """
-        if not images:
-            return {}
         is_image = input_ids == self.tokens.ids[0]
         encoded = self.encode(images)
         expected = int(encoded["image_grid_thw"].prod(dim=1).sum()) // self.settings["merge_size"] ** 2
         if expected != int(is_image.sum()):
-            raise ValueError(f"{len(images)} image(s) of {expected} tokens, and {int(is_image.sum())} in the prompts")
+            raise ValueError(f"they have {expected} tokens, and there are {int(is_image.sum())} in the prompts")
         return {**encoded, "mm_token_type_ids": is_image.int()}
 
     def save(self, folder: Path) -> None:
@@ -168,6 +167,11 @@ class Vision:
             if "size" in own or not older:
                 own["size"] = self.settings["size"]
             (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def can_have_images(config: PreTrainedConfig) -> bool:
+    """Whether a model of this configuration can be shown images, if it is loaded with its encoder."""
+    return config.model_type in WITH_IMAGES
 
 
 def copy_processor(source: str, target: Path) -> None:

@@ -369,6 +369,7 @@ def continuous_obstacles(engine: ChatEngine) -> list[str]:
     config = engine.model.config.get_text_config()
     layers = set(getattr(config, "layer_types", None) or ["full_attention"]) - PAGED_LAYERS
     reasons = [f"it has layers of the kind {', '.join(sorted(layers))}"] if layers else []
+    reasons += ["it is shown images"] if engine.vision else []
     return reasons + (["its adapters are switched by name"] if engine.siblings else [])
 
 

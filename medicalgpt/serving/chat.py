@@ -366,8 +366,8 @@ class ChatEngine:
         for number, state in enumerate(states):
             input_ids[number, width - len(state.prompt_ids) :] = torch.tensor(state.prompt_ids)
             attention_mask[number, width - len(state.prompt_ids) :] = 1
-        images = [picture.decode() for request in requests for picture in request.pictures]
-        shown = self.vision.inputs(input_ids, images) if images else {}
+        pictures = [picture for request in requests for picture in request.pictures]
+        shown = self.vision.inputs(input_ids, (picture.decode() for picture in pictures)) if pictures else {}
         # The current CUDA device belongs to a thread, and custom kernels run on it wherever their tensors are.
         on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
         with on_device, _evaluation_mode(self.model):
