@@ -6,29 +6,34 @@
 Several visitors are answered in one batch. What a visitor writes stays in the visitor's session and is forgotten with
 it; the page stores nothing and loads nothing from other hosts.
 
+With `--accept_images True`, a question can have an image, for checkpoints of Qwen2.5-VL and Qwen3-VL.
+
 By default only this machine can open it. `--host 0.0.0.0` opens it to the network, `--share True` makes a public link
 through Gradio's servers; both need `--auth user:password`, or the same in the environment as MEDICALGPT_AUTH.
 """
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from medicalgpt.args import PageArguments
+from medicalgpt.args import ImageServingArguments, PageArguments
+from medicalgpt.data.images import Picture
 from medicalgpt.errors import run_main
 from medicalgpt.logs import setup_logging
 from medicalgpt.parser import parse_args
 from medicalgpt.serving.batchers import Batcher, batcher_from
 from medicalgpt.serving.engines import engine_from
 from medicalgpt.serving.generation import Sampling, sampling_from
-from medicalgpt.serving.page import LABEL, Turns, describe, escape_turns, launch, stream
+from medicalgpt.serving.page import LABEL, Turns, conversation, describe, escape_turns, launch, stream
 from medicalgpt.serving.web import auth_from
 from template import check_template
 
 import gradio as gr
 from loguru import logger
 
+MAX_IMAGE_BYTES = 8 * 1024 * 1024
 EXAMPLES = (
     "一氧化碳中毒要看什么科？",
     "怀疑是肠套叠，应该做哪些检查？",
@@ -38,7 +43,7 @@ EXAMPLES = (
 
 
 @dataclass
-class DemoArguments(PageArguments):
+class DemoArguments(ImageServingArguments, PageArguments):
     """Where the page is served."""
 
     port: int = field(
@@ -51,15 +56,22 @@ def main() -> None:
     setup_logging()
     sampling_from(arguments)
     auth = auth_from(arguments)
-    engine = engine_from(arguments)
+    engine = engine_from(arguments, with_images=arguments.accept_images)
     check_template(engine.tokenizer, arguments.template_name)
     batcher = batcher_from(engine, arguments)
     try:
         page = build_page(batcher, arguments)
-        logger.info(f"Open {launch(page, arguments, auth)} in a browser. Ctrl-C stops the program.")
+        logger.info(
+            f"Open {launch(page, arguments, auth, upload_limit(arguments))} in a browser. Ctrl-C stops the program."
+        )
         page.block_thread()
     finally:
         batcher.close(finish=False)
+
+
+def upload_limit(arguments: DemoArguments) -> int:
+    """Maximum bytes of an upload; the images of a visitor's turns are kept as long as the turns."""
+    return MAX_IMAGE_BYTES if arguments.accept_images else 1
 
 
 @dataclass(frozen=True)
@@ -75,10 +87,17 @@ class Layout:
     chatbot: gr.Chatbot
     notice: gr.Textbox
     question: gr.Textbox
+    image: gr.File
     buttons: dict[str, gr.Button]
     system: gr.Textbox
     sliders: dict[str, gr.Slider]
     seed: gr.Textbox
+
+    @property
+    def outputs(self) -> list[gr.Component]:
+        """What an event may change."""
+        buttons = [self.buttons[name] for name in ("send", "stop", "retry", "undo")]
+        return [self.turns, self.chatbot, self.question, self.image, self.notice, *buttons]
 
     def view(self, said: Turns, *, busy: bool = False, note: str = "") -> dict[gr.Component, Any]:
         """What the page shows after these turns."""
@@ -114,6 +133,14 @@ def lay_out(arguments: PageArguments) -> Layout:
             )
             notice = gr.Textbox(label=LABEL("notice"), visible=False, interactive=False, elem_id="notice")
             question = gr.Textbox(label=LABEL("question"), max_lines=8, autofocus=True, elem_id="question")
+            image = gr.File(
+                label=LABEL("image"),
+                type="binary",
+                file_types=[".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"],
+                height=120,
+                visible=arguments.accept_images,
+                elem_id="image",
+            )
             with gr.Row():
                 buttons = {
                     name: gr.Button(LABEL(name), variant=variant, interactive=ready, min_width=80, elem_id=name)
@@ -140,7 +167,7 @@ def lay_out(arguments: PageArguments) -> Layout:
             # An empty number field would be 0.
             value = "" if arguments.seed is None else str(arguments.seed)
             seed = gr.Textbox(value, label=LABEL("seed"), elem_id="seed")
-    return Layout(turns, chatbot, notice, question, buttons, system, sliders, seed)
+    return Layout(turns, chatbot, notice, question, image, buttons, system, sliders, seed)
 
 
 def build_page(batcher: Batcher, arguments: PageArguments) -> gr.Blocks:
@@ -150,23 +177,32 @@ def build_page(batcher: Batcher, arguments: PageArguments) -> gr.Blocks:
         turns, chatbot, question, view = layout.turns, layout.chatbot, layout.question, layout.view
 
         async def ask(
-            event: gr.EventData, said: Turns, asked: str, system_prompt: str, seed: str, *values: float
+            event: gr.EventData,
+            said: Turns,
+            asked: str,
+            attached: bytes | None,
+            system_prompt: str,
+            seed: str,
+            *values: float,
         ) -> AsyncIterator[dict[gr.Component, Any]]:
             before, _ = without_unanswered(said)
             earlier, again = before, event.target.elem_id == "retry"
+            turn: dict[str, Any] = {"role": "user"}
             if again and before:
-                earlier, asked = before[:-2], before[-2]["content"]
+                earlier, turn, asked = before[:-2], before[-2], before[-2]["content"]
             elif event.target.elem_id == "chat":
                 asked = event.value["text"]
             if not asked.strip():
                 yield view(before)
                 return
-            said, text, note = [*earlier, {"role": "user", "content": asked}], "", ""
+            said, text, note = [*earlier, {**turn, "content": asked}], "", ""
             yield {**view(said, busy=True), question: ""}
             try:
-                system_turn = [{"role": "system", "content": system_prompt}] if system_prompt.strip() else []
+                if attached and not again:
+                    said[-1]["picture"] = await asyncio.to_thread(Picture.from_bytes, attached)
                 sampling = Sampling(seed=seed_of(seed), **dict(zip(layout.sliders, values, strict=True)))
-                request = batcher.engine.request([*system_turn, *said], sampling)
+                messages, pictures = conversation(said, system_prompt)
+                request = batcher.engine.request(messages, sampling, pictures=pictures)
                 growing = stream(batcher, request, arguments.request_timeout)
                 async with aclosing(growing):
                     async for text, note in growing:  # noqa: B007  (the last note is used below)
@@ -175,7 +211,8 @@ def build_page(batcher: Batcher, arguments: PageArguments) -> gr.Blocks:
             except Exception as error:
                 note = describe(error)
             if text:
-                yield view([*said, {"role": "assistant", "content": text}], note=note)
+                answered = [*said, {"role": "assistant", "content": text}]
+                yield {**view(answered, note=note), **({} if again else {layout.image: None})}
             else:
                 # An empty turn would teach the model to say nothing from here on.
                 note = note or "The model gave no answer."
@@ -192,19 +229,12 @@ def build_page(batcher: Batcher, arguments: PageArguments) -> gr.Blocks:
             return {**view(said), question: unanswered or ""}
 
         buttons = layout.buttons
-        outputs = [
-            turns,
-            chatbot,
-            question,
-            layout.notice,
-            *(buttons[name] for name in ("send", "stop", "retry", "undo")),
-        ]
-        private = {"outputs": outputs, "api_visibility": "private"}
+        private = {"outputs": layout.outputs, "api_visibility": "private"}
         # One event for everything that asks: a visitor gets one answer at a time, and the other buttons can cancel it.
         asking = gr.on(
             [buttons["send"].click, question.submit, buttons["retry"].click, chatbot.example_select],
             ask,
-            [turns, question, layout.system, layout.seed, *layout.sliders.values()],
+            [turns, question, layout.image, layout.system, layout.seed, *layout.sliders.values()],
             show_progress_on=chatbot,
             show_progress="minimal",
             trigger_mode="once",

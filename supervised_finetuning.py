@@ -100,12 +100,10 @@ def main() -> None:
         description=__doc__,
         program="supervised_finetuning.py",
     )
-    from medicalgpt.data.encoding import ImageSample, Sample, encode_chat, prompt_pictures, render_prompts
-    from medicalgpt.data.prepared import load_and_encode
-    from medicalgpt.formats.conversion import to_messages, to_messages_with_images
+    from medicalgpt.data.encoding import encode_chat
     from medicalgpt.models import loading
     from medicalgpt.models.templating import stop_token_ids
-    from medicalgpt.training.images import find_vision, use_vision
+    from medicalgpt.training.images import choose_rows, render_samples, use_vision
     from medicalgpt.training.runs import Run
     from medicalgpt.training.stream_trainer import check_flags, token_trainer
     from medicalgpt.training.trainers import training_defaults
@@ -123,7 +121,7 @@ def main() -> None:
     tokenizer = loading.stage_tokenizer(checkpoint, model_args)
     stop = apply_template(tokenizer, args.template_name, args.system_prompt, args.tool_format)
     run.add_tokenizer(tokenizer)
-    vision = find_vision(checkpoint, tokenizer, args, data_args)
+    rows = choose_rows(checkpoint, tokenizer, args, data_args)
 
     # 3 data: each conversation is rendered by the template and masked; no answer is ever truncated
     encode = partial(
@@ -133,30 +131,19 @@ def main() -> None:
         train_on_inputs=args.train_on_inputs,
         mask_history=args.mask_history,
         shorten_rows=data_args.long_rows == "turns",
-        **({"images": vision.tokens} if vision else {}),
+        **rows.options,
     )
     packed = args.model_max_length if args.packing else None
-    data, train, validation = load_and_encode(
-        data_args,
-        to_messages_with_images if vision else to_messages,
-        encode,
-        seed=args.order_seed,
-        sample=ImageSample if vision else Sample,
-        config=checkpoint.config,
-        block_size=packed,
+    data, train, validation = rows.load(
+        data_args, encode, seed=args.order_seed, config=checkpoint.config, block_size=packed
     )
     run.add_data(data)
-    vision, train, validation = use_vision(vision, args, tokenizer, train, validation)
+    vision, train, validation = use_vision(rows.vision, args, tokenizer, train, validation)
     run.preview(tokenizer, train)
 
     # 4 model
     model = loading.load_trainable(
-        AutoModelForCausalLM,
-        checkpoint,
-        tokenizer,
-        model_args,
-        lora_args,
-        attention_args,
+        *(AutoModelForCausalLM, checkpoint, tokenizer, model_args, lora_args, attention_args),
         max_length=args.model_max_length,
         bf16=args.bf16,
         with_towers=vision is not None,
@@ -173,13 +160,11 @@ def main() -> None:
 
     # 6 train, save
     run.announce(model, trainer.train_dataset, validation)
-    shown = data.validation or data.train
     run.train_and_save(
         trainer,
         tokenizer,
         stop_ids=stop_token_ids(tokenizer, stop),
-        sample_prompts=render_prompts(tokenizer, shown, run_args.sample_prompts, vision and vision.tokens),
-        sample_pictures=prompt_pictures(shown, run_args.sample_prompts),
+        **render_samples(tokenizer, data.validation or data.train, run_args.sample_prompts, vision),
         note="Supervised fine-tuning: the model has learned to answer as the conversations below do.",
     )
 

@@ -21,7 +21,8 @@ from medicalgpt.errors import UserError
 from medicalgpt.formats.turns import IMAGE_PART
 from medicalgpt.readers.problems import Place, RowError, shorten
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+# Two formats are known to Pillow only once their modules are imported.
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin  # noqa: F401
 
 if TYPE_CHECKING:
     from medicalgpt.models.vision import ImageTokens
@@ -31,10 +32,10 @@ MAX_PIXELS = 64_000_000
 MAX_BYTES = 32 * 1024 * 1024
 # The longer side over the shorter one; beyond it the processor refuses an image.
 MAX_RATIO = 200
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 # What becomes red, green and blue without a loss. Others have more than 8 bits per pixel, which would be cut off.
 MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")
-# Photos of phones have a preview as a second picture.
+# Photos of phones, JPEG with a preview as a second picture.
 SINGLE_FORMATS = ("MPO",)
 ORIENTATION = 0x0112
 SIDEWAYS = (5, 6, 7, 8)

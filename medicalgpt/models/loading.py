@@ -191,23 +191,15 @@ def load_model(
         config = load_pretrained(AutoConfig, name_or_path, revision=revision, cache_dir=cache_dir)
     if auto_class is AutoModelForCausalLM:
         check_family(config, _quantizing_flag(load_in_4bit or qlora, load_in_8bit))
-        if any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
-            # The library would initialize a head at random, and only warn.
-            raise CheckpointError(
-                f"{name_or_path} is a reward model: it scores texts and cannot generate any, as its LM head is gone. "
-                "Pass the language model that it was trained from; scores: python reward_modeling.py --score_file FILE."
-            )
+        _refuse_reward_model(config, name_or_path)
     config = copy.deepcopy(config)
     if num_labels is not None:
         config.num_labels = num_labels
     if rope_parameters is not None:
         config.get_text_config().rope_parameters = rope_parameters
-    if towers.has_towers(config):
-        load = partial(towers.load, auto_class, with_towers=with_towers)
-    else:
-        load = partial(load_pretrained, auto_class)
+    load = partial(towers.load, with_towers=with_towers) if towers.has_towers(config) else load_pretrained
     return load(
-        name_or_path,
+        *(auto_class, name_or_path),
         config=config,
         dtype=_weights_dtype(dtype, full_training),
         quantization_config=quantization,
@@ -216,6 +208,15 @@ def load_model(
         cache_dir=cache_dir,
         **options,
     )
+
+
+def _refuse_reward_model(config: PreTrainedConfig, name_or_path: str) -> None:
+    if any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
+        # The library would initialize a head at random, and only warn.
+        raise CheckpointError(
+            f"{name_or_path} is a reward model: it scores texts and cannot generate any, as its LM head is gone. "
+            "Pass the language model that it was trained from; scores: python reward_modeling.py --score_file FILE."
+        )
 
 
 def _weights_dtype(dtype: str, full_training: bool) -> torch.dtype:

@@ -1,10 +1,17 @@
 """Rows with images in training: whether the base can be shown them, and what they rule out."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from medicalgpt.args import DataArguments
+from medicalgpt.data.encoding import ImageSample, Sample, prompt_pictures, render_prompts
 from medicalgpt.data.lengths import list_lengths
+from medicalgpt.data.loading import LoadedData
+from medicalgpt.data.prepared import load_and_encode
 from medicalgpt.errors import UserError
+from medicalgpt.formats.conversion import to_messages, to_messages_with_images
 from medicalgpt.models.hub import Checkpoint, CheckpointError
 from medicalgpt.models.templating import with_image_parts
 from medicalgpt.models.vision import WITH_IMAGES, Vision
@@ -17,10 +24,33 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 FLAGS = ("image_min_pixels", "image_max_pixels")
 
 
-def find_vision(
+@dataclass(frozen=True)
+class ChatRows:
+    """How conversations are read and encoded: with their images, or such that a row with images is refused.
+
+    Attributes:
+        vision: what the base needs to be shown images; None if they are refused.
+    """
+
+    vision: Vision | None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Further arguments of `encode_chat`."""
+        return {"images": self.vision.tokens} if self.vision else {}
+
+    def load(
+        self, arguments: DataArguments, encode: partial, **options: Any
+    ) -> tuple[LoadedData, Dataset, Dataset | None]:
+        """The rows and their samples; for the arguments and errors see `load_and_encode`."""
+        convert, sample = (to_messages_with_images, ImageSample) if self.vision else (to_messages, Sample)
+        return load_and_encode(arguments, convert, encode, sample=sample, **options)
+
+
+def choose_rows(
     checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, args: Any, data_args: DataArguments
-) -> Vision | None:
-    """What the base needs to be shown images; None if rows with images are to be refused.
+) -> ChatRows:
+    """Read images if the base can be shown any.
 
     Args:
         args: of the stage, with the flags of `FLAGS`.
@@ -33,16 +63,15 @@ def find_vision(
     reason = f"rows with images are not trained on with --{prevented}." if prevented else None
     if reason is None:
         try:
-            return Vision.of(
-                checkpoint, tokenizer, min_pixels=args.image_min_pixels, max_pixels=args.image_max_pixels, trains=True
-            )
+            bounds = {"min_pixels": args.image_min_pixels, "max_pixels": args.image_max_pixels}
+            return ChatRows(Vision.of(checkpoint, tokenizer, **bounds, trains=True))
         except CheckpointError as error:
             reason = str(error)
     if given:
         raise UserError(f"--{given[0]} would have no effect: {reason}")
     if checkpoint.config.model_type in WITH_IMAGES:
         logger.info(f"rows with images will be refused: {reason}")
-    return None
+    return ChatRows(None)
 
 
 def use_vision(
@@ -55,7 +84,7 @@ def use_vision(
     """Decide by the encoded rows whether the model is to be shown images.
 
     Args:
-        vision: of `find_vision`.
+        vision: of `ChatRows`.
         tokenizer: if so, its chat template learns to write images, for other programs.
         train, validation: samples of `ImageSample` if there is `vision`.
 
@@ -95,3 +124,13 @@ def use_vision(
     )
     tokenizer.chat_template = with_image_parts(tokenizer, tokens.start + tokens.pad + tokens.end)
     return vision, train, validation
+
+
+def render_samples(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]], count: int, vision: Vision | None
+) -> dict[str, Any]:
+    """Prompts of up to `count` rows and their images, as arguments of `Run.train_and_save`."""
+    return {
+        "sample_prompts": render_prompts(tokenizer, rows, count, vision and vision.tokens),
+        "sample_pictures": prompt_pictures(rows, count),
+    }
