@@ -57,7 +57,6 @@ def text(text: str):
 
 def test_the_api_answers_by_the_image(trained, tmp_path):
     pictures = {colour: address_of(save(tmp_path / f"{colour}.png", (18, 22), colour)) for colour in COLOURS}
-    bomb = base64.b64encode(png_that_claims(60_000, 60_000)).decode()
     with running_server("openai_api.py", "--model_name_or_path", trained, "--accept_images", "True") as server:
         ask = lambda body: post(server, "/v1/chat/completions", body)  # noqa: E731
         for colour, address in pictures.items():

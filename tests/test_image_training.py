@@ -4,10 +4,12 @@ import json
 import shutil
 from pathlib import Path
 
+from medicalgpt.args import ChatArguments
 from medicalgpt.data.images import Picture
 from medicalgpt.errors import UserError
 from medicalgpt.models import adapters, hub, loading
 from medicalgpt.serving.chat import ChatEngine, NoImagesError
+from medicalgpt.serving.engines import engine_from
 from medicalgpt.serving.generation import Sampling
 from tests.helpers import open_stage, read_json, run_here, run_program, write_jsonl
 from tests.test_images import ANSWER, save
@@ -119,13 +121,14 @@ def test_a_model_learns_to_look(name, data, tmp_path):
         assert engine.generate([requests[2]])[0].text == "yes", "an earlier image has changed the positions"
 
 
+@pytest.mark.slow
 def test_the_programs_as_a_user_runs_them(data, tmp_path):
     base = make_seeing(tmp_path / "base", "qwen2_5_vl")
     run_program(SFT, *flags(base, data, tmp_path / "out", "--num_train_epochs", 20))
     run_program("merge_peft_adapter.py", "--lora_model", tmp_path / "out", "--output_dir", tmp_path / "merged")
-    for colour in COLOURS:
+    for colour, folder in zip(COLOURS, ("out", "merged"), strict=True):
         picture = save(tmp_path / f"{colour}.png", (17, 23), colour)
-        question = ("--model_name_or_path", tmp_path / "merged", "--query", "Colour?", "--images", picture)
+        question = ("--model_name_or_path", tmp_path / folder, "--query", "Colour?", "--images", picture)
         assert run_program("inference.py", *question).stdout.strip() == colour
     run_here(
         "inference.py",
@@ -234,6 +237,30 @@ def test_rows_of_text_leave_the_encoder_on_the_disk(data, tmp_path):
     engine = ChatEngine.from_pretrained(str(tmp_path / "out"))
     with pytest.raises(NoImagesError, match="takes text only"):
         engine.prompt_ids([{"role": "user", "content": [{"type": "image"}]}], pictures=[Picture(8, 8)])
+
+
+def test_an_adapter_of_text_is_trained_on_images_and_served_with_them(data, tmp_path):
+    """Modules of the encoder have names that the adapter's have; none of them gets a part of it."""
+    base = make_seeing(tmp_path / "base", "qwen2_5_vl")
+    assert any(name.endswith("visual.blocks.0.mlp.gate_proj.weight") for name in hashes(base))
+    write_jsonl(tmp_path / "text" / "rows.jsonl", [{"prompt": "Why?", "response": "So."}] * 4)
+    for name, seed in (("a", 1), ("b", 2)):
+        more = ("--max_steps", 1, "--seed", seed)
+        open_stage(SFT, *flags(base, tmp_path / "text", tmp_path / name, *more)).finish()
+    given = flags(tmp_path / "a", data, tmp_path / "on", "--max_steps", 1)
+    del given[given.index("--lora_rank") : given.index("--lora_rank") + 4]
+    opened = open_stage(SFT, *given)
+    assert opened.trainer.vision
+    trained = {name for name, parameter in opened.trainer.model.named_parameters() if parameter.requires_grad}
+    assert trained and not any(is_tower(name) for name in trained)
+    opened.finish()
+    chat = ChatArguments(model_name_or_path=base, lora_model=f"{tmp_path / 'a'},{tmp_path / 'on'}")
+    engine = engine_from(chat, by_name=True, with_images=True)
+    assert not any(is_tower(name) and "lora" in name for name, _ in engine.model.named_parameters())
+    picture = Picture.read(data / "pics" / "red0.png")
+    alone = ChatEngine.from_pretrained(str(tmp_path / "on"), with_images=True)
+    request = [question_with_images("Colour?", 1)], Sampling(max_new_tokens=6)
+    assert engine.siblings["on"].chat(*request, pictures=[picture]) == alone.chat(*request, pictures=[picture])
 
 
 def test_inference_names_every_image_that_cannot_be_used(data, tmp_path):

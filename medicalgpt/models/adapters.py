@@ -2,6 +2,7 @@
 
 import functools
 import re
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from medicalgpt.models.towers import towers_of
 
 import torch
 from loguru import logger
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
@@ -24,6 +25,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+# Of an adapter whose training has excluded towers, where it is put on the language model alone.
+warnings.filterwarnings("ignore", message="You have passed exclude_modules=.* but no modules were excluded")
 # Flags that shape a new adapter.
 SHAPE_FLAGS = frozenset(
     ("lora_rank", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_dora", "use_rslora")
@@ -335,7 +338,8 @@ def attach_adapter(model: PreTrainedModel, adapter: Adapter, *, trainable: bool 
                 f"python reward_modeling.py --model_name_or_path {adapter.path} --score_file FILE"
             )
         _grow_to_adapter(model, adapter)
-        attached = PeftModel.from_pretrained(model, adapter.path, is_trainable=trainable)
+        config = config_beside_towers(model, adapter)
+        attached = PeftModel.from_pretrained(model, adapter.path, is_trainable=trainable, config=config)
         if trainable:
             _restore_weights(attached, adapter, "default")
     except (RuntimeError, ValueError, OSError, TypeError, LookupError, SafetensorError) as error:
@@ -345,6 +349,21 @@ def attach_adapter(model: PreTrainedModel, adapter: Adapter, *, trainable: bool 
     if adapter.config.get("trainable_token_indices"):
         _save_rows_alone(attached)
     return attached
+
+
+def config_beside_towers(model: PreTrainedModel, adapter: Adapter) -> PeftConfig:
+    """The configuration of an adapter, such that modules of towers that have the same names get none.
+
+    One that was trained on text does not know of them, and one that was trained with them may be put on the language
+    model alone.
+    """
+    config = PeftConfig.from_pretrained(adapter.path)
+    known, towers = config.exclude_modules, _inside(*towers_of(model))
+    if towers and not (isinstance(known, str) and towers_of(model)[0].replace(".", r"\.") in known):
+        if known and not isinstance(known, str):
+            known = rf"(?:.*\.)?(?:{'|'.join(map(re.escape, known))})"
+        config.exclude_modules = f"{known}|{towers}" if known else towers
+    return config
 
 
 def _restore_weights(model: PeftModel, adapter: Adapter, name: str) -> None:

@@ -289,9 +289,15 @@ class ChatEngine:
         prompt_ids = self.prompt_ids(messages, tools, pictures)
         return GenerationRequest(prompt_ids, sampling or Sampling(), tools, adapter=self.name, pictures=pictures)
 
-    def chat(self, messages: Messages, sampling: Sampling | None = None, tools: Tools | None = None) -> Answer:
+    def chat(
+        self,
+        messages: Messages,
+        sampling: Sampling | None = None,
+        tools: Tools | None = None,
+        pictures: Sequence[Picture] = (),
+    ) -> Answer:
         """Render one conversation and answer it. Arguments and errors are those of `request`."""
-        return self.generate([self.request(messages, sampling, tools)])[0]
+        return self.generate([self.request(messages, sampling, tools, pictures)])[0]
 
     def stream(self, request: GenerationRequest) -> "AnswerStream":
         """Answer one prompt piece by piece.
