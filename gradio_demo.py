@@ -18,7 +18,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from medicalgpt.args import ImageServingArguments, PageArguments
+from medicalgpt.args import PageArguments
 from medicalgpt.data.images import Picture
 from medicalgpt.errors import run_main
 from medicalgpt.logs import setup_logging
@@ -26,6 +26,7 @@ from medicalgpt.parser import parse_args
 from medicalgpt.serving.batchers import Batcher, batcher_from
 from medicalgpt.serving.engines import engine_from
 from medicalgpt.serving.generation import Sampling, sampling_from
+from medicalgpt.serving.image_args import ImageServingArguments
 from medicalgpt.serving.page import LABEL, Turns, conversation, describe, escape_turns, launch, stream
 from medicalgpt.serving.web import auth_from
 from template import check_template

@@ -42,7 +42,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any
 
-from medicalgpt.args import ApiArguments, ImageServingArguments
+from medicalgpt.args import ApiArguments
 from medicalgpt.data.images import ImageError, Picture
 from medicalgpt.errors import UserError, run_main
 from medicalgpt.logs import setup_logging
@@ -54,6 +54,7 @@ from medicalgpt.serving.batchers import Batcher, BatcherClosedError, QueueFullEr
 from medicalgpt.serving.chat import ChatEngine, PromptTooLongError
 from medicalgpt.serving.engines import adapted, base_name, engine_from
 from medicalgpt.serving.generation import REPLACEMENT, Answer, GenerationRequest, Sampling, sampling_from
+from medicalgpt.serving.image_args import ImageServingArguments
 from medicalgpt.serving.openai_schema import (
     MAX_CHOICES,
     AssistantMessage,

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from medicalgpt.args import ChatArguments
-from medicalgpt.data.images import Picture
+from medicalgpt.data.images import Picture, question_with_images
 from medicalgpt.errors import UserError
 from medicalgpt.models import adapters, hub, loading
 from medicalgpt.serving.chat import ChatEngine, NoImagesError
