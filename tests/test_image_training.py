@@ -144,7 +144,7 @@ def test_the_programs_as_a_user_runs_them(data, tmp_path):
 def test_two_processes_of_which_one_has_no_image(data, tmp_path):
     """The rows of a step are those of one process; and no process waits for one that has none."""
     base = make_seeing(tmp_path / "base", "qwen2_5_vl")
-    more = ("--num_train_epochs", 2, "--train_sampling_strategy", "sequential", "--logging_steps", 1)
+    more = ("--num_train_epochs", 2, "--train_sampling_strategy", "random", "--logging_steps", 1)
     batch = ("--per_device_train_batch_size", 3)
     run_program(SFT, *flags(base, data, tmp_path / "one", *more, "--per_device_train_batch_size", 6))
     run_program(SFT, *flags(base, data, tmp_path / "two", *more, *batch), processes=2)

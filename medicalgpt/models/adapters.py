@@ -99,7 +99,8 @@ def add_lora(
         logger.info(f"the head is tied to the embedding: {', '.join(to_save)} trains both")
     _require_modules(model, [*to_save, *(names if names != ["all"] else [])])
     towers = towers_of(model)
-    if inside := [name for name in to_save if any(_has_module(model.get_submodule(each), name) for each in towers)]:
+    of_towers = [name for name, _ in model.named_modules() if name.startswith(towers)]
+    if inside := [name for name in to_save if any(f".{each}".endswith(f".{name}") for each in of_towers)]:
         raise UserError(
             f"--modules_to_save {', '.join(inside)}: there are modules of that name in {', '.join(towers)}, which "
             "stays as it is. Omit them."

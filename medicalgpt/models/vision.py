@@ -156,17 +156,20 @@ class Vision:
     def save(self, folder: Path) -> None:
         """Write the files of the processors, with the bounds of these settings, into the folder of a checkpoint."""
         for name, path in self.files.items():
-            content = json.loads(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+            content = json.loads(text)
             own = content.get("image_processor") if name == "processor_config.json" else content
-            if name == "video_preprocessor_config.json" or own is None:
+            if own is not None and name != "video_preprocessor_config.json":
+                bounds = {"min_pixels": self.tokens.min_pixels, "max_pixels": self.tokens.max_pixels}
+                older = not own.keys().isdisjoint(bounds)
+                own |= bounds if older else {}
+                if "size" in own or not older:
+                    own["size"] = self.settings["size"]
+            if content == json.loads(text):
                 shutil.copyfile(path, folder / name)
-                continue
-            bounds = {"min_pixels": self.tokens.min_pixels, "max_pixels": self.tokens.max_pixels}
-            older = not own.keys().isdisjoint(bounds)
-            own |= bounds if older else {}
-            if "size" in own or not older:
-                own["size"] = self.settings["size"]
-            (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            else:
+                written = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+                (folder / name).write_text(written, encoding="utf-8")
 
 
 def can_have_images(config: PreTrainedConfig) -> bool:
