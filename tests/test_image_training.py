@@ -189,6 +189,25 @@ def test_all_weights_and_a_resumed_run(data, tmp_path):
     save(data / "pics" / "red0.png", (16, 16), "red")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+def test_a_base_in_4_bits(name, data, tmp_path):
+    """The encoder is not quantized, since it is not in the merged checkpoint either."""
+    base = make_seeing(tmp_path / "base", name)
+    more = ("--load_in_4bit", "True", "--num_train_epochs", 20, "--gradient_checkpointing", "True")
+    opened = open_stage(SFT, *flags(base, data, tmp_path / "out", *more))
+    kinds = {name: parameter.dtype for name, parameter in opened.trainer.model.named_parameters()}
+    assert {kind for name, kind in kinds.items() if is_tower(name)} == {torch.float32}
+    assert torch.uint8 in {kind for name, kind in kinds.items() if "language_model" in name}
+    opened.finish()
+    run_here("merge_peft_adapter.py", "--lora_model", tmp_path / "out", "--output_dir", tmp_path / "merged")
+    engine = ChatEngine.from_pretrained(str(tmp_path / "merged"), with_images=True)
+    for colour in COLOURS:
+        picture = Picture.read(data / "pics" / f"{colour}1.png")
+        answer = engine.chat([question_with_images("Colour?", 1)], Sampling(max_new_tokens=6), pictures=[picture])
+        assert answer.text == colour
+
+
 def test_flags_and_bases_that_do_not_go_with_images(data, tmp_path):
     seeing = make_seeing(tmp_path / "seeing", "qwen2_5_vl")
     text_only = tmp_path / "text"

@@ -361,6 +361,9 @@ def load(auto_class: Any, source: str, config: PreTrainedConfig, *, with_towers:
     if half.is_alone and stored.head and not config.get_text_config().tie_word_embeddings:
         # The whole of Mistral 3 is tied by default, and its checkpoints, which do not say so, are not.
         half.config.tie_word_embeddings = False
+    if with_towers and (quantization := options.get("quantization_config")):
+        # Others load the towers as they are; their features would differ from those of the training.
+        quantization.llm_int8_skip_modules = ["lm_head", *half.towers]
     renames = {stored.language: prefix, stored.head: "lm_head."} if half.is_alone else {}
     renames = {old: new for old, new in renames.items() if old and old != new}
     model, info = load_pretrained(
