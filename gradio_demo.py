@@ -6,15 +6,20 @@
 Several visitors are answered in one batch. What a visitor writes stays in the visitor's session and is forgotten with
 it; the page stores nothing and loads nothing from other hosts.
 
+With `--accept_images True`, a question can have an image, for checkpoints of Qwen2.5-VL and Qwen3-VL.
+
 By default only this machine can open it. `--host 0.0.0.0` opens it to the network, `--share True` makes a public link
 through Gradio's servers; both need `--auth user:password`, or the same in the environment as MEDICALGPT_AUTH.
 """
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+from medicalgpt.data.images import Picture
 from medicalgpt.errors import run_main
 from medicalgpt.logs import setup_logging
 from medicalgpt.parser import parse_args
@@ -22,10 +27,12 @@ from medicalgpt.serving.arguments import PageArguments
 from medicalgpt.serving.batchers import Batcher, batcher_from
 from medicalgpt.serving.engines import engine_from
 from medicalgpt.serving.generation import Sampling, sampling_from
+from medicalgpt.serving.image_args import ImageServingArguments
 from medicalgpt.serving.page import (
     LABEL,
     MAX_EVENTS,
     Turns,
+    conversation,
     describe,
     escape_turns,
     launch,
@@ -34,12 +41,16 @@ from medicalgpt.serving.page import (
     visitor_of,
 )
 from medicalgpt.serving.prompts import PromptReader
+from medicalgpt.serving.uploads import Uploads
 from medicalgpt.serving.web import auth_from
 from template import check_template
 
 import gradio as gr
 from loguru import logger
 
+MAX_IMAGE_BYTES = 8 * 1024 * 1024
+# Of all images that are not read yet; a visitor may have a quarter of them.
+MAX_UPLOAD_BYTES = 16 * MAX_IMAGE_BYTES
 EXAMPLES = (
     "一氧化碳中毒要看什么科？",
     "怀疑是肠套叠，应该做哪些检查？",
@@ -49,7 +60,7 @@ EXAMPLES = (
 
 
 @dataclass
-class DemoArguments(PageArguments):
+class DemoArguments(ImageServingArguments, PageArguments):
     """Where the page is served."""
 
     port: int = field(
@@ -62,15 +73,27 @@ def main() -> None:
     setup_logging()
     sampling_from(arguments)
     auth = auth_from(arguments)
-    engine = engine_from(arguments)
+    engine = engine_from(arguments, with_images=arguments.accept_images)
     check_template(engine.tokenizer, arguments.template_name)
     batcher = batcher_from(engine, arguments)
+    uploads = Uploads(MAX_UPLOAD_BYTES) if arguments.accept_images else None
     try:
-        page = build_page(batcher, arguments)
-        logger.info(f"Open {launch(page, arguments, auth)} in a browser. Ctrl-C stops the program.")
+        page = build_page(batcher, arguments, uploads)
+        url = launch(page, arguments, auth, uploads, MAX_IMAGE_BYTES if uploads else 1)
+        logger.info(f"Open {url} in a browser. Ctrl-C stops the program.")
         serve(batcher)
     finally:
         batcher.close(finish=False)
+        if uploads is not None:
+            uploads.close()
+
+
+def take_picture(path: str, uploads: Uploads) -> Picture:
+    """The image that a visitor has uploaded, which is then in memory only. Raises ImageError, see `Picture.read`."""
+    try:
+        return Picture.from_bytes(Path(path).read_bytes())
+    finally:
+        uploads.release(Path(path))
 
 
 @dataclass(frozen=True)
@@ -86,10 +109,17 @@ class Layout:
     chatbot: gr.Chatbot
     notice: gr.Textbox
     question: gr.Textbox
+    image: gr.File
     buttons: dict[str, gr.Button]
     system: gr.Textbox
     sliders: dict[str, gr.Slider]
     seed: gr.Textbox
+
+    @property
+    def outputs(self) -> list[gr.Component]:
+        """What an event may change."""
+        buttons = [self.buttons[name] for name in ("send", "stop", "retry", "undo")]
+        return [self.turns, self.chatbot, self.question, self.image, self.notice, *buttons]
 
     def view(self, said: Turns, *, busy: bool = False, note: str = "") -> dict[gr.Component, Any]:
         """What the page shows after these turns."""
@@ -125,6 +155,14 @@ def lay_out(arguments: PageArguments) -> Layout:
             )
             notice = gr.Textbox(label=LABEL("notice"), visible=False, interactive=False, elem_id="notice")
             question = gr.Textbox(label=LABEL("question"), max_lines=8, autofocus=True, elem_id="question")
+            image = gr.File(
+                label=LABEL("image"),
+                type="filepath",
+                file_types=[".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"],
+                height=120,
+                visible=arguments.accept_images,
+                elem_id="image",
+            )
             with gr.Row():
                 buttons = {
                     name: gr.Button(LABEL(name), variant=variant, interactive=ready, min_width=80, elem_id=name)
@@ -151,11 +189,15 @@ def lay_out(arguments: PageArguments) -> Layout:
             # An empty number field would be 0.
             value = "" if arguments.seed is None else str(arguments.seed)
             seed = gr.Textbox(value, label=LABEL("seed"), elem_id="seed")
-    return Layout(turns, chatbot, notice, question, buttons, system, sliders, seed)
+    return Layout(turns, chatbot, notice, question, image, buttons, system, sliders, seed)
 
 
-def build_page(batcher: Batcher, arguments: PageArguments) -> gr.Blocks:
-    """The page: its components, and what happens when a button is pressed."""
+def build_page(batcher: Batcher, arguments: PageArguments, uploads: Uploads | None = None) -> gr.Blocks:
+    """The page: its components, and what happens when a button is pressed.
+
+    Args:
+        uploads: where the images of visitors arrive; None if it takes none.
+    """
     prompts = PromptReader(arguments.max_prompt_chars)
     with gr.Blocks(title="MedicalGPT", analytics_enabled=False) as page:
         layout = lay_out(arguments)
@@ -166,27 +208,31 @@ def build_page(batcher: Batcher, arguments: PageArguments) -> gr.Blocks:
             visitor: gr.Request,
             said: Turns,
             asked: str,
+            attached: str | None,
             system_prompt: str,
             seed: str,
             *values: float,
         ) -> AsyncIterator[dict[gr.Component, Any]]:
             before, _ = without_unanswered(said)
             earlier, again = before, event.target.elem_id == "retry"
+            turn: dict[str, Any] = {"role": "user"}
             if again and before:
-                earlier, asked = before[:-2], before[-2]["content"]
+                earlier, turn, asked = before[:-2], before[-2], before[-2]["content"]
             elif event.target.elem_id == "chat":
                 asked = event.value["text"]
             if not asked.strip():
                 yield view(before)
                 return
-            said, text, note = [*earlier, {"role": "user", "content": asked}], "", ""
+            said, text, note = [*earlier, {**turn, "content": asked}], "", ""
             try:
                 prompts.check([system_prompt, said])
                 yield {**view(said, busy=True), question: ""}
-                system_turn = [{"role": "system", "content": system_prompt}] if system_prompt.strip() else []
+                if attached and not again:
+                    said[-1]["picture"] = await asyncio.to_thread(take_picture, attached, uploads)
                 sampling = Sampling(seed=seed_of(seed), **dict(zip(layout.sliders, values, strict=True)))
+                messages, pictures = conversation(said, system_prompt)
                 client = visitor_of(visitor)
-                request = await prompts.read(client, [*system_turn, *said], batcher.engine.request, sampling)
+                request = await prompts.read(client, messages, batcher.engine.request, sampling, None, pictures)
                 growing = stream(batcher, replace(request, client=client), arguments.request_timeout)
                 async with aclosing(growing):
                     async for text, note in growing:  # noqa: B007  (the last note is used below)
@@ -195,7 +241,8 @@ def build_page(batcher: Batcher, arguments: PageArguments) -> gr.Blocks:
             except Exception as error:
                 note = describe(error)
             if text:
-                yield view([*said, {"role": "assistant", "content": text}], note=note)
+                answered = [*said, {"role": "assistant", "content": text}]
+                yield {**view(answered, note=note), **({} if again else {layout.image: None})}
             else:
                 # An empty turn would teach the model to say nothing from here on.
                 note = note or "The model gave no answer."
@@ -212,14 +259,12 @@ def build_page(batcher: Batcher, arguments: PageArguments) -> gr.Blocks:
             return {**view(said), question: unanswered or ""}
 
         buttons = layout.buttons
-        changing = [buttons[name] for name in ("send", "stop", "retry", "undo")]
-        outputs = [turns, chatbot, question, layout.notice, *changing]
-        private = {"outputs": outputs, "api_visibility": "private"}
+        private = {"outputs": layout.outputs, "api_visibility": "private"}
         # One event for everything that asks: a visitor gets one answer at a time, and the other buttons can cancel it.
         asking = gr.on(
             [buttons["send"].click, question.submit, buttons["retry"].click, chatbot.example_select],
             ask,
-            [turns, question, layout.system, layout.seed, *layout.sliders.values()],
+            [turns, question, layout.image, layout.system, layout.seed, *layout.sliders.values()],
             show_progress_on=chatbot,
             show_progress="minimal",
             trigger_mode="once",

@@ -1,6 +1,7 @@
 """Ask a trained model: one question, a conversation in the terminal, or a file of questions.
 
     python inference.py --model_name_or_path outputs-sft --query 感冒了怎么办？
+    python inference.py --model_name_or_path outputs-vl --query 图中是什么？ --images xray/1.png
     python inference.py --model_name_or_path outputs-sft --interactive
     python inference.py --model_name_or_path outputs-sft --data_file questions.jsonl --output_file answers.jsonl
     torchrun --nproc_per_node 2 inference.py --model_name_or_path outputs-sft --data_file questions.jsonl
@@ -10,7 +11,8 @@ The model may be a hub name, a folder with all weights, or the folder of an adap
 conversation chooses among them. The chat template and the stop tokens come with the checkpoint.
 
 A row of --data_file has `conversations`, `messages`, `instruction` (with `input`), `prompt`, `query` or `question`; a
-.txt file has a question on each line. If a row ends with an answer, that is not shown to the model and is written as
+.txt file has a question on each line. Rows may have `images` as in training, for a model of a family that is trained on
+images (docs/models.md). If a row ends with an answer, that is not shown to the model and is written as
 `reference`:
 
     {"question": "怎么办？", "answer": "休息。"}
@@ -35,9 +37,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from medicalgpt.args import ChatArguments, DataArguments, same_field
+from medicalgpt.data.images import ImageError, Picture, check_images, pictures_of, question_with_images
 from medicalgpt.errors import UserError, run_main
 from medicalgpt.files import hash_file, refuse_overwriting, write_atomically
-from medicalgpt.formats.conversion import Converter, converter, to_prompt
+from medicalgpt.formats.conversion import Converter, converter, to_prompt_with_images
 from medicalgpt.logs import (
     heartbeat,
     is_main_process,
@@ -81,6 +84,9 @@ class InferenceArguments(ChatArguments):
     """What is asked, and where the answers go."""
 
     query: str | None = field(default=None, metadata={"help": "Answer this one question."})
+    images: str | None = field(
+        default=None, metadata={"help": "Images that --query is about: files, separated by commas."}
+    )
     interactive: bool = field(
         default=False, metadata={"help": "Talk in the terminal. The default if nothing else is requested."}
     )
@@ -113,17 +119,18 @@ def main() -> None:
         sampling = sampling_from(arguments)
 
         # Errors in the files show before minutes are spent on loading a model.
-        questions = []
+        questions, pictures = [], read_images(arguments)
         if mode == "data_file":
             check_output_file(arguments)
             questions = read_questions(arguments)
 
-        engine = engine_from(arguments, by_name=mode == "interactive")
+        with_images = bool(pictures) or any(question.pictures for question in questions)
+        engine = engine_from(arguments, by_name=mode == "interactive", with_images=with_images)
         for each in adapted(engine):
             check_template(each.tokenizer, arguments.template_name)
         if mode == "query":
-            messages = [*system_message(arguments.system_prompt), {"role": "user", "content": arguments.query}]
-            print_answer(engine, engine.request(messages, sampling))
+            messages = [*system_message(arguments.system_prompt), question_with_images(arguments.query, len(pictures))]
+            print_answer(engine, engine.request(messages, sampling, pictures=pictures))
         elif mode == "interactive":
             talk(engine, sampling, arguments.system_prompt)
         else:
@@ -147,6 +154,8 @@ def choose_mode(arguments: InferenceArguments) -> str:
     problems = []
     if world_size() > 1 and modes != ["data_file"]:
         problems.append(f"--{modes[0]} is for one process: start it with python, not torchrun.")
+    if arguments.images is not None and modes != ["query"]:
+        problems.append("--images belongs to --query; rows of --data_file have `images` of their own.")
     if modes != ["data_file"]:
         for name in (
             "output_file",
@@ -169,6 +178,25 @@ def choose_mode(arguments: InferenceArguments) -> str:
     if problems:
         raise UserError("\n  ".join(problems))
     return modes[0]
+
+
+def read_images(arguments: InferenceArguments) -> list[Picture]:
+    """The images of --images, checked.
+
+    Raises:
+        UserError: images that cannot be used, all of them.
+    """
+    pictures, problems = [], []
+    for path in [part.strip() for part in (arguments.images or "").split(",") if part.strip()]:
+        try:
+            pictures.append(Picture.read(path))
+        except ImageError as error:
+            problems.append(f"{error}" if path in error.reason else f"{path}: {error}")
+    if arguments.images is not None and not pictures and not problems:
+        problems.append("it names no file.")
+    if problems:
+        raise UserError("--images: " + "\n  ".join(problems))
+    return pictures
 
 
 def talk(engine: ChatEngine, sampling: Sampling, system_prompt: str | None) -> None:
@@ -228,6 +256,7 @@ class Question:
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None
     reference: str | None
+    pictures: tuple[Picture, ...] = ()
 
 
 def unfinished(output_file: str) -> Path:
@@ -303,10 +332,12 @@ def weights_hash(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def prompts_hash(prompts: Sequence[array]) -> str:
+def prompts_hash(prompts: Sequence[array], questions: Sequence[Question]) -> str:
     digest = hashlib.sha256()
-    for prompt in prompts:
+    for prompt, question in zip(prompts, questions, strict=True):
         digest.update(len(prompt).to_bytes(8, "little") + prompt.tobytes())
+        for picture in question.pictures:
+            digest.update(picture.sha256.encode())
     return digest.hexdigest()
 
 
@@ -320,7 +351,7 @@ def continue_partial(
     """
     partial = unfinished(arguments.output_file)
     partial.parent.mkdir(parents=True, exist_ok=True)
-    loaded = {"weights": weights_hash(engine.model), "prompts": prompts_hash(prompts)}
+    loaded = {"weights": weights_hash(engine.model), "prompts": prompts_hash(prompts, questions)}
     if partial.exists():
         check_record(arguments, **loaded)
     if not partial.exists():
@@ -360,7 +391,10 @@ def read_questions(arguments: InferenceArguments) -> list[Question]:
         )
     try:
         convert = converter(
-            to_prompt, ignored_fields(arguments.ignore_fields), columns=arguments.columns, preset=arguments.preset
+            to_prompt_with_images,
+            ignored_fields(arguments.ignore_fields),
+            columns=arguments.columns,
+            preset=arguments.preset,
         )
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -397,7 +431,8 @@ def to_question(row: SourceRow, convert: Converter, system_prompt: str | None) -
             )
     if messages[0]["role"] != "system":
         messages = [*system_message(system_prompt), *messages]
-    return Question(row, messages, prompt["tools"], reference)
+    pictures = pictures_of({"images": check_images(prompt.get("images", ()), row.place)})
+    return Question(row, messages, prompt["tools"], reference, tuple(pictures))
 
 
 def refuse(problems: list[Problem], skip: bool) -> None:
@@ -421,7 +456,7 @@ def render_prompts(engine: ChatEngine, questions: list[Question], skip: bool) ->
     problems: list[Problem] = []
     for question in questions:
         try:
-            prompts.append(array("i", engine.prompt_ids(question.messages, question.tools)))
+            prompts.append(array("i", engine.prompt_ids(question.messages, question.tools, question.pictures)))
             usable.append(question)
         except PromptTooLongError as error:
             problems.append(
@@ -453,7 +488,7 @@ def answer_file(
     """Answer all questions, together with the other processes; the first one writes them in the data file's order."""
     questions, prompts = render_prompts(engine, questions, arguments.skip_bad_rows)
     requests = [
-        GenerationRequest(prompt_ids, sampling.with_seed_offset(row), question.tools)
+        GenerationRequest(prompt_ids, sampling.with_seed_offset(row), question.tools, pictures=question.pictures)
         for row, (prompt_ids, question) in enumerate(zip(prompts, questions, strict=True))
     ]
     batches = in_batches(list(map(len, prompts)), arguments.batch_size)

@@ -129,7 +129,7 @@ def merge(
         named: places of the adapters by their names.
         chained: what the record says of a chain in place of the base and the adapter of its last step.
     """
-    from medicalgpt.models import adapters, loading, towers
+    from medicalgpt.models import adapters, loading, towers, vision
     from medicalgpt.training.output_folder import replace_model
 
     import torch
@@ -165,6 +165,7 @@ def merge(
             model.generation_config = transformers.GenerationConfig.from_pretrained(place)
     with replace_model(output_dir) as folder:
         model.save_pretrained(folder, max_shard_size=args.max_shard_size)
+        vision.copy_processor(adapter.path, folder)
         towers.complete(folder, model)
         tokenizer.save_pretrained(folder)
         del model
@@ -269,7 +270,7 @@ def resolve(
         UserError: a folder is not an adapter, a base is not found or quantized, adapters do not fit together, or the
             output folder is occupied.
     """
-    from medicalgpt.models import combining, hub
+    from medicalgpt.models import combining, hub, vision
 
     for path in named.values():
         if not Path(path, hub.ADAPTER_CONFIG).is_file():
@@ -291,6 +292,7 @@ def resolve(
     found = combining.read_adapters(named, cache_dir=args.cache_dir)
     combining.check_bases(found, checkpoint, base_given=base is not None)
     combining.check_combinable(found, combination)
+    vision.check_same_bounds([adapter.path for adapter in found.values()])
     if not args.tokenizer_path:
         combining.check_same_template(checkpoint, found, tokenizer_flag="--tokenizer_path")
     return checkpoint, found

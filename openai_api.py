@@ -10,7 +10,8 @@ Then, from Python (`pip install openai`), with the name of the model's folder as
 
 Routes: POST /v1/chat/completions and /v1/completions, whole or streamed; GET /v1/models, /health, /metrics (for
 Prometheus) and /openapi.json. The flags set the defaults of fields that a request omits, temperature for example. A
-field that this server cannot honour is refused, never ignored. Prompts and answers are not logged.
+field that this server cannot honour is refused, never ignored. Prompts and answers are not logged. With
+--accept_images True, messages of the user may hold images as data:image/png;base64,...; nothing is fetched.
 
 Several adapters on one base, each under its own name, which requests give as the model:
 
@@ -23,6 +24,7 @@ that are addressed to it by a name of this machine: no page in a browser can the
 import asyncio
 import codecs
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -33,23 +35,26 @@ import time
 import traceback
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any
 
+from medicalgpt.data.images import ImageError, Picture
 from medicalgpt.errors import UserError, run_main
 from medicalgpt.logs import setup_logging
 from medicalgpt.models import combining
 from medicalgpt.models.templating import tool_format_of
+from medicalgpt.models.vision import can_have_images
 from medicalgpt.parser import parse_args
 from medicalgpt.serving.arguments import ApiArguments
 from medicalgpt.serving.batchers import Batcher, BatcherClosedError, ModelFailedError, batcher_from
 from medicalgpt.serving.chat import ChatEngine, PromptTooLongError
 from medicalgpt.serving.engines import adapted, base_name, engine_from
 from medicalgpt.serving.generation import REPLACEMENT, Answer, GenerationRequest, Sampling, sampling_from
+from medicalgpt.serving.image_args import ImageServingArguments
 from medicalgpt.serving.limits import connection_limits, uvicorn_config
 from medicalgpt.serving.openai_schema import (
     MAX_CHOICES,
@@ -62,6 +67,8 @@ from medicalgpt.serving.openai_schema import (
     NamedTool,
     SystemMessage,
     ToolMessage,
+    UserMessage,
+    UserPart,
 )
 from medicalgpt.serving.prompts import PromptReader, PromptTooLargeError
 from medicalgpt.serving.schedule import QueueFullError
@@ -101,6 +108,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+# Maximum number of images in a request: each is decoded before the length of the prompt is known.
+MAX_IMAGES = 16
 # How often a sampled answer that fails its check is sampled again.
 RETRIES = 2
 # Characters of a field's name in an error; a client may have made it up.
@@ -116,7 +125,7 @@ BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
 
 
 @dataclass
-class OpenAIArguments(ApiArguments):
+class OpenAIArguments(ImageServingArguments, ApiArguments):
     """Who may send requests, and their limits."""
 
     served_model_name: str | None = field(
@@ -350,11 +359,13 @@ def requests_for(
     sampling: Sampling,
     client: str,
     tools: list[dict[str, Any]] | None = None,
+    pictures: Sequence[Picture] = (),
 ) -> list[GenerationRequest]:
     """`n` answers to each prompt, the i-th of them sampled with seed + i."""
     samplings = [sampling.with_seed_offset(i) for i in range(body.n or 1)]
+    adapter = model.engine.name
     return [
-        GenerationRequest(prompt_ids, each, tools, adapter=model.engine.name, client=client)
+        GenerationRequest(prompt_ids, each, tools, adapter=adapter, client=client, pictures=pictures)
         for prompt_ids in prompts
         for each in samplings
     ]
@@ -411,6 +422,47 @@ def sampling_for(service: Service, body: Generation, top_log_probs: int | None) 
     )
 
 
+def image_parts(messages: Sequence[Any]) -> Iterator[tuple[str, UserPart]]:
+    """The parts of a request that are images, each with its place in the body."""
+    for number, message in enumerate(messages):
+        for position, part in enumerate(message.content if isinstance(message.content, list) else ()):
+            if part.type == "image_url":
+                yield f"messages[{number}].content[{position}]", part
+
+
+def read_pictures(engine: ChatEngine, messages: Sequence[Any]) -> list[Picture]:
+    """The images of a request, checked, in their order.
+
+    Raises:
+        ApiError: the model takes text only, or an image cannot be used.
+    """
+    found = list(image_parts(messages))
+    if found and engine.vision is None:
+        start = " Start the server with --accept_images True." if can_have_images(engine.model.config) else ""
+        message = f"a part of type 'image_url' cannot be read: the model takes text only.{start}"
+        raise ApiError(400, f"{found[0][0]}: {message}", param=found[0][0])
+    if len(found) > MAX_IMAGES:
+        raise ApiError(400, f"messages: {len(found)} images, more than {MAX_IMAGES} in a request.", param="messages")
+    pictures = []
+    for where, part in found:
+        try:
+            pictures.append(Picture.from_data_address(part.image_url.url))
+        except ImageError as error:
+            raise ApiError(400, f"{where}.image_url.url: {error}", param=f"{where}.image_url.url") from error
+    return pictures
+
+
+def parts_of_text(parts: Sequence[UserPart]) -> list[dict[str, str]]:
+    """Parts as the engine takes them: images, and between them one text each."""
+    merged: list[dict[str, str]] = []
+    for is_text, group in itertools.groupby(parts, lambda part: part.type == "text"):
+        if is_text:
+            merged.append({"type": "text", "text": "".join(part.text for part in group)})
+        else:
+            merged += [{"type": "image"} for _ in group]
+    return merged
+
+
 def text_of(content: Content | None) -> str:
     if content is None or isinstance(content, str):
         return content or ""
@@ -445,7 +497,9 @@ def to_template(messages: Sequence[Any], system_prompt: str | None) -> list[dict
         if results:
             raise refuse(number, f"the results of {_missing(results)} must come first, each with role tool.")
         role = "system" if isinstance(message, SystemMessage) else message.role
-        entry: dict[str, Any] = {"role": role, "content": text_of(message.content)}
+        has_images = isinstance(message, UserMessage) and any(True for _ in image_parts([message]))
+        content = parts_of_text(message.content) if has_images else text_of(message.content)
+        entry: dict[str, Any] = {"role": role, "content": content}
         if isinstance(message, AssistantMessage):
             if message.content is None and not message.tool_calls:
                 raise refuse(number, "it has neither content nor tool_calls.")
@@ -930,10 +984,11 @@ async def chat_completions(request: Request, body: ChatRequest) -> Any:
     sampling = sampling_for(service, body, (body.top_logprobs or 0) if body.logprobs else None)
     tools = tools_for(model, body)
     require_places(service, body.n or 1)
+    pictures = await asyncio.to_thread(read_pictures, model.engine, body.messages)
     messages = to_template(body.messages, service.arguments.system_prompt)
     client = client_of(request.scope)
-    prompt_ids = await tokenized(service, client, "messages", (messages, tools), chat_ids, model.engine)
-    jobs = requests_for(model, [prompt_ids], body, sampling, client, tools)
+    prompt_ids = await tokenized(service, client, "messages", (messages, tools, pictures), chat_ids, model.engine)
+    jobs = requests_for(model, [prompt_ids], body, sampling, client, tools, pictures)
     return await respond(service, request, jobs, ChatForm(model, body), answer_check(body))
 
 
@@ -972,8 +1027,10 @@ async def tokenized(
         raise ApiError(400, f"{error}", param=param) from error
 
 
-def chat_ids(value: tuple[list[dict[str, Any]], list[dict[str, Any]] | None], engine: ChatEngine) -> list[int]:
-    """Token ids of a conversation with the tools that are offered in it."""
+def chat_ids(
+    value: tuple[list[dict[str, Any]], list[dict[str, Any]] | None, list[Picture]], engine: ChatEngine
+) -> list[int]:
+    """Token ids of a conversation with the tools that are offered in it, and its images."""
     return engine.prompt_ids(*value)
 
 
@@ -1064,7 +1121,7 @@ def main() -> None:
     key, origins = key_from(arguments), origins_from(arguments.allow_origins)
     check_limits(arguments)
     with bound_socket(arguments) as listener:
-        engine = engine_from(arguments, by_name=True)
+        engine = engine_from(arguments, by_name=True, with_images=arguments.accept_images)
         for each in adapted(engine):
             check_template(each.tokenizer, arguments.template_name)
         batcher = batcher_from(engine, arguments)

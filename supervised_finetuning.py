@@ -12,6 +12,10 @@ Data (.jsonl or .json), recognised row by row: ShareGPT `conversations`, OpenAI 
 
     {"conversations": [{"from": "human", "value": "How is a cold treated?"}, {"from": "gpt", "value": "With rest ..."}]}
 
+With Qwen2.5-VL or Qwen3-VL as the base, rows may have images, as paths relative to the data file:
+
+    {"messages": [{"role": "user", "content": "<image>What is this?"}, ...], "images": ["xray/1.png"]}
+
 In --output_dir: the adapter (or all weights with --use_peft False), the tokenizer with the chat template that was
 trained, generation_config.json with its stop tokens, run.json, metrics.jsonl, samples.jsonl, loss.png and README.md.
 Guide: docs/supervised_finetuning.md
@@ -60,6 +64,16 @@ class FinetuningArguments(TemplateArguments, StageDefaults, SFTConfig):
     mask_history: bool = field(
         default=False, metadata={"help": "Train on the last answer of each conversation only, not on earlier ones."}
     )
+    image_max_pixels: int | None = field(
+        default=None,
+        metadata={
+            "help": "Images with more pixels are scaled down to so many; saved with the result. Unset: 589,824 (768 x "
+            "768), or what the base has if that is less."
+        },
+    )
+    image_min_pixels: int | None = field(
+        default=None, metadata={"help": "Images with fewer pixels are scaled up. Unset: what the base has."}
+    )
     # Rows of similar length share a batch; answers differ so much in length that this halves the time.
     train_sampling_strategy: str = field(
         default="group_by_length",
@@ -86,11 +100,10 @@ def main() -> None:
         description=__doc__,
         program="supervised_finetuning.py",
     )
-    from medicalgpt.data.encoding import encode_chat, render_prompts
-    from medicalgpt.data.prepared import load_and_encode
-    from medicalgpt.formats.conversion import to_messages
+    from medicalgpt.data.encoding import encode_chat
     from medicalgpt.models import loading
     from medicalgpt.models.templating import stop_token_ids
+    from medicalgpt.training.images import choose_rows, render_samples, use_vision
     from medicalgpt.training.runs import Run
     from medicalgpt.training.stream_trainer import check_flags, token_trainer
     from medicalgpt.training.trainers import training_defaults
@@ -108,6 +121,7 @@ def main() -> None:
     tokenizer = loading.stage_tokenizer(checkpoint, model_args)
     stop = apply_template(tokenizer, args.template_name, args.system_prompt, args.tool_format)
     run.add_tokenizer(tokenizer)
+    rows = choose_rows(checkpoint, tokenizer, args, data_args)
 
     # 3 data: each conversation is rendered by the template and masked; no answer is ever truncated
     encode = partial(
@@ -117,24 +131,22 @@ def main() -> None:
         train_on_inputs=args.train_on_inputs,
         mask_history=args.mask_history,
         shorten_rows=data_args.long_rows == "turns",
+        **rows.options,
     )
     packed = args.model_max_length if args.packing else None
-    data, train, validation = load_and_encode(
-        data_args, to_messages, encode, seed=args.order_seed, config=checkpoint.config, block_size=packed
+    data, train, validation = rows.load(
+        data_args, encode, seed=args.order_seed, config=checkpoint.config, block_size=packed
     )
     run.add_data(data)
+    vision, train, validation = use_vision(rows.vision, args, tokenizer, train, validation)
     run.preview(tokenizer, train)
 
     # 4 model
     model = loading.load_trainable(
-        AutoModelForCausalLM,
-        checkpoint,
-        tokenizer,
-        model_args,
-        lora_args,
-        attention_args,
+        *(AutoModelForCausalLM, checkpoint, tokenizer, model_args, lora_args, attention_args),
         max_length=args.model_max_length,
         bf16=args.bf16,
+        with_towers=vision is not None,
     )
 
     # 5 trainer
@@ -143,6 +155,7 @@ def main() -> None:
         block_size=args.model_max_length,
         streaming=data_args.streaming,
         loraplus_lr_ratio=lora_args.loraplus_lr_ratio,
+        vision=vision,
     )
 
     # 6 train, save
@@ -151,7 +164,7 @@ def main() -> None:
         trainer,
         tokenizer,
         stop_ids=stop_token_ids(tokenizer, stop),
-        sample_prompts=render_prompts(tokenizer, data.validation or data.train, run_args.sample_prompts),
+        **render_samples(tokenizer, data.validation or data.train, run_args.sample_prompts, vision),
         note="Supervised fine-tuning: the model has learned to answer as the conversations below do.",
     )
 

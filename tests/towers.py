@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from medicalgpt.models.vision import WITH_IMAGES
 from tests.families import CHATML, GEMMA, GLM4, LLAMA3, MISTRAL, Family, family_tokenizer
 
 import torch
@@ -14,6 +15,8 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForMultimodalLM
 
 IMAGE = "<|image|>"
+# Of the families that are trained on images: around an image, and in place of one and of a video.
+IMAGE_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 QWEN_VISION = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
 LINEAR = {
@@ -138,12 +141,14 @@ def as_table(chinese: bool = False) -> str:
     """The table in Markdown, as docs/models.md and its Chinese twin show it."""
     stages = ["PT", "SFT", "DPO", "合并" if chinese else "merge", "推理" if chinese else "inference"]
     columns = (
-        ["4 比特", "RM", "打包", "Hub 上的例子"] if chinese else ["4 bit", "RM", "packing", "on the hub, for example"]
+        ["4 比特", "RM", "打包", "图像", "Hub 上的例子"]
+        if chinese
+        else ["4 bit", "RM", "packing", "images", "on the hub, for example"]
     )
     head = ["model_type", *stages, *columns]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, tower in TOWERS.items():
-        marks = [True] * len(stages) + [not tower.text.experts, tower.scores, tower.packs]
+        marks = [True] * len(stages) + [not tower.text.experts, tower.scores, tower.packs, name in WITH_IMAGES]
         lines.append(f"| `{name}` | {' | '.join('✓' if mark else '✗' for mark in marks)} | {tower.hub} |")
     return "\n".join(lines)
 
@@ -215,3 +220,41 @@ def hashes(folder: str | Path) -> dict[str, str]:
                 digest = hashlib.sha256(raw[start:end]).hexdigest()
                 found[name] = f"{path.name} {entry['dtype']} {entry['shape']} {digest}"
     return found
+
+
+def make_seeing(path: str | Path, name: str, *, tied: bool = False, **vision: Any) -> str:
+    """Save a checkpoint that can be trained on images: `qwen2_5_vl` or `qwen3_vl`, 8 x 8 pixels per token.
+
+    Args:
+        vision: settings of the encoder.
+    """
+    tower = TOWERS[name]
+    tokenizer = family_tokenizer(tower.text)
+    tokenizer.add_special_tokens({"additional_special_tokens": [*tower.text.special, *IMAGE_TOKENS]})
+    torch.manual_seed(0)
+    ids = dict(zip(IMAGE_TOKENS, tokenizer.convert_tokens_to_ids(list(IMAGE_TOKENS)), strict=True))
+    text = {
+        **{"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512},
+        **{"initializer_range": 0.1, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id},
+        **tower.settings,
+    }
+    config = AutoConfig.for_model(
+        name,
+        text_config=text,
+        vision_config={"initializer_range": 0.3, **tower.vision, "patch_size": 4, **vision},
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        **({"tie_word_embeddings": True} if tied else {}),
+    )
+    AutoModelForMultimodalLM.from_config(config, dtype=torch.float32).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    settings = {
+        **{"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor"},
+        **{"patch_size": 4, "temporal_patch_size": 2, "merge_size": 2, "min_pixels": 64, "max_pixels": 4096},
+        **{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]},
+    }
+    Path(path, "preprocessor_config.json").write_text(json.dumps(settings))
+    return str(path)

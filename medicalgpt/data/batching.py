@@ -5,6 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from medicalgpt.data.encoding import IGNORED
+from medicalgpt.data.images import decode_file
+from medicalgpt.errors import UserError
+from medicalgpt.models.vision import Vision
 
 import torch
 from datasets import Dataset
@@ -72,6 +75,38 @@ class Collator:
             # Positions of the padding restart at 0, which makes it a separate sequence that nothing attends to.
             "position_ids": _pad_positions(positions),
         }
+
+
+@dataclass
+class ImageCollator:
+    """Batch sequences that may have images, which are decoded now: only those of a batch are in memory.
+
+    Decoded images of all rows would take hundreds of times the memory of their files, and as pixels on a disk a hundred
+    times their space. With `--dataloader_num_workers`, other processes decode the next batches meanwhile.
+
+    Args:
+        collate: of the sequences, not packed.
+        vision: how images become pixels.
+
+    Returns (by call):
+        What `collate` returns; and, if a row of the batch has an image, what `Vision.inputs` returns.
+    """
+
+    collate: Collator
+    vision: Vision
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = self.collate(rows)
+        paths = [path for row in rows for path in row["pictures"]]
+        if not paths:
+            return batch
+        try:
+            return {**batch, **self.vision.inputs(batch["input_ids"], map(decode_file, paths))}
+        except ValueError as error:
+            raise UserError(
+                f"the images of a batch are not those that were checked when the rows were read: {error}. They are "
+                f"{', '.join(paths)}. Start again, and leave them as they are meanwhile."
+            ) from error
 
 
 def _pad(rows: list[torch.Tensor], value: int) -> torch.Tensor:

@@ -6,13 +6,15 @@ up to its turn end, and the entire row fits.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from medicalgpt.data.images import Picture, parts_of, pictures_of, write_image_tokens
 from medicalgpt.models.templating import is_trusted, special_tokens_in
+from medicalgpt.models.vision import ImageTokens
 from medicalgpt.readers.problems import shorten
 
 from jinja2 import TemplateError
@@ -34,6 +36,13 @@ class Sample:
     @property
     def tokens(self) -> int:
         return len(self.input_ids)
+
+
+@dataclass(frozen=True)
+class ImageSample(Sample):
+    """A `Sample` with the paths of its images, in their order; none for a sample of text alone."""
+
+    pictures: list[str] = field(default_factory=list)
 
 
 class ShortenedSamples(list[Sample]):
@@ -91,6 +100,7 @@ def encode_chat(
     train_on_inputs: bool = False,
     mask_history: bool = False,
     shorten_rows: bool = False,
+    images: ImageTokens | None = None,
 ) -> list[Sample]:
     """Encode one conversation; only assistant text and its turn end are supervised, each turn once.
 
@@ -109,9 +119,11 @@ def encode_chat(
         shorten_rows: of a conversation that is too long, encode the first exchanges that fit, each whole: from a
             question to the answer before the next one. With `mask_history` such a row is still refused, since its end
             is what it was to train.
+        images: how the row's `images` become tokens, which are never supervised; None if rows have none.
 
     Returns:
-        The samples in the order of their turns, as `ShortenedSamples` if exchanges were left out.
+        The samples in the order of their turns, as `ShortenedSamples` if exchanges were left out; `ImageSample`s with
+        `images`.
 
     Raises:
         EncodingError: too long, refused by the template, or no turn to be trained.
@@ -119,13 +131,38 @@ def encode_chat(
     messages, tools = row["messages"], row["tools"]
     refuse_special_tokens(tokenizer, messages, tools)
     encode = partial(_encode_turns, tokenizer, tools=tools, train_on_inputs=train_on_inputs, mask_history=mask_history)
+    pictures = pictures_of(row)
+    finish = partial(_with_pictures, pictures=pictures, images=images) if images else list
+    if pictures:
+        messages = write_image_tokens(messages, pictures, images)
     samples = encode(messages)
     tokens = _longest(samples)
     if max_length is None or tokens <= max_length:
-        return samples
+        return finish(samples)
     if shorten_rows and not mask_history and (kept := _first_exchanges(encode, messages, max_length)):
-        return ShortenedSamples(kept, tokens)
-    raise _too_long(tokens, max_length)
+        return ShortenedSamples(finish(kept), tokens)
+    raise _too_long(tokens, max_length, sum(images.count(each.width, each.height) for each in pictures))
+
+
+def _with_pictures(samples: list[Sample], pictures: Sequence[Picture], images: ImageTokens) -> list[ImageSample]:
+    """The samples with the images that each holds, the tokens of which are not supervised.
+
+    Raises:
+        EncodingError: the template does not write them all.
+    """
+    pad, start, _ = images.ids
+    finished = []
+    for sample in samples:
+        # Texts hold no such tokens, and a sample begins with the first turn.
+        own = pictures[: sample.input_ids.count(start)]
+        if sample.input_ids.count(pad) != sum(images.count(each.width, each.height) for each in own):
+            raise EncodingError("the chat template leaves out an image", "Choose another --template_name")
+        labels = [
+            IGNORED if token in images.ids else label
+            for token, label in zip(sample.input_ids, sample.labels, strict=True)
+        ]
+        finished.append(ImageSample(sample.input_ids, labels, [each.path for each in own]))
+    return finished
 
 
 def _longest(samples: Sequence[Sample]) -> int:
@@ -499,9 +536,10 @@ def refuse_special_tokens(
             )
 
 
-def _too_long(tokens: int, max_length: int) -> EncodingError:
+def _too_long(tokens: int, max_length: int, of_images: int = 0) -> EncodingError:
+    share = f" ({of_images} of them of images; --image_max_pixels lowers that)" if of_images else ""
     return EncodingError(
-        f"{tokens} tokens, longer than the {max_length} that fit",
+        f"{tokens} tokens{share}, longer than the {max_length} that fit",
         MAKE_ROOM,
         too_long=True,
         tokens=tokens,
@@ -520,20 +558,44 @@ def _spans(mask: Sequence[int]) -> list[tuple[int, int]]:
     return spans
 
 
-def render_prompts(tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]], count: int) -> list[list[int]]:
-    """Token ids of the first prompts of up to `count` rows, spread evenly over them, as serving would render them."""
+def render_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[dict[str, Any]],
+    count: int,
+    images: ImageTokens | None = None,
+) -> list[list[int]]:
+    """Token ids of the first prompts of up to `count` rows, spread evenly over them, as serving would render them.
+
+    Args:
+        images: how images become tokens, if rows have any.
+    """
+    return [
+        tokenizer.apply_chat_template(
+            write_image_tokens(messages, pictures_of(row), images) if images else messages,
+            tools=row["tools"],
+            add_generation_prompt=True,
+            return_dict=False,
+        )
+        for row, messages in _first_prompts(rows, count)
+    ]
+
+
+def prompt_pictures(rows: Sequence[dict[str, Any]], count: int) -> list[list[Picture]]:
+    """The images of each prompt that `render_prompts` renders."""
+    return [
+        pictures_of(row)[: sum(part["type"] == "image" for each in messages for part in parts_of(each["content"]))]
+        for row, messages in _first_prompts(rows, count)
+    ]
+
+
+def _first_prompts(rows: Sequence[dict[str, Any]], count: int) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """Up to `count` rows, each with the messages before its first answer."""
     step = max(1, len(rows) // max(count, 1))
-    prompts = []
     for row in rows[::step][:count]:
         turns = [number for number, message in enumerate(row["messages"]) if message["role"] == "assistant"]
         # Rows of preferences and tasks have their answers outside of the prompt, which may have several turns.
         first = len(row["messages"]) if {"chosen", "columns"} & set(row) or not turns else turns[0]
-        prompts.append(
-            tokenizer.apply_chat_template(
-                row["messages"][:first], tools=row["tools"], add_generation_prompt=True, return_dict=False
-            )
-        )
-    return prompts
+        yield row, row["messages"][:first]
 
 
 def document_starts(tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]], count: int) -> list[list[int]]:

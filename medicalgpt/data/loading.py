@@ -14,6 +14,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from medicalgpt.args import DataArguments
+from medicalgpt.data.images import check_images
 from medicalgpt.data.lengths import SHORTENED, TOO_LONG, LengthLimit, RowLengths, describe, describe_lost_rows
 from medicalgpt.data.rows import Rows, on_disk
 from medicalgpt.errors import UserError
@@ -47,6 +48,7 @@ class FileAccount:
         prepared: hash of the index of the shards that have its tokens, if they were prepared.
         packed_shards: the number of these shards if there are several, each of which was packed by itself, so that the
             blocks follow from the division.
+        images, images_sha256: number of images in its rows, and a hash of all of them.
     """
 
     file: str
@@ -60,6 +62,13 @@ class FileAccount:
     presets: Counter = field(default_factory=Counter)
     prepared: str = ""
     packed_shards: int = 0
+    images: int = 0
+    images_sha256: str = ""
+
+    def add_images(self, images: Sequence[dict[str, Any]]) -> None:
+        for image in images:
+            self.images += 1
+            self.images_sha256 = hashlib.sha256((self.images_sha256 + image["sha256"]).encode()).hexdigest()
 
     @property
     def used(self) -> int:
@@ -77,6 +86,7 @@ class FileAccount:
             **({"shortened": self.shortened} if self.shortened else {}),
             **({"prepared": self.prepared} if self.prepared else {}),
             **({"packed_shards": self.packed_shards} if self.packed_shards else {}),
+            **({"images": self.images, "images_sha256": self.images_sha256} if self.images else {}),
             **self.mixture,
         }
 
@@ -370,14 +380,17 @@ def convert_files(
                 continue
             try:
                 conversion = convert.convert(row.value)
+                images = conversion.row.get("images")
+                checked = {"images": check_images(images, row.place)} if images else {}
             except RowError as error:
                 data.problems.append(error.at(row.place, side))
                 continue
             converted += 1
+            account.add_images(checked.get("images", ()))
             account.unused.update(conversion.unused)
             account.rows_with_unused += bool(conversion.unused)
             account.presets.update([conversion.preset] if conversion.preset else [])
-            yield {**conversion.row, "place": row.place._asdict()}
+            yield {**conversion.row, **checked, "place": row.place._asdict()}
         if account.rows == 0:
             raise UserError(f"{name} is empty. Remove it or fill it.")
 
@@ -446,4 +459,7 @@ def identity(row: dict[str, Any]) -> bytes:
     Of preferences and tasks it covers only the prompt: a prompt that is trained on is not held out with other answers.
     """
     content = {key: value for key, value in row.items() if key not in ("place", "chosen", "rejected", "columns")}
+    if "images" in content:
+        # The same image may be in several files.
+        content["images"] = [image["sha256"] for image in content["images"]]
     return hashlib.sha256(canonical_json(content).encode()).digest()[:16]

@@ -53,7 +53,7 @@ def encode_rows(
             `functools.partial(function, tokenizer, name=value, ...)`.
         num_proc: number of processes; by default one per 1,000 rows, at most one per core.
         overwrite_cache: encode again, ignoring the cache.
-        sample: what `encode` returns, `Sample`, `Pair` or `Prompt`.
+        sample: what `encode` returns, `Sample`, `ImageSample`, `Pair` or `Prompt`.
 
     Returns:
         The fields of `sample` as columns, and `place`, the fields of the row's `Place`; a row may give several samples.
@@ -130,7 +130,8 @@ BYTES_AT_A_TIME = 16 * 1024 * 1024
 
 def _schema(sample: type) -> pa.Schema:
     place = pa.struct([("file", pa.string()), ("line", pa.int64()), ("item", pa.int64())])
-    return pa.schema([*((field.name, pa.list_(pa.int32())) for field in fields(sample)), ("place", place)])
+    kinds = {list[int]: pa.int32(), list[str]: pa.string()}
+    return pa.schema([*((field.name, pa.list_(kinds[field.type])) for field in fields(sample)), ("place", place)])
 
 
 def write_encoded(rows: Rows, encode: Callable, workers: int, side: str, sample: type, folder: Path) -> None:

@@ -29,6 +29,7 @@ from medicalgpt.formats.fields import (
     refuse_media,
     refuse_misspelled,
 )
+from medicalgpt.formats.image_rows import IMAGE_FIELDS, place_images, read_image_paths, take_image_parts
 from medicalgpt.formats.presets import PRESETS, recognise
 from medicalgpt.formats.shapes import Preset
 from medicalgpt.formats.turns import (
@@ -70,6 +71,18 @@ def to_messages(value: Any, ignore: frozenset[str] = frozenset()) -> dict[str, A
     return Converter(to_messages, ignore).convert(value).row
 
 
+def to_messages_with_images(value: Any, ignore: frozenset[str] = frozenset()) -> dict[str, Any]:
+    """As `to_messages`; with `images`, the paths of its images in their order, where the row has some.
+
+    They are listed in `images` (or `image`), with `<image>` in the user's text where each belongs, or are parts of the
+    content. The content of such a turn becomes a list of parts: `{"type": "text", "text": ...}`, `{"type": "image"}`.
+
+    Raises:
+        RowError: as `to_messages`; or images and marks that do not match, in other turns, or not in files.
+    """
+    return Converter(to_messages_with_images, ignore).convert(value).row
+
+
 def to_prompt(value: Any, ignore: frozenset[str] = frozenset()) -> dict[str, Any]:
     """The prompt of a model: `{"messages": [...], "tools": ... , "reference": str | None}`.
 
@@ -80,6 +93,15 @@ def to_prompt(value: Any, ignore: frozenset[str] = frozenset()) -> dict[str, Any
         RowError: as `to_messages`.
     """
     return Converter(to_prompt, ignore).convert(value).row
+
+
+def to_prompt_with_images(value: Any, ignore: frozenset[str] = frozenset()) -> dict[str, Any]:
+    """As `to_prompt`, with images as in `to_messages_with_images`.
+
+    Raises:
+        RowError: as `to_messages_with_images`.
+    """
+    return Converter(to_prompt_with_images, ignore).convert(value).row
 
 
 def to_preference(value: Any, ignore: frozenset[str] = frozenset()) -> dict[str, Any]:
@@ -404,10 +426,30 @@ def require_object(value: Any) -> None:
         raise RowError(f"the row is a {type(value).__name__}, not an object", "Each row is a JSON object {...}.", value)
 
 
+def _with_images(
+    read: Callable[[Fields], dict[str, Any]],
+) -> Callable[[Fields], dict[str, Any]]:
+    """A reader that takes the images of a row too."""
+
+    def read_with_images(fields: Fields) -> dict[str, Any]:
+        changed, inline = take_image_parts(fields.rest())
+        for name, value in changed.items():
+            fields.replace(name, value)
+        paths = read_image_paths({name: fields.take(name) for name in IMAGE_FIELDS}, inline)
+        converted = read(fields)
+        # Trained as text, a mark whose image was lost would teach the model to do without.
+        converted["messages"] = place_images(converted["messages"], paths, mark_is_text=read is _read_prompt)
+        return {**converted, "images": paths} if paths else converted
+
+    return read_with_images
+
+
 READERS: dict[Callable, tuple[str, Callable[[Fields], dict[str, Any]]]] = {
     to_text: ("text", _read_text),
     to_messages: ("chat", _read_chat),
+    to_messages_with_images: ("chat", _with_images(_read_chat)),
     to_prompt: ("prompt", _read_prompt),
+    to_prompt_with_images: ("prompt", _with_images(_read_prompt)),
     to_preference: ("preference", _read_preference),
 }
 

@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 from medicalgpt.formats.choices import OPTION_FIELDS
-from medicalgpt.formats.turns import MEDIA_FIELDS, to_text_value
+from medicalgpt.formats.turns import MEDIA_FIELDS, MEDIA_REMEDY, to_text_value
 from medicalgpt.readers.problems import RowError
 
 TURN_LISTS = ("conversations", "messages", "conversation")
@@ -34,6 +34,7 @@ COMMON_NAMES = {
     "history": "the turns before",
     "messages": "all turns",
     "tools": "the tools",
+    "images": "paths of images",
     "chosen": "the better answer",
     "rejected": "the worse answer",
     "text": "a document",
@@ -77,6 +78,10 @@ class Fields:
         if common and name in self._row:
             self.names[common] = name
         return self._row.pop(name, None)
+
+    def replace(self, name: str, value: Any) -> None:
+        """Put another value in the place of one that was not taken."""
+        self._row[name] = value
 
     def first(self, names: Iterable[str]) -> str | None:
         """The first of these names that has a value, then the first that is there at all."""
@@ -164,11 +169,7 @@ def _meaningful(names: tuple[str, ...]) -> tuple[str, ...]:
 def refuse_media(rest: Mapping[str, Any]) -> None:
     """Raises RowError if a row has images, videos or audio."""
     if media := next((name for name in MEDIA_FIELDS if rest.get(name) not in _EMPTY), None):
-        raise RowError(
-            f"`{media}`, and only text is trained on",
-            "Remove the row, or skip and count such rows: --skip_bad_rows True.",
-            rest[media],
-        )
+        raise RowError(f"`{media}`, and only text is trained on here", MEDIA_REMEDY, rest[media])
 
 
 def _refuse_label(name: str, value: Any) -> None:

@@ -24,6 +24,14 @@ TEXT_FIELDS = ("value", "content", "parts")
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 MASK_FIELDS = ("weight", "loss", "train", "loss_mask")
 MEDIA_FIELDS = ("images", "videos", "audios", "image", "video", "audio")
+# Where an image is in a text, as LLaMA-Factory and ms-swift write it, and what a turn's content has there once read.
+IMAGE_MARK = "<image>"
+IMAGE_PART = {"type": "image"}
+MEDIA_REMEDY = (
+    "Images are trained on by supervised_finetuning.py with Qwen2.5-VL or Qwen3-VL as the base, without --streaming "
+    "and --prepared_dir (docs/models.md); videos and audio are not. Remove the row, or skip and count "
+    "such rows: --skip_bad_rows True."
+)
 # Fields of a turn that are read; any other is not used.
 TURN_FIELDS = frozenset(
     {*ROLE_FIELDS, *TEXT_FIELDS, *REASONING_FIELDS, *MASK_FIELDS, *MEDIA_FIELDS}
@@ -159,11 +167,7 @@ def to_message(turn: Any, number: int, tools: list[dict[str, Any]] | None = None
 
 
 def _media_error(kind: str, media: str, value: Any) -> RowError:
-    return RowError(
-        f"{kind} has {media}, and only text is trained on",
-        "Remove the row, or skip and count such rows: --skip_bad_rows True.",
-        value,
-    )
+    return RowError(f"{kind} has {media}, and only text is trained on here", MEDIA_REMEDY, value)
 
 
 def _role(turn: dict, number: int) -> str:

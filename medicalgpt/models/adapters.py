@@ -2,6 +2,7 @@
 
 import functools
 import re
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,10 +12,11 @@ from medicalgpt.errors import UserError
 from medicalgpt.logs import notice
 from medicalgpt.models.families import fused_experts
 from medicalgpt.models.hub import HEADS, Adapter, CheckpointError, check_base, merge_command
+from medicalgpt.models.towers import towers_of
 
 import torch
 from loguru import logger
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
@@ -23,6 +25,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+# Of an adapter whose training has excluded towers, where it is put on the language model alone.
+warnings.filterwarnings("ignore", message="You have passed exclude_modules=.* but no modules were excluded")
 # Flags that shape a new adapter.
 SHAPE_FLAGS = frozenset(
     ("lora_rank", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_dora", "use_rslora")
@@ -96,6 +100,13 @@ def add_lora(
         to_save = [name for name in to_save if name != "lm_head"] or ["embed_tokens"]
         logger.info(f"the head is tied to the embedding: {', '.join(to_save)} trains both")
     _require_modules(model, [*to_save, *(names if names != ["all"] else [])])
+    towers = towers_of(model)
+    of_towers = [name for name, _ in model.named_modules() if name.startswith(towers)]
+    if inside := [name for name in to_save if any(f".{each}".endswith(f".{name}") for each in of_towers)]:
+        raise UserError(
+            f"--modules_to_save {', '.join(inside)}: there are modules of that name in {', '.join(towers)}, which "
+            "stays as it is. Omit them."
+        )
     layers = [model.get_submodule(name) for name in frozen]
     if inside := [name for name in to_save if any(_has_module(layer, name) for layer in layers)]:
         raise UserError(
@@ -115,7 +126,7 @@ def add_lora(
         target_modules=targets,
         target_parameters=parameters or None,
         modules_to_save=to_save or None,
-        exclude_modules=rf"(?:{'|'.join(map(re.escape, frozen))})\..*" if frozen else None,
+        exclude_modules=_inside(*frozen, *towers),
         trainable_token_indices=rows or None,
         use_dora=lora.use_dora,
         use_rslora=lora.use_rslora,
@@ -126,11 +137,16 @@ def add_lora(
         model = get_peft_model(model, config, autocast_adapter_dtype=not is_deepspeed_zero3_enabled())
     except ValueError as error:
         raise UserError(f"peft refuses --target_modules {lora.target_modules} for this model: {error}") from error
-    _require_adapters(model, names, frozen)
+    _require_adapters(model, names, [*frozen, *towers])
     if rows:
         logger.info(f"{len(new_rows)} new tokens: their rows in {' and '.join(rows)} are trained, no other rows")
         _save_rows_alone(model)
     return model
+
+
+def _inside(*names: str) -> str | None:
+    """A pattern of the modules within those of the names; None without any."""
+    return rf"(?:{'|'.join(map(re.escape, names))})\..*" if names else None
 
 
 def _targets_next_to_experts(
@@ -225,7 +241,7 @@ def _frozen_layers(model: PreTrainedModel, numbers: str) -> list[str]:
     lists = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.ModuleList) and len(module) == count
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count and not name.startswith(towers_of(model))
     ]
     if not lists:
         raise UserError(f"--freeze_layers: {type(model).__name__} has no list of its {count} layers. Leave it out.")
@@ -331,7 +347,8 @@ def attach_adapter(model: PreTrainedModel, adapter: Adapter, *, trainable: bool 
                 f"python reward_modeling.py --model_name_or_path {adapter.path} --score_file FILE"
             )
         _grow_to_adapter(model, adapter)
-        attached = PeftModel.from_pretrained(model, adapter.path, is_trainable=trainable)
+        config = config_beside_towers(model, adapter)
+        attached = PeftModel.from_pretrained(model, adapter.path, is_trainable=trainable, config=config)
         if trainable:
             _restore_weights(attached, adapter, "default")
     except (RuntimeError, ValueError, OSError, TypeError, LookupError, SafetensorError) as error:
@@ -341,6 +358,21 @@ def attach_adapter(model: PreTrainedModel, adapter: Adapter, *, trainable: bool 
     if adapter.config.get("trainable_token_indices"):
         _save_rows_alone(attached)
     return attached
+
+
+def config_beside_towers(model: PreTrainedModel, adapter: Adapter) -> PeftConfig:
+    """The configuration of an adapter, such that modules of towers that have the same names get none.
+
+    One that was trained on text does not know of them, and one that was trained with them may be put on the language
+    model alone.
+    """
+    config = PeftConfig.from_pretrained(adapter.path)
+    known, towers = config.exclude_modules, _inside(*towers_of(model))
+    if towers and not (isinstance(known, str) and towers_of(model)[0].replace(".", r"\.") in known):
+        if known and not isinstance(known, str):
+            known = rf"(?:.*\.)?(?:{'|'.join(map(re.escape, known))})"
+        config.exclude_modules = f"{known}|{towers}" if known else towers
+    return config
 
 
 def _restore_weights(model: PeftModel, adapter: Adapter, name: str) -> None:

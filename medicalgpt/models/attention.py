@@ -9,6 +9,7 @@ from typing import Any
 
 from medicalgpt.args import AttentionArguments
 from medicalgpt.errors import UserError
+from medicalgpt.models.towers import without_towers
 
 import torch
 from loguru import logger
@@ -178,7 +179,7 @@ def set_group_size(model: torch.nn.Module, max_length: int) -> int:
     size = max_length // 4
     if size < 2:
         raise UserError(f"--shift_attn divides the length into four groups; {max_length} tokens are too few.")
-    for module in model.modules():
+    for _, module in without_towers(model):
         if hasattr(module, "num_key_value_groups"):
             module.shift_group_size = size
     return size

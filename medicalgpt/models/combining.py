@@ -8,7 +8,7 @@ from typing import Any
 
 from medicalgpt.adapter_args import CombinationArguments
 from medicalgpt.errors import UserError
-from medicalgpt.models.adapters import attach_adapter, embedding_rows
+from medicalgpt.models.adapters import attach_adapter, config_beside_towers, embedding_rows
 from medicalgpt.models.hub import (
     Adapter,
     Checkpoint,
@@ -17,6 +17,7 @@ from medicalgpt.models.hub import (
     fetch,
     load_pretrained,
 )
+from medicalgpt.models.towers import towers_of
 
 import torch
 from loguru import logger
@@ -363,6 +364,8 @@ def attach_adapters(model: PreTrainedModel, adapters: Mapping[str, Adapter]) -> 
         adapter, base = adapters[name], model.config.name_or_path
         check_base(adapter, base)
         try:
+            if towers_of(model):
+                attached.add_adapter(label, config_beside_towers(model, adapter))
             attached.load_adapter(adapter.path, label)
         except (RuntimeError, ValueError, OSError, TypeError, LookupError, SafetensorError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]

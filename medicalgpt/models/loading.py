@@ -147,11 +147,13 @@ def load_model(
     cache_dir: str | None = None,
     attn_implementation: str | None = None,
     full_training: bool = False,
+    with_towers: bool = False,
     **options: Any,
 ) -> PreTrainedModel:
     """Load the weights of a base or full checkpoint (not of an adapter, see `attach_adapter`).
 
-    Of a checkpoint that takes images or audio too, only the language model is loaded (see `towers`).
+    Of a checkpoint that takes images or audio too, only the language model is loaded unless `with_towers` (see
+    `towers`).
 
     Args:
         auto_class: AutoModelForCausalLM, AutoModelForSequenceClassification, ...
@@ -162,6 +164,7 @@ def load_model(
         dtype: `auto` is bfloat16 on a GPU that supports it, else float32; with `full_training` always float32, since
             updates of the usual size are lost in bfloat16 weights (autocast still computes in bfloat16).
         device_map: as in accelerate; only in a single process.
+        with_towers: the model is to be shown images too (see `vision`).
 
     Raises:
         CheckpointError: not found or not loadable.
@@ -193,9 +196,9 @@ def load_model(
     if stored in RESTORED:
         restore(config, stored)
     weights_dtype = _weights_dtype(dtype, full_training)
-    load = partial(towers.load if towers.has_towers(config) else load_pretrained, auto_class)
+    load = partial(towers.load, with_towers=with_towers) if towers.has_towers(config) else load_pretrained
     model = load(
-        name_or_path,
+        *(auto_class, name_or_path),
         config=config,
         dtype=weights_dtype,
         quantization_config=quantization,
@@ -314,6 +317,8 @@ def load_base(
             model = attach_adapter(model, adapter).merge_and_unload()
             # peft froze the base when it added the adapter.
             model.requires_grad_(True)
+            for name in towers.towers_of(model):
+                model.get_submodule(name).requires_grad_(False)
     return model
 
 

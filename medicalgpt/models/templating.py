@@ -299,6 +299,46 @@ _BAKE_SYSTEM = (
 )
 
 
+# Contents in parts become one text each, with the tokens of an image where it is.
+_IMAGE_PARTS = r"""{%- set turns = namespace(all=[]) %}
+{%- for message in messages %}
+    {%- if message.content is string or not message.content %}
+        {%- set turns.all = turns.all + [message] %}
+    {%- else %}
+        {%- set text %}
+            {%- for part in message.content %}
+                {%- if part.type in ('image', 'image_url') %}
+                    {{- $image }}
+                {%- elif part.type == 'text' %}
+                    {{- part.text }}
+                {%- else %}
+                    {{- raise_exception('a part of the type ' ~ part.type ~ ' cannot be shown to the model') }}
+                {%- endif %}
+            {%- endfor %}
+        {%- endset %}
+        {%- set turns.all = turns.all + [dict(message, content=text)] %}
+    {%- endif %}
+{%- endfor %}
+{%- set messages = turns.all %}
+"""
+
+
+def with_image_parts(tokenizer: PreTrainedTokenizerBase, image: str) -> str:
+    """The chat template of a tokenizer, such that it writes contents in parts too, as programs with images send them.
+
+    Args:
+        image: what is written for an image.
+    """
+    question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
+    as_text = [{"role": "user", "content": f"{image}What?"}]
+    template = tokenizer.chat_template
+    if render_text(tokenizer, question) == render_text(tokenizer, as_text):
+        return template
+    facts, body = _split(template)
+    head = template.removesuffix(body) if facts else ""
+    return head + fill(_IMAGE_PARTS, image=image) + body
+
+
 def _split(chat_template: str) -> tuple[dict, str]:
     """The facts that apply_template wrote into a template ({} if it did not) and the template without them."""
     if not chat_template.startswith(_FACTS):

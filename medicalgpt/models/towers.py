@@ -10,7 +10,7 @@ import copy
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -104,17 +104,18 @@ class LanguageHalf:
         names = [name for name, module in model.named_modules() if module is embedding]
         return f"{names[0]}.weight".removesuffix(EMBEDDING)
 
-    def build_class(self, ignored: Iterable[str] = ()) -> type[PreTrainedModel]:
-        """The class without towers.
+    def build_class(self, ignored: Iterable[str] = (), with_towers: bool = False) -> type[PreTrainedModel]:
+        """The class without towers, or with them.
 
         Args:
             ignored: patterns of names in the checkpoint that are not weights of this model.
         """
         parent, towers = self.model_class, self.towers
+        left_out = () if with_towers else towers
 
         def build(model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
             parent.__init__(model, *args, **kwargs)
-            for name in towers:
+            for name in left_out:
                 delattr(model.base_model, name)
             # FSDP looks for each of these classes in the model.
             present = {type(module).__name__ for module in model.modules()}
@@ -124,13 +125,13 @@ class LanguageHalf:
                 model.get_decoder().register_forward_pre_hook(_pass_text_positions, with_kwargs=True)
 
         known = list(parent._keys_to_ignore_on_load_unexpected or ())
-        known += [rf"^{re.escape(f'{parent.base_model_prefix}.{name}.')}" for name in towers]
+        known += [rf"^{re.escape(f'{parent.base_model_prefix}.{name}.')}" for name in left_out]
         members: dict[str, Any] = {"__init__": build, "_keys_to_ignore_on_load_unexpected": [*known, *ignored]}
         if self.is_alone:
             # Of Llama 4 it is the name that the language model has in the whole.
             members["base_model_prefix"] = self.prefix.removesuffix(".")
         if towers:
-            # Without images the loss is that of a language model, which the trainer may divide by all its tokens.
+            # The loss is that of a language model, which the trainer may divide by all its tokens.
             members["accepts_loss_kwargs"] = True
         # By its name and module the library finds the conversions of a class, and saves it in the configuration.
         return type(parent.__name__, (parent,), {"__module__": parent.__module__, **members})
@@ -224,7 +225,7 @@ class Stored:
         Raises:
             CheckpointError: there are no safetensors files, or no language model in them.
         """
-        find = _finder(source, revision, cache_dir)
+        find = find_in(source, revision, cache_dir)
         files: dict[str, list[str]] = {}
         if index := find(SAFE_WEIGHTS_INDEX_NAME):
             for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
@@ -260,7 +261,7 @@ class Stored:
 
     def find(self, name: str) -> Path | None:
         """A file of the checkpoint; None if it has none of that name."""
-        return _finder(self.source, self.revision, self.cache_dir)(name)
+        return find_in(self.source, self.revision, self.cache_dir)(name)
 
     @cached_property
     def others(self) -> list[str]:
@@ -276,7 +277,9 @@ class Stored:
         return sorted(found)
 
 
-def _finder(source: str, revision: str | None, cache_dir: str | None) -> Callable[[str], Path | None]:
+def find_in(source: str, revision: str | None, cache_dir: str | None) -> Callable[[str], Path | None]:
+    """A function that finds a file of a checkpoint by its name; None if there is none of that name."""
+
     def find(name: str) -> Path | None:
         if Path(source).is_dir():
             return Path(source, name) if Path(source, name).is_file() else None
@@ -321,12 +324,14 @@ class Whole:
         return self.stored.language + name.removeprefix(self.prefix)
 
 
-def load(auto_class: Any, source: str, config: PreTrainedConfig, **options: Any) -> Any:
+def load(auto_class: Any, source: str, config: PreTrainedConfig, *, with_towers: bool = False, **options: Any) -> Any:
     """Load the language model of a checkpoint with towers, and nothing else.
 
     Args:
         auto_class: AutoModelForCausalLM or AutoModelForSequenceClassification.
         config: of the whole.
+        with_towers: load them too, for a family whose language model has no class of its own. They stay as they are;
+            `towers_of` names them.
         options: of `from_pretrained`.
 
     Returns:
@@ -340,17 +345,20 @@ def load(auto_class: Any, source: str, config: PreTrainedConfig, **options: Any)
     stored = Stored.read(source, options.get("revision"), options.get("cache_dir"))
     with_info = options.pop("output_loading_info", False)
     generates = auto_class is AutoModelForCausalLM
-    ignored = [rf"^{re.escape(prefix)}" for prefix in stored.others]
+    ignored = [] if with_towers else [rf"^{re.escape(prefix)}" for prefix in stored.others]
     if not generates:
         ignored.append(r"^lm_head\.")
     prefix = half.prefix
     if half.is_alone and stored.head and not config.get_text_config().tie_word_embeddings:
         # The whole of Mistral 3 is tied by default, and its checkpoints, which do not say so, are not.
         half.config.tie_word_embeddings = False
+    if with_towers and (quantization := options.get("quantization_config")):
+        # Others load the towers as they are; their features would differ from those of the training.
+        quantization.llm_int8_skip_modules = ["lm_head", *half.towers]
     renames = {stored.language: prefix, stored.head: "lm_head."} if half.is_alone else {}
     renames = {old: new for old, new in renames.items() if old and old != new}
     model, info = load_pretrained(
-        half.build_class(ignored),
+        half.build_class(ignored, with_towers),
         source,
         config=half.config,
         key_mapping={rf"^{re.escape(old)}": new for old, new in renames.items()} or None,
@@ -383,16 +391,32 @@ def load(auto_class: Any, source: str, config: PreTrainedConfig, **options: Any)
     elif generates:
         unused = tuple(half.model_class._keys_to_ignore_on_load_unexpected or ())
         model.taken_from = Whole(stored, prefix, half.is_alone, conversions, unused)
-        logger.info(f"{source}: the language model is loaded, without {', '.join(part[:-1] for part in stored.others)}")
+        others = ", ".join(part[:-1] for part in stored.others)
+        logger.info(f"{source}: the language model is loaded, with{'' if with_towers else 'out'} {others}")
+    if with_towers:
+        model.tower_names = tuple(f"{model.base_model_prefix}.{name}" for name in half.towers)
+        for name in model.tower_names:
+            model.get_submodule(name).requires_grad_(False)
     return (model, info) if with_info else model
+
+
+def towers_of(model: torch.nn.Module) -> tuple[str, ...]:
+    """Names of the modules of a loaded model that are its towers, such as `model.visual`; none if it has none."""
+    return getattr(model, "tower_names", ())
+
+
+def without_towers(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """(name, module) of a loaded model, in the order of `named_modules`, without its towers."""
+    inside = tuple(f"{name}." for name in towers_of(model))
+    return ((name, module) for name, module in model.named_modules() if not f"{name}.".startswith(inside))
 
 
 def complete(folder: Path, model: PreTrainedModel) -> bool:
     """Turn a saved language model into the whole checkpoint that it was taken from, with its new weights.
 
     Weights of the language model get the names, and the files, that they have there. All others are copied byte for
-    byte, and so are the files of the processor. config.json differs in what training has changed: the number of
-    embedding rows, scaled positions, the type of the weights.
+    byte, and so are the files of the processor, unless the folder has its own. config.json differs in what training has
+    changed: the number of embedding rows, scaled positions, the type of the weights.
 
     Args:
         folder: what `save_pretrained` of the model has written.
@@ -419,7 +443,7 @@ def complete(folder: Path, model: PreTrainedModel) -> bool:
         _write_index(partial, whole)
         _write_config(partial, model, whole)
         for name in PROCESSOR_FILES:
-            if path := whole.stored.find(name):
+            if not (folder / name).is_file() and (path := whole.stored.find(name)):
                 shutil.copyfile(path, partial / name)
         if template := _template_of_base(whole.stored):
             (partial / BASE_TEMPLATE).write_text(template, encoding="utf-8")
@@ -453,6 +477,9 @@ def _trained_weights(folder: Path, model: PreTrainedModel, whole: Whole, stack: 
         weights.pop(whole.stored_name("lm_head.weight"), None)
         if whole.stored.head:
             weights[f"{whole.stored.head}weight"] = weights[f"{whole.stored.language}{EMBEDDING}"]
+    # Towers that were loaded too have stayed as they are in the base.
+    kept = tuple(whole.stored.others) if towers_of(model) else ()
+    weights = {name: tensor for name, tensor in weights.items() if not (kept and name.startswith(kept))}
     expected = {name for name in whole.stored.names if whole.stored.is_language(name)}
     unused = {name for name in expected - weights.keys() if any(re.search(each, name) for each in whole.unused)}
     if differing := sorted(weights.keys() ^ (expected - unused)):

@@ -45,9 +45,10 @@ ABOUT_THE_DATA = re.compile(
     re.IGNORECASE,
 )
 NOT_DATA = frozenset(
-    ".py .sh .bat .ps1 .ipynb .js .css .yaml .yml .toml .ini .cfg .lock .log .png .jpg .jpeg .gif .svg .webp .mp3 .wav "
-    ".mp4 .bib .tex .md5 .sha256 .sig .asc .crc .partial".split()
+    ".py .sh .bat .ps1 .ipynb .js .css .yaml .yml .toml .ini .cfg .lock .log .svg .mp3 .wav .mp4 .bib .tex .md5 "
+    ".sha256 .sig .asc .crc .partial".split()
 )
+IMAGES = frozenset(".png .jpg .jpeg .gif .webp .bmp .tif .tiff".split())
 # Files that certainly hold rows: training without them would be training on a part of the folder.
 UNREADABLE = {
     **dict.fromkeys((".zip", ".tar", ".tgz", ".7z", ".rar"), "an archive: unpack it"),
@@ -162,6 +163,8 @@ def _not_data(below: Path, file: Path) -> str | None:
         return "about the data"
     if below.name == "state.json" and (file.parent / "dataset_info.json").exists():
         return "about the data"
+    if below.suffix.lower() in IMAGES:
+        return "images, which rows may name"
     return "not data" if below.suffix.lower() in NOT_DATA else None
 
 

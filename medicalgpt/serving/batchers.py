@@ -417,7 +417,9 @@ class ContinuousBatcher(Batcher):
 
 def continuous_obstacles(engine: ChatEngine) -> list[str]:
     """Reasons why continuous batching would not give the model's own answers; empty if it does."""
-    return PagedModel.obstacles(engine) + (["its adapters are switched by name"] if engine.siblings else [])
+    reasons = PagedModel.obstacles(engine)
+    reasons += ["it is shown images"] if engine.vision else []
+    return reasons + (["its adapters are switched by name"] if engine.siblings else [])
 
 
 def batcher_from(engine: ChatEngine, arguments: ServeArguments) -> Batcher:

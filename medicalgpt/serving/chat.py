@@ -14,10 +14,12 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+from medicalgpt.data.images import Picture, write_image_tokens
 from medicalgpt.errors import UserError
 from medicalgpt.models import adapters, loading, templating
 from medicalgpt.models.attention import context_length
 from medicalgpt.models.hub import Checkpoint
+from medicalgpt.models.vision import Vision
 from medicalgpt.serving.generation import (
     Answer,
     AnswerState,
@@ -68,6 +70,10 @@ class SpecialTokenError(UserError, ValueError):
     """A text in a conversation contains a special token, which the tokenizer would not read as text."""
 
 
+class NoImagesError(UserError, ValueError):
+    """A conversation has images, and the model cannot be shown any."""
+
+
 class ChatEngine:
     """A model and its tokenizer, ready to answer.
 
@@ -78,6 +84,7 @@ class ChatEngine:
         model: a causal language model, with or without adapters.
         tokenizer: its tokenizer, with a chat template.
         generation_config: with the stop tokens; the model's by default.
+        vision: of a model that is shown images, loaded with its encoder. Also an attribute.
 
     Attributes:
         name: of its adapter, if several can be chosen.
@@ -93,8 +100,10 @@ class ChatEngine:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         generation_config: GenerationConfig | None = None,
+        vision: Vision | None = None,
     ):
         self.model = model
+        self.vision = vision
         self.tokenizer = tokenizer
         self.name: str | None = None
         self.siblings: Mapping[str, ChatEngine] = {}
@@ -122,6 +131,7 @@ class ChatEngine:
         hub: str = "huggingface",
         revision: str | None = None,
         cache_dir: str | None = None,
+        with_images: bool = False,
     ) -> "ChatEngine":
         """Load a model, an adapter folder (its base is found by itself), or a model and an adapter on top.
 
@@ -129,9 +139,11 @@ class ChatEngine:
 
         Args:
             device_map: as accelerate has it. Unset: one accelerator if there is any, the CPU otherwise.
+            with_images: load the encoder of images too, so that prompts may have images.
 
         Raises:
-            UserError: the model or adapter cannot be found, or they do not belong together.
+            UserError: the model or adapter cannot be found, or they do not belong together; or the model cannot be
+                shown images.
         """
         checkpoint = Checkpoint.resolve(
             model_name_or_path,
@@ -143,7 +155,12 @@ class ChatEngine:
             cache_dir=cache_dir,
         )
         return cls.from_checkpoint(
-            checkpoint, dtype=dtype, load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit, device_map=device_map
+            checkpoint,
+            dtype=dtype,
+            load_in_4bit=load_in_4bit,
+            load_in_8bit=load_in_8bit,
+            device_map=device_map,
+            with_images=with_images,
         )
 
     @classmethod
@@ -155,11 +172,18 @@ class ChatEngine:
         load_in_4bit: bool = False,
         load_in_8bit: bool = False,
         device_map: str | None = None,
+        with_images: bool = False,
     ) -> "ChatEngine":
         """Load a checkpoint that is resolved already. For the rest see `from_pretrained`."""
         tokenizer = loading.checkpoint_tokenizer(checkpoint)
+        vision = Vision.of(checkpoint, tokenizer) if with_images else None
         model = load_base(
-            checkpoint, dtype=dtype, load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit, device_map=device_map
+            checkpoint,
+            dtype=dtype,
+            load_in_4bit=load_in_4bit,
+            load_in_8bit=load_in_8bit,
+            device_map=device_map,
+            with_images=with_images,
         )
         if checkpoint.adapter:
             if Path(checkpoint.adapter.path, "generation_config.json").is_file():
@@ -168,10 +192,15 @@ class ChatEngine:
         if ignored := ignored_settings(model.generation_config):
             named = ", ".join(f"{name} {value}" for name, value in ignored.items())
             logger.info(f"generation_config.json recommends {named}; answers follow the flags and requests instead")
-        return cls(model, tokenizer)
+        return cls(model, tokenizer, vision=vision)
 
-    def prompt_ids(self, messages: Messages, tools: Tools | None = None) -> list[int]:
+    def prompt_ids(self, messages: Messages, tools: Tools | None = None, pictures: Sequence[Picture] = ()) -> list[int]:
         """Render a conversation up to the point where the answer begins.
+
+        Args:
+            messages: with `pictures`, a content may be a list of parts, `{"type": "text", "text": ...}` and
+                `{"type": "image"}`.
+            pictures: the images of all messages, in their order.
 
         Returns:
             Token ids, exactly as the chat template renders them.
@@ -181,7 +210,13 @@ class ChatEngine:
             NoChatTemplateError: the tokenizer has no chat template.
             ChatTemplateError: the template refuses these messages.
             SpecialTokenError: a text contains a special token, the end of a turn for example.
+            NoImagesError: the model was loaded without its encoder of images, or has none.
         """
+        if pictures and self.vision is None:
+            raise NoImagesError(
+                "This model takes text only: it has no encoder of images, or was loaded without it. Inference and "
+                "servers load it for checkpoints of Qwen2.5-VL and Qwen3-VL, servers with --accept_images True."
+            )
         if not self.tokenizer.chat_template:
             raise NoChatTemplateError(
                 "The tokenizer has no chat template, so a conversation cannot be tokenized. Train with one: "
@@ -198,6 +233,8 @@ class ChatEngine:
                 f"The conversation contains {', '.join(dict.fromkeys(found))}, which this model's tokenizer reads as a "
                 "special token. Remove it from the text, or write it another way."
             )
+        if pictures:
+            messages = write_image_tokens(messages, pictures, self.vision.tokens)
         try:
             ids = self.tokenizer.apply_chat_template(
                 list(messages), tools=tools, add_generation_prompt=True, tokenize=True, return_dict=False
@@ -231,7 +268,11 @@ class ChatEngine:
             raise PromptTooLongError(len(prompt_ids), self.context_length)
 
     def request(
-        self, messages: Messages, sampling: Sampling | None = None, tools: Tools | None = None
+        self,
+        messages: Messages,
+        sampling: Sampling | None = None,
+        tools: Tools | None = None,
+        pictures: Sequence[Picture] = (),
     ) -> GenerationRequest:
         """Render a conversation into a request for its next answer.
 
@@ -239,15 +280,24 @@ class ChatEngine:
             messages: all turns so far, `{"role": ..., "content": ...}` each. They are not changed.
             sampling: greedy and at most 512 tokens by default.
             tools: what the template may offer to the model: JSON schemas or Python functions.
+            pictures: the images of all messages, in their order.
 
         Raises:
-            PromptTooLongError, NoChatTemplateError, ChatTemplateError, SpecialTokenError: see `prompt_ids`.
+            PromptTooLongError, NoChatTemplateError, ChatTemplateError, SpecialTokenError, NoImagesError: see
+                `prompt_ids`.
         """
-        return GenerationRequest(self.prompt_ids(messages, tools), sampling or Sampling(), tools, adapter=self.name)
+        prompt_ids = self.prompt_ids(messages, tools, pictures)
+        return GenerationRequest(prompt_ids, sampling or Sampling(), tools, adapter=self.name, pictures=pictures)
 
-    def chat(self, messages: Messages, sampling: Sampling | None = None, tools: Tools | None = None) -> Answer:
+    def chat(
+        self,
+        messages: Messages,
+        sampling: Sampling | None = None,
+        tools: Tools | None = None,
+        pictures: Sequence[Picture] = (),
+    ) -> Answer:
         """Render one conversation and answer it. Arguments and errors are those of `request`."""
-        return self.generate([self.request(messages, sampling, tools)])[0]
+        return self.generate([self.request(messages, sampling, tools, pictures)])[0]
 
     def stream(self, request: GenerationRequest) -> "AnswerStream":
         """Answer one prompt piece by piece.
@@ -264,6 +314,7 @@ class ChatEngine:
         batch_size: int = 8,
         progress: Callable[[int], Any] | None = None,
         tools: Sequence[Tools | None] | None = None,
+        pictures: Sequence[Sequence[Picture]] | None = None,
     ) -> list[Answer]:
         """Answer many prompts, `batch_size` of similar length at a time.
 
@@ -275,6 +326,7 @@ class ChatEngine:
             prompts: token ids of each rendered prompt, see `prompt_ids`.
             progress: called with the number of new answers after each batch.
             tools: what was offered in each prompt, one entry for each.
+            pictures: the images of each prompt, one entry for each.
 
         Returns:
             Answers in the order of `prompts`.
@@ -289,9 +341,10 @@ class ChatEngine:
         sampling = sampling or Sampling()
         sampling = dataclasses.replace(sampling, seed=seed_of(sampling))
         tools = tools or [None] * len(prompts)
+        pictures = pictures or [()] * len(prompts)
         requests = [
-            GenerationRequest(prompt_ids, sampling.with_seed_offset(index), offered)
-            for index, (prompt_ids, offered) in enumerate(zip(prompts, tools, strict=True))
+            GenerationRequest(prompt_ids, sampling.with_seed_offset(index), offered, pictures=own)
+            for index, (prompt_ids, offered, own) in enumerate(zip(prompts, tools, pictures, strict=True))
         ]
         # Longest first: if memory is too small, the first batch shows it.
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
@@ -328,12 +381,15 @@ class ChatEngine:
         for number, prompt in enumerate(prompts):
             input_ids[number, width - len(prompt) :] = torch.tensor(prompt)
             attention_mask[number, width - len(prompt) :] = 1
+        pictures = [picture for state in states for picture in state.pictures]
+        shown = self.vision.inputs(input_ids, (picture.decode() for picture in pictures)) if pictures else {}
         # The current CUDA device belongs to a thread, and custom kernels run on it wherever their tensors are.
         on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
         with on_device, _evaluation_mode(self.model):
             self.model.generate(
                 input_ids=input_ids.to(device),
                 attention_mask=attention_mask.to(device),
+                **{name: tensor.to(device) for name, tensor in shown.items()},
                 # Each request chooses its own tokens: what the model's generation_config recommends would come on top.
                 **plain_settings()
                 | {
@@ -368,6 +424,7 @@ def load_base(
     load_in_4bit: bool = False,
     load_in_8bit: bool = False,
     device_map: str | None = None,
+    with_images: bool = False,
 ) -> PreTrainedModel:
     """The base of a checkpoint, without its adapter, on its device. For the arguments see `from_pretrained`."""
     model = loading.load_model(
@@ -380,6 +437,7 @@ def load_base(
         device_map=device_map,
         revision=checkpoint.revision,
         cache_dir=checkpoint.cache_dir,
+        with_towers=with_images,
     )
     # Quantized weights are on their device already.
     if device_map is None and not (load_in_4bit or load_in_8bit) and torch.accelerator.is_available():

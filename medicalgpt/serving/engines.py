@@ -12,6 +12,7 @@ from medicalgpt.models import combining, loading
 from medicalgpt.models.adapters import embedding_rows
 from medicalgpt.models.combining import Combination
 from medicalgpt.models.hub import Adapter, Checkpoint
+from medicalgpt.models.vision import Vision, check_same_bounds
 from medicalgpt.serving.chat import ChatEngine, load_base
 from medicalgpt.serving.generation import AnswerState
 
@@ -38,8 +39,9 @@ class NamedEngine(ChatEngine):
         name: str,
         label: str | None,
         lock: threading.Lock,
+        vision: Vision | None = None,
     ):
-        super().__init__(model, tokenizer, generation_config)
+        super().__init__(model, tokenizer, generation_config, vision)
         self.name = name
         self.label = label
         self._lock = lock
@@ -60,12 +62,13 @@ class NamedEngine(ChatEngine):
             yield
 
 
-def engine_from(arguments: ChatArguments, *, by_name: bool = False) -> ChatEngine:
+def engine_from(arguments: ChatArguments, *, by_name: bool = False, with_images: bool = False) -> ChatEngine:
     """Load the model that the flags name.
 
     Args:
         by_name: the front end can choose among adapters. If there are several, or one as NAME=PATH, the engine of the
             first is returned, with all of them, and that of the base, as its `siblings`.
+        with_images: load the encoder of images too.
 
     Raises:
         UserError: see `ChatEngine.from_pretrained`; several adapters that do not fit together, or no way is given to
@@ -84,6 +87,7 @@ def engine_from(arguments: ChatArguments, *, by_name: bool = False) -> ChatEngin
         "load_in_4bit": arguments.load_in_4bit,
         "load_in_8bit": arguments.load_in_8bit,
         "device_map": arguments.device_map,
+        "with_images": with_images,
     }
     found = {"hub": arguments.hub, "revision": arguments.model_revision, "cache_dir": arguments.cache_dir}
     tokenizer = arguments.tokenizer_name_or_path
@@ -110,11 +114,13 @@ def engine_from(arguments: ChatArguments, *, by_name: bool = False) -> ChatEngin
         combining.check_combinable(adapters, combination)
         if not tokenizer:
             combining.check_same_template(checkpoint, adapters)
+        check_same_bounds([each.path for each in adapters.values()])
         model = load_base(checkpoint, **placed)
         # The stop tokens belong to the template, which a tokenizer brings along.
         for place in (checkpoint.adapter.path, *([checkpoint.tokenizer] if tokenizer else [])):
             model.generation_config = combining.generation_config_in(place) or model.generation_config
-        return ChatEngine(combining.combine(model, adapters, combination), loading.checkpoint_tokenizer(checkpoint))
+        combined, own = combining.combine(model, adapters, combination), loading.checkpoint_tokenizer(checkpoint)
+        return ChatEngine(combined, own, vision=Vision.of(checkpoint, own) if with_images else None)
     names = [base_name(arguments.model_name_or_path), *adapters]
     if names[0] in adapters:
         raise UserError(
@@ -151,9 +157,9 @@ def _switchable(
         place = adapter.path if has_tokenizer else checkpoint.source
         tokenizer = dataclasses.replace(checkpoint, tokenizer=place) if own_tokenizer else checkpoint
         settings = combining.generation_config_in(adapter.path) if adapter else None
-        return NamedEngine(
-            attached, loading.checkpoint_tokenizer(tokenizer), settings or of_base, name=name, label=label, lock=lock
-        )
+        own = loading.checkpoint_tokenizer(tokenizer)
+        vision = Vision.of(dataclasses.replace(checkpoint, adapter=adapter), own) if placed["with_images"] else None
+        return NamedEngine(attached, own, settings or of_base, name=name, label=label, lock=lock, vision=vision)
 
     labels = combining.peft_names(adapters)
     engines = {name: engine(name, adapter, labels[name]) for name, adapter in adapters.items()}

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from medicalgpt.args import ChatArguments
+from medicalgpt.data.images import Picture
 from medicalgpt.errors import UserError
 from medicalgpt.models.templating import tool_format_of
 from medicalgpt.models.tool_formats import ToolFormat
@@ -184,6 +185,7 @@ class GenerationRequest:
         on_error: called if this answer fails, while others in the batch continue. Unset: the error is raised for all.
         adapter: name of the engine that answers, where a batcher has several on one model.
         client: who asks. A batcher gives fair shares to its clients.
+        pictures: the images whose tokens are in the prompt, in their order.
     """
 
     prompt_ids: Sequence[int]
@@ -195,6 +197,7 @@ class GenerationRequest:
     on_error: Callable[[Exception], Any] | None = None
     adapter: str | None = None
     client: str = ""
+    pictures: Sequence[Picture] = ()
 
 
 class AnswerState:
@@ -205,6 +208,7 @@ class AnswerState:
     batch.
 
     Attributes:
+        pictures: the images whose tokens are in the prompt, in their order.
         max_tokens: maximum number of tokens.
         ended: whether it needs no further token.
         answer: the complete answer once it has ended, unless it was cancelled.
@@ -229,7 +233,7 @@ class AnswerState:
         context_length: int | None,
         device: torch.device,
     ):
-        self.prompt_ids = request.prompt_ids
+        self.prompt_ids, self.pictures = request.prompt_ids, request.pictures
         self.max_tokens = request.sampling.max_new_tokens
         if context_length is not None:
             self.max_tokens = min(self.max_tokens, context_length - len(self.prompt_ids))

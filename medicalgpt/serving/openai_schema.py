@@ -91,6 +91,36 @@ class TextPart(Body):
 Content = Annotated[str | Annotated[list[TextPart], FAIL_FAST], at_most(MAX_PARTS)]
 
 
+class ImageAddress(Body):
+    url: str
+    detail: Annotated[
+        str | None, require_neutral("auto", "images are scaled as in training, whatever the request says.")
+    ] = None
+
+
+class UserPart(Body):
+    """Text or an image."""
+
+    type: Literal["text", "image_url"]
+    text: str | None = None
+    image_url: ImageAddress | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_kind(cls, value: Any) -> Any:
+        kind = value.get("type") if isinstance(value, dict) else None
+        if isinstance(kind, str) and kind not in ("text", "image_url"):
+            raise ValueError(f"a part of type {kind!r} cannot be read: models here take text, some images too.")
+        return value
+
+    @model_validator(mode="after")
+    def _has_its_own(self) -> "UserPart":
+        other = "image_url" if self.type == "text" else "text"
+        if getattr(self, self.type) is None or getattr(self, other) is not None:
+            raise ValueError(f"a part of type {self.type!r} has the field {self.type}, and not {other}.")
+        return self
+
+
 class CalledFunction(Body):
     name: str
     arguments: str
@@ -109,7 +139,7 @@ class SystemMessage(Body):
 
 class UserMessage(Body):
     role: Literal["user"]
-    content: Content
+    content: str | list[UserPart]
 
 
 class AssistantMessage(Body):

@@ -8,7 +8,9 @@ import re
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
+from typing import Any
 
+from medicalgpt.data.images import Picture, question_with_images
 from medicalgpt.errors import UserError
 from medicalgpt.serving.arguments import PageArguments
 from medicalgpt.serving.batchers import Batcher, BatcherClosedError, ModelFailedError
@@ -35,7 +37,8 @@ from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-Turns = list[dict[str, str]]
+# A turn of the user may have a `picture`.
+Turns = list[dict[str, Any]]
 # Sessions whose conversation is remembered, and events that may wait for Gradio itself.
 MAX_SESSIONS = 500
 MAX_EVENTS = 200
@@ -54,6 +57,7 @@ LABELS = {
     "retry": ("Retry", "重试"),
     "undo": ("Undo", "撤回"),
     "clear": ("Clear", "清空"),
+    "image": ("Image for the next question", "下一个问题的图片"),
     "notice": ("Notice", "提示"),
     "settings": ("Settings", "设置"),
     "system_prompt": ("System prompt", "系统提示词"),
@@ -231,13 +235,30 @@ def with_content_policy(app: ASGIApp) -> ASGIApp:
 
 
 def escape_turns(said: Turns) -> Turns:
-    """The turns with HTML escaped, except in code and reasoning: sanitizing would silently remove it."""
+    """The turns with HTML escaped, except in code and reasoning: sanitizing would silently remove it.
+
+    Of an image, its size is shown.
+    """
     turns = []
     for turn in said:
         parts = CODE.split(turn["content"])
         parts[::2] = (HTML.sub(lambda mark: html.escape(mark[0]), part) for part in parts[::2])
-        turns.append({**turn, "content": "".join(parts)})
+        picture = turn.get("picture")
+        size = f"🖼 {picture.width} × {picture.height}\n\n" if picture else ""
+        turns.append({"role": turn["role"], "content": size + "".join(parts)})
     return turns
+
+
+def conversation(said: Turns, system_prompt: str) -> tuple[list[dict[str, Any]], list[Picture]]:
+    """The messages for the model, and their images."""
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system_prompt}] if system_prompt.strip() else []
+    pictures = []
+    for turn in said:
+        own = [turn["picture"]] if turn.get("picture") else []
+        asked = turn["role"] == "user"
+        messages.append(question_with_images(turn["content"], len(own)) if asked else turn)
+        pictures += own
+    return messages, pictures
 
 
 async def stream(batcher: Batcher, request: GenerationRequest, timeout: float) -> AsyncIterator[tuple[str, str]]:

@@ -10,6 +10,7 @@ from medicalgpt.args import bf16_gpu
 from medicalgpt.models.adapters import parameter_count
 from medicalgpt.models.attention import SHIFTED, choose_flash, flash_facts
 from medicalgpt.models.hub import HEADS
+from medicalgpt.models.towers import towers_of, without_towers
 from medicalgpt.training.observed_setup import OFF, Line, TrainingSetup
 
 import torch
@@ -44,7 +45,11 @@ def attention_groups(setup: TrainingSetup) -> Line:
         return Line("attention groups", OFF, OFF, True)
     length = setup.flags.get("model_max_length") or setup.flags.get("block_size")
     found = sorted(
-        {getattr(m, "shift_group_size", 0) for m in setup.base_model.modules() if hasattr(m, "num_key_value_groups")}
+        {
+            getattr(module, "shift_group_size", 0)
+            for _, module in without_towers(setup.base_model)
+            if hasattr(module, "num_key_value_groups")
+        }
     )
     wanted = str(length // 4)
     seen = ", ".join(map(str, found))
@@ -164,7 +169,7 @@ def _linear_layers(setup: TrainingSetup) -> Iterator[tuple[str, nn.Linear]]:
     # A reward model's head is known by its name; it is not an output embedding.
     heads = {id(head), id(getattr(base, "score", None))}
     heads |= {id(getattr(head, inner, None)) for inner in ("base_layer", "original_module")}
-    for name, module in base.named_modules():
+    for name, module in without_towers(base):
         inside = {"lora_A", "lora_B", "modules_to_save", "original_module"} & set(name.split("."))
         if isinstance(module, nn.Linear) and not inside and id(module) not in heads:
             yield name.removesuffix(".base_layer"), module
@@ -286,7 +291,7 @@ def frozen_layers(setup: TrainingSetup) -> Line:
     wanted = _requested_frozen_layers(setup)
     trained: dict[int, bool] = {}
     for name, parameter in setup.model.named_parameters():
-        number = _layer(name)
+        number = None if _in_tower(setup, name) else _layer(name)
         if number is not None:
             trained[number] = trained.get(number, False) or parameter.requires_grad
     found = {number for number, is_trained in trained.items() if not is_trained}
@@ -311,7 +316,12 @@ def _layer(name: str) -> int | None:
 
 
 def _frozen(setup: TrainingSetup, name: str) -> bool:
-    return _layer(name) in _requested_frozen_layers(setup)
+    return _in_tower(setup, name) or _layer(name) in _requested_frozen_layers(setup)
+
+
+def _in_tower(setup: TrainingSetup, name: str) -> bool:
+    """Whether a weight or a module is of an encoder of images, which is never trained."""
+    return any(f".{tower}." in f".{name}." for tower in towers_of(setup.base_model))
 
 
 def _numbers(layers: set[int]) -> str:

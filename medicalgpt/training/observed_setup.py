@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from medicalgpt.models.hub import Adapter
+from medicalgpt.models.towers import without_towers
 
 import torch
 from peft import PeftModel
@@ -101,7 +102,8 @@ class _Seen(Exception):
 def first_layer_input(setup: TrainingSetup, training: bool) -> Pass:
     """Run the first batch up to the first decoder layer, as a step or an evaluation would run it."""
     model, found = setup.trainer.model, []
-    layer = next(module for module in model.modules() if isinstance(module, GradientCheckpointingLayer))
+    modules = (module for _, module in without_towers(setup.base_model))
+    layer = next(module for module in modules if isinstance(module, GradientCheckpointingLayer))
 
     def look(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]

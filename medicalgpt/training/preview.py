@@ -1,5 +1,6 @@
 """The text of a training row as the loss sees it."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,25 @@ def sequences_of(row: Mapping[str, Any]) -> list[tuple[list[int], list[int]]]:
     prompt = row["prompt_ids"]
     answers = (row["chosen_ids"], row["rejected_ids"])
     return [(prompt + answer, [IGNORED] * len(prompt) + answer) for answer in answers]
+
+
+# Fewer repetitions of a token than this are shown as they are.
+REPETITIONS = 8
+
+
+def decode_shortened(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The text of ids; of an added token that is repeated many times, as those of images are, once and how often."""
+    text = ""
+    added = tokenizer.added_tokens_decoder
+    runs = [(token, len(list(run))) for token, run in itertools.groupby(ids)]
+    pending: list[int] = []
+    for token, count in runs:
+        if token in added and count >= REPETITIONS:
+            text += tokenizer.decode(pending) + f"{added[token].content}×{count}"
+            pending = []
+        else:
+            pending += [token] * count
+    return text + tokenizer.decode(pending)
 
 
 def render_supervision(
@@ -35,7 +55,7 @@ def render_supervision(
         stop = at
         while stop < len(input_ids) and (labels[stop] != IGNORED) == trained:
             stop += 1
-        text = tokenizer.decode(input_ids[at:stop])
+        text = decode_shortened(tokenizer, input_ids[at:stop])
         parts.append(f"{start}{text}{end}" if trained else text)
         at = stop
     count = sum(label != IGNORED for label in labels)

@@ -34,7 +34,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 MISSING = object()
 MODEL_PLACES = ("model_name_or_path", "peft_path", "model_revision", "hub")
 # Of an entry of `data` in run.json.
-ROW_KEYS = ("sha256", "rows", "used", "shortened", "drawn")
+ROW_KEYS = ("sha256", "rows", "used", "shortened", "drawn", "images_sha256")
 HASHED = (*OTHER_MODELS, *OTHER_FILES)
 
 

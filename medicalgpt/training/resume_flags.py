@@ -241,6 +241,7 @@ TABLE: tuple[Group, ...] = (
         (
             *("model_max_length", "max_source_length", "max_target_length", "block_size", "packing"),
             *("template_name", "tool_format", "system_prompt", "train_on_inputs", "mask_history"),
+            *("image_min_pixels", "image_max_pixels"),
             *("max_completion_length", "response_length", "template", "tokenizer"),
         ),
         Policy.FIXED,

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from medicalgpt.args import RunArguments
+from medicalgpt.data.images import Picture
 from medicalgpt.data.lengths import count_tokens
 from medicalgpt.data.loading import LoadedData
 from medicalgpt.data.streaming import StreamedData, StreamedSamples
@@ -338,6 +339,7 @@ class Run:
         *,
         stop_ids: Sequence[int],
         sample_prompts: Sequence[list[int]] = (),
+        sample_pictures: Sequence[list[Picture]] = (),
         samples: SampleLogger | None = None,
         note: str = "",
     ) -> dict[str, float]:
@@ -348,6 +350,7 @@ class Run:
             tokenizer: saved with its chat template.
             stop_ids: token ids that end an answer, for generation_config.json.
             sample_prompts: token ids of prompts that are answered before and after.
+            sample_pictures: the images of each of these prompts, if the model is shown any.
             samples: in place of generated answers to `sample_prompts`, for the log and samples.jsonl.
             note: a sentence for the model card.
 
@@ -363,7 +366,13 @@ class Run:
         self._set_previous_aside()
         try:
             return self._train_and_save(
-                trainer, tokenizer, stop_ids=stop_ids, sample_prompts=sample_prompts, samples=samples, note=note
+                trainer,
+                tokenizer,
+                stop_ids=stop_ids,
+                sample_prompts=sample_prompts,
+                sample_pictures=sample_pictures,
+                samples=samples,
+                note=note,
             )
         except BaseException as error:
             if is_main_process():
@@ -433,6 +442,7 @@ class Run:
         *,
         stop_ids: Sequence[int],
         sample_prompts: Sequence[list[int]],
+        sample_pictures: Sequence[list[Picture]],
         samples: SampleLogger | None,
         note: str,
     ) -> dict[str, float]:
@@ -446,9 +456,9 @@ class Run:
         reference = getattr(trainer, "ref_model", None) or getattr(trainer, "reference", None)
         require_finite_start({self.checkpoint.name: trainer.model, "the reference": reference})
         if samples is None:
-            samples = GreedyAnswers(
-                trainer, tokenizer, list(stop_ids), list(sample_prompts)[: self.options.sample_prompts]
-            )
+            count = self.options.sample_prompts
+            prompts, pictures = list(sample_prompts)[:count], list(sample_pictures)[:count]
+            samples = GreedyAnswers(trainer, tokenizer, list(stop_ids), prompts, pictures)
         before = samples.answers()
         with self.stop.deferred():
             metrics = self._train_and_evaluate(trainer)

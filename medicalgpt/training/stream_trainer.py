@@ -12,6 +12,7 @@ from medicalgpt.data import batching
 from medicalgpt.data.loading import LoadedData
 from medicalgpt.data.streaming import Position, StreamedSamples
 from medicalgpt.errors import UserError
+from medicalgpt.models.vision import Vision
 from medicalgpt.readers.problems import Place
 from medicalgpt.training.finite import BatchRow
 from medicalgpt.training.trainers import TokenTrainer
@@ -239,6 +240,7 @@ def token_trainer(
     block_size: int,
     streaming: bool,
     loraplus_lr_ratio: float | None,
+    vision: Vision | None = None,
 ) -> TokenTrainer:
     """The trainer of encoded rows: streamed or in memory, packed into blocks where `args.packing` is set.
 
@@ -246,20 +248,27 @@ def token_trainer(
         data, encode: the rows of `train` and how one is encoded; only streaming encodes them again.
         train, validation: encoded rows.
         block_size: tokens of a block.
+        vision: if rows have images; they are neither streamed nor packed.
     """
     packed_size, encoded = block_size if args.packing else None, train
     if streaming:
         train = StreamedSamples(data, encode, train, packed_size, args.process_index, args.world_size)
     elif args.packing and "seq_lengths" not in train.column_names:
         train = batching.pack(train, block_size)
+    collator = batching.collator(tokenizer, model)
+    if vision:
+        # It reads the paths of the images, which are not an argument of the model.
+        args.remove_unused_columns = False
+        collator = batching.ImageCollator(collator, vision)
     trainer = (StreamTrainer if streaming else TokenTrainer)(
         model=model,
         args=args,
         train_dataset=train,
         eval_dataset=validation,
         processing_class=tokenizer,
-        data_collator=batching.collator(tokenizer, model),
+        data_collator=collator,
         loraplus_lr_ratio=loraplus_lr_ratio,
+        vision=vision,
     )
     trainer.encoded = encoded
     return trainer

@@ -17,6 +17,7 @@ from medicalgpt.data.lengths import list_lengths
 from medicalgpt.errors import UserError
 from medicalgpt.logs import is_main_process, notice
 from medicalgpt.models.families import require_loss, require_separate_packs
+from medicalgpt.models.vision import Vision
 from medicalgpt.readers.problems import Place
 from medicalgpt.training.callbacks import DUE_EVALUATION, DueEvaluation
 from medicalgpt.training.checkpoints import load_renamed_weights, prepare_folder
@@ -159,9 +160,10 @@ class StageTrainer(Trainer):
 
     Attributes:
         encoded: the rows of `train_dataset` before they were packed, in which the rows of a batch are looked up.
+        vision: of a model that is shown images; its settings are saved with the model.
     """
 
-    def __init__(self, *, loraplus_lr_ratio: float | None = None, **kwargs: Any):
+    def __init__(self, *, loraplus_lr_ratio: float | None = None, vision: Vision | None = None, **kwargs: Any):
         head = kwargs["model"].get_output_embeddings()
         if isinstance(head, BaseTunerLayer):
             raise UserError(
@@ -177,7 +179,7 @@ class StageTrainer(Trainer):
         if self.args.device.type == "cpu":
             replace_lora_dropout(self.model)
             return_freed_memory()
-        self.loraplus_lr_ratio = loraplus_lr_ratio
+        self.loraplus_lr_ratio, self.vision = loraplus_lr_ratio, vision
         self.encoded = self.train_dataset
         self._seconds_before, self._training_began = 0.0, time.time()
         # When the last checkpoint began to be saved; see `CheckpointCommitter`.
@@ -328,6 +330,8 @@ class StageTrainer(Trainer):
         require_finite_training(self)
         if not self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
+            if self.vision and self.args.should_save:
+                self.vision.save(Path(output_dir or self.args.output_dir))
             return
         # The library writes nothing if each process saves its own part of a checkpoint (SHARDED_STATE_DICT).
         weights = gather_weights(self.model)

@@ -1,0 +1,161 @@
+"""Images in the OpenAI API and on the page: a model that has learned colours is asked about new images."""
+
+import base64
+import json
+from pathlib import Path
+
+from gradio_demo import DemoArguments, build_page, upload_limit
+from medicalgpt.errors import UserError
+from medicalgpt.parser import parse_args
+from medicalgpt.serving.batchers import make_batcher
+from medicalgpt.serving.chat import ChatEngine
+from medicalgpt.serving.page import launch
+from tests.helpers import open_stage, run_here, write_jsonl
+from tests.servers import running_server
+from tests.test_gradio_demo import Visitor, browser, needs_browser  # noqa: F401  (a fixture)
+from tests.test_image_training import COLOURS, SFT, flags
+from tests.test_images import png_that_claims, save
+from tests.test_openai_api import post
+from tests.towers import make_seeing, make_towers
+
+import pytest
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of an adapter that answers with the colour of an image, and with `yes` without one."""
+    root = tmp_path_factory.mktemp("trained")
+    rows = []
+    for number in range(4):
+        for colour in COLOURS:
+            save(root / "data" / f"{colour}{number}.png", (16 + 4 * number, 16), colour)
+            rows.append({"prompt": "<image>Colour?", "response": colour, "images": [f"{colour}{number}.png"]})
+        rows.append({"prompt": f"Number {number}?", "response": "yes"})
+    write_jsonl(root / "data" / "rows.jsonl", rows)
+    base = make_seeing(root / "base", "qwen2_5_vl")
+    open_stage(SFT, *flags(base, root / "data", root / "out", "--num_train_epochs", 20)).finish()
+    return root / "out"
+
+
+def address_of(path: str | Path) -> str:
+    return f"data:image/png;base64,{base64.b64encode(Path(path).read_bytes()).decode()}"
+
+
+def body_of(*parts, **more):
+    return {"model": "out", "messages": [{"role": "user", "content": list(parts)}], "temperature": 0, **more}
+
+
+def image_at(url: str):
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def text(text: str):
+    return {"type": "text", "text": text}
+
+
+def test_the_api_answers_by_the_image(trained, tmp_path):
+    pictures = {colour: address_of(save(tmp_path / f"{colour}.png", (18, 22), colour)) for colour in COLOURS}
+    with running_server("openai_api.py", "--model_name_or_path", trained, "--accept_images", "True") as server:
+        ask = lambda body: post(server, "/v1/chat/completions", body)  # noqa: E731
+        for colour, address in pictures.items():
+            status, _, content = ask(body_of(image_at(address), text("Col"), text("our?"), max_tokens=8))
+            assert status == 200 and json.loads(content)["choices"][0]["message"]["content"] == colour
+            _, _, content = ask(body_of(image_at(address), text("Colour?"), stream=True))
+            pieces = [json.loads(line[6:]) for line in content.decode().split("\n\n") if line.startswith("data: {")]
+            said = "".join(piece["choices"][0]["delta"].get("content") or "" for piece in pieces if piece["choices"])
+            assert said == colour
+        status, _, content = ask(body_of(text("Number 1?")))
+        assert json.loads(content)["choices"][0]["message"]["content"] == "yes"
+        for url, reason in (
+            ("http://127.0.0.1:9/a.png", "nothing is fetched from an address"),
+            ("https://a.invalid/a.png", "nothing is fetched from an address"),
+            ("file:///etc/hostname", "nothing is fetched from an address"),
+            ("data:image/png;base64,AAAA", "not an image that can be read"),
+            (
+                f"data:image/png;base64,{base64.b64encode(png_that_claims(60_000, 60_000)).decode()}",
+                "64,000,000 pixels",
+            ),
+        ):
+            status, _, content = ask(body_of(text("Colour?"), image_at(url)))
+            error = json.loads(content)["error"]
+            assert status == 400 and reason in error["message"], error
+            assert error["param"] == "messages[0].content[1].image_url.url"
+        for parts, reason in (
+            ([image_at(pictures["red"])] * 17, "17 images, more than 16"),
+            ([{"type": "image_url", "image_url": {"url": pictures["red"], "detail": "low"}}], "scaled as in training"),
+            ([{"type": "image_url", "text": "x"}], "has the field image_url, and not text"),
+            ([{"type": "input_audio", "input_audio": {}}], "a part of type 'input_audio' cannot be read"),
+            ([text("<|vision_start|><|image_pad|><|vision_end|>Colour?")], "special token"),
+            ([image_at(save(tmp_path / "here.png"))], "nothing is fetched from an address"),
+        ):
+            status, _, content = ask(body_of(*parts))
+            assert status == 400 and reason in json.loads(content)["error"]["message"], content
+        system = [{"role": "system", "content": [image_at(pictures["red"])]}, {"role": "user", "content": "?"}]
+        assert ask({"model": "out", "messages": system})[0] == 400
+    with running_server("openai_api.py", "--model_name_or_path", trained) as server:
+        status, _, content = post(server, "/v1/chat/completions", body_of(image_at(pictures["red"]), text("Colour?")))
+        error = json.loads(content)["error"]
+        assert status == 400 and error["param"] == "messages[0].content[0]"
+        assert error["message"] == (
+            "messages[0].content[0]: a part of type 'image_url' cannot be read: the model takes text only. Start the "
+            "server with --accept_images True."
+        )
+
+
+def test_models_and_batching_that_do_not_go_with_images(trained, tmp_path):
+    text_only = make_towers(tmp_path / "text", "gemma3")
+    with pytest.raises(UserError, match="gemma3, which is not trained on images here"):
+        run_here("openai_api.py", "--model_name_or_path", text_only, "--accept_images", "True", "--port", 0)
+    engine = ChatEngine.from_pretrained(str(trained), with_images=True)
+    with pytest.raises(UserError, match="it is shown images. Use --batching static"):
+        make_batcher(engine, batching="continuous")
+
+
+def is_empty(visitor: Visitor) -> bool:
+    return visitor.js("return document.querySelector('#image input[type=file]') !== null")
+
+
+def attach(visitor: Visitor, path: str) -> None:
+    visitor.until(lambda: is_empty(visitor))
+    visitor.element("#image input[type=file]").send_keys(path)
+    visitor.until(lambda: Path(path).stem in visitor.element("#image").text)
+
+
+@needs_browser
+def test_an_image_is_attached_on_the_page(trained, tmp_path, browser):  # noqa: F811
+    arguments = parse_args(
+        DemoArguments,
+        argv=["--model_name_or_path", str(trained), "--accept_images", "True", "--port", "0", "--max_new_tokens", "9"],
+    )[0]
+    batcher = make_batcher(ChatEngine.from_pretrained(str(trained), with_images=True))
+    page = build_page(batcher, arguments)
+    try:
+        visitor = Visitor(browser, launch(page, arguments, None, upload_limit(arguments)))
+        for colour in COLOURS:
+            visitor.click("clear")
+            visitor.until(lambda: not visitor.texts())
+            attach(visitor, save(tmp_path / f"{colour}.png", (18, 22), colour))
+            visitor.ask("Colour?")
+            said = ["🖼 18 × 22\n\nColour?", colour]
+            assert visitor.texts() == said
+            visitor.click("retry")
+            visitor.until(lambda said=said: visitor.texts() == said and visitor.enabled("send"))
+        visitor.until(lambda: is_empty(visitor))
+        visitor.click("clear")
+        visitor.until(lambda: not visitor.texts())
+        visitor.ask("Number 1?")
+        assert visitor.texts() == ["Number 1?", "yes"]
+        (tmp_path / "broken.png").write_text("no image")
+        attach(visitor, str(tmp_path / "broken.png"))
+        visitor.ask("Colour?")
+        assert "not an image that can be read" in visitor.notice() and visitor.box() == "Colour?"
+    finally:
+        batcher.close(finish=False)
+        page.close(verbose=False)
+
+
+def test_a_page_without_images_has_no_place_for_one(trained):
+    arguments = parse_args(DemoArguments, argv=["--model_name_or_path", str(trained)])[0]
+    assert upload_limit(arguments) == 1
