@@ -49,7 +49,8 @@ def write_colours(folder: Path) -> Path:
 def flags(base: Any, data: Any, out: Any, *more: Any) -> list[Any]:
     """Flags of a run of `SFT` that learns colours in 20 epochs."""
     return [
-        *("--model_name_or_path", base, "--train_file_dir", data, "--output_dir", out, "--template_name", "chatml"),
+        *("--model_name_or_path", base, "--train_file_dir", data, "--output_dir", out),
+        *(() if "--template_name" in more else ("--template_name", "chatml")),
         *("--learning_rate", 1e-2, "--lora_rank", 16, "--lora_dropout", 0, "--per_device_train_batch_size", 6),
         *("--save_strategy", "no", "--sample_prompts", 0, *more),
     ]

@@ -209,12 +209,13 @@ def test_flags_and_bases_that_do_not_go_with_images(data, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             open_stage(SFT, *flags(base, rows, tmp_path / "out", *more))
-    for name in ("gemma3", "qwen2_5_vl"):
+    for name, template in (("gemma3", "gemma"), ("qwen2_5_vl", "chatml")):
         base = make_towers(tmp_path / name, name)
+        given = (tmp_path / "out", "--template_name", template)
         with pytest.raises(UserError, match=r"rows.jsonl:1: .*only text is trained on here.*Qwen2.5-VL or Qwen3-VL"):
-            open_stage(SFT, *flags(base, data, tmp_path / "out"))
+            open_stage(SFT, *flags(base, data, *given))
         with pytest.raises(UserError, match="--image_max_pixels would have no effect: "):
-            open_stage(SFT, *flags(base, text_only, tmp_path / "out", "--image_max_pixels", 512))
+            open_stage(SFT, *flags(base, text_only, *given, "--image_max_pixels", 512))
     with pytest.raises(UserError, match=r"rows.jsonl:1: .*only text is trained on here"):
         open_stage(
             "dpo_training.py",
