@@ -3,9 +3,10 @@
 import json
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
-from gradio_demo import EXAMPLES, DemoArguments, build_page
+from gradio_demo import EXAMPLES, DemoArguments, build_page, upload_limit
 from medicalgpt.errors import UserError
 from medicalgpt.parser import parse_args
 from medicalgpt.serving.batchers import make_batcher
@@ -14,6 +15,7 @@ from medicalgpt.serving.generation import GenerationRequest, Sampling
 from medicalgpt.serving.page import launch
 from medicalgpt.serving.web import auth_from
 from tests.gate import Gate
+from tests.pictures import COLOURS, learn_colours, save
 from tests.servers import running_server
 from tests.tiny import make_tiny
 
@@ -460,3 +462,47 @@ def test_program_asks_for_its_password(model):
             page = client.get("/")
             assert (page.status_code, client.get("/config").status_code) == (200, 200)
             assert "default-src 'self'" in page.headers["content-security-policy"]
+
+
+def is_empty(visitor: Visitor) -> bool:
+    return visitor.js("return document.querySelector('#image input[type=file]') !== null")
+
+
+def attach(visitor: Visitor, path: str) -> None:
+    visitor.until(lambda: is_empty(visitor))
+    visitor.element("#image input[type=file]").send_keys(path)
+    visitor.until(lambda: Path(path).stem in visitor.element("#image").text)
+
+
+@needs_browser
+def test_an_image_is_attached(tmp_path, browser):
+    trained = learn_colours(tmp_path / "trained")
+    arguments = parse_args(
+        DemoArguments,
+        argv=["--model_name_or_path", str(trained), "--accept_images", "True", "--port", "0", "--max_new_tokens", "9"],
+    )[0]
+    batcher = make_batcher(ChatEngine.from_pretrained(str(trained), with_images=True))
+    page = build_page(batcher, arguments)
+    try:
+        visitor = Visitor(browser, launch(page, arguments, None, upload_limit(arguments)))
+        for colour in COLOURS:
+            visitor.click("clear")
+            visitor.until(lambda: not visitor.texts())
+            attach(visitor, save(tmp_path / f"{colour}.png", (18, 22), colour))
+            visitor.ask("Colour?")
+            said = ["🖼 18 × 22\n\nColour?", colour]
+            assert visitor.texts() == said
+            visitor.click("retry")
+            visitor.until(lambda said=said: visitor.texts() == said and visitor.enabled("send"))
+        visitor.until(lambda: is_empty(visitor))
+        visitor.click("clear")
+        visitor.until(lambda: not visitor.texts())
+        visitor.ask("Number 1?")
+        assert visitor.texts() == ["Number 1?", "yes"]
+        (tmp_path / "broken.png").write_text("no image")
+        attach(visitor, str(tmp_path / "broken.png"))
+        visitor.ask("Colour?")
+        assert "not an image that can be read" in visitor.notice() and visitor.box() == "Colour?"
+    finally:
+        batcher.close(finish=False)
+        page.close(verbose=False)

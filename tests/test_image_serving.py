@@ -1,23 +1,20 @@
-"""Images in the OpenAI API and on the page: a model that has learned colours is asked about new images."""
+"""Images in the OpenAI API: a model that has learned colours is asked about new images."""
 
 import base64
 import json
 from pathlib import Path
 
-from gradio_demo import DemoArguments, build_page, upload_limit
+from gradio_demo import DemoArguments, upload_limit
 from medicalgpt.errors import UserError
 from medicalgpt.parser import parse_args
 from medicalgpt.serving.batchers import make_batcher
 from medicalgpt.serving.chat import ChatEngine
-from medicalgpt.serving.page import launch
-from tests.helpers import open_stage, run_here, write_jsonl
-from tests.servers import running_server
-from tests.test_gradio_demo import Visitor, browser, needs_browser  # noqa: F401  (a fixture)
-from tests.test_image_training import COLOURS, SFT, flags
-from tests.test_images import png_that_claims, save
-from tests.test_openai_api import post
-from tests.towers import make_seeing, make_towers
+from tests.helpers import run_here
+from tests.pictures import COLOURS, learn_colours, png_that_claims, save
+from tests.servers import Server, running_server
+from tests.towers import make_towers
 
+import httpx
 import pytest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -25,18 +22,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The folder of an adapter that answers with the colour of an image, and with `yes` without one."""
-    root = tmp_path_factory.mktemp("trained")
-    rows = []
-    for number in range(4):
-        for colour in COLOURS:
-            save(root / "data" / f"{colour}{number}.png", (16 + 4 * number, 16), colour)
-            rows.append({"prompt": "<image>Colour?", "response": colour, "images": [f"{colour}{number}.png"]})
-        rows.append({"prompt": f"Number {number}?", "response": "yes"})
-    write_jsonl(root / "data" / "rows.jsonl", rows)
-    base = make_seeing(root / "base", "qwen2_5_vl")
-    open_stage(SFT, *flags(base, root / "data", root / "out", "--num_train_epochs", 20)).finish()
-    return root / "out"
+    return learn_colours(tmp_path_factory.mktemp("trained"))
+
+
+def post(server: Server, path: str, body: dict) -> tuple[int, dict, bytes]:
+    response = httpx.post(f"{server.url}{path}", json=body, timeout=120)
+    return response.status_code, dict(response.headers), response.content
 
 
 def address_of(path: str | Path) -> str:
@@ -111,49 +102,6 @@ def test_models_and_batching_that_do_not_go_with_images(trained, tmp_path):
     engine = ChatEngine.from_pretrained(str(trained), with_images=True)
     with pytest.raises(UserError, match="it is shown images. Use --batching static"):
         make_batcher(engine, batching="continuous")
-
-
-def is_empty(visitor: Visitor) -> bool:
-    return visitor.js("return document.querySelector('#image input[type=file]') !== null")
-
-
-def attach(visitor: Visitor, path: str) -> None:
-    visitor.until(lambda: is_empty(visitor))
-    visitor.element("#image input[type=file]").send_keys(path)
-    visitor.until(lambda: Path(path).stem in visitor.element("#image").text)
-
-
-@needs_browser
-def test_an_image_is_attached_on_the_page(trained, tmp_path, browser):  # noqa: F811
-    arguments = parse_args(
-        DemoArguments,
-        argv=["--model_name_or_path", str(trained), "--accept_images", "True", "--port", "0", "--max_new_tokens", "9"],
-    )[0]
-    batcher = make_batcher(ChatEngine.from_pretrained(str(trained), with_images=True))
-    page = build_page(batcher, arguments)
-    try:
-        visitor = Visitor(browser, launch(page, arguments, None, upload_limit(arguments)))
-        for colour in COLOURS:
-            visitor.click("clear")
-            visitor.until(lambda: not visitor.texts())
-            attach(visitor, save(tmp_path / f"{colour}.png", (18, 22), colour))
-            visitor.ask("Colour?")
-            said = ["🖼 18 × 22\n\nColour?", colour]
-            assert visitor.texts() == said
-            visitor.click("retry")
-            visitor.until(lambda said=said: visitor.texts() == said and visitor.enabled("send"))
-        visitor.until(lambda: is_empty(visitor))
-        visitor.click("clear")
-        visitor.until(lambda: not visitor.texts())
-        visitor.ask("Number 1?")
-        assert visitor.texts() == ["Number 1?", "yes"]
-        (tmp_path / "broken.png").write_text("no image")
-        attach(visitor, str(tmp_path / "broken.png"))
-        visitor.ask("Colour?")
-        assert "not an image that can be read" in visitor.notice() and visitor.box() == "Colour?"
-    finally:
-        batcher.close(finish=False)
-        page.close(verbose=False)
 
 
 def test_a_page_without_images_has_no_place_for_one(trained):

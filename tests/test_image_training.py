@@ -12,41 +12,19 @@ from medicalgpt.serving.chat import ChatEngine, NoImagesError
 from medicalgpt.serving.engines import engine_from
 from medicalgpt.serving.generation import Sampling
 from tests.helpers import open_stage, read_json, run_here, run_program, write_jsonl
-from tests.test_images import ANSWER, save
-from tests.test_towers import is_tower, require_whole
-from tests.towers import hashes, make_seeing, make_towers
+from tests.pictures import ANSWER, COLOURS, SFT, SIZES, flags, save, write_colours
+from tests.towers import hashes, is_tower, make_seeing, make_towers, require_whole
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, AutoTokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SFT = "supervised_finetuning.py"
-COLOURS = {"red": "red", "blue": "blue"}
-SIZES = [(16, 16), (24, 16), (16, 24), (20, 20)]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Rows whose answer is the colour of an image, and rows without any."""
-    folder, rows = tmp_path_factory.mktemp("data"), []
-    for number, size in enumerate(SIZES):
-        for colour in COLOURS:
-            save(folder / "pics" / f"{colour}{number}.png", size, colour)
-            question = {"role": "user", "content": "<image>Colour?"}
-            answer = {"role": "assistant", "content": colour}
-            rows.append({"messages": [question, answer], "images": [f"pics/{colour}{number}.png"]})
-        rows.append({"prompt": f"Number {number}?", "response": "yes"})
-    write_jsonl(folder / "rows.jsonl", rows)
-    return folder
-
-
-def flags(base, data, out, *more):
-    return [
-        *("--model_name_or_path", base, "--train_file_dir", data, "--output_dir", out, "--template_name", "chatml"),
-        *("--learning_rate", 1e-2, "--lora_rank", 16, "--lora_dropout", 0, "--per_device_train_batch_size", 6),
-        *("--save_strategy", "no", "--sample_prompts", 0, *more),
-    ]
+    return write_colours(tmp_path_factory.mktemp("data"))
 
 
 def shown(folder, data):
@@ -231,12 +209,13 @@ def test_flags_and_bases_that_do_not_go_with_images(data, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             open_stage(SFT, *flags(base, rows, tmp_path / "out", *more))
-    for name in ("gemma3", "qwen2_5_vl"):
+    for name, template in (("gemma3", "gemma"), ("qwen2_5_vl", "chatml")):
         base = make_towers(tmp_path / name, name)
+        given = (tmp_path / "out", "--template_name", template)
         with pytest.raises(UserError, match=r"rows.jsonl:1: .*only text is trained on here.*Qwen2.5-VL or Qwen3-VL"):
-            open_stage(SFT, *flags(base, data, tmp_path / "out"))
+            open_stage(SFT, *flags(base, data, *given))
         with pytest.raises(UserError, match="--image_max_pixels would have no effect: "):
-            open_stage(SFT, *flags(base, text_only, tmp_path / "out", "--image_max_pixels", 512))
+            open_stage(SFT, *flags(base, text_only, *given, "--image_max_pixels", 512))
     with pytest.raises(UserError, match=r"rows.jsonl:1: .*only text is trained on here"):
         open_stage(
             "dpo_training.py",

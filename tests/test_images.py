@@ -4,7 +4,6 @@ import base64
 import json
 import shutil
 import struct
-import zlib
 from functools import partial
 from pathlib import Path
 
@@ -38,20 +37,14 @@ from medicalgpt.readers.problems import DataError, RowError
 from medicalgpt.training.preview import decode_shortened
 from template import apply_template
 from tests.helpers import read_json, write_jsonl
+from tests.pictures import ANSWER, png_that_claims, save
 from tests.towers import make_seeing
 
 import pytest
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-ANSWER = {"role": "assistant", "content": "Red."}
 PLACED = [{"type": "image"}, {"type": "text", "text": "Colour?"}]
-
-
-def save(path: Path, size=(16, 16), colour="red", mode="RGB", **options) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new(mode, size, colour).save(path, **options)
-    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -255,16 +248,6 @@ def test_other_stages_refuse_images_and_say_who_takes_them():
 # -- the files --------------------------------------------------------------------------------------------------------
 
 
-def png_that_claims(width: int, height: int) -> bytes:
-    """A PNG with the header of a large image and hardly any data."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"0")) + chunk(b"IEND", b"")
-
-
 def broken_files(folder: Path) -> dict[str, str]:
     """Reasons by the names of files that are not images a model can be shown."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -277,6 +260,9 @@ def broken_files(folder: Path) -> dict[str, str]:
     flipped = bytearray((folder / "whole.png").read_bytes())
     flipped[len(flipped) // 2] ^= 0xFF
     (folder / "flipped.png").write_bytes(flipped)
+    # After the pixels, where decoding has ended.
+    whole = (folder / "whole.png").read_bytes()
+    (folder / "tail.png").write_bytes(whole[:-12] + struct.pack(">I4s4sI", 4, b"tEXt", b"a\0bc", 0) + whole[-12:])
     (folder / "bomb.png").write_bytes(png_that_claims(60_000, 60_000))
     (folder / "large.png").write_bytes(png_that_claims(MAX_PIXELS // 1000 + 1, 1000))
     with open(folder / "heavy.png", "wb") as file:
@@ -290,6 +276,7 @@ def broken_files(folder: Path) -> dict[str, str]:
         "text.png": "not an image that can be read",
         "cut.jpg": "damaged",
         "flipped.png": "damaged",
+        "tail.png": "damaged",
         "bomb.png": f"more than {MAX_PIXELS:,} pixels",
         "large.png": f"more than {MAX_PIXELS:,} pixels",
         "heavy.png": f"more than {MAX_BYTES:,}",

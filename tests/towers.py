@@ -258,3 +258,19 @@ def make_seeing(path: str | Path, name: str, *, tied: bool = False, **vision: An
     }
     Path(path, "preprocessor_config.json").write_text(json.dumps(settings))
     return str(path)
+
+
+def is_tower(name):
+    return any(part in name for part in ("visual", "vision", "projector", "mtp"))
+
+
+def require_whole(base, folder, trained=True):
+    """The folder is the checkpoint `base` in all but the weights of the language model."""
+    before, after = hashes(base), hashes(folder)
+    assert before.keys() == after.keys()
+    changed = {name for name in before if before[name] != after[name]}
+    assert any(is_tower(name) for name in before) and not any(is_tower(name) for name in changed)
+    assert bool(changed) == trained
+    assert Path(base, "config.json").read_bytes() == Path(folder, "config.json").read_bytes()
+    name = "preprocessor_config.json"
+    assert Path(base, name).read_bytes() == Path(folder, name).read_bytes()

@@ -27,6 +27,8 @@ from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError, WebPIm
 if TYPE_CHECKING:
     from medicalgpt.models.vision import ImageTokens
 
+# Of more pixels than the limit here.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 # Each image is decoded in full before it is scaled down, at 3 bytes per pixel: 200 MB.
 MAX_PIXELS = 64_000_000
 MAX_BYTES = 32 * 1024 * 1024
@@ -167,9 +169,7 @@ def _too_many_bytes(size: int) -> ImageError:
 @contextmanager
 def _opened(content: bytes) -> Iterator[Image.Image]:
     try:
-        with warnings.catch_warnings(), Image.open(BytesIO(content), formats=FORMATS) as image:
-            # Pillow's own warning of many pixels; the limit here is lower.
-            warnings.simplefilter("ignore")
+        with Image.open(BytesIO(content), formats=FORMATS) as image:
             yield image
     except UnidentifiedImageError as error:
         raise ImageError(

@@ -354,7 +354,8 @@ def load(auto_class: Any, source: str, config: PreTrainedConfig, *, with_towers:
         half.config.tie_word_embeddings = False
     if with_towers and (quantization := options.get("quantization_config")):
         # Others load the towers as they are; their features would differ from those of the training.
-        quantization.llm_int8_skip_modules = ["lm_head", *half.towers]
+        towers = [f"{half.model_class.base_model_prefix}.{name}" for name in half.towers]
+        quantization.llm_int8_skip_modules = ["lm_head", *towers]
     renames = {stored.language: prefix, stored.head: "lm_head."} if half.is_alone else {}
     renames = {old: new for old, new in renames.items() if old and old != new}
     model, info = load_pretrained(
