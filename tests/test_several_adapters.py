@@ -218,8 +218,9 @@ def test_the_random_state_of_others_is_left(work):
     expected = torch.rand(3)
     del attached
     torch.manual_seed(0)
-    combine(model, adapters, Combination((1.0, 1.0), "dare_linear", 0.5, seed=5))
+    found = combine(model, adapters, Combination((1.0, 1.0), "dare_linear", 0.5, seed=5))
     assert torch.rand(3).equal(expected)
+    assert list(found.peft_config) == ["combined"], "those that it was made of take memory"
 
 
 def test_an_adapter_of_another_base_is_not_attached(work):
