@@ -7,7 +7,7 @@ import math
 import sys
 from pathlib import Path
 
-from benchmarks import peers, preference_cpu, preference_gpu, rl_gpu, sft_cpu
+from benchmarks import moe_cpu, peers, preference_cpu, preference_gpu, rl_gpu, sft_cpu
 from tests.helpers import read_json, write_jsonl
 
 import pytest
@@ -295,3 +295,16 @@ def test_a_line_of_the_table_has_the_sums_over_the_steps(capsys):
     second = {"written": 300, "generating": 3.0, "learned": 7000, "learning": 4.0, "seconds": 8.5}
     rl_gpu.report("ppo", [first, second], 1.25)
     assert capsys.readouterr().out == "| ppo | 100 | 1,500 | 6.00 | 2.00 | 3.00 | 1.00 | 1.25 |\n"
+
+
+def test_a_mixture_has_the_active_size_of_the_dense_model(tmp_path):
+    for kind in moe_cpu.KINDS:
+        moe_cpu.save_base(kind, tmp_path / kind)
+    dense, sparse = (AutoModelForCausalLM.from_pretrained(tmp_path / kind) for kind in moe_cpu.KINDS)
+    assert sparse.num_parameters() > 2 * dense.num_parameters()
+    assert moe_cpu.active_parameters(sparse) == pytest.approx(moe_cpu.active_parameters(dense), rel=0.01)
+    found = moe_cpu.measure("attention", tmp_path, argparse.Namespace(batch=1, length=16, pairs=2))
+    assert set(found) == {f"{kind}_{what}" for kind in moe_cpu.KINDS for what in ("cpu_seconds", "losses")}
+    for kind in moe_cpu.KINDS:
+        first, second = found[f"{kind}_losses"]
+        assert 0 < second < first, "it learns its one batch"

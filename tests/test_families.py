@@ -6,6 +6,7 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
+from medicalgpt.args import LoraArguments
 from medicalgpt.data.batching import Collator
 from medicalgpt.errors import UserError
 from medicalgpt.models import adapters, families, hub, loading
@@ -17,6 +18,7 @@ from tests.tiny import tiny_tokenizer
 
 import pytest
 import torch
+from peft import TaskType
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -234,6 +236,20 @@ def test_linear_layers_with_former_names_of_experts(data, tmp_path):
     named = ("--target_modules", "q_proj,gate_proj,up_proj,down_proj", "--lora_dropout", 0)
     with pytest.raises(UserError, match="gate_proj, up_proj, down_proj for a name of the experts"):
         open_stage(SFT, *stage_flags(data, SFT, source, tmp_path / "other", *named))
+
+
+def test_a_router_that_is_a_linear_layer_gets_no_adapter():
+    config = AutoConfig.for_model(
+        "afmoe",
+        **{"vocab_size": 99, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2, "head_dim": 8},
+        **{"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "num_dense_layers": 1, **HEADS},
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    assert type(model.get_submodule("model.layers.1.mlp.router.gate")) is nn.Linear
+    model = adapters.add_lora(model, LoraArguments(), TaskType.CAUSAL_LM)
+    adapted = {name.partition(".lora_A")[0] for name, _ in model.named_parameters() if ".lora_A" in name}
+    assert any(name.endswith("layers.0.mlp.gate_proj") for name in adapted)
+    assert not any("router" in name for name in adapted)
 
 
 REFUSED = {

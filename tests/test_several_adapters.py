@@ -1,5 +1,6 @@
 """Several adapters on one base: combined as defined, merged in a chain, or each under its name; and what is refused."""
 
+import copy
 import json
 import math
 import shlex
@@ -12,7 +13,14 @@ from medicalgpt.adapter_args import COMBINATION_TYPES, CombinationArguments
 from medicalgpt.args import ChatArguments, LoraArguments
 from medicalgpt.errors import UserError
 from medicalgpt.models.adapters import add_lora
-from medicalgpt.models.combining import DEFAULT_SEED, Combination, combine, named_adapters, read_adapters
+from medicalgpt.models.combining import (
+    DEFAULT_SEED,
+    Combination,
+    attach_adapters,
+    combine,
+    named_adapters,
+    read_adapters,
+)
 from medicalgpt.models.hub import CheckpointError, fingerprint
 from medicalgpt.models.loading import load_model
 from medicalgpt.serving.batchers import make_batcher
@@ -191,6 +199,36 @@ def test_every_kind_gives_a_model_of_its_own(work, kind):
     )
 
 
+def test_modules_named_by_a_pattern_are_combined_with_others(work, tmp_path):
+    """peft refuses a text next to a list, whatever the two name."""
+    shutil.copytree(work["wide"], tmp_path / "pattern")
+    path = tmp_path / "pattern" / "adapter_config.json"
+    path.write_text(json.dumps(read_json(path) | {"target_modules": r".*\.1\..*\.(q_proj|v_proj)"}))
+    known = {**work, "pattern": str(tmp_path / "pattern")}
+    expected = with_updates(work["base"], weighted_sum([work["wide"], work["a"]], [0.7, 0.3]))
+    torch.testing.assert_close(combined(known, ["pattern", "a"], (0.7, 0.3)), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_random_state_of_others_is_left(work):
+    model = load_model(AutoModelForCausalLM, work["base"])
+    adapters = read_adapters({name: work[name] for name in ("a", "b")})
+    attach_adapters(copy.deepcopy(model), adapters)
+    torch.manual_seed(0)
+    attached = attach_adapters(copy.deepcopy(model), adapters)
+    expected = torch.rand(3)
+    del attached
+    torch.manual_seed(0)
+    found = combine(model, adapters, Combination((1.0, 1.0), "dare_linear", 0.5, seed=5))
+    assert torch.rand(3).equal(expected)
+    assert list(found.peft_config) == ["combined"], "those that it was made of take memory"
+
+
+def test_an_adapter_of_another_base_is_not_attached(work):
+    adapters = read_adapters({name: work[name] for name in ("a", "other")})
+    with pytest.raises(CheckpointError, match=r"other was trained on .*second .* has other weights"):
+        attach_adapters(load_model(AutoModelForCausalLM, work["base"]), adapters)
+
+
 def flags(**given) -> Namespace:
     return Namespace(**{name: given.get(name) for name in CombinationArguments.__dataclass_fields__})
 
@@ -235,6 +273,13 @@ def test_every_flag_arrives():
     assert usual == Combination((1.0, 0.0), "cat", None, "total", None, DEFAULT_SEED)
     assert usual.described(["a", "b"]) == "1 x a + 0 x b (cat)"
     assert Combination.from_arguments(flags(), ["a", "b"]) is None
+
+
+def test_the_kinds_are_those_of_peft():
+    pruning = {
+        f"{kind}{end}" for kind in ("ties", "dare_linear", "dare_ties", "magnitude_prune") for end in ("", "_svd")
+    }
+    assert set(COMBINATION_TYPES) == {"cat", "linear", "svd"} | pruning
 
 
 def test_all_problems_are_named_at_once():

@@ -154,7 +154,14 @@ def as_table(chinese: bool = False) -> str:
 
 
 def make_towers(
-    path: str | Path, name: str, *, shards: str = "50GB", dtype: Any = None, tied: bool = False, **settings: Any
+    path: str | Path,
+    name: str,
+    *,
+    shards: str = "50GB",
+    dtype: Any = None,
+    tied: bool = False,
+    vision: Any = None,
+    **settings: Any,
 ) -> str:
     """Save a checkpoint of two layers with an encoder of images, a tokenizer and a processor's file.
 
@@ -162,6 +169,7 @@ def make_towers(
         shards: maximum size of a weight file.
         dtype: of the weights; by default float32.
         tied: the head is the embedding, in a family where it usually is not.
+        vision: settings of the encoder of images, on top of the family's.
         settings: of the language model.
     """
     tower = TOWERS[name]
@@ -185,7 +193,7 @@ def make_towers(
     config = AutoConfig.for_model(
         name,
         text_config=text,
-        vision_config={"initializer_range": 0.1, **tower.vision},
+        vision_config={"initializer_range": 0.1, **tower.vision, **(vision or {})},
         **{"image_token_id": image, "image_token_index": image, "video_token_id": image, **tower.top},
         **({"tie_word_embeddings": True} if tied else {}),
     )

@@ -65,10 +65,12 @@ class Adapter:
         """Read an adapter's files without its weights.
 
         Raises:
-            CheckpointError: there is no adapter_config.json, or it is damaged.
+            CheckpointError: there is no such folder or no adapter_config.json, or it is damaged.
         """
         found: str | Path | None = Path(path) / ADAPTER_CONFIG
         if not Path(path).is_dir():
+            if _looks_local(path):
+                raise CheckpointError(f"no adapter folder {path} (looked in {Path.cwd()}).")
             found = find_adapter_config_file(path, cache_dir=cache_dir, local_files_only=not _hub_is_reachable())
         if found is None or not Path(found).is_file():
             raise CheckpointError(f"{path} is not an adapter: it has no {ADAPTER_CONFIG}.")
