@@ -38,11 +38,13 @@ class Attacker:
     health: list[float] = field(default_factory=list)
 
     @contextmanager
-    def going_on(self) -> Iterator[None]:
-        """All attacks at the same time, and a look at the server's health ten times a second."""
-        attacks = [self._watch(), *(self._repeat(name, attack) for name, attack in self._attacks().items())]
-        attacks += [self._repeat("idle", self._idle) for _ in range(IDLE)]
-        attacks += [self._repeat("slow header", self._slow) for _ in range(SLOW)]
+    def going_on(self, attacking: bool) -> Iterator[None]:
+        """A look at the server's health ten times a second and, if asked for, all attacks at the same time."""
+        attacks = [self._watch()]
+        if attacking:
+            attacks += [self._repeat(name, attack) for name, attack in self._attacks().items()]
+            attacks += [self._repeat("idle", self._idle) for _ in range(IDLE)]
+            attacks += [self._repeat("slow header", self._slow) for _ in range(SLOW)]
         tasks = [asyncio.ensure_future(attack) for attack in attacks]
         try:
             yield
@@ -52,7 +54,8 @@ class Attacker:
 
     def summary(self) -> dict[str, object]:
         """The outcomes, and the 50th, 95th and 99th percentile and the maximum of the seconds to /health."""
-        values = [*np.percentile(self.health, [50, 95, 99]).tolist(), max(self.health)]
+        health = self.health or [float("nan")]
+        values = [*np.percentile(health, [50, 95, 99]).tolist(), max(health)]
         return {
             "health": dict(zip(("p50", "p95", "p99", "max"), values, strict=True)),
             "attacks": dict(sorted(self.outcomes.items())),

@@ -13,7 +13,7 @@ expected answers come from `ChatEngine`, greedy and in float32, as in both serve
 answers differ from each other and in which no token was a near tie, so that every answer identifies its question:
 `mixed up` is the answer to another question, `wrong` is the answer to none, and `lost` is a request whose connection
 was closed or timed out before the end of the answer. With `--kill_share`, clients hang up in the middle of some
-answers; with `--attacks`, the server is attacked all the time (benchmarks/attacks.py), and its health is looked at. A
+answers; with `--attacks`, the server is attacked all the time (benchmarks/attacks.py). A
 full server may refuse requests (429, with Retry-After); the client then waits as long as it is told.
 
 Seconds are measured by the clients: from the request to the end of its answer, and to its first text if it is streamed.
@@ -36,7 +36,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -252,7 +252,7 @@ async def measure(url: str, pid: int | None, cases: list[list[Case]], args: argp
     began = time.perf_counter()
     watching = asyncio.create_task(watch(server, sampled))
     attacker = Attacker(url, load.model)
-    with attacker.going_on() if args.attacks else nullcontext():
+    with attacker.going_on(args.attacks):
         outcomes = await asyncio.gather(
             *(
                 load.client(http, own, began + args.seconds, random.Random(f"{args.seed} {number}"))
@@ -268,8 +268,7 @@ async def measure(url: str, pid: int | None, cases: list[list[Case]], args: argp
         await http.aclose()
     found = summary([outcome for own in outcomes for outcome in own], elapsed)
     found |= {"server_cpu_seconds": used, "client_cpu_seconds": own_used}
-    if args.attacks:
-        found |= attacker.summary()
+    found |= attacker.summary()
     return found | {"memory_mb": {"before": before, "after": after, "peak": max([*sampled, before, after])}}
 
 

@@ -109,7 +109,7 @@ def case(question):
 
 def measured(server, questions, **options):
     """The summary of one client, who begins with the first of the questions."""
-    options = {"seconds": 0.5, "stream_share": 0.5, "kill_share": 0.0, "timeout": 30.0, **options}
+    options = {"seconds": 0.5, "stream_share": 0.5, "kill_share": 0.0, "timeout": 30.0, "attacks": False, **options}
     args = argparse.Namespace(url=server, max_new_tokens=8, seed=0, **options)
     cases = [[case(question) for question in questions], *([case(each)] for each in ANSWERS if each not in questions)]
     return asyncio.run(serve.measure(server, None, cases, args))
@@ -178,19 +178,23 @@ def test_the_numbers_of_a_few_requests_by_hand():
 
 @pytest.mark.slow
 def test_openai_api_under_load(tmp_path, monkeypatch, capsys):
-    """The whole of it, as it is called, with clients that hang up."""
+    """The whole of it, as it is called, with clients that hang up, while the server is attacked."""
     rows = [{"question": text, "answer": "-"} for text in ("你好", "头痛怎么办？", "Is it a cold?", "咳", "ab", "Why?")]
     flags = ["--model", make_tiny(tmp_path / "model"), "--questions", write_jsonl(tmp_path / "rows.jsonl", rows)]
     flags += ["--clients", "2", "--prompts", "2", "--seconds", "1", "--kill_share", "0.5", "--max_new_tokens", "16"]
+    flags += ["--attacks"]
     flags += ["--output_file", str(tmp_path / "out" / "serve.json")]
     monkeypatch.setattr(serve, "SETTLING", 0.0)
     monkeypatch.setattr(sys, "argv", ["serve.py", *flags])
     serve.main()
     found = read_json(tmp_path / "out" / "serve.json")["servers"]["openai_api.py"]
-    assert found["correct"] > 0 and found["correct"] + found["killed"] == found["requests"]
+    assert found["correct"] > 0
+    assert found["correct"] + found["killed"] + found["refused"] == found["requests"]
+    assert found["attacks"]["many prompts: 400"] > 0 and found["health"]["p50"] > 0
     assert found["tokens_per_second"] > 0 and found["memory_mb"]["peak"] >= found["memory_mb"]["before"] > 100
     assert (
-        f"| openai_api.py | {found['requests']} | 0 | 0 | 0 | 0 | 0 | {found['killed']} | " in capsys.readouterr().out
+        f"| openai_api.py | {found['requests']} | 0 | 0 | 0 | 0 | {found['refused']} | {found['killed']} | "
+        in capsys.readouterr().out
     )
 
 

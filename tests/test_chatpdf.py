@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,9 +13,11 @@ from medicalgpt.errors import UserError
 from medicalgpt.parser import parse_args
 from medicalgpt.rag import grounding
 from medicalgpt.rag.grounding import build_prompt, escape_special_tokens, format_sources, parse_citations
-from medicalgpt.rag.retrieval import Collection, Passage, language_of
+from medicalgpt.rag.retrieval import Collection, Passage, language_of, with_short_names
 from medicalgpt.serving.chat import ChatEngine, PromptTooLongError, SpecialTokenError
 from medicalgpt.serving.generation import Sampling
+from medicalgpt.serving.uploads import Uploads
+from medicalgpt.serving.web import RequestRefused
 from tests.helpers import read_json, run_here, write_jsonl
 from tests.passages import ILLNESSES
 from tests.tiny import TURN_END, make_tiny, tiny_tokenizer
@@ -167,6 +170,19 @@ def test_a_question_is_answered_with_its_source_and_refused_without(citing, note
     cited = "一周[1]。\n\n[1] 感冒.md > 感冒\n"
     assert printed.out == f"{cited}{grounding.UNKNOWN['zh']}\n\n"
     assert "forgotten" in printed.err and "no command /what" in printed.err
+
+
+def test_terminal_is_sent_no_control_characters(tmp_path, capsys):
+    """Neither by the name of a file nor by its text."""
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    (folder / "\x1b[31mred\x9b2J.md").write_text("Insulin keeps\x9b2J for 28 days.\n")
+    run_here(
+        "chatpdf.py", "--files", folder, "--index_dir", tmp_path / "index", "--search", "How long does insulin keep?"
+    )
+    shown = capsys.readouterr()
+    assert "\\x1b[31mred\\x9b2J.md" in shown.out
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", shown.out + shown.err)
 
 
 def test_search_shows_passages_without_a_model(notes, capsys):
@@ -430,6 +446,69 @@ def test_uploads_are_read_and_deleted(tmp_path, monkeypatch):
     monkeypatch.setattr(chatpdf, "FILES_OF_A_VISITOR", 1)
     again, told = take_uploads([upload("b.md", "three")], passages, arguments(), Path.unlink)
     assert again == passages and "at most 1 files" in told[-1]
+
+
+def test_text_of_a_visitor_is_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(chatpdf, "CHARS_OF_A_VISITOR", 10)
+    (tmp_path / "a.md").write_text("one two three")
+    passages, told = take_uploads([str(tmp_path / "a.md")], [], arguments(), Path.unlink)
+    assert passages == [] and told == ["a.md: your files have more than 10 characters together."]
+
+
+@pytest.fixture
+def uploads():
+    uploads = Uploads(400)
+    yield uploads
+    uploads.close()
+    assert not uploads.folder.exists()
+
+
+def test_two_visitors_upload_the_same_file(uploads):
+    """Gradio gives both the same path: the first one who has read it must not take it from the other one."""
+    path = uploads.folder / "hash" / "a.md"
+    path.parent.mkdir()
+    for client in ("first", "second"):
+        uploads.reserve(client, 10)
+        path.write_text("one")
+        uploads.arrived(client, 10, [str(path)])
+    uploads.release(path)
+    assert path.read_text() == "one"
+    # Nor while the same content may just be arriving.
+    uploads.reserve("third", 10)
+    uploads.release(path)
+    assert path.exists()
+    uploads.arrived("third", 10, [str(path)])
+    assert path.exists()
+    uploads.release(path)
+    assert list(uploads.folder.rglob("*")) == []
+
+
+def test_room_for_uploads_is_given_back(uploads, monkeypatch):
+    """A visitor has a quarter of 400 bytes; what nobody reads is removed after some time."""
+    uploads.reserve("a", 90)
+    with pytest.raises(RequestRefused, match="No room"):
+        uploads.reserve("a", 20)
+    uploads.arrived("a", 90, [])
+    uploads.reserve("a", 100)
+    for number in range(3):
+        uploads.reserve(f"b{number}", 100)
+    with pytest.raises(RequestRefused, match="No room"):
+        uploads.reserve("c", 1)
+    for client in ("a", "b0", "b1", "b2"):
+        uploads.arrived(client, 100, [])
+    (uploads.folder / "half").write_bytes(b"x" * 380)
+    with pytest.raises(RequestRefused, match="No room"):
+        uploads.reserve("c", 50)
+    monkeypatch.setattr("medicalgpt.serving.uploads.MAX_AGE", -1)
+    monkeypatch.setattr("medicalgpt.serving.uploads.SECONDS_BETWEEN_SWEEPS", 0)
+    uploads.reserve("c", 50)
+    assert not (uploads.folder / "half").exists()
+
+
+def test_visitors_see_names_and_not_paths():
+    files = ["/home/li/notes/a.md", "/home/li/old/a.md", "/home/li/notes/b.md", "c.md"]
+    shown = [passage.file for passage in with_short_names([Passage(file, "text") for file in files])]
+    assert shown == ["notes/a.md", "old/a.md", "b.md", "c.md"]
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import asyncio
 import base64
 
 from medicalgpt.errors import UserError
+from medicalgpt.serving import web
 from medicalgpt.serving.web import AccessMiddleware
 from template import apply_template, check_template
 from tests.tiny import tiny_tokenizer
@@ -52,6 +53,44 @@ def status(header: str | None, key: str) -> int:
     scope = {"type": "http", "method": "GET", "path": "/", "headers": headers}
     asyncio.run(app(scope, receive, send))
     return sent[0]["status"]
+
+
+def test_keys_cannot_be_guessed_at_will(monkeypatch):
+    """After too many wrong ones an address has to wait, whatever it sends; others do not."""
+    monkeypatch.setattr(web, "WRONG_KEYS", 3)
+    failures = web.Failures(web.WRONG_KEYS)
+    clock = [1000.0]
+    monkeypatch.setattr(web.time, "monotonic", lambda: clock[0])
+    for _ in range(3):
+        failures.check("a")
+        failures.add("a")
+    failures.check("b")
+    with pytest.raises(web.RequestRefused) as refused:
+        failures.check("a")
+    assert (refused.value.status_code, refused.value.headers) == (429, {"Retry-After": "60"})
+    clock[0] += 61
+    failures.check("a")
+    failures.add("a")
+    failures.check("a")
+    # Only so many are remembered.
+    monkeypatch.setattr(web, "MAX_CLIENTS", 2)
+    for client in "cdefg":
+        failures.add(client)
+    assert len(failures._counts) == 2
+
+
+@pytest.mark.parametrize(
+    ("address", "client"),
+    [
+        ("192.0.2.7", "192.0.2.7"),
+        ("::ffff:192.0.2.7", "192.0.2.7"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+        ("a socket", "a socket"),
+    ],
+)
+def test_a_client_is_an_address_or_a_network(address, client):
+    assert web.client_of({"client": (address, 1)}) == client
+    assert web.client_of({"client": None}) == ""
 
 
 def basic(text: str) -> str:

@@ -25,6 +25,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from transformers import AutoModelForCausalLM, Trainer
 from trl import GRPOTrainer, SFTTrainer
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADING = "## Where we reach into libraries\n"
@@ -167,6 +168,18 @@ def test_places_and_tests_of_the_table_exist():
         (uvicorn.Server, "startup", "sockets"),
         (uvicorn.Server, "shutdown", "sockets"),
         (uvicorn.Server, "handle_exit", "sig frame"),
+        (uvicorn.Server, "on_tick", "counter"),
+        (HttpToolsProtocol, "connection_made", "transport"),
+        (HttpToolsProtocol, "connection_lost", "exc"),
+        (HttpToolsProtocol, "data_received", "data"),
+        (HttpToolsProtocol, "send_400_response", "msg"),
+        (HttpToolsProtocol, "on_message_begin", ""),
+        (HttpToolsProtocol, "on_header", "name value"),
+        (HttpToolsProtocol, "on_headers_complete", ""),
+        (HttpToolsProtocol, "on_body", "body"),
+        (HttpToolsProtocol, "on_message_complete", ""),
+        (HttpToolsProtocol, "on_response_complete", ""),
+        (HttpToolsProtocol, "timeout_keep_alive_handler", ""),
     ],
 )
 def test_signatures_of_overridden_methods(kind, name, parameters):

@@ -761,7 +761,7 @@ class local:
 
 def test_failure_while_generating(engine):
     """Before any text it has a status of its own; after some it is the last event."""
-    steps = []
+    steps, fail_at = [], []
 
     def fail(*_):
         steps.append(None)
@@ -774,12 +774,18 @@ def test_failure_while_generating(engine):
     body = {"model": "tiny", "messages": ask("你好")}
     try:
         with local(engine) as page:
+
+            def recovered() -> None:
+                assert page.post("/v1/chat/completions", json=body | {"max_tokens": 1}).status_code == 200
+
             for step, stream in ((1, False), (1, True), (12, False)):
+                recovered()
                 steps.clear()
                 fail_at = [step]
                 answer = page.post("/v1/chat/completions", json=body | {"stream": stream})
                 assert answer.status_code == 500
                 assert answer.json()["error"]["type"] == "server_error" and "secret" not in answer.text
+            recovered()
             steps.clear()
             fail_at = [12]
             answer = page.post("/v1/chat/completions", json=body | {"stream": True})

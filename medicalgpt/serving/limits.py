@@ -35,6 +35,8 @@ PIECE = 16_384
 CHUNK_OVERHEAD = 8
 # Seconds that a client which was refused may go on sending; closed at once, it might not get to see why.
 SECONDS_TO_LINGER = 2.0
+# Bytes that are read from such a client, so that it cannot keep the event loop busy.
+MAX_DISCARDED = 4_000_000
 # Seconds without a byte taken by a client that an answer is sent to.
 WRITE_SECONDS = 60.0
 # File descriptors for everything else: uploads, child processes, libraries.
@@ -76,7 +78,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._in_body = False
         self._refused = False
         self._refusal: HTTPStatus | None = None
-        self._header_bytes = self._wire_bytes = self._body_bytes = 0
+        self._header_bytes = self._wire_bytes = self._body_bytes = self._discarded = 0
         self._header_timer: TimerHandle | None = None
         self._write_timer: TimerHandle | None = None
         self._linger_timer: TimerHandle | None = None
@@ -120,6 +122,10 @@ class LimitedProtocol(HttpToolsProtocol):
     # --- what is received ---------------------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
+        if self._linger_timer is not None:
+            self._discarded += len(data)
+            if self._discarded > MAX_DISCARDED:
+                self.transport.abort()
         for start in range(0, len(data), PIECE):
             if self._refused or self.transport.is_closing():
                 return
@@ -168,6 +174,7 @@ class LimitedProtocol(HttpToolsProtocol):
         if self._linger_timer is not None:
             self._linger_timer.cancel()
             self._linger_timer = None
+            self._discarded = 0
         super().on_message_complete()
 
     # --- what is sent -------------------------------------------------------------------------------------------------

@@ -3,7 +3,8 @@
 import copy
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from medicalgpt.errors import UserError
 from medicalgpt.serving.chat import ChatEngine, PromptTooLongError
@@ -18,6 +19,9 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 PAGED_LAYERS = {"full_attention", "sliding_attention"}
 # Seconds until the cache must be there, or a token of a request that nothing runs beside.
 PATIENCE = 120.0
+# On a CPU: tokens of a block of the cache, and tokens of all prompts that are computed in one step.
+BLOCK_SIZE = 64
+MAX_PREFILL_TOKENS = 1024
 
 
 class PagedAnswer:
@@ -71,18 +75,29 @@ class PagedModel:
     """
 
     def __init__(self, engine: ChatEngine, max_batch_size: int):
-        self._manager = engine.model.init_continuous_batching(
-            _plain_config(engine),
+        self._engine = engine
+        errors = []
+        for size in _cache_sizes(engine, max_batch_size):
+            if error := self._start(max_batch_size, size):
+                errors.append(error)
+            else:
+                break
+        else:
+            raise UserError(f"No cache could be made for continuous batching: {errors[-1]}. Use --batching static.")
+        self.capacity: int = self._manager.batch_processor.cache.num_pages
+
+    def _start(self, max_batch_size: int, size: dict[str, Any]) -> str | None:
+        """Start the thread that generates, with a cache of some size. Returns why that is not possible, if so."""
+        self._manager = self._engine.model.init_continuous_batching(
+            _plain_config(self._engine),
             ContinuousBatchingConfig(
                 max_requests_per_batch=max_batch_size,
                 # Each request chooses its token with its own settings, on the host, at every step.
                 use_async_batching=False,
                 use_cuda_graph=False,
-                # By default nearly all free memory becomes cache, which would be all of the machine's on a CPU.
-                max_memory_percent=None if engine.model.device.type == "cuda" else 0.05,
+                **size,
             ),
         )
-        self._engine = engine
         processor = self._manager.logit_processor
         processor.logits_processor.append(_PagedChooser())
         processor.supported_keys, processor.tensors_required, processor.do_processing = (
@@ -96,9 +111,9 @@ class PagedModel:
             if not self.running or time.monotonic() > deadline:
                 error = self.error
                 self.stop()
-                raise UserError(f"No cache could be made for continuous batching: {error}. Use --batching static.")
+                return error
             time.sleep(0.01)
-        self.capacity: int = self._manager.batch_processor.cache.num_pages
+        return None
 
     @staticmethod
     def obstacles(engine: ChatEngine) -> list[str]:
@@ -189,6 +204,26 @@ class _PagedChooser(ContinuousBatchingLogitsProcessor):
 
             state.logit_processor_kwargs["paged_answer"].choose(scores[number], before)
         return scores
+
+
+def _cache_sizes(engine: ChatEngine, max_batch_size: int) -> Iterator[dict[str, Any]]:
+    """Settings of the cache, the best first.
+
+    By default nearly all free memory becomes cache, which would be all of the machine's on a CPU. There it is what the
+    batch can fill, in at most a quarter of the memory, or a twentieth if that is not enough.
+    """
+    if engine.model.device.type == "cuda":
+        yield {}
+        return
+    if engine.context_length is not None:
+        blocks = max_batch_size * (-(-engine.context_length // BLOCK_SIZE) + 1)
+        yield {
+            "block_size": BLOCK_SIZE,
+            "num_blocks": blocks,
+            "max_batch_tokens": MAX_PREFILL_TOKENS,
+            "max_memory_percent": 0.25,
+        }
+    yield {"max_memory_percent": 0.05}
 
 
 def _plain_config(engine: ChatEngine) -> GenerationConfig:
