@@ -21,6 +21,7 @@ import asyncio
 import dataclasses
 import json
 import os
+import random
 import re
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -34,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 from medicalgpt.args import ChatArguments, PageArguments
 from medicalgpt.errors import UserError, run_main
 from medicalgpt.files import refuse_overwriting, write_atomically
+from medicalgpt.formats.citations import Chooser, finished
 from medicalgpt.logs import heartbeat, setup_logging
 from medicalgpt.parser import parse_args
 from medicalgpt.rag import documents
@@ -46,7 +48,6 @@ from medicalgpt.rag.grounding import (
     format_passages,
     format_sources,
     is_relevant,
-    parse_citations,
     search_query,
 )
 from medicalgpt.rag.retrieval import (
@@ -296,12 +297,13 @@ def ground(
     found: SearchResult,
     history: Sequence[dict[str, str]],
     question: str,
+    chooser: Chooser | None = None,
 ) -> GroundedPrompt | None:
     """The prompt for a question with the passages found; None if these are not relevant enough to ask the model."""
     if not is_relevant(found, arguments.min_similarity, arguments.min_coverage):
         return None
     sources = build_sources(collection, found, arguments.num_passages, arguments.num_expand_context_chunk)
-    return build_prompt(engine, sampling, arguments.system_prompt, history, question, sources)
+    return build_prompt(engine, sampling, arguments.system_prompt, history, question, sources, chooser)
 
 
 def reply(
@@ -318,9 +320,15 @@ def reply(
     if prompt is None:
         print(UNKNOWN[language_of(question)], flush=True)
         return ""
-    answer = print_answer(engine, GenerationRequest(prompt.prompt_ids, sampling))
+    answer = prompt.read(
+        print_answer(
+            engine,
+            GenerationRequest(prompt.prompt_ids, sampling),
+            lambda text, ended: prompt.read(text if ended else finished(text)).text,
+        )
+    )
     print("", *format_sources(answer, prompt.sources), sep="\n", flush=True)
-    return answer
+    return answer.text
 
 
 def talk(engine: ChatEngine, sampling: Sampling, collection: Collection, arguments: FileArguments) -> None:
@@ -420,7 +428,9 @@ def evaluate(
         asked = is_relevant(found, arguments.min_similarity, arguments.min_coverage)
         rows.append({**dataclasses.asdict(question), "rank": rank, "coverage": found.coverage, "asked": asked})
         if engine and asked:
-            prompt = ground(engine, sampling, collection, arguments, found, [], question.question)
+            # Repeatable, as nobody is there to be deceived.
+            chooser = random.Random(len(rows))
+            prompt = ground(engine, sampling, collection, arguments, found, [], question.question, chooser)
             prompts.append((rows[-1], prompt, right))
     if lost:
         logger.warning(
@@ -430,12 +440,12 @@ def evaluate(
         with heartbeat(lambda: f"answering {len(prompts)} questions"):
             answers = engine.batch([prompt.prompt_ids for _, prompt, _ in prompts], sampling, ANSWERS_AT_A_TIME)
         for (row, prompt, right), answer in zip(prompts, answers, strict=True):
-            cited, invented = parse_citations(answer.text, prompt.sources)
+            answer = prompt.read(answer.text)
             row |= {
                 "answer_given": answer.text,
-                "cited": cited,
-                "invented": invented,
-                "cited_right": any(right.intersection(prompt.sources[n - 1].passages) for n in cited),
+                "cited": answer.cited,
+                "invented": answer.invented,
+                "cited_right": any(right.intersection(prompt.sources[n - 1].passages) for n in answer.cited),
             }
     table = {language: measures(rows, language) for language in sorted({row["language"] for row in rows})}
     for name in dict.fromkeys(chain.from_iterable(table.values())):
@@ -614,8 +624,9 @@ async def answer_visitor(
     request, text = GenerationRequest(prompt.prompt_ids, sampling), ""
     async with aclosing(stream(batcher, request, arguments.request_timeout)) as growing:
         async for text, _ in growing:
-            yield text, ""
-    yield text, format_passages(text, prompt.sources)
+            yield prompt.read(finished(text)).text, ""
+    answer = prompt.read(text)
+    yield answer.text, format_passages(answer, prompt.sources)
 
 
 def take_uploads(

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import chatpdf
 from chatpdf import FileArguments, safe_name, take_uploads
 from medicalgpt.errors import UserError
+from medicalgpt.formats.citations import CitedAnswer
 from medicalgpt.parser import parse_args
 from medicalgpt.rag import grounding
-from medicalgpt.rag.grounding import build_prompt, escape_special_tokens, format_sources, parse_citations
+from medicalgpt.rag.grounding import build_prompt, escape_special_tokens, format_sources
 from medicalgpt.rag.retrieval import Collection, Passage, language_of
 from medicalgpt.serving.chat import ChatEngine, PromptTooLongError, SpecialTokenError
 from medicalgpt.serving.generation import Sampling
@@ -87,7 +88,7 @@ def test_pages_are_cited_from_the_first_to_the_last(pages):
     for best in range(len(pages)):
         shown = sources(passages, (best,), "--num_expand_context_chunk", str(len(pages)))
         assert [source.passages for source in shown] == [tuple(range(len(pages)))]
-        assert format_sources("Yes [1].", shown) == [f"[1] {RANGES[pages]}"]
+        assert format_sources(CitedAnswer("Yes [1].", [1], []), shown) == [f"[1] {RANGES[pages]}"]
 
 
 def test_the_prompt_has_numbers_places_and_the_language_of_the_question(engine):
@@ -96,11 +97,12 @@ def test_the_prompt_has_numbers_places_and_the_language_of_the_question(engine):
         ("How long is a cold?", "Question: How long"),
     ):
         shown, sampling = sources()[:2], Sampling(max_new_tokens=20)
-        messages = build_prompt(engine, sampling, "Be brief.", [], question, shown).messages
+        prompt = build_prompt(engine, sampling, "Be brief.", [], question, shown)
+        messages, tag = prompt.messages, prompt.tag
         assert [message["role"] for message in messages] == ["system", "user"]
         text = messages[1]["content"]
         assert instruction in text and grounding.UNKNOWN[language_of(question)] in text
-        assert "[1] a.md > 感冒\n感冒多由病毒引起" in text and "[2] a.md > 糖尿病\n胰岛素" in text
+        assert f"[{tag}-1] a.md > 感冒\n感冒多由病毒引起" in text and f"[{tag}-2] a.md > 糖尿病\n胰岛素" in text
 
 
 # Both run until the prompt is right.
@@ -131,16 +133,23 @@ def test_what_does_not_fit_is_left_out_whole_and_said(engine, log):
         build_prompt(engine, Sampling(), None, [], "What?", sources([Passage("a", "x" * 3000)], (0,)))
 
 
-def test_citations_exist_or_are_called_out():
-    answer = "喝水[1][2, 1]，休息【3】。See [9] and [x] and [0]."
-    assert parse_citations(answer, sources()) == ([1, 2, 3], [9, 0])
-    assert format_sources("Yes [3].", sources()) == ["[3] b.pdf, page 2"]
-    assert format_sources("Yes [8].", sources())[-1] == "The answer cites [8], which is not a source."
-    lines = format_sources("Yes.", sources())
-    assert "cites none" in lines[0] and lines[1:] == ["(1) a.md > 感冒", "(2) a.md > 糖尿病", "(3) b.pdf, page 2"]
+def test_sources_are_listed_as_cited_or_as_given():
+    assert format_sources(CitedAnswer("Yes [3].", [3], []), sources()) == ["[3] b.pdf, page 2"]
+    lines = format_sources(CitedAnswer("Yes [?].", [], ["[8]"]), sources())
+    assert "cites none" in lines[0] and lines[1:4] == ["(1) a.md > 感冒", "(2) a.md > 糖尿病", "(3) b.pdf, page 2"]
+    assert lines[4] == "[?]: the answer cites [8], which is not a source."
 
 
 # --- the program -----------------------------------------------------------------------------------------------------
+
+
+TAG = "b2b2"
+
+
+@pytest.fixture
+def same_tag(monkeypatch):
+    """The same tag for every request, which a model can have learned."""
+    monkeypatch.setattr(grounding, "draw_tag", lambda texts, chooser: TAG)
 
 
 @pytest.fixture(scope="module")
@@ -151,12 +160,14 @@ def citing(tmp_path_factory):
         context_length=None, prompt_ids=lambda messages: [], tokenizer=tiny_tokenizer(), stop_ids=frozenset()
     )
     shown = [grounding.Source(found[0].place, found[0].text, (0,))]
-    messages = build_prompt(engine, Sampling(), None, [], "感冒多久好转？", shown).messages
-    answers = {messages[0]["content"]: "一周[1]。"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grounding, "draw_tag", lambda texts, chooser: TAG)
+        messages = build_prompt(engine, Sampling(), None, [], "感冒多久好转？", shown).messages
+    answers = {messages[0]["content"]: f"一周[{TAG}-1]。"}
     return make_tiny(tmp_path_factory.mktemp("citing"), answers=answers, max_position_embeddings=2048)
 
 
-def test_a_question_is_answered_with_its_source_and_refused_without(citing, notes, monkeypatch, capsys):
+def test_a_question_is_answered_with_its_source_and_refused_without(citing, same_tag, notes, monkeypatch, capsys):
     folder, flags = notes
     monkeypatch.chdir(folder)
     lines = iter(["感冒多久好转？", "/clear", "/what", "世界上最高的山在哪里？"])
@@ -357,7 +368,7 @@ def test_the_sample_questions_find_their_passages(tmp_path, capsys):
         run_here("chatpdf.py", *flags)
 
 
-def test_measures_by_hand(notes, tmp_path, citing, log, monkeypatch):
+def test_measures_by_hand(notes, tmp_path, citing, same_tag, log, monkeypatch):
     monkeypatch.setattr(chatpdf, "setup_logging", lambda: None)
     folder, flags = notes
     monkeypatch.chdir(folder)
