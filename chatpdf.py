@@ -36,6 +36,7 @@ from medicalgpt.args import ChatArguments, PageArguments
 from medicalgpt.errors import UserError, run_main
 from medicalgpt.files import refuse_overwriting, write_atomically
 from medicalgpt.formats.citations import Chooser, finished
+from medicalgpt.formats.terms import language_of, normalize
 from medicalgpt.logs import heartbeat, setup_logging
 from medicalgpt.parser import parse_args
 from medicalgpt.rag import documents
@@ -45,6 +46,7 @@ from medicalgpt.rag.grounding import (
     GroundedPrompt,
     build_prompt,
     build_sources,
+    find_unsupported,
     format_passages,
     format_sources,
     is_relevant,
@@ -57,8 +59,6 @@ from medicalgpt.rag.retrieval import (
     Passage,
     SearchResult,
     find_documents,
-    language_of,
-    normalize,
     split,
 )
 from medicalgpt.readers.problems import Problem, format_problems
@@ -445,6 +445,10 @@ def evaluate(
                 "answer_given": answer.text,
                 "cited": answer.cited,
                 "invented": answer.invented,
+                "unsupported": [
+                    {"text": claim.text, "cited": claim.cited, "missing": missing}
+                    for claim, missing in find_unsupported(answer, prompt.sources)
+                ],
                 "cited_right": any(right.intersection(prompt.sources[n - 1].passages) for n in answer.cited),
             }
     table = {language: measures(rows, language) for language in sorted({row["language"] for row in rows})}
@@ -496,6 +500,7 @@ def measures(rows: list[dict[str, Any]], language: str) -> dict[str, float]:
         numbers["answers that cite a correct passage"] = share("answers", lambda row: row["cited_right"])
     if groups["citing"]:
         numbers["of those that cite: all citations exist"] = share("citing", lambda row: not row["invented"])
+        numbers["of those that cite: found in the sources"] = share("citing", lambda row: not row["unsupported"])
     return numbers
 
 

@@ -10,10 +10,11 @@ import chatpdf
 from chatpdf import FileArguments, safe_name, take_uploads
 from medicalgpt.errors import UserError
 from medicalgpt.formats.citations import CitedAnswer
+from medicalgpt.formats.terms import language_of
 from medicalgpt.parser import parse_args
 from medicalgpt.rag import grounding
 from medicalgpt.rag.grounding import build_prompt, escape_special_tokens, format_sources
-from medicalgpt.rag.retrieval import Collection, Passage, language_of
+from medicalgpt.rag.retrieval import Collection, Passage
 from medicalgpt.serving.chat import ChatEngine, PromptTooLongError, SpecialTokenError
 from medicalgpt.serving.generation import Sampling
 from tests.helpers import read_json, run_here, write_jsonl
@@ -138,6 +139,16 @@ def test_sources_are_listed_as_cited_or_as_given():
     lines = format_sources(CitedAnswer("Yes [?].", [], ["[8]"]), sources())
     assert "cites none" in lines[0] and lines[1:4] == ["(1) a.md > 感冒", "(2) a.md > 糖尿病", "(3) b.pdf, page 2"]
     assert lines[4] == "[?]: the answer cites [8], which is not a source."
+
+
+def test_what_the_cited_source_does_not_say_is_shown():
+    shown = sources()
+    assert len(format_sources(CitedAnswer(f"{ILLNESSES[0].text}[1]", [1], []), shown)) == 1
+    lines = format_sources(CitedAnswer("Ibuprofen cannot raise blood pressure [3]. 感冒两周好[1]。", [3, 1], []), shown)
+    assert lines[2] == (
+        "not found in the source [3]: “Ibuprofen cannot raise blood pressure.” (ibuprofen cannot raise blood pressure)"
+    )
+    assert lines[3].startswith("原文中没有找到 [1]：“感冒两周好。”（2周")
 
 
 # --- the program -----------------------------------------------------------------------------------------------------
@@ -390,6 +401,8 @@ def test_measures_by_hand(notes, tmp_path, citing, same_tag, log, monkeypatch):
     answered = read_json(output)["questions"]
     assert answered[0]["answer_given"] == "一周[1]。" and answered[0]["cited_right"] and not answered[2]["cited_right"]
     assert numbers["answers that cite a correct passage"] == 0.5
+    assert [row["unsupported"] for row in answered if "unsupported" in row] == [[], []]
+    assert numbers["of those that cite: found in the sources"] == 1
     assert any("evidence of 1 questions" in line for line in log)
 
 

@@ -13,8 +13,10 @@ from medicalgpt.formats.citations import (
     read_citations,
     without_citations,
 )
+from medicalgpt.formats.support import Claim, unsupported_claims
+from medicalgpt.formats.terms import SENTENCE, is_standalone, language_of
 from medicalgpt.models.templating import special_tokens_in
-from medicalgpt.rag.retrieval import SENTENCE, Collection, SearchResult, is_standalone, language_of
+from medicalgpt.rag.retrieval import Collection, SearchResult
 from medicalgpt.serving.chat import ChatEngine, PromptTooLongError
 from medicalgpt.serving.generation import Sampling
 from medicalgpt.serving.terminal import system_message
@@ -24,6 +26,10 @@ from loguru import logger
 UNKNOWN = {
     "zh": "所给的文件里没有找到这个问题的答案。",
     "en": "I did not find an answer to this question in the given files.",
+}
+NOT_FOUND = {
+    "zh": "原文中没有找到 {marks}：“{text}”（{missing}）",
+    "en": "not found in the source {marks}: “{text}” ({missing})",
 }
 PROMPT = {
     "zh": "请只根据下面的资料回答问题，并在每句话后面写上所依据资料的标记，例如 {mark}。资料里没有答案时，就说："
@@ -188,14 +194,25 @@ def build_prompt(
     return GroundedPrompt(messages, prompt_ids, sources, tag)
 
 
+def find_unsupported(answer: CitedAnswer, sources: Sequence[Source]) -> list[tuple[Claim, list[str]]]:
+    """The claims that are not found in the sources they cite, each with what is missing there; see `support`."""
+    return unsupported_claims(answer.text, [each.text for each in sources], [each.place for each in sources])
+
+
 def format_sources(answer: CitedAnswer, sources: Sequence[Source]) -> list[str]:
-    """Lines to show below an answer: the sources it cites or, if it cites none, those given to the model."""
+    """Lines to show below an answer: the sources it cites, or those given to the model if it cites none; and what of
+    it is not found in them."""
     lines = [f"[{n}] {sources[n - 1].place}" for n in answer.cited]
     if not answer.cited:
         lines = ["Sources given, of which the answer cites none:"]
         lines += [f"({n}) {source.place}" for n, source in enumerate(sources, start=1)]
     if answer.invented:
         lines.append(f"[?]: the answer cites {', '.join(answer.invented)}, which is not a source.")
+    for claim, missing in find_unsupported(answer, sources):
+        language = language_of(claim.text)
+        marks = "".join(f"[{number}]" for number in claim.cited)
+        missing = ("、" if language == "zh" else ", ").join(missing)
+        lines.append(NOT_FOUND[language].format(marks=marks, text=claim.text, missing=missing))
     return lines
 
 
