@@ -89,7 +89,7 @@ def test_pages_are_cited_from_the_first_to_the_last(pages):
     for best in range(len(pages)):
         shown = sources(passages, (best,), "--num_expand_context_chunk", str(len(pages)))
         assert [source.passages for source in shown] == [tuple(range(len(pages)))]
-        assert format_sources(CitedAnswer("Yes [1].", [1], []), shown) == [f"[1] {RANGES[pages]}"]
+        assert format_sources(CitedAnswer("Sentence [1].", [1], []), shown) == [f"[1] {RANGES[pages]}"]
 
 
 def test_the_prompt_has_numbers_places_and_the_language_of_the_question(engine):
@@ -135,7 +135,7 @@ def test_what_does_not_fit_is_left_out_whole_and_said(engine, log):
 
 
 def test_sources_are_listed_as_cited_or_as_given():
-    assert format_sources(CitedAnswer("Yes [3].", [3], []), sources()) == ["[3] b.pdf, page 2"]
+    assert format_sources(CitedAnswer("Ibuprofen [3].", [3], []), sources()) == ["[3] b.pdf, page 2"]
     lines = format_sources(CitedAnswer("Yes [?].", [], ["[8]"]), sources())
     assert "cites none" in lines[0] and lines[1:4] == ["(1) a.md > 感冒", "(2) a.md > 糖尿病", "(3) b.pdf, page 2"]
     assert lines[4] == "[?]: the answer cites [8], which is not a source."

@@ -33,10 +33,11 @@ ENGLISH_NUMBERS = {
 }
 ENGLISH_NUMBER = re.compile(rf"\b(?:{'|'.join(ENGLISH_NUMBERS)})\b(?=[\s-]+(?:{UNIT})(?![a-z])|\s+(?:to|or)\s)")
 FREQUENCY = {"once": "1 time", "twice": "2 times", "thrice": "3 times"}
+WRITTEN = rf"{UNIT}(?:{PER}{UNIT})*"
 RANGE = re.compile(
-    rf"(\d+(?:\.\d+)?)\s*(?:-|~|〜|至|到|\bto\b|\bor\b)\s*(?=\d+(?:\.\d+)?\s*(?P<unit>{UNIT})?(?![a-z]))"
+    rf"(\d+(?:\.\d+)?)\s*(?:-|~|〜|至|到|\bto\b|\bor\b)\s*(?=\d+(?:\.\d+)?\s*(?P<unit>{WRITTEN})?(?![a-z]))"
 )
-WRITTEN_UNIT = re.compile(rf"(?<![a-z]){UNIT}(?:{PER}{UNIT})*(?![a-z])")
+WRITTEN_UNIT = re.compile(rf"(?<![a-z]){WRITTEN}(?![a-z])")
 # Times, ratios, blood pressures and dates are one value: 120/80 is not 80/120.
 COMPOUND = re.compile(r"(?<![\d.])\d+(?:\.\d+)?(?:\s*[:/]\s*\d+(?:\.\d+)?)+(?![\d.])|\b\d{4}-\d{1,2}-\d{1,2}\b")
 # What stands before or after a number makes it a bound.
