@@ -364,6 +364,57 @@ def test_an_embedding_model_that_is_not_there(notes):
         run_here("chatpdf.py", *notes[1], "--search", "x", "--sim_model_name", "no-such/model")
 
 
+@pytest.fixture(scope="module")
+def cross_encoder(tmp_path_factory) -> str:
+    """A random BERT of one layer over bytes, with one score."""
+    from sentence_transformers import CrossEncoder
+    from transformers import BertConfig, BertForSequenceClassification
+
+    folder = tmp_path_factory.mktemp("cross")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        num_labels=1,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    BertForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    assert CrossEncoder(str(folder), device="cpu").num_labels == 1
+    return str(folder)
+
+
+def test_a_reranker_ranks_again_and_refuses(notes, cross_encoder, monkeypatch, capsys):
+    """The road is tested; random weights say nothing of quality."""
+    monkeypatch.setattr(chatpdf, "setup_logging", lambda: None)
+    folder, flags = notes
+    (folder / "more.md").write_text("# Cold\nInsulin is kept cool.\n\n# Sun\nInsulin is kept in the dark.\n")
+    flags += ["--rerank_model_name", cross_encoder]
+    collection = chatpdf.read_collection(arguments(*flags))
+    asked = "How is insulin kept?"
+    plain, found = collection.rank(asked), collection.search(asked)
+    scores = collection.reranker.score(asked, [collection.passages[n].searched for n in plain.order])
+    assert sorted(found.order) == sorted(plain.order) and len(found.order) == 3
+    assert found.order == [n for _, n in sorted(zip(scores, plain.order, strict=True), reverse=True)]
+    assert found.relevance == pytest.approx(max(scores)) and plain.relevance is None
+    assert collection.with_more(collection.passages).reranker is collection.reranker
+    for minimum, verdict in ((found.relevance - 0.01, "a model would be asked"), (found.relevance + 0.01, "was found")):
+        run_here("chatpdf.py", *flags, "--search", asked, "--min_relevance", str(minimum))
+        assert verdict in capsys.readouterr().err
+    with pytest.raises(UserError, match="--rerank_model_name no-such/model cannot be loaded"):
+        run_here("chatpdf.py", *notes[1][:4], "--search", "x", "--rerank_model_name", "no-such/model")
+    for wrong, message in (
+        (["--min_relevance", "0.5"], "no effect without --rerank_model_name"),
+        (["--rerank_model_name", "x", "--min_relevance", "1", "--min_coverage", "0.1"], "decides instead"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run_here("chatpdf.py", *notes[1][:4], "--search", "x", *wrong)
+
+
 # --- the numbers -----------------------------------------------------------------------------------------------------
 
 

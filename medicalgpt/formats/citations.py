@@ -29,6 +29,12 @@ NOT_A_SOURCE = "[?]"
 SHOWN = re.compile(r"\s*\[(?:\d+|\?)\]")
 
 
+UNKNOWN = {
+    "zh": "所给的文件里没有找到这个问题的答案。",
+    "en": "I did not find an answer to this question in the given files.",
+}
+
+
 class Chooser(Protocol):
     """What draws tags: `secrets.SystemRandom`, or a seeded `random.Random` where runs have to be repeatable."""
 

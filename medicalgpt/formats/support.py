@@ -55,7 +55,7 @@ DOWN_AFTER = r"(?:\s*(?:或|及|以)?(?:以下|以内|之内|内)|\s*(?:or|and) 
 
 # Words with a negative character or word that do not negate a statement.
 NEUTRAL = re.compile(
-    "不良|不适|不仅|不但|不断|不同|不锈|不足|不少|不超过|不得超过|不能超过|不要超过|不低于|不少于|不高于|不大于|不小于|不多于|不论|不管|"
+    "不满|不到|不良|不适|不仅|不但|不断|不同|不锈|不足|不少|不超过|不得超过|不能超过|不要超过|不低于|不少于|不高于|不大于|不小于|不多于|不论|不管|"
     "不等|不久|不过|差不多|对不起|无论|无菌|无线|无创|未来|未成年|非常|非甾体|除非|是否|是不是|能不能|可不可以|要不要|有没有|非处方|"
     "特别|区别|级别|分别|性别|类别|鉴别|识别|个别|别人|别的|别处"
     r"|\bnot only\b|\bno\. ?\d|\bno (?:more|less|fewer) than\b|\bnot (?:exceed|more|less)\w*"
@@ -159,7 +159,7 @@ def _plain(text: str) -> str:
     """The text with one form of what can be written in several: width, dashes, case, numbers in words."""
     text = normalize_width(text).replace("—", "-").replace("’", "'").casefold()
     text = "".join(char for char in text if unicodedata.category(char) != "Cf")
-    text = re.sub(rf"(?<=[{HAN}])\s+(?=[{HAN}])", "", text)
+    text = re.sub(rf"(?<=[{HAN}])[^\S\n]+(?=[{HAN}])", "", text)
     text = re.sub(r"百分之\s*([\d.]+|[一二两三四五六七八九十百]+)", lambda match: f"{_digits(match[1])}%", text)
     text = HAN_NUMBER.sub(lambda match: _digits(match[0]), text)
     text = ENGLISH_NUMBER.sub(lambda match: ENGLISH_NUMBERS[match[0]], text)

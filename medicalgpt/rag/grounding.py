@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from medicalgpt.formats.citations import (
+    UNKNOWN,
     Chooser,
     CitedAnswer,
     draw_tag,
@@ -23,10 +24,6 @@ from medicalgpt.serving.terminal import system_message
 
 from loguru import logger
 
-UNKNOWN = {
-    "zh": "所给的文件里没有找到这个问题的答案。",
-    "en": "I did not find an answer to this question in the given files.",
-}
 NOT_FOUND = {
     "zh": "原文中没有找到 {marks}：“{text}”（{missing}）",
     "en": "not found in the source {marks}: “{text}” ({missing})",
@@ -42,8 +39,13 @@ PROMPT = {
 }
 
 
-def is_relevant(found: SearchResult, min_similarity: float | None, min_coverage: float) -> bool:
-    """Whether the passages are relevant enough to the question to ask a model."""
+def is_relevant(
+    found: SearchResult, min_similarity: float | None, min_coverage: float, min_relevance: float | None = None
+) -> bool:
+    """Whether the passages are relevant enough to the question to ask a model: by the reranker's score if a minimum is
+    given, else by terms and similarity."""
+    if min_relevance is not None:
+        return bool(found.order) and (found.relevance or 0.0) >= min_relevance
     near = min_similarity is not None and (found.similarity or -1) >= min_similarity
     return bool(found.order) and (near or found.coverage >= min_coverage)
 
@@ -132,6 +134,19 @@ def escape_special_tokens(tokenizer: Any, text: str, stop_ids: Set[int] = frozen
     return text, count
 
 
+def frame_sources(sources: Sequence[Source], tag: str) -> str:
+    return "\n\n".join(frame(tag, n, source.place, source.text) for n, source in enumerate(sources, start=1))
+
+
+def write_question(question: str, sources: Sequence[Source], tag: str, passages: str | None = None) -> str:
+    """What the model is asked. `passages` are the framed sources if something in them had to be escaped."""
+    language = language_of(question)
+    passages = frame_sources(sources, tag) if passages is None else passages
+    return PROMPT[language].format(
+        mark=mark(tag, 1), end=f"[/{tag}-1]", unknown=UNKNOWN[language], passages=passages, question=question
+    )
+
+
 def build_prompt(
     engine: ChatEngine,
     sampling: Sampling,
@@ -153,7 +168,6 @@ def build_prompt(
         PromptTooLongError: even the first source does not fit.
         NoChatTemplateError, ChatTemplateError, SpecialTokenError: see `ChatEngine.prompt_ids`.
     """
-    language = language_of(question)
     # The numbers below earlier answers belong to other sources.
     history = [
         turn | {"content": without_citations(turn["content"])} if turn["role"] == "assistant" else turn
@@ -164,11 +178,8 @@ def build_prompt(
     tag = draw_tag([*texts, *(text for source in sources for text in (source.place, source.text))], chooser)
     turns, given = len(history), len(sources)
     while True:
-        passages = "\n\n".join(frame(tag, n, source.place, source.text) for n, source in enumerate(sources, start=1))
-        passages, special = escape_special_tokens(engine.tokenizer, passages, engine.stop_ids)
-        text = PROMPT[language].format(
-            mark=mark(tag, 1), end=f"[/{tag}-1]", unknown=UNKNOWN[language], passages=passages, question=question
-        )
+        passages, special = escape_special_tokens(engine.tokenizer, frame_sources(sources, tag), engine.stop_ids)
+        text = write_question(question, sources, tag, passages)
         messages = [*system_message(system_prompt), *history, {"role": "user", "content": text}]
         try:
             prompt_ids = engine.prompt_ids(messages)

@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import chain
 from math import log
@@ -28,6 +28,7 @@ from safetensors.numpy import save
 
 # Reciprocal rank fusion (https://doi.org/10.1145/1571941.1572114): being high in both rankings beats first in one.
 RRF_K = 60
+RERANKED = 20  # passages that a reranker reads for a question
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,35 @@ class Embedder:
         return np.asarray(vectors, dtype=np.float32)
 
 
+class Reranker:
+    """A cross-encoder of sentence-transformers that reads a question together with a passage.
+
+    Raises:
+        UserError: the model cannot be loaded, or does not give one score.
+    """
+
+    def __init__(self, name: str, cache_dir: str | None = None):
+        from sentence_transformers import CrossEncoder
+
+        try:
+            self.model = CrossEncoder(
+                name, cache_folder=cache_dir, model_kwargs={"use_safetensors": True}, trust_remote_code=False
+            )
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"--rerank_model_name {name} cannot be loaded: {str(error).splitlines()[0][:200]}\n"
+                "Name a folder or a hub model with safetensors weights, or omit the flag."
+            ) from error
+        if self.model.num_labels != 1:
+            raise UserError(
+                f"--rerank_model_name {name} gives {self.model.num_labels} scores, a reranker gives one. Name another."
+            )
+
+    def score(self, question: str, texts: Sequence[str]) -> list[float]:
+        """One score per text, the higher the better, on the model's own scale."""
+        return self.model.predict([(question, text) for text in texts], show_progress_bar=False).tolist()
+
+
 @dataclass(frozen=True)
 class SearchResult:
     """The result of a search.
@@ -130,11 +160,13 @@ class SearchResult:
         coverage: share of the question's terms found in the three best passages by BM25, weighted by how rare the
             terms are among the passages.
         similarity: the largest cosine between question and passage; None without embeddings.
+        relevance: the reranker's score of the best passage; None without a reranker.
     """
 
     order: list[int]
     coverage: float
     similarity: float | None
+    relevance: float | None = None
 
 
 class Collection:
@@ -145,9 +177,14 @@ class Collection:
     """
 
     def __init__(
-        self, passages: Sequence[Passage], embedder: Embedder | None = None, vectors: np.ndarray | None = None
+        self,
+        passages: Sequence[Passage],
+        embedder: Embedder | None = None,
+        vectors: np.ndarray | None = None,
+        reranker: Reranker | None = None,
     ):
         self.passages = passages
+        self.reranker = reranker
         self.embedder = embedder
         self.vectors = vectors
         words = [extract_terms(passage.searched) for passage in passages]
@@ -163,9 +200,19 @@ class Collection:
         if self.embedder and passages:
             fresh = self.embedder.embed([passage.searched for passage in passages])
             vectors = fresh if vectors is None else np.concatenate([vectors, fresh])
-        return Collection([*self.passages, *passages], self.embedder, vectors)
+        return Collection([*self.passages, *passages], self.embedder, vectors, self.reranker)
 
     def search(self, question: str) -> SearchResult:
+        """Rank the passages: by `rank`, and the best `RERANKED` of them again with the reranker, if there is one."""
+        found = self.rank(question)
+        if self.reranker is None or not found.order:
+            return found
+        best = found.order[:RERANKED]
+        scores = self.reranker.score(question, [self.passages[index].searched for index in best])
+        order = [index for _, index in sorted(zip(scores, best, strict=True), key=lambda pair: -pair[0])]
+        return replace(found, order=order + found.order[RERANKED:], relevance=max(scores))
+
+    def rank(self, question: str) -> SearchResult:
         """Rank the passages that share terms with the question, by BM25 and, with embeddings, by both."""
         if not self.passages:
             return SearchResult([], 0.0, None)
