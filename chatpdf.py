@@ -13,7 +13,8 @@ the answer is that nothing was found, and the model is not asked.
 
 What was read of a file is kept in the user's cache folder until the file changes or is gone; uploads are not kept.
 
---search shows passages, --evaluate measures how often the right one is found; both need no model. With one, --evaluate
+--search shows passages, --evaluate measures how often the right one is found, --make_tasks writes rows that train
+citing with GRPO; none of them needs a model. With one, --evaluate
 also checks the citations. --page True serves a page on http://127.0.0.1:8081 to which a visitor can upload files.
 """
 
@@ -21,6 +22,7 @@ import asyncio
 import dataclasses
 import json
 import os
+import random
 import re
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -34,6 +36,8 @@ from typing import TYPE_CHECKING, Any
 from medicalgpt.args import ChatArguments
 from medicalgpt.errors import UserError, run_main
 from medicalgpt.files import refuse_overwriting, write_atomically
+from medicalgpt.formats.citations import Chooser, finished
+from medicalgpt.formats.terms import language_of
 from medicalgpt.logs import heartbeat, printable, setup_logging
 from medicalgpt.parser import parse_args
 from medicalgpt.rag import documents
@@ -43,10 +47,10 @@ from medicalgpt.rag.grounding import (
     GroundedPrompt,
     build_prompt,
     build_sources,
+    find_unsupported,
     format_passages,
     format_sources,
     is_relevant,
-    parse_citations,
     search_query,
 )
 from medicalgpt.rag.retrieval import (
@@ -54,13 +58,13 @@ from medicalgpt.rag.retrieval import (
     DocumentStore,
     Embedder,
     Passage,
+    Reranker,
     SearchResult,
     find_documents,
-    language_of,
-    normalize,
     split,
     with_short_names,
 )
+from medicalgpt.rag.tasks import Question, is_held_out, write_tasks
 from medicalgpt.readers.problems import Problem, format_problems
 from medicalgpt.readers.sources import read_rows
 from medicalgpt.serving.arguments import PageArguments
@@ -82,7 +86,7 @@ if TYPE_CHECKING:
 
 SAMPLES = Path(__file__).resolve().parent / "data" / "rag"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medicalgpt" / "chatpdf"
-MODES = ("query", "interactive", "search", "evaluate", "page")
+MODES = ("query", "interactive", "search", "evaluate", "make_tasks", "page")
 ANSWERS_AT_A_TIME = 8
 FILES_OF_A_VISITOR = 20
 CHARS_OF_A_VISITOR = 5_000_000
@@ -152,6 +156,20 @@ class FileArguments(PageArguments):
             "scale differs between embedding models, so there is no default."
         },
     )
+    rerank_model_name: str | None = field(
+        default=None,
+        metadata={"help": "Cross-encoder for sentence-transformers; it ranks the best passages again."},
+    )
+    min_relevance: float | None = field(
+        default=None,
+        metadata={
+            "help": "With --rerank_model_name: ask the model only if the best passage has at least this score, instead "
+            "of --min_coverage. The scale differs between rerankers, so there is no default."
+        },
+    )
+    make_tasks: str | None = field(
+        default=None, metadata={"help": "Write rows for GRPO's reward `citations` to this .jsonl file."}
+    )
     index_dir: str | None = field(
         default=None,
         metadata={
@@ -173,10 +191,12 @@ def main() -> None:
     setup_logging()
     mode = choose_mode(arguments)
     sampling = sampling_from(arguments)
-    questions = read_questions(arguments) if mode == "evaluate" else []
+    questions = read_questions(arguments) if mode in ("evaluate", "make_tasks") else []
     collection = read_collection(arguments)
     if mode == "page":
         return serve_page(collection, arguments)
+    if mode == "make_tasks":
+        return write_tasks(arguments.make_tasks, questions, collection, arguments.num_passages)
     engine = None
     if arguments.model_name_or_path:
         engine = engine_from(arguments)
@@ -204,12 +224,12 @@ def choose_mode(arguments: FileArguments) -> str:
     if len(modes) != 1:
         found = " and ".join(f"--{name}" for name in modes) or "none, and the input is not a terminal"
         raise UserError(
-            "choose exactly one of --query TEXT, --interactive, --search TEXT, --evaluate and --page True "
-            f"(found: {found})."
+            "choose exactly one of --query TEXT, --interactive, --search TEXT, --evaluate, --make_tasks FILE and "
+            f"--page True (found: {found})."
         )
     (mode,) = modes
     only = {
-        "evaluate": {"questions", "output_file", "overwrite_output_file"},
+        "evaluate": {"output_file", "overwrite_output_file"},
         "page": names_of(PageArguments) - names_of(ChatArguments),
     }
     problems = [
@@ -218,17 +238,19 @@ def choose_mode(arguments: FileArguments) -> str:
         for name in sorted(names & given)
         if owner != mode
     ]
+    if "questions" in given and mode not in ("evaluate", "make_tasks"):
+        problems.append("--questions has no effect without --evaluate or --make_tasks; omit it.")
     if mode in ("evaluate", "search") and not arguments.model_name_or_path:
         of_answers = names_of(ChatArguments) - {"cache_dir"} | ({"num_passages"} if mode == "evaluate" else set())
         problems += [f"--{name} has no effect without a model; omit it." for name in sorted(of_answers & given)]
-    elif mode != "search" and not arguments.model_name_or_path:
+    elif mode not in ("search", "make_tasks") and not arguments.model_name_or_path:
         problems.append(f"--{mode} needs a model: for example --model_name_or_path outputs-sft.")
     if mode == "search" and arguments.model_name_or_path:
         problems.append("--model_name_or_path has no effect with --search; omit it, or use --query.")
-    if not arguments.files and mode not in ("evaluate", "page"):
+    if not arguments.files and mode not in ("evaluate", "make_tasks", "page"):
         problems.append("--files is missing: pass files or folders.")
-    if bool(arguments.files) != bool(arguments.questions) and mode == "evaluate":
-        problems.append("--evaluate takes both --files and --questions, or neither for data/rag.")
+    if bool(arguments.files) != bool(arguments.questions) and mode in ("evaluate", "make_tasks"):
+        problems.append(f"--{mode} takes both --files and --questions, or neither for data/rag.")
     for name in ("query", "search"):
         if getattr(arguments, name) is not None and not getattr(arguments, name).strip():
             problems.append(f"--{name} is empty; pass a question.")
@@ -241,6 +263,10 @@ def choose_mode(arguments: FileArguments) -> str:
         problems.append(f"--min_coverage is {arguments.min_coverage}, it must be from 0 to 1.")
     if arguments.min_similarity is not None and not arguments.sim_model_name:
         problems.append("--min_similarity has no effect without --sim_model_name; omit it.")
+    if arguments.min_relevance is not None and not arguments.rerank_model_name:
+        problems.append("--min_relevance has no effect without --rerank_model_name; omit it.")
+    if arguments.min_relevance is not None and {"min_coverage", "min_similarity"} & given:
+        problems.append("--min_relevance decides instead of --min_coverage and --min_similarity; omit these.")
     if arguments.temperature == 0:
         problems += [
             f"--{name} has no effect at --temperature 0." for name in ("top_p", "top_k", "seed") if name in given
@@ -261,8 +287,9 @@ def read_collection(arguments: FileArguments) -> "Collection":
         UserError: files cannot be read; all of them are named. Or --output_file is one of them.
     """
     embedder = Embedder(arguments.sim_model_name, arguments.cache_dir) if arguments.sim_model_name else None
+    reranker = Reranker(arguments.rerank_model_name, arguments.cache_dir) if arguments.rerank_model_name else None
     if arguments.page and not arguments.files:
-        return Collection([], embedder)
+        return Collection([], embedder, reranker=reranker)
     files = find_documents(arguments.files or [str(SAMPLES / "documents")])
     for path in files:
         refuse_overwriting("--output_file", arguments.output_file, {"--files": path})
@@ -293,7 +320,7 @@ def read_collection(arguments: FileArguments) -> "Collection":
         with heartbeat(lambda: f"embedding the passages of {len(files)} file(s)"):
             rows = [store.vectors(path, found, embedder) for path, (found, _, _) in zip(files, results, strict=True)]
         vectors = np.concatenate(rows)
-    return Collection(passages, embedder, vectors)
+    return Collection(passages, embedder, vectors, reranker)
 
 
 def ground(
@@ -304,12 +331,13 @@ def ground(
     found: SearchResult,
     history: Sequence[dict[str, str]],
     question: str,
+    chooser: Chooser | None = None,
 ) -> GroundedPrompt | None:
     """The prompt for a question with the passages found; None if these are not relevant enough to ask the model."""
-    if not is_relevant(found, arguments.min_similarity, arguments.min_coverage):
+    if not is_relevant(found, arguments.min_similarity, arguments.min_coverage, arguments.min_relevance):
         return None
     sources = build_sources(collection, found, arguments.num_passages, arguments.num_expand_context_chunk)
-    return build_prompt(engine, sampling, arguments.system_prompt, history, question, sources)
+    return build_prompt(engine, sampling, arguments.system_prompt, history, question, sources, chooser)
 
 
 def reply(
@@ -326,9 +354,15 @@ def reply(
     if prompt is None:
         print(UNKNOWN[language_of(question)], flush=True)
         return ""
-    answer = print_answer(engine, GenerationRequest(prompt.prompt_ids, sampling))
+    answer = prompt.read(
+        print_answer(
+            engine,
+            GenerationRequest(prompt.prompt_ids, sampling),
+            lambda text, ended: prompt.read(text if ended else finished(text)).text,
+        )
+    )
     print("", *map(printable, format_sources(answer, prompt.sources)), sep="\n", flush=True)
-    return answer
+    return answer.text
 
 
 def talk(engine: ChatEngine, sampling: Sampling, collection: Collection, arguments: FileArguments) -> None:
@@ -358,28 +392,16 @@ def talk(engine: ChatEngine, sampling: Sampling, collection: Collection, argumen
 def show_passages(collection: Collection, arguments: FileArguments) -> None:
     """Print the passages that a model would be given, in full."""
     found = collection.search(arguments.search)
+    relevance = "" if found.relevance is None else f", relevance {found.relevance:.3f}"
     similarity = "" if found.similarity is None else f", largest similarity {found.similarity:.2f}"
-    is_enough = is_relevant(found, arguments.min_similarity, arguments.min_coverage)
+    is_enough = is_relevant(found, arguments.min_similarity, arguments.min_coverage, arguments.min_relevance)
     verdict = "a model would be asked" if is_enough else "the answer would be that nothing was found"
-    print_note(f"{found.coverage:.0%} of the question's terms are in the best passages{similarity}: {verdict}")
+    print_note(
+        f"{found.coverage:.0%} of the question's terms are in the best passages{similarity}{relevance}: {verdict}"
+    )
     sources = build_sources(collection, found, arguments.num_passages, arguments.num_expand_context_chunk)
     for number, source in enumerate(sources, start=1):
         print(printable(f"[{number}] {source.place}\n{source.text}\n"))
-
-
-@dataclass(frozen=True)
-class Question:
-    """A row of --questions. `file` is None if the files have no answer; otherwise `evidence` is a quotation from it."""
-
-    question: str
-    language: str
-    file: str | None
-    page: int | None = None
-    evidence: str = ""
-
-    def answered_by(self, passage: Passage) -> bool:
-        same_page = self.page is None or passage.page == self.page
-        return Path(passage.file).name == self.file and same_page and normalize(self.evidence) in passage.normalized
 
 
 def read_questions(arguments: FileArguments) -> list[Question]:
@@ -425,10 +447,12 @@ def evaluate(
         if question.file and not right:
             lost.append(question.question)
         rank = next((n for n, index in enumerate(found.order, start=1) if index in right), None)
-        asked = is_relevant(found, arguments.min_similarity, arguments.min_coverage)
+        asked = is_relevant(found, arguments.min_similarity, arguments.min_coverage, arguments.min_relevance)
         rows.append({**dataclasses.asdict(question), "rank": rank, "coverage": found.coverage, "asked": asked})
         if engine and asked:
-            prompt = ground(engine, sampling, collection, arguments, found, [], question.question)
+            # Repeatable, as nobody is there to be deceived.
+            chooser = random.Random(len(rows))
+            prompt = ground(engine, sampling, collection, arguments, found, [], question.question, chooser)
             prompts.append((rows[-1], prompt, right))
     if lost:
         logger.warning(
@@ -438,12 +462,16 @@ def evaluate(
         with heartbeat(lambda: f"answering {len(prompts)} questions"):
             answers = engine.batch([prompt.prompt_ids for _, prompt, _ in prompts], sampling, ANSWERS_AT_A_TIME)
         for (row, prompt, right), answer in zip(prompts, answers, strict=True):
-            cited, invented = parse_citations(answer.text, prompt.sources)
+            answer = prompt.read(answer.text)
             row |= {
                 "answer_given": answer.text,
-                "cited": cited,
-                "invented": invented,
-                "cited_right": any(right.intersection(prompt.sources[n - 1].passages) for n in cited),
+                "cited": answer.cited,
+                "invented": answer.invented,
+                "unsupported": [
+                    {"text": claim.text, "cited": claim.cited, "missing": missing}
+                    for claim, missing in find_unsupported(answer, prompt.sources)
+                ],
+                "cited_right": any(right.intersection(prompt.sources[n - 1].passages) for n in answer.cited),
             }
     table = {language: measures(rows, language) for language in sorted({row["language"] for row in rows})}
     for name in dict.fromkeys(chain.from_iterable(table.values())):
@@ -454,7 +482,10 @@ def evaluate(
         print(f"{name:<44}" + "   ".join(cells))
     if arguments.output_file:
         settings = {name: getattr(arguments, name) for name in ("chunk_size", "chunk_overlap", "num_passages")}
-        settings |= {name: getattr(arguments, name) for name in ("min_coverage", "sim_model_name", "min_similarity")}
+        settings |= {
+            name: getattr(arguments, name)
+            for name in ("min_coverage", "sim_model_name", "min_similarity", "rerank_model_name", "min_relevance")
+        }
         result = {"settings": settings, "measures": table, "questions": rows}
         Path(arguments.output_file).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(arguments.output_file, json.dumps(result, ensure_ascii=False, indent=1))
@@ -472,6 +503,8 @@ def measures(rows: list[dict[str, Any]], language: str) -> dict[str, float]:
         "unanswerable": [row for row in rows if not row["file"]],
         "answers": [row for row in rows if "answer_given" in row],
     }
+    for name in ("answerable", "unanswerable"):
+        groups[f"{name}, held out"] = [row for row in groups[name] if is_held_out(row["question"])]
     unknown = UNKNOWN[language]
     groups["citing"] = [row for row in groups["answers"] if row["cited"] or row["invented"]]
 
@@ -484,8 +517,14 @@ def measures(rows: list[dict[str, Any]], language: str) -> dict[str, float]:
         numbers["hit@5"] = share("answerable", lambda row: (row["rank"] or 6) <= 5)
         numbers["MRR"] = share("answerable", lambda row: 1 / row["rank"] if row["rank"] else 0)
         numbers["answerable, wrongly refused"] = share("answerable", lambda row: not row["asked"])
+        if groups["answerable, held out"]:
+            numbers["answerable, wrongly refused, held out"] = share(
+                "answerable, held out", lambda row: not row["asked"]
+            )
     if groups["unanswerable"]:
         numbers["unanswerable, refused"] = share("unanswerable", lambda row: not row["asked"])
+        if groups["unanswerable, held out"]:
+            numbers["unanswerable, refused, held out"] = share("unanswerable, held out", lambda row: not row["asked"])
     if groups["answers"]:
         if groups["unanswerable"]:
             refused = share("unanswerable", lambda row: not row["asked"] or unknown in row["answer_given"])
@@ -494,6 +533,7 @@ def measures(rows: list[dict[str, Any]], language: str) -> dict[str, float]:
         numbers["answers that cite a correct passage"] = share("answers", lambda row: row["cited_right"])
     if groups["citing"]:
         numbers["of those that cite: all citations exist"] = share("citing", lambda row: not row["invented"])
+        numbers["of those that cite: found in the sources"] = share("citing", lambda row: not row["unsupported"])
     return numbers
 
 
@@ -645,8 +685,9 @@ async def answer_visitor(
     request, text = GenerationRequest(prompt.prompt_ids, sampling, client=client), ""
     async with aclosing(stream(batcher, request, arguments.request_timeout)) as growing:
         async for text, _ in growing:
-            yield text, ""
-    yield text, format_passages(text, prompt.sources)
+            yield prompt.read(finished(text)).text, ""
+    answer = prompt.read(text)
+    yield answer.text, format_passages(answer, prompt.sources)
 
 
 def take_uploads(

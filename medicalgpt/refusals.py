@@ -282,7 +282,6 @@ REFUSED: dict[str, dict[tuple[str, ...], str]] = {
     "hf_hub_model_id": {TOOLS: NO_UPLOAD},
     "hf_hub_token": {TOOLS: NO_UPLOAD},
     # Front ends.
-    "rerank_model_name": {CHATPDF: "BM25 ranks the passages, together with --sim_model_name if it is given."},
     "qlora": {CHAT: "QLoRA is a training method; --load_in_4bit loads the weights in 4 bits."},
     "context_len": {CHAT: "A prompt may be as long as the model's context; --max_new_tokens limits the answer."},
     "single_tune": {CHAT: "A conversation continues until /clear."},

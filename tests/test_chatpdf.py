@@ -10,10 +10,12 @@ from types import SimpleNamespace
 import chatpdf
 from chatpdf import FileArguments, safe_name, take_uploads
 from medicalgpt.errors import UserError
+from medicalgpt.formats.citations import CitedAnswer
+from medicalgpt.formats.terms import language_of
 from medicalgpt.parser import parse_args
 from medicalgpt.rag import grounding
-from medicalgpt.rag.grounding import build_prompt, escape_special_tokens, format_sources, parse_citations
-from medicalgpt.rag.retrieval import Collection, Passage, language_of, with_short_names
+from medicalgpt.rag.grounding import build_prompt, escape_special_tokens, format_sources
+from medicalgpt.rag.retrieval import Collection, Passage, with_short_names
 from medicalgpt.serving.chat import ChatEngine, PromptTooLongError, SpecialTokenError
 from medicalgpt.serving.generation import Sampling
 from medicalgpt.serving.uploads import Uploads
@@ -90,7 +92,7 @@ def test_pages_are_cited_from_the_first_to_the_last(pages):
     for best in range(len(pages)):
         shown = sources(passages, (best,), "--num_expand_context_chunk", str(len(pages)))
         assert [source.passages for source in shown] == [tuple(range(len(pages)))]
-        assert format_sources("Yes [1].", shown) == [f"[1] {RANGES[pages]}"]
+        assert format_sources(CitedAnswer("Sentence [1].", [1], []), shown) == [f"[1] {RANGES[pages]}"]
 
 
 def test_the_prompt_has_numbers_places_and_the_language_of_the_question(engine):
@@ -99,11 +101,12 @@ def test_the_prompt_has_numbers_places_and_the_language_of_the_question(engine):
         ("How long is a cold?", "Question: How long"),
     ):
         shown, sampling = sources()[:2], Sampling(max_new_tokens=20)
-        messages = build_prompt(engine, sampling, "Be brief.", [], question, shown).messages
+        prompt = build_prompt(engine, sampling, "Be brief.", [], question, shown)
+        messages, tag = prompt.messages, prompt.tag
         assert [message["role"] for message in messages] == ["system", "user"]
         text = messages[1]["content"]
         assert instruction in text and grounding.UNKNOWN[language_of(question)] in text
-        assert "[1] a.md > 感冒\n感冒多由病毒引起" in text and "[2] a.md > 糖尿病\n胰岛素" in text
+        assert f"[{tag}-1] a.md > 感冒\n感冒多由病毒引起" in text and f"[{tag}-2] a.md > 糖尿病\n胰岛素" in text
 
 
 # Both run until the prompt is right.
@@ -134,16 +137,33 @@ def test_what_does_not_fit_is_left_out_whole_and_said(engine, log):
         build_prompt(engine, Sampling(), None, [], "What?", sources([Passage("a", "x" * 3000)], (0,)))
 
 
-def test_citations_exist_or_are_called_out():
-    answer = "喝水[1][2, 1]，休息【3】。See [9] and [x] and [0]."
-    assert parse_citations(answer, sources()) == ([1, 2, 3], [9, 0])
-    assert format_sources("Yes [3].", sources()) == ["[3] b.pdf, page 2"]
-    assert format_sources("Yes [8].", sources())[-1] == "The answer cites [8], which is not a source."
-    lines = format_sources("Yes.", sources())
-    assert "cites none" in lines[0] and lines[1:] == ["(1) a.md > 感冒", "(2) a.md > 糖尿病", "(3) b.pdf, page 2"]
+def test_sources_are_listed_as_cited_or_as_given():
+    assert format_sources(CitedAnswer("Ibuprofen [3].", [3], []), sources()) == ["[3] b.pdf, page 2"]
+    lines = format_sources(CitedAnswer("Yes [?].", [], ["[8]"]), sources())
+    assert "cites none" in lines[0] and lines[1:4] == ["(1) a.md > 感冒", "(2) a.md > 糖尿病", "(3) b.pdf, page 2"]
+    assert lines[4] == "[?]: the answer cites [8], which is not a source."
+
+
+def test_what_the_cited_source_does_not_say_is_shown():
+    shown = sources()
+    assert len(format_sources(CitedAnswer(f"{ILLNESSES[0].text}[1]", [1], []), shown)) == 1
+    lines = format_sources(CitedAnswer("Ibuprofen cannot raise blood pressure [3]. 感冒两周好[1]。", [3, 1], []), shown)
+    assert lines[2] == (
+        "not found in the source [3]: “Ibuprofen cannot raise blood pressure.” (ibuprofen cannot raise blood pressure)"
+    )
+    assert lines[3].startswith("原文中没有找到 [1]：“感冒两周好。”（2周")
 
 
 # --- the program -----------------------------------------------------------------------------------------------------
+
+
+TAG = "b2b2"
+
+
+@pytest.fixture
+def same_tag(monkeypatch):
+    """The same tag for every request, which a model can have learned."""
+    monkeypatch.setattr(grounding, "draw_tag", lambda texts, chooser: TAG)
 
 
 @pytest.fixture(scope="module")
@@ -154,12 +174,14 @@ def citing(tmp_path_factory):
         context_length=None, prompt_ids=lambda messages: [], tokenizer=tiny_tokenizer(), stop_ids=frozenset()
     )
     shown = [grounding.Source(found[0].place, found[0].text, (0,))]
-    messages = build_prompt(engine, Sampling(), None, [], "感冒多久好转？", shown).messages
-    answers = {messages[0]["content"]: "一周[1]。"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grounding, "draw_tag", lambda texts, chooser: TAG)
+        messages = build_prompt(engine, Sampling(), None, [], "感冒多久好转？", shown).messages
+    answers = {messages[0]["content"]: f"一周[{TAG}-1]。"}
     return make_tiny(tmp_path_factory.mktemp("citing"), answers=answers, max_position_embeddings=2048)
 
 
-def test_a_question_is_answered_with_its_source_and_refused_without(citing, notes, monkeypatch, capsys):
+def test_a_question_is_answered_with_its_source_and_refused_without(citing, same_tag, notes, monkeypatch, capsys):
     folder, flags = notes
     monkeypatch.chdir(folder)
     lines = iter(["感冒多久好转？", "/clear", "/what", "世界上最高的山在哪里？"])
@@ -358,6 +380,57 @@ def test_an_embedding_model_that_is_not_there(notes):
         run_here("chatpdf.py", *notes[1], "--search", "x", "--sim_model_name", "no-such/model")
 
 
+@pytest.fixture(scope="module")
+def cross_encoder(tmp_path_factory) -> str:
+    """A random BERT of one layer over bytes, with one score."""
+    from sentence_transformers import CrossEncoder
+    from transformers import BertConfig, BertForSequenceClassification
+
+    folder = tmp_path_factory.mktemp("cross")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        num_labels=1,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    BertForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    assert CrossEncoder(str(folder), device="cpu").num_labels == 1
+    return str(folder)
+
+
+def test_a_reranker_ranks_again_and_refuses(notes, cross_encoder, monkeypatch, capsys):
+    """The road is tested; random weights say nothing of quality."""
+    monkeypatch.setattr(chatpdf, "setup_logging", lambda: None)
+    folder, flags = notes
+    (folder / "more.md").write_text("# Cold\nInsulin is kept cool.\n\n# Sun\nInsulin is kept in the dark.\n")
+    flags += ["--rerank_model_name", cross_encoder]
+    collection = chatpdf.read_collection(arguments(*flags))
+    asked = "How is insulin kept?"
+    plain, found = collection.rank(asked), collection.search(asked)
+    scores = collection.reranker.score(asked, [collection.passages[n].searched for n in plain.order])
+    assert sorted(found.order) == sorted(plain.order) and len(found.order) == 3
+    assert found.order == [n for _, n in sorted(zip(scores, plain.order, strict=True), reverse=True)]
+    assert found.relevance == pytest.approx(max(scores)) and plain.relevance is None
+    assert collection.with_more(collection.passages).reranker is collection.reranker
+    for minimum, verdict in ((found.relevance - 0.01, "a model would be asked"), (found.relevance + 0.01, "was found")):
+        run_here("chatpdf.py", *flags, "--search", asked, "--min_relevance", str(minimum))
+        assert verdict in capsys.readouterr().err
+    with pytest.raises(UserError, match="--rerank_model_name no-such/model cannot be loaded"):
+        run_here("chatpdf.py", *notes[1][:4], "--search", "x", "--rerank_model_name", "no-such/model")
+    for wrong, message in (
+        (["--min_relevance", "0.5"], "no effect without --rerank_model_name"),
+        (["--rerank_model_name", "x", "--min_relevance", "1", "--min_coverage", "0.1"], "decides instead"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run_here("chatpdf.py", *notes[1][:4], "--search", "x", *wrong)
+
+
 # --- the numbers -----------------------------------------------------------------------------------------------------
 
 
@@ -373,7 +446,7 @@ def test_the_sample_questions_find_their_passages(tmp_path, capsys):
         run_here("chatpdf.py", *flags)
 
 
-def test_measures_by_hand(notes, tmp_path, citing, log, monkeypatch):
+def test_measures_by_hand(notes, tmp_path, citing, same_tag, log, monkeypatch):
     monkeypatch.setattr(chatpdf, "setup_logging", lambda: None)
     folder, flags = notes
     monkeypatch.chdir(folder)
@@ -395,6 +468,8 @@ def test_measures_by_hand(notes, tmp_path, citing, log, monkeypatch):
     answered = read_json(output)["questions"]
     assert answered[0]["answer_given"] == "一周[1]。" and answered[0]["cited_right"] and not answered[2]["cited_right"]
     assert numbers["answers that cite a correct passage"] == 0.5
+    assert [row["unsupported"] for row in answered if "unsupported" in row] == [[], []]
+    assert numbers["of those that cite: found in the sources"] == 1
     assert any("evidence of 1 questions" in line for line in log)
 
 

@@ -6,13 +6,15 @@ import zipfile
 import zlib
 from pathlib import Path
 
+from medicalgpt.rag import documents
 from medicalgpt.rag.documents import MAX_TAGS, DocumentError, Limits, Unit, read_document
-from medicalgpt.rag.word import paragraph_text
+from medicalgpt.rag.word import Runs, paragraph_text
 
 import docx
 import pytest
 from docx.oxml import parse_xml
 from docx.oxml.ns import nsdecls, qn
+from docx.shared import Pt, RGBColor
 from pypdf import PdfReader, PdfWriter
 
 MEGABYTE = 1 << 20
@@ -164,7 +166,7 @@ def test_docx_equations_are_read(inner, expected):
     paragraph = docx.Document().add_paragraph("CrCl = ")
     paragraph._p.append(parse_xml(math(inner)))
     paragraph.add_run(" ml")
-    assert paragraph_text(paragraph._p) == f"CrCl = {expected} ml"
+    assert paragraph_text(paragraph._p, Runs(paragraph.part.document)) == f"CrCl = {expected} ml"
 
 
 def test_docx_equations_symbols_and_hyphens_reach_the_document(tmp_path):
@@ -190,6 +192,167 @@ def test_docx_pictures_are_said_to_be_left_out(tmp_path):
     document.add_picture(str(tmp_path / "a.png"))
     (tmp_path / "a.docx").write_bytes(saved(document))
     assert read_document(tmp_path / "a.docx").notices == ("1 pictures and 0 embedded files in it are not read.",)
+
+
+# Styles of text that cannot be seen; `dose` is what such text says.
+UNSEEN = [
+    "display:none",
+    "DISPLAY : none !important",
+    "visibility: hidden",
+    "opacity:0",
+    "opacity: 0.0",
+    "filter: opacity(0%)",
+    "font-size:0",
+    "font-size: 0px",
+    "font-size:.5px",
+    "font: 0/0 a",
+    "color:white",
+    "color:#fff",
+    "color:#FEFEFE",
+    "color: rgb(255, 255, 255)",
+    "color:rgba(0,0,0,0)",
+    "color:transparent",
+    "color:black;background:black",
+    "position:absolute;left:-9999px",
+    "position:absolute; top: -200em",
+    "text-indent:-9999px",
+    "position:absolute;clip:rect(0,0,0,0)",
+    "height:0;overflow:hidden",
+]
+# Styles of text that can.
+SEEN = [
+    "color:red",
+    "font-size:8pt",
+    "opacity:.6",
+    "color:white;background:#036",
+    "color:white;background:url(x.png)",
+    "color:white;background-image:linear-gradient(red,blue)",
+    "position:absolute;left:20px",
+    "visibility:visible",
+    "text-indent:-20px",
+    "height:0",
+]
+
+
+@pytest.mark.parametrize("style", UNSEEN)
+@pytest.mark.parametrize(
+    "page",
+    [
+        '<p>text</p><p style="{style}">dose <b>50</b></p>',
+        "<style>/* x */ h1, .a {{ {style} }}</style><p>text</p><p class='b a'>dose <b>50</b></p>",
+        "<style>@media screen {{ p#a.b {{ {style} }} }}</style><p>text</p><p id=a class=b>dose <b>50</b></p>",
+    ],
+)
+def test_html_that_cannot_be_seen_is_left_out_and_counted(style, page):
+    notices = []
+    assert [unit.text for unit in documents._read_html(page.format(style=style), notices) if unit.text] == ["text"]
+    assert notices == ["6 characters of invisible text in it are not read."]
+
+
+@pytest.mark.parametrize("style", SEEN)
+def test_html_that_can_be_seen_is_read(style):
+    page = f'<p style="{style}">text</p><style>@media print {{ p {{ display:none }} }} div p {{ color:white }}</style>'
+    notices = []
+    assert [unit.text for unit in documents._read_html(page, notices) if unit.text] == ["text"] and notices == []
+
+
+def test_the_look_of_html_is_inherited_and_can_be_changed_back(tmp_path):
+    page = """<style>.ghost{visibility:hidden} .zero{font-size:0} .dark{background-color:#222} p.on{display:block}
+    p{display:none} #x{color:#fff}</style><div class=ghost>a<span style="visibility:visible">b</span></div>
+    <div class=zero>c<span style="font-size:14px">d</span><span style="font-size:2em">e</span></div>
+    <div class=dark><span id=x>f</span></div><span id=x>g</span><p>h</p><p class=on>i</p><div hidden>j</div>
+    <table bgcolor="#000080"><tr><td><font color=white>k</font></td></tr></table><font color=white>l</font>"""
+    (tmp_path / "a.html").write_text(page)
+    document = read_document(tmp_path / "a.html")
+    assert "".join("".join(unit.text.split()) for unit in document.units) == "bdfik"
+    assert document.notices == ("7 characters of invisible text in it are not read.",)
+
+
+def test_docx_that_cannot_be_seen_is_left_out_and_counted(tmp_path):
+    document = docx.Document()
+    paragraph = document.add_paragraph("text")
+    white, tiny, vanished = (paragraph.add_run(text) for text in ("white", "tiny", "vanished"))
+    white.font.color.rgb = RGBColor(255, 255, 255)
+    tiny.font.size = Pt(1)
+    vanished.font.hidden = True
+    ghost = document.styles.add_style("Ghost", 1)
+    ghost.font.hidden = True
+    heir = document.styles.add_style("Heir", 1)
+    heir.base_style = ghost
+    document.add_paragraph("styled", style="Heir")
+    document.add_paragraph("", style="Heir").add_run(" shown").font.hidden = False
+    shaded = document.add_paragraph("").add_run(" shaded")
+    shaded.font.color.rgb = RGBColor(255, 255, 255)
+    shaded._r.get_or_add_rPr().append(parse_xml(f'<w:shd {nsdecls("w")} w:val="clear" w:fill="003366"/>'))
+    lit = document.add_paragraph("").add_run(" lit")
+    lit.font.color.rgb = RGBColor(255, 255, 255)
+    lit.font.highlight_color = 1
+    table = document.add_table(1, 2)
+    for cell, fill in zip(table.rows[0].cells, ("FFFFFF", "000000"), strict=True):
+        cell.paragraphs[0].add_run(f"in{fill}").font.color.rgb = RGBColor(255, 255, 255)
+        cell._tc.get_or_add_tcPr().append(parse_xml(f'<w:shd {nsdecls("w")} w:val="clear" w:fill="{fill}"/>'))
+    path = tmp_path / "a.docx"
+    path.write_bytes(saved(document))
+    found = read_document(path)
+    assert [unit.text.strip() for unit in found.units] == ["text", "shown", "shaded", "lit", "| in000000"]
+    assert found.notices == (
+        f"{len('whitetinyvanishedstyledinFFFFFF')} characters of invisible text in it are not read.",
+    )
+
+
+# Operations that show `dose` so that it cannot be seen, and so that it can.
+UNSEEN_PDF = [
+    "3 Tr (dose) Tj 0 Tr",
+    "1 g (dose) Tj 0 g",
+    "1 1 1 rg (dose) Tj 0 g",
+    "0 0 0 0 k (dose) Tj 0 g",
+    "/F1 0.5 Tf (dose) Tj /F1 12 Tf",
+    "0.01 0 0 0.01 72 600 Tm (dose) Tj 1 0 0 1 72 580 Tm",
+    "[(do) -20 (se)] TJ".join(["3 Tr ", " 0 Tr"]),
+    "ET q BT /F1 12 Tf 3 Tr 72 500 Td (dose) Tj ET Q BT /F1 12 Tf 72 480 Td",
+    "ET 0 g 400 0 50 50 re f BT /F1 12 Tf 72 500 Td 1 g (dose) Tj 0 g",
+]
+SEEN_PDF = [
+    "0.9 g (dose) Tj",
+    "1 Tr (dose) Tj",
+    "/F1 6 Tf (dose) Tj",
+    "ET 0 0 0.5 rg 60 490 200 30 re f BT /F1 12 Tf 72 500 Td 1 g (dose) Tj",
+    "ET q 2 0 0 2 0 0 cm 0 g 30 245 100 15 re f Q BT /F1 12 Tf 72 500 Td 1 g (dose) Tj",
+]
+
+
+@pytest.mark.parametrize("operations", UNSEEN_PDF)
+def test_pdf_that_cannot_be_seen_is_left_out_and_counted(operations):
+    notices = []
+    units = [
+        *documents._read_pdf(
+            pdf(f"BT /F1 12 Tf 72 720 Td (text) Tj 0 -20 Td {operations} 0 -20 Td (end) Tj ET".encode()), notices
+        )
+    ]
+    text = " ".join(unit.text for unit in units)
+    assert "text" in text and "end" in text and "do" not in text
+    assert notices == ["1 pieces of invisible text in it are not read."]
+
+
+@pytest.mark.parametrize("operations", SEEN_PDF)
+def test_pdf_that_can_be_seen_is_read(operations):
+    notices = []
+    units = [*documents._read_pdf(pdf(f"BT /F1 12 Tf 72 720 Td (text) Tj 0 -20 Td {operations} ET".encode()), notices)]
+    assert "dose" in " ".join(unit.text for unit in units) and notices == []
+
+
+def test_the_text_of_ocr_is_read_where_nothing_else_is(tmp_path):
+    """ocrmypdf puts what it recognised, invisibly, on the picture of the page."""
+    picture = b"q 600 0 0 700 0 0 cm BI /W 1 /H 1 /CS /G /BPC 8 ID \x00 EI Q "
+    scan = picture + b"BT /F1 12 Tf 3 Tr 72 500 Td (scanned) Tj ET"
+    path = tmp_path / "a.pdf"
+    path.write_bytes(pdf(scan, scan + b" BT 0 Tr 72 600 Td (Figure) Tj ET"))
+    document = read_document(path)
+    assert [unit.text for unit in document.units] == ["scanned", "Figure"]
+    assert document.notices == (
+        "1 pieces of invisible text in it are not read.",
+        "1 of 2 pages are pictures; their invisible text, as of OCR, is read.",
+    )
 
 
 def test_html_shows_what_a_reader_sees(tmp_path):

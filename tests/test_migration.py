@@ -144,7 +144,6 @@ def test_what_is_not_needed_is_accepted_with_its_reason(program, line, reason, c
         ("inference.py", "--single_tune", "until /clear"),
         ("inference.py", "--gpus 3", "CUDA_VISIBLE_DEVICES=3 before the command"),
         ("chatpdf.py", "--device cuda:2", "CUDA_VISIBLE_DEVICES=2 before the command"),
-        ("chatpdf.py", "--rerank_model_name R", "BM25 ranks"),
     ],
 )
 def test_what_would_be_lost_is_refused(program, line, reason, capsys):

@@ -5,8 +5,6 @@ BM25 counts words, Chinese characters and pairs of them. Sentence embeddings can
 
 import hashlib
 import json
-import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +16,7 @@ from pathlib import Path
 from medicalgpt.code_version import code_version
 from medicalgpt.errors import UserError
 from medicalgpt.files import hash_file, write_atomically
+from medicalgpt.formats.terms import SENTENCE, count_words, extract_terms, normalize, question_terms
 from medicalgpt.models.hub import fingerprint
 from medicalgpt.rag.documents import SUFFIXES, Unit, read_document
 
@@ -29,24 +28,7 @@ from safetensors.numpy import save
 
 # Reciprocal rank fusion (https://doi.org/10.1145/1571941.1572114): being high in both rankings beats first in one.
 RRF_K = 60
-HAN = "\u3005\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-WORD = re.compile(rf"[{HAN}]+|\d+(?:\.\d+)+|(?:(?![{HAN}_])\w)+")
-LONGEST_SENTENCE = 1000  # characters; longer text without a sentence end is cut
-SENTENCE = re.compile(
-    rf".{{1,{LONGEST_SENTENCE}}}?(?:[。！？；!?]+[”’』」）)\"']*|[.;](?=\s)|\n|$)\s*|.{{{LONGEST_SENTENCE}}}", re.DOTALL
-)
-WORDS_OF_A_QUESTION = 4  # Chinese characters, or words of other scripts
-# Words of Chinese questions that belong to the form, not the subject.
-QUESTION_FORM = re.compile(
-    "请问|为什么|什么时候|什么|怎么办|怎么样|怎么|怎样|如何|多少|多久|哪些|哪里|哪儿|哪个|哪|几|是否|是不是|能不能|可不可以|"
-    "可以|需要|应该|有没有|吗|呢|吧|么|的|了|我|您|你"
-)
-# Words of English questions; Chinese characters that mean little alone, although pairs of them count.
-STOP_WORDS = frozenset(
-    "a about am an and any are as at be been by can could do does did for from had has have how i if in into is it its "
-    "many me much my no not of on or our shall should so such than that the their them then there these they this "
-    "those to us was we were what when where which who whom whose why will with would you your".split()
-) | frozenset("一不与个为也之会在到去又和哪四在对就得怎我所把是有来用由给被要能让该说谁走起过还这那都里上下")
+RERANKED = 20  # passages that a reranker reads for a question
 
 
 @dataclass(frozen=True)
@@ -82,11 +64,6 @@ def with_short_names(passages: Sequence[Passage]) -> list[Passage]:
     return [replace(passage, file=names[passage.file]) for passage in passages]
 
 
-def normalize(text: str) -> str:
-    """The text without what may differ in an extract: white space, cell separators, compatible character forms."""
-    return re.sub(r"[\s|]+", "", unicodedata.normalize("NFKC", text))
-
-
 def split(file: str, units: Iterable[Unit], size: int, overlap: int) -> list[Passage]:
     """Passages of whole sentences, at most `size` words each, unless one sentence is longer.
 
@@ -119,57 +96,6 @@ def split(file: str, units: Iterable[Unit], size: int, overlap: int) -> list[Pas
             fresh = True
     close()
     return passages
-
-
-def count_words(text: str) -> int:
-    """Number of Chinese characters and of words of other scripts."""
-    return sum(len(word) if is_han(word) else 1 for word in WORD.findall(text))
-
-
-def is_han(word: str) -> bool:
-    return re.match(f"[{HAN}]", word) is not None
-
-
-def extract_terms(text: str, stop_words: frozenset[str] = frozenset()) -> list[str]:
-    """The terms of a text: Chinese characters and pairs of neighbours, words and numbers of other scripts.
-
-    Pairs alone miss paraphrases: on data/rag, adding single characters raised hit@5 of Chinese questions from 79% to
-    97%. A word's plural counts as the word (Harman's S stemmer, 1991). Compatible forms of a
-    character (Unicode NFKC) are the same, since PDF files often have radicals in place of characters.
-    """
-    found: list[str] = []
-    # PDF files break lines within words.
-    text = re.sub(rf"(?<=[{HAN}])\s+(?=[{HAN}])", "", unicodedata.normalize("NFKC", text).lower())
-    for word in WORD.findall(text):
-        if is_han(word):
-            found += [word[at : at + 2] for at in range(len(word) - 1)] + list(word)
-        elif word not in stop_words:
-            found.append(singular(word))
-    return [term for term in found if term not in stop_words]
-
-
-def singular(word: str) -> str:
-    if word.endswith("ies") and not word.endswith(("eies", "aies")):
-        return word[:-3] + "y"
-    return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith(("us", "ss")) else word
-
-
-def question_terms(question: str) -> list[str]:
-    """The terms of a question without question words; all of its terms if nothing else is left."""
-    subject = extract_terms(QUESTION_FORM.sub(" \N{FULL STOP} ", question), stop_words=STOP_WORDS)
-    return subject or extract_terms(question)
-
-
-def is_standalone(question: str) -> bool:
-    """Whether a question names its subject; a short one ("And for children?") continues the previous one."""
-    return sum(not is_han(term) or len(term) == 1 for term in set(question_terms(question))) >= WORDS_OF_A_QUESTION
-
-
-def language_of(text: str) -> str:
-    """zh or en, whichever the text has more of."""
-    words = WORD.findall(text)
-    chinese = sum(len(word) for word in words if is_han(word))
-    return "zh" if chinese > sum(not is_han(word) for word in words) else "en"
 
 
 class Embedder:
@@ -207,6 +133,35 @@ class Embedder:
         return np.asarray(vectors, dtype=np.float32)
 
 
+class Reranker:
+    """A cross-encoder of sentence-transformers that reads a question together with a passage.
+
+    Raises:
+        UserError: the model cannot be loaded, or does not give one score.
+    """
+
+    def __init__(self, name: str, cache_dir: str | None = None):
+        from sentence_transformers import CrossEncoder
+
+        try:
+            self.model = CrossEncoder(
+                name, cache_folder=cache_dir, model_kwargs={"use_safetensors": True}, trust_remote_code=False
+            )
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"--rerank_model_name {name} cannot be loaded: {str(error).splitlines()[0][:200]}\n"
+                "Name a folder or a hub model with safetensors weights, or omit the flag."
+            ) from error
+        if self.model.num_labels != 1:
+            raise UserError(
+                f"--rerank_model_name {name} gives {self.model.num_labels} scores, a reranker gives one. Name another."
+            )
+
+    def score(self, question: str, texts: Sequence[str]) -> list[float]:
+        """One score per text, the higher the better, on the model's own scale."""
+        return self.model.predict([(question, text) for text in texts], show_progress_bar=False).tolist()
+
+
 @dataclass(frozen=True)
 class SearchResult:
     """The result of a search.
@@ -216,11 +171,13 @@ class SearchResult:
         coverage: share of the question's terms found in the three best passages by BM25, weighted by how rare the
             terms are among the passages.
         similarity: the largest cosine between question and passage; None without embeddings.
+        relevance: the reranker's score of the best passage; None without a reranker.
     """
 
     order: list[int]
     coverage: float
     similarity: float | None
+    relevance: float | None = None
 
 
 class Collection:
@@ -231,9 +188,14 @@ class Collection:
     """
 
     def __init__(
-        self, passages: Sequence[Passage], embedder: Embedder | None = None, vectors: np.ndarray | None = None
+        self,
+        passages: Sequence[Passage],
+        embedder: Embedder | None = None,
+        vectors: np.ndarray | None = None,
+        reranker: Reranker | None = None,
     ):
         self.passages = passages
+        self.reranker = reranker
         self.embedder = embedder
         self.vectors = vectors
         words = [extract_terms(passage.searched) for passage in passages]
@@ -249,9 +211,19 @@ class Collection:
         if self.embedder and passages:
             fresh = self.embedder.embed([passage.searched for passage in passages])
             vectors = fresh if vectors is None else np.concatenate([vectors, fresh])
-        return Collection([*self.passages, *passages], self.embedder, vectors)
+        return Collection([*self.passages, *passages], self.embedder, vectors, self.reranker)
 
     def search(self, question: str) -> SearchResult:
+        """Rank the passages: by `rank`, and the best `RERANKED` of them again with the reranker, if there is one."""
+        found = self.rank(question)
+        if self.reranker is None or not found.order:
+            return found
+        best = found.order[:RERANKED]
+        scores = self.reranker.score(question, [self.passages[index].searched for index in best])
+        order = [index for _, index in sorted(zip(scores, best, strict=True), key=lambda pair: -pair[0])]
+        return replace(found, order=order + found.order[RERANKED:], relevance=max(scores))
+
+    def rank(self, question: str) -> SearchResult:
         """Rank the passages that share terms with the question, by BM25 and, with embeddings, by both."""
         if not self.passages:
             return SearchResult([], 0.0, None)

@@ -19,6 +19,7 @@ from medicalgpt.errors import UserError
 from medicalgpt.formats.answers import HAN, extract_answer, final_answer, reply_answer, strip_thinking
 from medicalgpt.formats.choices import written_options
 from medicalgpt.readers.problems import shorten
+from medicalgpt.rewards.citing import read_task, score_citations
 from medicalgpt.rewards.grading import (
     affirms_term,
     choice_score,
@@ -241,6 +242,18 @@ def safety_reward(
     return scores
 
 
+def citations_reward(completions: Sequence[Completion], **columns: Any) -> list[float | None]:
+    """How well a reply cites the passages of its prompt, or says that they have no answer, in [0, 1].
+
+    None for a row without the column `citations`, which `chatpdf.py --make_tasks` writes. See `score_citations`.
+    """
+    tasks = map(read_task, get_column(columns, "citations", len(completions)))
+    return [
+        None if task is None else score_citations(completion_text(completion), task)
+        for completion, task in zip(completions, tasks, strict=True)
+    ]
+
+
 RewardFunction = Callable[..., list[float | None]]
 
 REWARDS: dict[str, RewardFunction] = {
@@ -250,6 +263,7 @@ REWARDS: dict[str, RewardFunction] = {
     "length": length_reward,
     "repetition": repetition_reward,
     "safety": safety_reward,
+    "citations": citations_reward,
 }
 
 

@@ -1,7 +1,7 @@
 """A conversation in the terminal: typed lines in, streamed answers out."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from medicalgpt.logs import printable
 from medicalgpt.serving.chat import ChatEngine
@@ -12,22 +12,35 @@ def system_message(text: str | None) -> list[dict[str, str]]:
     return [{"role": "system", "content": text}] if text else []
 
 
-def print_answer(engine: ChatEngine, request: GenerationRequest) -> str:
-    """Print an answer while it is generated. Ctrl-C ends it early. Returns what was printed."""
-    pieces: list[str] = []
+def print_answer(
+    engine: ChatEngine, request: GenerationRequest, shown: Callable[[str, bool], str] = lambda text, ended: text
+) -> str:
+    """Print an answer while it is generated. Ctrl-C ends it early. Returns it as the model wrote it.
+
+    Args:
+        shown: what to print for the answer so far, and whether it has ended; it only ever gets longer.
+    """
+    text, printed = "", 0
+
+    def advance(ended: bool) -> None:
+        nonlocal printed
+        visible = shown(text, ended)
+        print(printable(visible[printed:]), end="\n" if ended else "", flush=True)
+        printed = len(visible)
+
     try:
         with engine.stream(request) as stream:
             for piece in stream:
-                pieces.append(piece)
-                print(printable(piece), end="", flush=True)
-        print(flush=True)
+                text += piece
+                advance(ended=False)
+        advance(ended=True)
         if stream.answer.finish_reason == "length":
             limit = request.sampling.max_new_tokens
             print_note(f"(cut after {stream.answer.completion_tokens} tokens; --max_new_tokens {limit})")
     except KeyboardInterrupt:
-        print(flush=True)
+        advance(ended=True)
         print_note("(stopped)")
-    return "".join(pieces)
+    return text
 
 
 def print_note(text: str) -> None:

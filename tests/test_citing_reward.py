@@ -1,0 +1,129 @@
+"""The reward `citations`: what games it must score below the right answer, and the rows that it is trained on."""
+
+import chatpdf
+from medicalgpt.errors import UserError
+from medicalgpt.formats.citations import UNKNOWN
+from medicalgpt.formats.tasks import to_task
+from medicalgpt.rag.tasks import is_held_out
+from medicalgpt.rewards.citing import score_citations
+from medicalgpt.rewards.coverage import check_coverage
+from medicalgpt.rewards.rewards import choose_rewards
+from tests.helpers import read_json, run_here, write_jsonl
+
+import pytest
+
+TAG = "k7q3"
+PASSAGES = [
+    "The warfarin dose is 5 mg daily. Do not take aspirin with warfarin.",
+    "胰岛素开封后在室温下可放 28 天。未开封的胰岛素放在冰箱冷藏室。",
+    "Stitches of the face come out after 3 to 5 days.",
+]
+TASKS = {
+    "en": {"tag": TAG, "passages": PASSAGES, "supporting": [1]},
+    "zh": {"tag": TAG, "passages": PASSAGES, "supporting": [2]},
+    "none": {"tag": TAG, "passages": PASSAGES, "supporting": []},
+}
+RIGHT = {
+    "en": "The warfarin dose is 5 mg daily [k7q3-1]. Do not take aspirin with warfarin [k7q3-1].",
+    "zh": "胰岛素开封后在室温下可放28天[k7q3-2]。",
+    "none": UNKNOWN["en"],
+}
+EVERYTHING = "[k7q3-1][k7q3-2][k7q3-3]"
+# What a model could write for every question, or instead of the right answer.
+GAMES = {
+    "cite everything": {
+        "en": f"The warfarin dose is 5 mg daily {EVERYTHING}. Do not take aspirin with warfarin {EVERYTHING}.",
+        "zh": f"胰岛素开封后在室温下可放28天{EVERYTHING}。",
+        "none": f"The warfarin dose is 5 mg daily {EVERYTHING}.",
+    },
+    "cite nothing": {
+        "en": "The warfarin dose is 5 mg daily. Do not take aspirin with warfarin.",
+        "zh": "胰岛素开封后在室温下可放28天。",
+        "none": "The warfarin dose is 5 mg daily.",
+    },
+    "always refuse": {"en": UNKNOWN["en"], "zh": UNKNOWN["zh"]},
+    "always answer": {"none": RIGHT["en"]},
+    "answer and refuse": {
+        "en": f"{RIGHT['en']} {UNKNOWN['en']}",
+        "zh": f"{RIGHT['zh']}{UNKNOWN['zh']}",
+        "none": f"{UNKNOWN['en']} {RIGHT['en']}",
+    },
+    "refuse with a citation": {"none": f"{UNKNOWN['en']} [k7q3-1]"},
+    "marks alone": {"en": EVERYTHING, "zh": EVERYTHING, "none": EVERYTHING},
+    "numbers for marks": {
+        "en": "The warfarin dose is 5 mg daily [1].",
+        "zh": "胰岛素开封后可放28天[2]。",
+        "none": "[1]",
+    },
+    "another passage": {"en": f"{PASSAGES[2]} [k7q3-3]", "zh": f"{PASSAGES[2]} [k7q3-3]"},
+    "a wrong dose": {"en": "The warfarin dose is 50 mg daily [k7q3-1].", "zh": "胰岛素开封后在室温下可放8天[k7q3-2]。"},
+    "a lost negation": {"en": "Take aspirin with warfarin [k7q3-1]."},
+    "one sentence without": {"en": "The warfarin dose is 5 mg daily [k7q3-1]. Eat more vegetables and walk a lot."},
+    "an invented mark": {"en": "The warfarin dose is 5 mg daily [k7q3-1][k7q3-9]."},
+    "empty": {"en": "", "zh": "", "none": ""},
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_right_answer_gets_it_all(task):
+    assert score_citations(RIGHT[task], TASKS[task]) == 1
+    assert score_citations(f"<think>[k7q3-3] [9]</think>{RIGHT[task]}", TASKS[task]) == 1
+
+
+@pytest.mark.parametrize(("game", "task"), [(game, task) for game, replies in GAMES.items() for task in replies])
+def test_games_score_below_it(game, task):
+    score = score_citations(GAMES[game][task], TASKS[task])
+    assert score < 1 and (score <= 0.8 if game in ("one sentence without", "an invented mark") else score <= 0.5)
+
+
+def test_precision_and_recall_by_hand():
+    # One of two citations holds, for one of two sentences.
+    text = "The warfarin dose is 5 mg daily [k7q3-1]. Stitches dissolve [k7q3-2]."
+    assert score_citations(text, TASKS["en"]) == pytest.approx(0.5)
+    text = "The warfarin dose is 5 mg daily [k7q3-1][k7q3-3]."
+    assert score_citations(text, TASKS["en"]) == pytest.approx(2 / 3)
+    assert score_citations(GAMES["another passage"]["en"], TASKS["en"]) == pytest.approx(0.2)
+
+
+def test_the_reward_is_used_by_name_and_for_rows_that_have_it():
+    (reward,) = choose_rewards(["citations"]).values()
+    assert reward([RIGHT["en"], "x"], prompts=["?", "?"], citations=[TASKS["en"], None]) == [1, None]
+    for task in ({"tag": TAG}, {**TASKS["en"], "supporting": [4]}, "x"):
+        with pytest.raises(UserError, match="citations"):
+            reward(["x"], prompts=["?"], citations=[task])
+
+
+def test_tasks_are_made_of_an_index_and_scored(tmp_path):
+    path = tmp_path / "tasks.jsonl"
+    run_here("chatpdf.py", "--make_tasks", path, "--index_dir", tmp_path / "index")
+    rows = read_json(path)
+    questions = read_json(chatpdf.SAMPLES / "questions.jsonl")
+    asked = [row["question"] for row in questions if not is_held_out(row["question"])]
+    texts = [row["messages"][0]["content"] for row in rows]
+    assert 80 < len(rows) <= len(asked) and all(any(question in text for question in asked) for text in texts)
+    held = [row["question"] for row in questions if is_held_out(row["question"])]
+    assert not any(text.endswith(question) for question in held for text in texts)
+    for row in rows:
+        task = row["citations"]
+        assert row["messages"][0]["content"].count(f"[{task['tag']}-1]") >= 2
+        if task["supporting"]:
+            number = task["supporting"][0]
+            first = task["passages"][number - 1].split("。")[0].split(". ")[0].split("\n")[0]
+            assert score_citations(f"{first} [{task['tag']}-{number}]", task) > 0.5
+        else:
+            assert score_citations(UNKNOWN[row["language"]], task) == 1
+    assert 10 < sum(not row["citations"]["supporting"] for row in rows) < len(rows) / 2
+    tasks = [{**to_task(row), "place": {"file": "t", "line": n}} for n, row in enumerate(rows, start=1)]
+    check_coverage(tasks, choose_rewards(["citations"]))
+    with pytest.raises(UserError, match="citations applies to no row"):
+        check_coverage([{**to_task({"question": "?"}), "place": {}}], choose_rewards(["citations"]))
+    with pytest.raises(UserError, match="does not exist"):
+        run_here("chatpdf.py", "--make_tasks", path, "--index_dir", tmp_path / "index")
+
+
+def test_tasks_need_a_question(tmp_path):
+    (tmp_path / "a.md").write_text("Insulin is kept cool.")
+    questions = write_jsonl(tmp_path / "q.jsonl", [{"question": "Zebra?", "language": "en", "file": None}])
+    flags = ["--files", tmp_path / "a.md", "--questions", questions, "--index_dir", tmp_path / "index"]
+    with pytest.raises(UserError, match="no question finds a passage"):
+        run_here("chatpdf.py", "--make_tasks", tmp_path / "t.jsonl", *flags)
