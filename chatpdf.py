@@ -41,7 +41,6 @@ from medicalgpt.formats.terms import language_of
 from medicalgpt.logs import heartbeat, printable, setup_logging
 from medicalgpt.parser import parse_args
 from medicalgpt.rag import documents
-from medicalgpt.rag.documents import read_document
 from medicalgpt.rag.grounding import (
     UNKNOWN,
     GroundedPrompt,
@@ -61,10 +60,9 @@ from medicalgpt.rag.retrieval import (
     Reranker,
     SearchResult,
     find_documents,
-    split,
-    with_short_names,
 )
 from medicalgpt.rag.tasks import Question, is_held_out, write_tasks
+from medicalgpt.rag.visitors import take_uploads
 from medicalgpt.readers.problems import Problem, format_problems
 from medicalgpt.readers.sources import read_rows
 from medicalgpt.serving.arguments import PageArguments
@@ -88,8 +86,6 @@ SAMPLES = Path(__file__).resolve().parent / "data" / "rag"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medicalgpt" / "chatpdf"
 MODES = ("query", "interactive", "search", "evaluate", "make_tasks", "page")
 ANSWERS_AT_A_TIME = 8
-FILES_OF_A_VISITOR = 20
-CHARS_OF_A_VISITOR = 5_000_000
 HELP = """/clear   forget the conversation
 /help    this list
 /exit    leave (or Ctrl-D)
@@ -572,7 +568,7 @@ def build_page(batcher: "Batcher", collection: Collection, uploads: "Uploads", a
     import gradio as gr
 
     # By their names: where they are on this machine is nobody's business.
-    collection = Collection(with_short_names(collection.passages), collection.embedder, collection.vectors)
+    collection = collection.with_short_names()
     prompts = PromptReader(arguments.max_prompt_chars)
 
     sampling = sampling_from(arguments)
@@ -582,7 +578,8 @@ def build_page(batcher: "Batcher", collection: Collection, uploads: "Uploads", a
         upload, listing, chatbot, question, send, clear, sources_shown = lay_out()
 
         def take(paths: list[str] | None, had: list[Passage]) -> tuple[None, list[Passage], Collection, str]:
-            passages, lines = take_uploads(paths or [], had, arguments, uploads.release)
+            size = {"size": arguments.chunk_size, "overlap": arguments.chunk_overlap}
+            passages, lines = take_uploads(paths or [], had, uploads.release, encoding=arguments.encoding, **size)
             return None, passages, collection.with_more(passages), "\n".join(lines)
 
         async def ask(
@@ -688,40 +685,6 @@ async def answer_visitor(
             yield prompt.read(finished(text)).text, ""
     answer = prompt.read(text)
     yield answer.text, format_passages(answer, prompt.sources)
-
-
-def take_uploads(
-    paths: Sequence[str],
-    had: Sequence[Passage],
-    arguments: FileArguments,
-    release: Callable[[Path], None],
-) -> tuple[list[Passage], list[str]]:
-    """Read a visitor's files and release them. Returns all of the visitor's passages, and messages about them."""
-    passages, messages = list(had), []
-    for path in map(Path, paths):
-        name = safe_name(path.name)
-        # A file of the same name replaces the earlier one.
-        others = [passage for passage in passages if passage.file != name]
-        try:
-            if len({passage.file for passage in others}) >= FILES_OF_A_VISITOR:
-                raise UserError(f"{name}: at most {FILES_OF_A_VISITOR} files are accepted.")
-            document = read_document(path, encoding=arguments.encoding)
-            found = split(name, document.units, arguments.chunk_size, arguments.chunk_overlap)
-            if sum(len(passage.text) for passage in (*others, *found)) > CHARS_OF_A_VISITOR:
-                raise UserError(f"{name}: your files have more than {CHARS_OF_A_VISITOR} characters together.")
-            passages = others + found
-            messages += [f"{name}: {notice}" for notice in document.notices]
-        except UserError as error:
-            messages.append(str(error).replace(str(path), name))
-        finally:
-            release(path)
-    return passages, [*dict.fromkeys(passage.file for passage in passages), *messages]
-
-
-def safe_name(name: str) -> str:
-    """A visitor's file name for display: no path, one line, not long. It is never used to open a file."""
-    name = re.sub(r"[^\w.() -]", "_", re.split(r"[/\\]", name)[-1])
-    return name[-80:].lstrip(". ") or "file"
 
 
 if __name__ == "__main__":

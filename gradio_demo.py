@@ -193,11 +193,7 @@ def lay_out(arguments: PageArguments) -> Layout:
 
 
 def build_page(batcher: Batcher, arguments: PageArguments, uploads: Uploads | None = None) -> gr.Blocks:
-    """The page: its components, and what happens when a button is pressed.
-
-    Args:
-        uploads: where the images of visitors arrive; None if it takes none.
-    """
+    """The page: its components, and what happens when a button is pressed. Images of visitors arrive in `uploads`."""
     prompts = PromptReader(arguments.max_prompt_chars)
     with gr.Blocks(title="MedicalGPT", analytics_enabled=False) as page:
         layout = lay_out(arguments)

@@ -8,14 +8,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import chatpdf
-from chatpdf import FileArguments, safe_name, take_uploads
+from chatpdf import FileArguments
 from medicalgpt.errors import UserError
 from medicalgpt.formats.citations import CitedAnswer
 from medicalgpt.formats.terms import language_of
 from medicalgpt.parser import parse_args
-from medicalgpt.rag import grounding
+from medicalgpt.rag import grounding, visitors
 from medicalgpt.rag.grounding import build_prompt, escape_special_tokens, format_sources
 from medicalgpt.rag.retrieval import Collection, Passage, with_short_names
+from medicalgpt.rag.visitors import safe_name, take_uploads
 from medicalgpt.serving.chat import ChatEngine, PromptTooLongError, SpecialTokenError
 from medicalgpt.serving.generation import Sampling
 from medicalgpt.serving.uploads import Uploads
@@ -513,20 +514,20 @@ def test_uploads_are_read_and_deleted(tmp_path, monkeypatch):
         return str(tmp_path / name)
 
     paths = [upload("a.md", "one"), upload("bad.pdf", "x")]
-    passages, told = take_uploads(paths, [], arguments(), Path.unlink)
+    passages, told = take_uploads(paths, [], Path.unlink, size=200, overlap=20)
     assert [passage.text for passage in passages] == ["one"] and not list(tmp_path.iterdir())
     assert told[0] == "a.md" and told[1].startswith("bad.pdf: it is damaged") and str(tmp_path) not in told[1]
-    passages, _ = take_uploads([upload("a.md", "two")], passages, arguments(), Path.unlink)
+    passages, _ = take_uploads([upload("a.md", "two")], passages, Path.unlink, size=200, overlap=20)
     assert [passage.text for passage in passages] == ["two"]
-    monkeypatch.setattr(chatpdf, "FILES_OF_A_VISITOR", 1)
-    again, told = take_uploads([upload("b.md", "three")], passages, arguments(), Path.unlink)
+    monkeypatch.setattr(visitors, "FILES_OF_A_VISITOR", 1)
+    again, told = take_uploads([upload("b.md", "three")], passages, Path.unlink, size=200, overlap=20)
     assert again == passages and "at most 1 files" in told[-1]
 
 
 def test_text_of_a_visitor_is_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(chatpdf, "CHARS_OF_A_VISITOR", 10)
+    monkeypatch.setattr(visitors, "CHARS_OF_A_VISITOR", 10)
     (tmp_path / "a.md").write_text("one two three")
-    passages, told = take_uploads([str(tmp_path / "a.md")], [], arguments(), Path.unlink)
+    passages, told = take_uploads([str(tmp_path / "a.md")], [], Path.unlink, size=200, overlap=20)
     assert passages == [] and told == ["a.md: your files have more than 10 characters together."]
 
 

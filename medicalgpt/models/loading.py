@@ -209,10 +209,22 @@ def load_model(
     if stored in RESTORED:
         settle_restored(model, weights_dtype)
     if auto_class is AutoModelForCausalLM:
-        settle_backbone(model)
-        if not towers.has_towers(config):
-            settle_prediction_layers(model, weight_shapes(name_or_path, **where))
+        _settle_generator(model, config, name_or_path, where)
     return model
+
+
+def _settle_generator(
+    model: PreTrainedModel, config: PreTrainedConfig, name_or_path: str, where: dict[str, Any]
+) -> None:
+    """Correct what a family's class leaves out or adds.
+
+    Args:
+        config: of the checkpoint; that of the model may be of its language model alone.
+        where: `revision` and `cache_dir` of the checkpoint.
+    """
+    settle_backbone(model)
+    if not towers.has_towers(config):
+        settle_prediction_layers(model, weight_shapes(name_or_path, **where))
 
 
 def _require_generator(config: PreTrainedConfig, name: str) -> None:

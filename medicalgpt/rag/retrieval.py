@@ -213,6 +213,10 @@ class Collection:
             vectors = fresh if vectors is None else np.concatenate([vectors, fresh])
         return Collection([*self.passages, *passages], self.embedder, vectors, self.reranker)
 
+    def with_short_names(self) -> "Collection":
+        """The same with the names of its files in place of their paths, see `with_short_names`."""
+        return Collection(with_short_names(self.passages), self.embedder, self.vectors, self.reranker)
+
     def search(self, question: str) -> SearchResult:
         """Rank the passages: by `rank`, and the best `RERANKED` of them again with the reranker, if there is one."""
         found = self.rank(question)
