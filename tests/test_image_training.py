@@ -216,11 +216,11 @@ def test_flags_and_bases_that_do_not_go_with_images(data, tmp_path):
             open_stage(SFT, *flags(base, data, *given))
         with pytest.raises(UserError, match="--image_max_pixels would have no effect: "):
             open_stage(SFT, *flags(base, text_only, *given, "--image_max_pixels", 512))
+    pairs = tmp_path / "pairs"
+    write_jsonl(pairs / "rows.jsonl", [{"prompt": "<image>?", "chosen": "a", "rejected": "b", "images": ["a.png"]}])
+    given = ("--model_name_or_path", seeing, "--train_file_dir", pairs, "--output_dir", tmp_path / "out")
     with pytest.raises(UserError, match=r"rows.jsonl:1: .*only text is trained on here"):
-        open_stage(
-            "dpo_training.py",
-            *("--model_name_or_path", seeing, "--train_file_dir", data, "--output_dir", tmp_path / "out"),
-        )
+        open_stage("dpo_training.py", *given, "--template_name", "chatml")
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("*.safetensors"))
 
 
