@@ -17,7 +17,7 @@ from tests.families import Followed, stage_flags
 from tests.helpers import ROOT, open_stage, read_json, run_here, write_jsonl
 from tests.matrix import REWARDS
 from tests.silent.ppo import save_reward_model
-from tests.towers import TOWERS, as_table, hashes, make_towers
+from tests.towers import TOWERS, as_table, hashes, is_tower, make_towers, require_whole
 
 import pytest
 import torch
@@ -57,22 +57,6 @@ def whole_logits(folder, dtype=torch.float32):
     model, info = AutoModelForMultimodalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     return logits(model)
-
-
-def is_tower(name):
-    return any(part in name for part in ("visual", "vision", "projector", "mtp"))
-
-
-def require_whole(base, folder, trained=True):
-    """The folder is the checkpoint `base` in all but the weights of the language model."""
-    before, after = hashes(base), hashes(folder)
-    assert before.keys() == after.keys()
-    changed = {name for name in before if before[name] != after[name]}
-    assert any(is_tower(name) for name in before) and not any(is_tower(name) for name in changed)
-    assert bool(changed) == trained
-    assert Path(base, "config.json").read_bytes() == Path(folder, "config.json").read_bytes()
-    name = "preprocessor_config.json"
-    assert Path(base, name).read_bytes() == Path(folder, name).read_bytes()
 
 
 def train(stage, *options):

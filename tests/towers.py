@@ -223,3 +223,19 @@ def hashes(folder: str | Path) -> dict[str, str]:
                 digest = hashlib.sha256(raw[start:end]).hexdigest()
                 found[name] = f"{path.name} {entry['dtype']} {entry['shape']} {digest}"
     return found
+
+
+def is_tower(name: str) -> bool:
+    return any(part in name for part in ("visual", "vision", "projector", "mtp"))
+
+
+def require_whole(base: str | Path, folder: str | Path, trained: bool = True) -> None:
+    """The folder is the checkpoint `base` in all but the weights of the language model."""
+    before, after = hashes(base), hashes(folder)
+    assert before.keys() == after.keys()
+    changed = {name for name in before if before[name] != after[name]}
+    assert any(is_tower(name) for name in before) and not any(is_tower(name) for name in changed)
+    assert bool(changed) == trained
+    assert Path(base, "config.json").read_bytes() == Path(folder, "config.json").read_bytes()
+    name = "preprocessor_config.json"
+    assert Path(base, name).read_bytes() == Path(folder, name).read_bytes()
