@@ -10,11 +10,15 @@ import sys
 import traceback
 from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tests.helpers import open_stage, save_model, write_jsonl
 from tests.silent.ppo import save_reward_model
 from tests.tiny import tiny_tokenizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
 
 ROOT = Path(__file__).resolve().parent.parent
 ENGINES = ("DDP", "ZeRO-2", "ZeRO-3", "FSDP2")
@@ -134,6 +138,35 @@ def output_of(place: Path, cell: Cell) -> Path:
     return place / cell.engine / cell.stage / cell.weights
 
 
+def reload(place: Path, cell: Cell) -> "PreTrainedModel":
+    """The model that a user would load from the output folder."""
+    from medicalgpt.models import adapters, loading
+    from medicalgpt.models.hub import Checkpoint
+
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    checkpoint = Checkpoint.resolve(str(output_of(place, cell)))
+    scores = cell.stage == "reward_modeling"
+    model = loading.load_model(
+        AutoModelForSequenceClassification if scores else AutoModelForCausalLM,
+        checkpoint.source,
+        config=checkpoint.config,
+        qlora=cell.weights == "QLoRA",
+        **({"num_labels": 1} if scores else {}),
+    )
+    loading.never_repack_4bit(model)
+    if checkpoint.adapter:
+        model = adapters.attach_adapter(model, checkpoint.adapter)
+    return model.eval()
+
+
+def logits(model: "PreTrainedModel") -> "Tensor":
+    import torch
+
+    with torch.no_grad():
+        return model(input_ids=torch.tensor(PROBE)).logits
+
+
 def train(place: Path, cell: Cell) -> dict[str, Any]:
     """Run the program of a cell; returns the live model's logits, or what was said in place of training."""
     import torch
@@ -147,9 +180,9 @@ def train(place: Path, cell: Cell) -> dict[str, Any]:
     model = getattr(model, "policy", model)
     model.eval()
     with torch.no_grad():
-        logits = model(input_ids=torch.tensor(PROBE, device=trainer.args.device)).logits
+        scores = model(input_ids=torch.tensor(PROBE, device=trainer.args.device)).logits
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    return {"logits": logits.tolist(), "losses": losses}
+    return {"logits": scores.tolist(), "losses": losses}
 
 
 def main() -> None:

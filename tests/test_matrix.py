@@ -3,16 +3,26 @@
 import os
 import shutil
 
-from medicalgpt.models import adapters, loading
-from medicalgpt.models.hub import Checkpoint
 from tests.helpers import ROOT, read_json, run_program
-from tests.matrix import ENGINES, OTHER_CELLS, OTHER_ENGINES, PROBE, Cell, as_table, cells, flags, make_place, output_of
+from tests.matrix import (
+    ENGINES,
+    OTHER_CELLS,
+    OTHER_ENGINES,
+    Cell,
+    as_table,
+    cells,
+    flags,
+    logits,
+    make_place,
+    output_of,
+    reload,
+)
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM
 
 # One of each engine that shards weights, in the quick suite; all others are slow.
 QUICK = {"FSDP2": ["supervised_finetuning:full", "dpo_training:LoRA"]}
@@ -36,28 +46,6 @@ def trained(tmp_path_factory):
         return done[engine]
 
     return of
-
-
-def reload(place, cell):
-    """The model that a user would load from the output folder."""
-    checkpoint = Checkpoint.resolve(str(output_of(place, cell)))
-    scores = cell.stage == "reward_modeling"
-    model = loading.load_model(
-        AutoModelForSequenceClassification if scores else AutoModelForCausalLM,
-        checkpoint.source,
-        config=checkpoint.config,
-        qlora=cell.weights == "QLoRA",
-        **({"num_labels": 1} if scores else {}),
-    )
-    loading.never_repack_4bit(model)
-    if checkpoint.adapter:
-        model = adapters.attach_adapter(model, checkpoint.adapter)
-    return model.eval()
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(input_ids=torch.tensor(PROBE)).logits
 
 
 def check_saved(place, cell):

@@ -4,14 +4,15 @@ import json
 
 from medicalgpt.errors import UserError
 from medicalgpt.models import adapters, hub, loading
-from medicalgpt.models.quantization import quantization_config
+from medicalgpt.models.quantization import quantization_config, restore
 from tests.families import make_family, stage_flags
 from tests.helpers import open_stage, read_json, run_here, write_jsonl
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.quantizers import AutoHfQuantizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SFT = "supervised_finetuning.py"
@@ -173,6 +174,16 @@ def test_blocks_that_the_library_would_shift_are_refused(tmp_path):
             *("--model_name_or_path", tmp_path / "base", "--train_file_dir", tmp_path / "nowhere"),
             *("--output_dir", tmp_path / "out"),
         )
+
+
+def test_weights_are_restored_on_a_gpu_too(tmp_path):
+    """There the library would keep them in FP8, in layers that cannot be trained."""
+    make_family(tmp_path / "base", "qwen3")
+    store_fp8(tmp_path / "base")
+    config = AutoConfig.from_pretrained(tmp_path / "base")
+    restore(config, "fp8")
+    merged = AutoHfQuantizer.from_config(config.quantization_config, pre_quantized=True)
+    assert merged.quantization_config.dequantize
 
 
 def test_a_base_that_is_stored_in_4_bits_gets_an_adapter(data, tmp_path):

@@ -3,10 +3,8 @@
 import shutil
 
 from tests.helpers import ROOT, read_json, run_program
-from tests.matrix import Cell, make_place, output_of
-from tests.test_matrix import logits, reload
-from tests.test_towers import require_whole
-from tests.towers import make_towers
+from tests.matrix import Cell, logits, make_place, output_of, reload
+from tests.towers import make_towers, require_whole
 
 import pytest
 import torch

@@ -268,11 +268,11 @@ def make_seeing(path: str | Path, name: str, *, tied: bool = False, **vision: An
     return str(path)
 
 
-def is_tower(name):
+def is_tower(name: str) -> bool:
     return any(part in name for part in ("visual", "vision", "projector", "mtp"))
 
 
-def require_whole(base, folder, trained=True):
+def require_whole(base: str | Path, folder: str | Path, trained: bool = True) -> None:
     """The folder is the checkpoint `base` in all but the weights of the language model."""
     before, after = hashes(base), hashes(folder)
     assert before.keys() == after.keys()
