@@ -19,7 +19,8 @@ def print_answer(engine: ChatEngine, request: GenerationRequest) -> str:
         with engine.stream(request) as stream:
             for piece in stream:
                 pieces.append(piece)
-                print(printable(piece), end="", flush=True)
+                # A file or another program gets the answer as it is.
+                print(printable(piece) if sys.stdout.isatty() else piece, end="", flush=True)
         print(flush=True)
         if stream.answer.finish_reason == "length":
             limit = request.sampling.max_new_tokens
