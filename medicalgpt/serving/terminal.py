@@ -25,7 +25,9 @@ def print_answer(
     def advance(ended: bool) -> None:
         nonlocal printed
         visible = shown(text, ended)
-        print(printable(visible[printed:]), end="\n" if ended else "", flush=True)
+        # A file or another program gets the answer as it is.
+        new = printable(visible[printed:]) if sys.stdout.isatty() else visible[printed:]
+        print(new, end="\n" if ended else "", flush=True)
         printed = len(visible)
 
     try:
