@@ -3,7 +3,7 @@
 from medicalgpt.errors import UserError
 from medicalgpt.models.hub import CheckpointError
 from medicalgpt.rewards.scoring import RewardScorer
-from tests.families import FAMILIES, Followed, make_family
+from tests.families import EACH, Followed, make_family
 from tests.helpers import ROOT, open_stage, read_json, run_here, run_program, save_model, stop_tokens, write_jsonl
 from tests.tiny import END_OF_TEXT, TURN_END, make_tiny, tiny_tokenizer
 
@@ -229,7 +229,7 @@ def test_rows_of_new_tokens_are_trained_saved_and_merged(data, tmp_path, tied):
     assert RewardScorer.from_pretrained(str(tmp_path / "merged")).score(chats()) == pytest.approx(live, abs=1e-5)
 
 
-@pytest.mark.parametrize("name", sorted(FAMILIES))
+@pytest.mark.parametrize("name", EACH)
 def test_every_family_is_trained_saved_and_scores_the_same(name, data, tmp_path):
     base = make_family(tmp_path / "base", name)
     opened = open_stage(STAGE, *flags(base, data, tmp_path / "out", "--sample_prompts", 0))

@@ -2,7 +2,7 @@
 
 from medicalgpt.serving.chat import ChatEngine
 from medicalgpt.serving.generation import Sampling
-from tests.families import FAMILIES, make_family
+from tests.families import EACH, make_family
 from tests.helpers import read_json, run_here, write_jsonl
 
 import pytest
@@ -23,7 +23,7 @@ QUESTIONS = [
 SAMPLING = Sampling(max_new_tokens=12)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=EACH)
 def folder(request, tmp_path_factory):
     # With one matrix at both ends, random weights say the last token again and again.
     return make_family(tmp_path_factory.mktemp(request.param), request.param, tie_word_embeddings=False)
