@@ -229,10 +229,21 @@ def test_rows_of_new_tokens_are_trained_saved_and_merged(data, tmp_path, tied):
     assert RewardScorer.from_pretrained(str(tmp_path / "merged")).score(chats()) == pytest.approx(live, abs=1e-5)
 
 
+# transformers has no class with a scoring head for these.
+UNSCORED = ("cohere2", "ernie4_5", "glm4_moe", "glm4_moe_lite", "granite", "lfm2", "llama4_text", "minimax_m2")
+# Its class drops out of the residuals by itself, which nothing can turn off.
+DROPS_OUT = "seed_oss"
+
+
 @pytest.mark.parametrize("name", EACH)
 def test_every_family_is_trained_saved_and_scores_the_same(name, data, tmp_path):
     base = make_family(tmp_path / "base", name)
-    opened = open_stage(STAGE, *flags(base, data, tmp_path / "out", "--sample_prompts", 0))
+    if name in UNSCORED:
+        with pytest.raises(UserError, match=f"is of type {name}, for which transformers has no model with a scoring"):
+            open_stage(STAGE, *flags(base, data, tmp_path / "out"))
+        return
+    more = ["--disable_dropout", "False"] if name == DROPS_OUT else []
+    opened = open_stage(STAGE, *flags(base, data, tmp_path / "out", "--sample_prompts", 0, *more))
     followed = Followed(opened.trainer.model)
     opened.finish()
     assert followed.moved() == followed.declared and any("score" in moved for moved in followed.moved())
