@@ -139,7 +139,7 @@ class SystemMessage(Body):
 
 class UserMessage(Body):
     role: Literal["user"]
-    content: str | list[UserPart]
+    content: Annotated[str | Annotated[list[UserPart], FAIL_FAST], at_most(MAX_PARTS)]
 
 
 class AssistantMessage(Body):

@@ -104,8 +104,9 @@ class Uploads:
     def _remove(self, path: Path) -> None:
         self._files.pop(path, None)
         path.unlink(missing_ok=True)
-        with suppress(OSError):
-            path.parent.rmdir()
+        if path.parent != self.folder:
+            with suppress(OSError):
+                path.parent.rmdir()
 
     def _sweep(self) -> None:
         """Remove what nobody has read, the rest of broken uploads included."""
