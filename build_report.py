@@ -43,6 +43,7 @@ MAX_SHOWN_CHARACTERS = 1_200
 MAX_SHOWN_SAMPLES = 6
 SHOWN_METRICS = ("loss", "perplexity", "accuracy", "reward", "margin")
 EXACT = "exact match (held-out phrasings)"
+EVERYDAY = "correct answers (everyday questions)"
 CORRECT_TASKS = "correct answers (held-out tasks)"
 CORRECT_FORMAT = "correct format (held-out tasks)"
 # Curves shown next to the loss: the keys under which stages log them, and their captions.
@@ -119,7 +120,9 @@ def summary_rows(models: list[dict], reward: dict | None = None) -> list[TableRo
     if any(chats):
         rows.append(share_row(EXACT, chats, "correct"))
         rows.append(share_row("stops by itself", chats, "stopped"))
-    for label, key in (("preference accuracy (held-out pairs)", "preference"), ("good answers", "good")):
+    labels = {EVERYDAY: "everyday", "declined (not taught)": "declined", "declined needlessly": "needless"}
+    labels |= {"preference accuracy (held-out pairs)": "preference", "good answers": "good"}
+    for label, key in labels.items():
         counts = [model.get(key) for model in models]
         if any(counts):
             rows.append(share_row(label, counts))
