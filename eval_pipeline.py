@@ -495,12 +495,6 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _block_size(text: str) -> int:
-    if _positive(text) < 2:
-        raise argparse.ArgumentTypeError("a block needs at least 2 tokens: one is predicted from the other")
-    return int(text)
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -541,7 +535,7 @@ def parse_arguments() -> argparse.Namespace:
         help="Maximum number of tokens of a reply to --task_file; unset: 256.",
     )
     parser.add_argument(
-        "--block_size", type=_block_size, default=512, help="Maximum number of tokens of text scored at once."
+        "--block_size", type=_positive, default=512, help="Maximum number of tokens of text scored at once."
     )
     parser.add_argument(
         "--document_unit",
@@ -559,6 +553,8 @@ def parse_arguments() -> argparse.Namespace:
     if not any((args.text_file_dir, args.chat_file, args.everyday_file, args.preference_file, args.task_file)):
         kinds = "--text_file_dir, --chat_file, --everyday_file, --preference_file or --task_file"
         parser.error(f"nothing to measure: give {kinds}")
+    if args.block_size < 2:
+        parser.error("argument --block_size: a block needs at least 2 tokens: one is predicted from the other")
     if args.reward_model and not args.preference_file:
         parser.error("--reward_model is measured on pairs: give --preference_file")
     if args.task_max_new_tokens and not args.task_file:
