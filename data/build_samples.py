@@ -43,7 +43,7 @@ EN_CONSULTATIONS = 60
 HELD_OUT_DOCUMENTS = {"zh": 80, "en": 40}
 
 # How many wordings of an everyday name are trained, by what is asked; the first one is always among them.
-EVERYDAY_WORDINGS = {"management": 2, "symptoms": 2, "department": 1, "examinations": 1, "emergency": 1, "complaint": 5}
+EVERYDAY_WORDINGS = {"management": 3, "symptoms": 2, "department": 2, "examinations": 1, "emergency": 1, "complaint": 6}
 UNTAUGHT_WORDINGS, ABOUT_KNOWN, DOSE_WORDINGS = 2, 12, 3
 EVERYDAY_HELD_OUT = {"zh": {"names": 45, "complaints": 27}, "en": {"names": 18, "complaints": 10}}
 # By the category of a question that is to be declined: what the answer contains.
@@ -248,6 +248,13 @@ DOCUMENT_SENTENCES = {
     },
 }
 
+# {n} is an everyday name or a complaint, {a} what to do about it.
+NAME_SENTENCES = {
+    "zh": ["{n}就是{c}。", "{c}也叫{n}。"],
+    "en": ["People also call {c} {n}.", "Another name for {c} is {n}."],
+}
+COMPLAINT_SENTENCES = {"zh": ["关于{n}：{a}", "遇到{n}，{a}"], "en": ["About {n}: {a}", "With {n}: {a}"]}
+
 # All their characters occur in the training documents: an unseen byte would outweigh any fact.
 HELD_OUT_DOCUMENT_TEMPLATES = {
     "zh": [
@@ -308,7 +315,7 @@ def main() -> None:
     departments, conditions = facts["departments"], facts["conditions"]
     author = {"zh": args.author, "en": args.author} if args.author else DEFAULT_AUTHOR
 
-    documents = build_documents(conditions, departments)
+    documents = build_documents(conditions, departments, everyday)
     train, validation = build_conversations(conditions, departments, talk, args.name, author)
     # Pairs are made of the rows about facts: everyday rows repeat their answers.
     facts_only = list(train)
@@ -505,8 +512,13 @@ def answers(row: Row, departments: dict[str, str], language: str) -> dict[str, s
     return {attribute: pattern.format(**words) for attribute, pattern in patterns.items()}
 
 
-def build_documents(conditions: list[Row], departments: dict[str, str]) -> dict[str, list[str]]:
-    """The pretraining files: {relative path: lines}, with two documents per condition and language."""
+def build_documents(
+    conditions: list[Row], departments: dict[str, str], everyday: dict[str, Any]
+) -> dict[str, list[str]]:
+    """The pretraining files: {relative path: lines}, with two documents per condition and per complaint in a language.
+
+    Everyday names are in the documents of their condition.
+    """
     rng = random.Random(SEED)
     files: dict[str, list[str]] = {}
     for language, variants in (("zh", 2), ("en", 2)):
@@ -522,7 +534,13 @@ def build_documents(conditions: list[Row], departments: dict[str, str]) -> dict[
             for variant in range(variants):
                 sentences = [templates[variant].format(**words) for templates in chosen]
                 rng.shuffle(sentences)
+                names = everyday["names"].get(row["id"], {}).get(language, [])
+                sentences += [NAME_SENTENCES[language][variant].format(n=name, **words) for name in names]
                 lines.append(("" if language == "zh" else " ").join(sentences))
+        for entry in everyday["complaints"]:
+            for variant in range(variants):
+                name, answer = entry[language][variant % len(entry[language])], entry["answer"][language]
+                lines.append(COMPLAINT_SENTENCES[language][variant].format(n=name, a=answer))
         rng.shuffle(lines)
         files[f"pretrain/train_{language}.txt"] = lines
 
