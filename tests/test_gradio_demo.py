@@ -290,7 +290,8 @@ def test_failing_model_and_full_queue_are_told(visitor, served):
     assert visitor.notice() == "The model failed; the program's log says why."
     assert visitor.box() == GREETING
     with served.gate.shut():
-        request = GenerationRequest(asked(served, FEVER), Sampling(max_new_tokens=2))
+        # Of another client, the last one would make room for the visitor.
+        request = GenerationRequest(asked(served, FEVER), Sampling(max_new_tokens=2), client="127.0.0.1")
         first = served.batcher.submit(request)
         visitor.until(lambda: served.batcher.running)
         others = [served.batcher.submit(request) for _ in range(2)]
