@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from medicalgpt.data.images import Picture
-from medicalgpt.errors import run_main
+from medicalgpt.errors import UserError, run_main
 from medicalgpt.logs import setup_logging
 from medicalgpt.parser import parse_args
 from medicalgpt.serving.arguments import PageArguments
@@ -92,6 +92,8 @@ def take_picture(path: str, uploads: Uploads) -> Picture:
     """The image that a visitor has uploaded, which is then in memory only. Raises ImageError, see `Picture.read`."""
     try:
         return Picture.from_bytes(Path(path).read_bytes())
+    except FileNotFoundError:
+        raise UserError("The image was read before and is gone; attach it again.") from None
     finally:
         uploads.release(Path(path))
 
@@ -242,7 +244,7 @@ def build_page(batcher: Batcher, arguments: PageArguments, uploads: Uploads | No
             else:
                 # An empty turn would teach the model to say nothing from here on.
                 note = note or "The model gave no answer."
-                yield {**view(before, note=note), question: "" if again else asked}
+                yield {**view(before, note=note), layout.image: None, question: "" if again else asked}
 
         def stop_answer(said: Turns, typed: str) -> dict[gr.Component, Any]:
             said, unanswered = without_unanswered(said)

@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
-from gradio_demo import EXAMPLES, DemoArguments, build_page, upload_limit
+from gradio_demo import EXAMPLES, MAX_IMAGE_BYTES, MAX_UPLOAD_BYTES, DemoArguments, build_page
 from medicalgpt.errors import UserError
 from medicalgpt.parser import parse_args
 from medicalgpt.serving.batchers import make_batcher
 from medicalgpt.serving.chat import ChatEngine
 from medicalgpt.serving.generation import GenerationRequest, Sampling
 from medicalgpt.serving.page import launch
+from medicalgpt.serving.uploads import Uploads
 from medicalgpt.serving.web import auth_from
 from tests.gate import Gate
 from tests.pictures import COLOURS, learn_colours, save
@@ -483,9 +484,10 @@ def test_an_image_is_attached(tmp_path, browser):
         argv=["--model_name_or_path", str(trained), "--accept_images", "True", "--port", "0", "--max_new_tokens", "9"],
     )[0]
     batcher = make_batcher(ChatEngine.from_pretrained(str(trained), with_images=True))
-    page = build_page(batcher, arguments)
+    uploads = Uploads(MAX_UPLOAD_BYTES)
+    page = build_page(batcher, arguments, uploads)
     try:
-        visitor = Visitor(browser, launch(page, arguments, None, upload_limit(arguments)))
+        visitor = Visitor(browser, launch(page, arguments, None, uploads, MAX_IMAGE_BYTES))
         for colour in COLOURS:
             visitor.click("clear")
             visitor.until(lambda: not visitor.texts())
@@ -504,6 +506,8 @@ def test_an_image_is_attached(tmp_path, browser):
         attach(visitor, str(tmp_path / "broken.png"))
         visitor.ask("Colour?")
         assert "not an image that can be read" in visitor.notice() and visitor.box() == "Colour?"
+        assert not [path for path in uploads.folder.rglob("*") if path.is_file()]
     finally:
         batcher.close(finish=False)
         page.close(verbose=False)
+        uploads.close()
