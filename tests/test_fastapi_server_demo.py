@@ -244,10 +244,7 @@ def test_time_limit(served, monkeypatch):
         late = served.client.post("/chat", json={"input": "Hi"})
         assert late.status_code == 504 and "0.2 seconds" in late.json()["detail"]
     # Its place is free at the next token.
-    limit = time.monotonic() + 30
-    while served.batcher.running and time.monotonic() < limit:
-        time.sleep(0.01)
-    assert served.batcher.running == 0
+    wait_until(lambda: served.batcher.running == 0)
 
 
 def test_failing_model(served):
