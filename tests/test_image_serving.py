@@ -4,9 +4,7 @@ import base64
 import json
 from pathlib import Path
 
-from gradio_demo import DemoArguments, upload_limit
 from medicalgpt.errors import UserError
-from medicalgpt.parser import parse_args
 from medicalgpt.serving.batchers import make_batcher
 from medicalgpt.serving.chat import ChatEngine
 from tests.helpers import run_here
@@ -102,8 +100,3 @@ def test_models_and_batching_that_do_not_go_with_images(trained, tmp_path):
     engine = ChatEngine.from_pretrained(str(trained), with_images=True)
     with pytest.raises(UserError, match="it is shown images. Use --batching static"):
         make_batcher(engine, batching="continuous")
-
-
-def test_a_page_without_images_has_no_place_for_one(trained):
-    arguments = parse_args(DemoArguments, argv=["--model_name_or_path", str(trained)])[0]
-    assert upload_limit(arguments) == 1
