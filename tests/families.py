@@ -111,7 +111,7 @@ FAMILIES = {
     "minimax_m2": Family("chatml", CHATML, "<|endoftext|>", config=MINIMAX, experts=True),
     "hunyuan_v1_moe": Family("chatml", CHATML, "</s>", "<s>", {"num_experts": 4, "moe_topk": 2}, experts=True),
     "hunyuan_v1_dense": Family("chatml", CHATML, "</s>", "<s>"),
-    "minicpm3": Family("chatml", CHATML, "</s>", "<s>", {**LATENT, "head_dim": None, "tie_word_embeddings": False}),
+    "minicpm3": Family("chatml", CHATML, "</s>", "<s>", {**LATENT, "head_dim": None, "scale_emb": 1, "scale_depth": 8}),
     "ministral3": Family("mistral", MISTRAL, "</s>", "<s>"),
     "seed_oss": Family("chatml", CHATML, "</s>", "<s>"),
     "ernie4_5": Family("chatml", CHATML, "</s>", "<s>"),
