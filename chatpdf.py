@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 from medicalgpt.args import ChatArguments, PageArguments
 from medicalgpt.errors import UserError, run_main
 from medicalgpt.files import refuse_overwriting, write_atomically
+from medicalgpt.formats.terms import language_of
 from medicalgpt.logs import heartbeat, setup_logging
 from medicalgpt.parser import parse_args
 from medicalgpt.rag import documents
@@ -56,7 +57,6 @@ from medicalgpt.rag.retrieval import (
     Passage,
     SearchResult,
     find_documents,
-    language_of,
     normalize,
     split,
 )

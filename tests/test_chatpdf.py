@@ -9,10 +9,11 @@ from types import SimpleNamespace
 import chatpdf
 from chatpdf import FileArguments, safe_name, take_uploads
 from medicalgpt.errors import UserError
+from medicalgpt.formats.terms import language_of
 from medicalgpt.parser import parse_args
 from medicalgpt.rag import grounding
 from medicalgpt.rag.grounding import build_prompt, escape_special_tokens, format_sources, parse_citations
-from medicalgpt.rag.retrieval import Collection, Passage, language_of
+from medicalgpt.rag.retrieval import Collection, Passage
 from medicalgpt.serving.chat import ChatEngine, PromptTooLongError, SpecialTokenError
 from medicalgpt.serving.generation import Sampling
 from tests.helpers import read_json, run_here, write_jsonl

@@ -2,6 +2,7 @@
 
 from chatpdf import FileArguments
 from medicalgpt.errors import UserError
+from medicalgpt.formats.terms import extract_terms, is_standalone, language_of, question_terms
 from medicalgpt.rag import grounding, retrieval
 from medicalgpt.rag.documents import Document, DocumentError, Unit
 from medicalgpt.rag.retrieval import (
@@ -9,11 +10,7 @@ from medicalgpt.rag.retrieval import (
     DocumentStore,
     Passage,
     SearchResult,
-    extract_terms,
     find_documents,
-    is_standalone,
-    language_of,
-    question_terms,
     split,
 )
 from tests.passages import ILLNESSES

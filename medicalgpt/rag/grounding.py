@@ -5,8 +5,9 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
+from medicalgpt.formats.terms import SENTENCE, is_standalone, language_of
 from medicalgpt.models.templating import special_tokens_in
-from medicalgpt.rag.retrieval import SENTENCE, Collection, SearchResult, is_standalone, language_of
+from medicalgpt.rag.retrieval import Collection, SearchResult
 from medicalgpt.serving.chat import ChatEngine, PromptTooLongError
 from medicalgpt.serving.generation import Sampling
 from medicalgpt.serving.terminal import system_message
