@@ -23,7 +23,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 from medicalgpt.args import ChatArguments, PageArguments
 from medicalgpt.errors import UserError, run_main
+from medicalgpt.evaluation.citations import check_answer, show_answer
 from medicalgpt.files import refuse_overwriting, write_atomically
 from medicalgpt.formats.terms import language_of
 from medicalgpt.logs import heartbeat, setup_logging
@@ -42,26 +43,26 @@ from medicalgpt.rag.documents import read_document
 from medicalgpt.rag.grounding import (
     UNKNOWN,
     GroundedPrompt,
+    Thresholds,
     build_prompt,
     build_sources,
     format_passages,
     format_sources,
+    indent,
     is_relevant,
-    parse_citations,
     search_query,
 )
+from medicalgpt.rag.questions import Question, judge_answer, measures, read_questions
 from medicalgpt.rag.retrieval import (
     Collection,
     DocumentStore,
     Embedder,
     Passage,
+    Reranker,
     SearchResult,
     find_documents,
-    normalize,
     split,
 )
-from medicalgpt.readers.problems import Problem, format_problems
-from medicalgpt.readers.sources import read_rows
 from medicalgpt.serving.chat import ChatEngine
 from medicalgpt.serving.engines import engine_from
 from medicalgpt.serving.generation import GenerationRequest, Sampling, sampling_from
@@ -128,13 +129,20 @@ class FileArguments(PageArguments):
     num_expand_context_chunk: int = field(
         default=0, metadata={"help": "Add this many neighboring passages on each side of a passage."}
     )
-    min_coverage: float = field(
-        # Chosen on data/rag: few questions that have an answer fall below it, and four in ten of the others, most of
-        # which are close to the subject.
-        default=0.23,
+    min_terms: float = field(
+        # This and --min_coverage were chosen on data/rag/questions.jsonl, to refuse at most 5% of the questions that
+        # have an answer.
+        default=1.25,
         metadata={
-            "help": "Say that nothing was found if the three best passages have less than this share of the question's "
-            "terms, weighted by rarity. 0: always ask the model."
+            "help": "Say that nothing was found if the best passage has less than this weight of the question's words, "
+            "where a rare word counts 1, and less than --min_coverage of them. 0: always ask the model."
+        },
+    )
+    min_coverage: float = field(
+        default=0.6,
+        metadata={
+            "help": "Share of the question's words, weighted by rarity, with which the best passage is enough whatever "
+            "--min_terms says. 0: always ask the model."
         },
     )
     sim_model_name: str | None = field(
@@ -146,6 +154,18 @@ class FileArguments(PageArguments):
         metadata={
             "help": "With --sim_model_name: also ask the model if a passage has at least this cosine similarity. The "
             "scale differs between embedding models, so there is no default."
+        },
+    )
+    rerank_model_name: str | None = field(
+        default=None,
+        metadata={"help": "Cross-encoder for sentence-transformers; it sorts the best passages again."},
+    )
+    min_rerank_score: float | None = field(
+        default=None,
+        metadata={
+            "help": "With --rerank_model_name: say that nothing was found if its best score is below this, whatever "
+            "words the passages have. --evaluate prints the value for your questions. The scale differs between models, "
+            "so there is no default."
         },
     )
     index_dir: str | None = field(
@@ -165,7 +185,7 @@ def main() -> None:
     setup_logging()
     mode = choose_mode(arguments)
     sampling = sampling_from(arguments)
-    questions = read_questions(arguments) if mode == "evaluate" else []
+    questions = questions_for(arguments) if mode == "evaluate" else []
     collection = read_collection(arguments)
     if mode == "page":
         return serve_page(collection, arguments)
@@ -231,6 +251,13 @@ def choose_mode(arguments: FileArguments) -> str:
         problems.append("--chunk_overlap must be at most half of --chunk_size.")
     if not 0 <= arguments.min_coverage <= 1:
         problems.append(f"--min_coverage is {arguments.min_coverage}, it must be from 0 to 1.")
+    if arguments.min_terms < 0:
+        problems.append(f"--min_terms is {arguments.min_terms}, it must be at least 0.")
+    if arguments.min_rerank_score is not None and not arguments.rerank_model_name:
+        problems.append("--min_rerank_score has no effect without --rerank_model_name; omit it.")
+    if arguments.min_rerank_score is not None:
+        lexical = ("min_terms", "min_coverage", "min_similarity")
+        problems += [f"--{name} has no effect with --min_rerank_score; omit it." for name in lexical if name in given]
     if arguments.min_similarity is not None and not arguments.sim_model_name:
         problems.append("--min_similarity has no effect without --sim_model_name; omit it.")
     if arguments.temperature == 0:
@@ -240,6 +267,10 @@ def choose_mode(arguments: FileArguments) -> str:
     if problems:
         raise UserError("\n  ".join(problems))
     return mode
+
+
+def thresholds(arguments: FileArguments) -> Thresholds:
+    return Thresholds(arguments.min_terms, arguments.min_coverage, arguments.min_similarity, arguments.min_rerank_score)
 
 
 def names_of(cls: type) -> set[str]:
@@ -253,8 +284,9 @@ def read_collection(arguments: FileArguments) -> "Collection":
         UserError: files cannot be read; all of them are named. Or --output_file is one of them.
     """
     embedder = Embedder(arguments.sim_model_name, arguments.cache_dir) if arguments.sim_model_name else None
+    reranker = Reranker(arguments.rerank_model_name, arguments.cache_dir) if arguments.rerank_model_name else None
     if arguments.page and not arguments.files:
-        return Collection([], embedder)
+        return Collection([], embedder, reranker=reranker)
     files = find_documents(arguments.files or [str(SAMPLES / "documents")])
     for path in files:
         refuse_overwriting("--output_file", arguments.output_file, {"--files": path})
@@ -285,7 +317,7 @@ def read_collection(arguments: FileArguments) -> "Collection":
         with heartbeat(lambda: f"embedding the passages of {len(files)} file(s)"):
             rows = [store.vectors(path, found, embedder) for path, (found, _, _) in zip(files, results, strict=True)]
         vectors = np.concatenate(rows)
-    return Collection(passages, embedder, vectors)
+    return Collection(passages, embedder, vectors, reranker)
 
 
 def ground(
@@ -298,7 +330,7 @@ def ground(
     question: str,
 ) -> GroundedPrompt | None:
     """The prompt for a question with the passages found; None if these are not relevant enough to ask the model."""
-    if not is_relevant(found, arguments.min_similarity, arguments.min_coverage):
+    if not is_relevant(found, thresholds(arguments)):
         return None
     sources = build_sources(collection, found, arguments.num_passages, arguments.num_expand_context_chunk)
     return build_prompt(engine, sampling, arguments.system_prompt, history, question, sources)
@@ -318,9 +350,14 @@ def reply(
     if prompt is None:
         print(UNKNOWN[language_of(question)], flush=True)
         return ""
-    answer = print_answer(engine, GenerationRequest(prompt.prompt_ids, sampling))
-    print("", *format_sources(answer, prompt.sources), sep="\n", flush=True)
-    return answer
+    language = language_of(question)
+
+    def show(answer: str, is_complete: bool) -> str:
+        return show_answer(check_answer(answer, prompt.sources), language, only_whole=not is_complete)
+
+    answer = print_answer(engine, GenerationRequest(prompt.prompt_ids, sampling), show)
+    print("", *format_sources(check_answer(answer, prompt.sources), prompt.sources, language), sep="\n", flush=True)
+    return show(answer, True)
 
 
 def talk(engine: ChatEngine, sampling: Sampling, collection: Collection, arguments: FileArguments) -> None:
@@ -350,54 +387,26 @@ def talk(engine: ChatEngine, sampling: Sampling, collection: Collection, argumen
 def show_passages(collection: Collection, arguments: FileArguments) -> None:
     """Print the passages that a model would be given, in full."""
     found = collection.search(arguments.search)
-    similarity = "" if found.similarity is None else f", largest similarity {found.similarity:.2f}"
-    is_enough = is_relevant(found, arguments.min_similarity, arguments.min_coverage)
+    more = "" if found.similarity is None else f", largest similarity {found.similarity:.2f}"
+    more += "" if found.rerank_score is None else f", rerank score {found.rerank_score:.3f}"
+    is_enough = is_relevant(found, thresholds(arguments))
     verdict = "a model would be asked" if is_enough else "the answer would be that nothing was found"
-    print_note(f"{found.coverage:.0%} of the question's terms are in the best passages{similarity}: {verdict}")
+    print_note(
+        f"the best passage has {found.coverage:.0%} of the question's words, as much as {found.terms:.1f} rare ones{more}: "
+        f"{verdict}"
+    )
     sources = build_sources(collection, found, arguments.num_passages, arguments.num_expand_context_chunk)
     for number, source in enumerate(sources, start=1):
-        print(f"[{number}] {source.place}\n{source.text}\n")
+        print(f"[{number}] {source.place}\n{indent(source.text)}\n")
 
 
-@dataclass(frozen=True)
-class Question:
-    """A row of --questions. `file` is None if the files have no answer; otherwise `evidence` is a quotation from it."""
-
-    question: str
-    language: str
-    file: str | None
-    page: int | None = None
-    evidence: str = ""
-
-    def answered_by(self, passage: Passage) -> bool:
-        same_page = self.page is None or passage.page == self.page
-        return Path(passage.file).name == self.file and same_page and normalize(self.evidence) in passage.normalized
-
-
-def read_questions(arguments: FileArguments) -> list[Question]:
+def questions_for(arguments: FileArguments) -> list[Question]:
     """Raise UserError if rows are broken, naming all of them, or if --output_file would overwrite something."""
     if arguments.output_file and Path(arguments.output_file).exists() and not arguments.overwrite_output_file:
         raise UserError(f"{arguments.output_file} exists. Choose another file, or add --overwrite_output_file.")
     path = Path(arguments.questions or SAMPLES / "questions.jsonl")
     refuse_overwriting("--output_file", arguments.output_file, {"--questions": path})
-    if not path.is_file() or path.suffix != ".jsonl":
-        raise UserError(f"--questions {path} must be an existing .jsonl file (looked in {Path.cwd()}).")
-    questions, problems = [], []
-    for row in read_rows(path, encoding=arguments.encoding):
-        if isinstance(row, Problem):
-            problems.append(row)
-            continue
-        value = row.value if isinstance(row.value, dict) else {}
-        kept = {field.name: value[field.name] for field in dataclasses.fields(Question) if field.name in value}
-        if not all(isinstance(kept.get(name), str) for name in ("question", "language")) or "file" not in kept:
-            problems.append(Problem(row.place, "no question, language and file", "See data/rag/questions.jsonl."))
-        elif kept["file"] and not kept.get("evidence"):
-            problems.append(Problem(row.place, "no evidence", "Quote the passage of the file that has the answer."))
-        else:
-            questions.append(Question(**kept))
-    if problems or not questions:
-        raise UserError(f"--questions {path} cannot be used:\n{format_problems(problems) or '  it has no rows'}")
-    return questions
+    return read_questions(path, arguments.encoding)
 
 
 def evaluate(
@@ -417,8 +426,9 @@ def evaluate(
         if question.file and not right:
             lost.append(question.question)
         rank = next((n for n, index in enumerate(found.order, start=1) if index in right), None)
-        asked = is_relevant(found, arguments.min_similarity, arguments.min_coverage)
-        rows.append({**dataclasses.asdict(question), "rank": rank, "coverage": found.coverage, "asked": asked})
+        asked = is_relevant(found, thresholds(arguments))
+        scores = {name: getattr(found, name) for name in ("terms", "coverage", "similarity", "rerank_score")}
+        rows.append({**dataclasses.asdict(question), "rank": rank, "asked": asked, **scores})
         if engine and asked:
             prompt = ground(engine, sampling, collection, arguments, found, [], question.question)
             prompts.append((rows[-1], prompt, right))
@@ -430,13 +440,7 @@ def evaluate(
         with heartbeat(lambda: f"answering {len(prompts)} questions"):
             answers = engine.batch([prompt.prompt_ids for _, prompt, _ in prompts], sampling, ANSWERS_AT_A_TIME)
         for (row, prompt, right), answer in zip(prompts, answers, strict=True):
-            cited, invented = parse_citations(answer.text, prompt.sources)
-            row |= {
-                "answer_given": answer.text,
-                "cited": cited,
-                "invented": invented,
-                "cited_right": any(right.intersection(prompt.sources[n - 1].passages) for n in cited),
-            }
+            row |= judge_answer(answer.text, prompt.sources, right, language_of(row["question"]))
     table = {language: measures(rows, language) for language in sorted({row["language"] for row in rows})}
     for name in dict.fromkeys(chain.from_iterable(table.values())):
         found = [(language, numbers[name]) for language, numbers in table.items() if name in numbers]
@@ -446,47 +450,18 @@ def evaluate(
         print(f"{name:<44}" + "   ".join(cells))
     if arguments.output_file:
         settings = {name: getattr(arguments, name) for name in ("chunk_size", "chunk_overlap", "num_passages")}
-        settings |= {name: getattr(arguments, name) for name in ("min_coverage", "sim_model_name", "min_similarity")}
+        names = (
+            "min_terms",
+            "min_coverage",
+            "sim_model_name",
+            "min_similarity",
+            "rerank_model_name",
+            "min_rerank_score",
+        )
+        settings |= {name: getattr(arguments, name) for name in names}
         result = {"settings": settings, "measures": table, "questions": rows}
         Path(arguments.output_file).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(arguments.output_file, json.dumps(result, ensure_ascii=False, indent=1))
-
-
-def measures(rows: list[dict[str, Any]], language: str) -> dict[str, float]:
-    """Measures for the questions in one language; shares are from 0 to 1.
-
-    A hit is a passage of the correct file and page that contains the evidence. MRR is the mean of 1 / its rank, or 0
-    if it is not found at all.
-    """
-    rows = [row for row in rows if row["language"] == language]
-    groups = {
-        "answerable": [row for row in rows if row["file"]],
-        "unanswerable": [row for row in rows if not row["file"]],
-        "answers": [row for row in rows if "answer_given" in row],
-    }
-    unknown = UNKNOWN[language]
-    groups["citing"] = [row for row in groups["answers"] if row["cited"] or row["invented"]]
-
-    def share(group: str, is_so: Callable[[dict[str, Any]], float]) -> float:
-        return sum(map(is_so, groups[group])) / len(groups[group])
-
-    numbers: dict[str, float] = {f"questions, {group}": len(groups[group]) for group in ("answerable", "unanswerable")}
-    if groups["answerable"]:
-        numbers["hit@1"] = share("answerable", lambda row: row["rank"] == 1)
-        numbers["hit@5"] = share("answerable", lambda row: (row["rank"] or 6) <= 5)
-        numbers["MRR"] = share("answerable", lambda row: 1 / row["rank"] if row["rank"] else 0)
-        numbers["answerable, wrongly refused"] = share("answerable", lambda row: not row["asked"])
-    if groups["unanswerable"]:
-        numbers["unanswerable, refused"] = share("unanswerable", lambda row: not row["asked"])
-    if groups["answers"]:
-        if groups["unanswerable"]:
-            refused = share("unanswerable", lambda row: not row["asked"] or unknown in row["answer_given"])
-            numbers["unanswerable, refused, model included"] = refused
-        numbers["answers that cite"] = share("answers", lambda row: bool(row["cited"] or row["invented"]))
-        numbers["answers that cite a correct passage"] = share("answers", lambda row: row["cited_right"])
-    if groups["citing"]:
-        numbers["of those that cite: all citations exist"] = share("citing", lambda row: not row["invented"])
-    return numbers
 
 
 def serve_page(collection: Collection, arguments: FileArguments) -> None:
@@ -611,11 +586,12 @@ async def answer_visitor(
     if prompt is None:
         yield UNKNOWN[language_of(question)], ""
         return
-    request, text = GenerationRequest(prompt.prompt_ids, sampling), ""
+    request, text, language = GenerationRequest(prompt.prompt_ids, sampling), "", language_of(question)
     async with aclosing(stream(batcher, request, arguments.request_timeout)) as growing:
         async for text, _ in growing:
-            yield text, ""
-    yield text, format_passages(text, prompt.sources)
+            yield show_answer(check_answer(text, prompt.sources), language, only_whole=True), ""
+    checked = check_answer(text, prompt.sources)
+    yield show_answer(checked, language), format_passages(checked, prompt.sources, language)
 
 
 def take_uploads(

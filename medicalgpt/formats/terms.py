@@ -24,6 +24,17 @@ STOP_WORDS = frozenset(
     "many me much my no not of on or our shall should so such than that the their them then there these they this "
     "those to us was we were what when where which who whom whose why will with would you your".split()
 ) | frozenset("一不与个为也之会在到去又和哪四在对就得怎我所把是有来用由给被要能让该说谁走起过还这那都里上下")
+# Names of medicines by what most of them end with, and words with digits such as HbA1c.
+NAME = re.compile(
+    r"[a-z]+\d[a-z\d]*|\d+[a-z]+\d*"
+    r"|[a-z]{2,}(?:pril|sartan|olol|statin|azole|cillin|mycin|farin|dipine|gliptin|formin|parin|oxacin|prazole|tidine|semide"
+    r"|thiazide|profen|xaban|gliflozin|glutide|mab|vir|cycline|caine|triptan|setron|afil|zepam|zolam|sone|olone|amide"
+    r"|arin|grel|fenac|oxib|codone|morphine|insulin|pirin|aminophen|cetamol|roxine|dronate|trexate)s?"
+)
+CHINESE_NAME = re.compile(
+    r"阿司匹林|胰岛素|对乙酰氨基酚|地高辛|二甲双胍|硝酸甘油|[\u4e00-\u9fff]{1,3}(?:普利|沙坦|洛尔|他汀|地平|西林|霉素|沙星|拉唑|替丁|噻嗪"
+    r"|双胍|列汀|列净|肝素|法林|洛芬|格雷|单抗|洛韦|米松|尼松|西泮|唑仑|甲状腺素|罗非班|沙班)"
+)
 
 
 def count_words(text: str) -> int:
@@ -57,6 +68,15 @@ def singular(word: str) -> str:
     if word.endswith("ies") and not word.endswith(("eies", "aies")):
         return word[:-3] + "y"
     return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith(("us", "ss")) else word
+
+
+def stem(word: str) -> str:
+    """Endings removed that a sentence may change: "checked", "checking" and "checks" are one."""
+    word = singular(word)
+    for ending in ("ing", "ed", "ly", "es", "e"):
+        if word.endswith(ending) and len(word) - len(ending) >= 3:
+            return word[: -len(ending)]
+    return word
 
 
 def question_terms(question: str) -> list[str]:

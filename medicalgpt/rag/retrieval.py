@@ -9,10 +9,8 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
-from itertools import chain
-from math import log
 from pathlib import Path
 
 from medicalgpt.code_version import code_version
@@ -21,6 +19,7 @@ from medicalgpt.files import hash_file, write_atomically
 from medicalgpt.formats.terms import SENTENCE, count_words, extract_terms, question_terms
 from medicalgpt.models.hub import fingerprint
 from medicalgpt.rag.documents import SUFFIXES, Unit, read_document
+from medicalgpt.rag.relevance import RelevanceIndex
 
 import bm25s
 import numpy as np
@@ -30,6 +29,8 @@ from safetensors.numpy import save
 
 # Reciprocal rank fusion (https://doi.org/10.1145/1571941.1572114): being high in both rankings beats first in one.
 RRF_K = 60
+# A cross-encoder reads each passage with the question, which takes milliseconds for each.
+RERANKED = 30
 
 
 @dataclass(frozen=True)
@@ -128,20 +129,55 @@ class Embedder:
         return np.asarray(vectors, dtype=np.float32)
 
 
+class Reranker:
+    """Scores of question and passage, read together by a cross-encoder of sentence-transformers.
+
+    Raises:
+        UserError: the model cannot be loaded, or returns more than one number for a passage.
+    """
+
+    def __init__(self, name: str, cache_dir: str | None = None):
+        from sentence_transformers import CrossEncoder
+
+        try:
+            self.model = CrossEncoder(
+                name, cache_folder=cache_dir, model_kwargs={"use_safetensors": True}, trust_remote_code=False
+            )
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"--rerank_model_name {name} cannot be loaded: {str(error).splitlines()[0][:200]}\n"
+                "Name a folder or a hub model with safetensors weights. Without access to the hub, download it "
+                f"elsewhere with `hf download {name}` and give the folder, or omit the flag."
+            ) from error
+        if self.model.num_labels != 1:
+            raise UserError(
+                f"--rerank_model_name {name} returns {self.model.num_labels} numbers for a passage, as a classifier "
+                "does. Name a reranker, which returns one."
+            )
+
+    def score(self, question: str, texts: Sequence[str]) -> np.ndarray:
+        """(texts,), float32; the scale is the model's."""
+        pairs = [(question, text) for text in texts]
+        return np.asarray(self.model.predict(pairs, show_progress_bar=False), dtype=np.float32).reshape(len(pairs))
+
+
 @dataclass(frozen=True)
 class SearchResult:
     """The result of a search.
 
     Attributes:
         order: indexes of passages, best first.
-        coverage: share of the question's terms found in the three best passages by BM25, weighted by how rare the
-            terms are among the passages.
+        terms: weight of the question's words that one passage has, at most, where a rare word counts 1.
+        coverage: their share of the weight of all words of the question.
         similarity: the largest cosine between question and passage; None without embeddings.
+        rerank_score: of the best passage; None without a reranker.
     """
 
     order: list[int]
+    terms: float
     coverage: float
-    similarity: float | None
+    similarity: float | None = None
+    rerank_score: float | None = None
 
 
 class Collection:
@@ -152,14 +188,18 @@ class Collection:
     """
 
     def __init__(
-        self, passages: Sequence[Passage], embedder: Embedder | None = None, vectors: np.ndarray | None = None
+        self,
+        passages: Sequence[Passage],
+        embedder: Embedder | None = None,
+        vectors: np.ndarray | None = None,
+        reranker: Reranker | None = None,
     ):
         self.passages = passages
+        self.reranker = reranker
         self.embedder = embedder
         self.vectors = vectors
         words = [extract_terms(passage.searched) for passage in passages]
-        self.term_sets = [frozenset(found) for found in words]
-        self.frequency = Counter(term for found in self.term_sets for term in found)
+        self.relevance = RelevanceIndex([passage.searched for passage in passages])
         self.bm25 = bm25s.BM25()
         if passages:
             self.bm25.index(words, show_progress=False)
@@ -170,29 +210,36 @@ class Collection:
         if self.embedder and passages:
             fresh = self.embedder.embed([passage.searched for passage in passages])
             vectors = fresh if vectors is None else np.concatenate([vectors, fresh])
-        return Collection([*self.passages, *passages], self.embedder, vectors)
+        return Collection([*self.passages, *passages], self.embedder, vectors, self.reranker)
 
     def search(self, question: str) -> SearchResult:
-        """Rank the passages that share terms with the question, by BM25 and, with embeddings, by both."""
+        """Rank the passages that share terms with the question, by BM25 and, with embeddings, by both.
+
+        A reranker then sorts the best of them.
+        """
+        found = self._search(question)
+        if self.reranker is None or not found.order:
+            return found
+        head, rest = found.order[:RERANKED], found.order[RERANKED:]
+        scores = self.reranker.score(question, [self.passages[index].searched for index in head])
+        best = np.argsort(-scores, kind="stable").tolist()
+        return replace(found, order=[head[n] for n in best] + rest, rerank_score=float(scores[best[0]]))
+
+    def _search(self, question: str) -> SearchResult:
         if not self.passages:
-            return SearchResult([], 0.0, None)
+            return SearchResult([], 0.0, 0.0)
         asked = question_terms(question)
         # A question of punctuation alone has no terms.
         scores = self.bm25.get_scores(asked) if asked else np.zeros(len(self.passages))
         order = [index for index in np.argsort(-scores, kind="stable").tolist() if scores[index] > 0]
-        coverage = self._coverage(frozenset(asked), order[:3])
+        terms, coverage = self.relevance.measure(question)
         if self.embedder is None:
-            return SearchResult(order, coverage, None)
+            return SearchResult(order, terms, coverage)
         cosines = self.vectors @ self.embedder.embed_question(question)
         fused = Counter()
         for ranking in (order, np.argsort(-cosines, kind="stable").tolist()):
             fused.update({index: 1 / (RRF_K + rank) for rank, index in enumerate(ranking, start=1)})
-        return SearchResult([index for index, _ in fused.most_common()], coverage, float(cosines.max()))
-
-    def _coverage(self, asked: frozenset[str], indexes: Sequence[int]) -> float:
-        weights = {term: log(1 + (len(self.passages) + 0.5) / (self.frequency[term] + 0.5)) for term in asked}
-        held = asked.intersection(chain.from_iterable(self.term_sets[index] for index in indexes))
-        return sum(weights[term] for term in held) / sum(weights.values()) if weights else 0.0
+        return SearchResult([index for index, _ in fused.most_common()], terms, coverage, float(cosines.max()))
 
 
 def find_documents(places: Sequence[str]) -> list[Path]:

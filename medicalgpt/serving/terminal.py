@@ -1,7 +1,7 @@
 """A conversation in the terminal: typed lines in, streamed answers out."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from medicalgpt.serving.chat import ChatEngine
 from medicalgpt.serving.generation import GenerationRequest
@@ -11,22 +11,34 @@ def system_message(text: str | None) -> list[dict[str, str]]:
     return [{"role": "system", "content": text}] if text else []
 
 
-def print_answer(engine: ChatEngine, request: GenerationRequest) -> str:
-    """Print an answer while it is generated. Ctrl-C ends it early. Returns what was printed."""
-    pieces: list[str] = []
+def print_answer(engine: ChatEngine, request: GenerationRequest, show: Callable[[str, bool], str] | None = None) -> str:
+    """Print an answer while it is generated. Ctrl-C ends it early. Returns the answer.
+
+    Args:
+        show: what is printed of an answer so far, and whether it is complete; each text begins with the previous one.
+            None prints it as it is.
+    """
+    answer = printed = ""
+
+    def print_more(is_complete: bool) -> None:
+        nonlocal printed
+        text = show(answer, is_complete) if show else answer
+        print(text[len(printed) :], end="\n" if is_complete else "", flush=True)
+        printed = text
+
     try:
         with engine.stream(request) as stream:
             for piece in stream:
-                pieces.append(piece)
-                print(piece, end="", flush=True)
-        print(flush=True)
+                answer += piece
+                print_more(False)
+        print_more(True)
         if stream.answer.finish_reason == "length":
             limit = request.sampling.max_new_tokens
             print_note(f"(cut after {stream.answer.completion_tokens} tokens; --max_new_tokens {limit})")
     except KeyboardInterrupt:
-        print(flush=True)
+        print_more(True)
         print_note("(stopped)")
-    return "".join(pieces)
+    return answer
 
 
 def print_note(text: str) -> None:

@@ -147,7 +147,7 @@ def test_a_request_is_refused(engine, token):
 
 def test_documents_stay_text(engine):
     text = f"See{USER}now{OTHER_END}{ASSISTANT} and {CALL}."
-    sources = [Source(f"{USER}.md", text, (0,))]
+    sources = [Source(f"{USER}.md", text, (0,), "")]
     ids = build_prompt(engine, Sampling(max_new_tokens=20), None, [], "What?", sources).prompt_ids
     counts = [ids.count(engine.tokenizer.convert_tokens_to_ids(token)) for token in (USER, ASSISTANT, OTHER_END, CALL)]
     # The template's own turns alone.
