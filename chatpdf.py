@@ -164,8 +164,8 @@ class FileArguments(PageArguments):
         default=None,
         metadata={
             "help": "With --rerank_model_name: say that nothing was found if its best score is below this, whatever "
-            "words the passages have. --evaluate prints the value for your questions. The scale differs between models, "
-            "so there is no default."
+            "words the passages have. --evaluate prints the value for your questions. The scale differs between "
+            "models, so there is no default."
         },
     )
     index_dir: str | None = field(
@@ -392,8 +392,8 @@ def show_passages(collection: Collection, arguments: FileArguments) -> None:
     is_enough = is_relevant(found, thresholds(arguments))
     verdict = "a model would be asked" if is_enough else "the answer would be that nothing was found"
     print_note(
-        f"the best passage has {found.coverage:.0%} of the question's words, as much as {found.terms:.1f} rare ones{more}: "
-        f"{verdict}"
+        f"the best passage has {found.coverage:.0%} of the question's words, as much as {found.terms:.1f} rare ones"
+        f"{more}: {verdict}"
     )
     sources = build_sources(collection, found, arguments.num_passages, arguments.num_expand_context_chunk)
     for number, source in enumerate(sources, start=1):

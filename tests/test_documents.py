@@ -189,7 +189,10 @@ def test_docx_pictures_are_said_to_be_left_out(tmp_path):
     document.add_paragraph("text")
     document.add_picture(str(tmp_path / "a.png"))
     (tmp_path / "a.docx").write_bytes(saved(document))
-    assert read_document(tmp_path / "a.docx").notices == ("1 pictures and 0 embedded files in it are not read.",)
+    assert read_document(tmp_path / "a.docx").notices == (
+        "1 pictures and 0 embedded files in it are not read.",
+        "3 characters of invisible text in it (hidden, tiny or without contrast) are not read.",
+    )
 
 
 def test_html_shows_what_a_reader_sees(tmp_path):

@@ -36,7 +36,6 @@ BLOCKS = frozenset(
     "footer form h1 h2 h3 h4 h5 h6 header hr html legend li main nav ol option p pre section summary table tbody td "
     "tfoot th thead tr ul".split()
 )
-HIDDEN_STYLE = re.compile(r"display\s*:\s*none|visibility\s*:\s*hidden", re.IGNORECASE)
 # These begin a new line, even within a paragraph.
 MARKDOWN_LINE = re.compile(r"\s*([-*+>|]|\d+[.)])(\s|\S*\|)")
 NOT_TEXT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
@@ -224,8 +223,8 @@ def _parse(data: bytes, suffix: str, limits: Limits) -> dict[str, Any]:
         text = data.decode("utf-8", "surrogatepass").replace("\r\n", "\n").replace("\r", "\n")
         if "\0" in text:
             raise Refused("it contains zero bytes, so it is not text, or UTF-16. Save it as UTF-8.")
-        read = {".txt": _read_text, ".md": _read_markdown, ".markdown": _read_markdown}.get(suffix, _read_html)
-        units = read(text)
+        read = {".txt": _read_text, ".md": _read_markdown, ".markdown": _read_markdown}.get(suffix)
+        units = read(text) if read else _read_html(text, notices)
     kept, strange = [], 0
     for unit in _with_bare_headings(units):
         text, count = NOT_TEXT.subn("\N{REPLACEMENT CHARACTER}", unit.text)
@@ -334,15 +333,17 @@ def _read_markdown(text: str) -> Iterator[Unit]:
     yield paragraph()
 
 
-def _read_html(text: str) -> Iterator[Unit]:
-    """The visible text of a page. Style attributes are respected, style sheets are not."""
+def _read_html(text: str, notices: list[str]) -> Iterator[Unit]:
+    """The visible text of a page."""
+    from medicalgpt.rag.hidden_html import remove_hidden
+
     from bs4 import BeautifulSoup
 
     if text.count("<") > MAX_TAGS:
         raise Refused(f"it has {text.count('<')} tags, at most {MAX_TAGS} are read. Split it.")
     soup = BeautifulSoup(text, "html.parser")
-    unseen = [*soup(["head", "script", "style", "noscript", "template"]), *soup.select("[hidden], [aria-hidden=true]")]
-    for tag in [*unseen, *soup(style=HIDDEN_STYLE)]:
+    _count_hidden(remove_hidden(soup), notices)
+    for tag in soup(["head", "script", "style", "noscript", "template"]):
         tag.decompose()
     # A row that contains another table serves the layout of the page.
     for row in [row for row in soup("tr") if not row.find("table")]:
@@ -358,6 +359,13 @@ def _read_html(text: str) -> Iterator[Unit]:
             yield _enter(headings, int(blocks[0].name[1]), text)
         else:
             yield Unit(text, _path(headings))
+
+
+def _count_hidden(characters: int, notices: list[str]) -> None:
+    if characters:
+        notices.append(
+            f"{characters} characters of invisible text in it (hidden, tiny or without contrast) are not read."
+        )
 
 
 def _html_pieces(soup: Any) -> Iterator[tuple[Any, str]]:
@@ -379,6 +387,8 @@ def _html_pieces(soup: Any) -> Iterator[tuple[Any, str]]:
 
 
 def _read_pdf(data: bytes, notices: list[str]) -> Iterator[Unit]:
+    from medicalgpt.rag.hidden_pdf import visible_text
+
     from pypdf import PdfReader
     from pypdf.errors import DependencyError
 
@@ -390,12 +400,15 @@ def _read_pdf(data: bytes, notices: list[str]) -> Iterator[Unit]:
         locked = True
     if locked:
         raise Refused("it is encrypted. Save it without a password: qpdf --decrypt --password=... IN.pdf OUT.pdf.")
-    empty = 0
+    empty = hidden = 0
     for number, page in enumerate(reader.pages, start=1):
-        lines = [line.rstrip() for line in page.extract_text().split("\n")]
+        text, unseen = visible_text(page)
+        hidden += unseen
+        lines = [line.rstrip() for line in text.split("\n")]
         for paragraph in re.split(r"\n\n+", "\n".join(lines).strip("\n")):
             yield Unit(_unwrap(paragraph.split("\n")), page=number)
         empty += not any(lines)
+    _count_hidden(hidden, notices)
     if empty:
         notices.append(
             f"{empty} of {len(reader.pages)} pages have no text, as scanned pages have none; to read such pages: "
@@ -406,7 +419,7 @@ def _read_pdf(data: bytes, notices: list[str]) -> Iterator[Unit]:
 def _read_docx(data: bytes, notices: list[str], limits: Limits) -> Iterator[Unit]:
     """Body, equations, text boxes, footnotes. Page headers and footers, comments and deleted text are skipped."""
     _refuse_bomb(data, notices, limits)
-    from medicalgpt.rag.word import paragraph_text
+    from medicalgpt.rag.word import paragraph_text, styles_of
 
     import docx
     from docx.oxml import parse_xml
@@ -416,6 +429,7 @@ def _read_docx(data: bytes, notices: list[str], limits: Limits) -> Iterator[Unit
     document = docx.Document(io.BytesIO(data))
     headings: list[tuple[int, str]] = []
     table, rows = None, {}
+    styles, hidden = styles_of(document), []
     for element in [*document.element.body.iter(qn("w:p")), None]:
         # Every cell has a paragraph, so no empty one is lost. Nested tables become part of their cell.
         row = next(reversed([*element.iterancestors(qn("w:tr"))]), None) if element is not None else None
@@ -426,7 +440,7 @@ def _read_docx(data: bytes, notices: list[str], limits: Limits) -> Iterator[Unit
             table, rows = inside, {}
         if element is None:
             break
-        text = paragraph_text(element)
+        text = paragraph_text(element, styles, hidden)
         if row is not None:
             cell = [*element.iterancestors(qn("w:tc"))][-1]
             cells = rows.setdefault(row, {})
@@ -440,7 +454,8 @@ def _read_docx(data: bytes, notices: list[str], limits: Limits) -> Iterator[Unit
     for relation in document.part.rels.values():
         if relation.reltype.endswith(("/footnotes", "/endnotes")):
             for element in parse_xml(relation.target_part.blob).iter(qn("w:p")):
-                yield Unit(paragraph_text(element))
+                yield Unit(paragraph_text(element, styles, hidden))
+    _count_hidden(sum(len("".join(text.split())) for text in hidden), notices)
 
 
 def _refuse_bomb(data: bytes, notices: list[str], limits: Limits) -> None:

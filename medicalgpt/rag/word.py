@@ -1,6 +1,6 @@
 """The text of a paragraph of Word, with its equations in one line and its symbols as characters."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from docx.oxml.ns import qn
@@ -17,8 +17,18 @@ SYMBOLS = dict(
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 
 
-def paragraph_text(paragraph: Any) -> str:
+Styles = Mapping[str, Any]
+
+
+def styles_of(document: Any) -> Styles:
+    """The `w:style` elements of a document of python-docx, by id."""
+    return {style.get(qn("w:styleId")): style for style in document.styles.element.iter(qn("w:style"))}
+
+
+def paragraph_text(paragraph: Any, styles: Styles, hidden: list[str]) -> str:
     """What is visible of a `w:p` element; a text box in it is another paragraph.
+
+    Hidden text, white text on white, and text of a point or less are added to `hidden`.
 
     Equations become one line, as in `(140 - age)/(72 Cr)` or `x^(2)`; a symbol of an unknown font becomes U+FFFD.
     """
@@ -26,8 +36,84 @@ def paragraph_text(paragraph: Any) -> str:
     if any(parent.tag.endswith("}Fallback") for parent in paragraph.iterancestors()):
         return ""
     kinds = " or ".join(f"self::{tag}" for tag in ("w:t", "w:tab", "w:br", "w:noBreakHyphen", "w:sym", "m:oMath"))
-    nodes = paragraph.xpath(f".//*[{kinds}][not(ancestor::w:r/w:rPr/w:vanish)][not(ancestor::m:oMath)]")
-    return "".join(_text(node) for node in nodes if next(node.iterancestors(qn("w:p"))) is paragraph)
+    nodes = paragraph.xpath(f".//*[{kinds}][not(ancestor::m:oMath)]")
+    seen = []
+    for node in nodes:
+        if next(node.iterancestors(qn("w:p"))) is not paragraph:
+            continue
+        text = _text(node)
+        if not _is_hidden(node, paragraph, styles):
+            seen.append(text)
+        elif text.strip():
+            hidden.append(text)
+    return "".join(seen)
+
+
+# Half points: a point is not legible.
+LEAST_SIZE = 3
+OFF = ("0", "false", "off")
+
+
+def _is_hidden(node: Any, paragraph: Any, styles: Styles) -> bool:
+    run = next(node.iterancestors(qn("w:r")), None)
+    if run is None:
+        return False
+    look: dict[str, Any] = {}
+    for properties in _properties_of(run, paragraph, styles):
+        for name in ("vanish", "color", "sz", "shd", "highlight"):
+            if (found := properties.find(qn(f"w:{name}"))) is not None:
+                look[name] = found
+    if "vanish" in look and look["vanish"].get(qn("w:val")) not in OFF:
+        return True
+    if "sz" in look and float(look["sz"].get(qn("w:val")) or 22) < LEAST_SIZE:
+        return True
+    return "color" in look and _is_white(look["color"]) and not _has_background(look, paragraph)
+
+
+def _properties_of(run: Any, paragraph: Any, styles: Styles) -> Iterable[Any]:
+    """The run properties that apply to a run, the weakest first: of its styles and their bases, then its own."""
+    for path in ("w:pPr/w:pStyle/@w:val", "w:rPr/w:rStyle/@w:val"):
+        names = (paragraph if "pStyle" in path else run).xpath(path)
+        yield from reversed(list(_style_properties(names[0], styles)) if names else [])
+    own = run.find(qn("w:rPr"))
+    if own is not None:
+        yield own
+
+
+def _style_properties(name: str | None, styles: Styles) -> Iterable[Any]:
+    known = set()
+    while name is not None and name not in known and name in styles:
+        known.add(name)
+        style = styles[name]
+        if (properties := style.find(qn("w:rPr"))) is not None:
+            yield properties
+        based_on = style.find(qn("w:basedOn"))
+        name = None if based_on is None else based_on.get(qn("w:val"))
+
+
+def _is_white(color: Any) -> bool:
+    value = (color.get(qn("w:val")) or "").upper()
+    if color.get(qn("w:themeColor")) in ("background1", "light1"):
+        return color.get(qn("w:themeShade")) is None
+    return len(value) == 6 and all(int(value[at : at + 2], 16) >= 0xFA for at in (0, 2, 4))
+
+
+def _has_background(look: dict[str, Any], paragraph: Any) -> bool:
+    """Whether white text may have a background in another colour: of its run, paragraph, cell, table, shape or page."""
+    if "highlight" in look and look["highlight"].get(qn("w:val")) not in ("none", "white"):
+        return True
+    shades = [
+        look.get("shd"),
+        *paragraph.xpath("./w:pPr/w:shd | ancestor::w:tc/w:tcPr/w:shd | ancestor::w:tbl/w:tblPr/w:shd"),
+    ]
+    fills = [shade.get(qn("w:fill"), "auto").upper() for shade in shades if shade is not None]
+    if any(fill not in ("AUTO", "FFFFFF") for fill in fills):
+        return True
+    # The colours of a table style and of a shape are not resolved.
+    named = paragraph.xpath("ancestor::w:tbl/w:tblPr/w:tblStyle[not(@w:val='TableGrid' or @w:val='TableNormal')]")
+    shape = paragraph.xpath("ancestor::w:txbxContent")
+    page = paragraph.xpath("ancestor::w:document/w:background")
+    return bool(named or shape or page)
 
 
 def _text(node: Any) -> str:
