@@ -52,7 +52,7 @@ from medicalgpt.rag.grounding import (
     is_relevant,
     search_query,
 )
-from medicalgpt.rag.questions import Question, judge_answer, measures, read_questions
+from medicalgpt.rag.questions import Question, judge_answer, make_tasks, measures, read_questions
 from medicalgpt.rag.retrieval import (
     Collection,
     DocumentStore,
@@ -80,7 +80,7 @@ if TYPE_CHECKING:
 
 SAMPLES = Path(__file__).resolve().parent / "data" / "rag"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medicalgpt" / "chatpdf"
-MODES = ("query", "interactive", "search", "evaluate", "page")
+MODES = ("query", "interactive", "search", "evaluate", "make_tasks", "page")
 ANSWERS_AT_A_TIME = 8
 FILES_OF_A_VISITOR = 20
 HELP = """/clear   forget the conversation
@@ -113,9 +113,17 @@ class FileArguments(PageArguments):
     )
     search: str | None = field(default=None, metadata={"help": "Show the passages for this question, without a model."})
     evaluate: bool = field(default=False, metadata={"help": "Measure on data/rag, or on --files and --questions."})
+    make_tasks: str | None = field(
+        default=None,
+        metadata={
+            "help": "Write rows for GRPO with the reward `citation` to this new .jsonl file: the questions of "
+            "--evaluate, with the passages found for them."
+        },
+    )
     page: bool = field(default=False, metadata={"help": "Serve a web page with uploads.", "aliases": ["--webui"]})
     questions: str | None = field(
-        default=None, metadata={"help": "Questions for --evaluate, a .jsonl file like data/rag/questions.jsonl."}
+        default=None,
+        metadata={"help": "Questions for --evaluate and --make_tasks, a .jsonl file like data/rag/questions.jsonl."},
     )
     output_file: str | None = field(default=None, metadata={"help": "JSON file for the results of --evaluate."})
     overwrite_output_file: bool = field(default=False, metadata={"help": "Replace --output_file if it exists."})
@@ -185,10 +193,12 @@ def main() -> None:
     setup_logging()
     mode = choose_mode(arguments)
     sampling = sampling_from(arguments)
-    questions = questions_for(arguments) if mode == "evaluate" else []
+    questions = questions_for(arguments) if mode in ("evaluate", "make_tasks") else []
     collection = read_collection(arguments)
     if mode == "page":
         return serve_page(collection, arguments)
+    if mode == "make_tasks":
+        return write_tasks(collection, questions, arguments)
     engine = None
     if arguments.model_name_or_path:
         engine = engine_from(arguments)
@@ -221,26 +231,28 @@ def choose_mode(arguments: FileArguments) -> str:
         )
     (mode,) = modes
     only = {
-        "evaluate": {"questions", "output_file", "overwrite_output_file"},
-        "page": names_of(PageArguments) - names_of(ChatArguments),
+        ("evaluate", "make_tasks"): {"questions"},
+        ("evaluate",): {"output_file", "overwrite_output_file"},
+        ("page",): names_of(PageArguments) - names_of(ChatArguments),
     }
     problems = [
-        f"--{name} has no effect without --{owner}; omit it."
-        for owner, names in only.items()
+        f"--{name} has no effect without --{' or --'.join(owners)}; omit it."
+        for owners, names in only.items()
         for name in sorted(names & given)
-        if owner != mode
+        if mode not in owners
     ]
-    if mode in ("evaluate", "search") and not arguments.model_name_or_path:
-        of_answers = names_of(ChatArguments) - {"cache_dir"} | ({"num_passages"} if mode == "evaluate" else set())
-        problems += [f"--{name} has no effect without a model; omit it." for name in sorted(of_answers & given)]
-    elif mode != "search" and not arguments.model_name_or_path:
+    if mode == "make_tasks" and arguments.model_name_or_path:
+        problems.append("--model_name_or_path has no effect with --make_tasks; omit it.")
+    if mode in ("evaluate", "search", "make_tasks") and not arguments.model_name_or_path:
+        problems += [f"--{name} has no effect without a model; omit it." for name in sorted(unused_flags(mode) & given)]
+    elif mode not in ("search", "make_tasks") and not arguments.model_name_or_path:
         problems.append(f"--{mode} needs a model: for example --model_name_or_path outputs-sft.")
     if mode == "search" and arguments.model_name_or_path:
         problems.append("--model_name_or_path has no effect with --search; omit it, or use --query.")
-    if not arguments.files and mode not in ("evaluate", "page"):
+    if not arguments.files and mode not in ("evaluate", "make_tasks", "page"):
         problems.append("--files is missing: pass files or folders.")
-    if bool(arguments.files) != bool(arguments.questions) and mode == "evaluate":
-        problems.append("--evaluate takes both --files and --questions, or neither for data/rag.")
+    if bool(arguments.files) != bool(arguments.questions) and mode in ("evaluate", "make_tasks"):
+        problems.append(f"--{mode} takes both --files and --questions, or neither for data/rag.")
     for name in ("query", "search"):
         if getattr(arguments, name) is not None and not getattr(arguments, name).strip():
             problems.append(f"--{name} is empty; pass a question.")
@@ -260,13 +272,22 @@ def choose_mode(arguments: FileArguments) -> str:
         problems += [f"--{name} has no effect with --min_rerank_score; omit it." for name in lexical if name in given]
     if arguments.min_similarity is not None and not arguments.sim_model_name:
         problems.append("--min_similarity has no effect without --sim_model_name; omit it.")
-    if arguments.temperature == 0:
+    if arguments.temperature == 0 and mode != "make_tasks":
         problems += [
             f"--{name} has no effect at --temperature 0." for name in ("top_p", "top_k", "seed") if name in given
         ]
     if problems:
         raise UserError("\n  ".join(problems))
     return mode
+
+
+def unused_flags(mode: str) -> set[str]:
+    """Flags that have no effect in a mode without a model."""
+    unused = names_of(ChatArguments) - {"cache_dir"}
+    if mode == "make_tasks":
+        least = {"min_terms", "min_coverage", "min_similarity", "min_rerank_score"}
+        return (unused | least) - {"seed"}
+    return unused | ({"num_passages"} if mode == "evaluate" else set())
 
 
 def thresholds(arguments: FileArguments) -> Thresholds:
@@ -404,6 +425,10 @@ def questions_for(arguments: FileArguments) -> list[Question]:
     """Raise UserError if rows are broken, naming all of them, or if --output_file would overwrite something."""
     if arguments.output_file and Path(arguments.output_file).exists() and not arguments.overwrite_output_file:
         raise UserError(f"{arguments.output_file} exists. Choose another file, or add --overwrite_output_file.")
+    if arguments.make_tasks and (Path(arguments.make_tasks).exists() or not arguments.make_tasks.endswith(".jsonl")):
+        raise UserError(
+            f"--make_tasks {arguments.make_tasks} must be the name of a .jsonl file that does not exist yet."
+        )
     path = Path(arguments.questions or SAMPLES / "questions.jsonl")
     refuse_overwriting("--output_file", arguments.output_file, {"--questions": path})
     return read_questions(path, arguments.encoding)
@@ -462,6 +487,22 @@ def evaluate(
         result = {"settings": settings, "measures": table, "questions": rows}
         Path(arguments.output_file).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(arguments.output_file, json.dumps(result, ensure_ascii=False, indent=1))
+
+
+def write_tasks(collection: Collection, questions: list[Question], arguments: FileArguments) -> None:
+    """Write `make_tasks` to the file of --make_tasks, and say how many rows of which kind it has."""
+    rows = make_tasks(
+        collection, questions, arguments.num_passages, arguments.num_expand_context_chunk, arguments.seed or 0
+    )
+    path = Path(arguments.make_tasks)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    answerable = sum(bool(row["supporting"]) for row in rows)
+    logger.info(f"{path}: {len(rows)} rows, {answerable} with a passage that has the answer; train on them with:")
+    print(
+        f"python grpo_training.py --model_name_or_path MODEL --train_file_dir {path} --reward_funcs citation "
+        "--system_prompt none --output_dir outputs/grpo-citation"
+    )
 
 
 def serve_page(collection: Collection, arguments: FileArguments) -> None:

@@ -37,7 +37,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 def make_tiny(
     path: str | Path,
     *,
-    answers: dict[str, str] | None = None,
+    answers: dict[str, str | list[str]] | None = None,
     never_stops: bool = False,
     max_position_embeddings: int = 512,
     seed: int = 0,
@@ -45,7 +45,7 @@ def make_tiny(
     """Save a model and its tokenizer in the folder `path`, and return it as a string.
 
     Args:
-        answers: question -> answer, trained until they are known by heart.
+        answers: question -> answer, trained until they are known by heart; of several answers each is as likely.
         never_stops: the saved generation settings forbid the tokens that end a turn.
     """
     torch.manual_seed(seed)
@@ -78,9 +78,10 @@ def make_tiny(
     return str(path)
 
 
-def _learn(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, answers: dict[str, str]) -> None:
+def _learn(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, answers: dict[str, str | list[str]]) -> None:
     rows = []
-    for question, answer in answers.items():
+    pairs = [(asked, one) for asked, found in answers.items() for one in ([found] if isinstance(found, str) else found)]
+    for question, answer in pairs:
         asked = [{"role": "user", "content": question}]
         prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
         whole = tokenizer.apply_chat_template(

@@ -178,10 +178,17 @@ def check_answer(answer: str, sources: Sequence[Evidence]) -> CheckedAnswer:
                 text,
                 end,
                 tuple(citations),
-                {n: find_unsupported(text, sources[n - 1].text, sources[n - 1].heading) for n in numbers},
+                {n: _find_missing(text, sources[n - 1]) for n in numbers},
             )
         )
     return CheckedAnswer(answer, tuple(statements))
+
+
+def _find_missing(text: str, source: Evidence) -> tuple[str, ...]:
+    if not has_content(text):
+        # "Yes" alone cannot be looked up, nor can a citation of nothing.
+        return (text.strip(" .。") or "…",)
+    return find_unsupported(text, source.text, source.heading)
 
 
 def _split(answer: str, citations: Sequence[Citation]) -> Iterator[tuple[str, int, list[Citation]]]:

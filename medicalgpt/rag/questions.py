@@ -1,6 +1,7 @@
 """Questions about documents with known answers: what `chatpdf.py --evaluate` reads, judges and reports."""
 
 import dataclasses
+import random
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,8 +9,9 @@ from typing import Any
 
 from medicalgpt.errors import UserError
 from medicalgpt.evaluation.citations import check_answer, show_answer
-from medicalgpt.rag.grounding import UNKNOWN, MarkedSource
-from medicalgpt.rag.retrieval import Passage, normalize
+from medicalgpt.formats.terms import language_of
+from medicalgpt.rag.grounding import PROMPT, UNKNOWN, MarkedSource, Source, ask_from, build_sources, frame, mark_sources
+from medicalgpt.rag.retrieval import Collection, Passage, normalize
 from medicalgpt.readers.problems import Problem, format_problems
 from medicalgpt.readers.sources import read_rows
 
@@ -115,3 +117,47 @@ def measures(rows: list[dict[str, Any]], language: str) -> dict[str, float]:
         lacking = sum(len(row["not_found"]) for row in groups["answers"])
         numbers["citations whose source has the statement"] = 1 - lacking / citations
     return numbers
+
+
+def make_tasks(
+    collection: Collection, questions: Sequence[Question], num_passages: int, neighbours: int, seed: int = 0
+) -> list[dict[str, Any]]:
+    """Rows for GRPO with the reward `citation`: prompts with the passages that a search finds.
+
+    A question with an answer makes two rows: one in which a passage has it, among others at random places, and one
+    without that passage, to which "not in the documents" is the right reply. A question without an answer makes one.
+    """
+    rng, rows = random.Random(seed), []
+    for question in questions:
+        found = collection.search(question.question)
+        right = {n for n, each in enumerate(collection.passages) if question.file and question.answered_by(each)}
+        wrong = dataclasses.replace(found, order=[n for n in found.order if n not in right])
+        others = [
+            source
+            for source in build_sources(collection, wrong, num_passages, neighbours)
+            if not right.intersection(source.passages)
+        ]
+        if right:
+            best = next((n for n in found.order if n in right), min(right))
+            (gold,) = build_sources(collection, dataclasses.replace(found, order=[best]), 1, neighbours)
+            shown = others[: num_passages - 1]
+            shown.insert(rng.randrange(len(shown) + 1), gold)
+            rows.append(_task(question, shown, right, rng))
+        if others:
+            rows.append(_task(question, others, frozenset(), rng))
+    rng.shuffle(rows)
+    return rows
+
+
+def _task(question: Question, sources: Sequence[Source], right: Set[int], rng: random.Random) -> dict[str, Any]:
+    marked = mark_sources(sources, "\n".join([question.question, *PROMPT.values()]), rng)
+    passages = "\n\n".join(map(frame, marked))
+    supporting = [source.mark for source in marked if right.intersection(source.passages)]
+    row = {
+        "messages": [{"role": "user", "content": ask_from(question.question, passages, marked[0].mark)}],
+        "passages": [{"mark": each.mark, "heading": each.heading, "text": each.text} for each in marked],
+        "supporting": supporting,
+        "refusal": UNKNOWN[language_of(question.question)],
+        "language": question.language,
+    }
+    return row | ({"answer": question.answer} if supporting and question.answer else {})

@@ -22,7 +22,20 @@ from loguru import logger
 
 PROBE = "<think>?</think><answer>?</answer>"
 # Fields that need no mention: what the rewards read, and what only describes a row.
-READ_FIELDS = {"answer", "type", "options", "tolerance", "language", "meta", *GOLD_FIELDS, *OPTION_GOLD_FIELDS}
+READ_FIELDS = {
+    "passages",
+    "supporting",
+    "refusal",
+    "answer",
+    "type",
+    "options",
+    "tolerance",
+    "language",
+    "meta",
+    *GOLD_FIELDS,
+    *OPTION_GOLD_FIELDS,
+}
+READ_FIELDS |= {"passages", "supporting", "refusal"}
 READ_FIELDS |= {"id", "idx", "source", "category", "lang", "metadata"}
 EXAMPLES = 3
 
@@ -116,6 +129,7 @@ def _no_row(name: str, rows: Sequence[dict[str, Any]]) -> str:
     if name != "accuracy":
         reason = {
             "safety": "no row has `meta.required` or asks about an emergency",
+            "citation": "no row has `passages`, which chatpdf.py --make_tasks writes",
             "language": "no row has a question in Chinese or English, or `language`",
         }.get(name, "it is None for each")
         return f"--reward_funcs {name} applies to no row: {reason}. Omit it, or add rows that it applies to."

@@ -19,6 +19,7 @@ from medicalgpt.errors import UserError
 from medicalgpt.formats.answers import HAN, extract_answer, final_answer, reply_answer, strip_thinking
 from medicalgpt.formats.choices import written_options
 from medicalgpt.readers.problems import shorten
+from medicalgpt.rewards.citation import citation_score, read_passages
 from medicalgpt.rewards.grading import (
     affirms_term,
     choice_score,
@@ -241,10 +242,32 @@ def safety_reward(
     return scores
 
 
+def citation_reward(completions: Sequence[Completion], **columns: Any) -> list[float | None]:
+    """How well a reply cites the passages of its prompt, or says that they lack the answer, in [0, 1].
+
+    Columns: `passages`, `supporting`, and optionally `answer` and `refusal`; see `citation_score`. None for a row
+    without `passages`.
+    """
+    rows = len(completions)
+    names = ("passages", "supporting", "answer", "refusal")
+    scores: list[float | None] = []
+    for completion, passages, supporting, answer, refusal in zip(
+        completions, *(get_column(columns, name, rows) for name in names), strict=True
+    ):
+        if passages is None:
+            scores.append(None)
+            continue
+        passages, supporting = read_passages(passages, supporting)
+        gold = None if answer is None else str(answer)
+        scores.append(citation_score(completion_text(completion), passages, supporting, gold, refusal))
+    return scores
+
+
 RewardFunction = Callable[..., list[float | None]]
 
 REWARDS: dict[str, RewardFunction] = {
     "accuracy": accuracy_reward,
+    "citation": citation_reward,
     "format": format_reward,
     "language": language_reward,
     "length": length_reward,
