@@ -120,7 +120,11 @@ class PagedModel:
         """Reasons why the model cannot be paged."""
         config = engine.model.config.get_text_config()
         layers = set(getattr(config, "layer_types", None) or ["full_attention"]) - PAGED_LAYERS
-        return [f"it has layers of the kind {', '.join(sorted(layers))}"] if layers else []
+        reasons = [f"it has layers of the kind {', '.join(sorted(layers))}"] if layers else []
+        if getattr(config, "kv_lora_rank", None):
+            # The pages have room for keys and values of one width.
+            reasons.append("its keys and values are compressed (kv_lora_rank)")
+        return reasons
 
     @property
     def running(self) -> bool:
