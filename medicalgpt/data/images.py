@@ -154,7 +154,8 @@ def _read_file(path: Path) -> bytes:
         return path.read_bytes()
     except FileNotFoundError as error:
         raise ImageError(
-            f"{path} does not exist", "Correct the path; one that is relative starts at the folder of the data file."
+            f"{path} does not exist",
+            "Correct the path; in a data file, a relative one starts at the folder of that file.",
         ) from error
     except (OSError, ValueError) as error:
         if isinstance(error, ImageError):

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from itertools import chain
 from math import log
 from pathlib import Path
+from typing import Any
 
 from medicalgpt.code_version import code_version
 from medicalgpt.errors import UserError
@@ -98,6 +99,18 @@ def split(file: str, units: Iterable[Unit], size: int, overlap: int) -> list[Pas
     return passages
 
 
+def _load(kind: type, flag: str, name: str, cache_dir: str | None, otherwise: str) -> Any:
+    """A model of sentence-transformers. Raises UserError, which says what to do `otherwise`, if it cannot be loaded."""
+    try:
+        return kind(name, cache_folder=cache_dir, model_kwargs={"use_safetensors": True}, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{flag} {name} cannot be loaded: {str(error).splitlines()[0][:200]}\n"
+            "Name a folder or a hub model with safetensors weights. Without access to the hub, download it "
+            f"elsewhere with `hf download {name}` and give the folder, or {otherwise}."
+        ) from error
+
+
 class Embedder:
     """Embeddings of norm 1, from sentence-transformers.
 
@@ -108,16 +121,9 @@ class Embedder:
     def __init__(self, name: str, cache_dir: str | None = None):
         from sentence_transformers import SentenceTransformer
 
-        try:
-            self.model = SentenceTransformer(
-                name, cache_folder=cache_dir, model_kwargs={"use_safetensors": True}, trust_remote_code=False
-            )
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"--sim_model_name {name} cannot be loaded: {str(error).splitlines()[0][:200]}\n"
-                "Name a folder or a hub model with safetensors weights. Without access to the hub, download it "
-                f"elsewhere with `hf download {name}` and give the folder, or omit the flag: BM25 needs no model."
-            ) from error
+        self.model = _load(
+            SentenceTransformer, "--sim_model_name", name, cache_dir, "omit the flag: BM25 needs no model"
+        )
         self.key = json.dumps([name, fingerprint(name), version("sentence-transformers")])
 
     def embed(self, texts: list[str]) -> np.ndarray:
@@ -143,15 +149,7 @@ class Reranker:
     def __init__(self, name: str, cache_dir: str | None = None):
         from sentence_transformers import CrossEncoder
 
-        try:
-            self.model = CrossEncoder(
-                name, cache_folder=cache_dir, model_kwargs={"use_safetensors": True}, trust_remote_code=False
-            )
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"--rerank_model_name {name} cannot be loaded: {str(error).splitlines()[0][:200]}\n"
-                "Name a folder or a hub model with safetensors weights, or omit the flag."
-            ) from error
+        self.model = _load(CrossEncoder, "--rerank_model_name", name, cache_dir, "omit the flag")
         if self.model.num_labels != 1:
             raise UserError(
                 f"--rerank_model_name {name} gives {self.model.num_labels} scores, a reranker gives one. Name another."

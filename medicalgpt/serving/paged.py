@@ -17,7 +17,7 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 
 # Attention that a paged cache supports.
 PAGED_LAYERS = {"full_attention", "sliding_attention"}
-# Seconds until the cache must be there, or a token of a request that nothing runs beside.
+# Seconds until the cache must be there, or a token of a request that runs alone.
 PATIENCE = 120.0
 # On a CPU: tokens of a block of the cache, and tokens of all prompts that are computed in one step.
 BLOCK_SIZE = 64
