@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Libraries and the list of tests stay until the end: looking through them at each collection took a third of all."""
+    """Libraries and tests stay until the end; to look through them at each collection took a third of all the time."""
     gc.collect()
     gc.freeze()
 

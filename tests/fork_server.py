@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import cache
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+from tempfile import TemporaryDirectory
 from typing import NoReturn
 from unittest.mock import patch
 
@@ -28,9 +28,9 @@ SECONDS_TO_END = 30
 ROOT = Path(__file__).resolve().parent.parent
 # medicalgpt comes first, as in the programs; it says why.
 IMPORTS = [
-    *("medicalgpt", "torch", "torch._dynamo", "transformers", "transformers.trainer", "peft", "trl.trainer.base_config"),
-    *("accelerate", "datasets", "bitsandbytes", "fastapi", "uvicorn", "sklearn.feature_extraction.text"),
-    *("gradio", "trl.trainer.grpo_trainer"),
+    *("medicalgpt", "torch", "torch._dynamo", "transformers", "transformers.trainer", "peft", "accelerate"),
+    *("datasets", "bitsandbytes", "trl.trainer.base_config", "trl.trainer.grpo_trainer"),
+    *("fastapi", "uvicorn", "gradio", "sklearn.feature_extraction.text"),
 ]
 FOR_ALL = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 # Libraries read these when they are imported: a program that is given others starts by itself.
@@ -125,15 +125,14 @@ def run(
         subprocess.TimeoutExpired: it still runs after so many seconds. It is ended then.
     """
     with ExitStack() as stack:
-        files = [[stack.enter_context(NamedTemporaryFile("r", encoding="utf-8")) for _ in range(processes)] for _ in range(2)]
-        given = stack.enter_context(NamedTemporaryFile("w", encoding="utf-8"))
-        given.write(stdin)
-        given.flush()
+        folder = Path(stack.enter_context(TemporaryDirectory(prefix="medicalgpt-run-")))
+        (folder / "stdin").write_text(stdin, encoding="utf-8")
         running = []
-        for ranks, *outputs in zip(_ranks(processes), *files, strict=True):
-            names = dict(zip(("stdout", "stderr"), (file.name for file in outputs), strict=True))
-            running.append(start(*command, environment={**environment, **ranks}, stdin=given.name, **names))
-            stack.callback(running[-1].kill)
+        for rank, variables in enumerate(_ranks(processes)):
+            files = {name: str(folder / f"{name}.{rank}") for name in ("stdout", "stderr")}
+            process = start(*command, environment={**environment, **variables}, stdin=str(folder / "stdin"), **files)
+            stack.callback(process.kill)
+            running.append(process)
         waiting, code, deadline = list(running), 0, time.monotonic() + timeout
         while waiting:
             multiprocessing.connection.wait(
@@ -152,8 +151,13 @@ def run(
                     process.kill()
                     process.wait()
                 waiting = []
-        texts = ["".join(file.read() for file in stream) for stream in files]
-        return subprocess.CompletedProcess(command, code, *texts)
+        printed = (
+            "".join(
+                (folder / f"{name}.{rank}").read_text(encoding="utf-8", errors="replace") for rank in range(processes)
+            )
+            for name in ("stdout", "stderr")
+        )
+        return subprocess.CompletedProcess(command, code, *printed)
 
 
 def _ranks(processes: int) -> list[dict[str, str]]:
@@ -170,9 +174,7 @@ def _ranks(processes: int) -> list[dict[str, str]]:
 
 def _read_at_import(environment: Mapping[str, str]) -> dict[str, str]:
     return {
-        name: value
-        for name, value in environment.items()
-        if name.startswith(READ_AT_IMPORT) and name not in READ_LATER
+        name: value for name, value in environment.items() if name.startswith(READ_AT_IMPORT) and name not in READ_LATER
     }
 
 

@@ -70,7 +70,8 @@ def test_several_work_together_and_end_together(tmp_path):
 
 def test_one_that_does_not_end_is_ended(tmp_path):
     script = tmp_path / "program.py"
-    script.write_text(f"import os, time\nopen({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\ntime.sleep(600)\n")
+    noted = str(tmp_path / "pid")
+    script.write_text(f"import os, time\nopen({noted!r}, 'w').write(str(os.getpid()))\ntime.sleep(600)\n")
     with pytest.raises(subprocess.TimeoutExpired):
         fork_server.run([str(script)], {**os.environ, **fork_server.FOR_ALL}, 1)
     pid = int((tmp_path / "pid").read_text())

@@ -17,6 +17,7 @@ from unittest.mock import patch
 
 import inference
 from medicalgpt.errors import UserError
+from tests import fork_server
 from tests.helpers import run_here
 from tests.tiny import make_tiny
 
