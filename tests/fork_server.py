@@ -90,9 +90,15 @@ def can_start(environment: Mapping[str, str]) -> bool:
 
 
 def start(
-    script: str, *args: str, environment: Mapping[str, str], stdout: str, stderr: str, stdin: str = os.devnull
+    script: str,
+    *args: str,
+    environment: Mapping[str, str],
+    stdout: str,
+    stderr: str,
+    stdin: str = os.devnull,
+    folder: str | Path = ROOT,
 ) -> ForkedProcess:
-    """Start a program in the root folder.
+    """Start a program.
 
     Args:
         script: its path.
@@ -101,10 +107,11 @@ def start(
         stdout: a file for its output.
         stderr: a file for its errors; may be the same.
         stdin: a file for it to read.
+        folder: where it is started.
     """
     _start_server()
     process = multiprocessing.get_context("forkserver").Process(
-        target=_run, args=(script, args, dict(environment), stdin, stdout, stderr)
+        target=_run, args=(script, args, dict(environment), str(folder), stdin, stdout, stderr)
     )
     # A process without a main module: the child would import it.
     with patch.dict(sys.modules, {"__main__": type(sys)("__main__")}):
@@ -113,7 +120,12 @@ def start(
 
 
 def run(
-    command: Sequence[str], environment: Mapping[str, str], timeout: float, processes: int = 1, stdin: str = ""
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    timeout: float,
+    processes: int = 1,
+    stdin: str = "",
+    folder: str | Path = ROOT,
 ) -> subprocess.CompletedProcess:
     """Run a program to its end, as `subprocess.run`, or several that work together, as torchrun starts them.
 
@@ -125,12 +137,14 @@ def run(
         subprocess.TimeoutExpired: it still runs after so many seconds. It is ended then.
     """
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(TemporaryDirectory(prefix="medicalgpt-run-")))
-        (folder / "stdin").write_text(stdin, encoding="utf-8")
+        files = Path(stack.enter_context(TemporaryDirectory(prefix="medicalgpt-run-")))
+        (files / "stdin").write_text(stdin, encoding="utf-8")
         running = []
         for rank, variables in enumerate(_ranks(processes)):
-            files = {name: str(folder / f"{name}.{rank}") for name in ("stdout", "stderr")}
-            process = start(*command, environment={**environment, **variables}, stdin=str(folder / "stdin"), **files)
+            outputs = {name: str(files / f"{name}.{rank}") for name in ("stdout", "stderr")}
+            process = start(
+                *command, environment={**environment, **variables}, stdin=str(files / "stdin"), folder=folder, **outputs
+            )
             stack.callback(process.kill)
             running.append(process)
         waiting, code, deadline = list(running), 0, time.monotonic() + timeout
@@ -153,7 +167,7 @@ def run(
                 waiting = []
         printed = (
             "".join(
-                (folder / f"{name}.{rank}").read_text(encoding="utf-8", errors="replace") for rank in range(processes)
+                (files / f"{name}.{rank}").read_text(encoding="utf-8", errors="replace") for rank in range(processes)
             )
             for name in ("stdout", "stderr")
         )
@@ -189,12 +203,12 @@ def _start_server() -> dict[str, str]:
 
 
 def _run(
-    script: str, args: tuple[str, ...], environment: dict[str, str], stdin: str, stdout: str, stderr: str
+    script: str, args: tuple[str, ...], environment: dict[str, str], folder: str, stdin: str, stdout: str, stderr: str
 ) -> NoReturn:
     """Be the program `script`, in a process that was forked for it."""
     missing = [name for name in IMPORTS if name not in sys.modules]
     assert not missing, f"not imported: {missing}"
-    os.chdir(ROOT)
+    os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
     sys.path[:] = [str(Path(script).parent), *filter(None, environment.get("PYTHONPATH", "").split(":")), *sys.path]

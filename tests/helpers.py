@@ -26,6 +26,7 @@ def run_program(
     check: bool = True,
     processes: int = 1,
     launcher: str | None = None,
+    folder: str | Path = ROOT,
 ) -> subprocess.CompletedProcess:
     """Run a program of the repository root, offline and on one thread, and return it with its output as text.
 
@@ -37,16 +38,17 @@ def run_program(
         check: fail, with all that was printed, if the exit code is not 0.
         processes: more than one work together as under torchrun, over gloo where there is no GPU.
         launcher: the module that starts several processes, to be tried itself (`torch.distributed.run`).
+        folder: where it is started.
     """
     environment = {**os.environ, **fork_server.FOR_ALL, **(env or {})}
     command = [str(ROOT / script), *map(str, args)]
     if launcher is None and fork_server.can_start(environment):
-        done = fork_server.run(command, environment, timeout, processes)
+        done = fork_server.run(command, environment, timeout, processes, folder=folder)
     else:
         several = ["-m", launcher or "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         done = subprocess.run(
             [sys.executable, *(several if processes > 1 else ()), *command],
-            cwd=ROOT,
+            cwd=folder,
             env=environment,
             capture_output=True,
             text=True,
