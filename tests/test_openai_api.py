@@ -625,14 +625,6 @@ def test_the_printed_command_runs(server):
     assert json.loads(done)["object"] == "chat.completion"
 
 
-def listens(server: Server) -> bool:
-    try:
-        socket.create_connection(("127.0.0.1", urlsplit(server.url).port)).close()
-    except ConnectionRefusedError:
-        return False
-    return True
-
-
 def wait_until(condition) -> None:
     deadline = time.monotonic() + 30
     while not condition():

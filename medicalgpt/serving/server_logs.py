@@ -17,12 +17,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from medicalgpt.logs import printable, setup_logging
+from medicalgpt.logs import printable
 from medicalgpt.serving.web import client_of
 
 from loguru import logger
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from transformers.utils.logging import disable_progress_bar
 
 # What a proxy may call a request; anything else is replaced by an id that is made here.
 REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:+/=@-]{0,127}")
@@ -103,18 +104,18 @@ class _ToLoguru(logging.Handler):
 
 def setup_server_logging(log_format: str) -> None:
     """Send the log, and the warnings of libraries, to stderr in this format: text or json."""
-    setup_logging()
     logger.remove()
     logger.add(sys.stderr, format=LOG_FORMATS[log_format], level="INFO", backtrace=False, diagnose=False)
+    if not sys.stderr.isatty():
+        disable_progress_bar()
     root = logging.getLogger()
     if not any(isinstance(handler, _ToLoguru) for handler in root.handlers):
         root.addHandler(_ToLoguru(logging.WARNING))
     if log_format == "json":
-        from transformers.utils import logging as library
-
-        # The library has a format of its own.
-        library.disable_default_handler()
-        library.enable_propagation()
+        # Some libraries write lines in a format of their own.
+        for library in map(logging.getLogger, list(root.manager.loggerDict)):
+            library.handlers.clear()
+            library.propagate = True
         logging.captureWarnings(True)
 
 
