@@ -32,7 +32,7 @@ from medicalgpt.serving.generation import Answer, GenerationRequest, Sampling, s
 from medicalgpt.serving.keys import ApiKeys
 from medicalgpt.serving.prompts import PromptReader
 from medicalgpt.serving.schedule import QueueFullError
-from medicalgpt.serving.server import RETRY_AFTER, DrainingServer, check_server_flags
+from medicalgpt.serving.server import STOPPING_HEADERS, DrainingServer, check_server_flags
 from medicalgpt.serving.server_logs import RequestLogMiddleware, ServerStatus, setup_server_logging
 from medicalgpt.serving.web import (
     AccessMiddleware,
@@ -146,7 +146,11 @@ def main() -> None:
 def announce(arguments: ServerArguments, host: str, port: int) -> None:
     """Print where the server is."""
     scheme = "https" if arguments.ssl_certfile else "http"
-    print(f"Serving on {scheme}://{url_host(host)}:{port} (Ctrl-C stops)", flush=True)
+    url = f"{scheme}://{url_host(host)}:{port}"
+    if arguments.log_format == "json":
+        logger.info(f"serving on {url}")
+    else:
+        print(f"Serving on {url} (Ctrl-C stops)", flush=True)
 
 
 def build_app(
@@ -167,7 +171,7 @@ def build_app(
     app.add_middleware(
         RequestLogMiddleware,
         status=status,
-        refusal=lambda: refusal(503, "The server is stopping.", {"Retry-After": str(RETRY_AFTER)}),
+        refusal=lambda: refusal(503, "The server is stopping.", STOPPING_HEADERS),
     )
     app.add_middleware(ProbeMiddleware, ready=lambda: not status.stopping and batcher.problem is None)
     prompts = PromptReader(arguments.max_prompt_chars)

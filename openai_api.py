@@ -70,7 +70,7 @@ from medicalgpt.serving.openai_schema import (
 )
 from medicalgpt.serving.prompts import PromptReader, PromptTooLargeError
 from medicalgpt.serving.schedule import QueueFullError
-from medicalgpt.serving.server import RETRY_AFTER, DrainingServer, check_server_flags
+from medicalgpt.serving.server import STOPPING_HEADERS, DrainingServer, check_server_flags
 from medicalgpt.serving.server_logs import RequestLogMiddleware, ServerStatus, route_of, setup_server_logging
 from medicalgpt.serving.web import (
     AccessMiddleware,
@@ -586,8 +586,8 @@ def require_places(service: Service, answers: int) -> None:
 
 
 def stopping() -> ApiError:
-    headers = {"Retry-After": str(RETRY_AFTER)}
-    return ApiError(503, "The server is stopping.", code="stopping", type="server_error", headers=headers)
+    message = "The server is stopping."
+    return ApiError(503, message, code="stopping", type="server_error", headers=STOPPING_HEADERS)
 
 
 def timed_out(service: Service) -> ApiError:
@@ -1136,13 +1136,16 @@ def check_limits(arguments: OpenAIArguments) -> None:
 
 
 def announce(service: Service, port: int) -> None:
-    """Print the address, with a command that asks the model."""
+    """Print the address, with a command that asks the model; in a log of JSON, the address only."""
     host = service.arguments.host
     # The wildcard address cannot be asked.
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     scheme = "https" if service.arguments.ssl_certfile else "http"
     url = f"{scheme}://{url_host(host)}:{port}"
     names = list(service.models)
+    if service.arguments.log_format == "json":
+        logger.info(f"serving {', '.join(names)} on {url}/v1")
+        return
     question = {"model": names[0], "messages": [{"role": "user", "content": "感冒了怎么办？"}]}
     key = ' -H "Authorization: Bearer $MEDICALGPT_API_KEY"' if service.keys else ""
     print(

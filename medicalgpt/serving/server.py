@@ -21,8 +21,8 @@ from starlette.types import ASGIApp
 
 # How long connections may take to close after the last answer.
 SECONDS_TO_CLOSE = 5
-# After how many seconds a client that comes while the server is stopping should try again.
-RETRY_AFTER = 5
+# What a client is told that comes while the server is stopping: another connection may lead to another server.
+STOPPING_HEADERS = {"Retry-After": "5", "Connection": "close"}
 
 
 def check_server_flags(arguments: ApiArguments) -> None:
