@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 import openai_api
+from benchmarks import probes
 from medicalgpt.errors import UserError
 from medicalgpt.parser import parse_args
 from medicalgpt.serving import keys as keys_module
@@ -552,3 +553,13 @@ def test_an_idle_server_ends_at_once(batcher):
         served.server.handle_exit(15, None)
         served.thread.join(10)
         assert not served.thread.is_alive() and time.monotonic() - began < 5
+
+
+def test_the_benchmark_of_probes_counts_them(served, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "bobs-key")
+    found = probes.measure(served.url, clients=0, seconds=0.2)
+    assert set(found) == {"/live", "/ready", "/health"}
+    assert all(each["number"] > 1 and 0 < each["p50"] <= each["p99"] <= each["max"] for each in found.values())
+    monkeypatch.setenv("OPENAI_API_KEY", "wrong")
+    with pytest.raises(httpx.HTTPStatusError):
+        probes.measure(served.url, clients=0, seconds=0.2)
