@@ -3,8 +3,8 @@
     python openai_api.py --model_name_or_path outputs/sft-merged
     python -m benchmarks.probes --url http://127.0.0.1:8000     # in another terminal
 
-The clients run in a separate process, so that they do not delay the probes; for the server, each has its own address. The
-key is in OPENAI_API_KEY, if the server has one.
+The clients run in a separate process, so that they do not delay the probes; for the server, each has its own address.
+The key is in OPENAI_API_KEY, if the server has one.
 """
 
 import argparse
