@@ -161,19 +161,7 @@ def build_app(
     problems = {"4XX": {"model": Problem}, "5XX": {"model": Problem}}
     app = FastAPI(title="MedicalGPT", docs_url=None, redoc_url=None, responses=problems)
 
-    app.add_middleware(
-        AccessMiddleware,
-        refuse=lambda refused: refusal(refused.status_code, refused.detail, refused.headers),
-        keys=keys,
-        max_body_bytes=lambda scope: arguments.max_request_bytes,
-        body_seconds=arguments.body_timeout,
-    )
-    app.add_middleware(
-        RequestLogMiddleware,
-        status=status,
-        refusal=lambda: refusal(503, "The server is stopping.", STOPPING_HEADERS),
-    )
-    app.add_middleware(ProbeMiddleware, ready=lambda: not status.stopping and batcher.problem is None)
+    add_middleware(app, batcher, arguments, keys, status)
     prompts = PromptReader(arguments.max_prompt_chars)
 
     add_error_handlers(app, arguments)
@@ -242,6 +230,25 @@ def build_app(
             answers.cancel()
 
     return app
+
+
+def add_middleware(
+    app: FastAPI, batcher: Batcher, arguments: ServerArguments, keys: ApiKeys | None, status: ServerStatus
+) -> None:
+    """What every request passes, the last one first: probes, the log, keys and limits."""
+    app.add_middleware(
+        AccessMiddleware,
+        refuse=lambda refused: refusal(refused.status_code, refused.detail, refused.headers),
+        keys=keys,
+        max_body_bytes=lambda scope: arguments.max_request_bytes,
+        body_seconds=arguments.body_timeout,
+    )
+    app.add_middleware(
+        RequestLogMiddleware,
+        status=status,
+        refusal=lambda: refusal(503, "The server is stopping.", STOPPING_HEADERS),
+    )
+    app.add_middleware(ProbeMiddleware, ready=lambda: not status.stopping and batcher.problem is None)
 
 
 def opening_of(

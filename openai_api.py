@@ -234,7 +234,6 @@ class Service:
 
     Attributes:
         models: by their names; several if each adapter has one.
-        names: of the models in requests, by those of their engines.
         sampling: the defaults for fields that a request omits.
         status: whether the server is stopping, and what it is answering.
         recent_seconds: how long the last answers took.
@@ -249,17 +248,24 @@ class Service:
         engines = {served_name(arguments, name): each for name, each in engine.siblings.items()}
         engines = engines or {model_name(arguments): engine}
         self.models = {name: ServedModel(name, each) for name, each in engines.items()}
-        self.names = {each.engine.name: name for name, each in self.models.items()}
         self.created = int(time.time())
         self.status = ServerStatus()
         self.prompts = PromptReader(arguments.max_prompt_chars)
-        self.metrics = Metrics({name: each.engine.name for name, each in self.models.items()}, batcher.load_of)
+        self.metrics = Metrics(self.load)
         self.recent_seconds: deque[float] = deque(maxlen=32)
 
     def seconds_to_wait(self) -> int:
         """After how many seconds one of the running answers may have ended."""
         mean = sum(self.recent_seconds) / len(self.recent_seconds) if self.recent_seconds else 1.0
         return min(60, max(1, math.ceil(mean)))
+
+    def load(self) -> dict[str, tuple[int, int]]:
+        """Answers being generated, and queued requests, of each model."""
+        return {name: self.batcher.load_of(each.engine.name) for name, each in self.models.items()}
+
+    def name_of(self, adapter: str | None) -> str:
+        """The name in requests of an engine."""
+        return next((name for name, each in self.models.items() if each.engine.name == adapter), adapter or "")
 
     @property
     def is_ready(self) -> bool:
@@ -546,7 +552,7 @@ def submit(
     Raises:
         ApiError: the queue is full, or the server is stopping.
     """
-    record, model = request.scope["record"], service.names[jobs[0].adapter]
+    record, model = request.scope["record"], service.name_of(jobs[0].adapter)
     # Of several answers to one prompt, it counts once.
     record.prompt_tokens = sum({id(job.prompt_ids): len(job.prompt_ids) for job in jobs}.values())
     timers = [AnswerTimer(service.metrics, model, record, len(job.prompt_ids)) for job in jobs]

@@ -5,7 +5,7 @@ have the names of OpenTelemetry (https://opentelemetry.io/docs/specs/semconv/htt
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from functools import partial
 
@@ -15,12 +15,13 @@ from medicalgpt.serving.server_logs import RequestRecord
 from prometheus_client import (
     CollectorRegistry,
     Counter,
-    Gauge,
     Histogram,
     PlatformCollector,
     ProcessCollector,
     disable_created_metrics,
 )
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 # Seconds: of whole requests, and from token to token.
 BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
@@ -33,20 +34,18 @@ class Metrics:
     """What /metrics shows.
 
     Args:
-        models: names of the models in requests, with the names of their engines.
-        load_of: returns how many answers of an engine are being generated, and how many requests to it are queued.
+        load: returns, for each model by its name in requests, how many of its answers are being generated, and how many
+            requests to it are queued.
     """
 
-    def __init__(self, models: Mapping[str, str | None], load_of: Callable[[str | None], tuple[int, int]]):
+    def __init__(self, load: Callable[[], Mapping[str, tuple[int, int]]]):
         disable_created_metrics()
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
-        gauge = partial(Gauge, labelnames=["model_name"], registry=self.registry)
+        self.registry.register(_LoadCollector(load))
         count = partial(Counter, labelnames=["model_name"], registry=self.registry)
         spread = partial(Histogram, labelnames=["model_name"], registry=self.registry)
-        running = gauge("vllm:num_requests_running", "Answers being generated.")
-        waiting = gauge("vllm:num_requests_waiting", "Queued requests.")
         self.prompt_tokens = count("vllm:prompt_tokens", "Tokens of prompts that the model has begun to read.")
         self.generation_tokens = count("vllm:generation_tokens", "Tokens generated, those of cancelled answers too.")
         self.success = Counter(
@@ -75,9 +74,7 @@ class Metrics:
             buckets=BUCKETS,
             registry=self.registry,
         )
-        for model, engine in models.items():
-            running.labels(model).set_function(lambda engine=engine: load_of(engine)[0])
-            waiting.labels(model).set_function(lambda engine=engine: load_of(engine)[1])
+        for model in load():
             # Shown from the beginning, so that an increase from none at all is seen.
             for each in (self.prompt_tokens, self.generation_tokens, self.first_token, self.inter_token):
                 each.labels(model)
@@ -87,6 +84,21 @@ class Metrics:
     def observe_http(self, record: RequestRecord, route: str) -> None:
         """Count a request that has ended."""
         self.http_seconds.labels(record.method, route, record.status).observe(record.seconds)
+
+
+class _LoadCollector(Collector):
+    """Counts at the moment when it is asked, of the models that there are then."""
+
+    def __init__(self, load: Callable[[], Mapping[str, tuple[int, int]]]):
+        self.load = load
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        running = GaugeMetricFamily("vllm:num_requests_running", "Answers being generated.", labels=["model_name"])
+        waiting = GaugeMetricFamily("vllm:num_requests_waiting", "Queued requests.", labels=["model_name"])
+        for model, counts in self.load().items():
+            for family, count in zip((running, waiting), counts, strict=True):
+                family.add_metric([model], count)
+        yield from (running, waiting)
 
 
 class AnswerTimer:
