@@ -147,7 +147,8 @@ def test_systemd_verifies_the_unit(tmp_path):
 
 
 ONLY_THESE = """
-import importlib.abc, re, sys
+import re, sys
+from importlib.machinery import PathFinder
 from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from pathlib import Path
 from packaging.requirements import Requirement
@@ -168,13 +169,11 @@ while rest:
         pass
 others = {top for top, names in packages_distributions().items() if not {canonical(name) for name in names} & found}
 
-class NotInstalled(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        if name.partition(".")[0] in others:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
 others -= {"packaging", *sys.stdlib_module_names}
-sys.meta_path.insert(0, NotInstalled())
+find_spec = PathFinder.find_spec
+PathFinder.find_spec = lambda name, path=None, target=None: (
+    None if name.partition(".")[0] in others else find_spec(name, path, target)
+)
 import runpy
 program = sys.argv[2]
 sys.argv = sys.argv[2:]
