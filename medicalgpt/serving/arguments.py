@@ -75,8 +75,8 @@ class ApiArguments(ServeArguments):
         default=None, metadata={"help": "Certificate chain in PEM; the server then speaks HTTPS."}
     )
     ssl_keyfile: str | None = field(default=None, metadata={"help": "Private key of the certificate, unencrypted."})
-    root_path: str = field(
-        default="", metadata={"help": "Prefix of the paths that a proxy removes before it passes requests on: /llm."}
+    root_path: str | None = field(
+        default=None, metadata={"help": "Prefix of the paths that a proxy removes before it passes requests on: /llm."}
     )
     forwarded_allow_ips: str = field(
         default="127.0.0.1,::1",

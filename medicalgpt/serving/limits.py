@@ -273,7 +273,7 @@ def uvicorn_config(app: ASGIApp, arguments: ApiArguments, **options: Any) -> uvi
         server_header=False,
         log_config=None,
         access_log=False,
-        root_path=arguments.root_path,
+        root_path=arguments.root_path or "",
         forwarded_allow_ips=[each.strip() for each in arguments.forwarded_allow_ips.split(",")],
         ssl_certfile=arguments.ssl_certfile,
         ssl_keyfile=arguments.ssl_keyfile,

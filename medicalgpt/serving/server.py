@@ -28,7 +28,7 @@ STOPPING_HEADERS = {"Retry-After": "5", "Connection": "close"}
 def check_server_flags(arguments: ApiArguments) -> None:
     """Raises UserError that names every flag of `ApiArguments` with a value that cannot be used."""
     problems = [*_tls_problems(arguments)]
-    if not re.fullmatch(r"(/[\w.~-]+)*", arguments.root_path):
+    if not re.fullmatch(r"(/[\w.~-]+)*", arguments.root_path or ""):
         problems.append(f"--root_path {arguments.root_path} must be like /llm, with a slash at its beginning only.")
     for address in arguments.forwarded_allow_ips.split(","):
         try:
