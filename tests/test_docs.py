@@ -21,8 +21,8 @@ TWINS = sorted(page for page in PAGES if page.stem.endswith("_zh"))
 GUIDES = [page for page in PAGES if page.parent.name != "data"]
 PROGRAMS = sorted(ROOT.glob("*.py"))
 # Flags of programs that are not ours.
-# Of torchrun, accelerate and ruff, and of vLLM.
-FOREIGN_FLAGS = {"--nproc_per_node", "--fix", "--config_file", "--num_processes"}
+# Of torchrun, accelerate and ruff, docker, and vLLM.
+FOREIGN_FLAGS = {"--nproc_per_node", "--fix", "--config_file", "--num_processes", "--build-arg"}
 FOREIGN_FLAGS |= {"--chat-template", "--enable-auto-tool-choice", "--tool-call-parser"}
 LIBRARY_VARIABLES = {"HF_ENDPOINT", "CUDA_VISIBLE_DEVICES"}
 BROKEN_ROWS = """\
