@@ -265,7 +265,7 @@ def test_failing_model(served):
 def test_program_with_a_key(model):
     flags = ("--base_model", model, "--server_name", "0.0.0.0", "--system_prompt", "你是小医")
     with running_server("fastapi_server_demo.py", *flags, env={"MEDICALGPT_API_KEY": "a-key"}) as server:
-        with httpx.Client(base_url=server.url) as client:
+        with httpx.Client(base_url=server.url, timeout=60) as client:
             for path in ("/", "/health", "/openapi.json", "/nowhere"):
                 for headers in ({}, {"Authorization": "Bearer wrong"}):
                     assert client.get(path, headers=headers).status_code == 401
