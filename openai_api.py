@@ -22,12 +22,10 @@ that are addressed to it by a name of this machine: no page in a browser can the
 """
 
 import asyncio
-import codecs
 import dataclasses
 import itertools
 import json
 import math
-import re
 import shlex
 import signal
 import socket
@@ -37,41 +35,55 @@ import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
+from urllib.parse import quote
+from weakref import WeakValueDictionary
 
 from medicalgpt.data.images import ImageError, Picture
 from medicalgpt.errors import UserError, run_main
 from medicalgpt.logs import setup_logging
 from medicalgpt.models import combining
-from medicalgpt.models.templating import tool_format_of
 from medicalgpt.models.vision import can_have_images
 from medicalgpt.parser import parse_args
+from medicalgpt.serving.answer_parts import CallPiece
 from medicalgpt.serving.arguments import ApiArguments
 from medicalgpt.serving.batchers import Batcher, BatcherClosedError, ModelFailedError, batcher_from
 from medicalgpt.serving.chat import ChatEngine, PromptTooLongError
 from medicalgpt.serving.engines import adapted, base_name, engine_from
-from medicalgpt.serving.generation import REPLACEMENT, Answer, GenerationRequest, Sampling, sampling_from
+from medicalgpt.serving.generation import Answer, GenerationRequest, Sampling, TokenScore, sampling_from
+from medicalgpt.serving.guides import (
+    ANY_OBJECT,
+    Guide,
+    Thoughts,
+    call_grammar,
+    json_grammar,
+    text_or_call_grammar,
+)
 from medicalgpt.serving.image_args import ImageServingArguments
 from medicalgpt.serving.limits import connection_limits, uvicorn_config
+from medicalgpt.serving.openai_forms import ChatForm, CompletionForm, Form
 from medicalgpt.serving.openai_schema import (
-    MAX_CHOICES,
     AssistantMessage,
+    Body,
     ChatRequest,
     CompletionRequest,
     Content,
     ErrorBody,
     Generation,
     NamedTool,
+    OfferedFunction,
     SystemMessage,
     ToolMessage,
     UserMessage,
     UserPart,
+    unknown_fields,
 )
 from medicalgpt.serving.prompts import PromptReader, PromptTooLargeError
 from medicalgpt.serving.schedule import QueueFullError
+from medicalgpt.serving.served_models import ServedModel
 from medicalgpt.serving.web import (
     AccessMiddleware,
     ClientDisconnected,
@@ -105,19 +117,16 @@ from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from transformers import PreTrainedTokenizerBase
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 # Maximum number of images in a request: each is decoded before the length of the prompt is known.
 MAX_IMAGES = 16
-# How often a sampled answer that fails its check is sampled again.
-RETRIES = 2
+# Names fields of a request that had no effect, at most so many.
+IGNORED_FIELDS = "x-ignored-fields"
+MAX_NAMED_FIELDS = 32
 # Characters of a field's name in an error; a client may have made it up.
 LONGEST_PATH = 200
 # How long connections may take to close after the last answer.
 SECONDS_TO_CLOSE = 5
-# Represents a log-probability of minus infinity, for which JSON has no number.
-LEAST_LOG_PROB = -9999.0
 # Many programs end a line at these characters, which JSON leaves unescaped.
 LINE_ENDS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
 # Seconds, for the histograms of /metrics.
@@ -135,6 +144,13 @@ class OpenAIArguments(ImageServingArguments, ApiArguments):
         default=None,
         metadata={
             "help": "Web sites whose pages may send requests from a browser, with commas (https://a.org,https://b.org)."
+        },
+    )
+    strict_fields: bool = field(
+        default=False,
+        metadata={
+            "help": "Refuse requests with fields that are not known. Default: they are answered, and the fields are "
+            "named in the header x-ignored-fields and in the log."
         },
     )
     max_tokens_limit: int = field(default=4096, metadata={"help": "Maximum tokens that a request may ask for."})
@@ -203,6 +219,10 @@ def invalid_body(error: RequestValidationError) -> ApiError:
     return ApiError(400, f"{path or 'the body'}: {message}", param=path or None)
 
 
+# What is sent of an answer: a piece of its text, or of a call, and in the end the answer.
+Piece = str | CallPiece | Answer
+
+
 class StrictRequest(Request):
     """JSON as the standard defines it: no NaN, no lone surrogates."""
 
@@ -252,20 +272,6 @@ class Metrics:
         self.completion_tokens.inc(completion_tokens)
 
 
-class ServedModel:
-    """A name in requests, and what answers to it.
-
-    Attributes:
-        takes_tools: whether the chat template can render tools.
-    """
-
-    def __init__(self, name: str, engine: ChatEngine):
-        self.name = name
-        self.engine = engine
-        self.takes_tools = tool_format_of(engine.tokenizer) is not None
-        self.bytes_of = lru_cache(maxsize=None)(partial(token_bytes, engine.tokenizer))
-
-
 class Service:
     """What the routes share.
 
@@ -275,6 +281,8 @@ class Service:
         stopping: the server takes no new requests.
         recent_seconds: how long the last answers took.
         open: answers that clients wait for.
+        scoring: requests that wait for the scores of prompts.
+        turns: in them, one prompt of each client at a time.
     """
 
     def __init__(self, arguments: OpenAIArguments, engine: ChatEngine, batcher: Batcher, key: str | None):
@@ -292,6 +300,8 @@ class Service:
         self.metrics = Metrics(batcher)
         self.recent_seconds: deque[float] = deque(maxlen=32)
         self.open: set[Future[Answer]] = set()
+        self.scoring = 0
+        self.turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     def seconds_to_wait(self) -> int:
         """After how many seconds one of the running answers may have ended."""
@@ -353,27 +363,15 @@ class RequestLog:
 
 
 def requests_for(
-    model: ServedModel,
-    prompts: Sequence[list[int]],
-    body: Generation,
-    sampling: Sampling,
-    client: str,
-    tools: list[dict[str, Any]] | None = None,
-    pictures: Sequence[Picture] = (),
+    model: ServedModel, prompts: Sequence[list[int]], body: Generation, sampling: Sampling, client: str, **rest: Any
 ) -> list[GenerationRequest]:
-    """`n` answers to each prompt, the i-th of them sampled with seed + i."""
+    """`n` answers to each prompt, the i-th of them sampled with seed + i. `rest`: further fields of the requests."""
     samplings = [sampling.with_seed_offset(i) for i in range(body.n or 1)]
-    adapter = model.engine.name
     return [
-        GenerationRequest(prompt_ids, each, tools, adapter=adapter, client=client, pictures=pictures)
+        GenerationRequest(prompt_ids, each, adapter=model.engine.name, client=client, **rest)
         for prompt_ids in prompts
         for each in samplings
     ]
-
-
-def resampled(request: GenerationRequest, attempt: int) -> GenerationRequest:
-    """The same prompt, to be sampled with another seed."""
-    return dataclasses.replace(request, sampling=request.sampling.with_seed_offset(attempt * MAX_CHOICES))
 
 
 def check_common(service: Service, body: Generation) -> ServedModel:
@@ -386,14 +384,6 @@ def check_common(service: Service, body: Generation) -> ServedModel:
         raise unknown_model(service, body.model)
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options: it has no effect without stream.", param="stream_options")
-    if body.temperature is None and service.sampling.temperature == 0:
-        for name, idle in (("top_p", 1), ("top_k", 0), ("n", 1)):
-            if getattr(body, name) not in (None, idle):
-                raise ApiError(
-                    400,
-                    f"{name}: it has no effect at temperature 0, the default of this server; set a temperature.",
-                    param=name,
-                )
     return service.models[body.model]
 
 
@@ -402,7 +392,7 @@ def unknown_model(service: Service, name: str) -> ApiError:
     return ApiError(404, message, code="model_not_found", param="model")
 
 
-def sampling_for(service: Service, body: Generation, top_log_probs: int | None) -> Sampling:
+def sampling_for(service: Service, model: ServedModel, body: Generation, top_log_probs: int | None) -> Sampling:
     """The sampling settings of a request, with the flags as defaults."""
     limit = service.arguments.max_tokens_limit
     said = [(name, getattr(body, name, None)) for name in ("max_tokens", "max_completion_tokens")]
@@ -412,12 +402,22 @@ def sampling_for(service: Service, body: Generation, top_log_probs: int | None) 
     for name, value in said:
         if value is not None and value > limit:
             raise ApiError(400, f"{name}: {value} is above this server's limit of {limit} tokens.", param=name)
-    settings = {name: getattr(body, name) for name in ("temperature", "top_p", "top_k", "repetition_penalty", "seed")}
+    biases = tuple((int(token_id), bias) for token_id, bias in (body.logit_bias or {}).items())
+    if wrong := [token_id for token_id, _ in biases if token_id >= model.vocabulary]:
+        message = f"logit_bias: there is no token {wrong[0]}; ids are from 0 to {model.vocabulary - 1}."
+        raise ApiError(400, message, param="logit_bias")
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+    settings = {name: getattr(body, name) for name in (*names, "seed")}
+    if settings["top_k"] == -1:
+        settings["top_k"] = 0
+    if body.samples and service.sampling.temperature == 0:
+        settings["temperature"] = 1.0
     return dataclasses.replace(
         service.sampling,
-        max_new_tokens=wanted.pop() if wanted else service.sampling.max_new_tokens,
+        max_new_tokens=max(wanted) if wanted else service.sampling.max_new_tokens,
         stop=service.sampling.stop if body.stop is None else body.stop,
         top_log_probs=top_log_probs,
+        logit_bias=biases,
         **{name: value for name, value in settings.items() if value is not None},
     )
 
@@ -469,8 +469,18 @@ def text_of(content: Content | None) -> str:
     return "".join(part.text for part in content)
 
 
-def to_template(messages: Sequence[Any], system_prompt: str | None) -> list[dict[str, Any]]:
+def said_in(message: AssistantMessage) -> str:
+    """The text of an earlier answer, without its reasoning."""
+    if isinstance(message.content, list):
+        return "".join(part.said for part in message.content)
+    return message.content or message.refusal or ""
+
+
+def to_template(messages: Sequence[Any], system_prompt: str | None, with_thoughts: bool) -> list[dict[str, Any]]:
     """Messages in the form of the chat template, as in training.
+
+    Args:
+        with_thoughts: hand on the reasoning of earlier answers, of which the template decides what the model sees.
 
     Templates match tool results to calls by their order, the API by ids: results are put in the order of the calls.
 
@@ -498,10 +508,15 @@ def to_template(messages: Sequence[Any], system_prompt: str | None) -> list[dict
             raise refuse(number, f"the results of {_missing(results)} must come first, each with role tool.")
         role = "system" if isinstance(message, SystemMessage) else message.role
         has_images = isinstance(message, UserMessage) and any(True for _ in image_parts([message]))
-        content = parts_of_text(message.content) if has_images else text_of(message.content)
+        if isinstance(message, AssistantMessage):
+            content = said_in(message)
+        else:
+            content = parts_of_text(message.content) if has_images else text_of(message.content)
         entry: dict[str, Any] = {"role": role, "content": content}
         if isinstance(message, AssistantMessage):
-            if message.content is None and not message.tool_calls:
+            if with_thoughts and message.thoughts:
+                entry["reasoning_content"] = message.thoughts
+            if message.content is None and message.refusal is None and not message.tool_calls:
                 raise refuse(number, "it has neither content nor tool_calls.")
             calls = message.tool_calls or []
             results = dict.fromkeys(call.id for call in calls)
@@ -545,64 +560,101 @@ def tools_for(model: ServedModel, body: ChatRequest) -> list[dict[str, Any]] | N
             if getattr(body, name) not in (None, "none"):
                 raise ApiError(400, f"{name}: it has no effect without tools.", param=name)
         return None
-    if not model.takes_tools:
+    if model.form is None:
         raise ApiError(400, "tools: this model's chat template has no form for tools.", param="tools")
     if body.tool_choice == "none":
         return None
-    # `strict` is a field of the API only; the rest is what the model was trained to read.
-    tools = [
-        {**tool, "function": {key: value for key, value in tool["function"].items() if key != "strict"}}
-        for tool in body.tools
-    ]
+    tools = body.tools
     if isinstance(body.tool_choice, NamedTool):
         name = body.tool_choice.function.name
-        tools = [tool for tool in tools if tool["function"]["name"] == name]
+        tools = [tool for tool in tools if tool.function.name == name]
         if not tools:
             raise ApiError(400, f"tool_choice: there is no tool {name!r} in tools.", param="tool_choice")
-    return tools
+    return [tool.rendered for tool in tools]
 
 
-def answer_check(body: ChatRequest) -> Callable[[Answer], str | None] | None:
-    """A function that says what is wrong with an answer, or None if the request sets no conditions."""
+async def guide_for(
+    service: Service,
+    client: str,
+    model: ServedModel,
+    body: ChatRequest,
+    tools: Sequence[Any] | None,
+    thoughts: Thoughts,
+) -> Guide | None:
+    """The grammar that the answers follow: a schema, calls of tools, or either.
+
+    Raises:
+        ApiError: no answer can be held to it.
+    """
+    schema = body.response_format.wanted if body.response_format else None
+    if not tools:
+        if schema is None:
+            return None
+        grammar = json_grammar(schema, model.engine.special_ids, thoughts)
+        return await compiled(service, client, model, grammar, "response_format")
     must_call = body.tool_choice == "required" or isinstance(body.tool_choice, NamedTool)
-    one_call = body.parallel_tool_calls is False
-    must_be_json = body.response_format is not None and body.response_format.type == "json_object"
-
-    def problem(answer: Answer) -> str | None:
-        if must_call and not answer.tool_calls:
-            return "calls no tool, which tool_choice asks for"
-        if one_call and len(answer.tool_calls) > 1:
-            return f"calls {len(answer.tool_calls)} tools, and parallel_tool_calls is false"
-        if must_be_json and not answer.tool_calls and read_object(answer.text) is None:
-            return "is not a JSON object, which response_format asks for"
+    offered = {tool["function"]["name"] for tool in tools}
+    functions = [tool.function for tool in body.tools if tool.function.name in offered]
+    strict = [function for function in functions if function.strict]
+    parallel = body.parallel_tool_calls is not False
+    settings = {"parallel": parallel}
+    if must_call or schema is not None:
+        write = call_grammar
+        settings["otherwise"] = None if must_call else schema
+    elif model.form.shape.trigger and (strict or not parallel):
+        write = text_or_call_grammar
+    elif strict:
+        message = "this model's calls have no mark, so it is only known at their end that they are calls."
+        raise ApiError(400, f"tools: {message} Set tool_choice to required, or strict to false.", param="tools")
+    else:
         return None
 
-    return problem if must_call or one_call or must_be_json else None
+    def grammar(held: Sequence[OfferedFunction]) -> str:
+        """The arguments of some tools are held to their schema, those of others are any object."""
+        schemas = {each.name: (each.parameters if each in held else None) or ANY_OBJECT for each in functions}
+        return write(model.form.shape, schemas, model.engine.special_ids, thoughts, **settings)
+
+    param = "tools" if schema is None else "response_format"
+    if len(strict) < len(functions):
+        # What is not strict is held to its schema where that is possible.
+        with suppress(ApiError):
+            return await compiled(service, client, model, grammar(functions), param)
+    return await compiled(service, client, model, grammar(strict), param)
+
+
+async def compiled(service: Service, client: str, model: ServedModel, grammar: str, param: str) -> Guide:
+    return await tokenized(service, client, param, grammar, lambda text, _: model.guides.guide(text), model.engine)
 
 
 def submit(
     service: Service,
     request: Request,
     jobs: Sequence[GenerationRequest],
-    on_text: Callable[[int, str], Any] | None = None,
+    on_piece: Callable[[int, str | CallPiece], Any] | None = None,
 ) -> list["Future[Answer]"]:
-    """Queue requests, all of them or none. `on_text` is called from another thread, with the number of the request.
+    """Queue requests, all of them or none.
+
+    Args:
+        on_piece: called from another thread, with the number of the request and the next piece of its answer.
 
     Raises:
         ApiError: the queue is full, or the server is stopping.
     """
     metrics, seen = service.metrics, []
 
-    def take(number: int, text: str) -> None:
+    def take(number: int, piece: str | CallPiece) -> None:
         if not seen:
             seen.append(number)
             metrics.first_token.observe(time.monotonic() - request.scope["started"])
-        if on_text is not None:
-            on_text(number, text)
+        if on_piece is not None:
+            on_piece(number, piece)
 
     try:
         futures = service.batcher.submit_many(
-            [dataclasses.replace(job, on_text=partial(take, number)) for number, job in enumerate(jobs)]
+            [
+                dataclasses.replace(job, on_text=partial(take, number), on_call=partial(take, number))
+                for number, job in enumerate(jobs)
+            ]
         )
     except QueueFullError as error:
         raise queue_full(service, error) from error
@@ -666,34 +718,10 @@ def ended_early(service: Service, error: BaseException) -> ApiError:
     return queue_full(service, error) if isinstance(error, QueueFullError) else stopping()
 
 
-async def answers_for(
-    service: Service, request: Request, jobs: Sequence[GenerationRequest], check: Callable[[Answer], str | None] | None
-) -> list[Answer]:
-    """All answers; those that fail the check are sampled again, unless the answers are greedy.
-
-    Raises:
-        ApiError: an answer fails the check in the end; and what `wait_for` raises.
-    """
-    answers: dict[int, Answer] = {}
-    missing = list(range(len(jobs)))
-    attempts = 1 + RETRIES if check and jobs[0].sampling.temperature > 0 else 1
-    for attempt in range(attempts):
-        futures = submit(service, request, [resampled(jobs[number], attempt) for number in missing])
-        answers.update(zip(missing, await wait_for(service, request, futures), strict=True))
-        missing = [number for number in missing if check and check(answers[number])]
-        if not missing:
-            return [answers[number] for number in range(len(jobs))]
-    failed = answers[missing[0]]
-    cut = " It was cut by max_tokens." if failed.finish_reason == "length" else ""
-    tried = f" (tried {attempts} times)" if attempts > 1 else ""
-    message = f"The model's answer {check(failed)}{tried}.{cut}"
-    raise ApiError(422, message, code="answer_failed_check", type="invalid_answer_error")
-
-
 async def pieces_of(
     service: Service, request: Request, jobs: Sequence[GenerationRequest]
-) -> AsyncIterator[tuple[int, str | Answer]]:
-    """Pieces of text with the number of their request as they are generated; each answer after its last piece.
+) -> AsyncIterator[tuple[int, Piece]]:
+    """Pieces of answers with the number of their request as they are generated; each answer after its last piece.
 
     Raises:
         ApiError: after the time limit; ClientDisconnected; or what went wrong in an answer.
@@ -730,196 +758,13 @@ async def pieces_of(
         leaving.cancel()
 
 
-async def pieces_again(answers: Sequence[Answer]) -> AsyncIterator[tuple[int, str | Answer]]:
-    """Whole answers in the form of `pieces_of`."""
-    for number, answer in enumerate(answers):
-        if answer.text:
-            yield number, answer.text
-        yield number, answer
-
-
-BYTES = {char: byte for byte, char in bytes_to_unicode().items()}
-
-
-def token_bytes(tokenizer: PreTrainedTokenizerBase, token_id: int) -> bytes | None:
-    """The bytes of a token; a character may be split over several tokens. None if they are unknown."""
-    name = tokenizer.convert_ids_to_tokens(token_id) or ""
-    if byte := re.fullmatch("<0x([0-9A-F]{2})>", name):
-        return bytes.fromhex(byte[1])
-    text = tokenizer.decode([token_id], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    if REPLACEMENT not in text:
-        # The space before a first word is not decoded.
-        return (" " + text if name.startswith("▁") and not text.startswith(" ") else text).encode()
-    return bytes(BYTES[char] for char in name) if all(char in BYTES for char in name) else None
-
-
-def token_text(known: bytes | None) -> str:
-    try:
-        return (known or b"").decode()
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in known)
-
-
-class Form:
-    """The form of responses, whole and streamed: what chat and text completions have in common.
-
-    Args:
-        prompts: number of prompts; each has the same number of answers.
-    """
-
-    def __init__(self, model: ServedModel, body: Generation, prompts: int = 1):
-        self.model = model
-        self.body = body
-        self.prompts = prompts
-        self.id = f"{self.id_prefix}-{uuid.uuid4().hex}"
-        self.created = int(time.time())
-
-    def framed(self, object_name: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        head = {"id": self.id, "object": object_name, "created": self.created, "model": self.model.name}
-        return {**head, "choices": choices}
-
-    def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
-        choices = [self.choice(number, answer) for number, answer in enumerate(answers)]
-        return self.framed(self.object_name, choices) | {"usage": self.usage(answers)}
-
-    def usage(self, answers: Sequence[Answer]) -> dict[str, int]:
-        prompt = sum(answer.prompt_tokens for answer in answers[:: len(answers) // self.prompts])
-        completion = sum(answer.completion_tokens for answer in answers)
-        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
-
-    def scored(self, answer: Answer) -> list[tuple[bytes | None, float, list[tuple[bytes | None, float]]]]:
-        """Each token of the text with its log-probability and the most likely tokens in its place."""
-        scores = answer.scores
-        # The token that ends a turn is not part of the text.
-        if scores and answer.finish_reason == "stop" and scores[-1].token_id in self.model.engine.stop_ids:
-            scores = scores[:-1]
-        bytes_of = self.model.bytes_of
-        return [
-            (
-                bytes_of(score.token_id),
-                max(score.log_prob, LEAST_LOG_PROB),
-                [(bytes_of(token_id), max(log_prob, LEAST_LOG_PROB)) for token_id, log_prob in score.top],
-            )
-            for score in scores
-        ]
-
-
-class ChatForm(Form):
-    object_name = "chat.completion"
-    chunk_name = "chat.completion.chunk"
-    id_prefix = "chatcmpl"
-
-    def choice(self, number: int, answer: Answer) -> dict[str, Any]:
-        """A whole answer."""
-        calls = self._calls(answer)
-        message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
-        if calls:
-            message |= {"content": answer.text or None, "tool_calls": calls}
-        return {
-            "index": number,
-            "message": message,
-            "logprobs": self._log_probs(answer),
-            "finish_reason": "tool_calls" if calls else answer.finish_reason,
-        }
-
-    def opening(self, number: int) -> list[dict[str, Any]]:
-        """Chunks before the first piece of a stream."""
-        return [self._chunk(number, {"role": "assistant", "content": ""})]
-
-    def piece(self, number: int, text: str) -> dict[str, Any]:
-        return self._chunk(number, {"content": text})
-
-    def ending(self, number: int, answer: Answer) -> list[dict[str, Any]]:
-        """Chunks after the last piece: tool calls, which are known when the text is complete, and the rest."""
-        calls = self._calls(answer)
-        chunks = [
-            self._chunk(number, {"tool_calls": [{"index": position, **call}]}) for position, call in enumerate(calls)
-        ]
-        last = {"finish_reason": "tool_calls" if calls else answer.finish_reason, "logprobs": self._log_probs(answer)}
-        return [*chunks, self._chunk(number, {}) | last]
-
-    def _chunk(self, number: int, delta: dict[str, Any]) -> dict[str, Any]:
-        return {"index": number, "delta": delta, "logprobs": None, "finish_reason": None}
-
-    def _calls(self, answer: Answer) -> list[dict[str, Any]]:
-        return [
-            {
-                "id": call.get("id") or f"call_{uuid.uuid4().hex[:24]}",
-                "type": "function",
-                "function": {
-                    "name": call["function"]["name"],
-                    "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False),
-                },
-            }
-            for call in answer.tool_calls
-        ]
-
-    def _log_probs(self, answer: Answer) -> dict[str, Any] | None:
-        def entry(known: bytes | None, log_prob: float) -> dict[str, Any]:
-            return {"token": token_text(known), "logprob": log_prob, "bytes": None if known is None else list(known)}
-
-        if not self.body.logprobs:
-            return None
-        content = [
-            {**entry(known, log_prob), "top_logprobs": [entry(*each) for each in top]}
-            for known, log_prob, top in self.scored(answer)
-        ]
-        return {"content": content, "refusal": None}
-
-
-class CompletionForm(Form):
-    object_name = "text_completion"
-    chunk_name = "text_completion"
-    id_prefix = "cmpl"
-
-    def choice(self, number: int, answer: Answer) -> dict[str, Any]:
-        return {
-            "index": number,
-            "text": answer.text,
-            "logprobs": self._log_probs(answer),
-            "finish_reason": answer.finish_reason,
-        }
-
-    def opening(self, number: int) -> list[dict[str, Any]]:
-        return []
-
-    def piece(self, number: int, text: str) -> dict[str, Any]:
-        return {"index": number, "text": text, "logprobs": None, "finish_reason": None}
-
-    def ending(self, number: int, answer: Answer) -> list[dict[str, Any]]:
-        return [{**self.choice(number, answer), "text": ""}]
-
-    def _log_probs(self, answer: Answer) -> dict[str, Any] | None:
-        if self.body.logprobs is None:
-            return None
-        scored, decoder, offsets, length = self.scored(answer), codecs.getincrementaldecoder("utf-8")("replace"), [], 0
-        for known, _, _ in scored:
-            offsets.append(length)
-            length += len(decoder.decode(known or b""))
-        return {
-            "tokens": [token_text(known) for known, _, _ in scored],
-            "token_logprobs": [log_prob for _, log_prob, _ in scored],
-            "top_logprobs": [{token_text(known): log_prob for known, log_prob in top} for _, _, top in scored],
-            "text_offset": offsets,
-        }
-
-
-async def respond(
-    service: Service,
-    request: Request,
-    jobs: Sequence[GenerationRequest],
-    form: Form,
-    check: Callable[[Answer], str | None] | None = None,
-) -> Response:
-    """Answer whole or as a stream, as requested. Answers with conditions are sent after they are checked."""
+async def respond(service: Service, request: Request, jobs: Sequence[GenerationRequest], form: Form) -> Response:
+    """Answer whole or as a stream, as requested."""
     if not form.body.stream:
-        answers = await answers_for(service, request, jobs, check)
+        answers = await wait_for(service, request, submit(service, request, jobs))
         # Probabilities of many tokens take a while to write.
         return await asyncio.to_thread(lambda: JSONResponse(form.whole(answers)))
-    if check:
-        events = pieces_again(await answers_for(service, request, jobs, check))
-    else:
-        events = pieces_of(service, request, jobs)
+    events = pieces_of(service, request, jobs)
     # An error before the first text still gets its own status.
     first = await anext(events)
     return StreamingResponse(
@@ -930,16 +775,12 @@ async def respond(
 
 
 async def stream_of(
-    form: Form, jobs: int, first: tuple[int, str | Answer], events: AsyncIterator[tuple[int, str | Answer]]
+    form: Form, jobs: int, first: tuple[int, Piece], events: AsyncIterator[tuple[int, Piece]]
 ) -> AsyncIterator[bytes]:
     """Events of a stream (https://html.spec.whatwg.org/multipage/server-sent-events.html), each of one line."""
-    with_usage = form.body.stream_options is not None and bool(form.body.stream_options.include_usage)
     answers: dict[int, Answer] = {}
 
-    def line(choices: list[dict[str, Any]], usage: dict[str, int] | None = None) -> bytes:
-        return event_line(form.framed(form.chunk_name, choices) | ({"usage": usage} if with_usage else {}))
-
-    async def all_events() -> AsyncIterator[tuple[int, str | Answer]]:
+    async def all_events() -> AsyncIterator[tuple[int, Piece]]:
         yield first
         async for event in events:
             yield event
@@ -947,49 +788,110 @@ async def stream_of(
     try:
         async with aclosing(events):
             for number in range(jobs):
-                for choice in form.opening(number):
-                    yield line([choice])
+                for value in form.opening(number):
+                    yield event_line(value)
             async for number, event in all_events():
-                if isinstance(event, str):
-                    yield line([form.piece(number, event)])
+                if not isinstance(event, Answer):
+                    for value in form.piece(number, event):
+                        yield event_line(value)
                     continue
                 answers[number] = event
-                for choice in await asyncio.to_thread(form.ending, number, event):
-                    yield await asyncio.to_thread(line, [choice])
-        if with_usage:
-            yield line([], form.usage([answers[number] for number in range(jobs)]))
-        yield b"data: [DONE]\n\n"
+                for value in await asyncio.to_thread(form.ending, number, event):
+                    yield await asyncio.to_thread(event_line, value)
+        for value in form.closing([answers[number] for number in range(jobs)]):
+            yield event_line(value)
+        if form.ends_with_done:
+            yield b"data: [DONE]\n\n"
     except ClientDisconnected:
         pass
     except Exception as error:
-        yield event_line(to_api_error(error).body)
+        yield event_line(form.failure(to_api_error(error).body))
 
 
 def event_line(value: dict[str, Any]) -> bytes:
+    """One event. The newer of OpenAI's interfaces names its events by their type."""
+    name = f"event: {value['type']}\n" if "type" in value else ""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return f"data: {text.translate(LINE_ENDS)}\n\n".encode()
+    return f"{name}data: {text.translate(LINE_ENDS)}\n\n".encode()
 
 
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
 router = APIRouter(route_class=StrictRoute, responses=ERRORS)
 
 
+def named_in_header(service: Service, request: Request, body: Body) -> list[str]:
+    """The fields of a request that have no effect since nothing is known of them; they are logged.
+
+    Raises:
+        ApiError: there are any, and the server is strict.
+    """
+    found = list(itertools.islice(unknown_fields(body), MAX_NAMED_FIELDS))
+    if found and service.arguments.strict_fields:
+        path, hint = found[0]
+        raise ApiError(400, f"{path[:LONGEST_PATH]}: unknown field: {hint}", param=path[:LONGEST_PATH])
+    names = [path[:LONGEST_PATH] for path, _ in found]
+    if found:
+        told = "; ".join(f"{name!r} ({hint[:LONGEST_PATH]})" for name, (_, hint) in zip(names, found, strict=True))
+        logger.warning(f"{request.url.path}: unknown fields, without effect: {told}")
+    return names
+
+
+def with_ignored(response: Response, names: Sequence[str]) -> Response:
+    """The response, with the fields that had no effect in a header."""
+    if names:
+        # Headers hold few characters.
+        response.headers[IGNORED_FIELDS] = ", ".join(quote(name, safe="[].-_ ") for name in names)
+    return response
+
+
+@dataclass
+class ChatTurn:
+    """A conversation that is ready to be answered.
+
+    Attributes:
+        ignored: the fields without effect.
+    """
+
+    model: ServedModel
+    jobs: list[GenerationRequest]
+    thoughts_begun: bool
+    ignored: list[str]
+
+
+async def chat_turn(service: Service, request: Request, body: ChatRequest) -> ChatTurn:
+    """Check and render a request for a chat answer."""
+    model = check_common(service, body)
+    ignored = named_in_header(service, request, body)
+    if body.top_logprobs is not None and not body.logprobs:
+        raise ApiError(400, "top_logprobs: it has no effect without logprobs.", param="top_logprobs")
+    sampling = sampling_for(service, model, body, (body.top_logprobs or 0) if body.logprobs else None)
+    tools = tools_for(model, body)
+    require_places(service, body.n or 1)
+    try:
+        variables = model.known_variables(body.chat_template_kwargs or {})
+    except ValueError as error:
+        raise ApiError(400, f"chat_template_kwargs: {error}", param="chat_template_kwargs") from error
+    ignored += [f"chat_template_kwargs.{name}" for name in body.chat_template_kwargs or {} if name not in variables]
+    if body.reasoning_effort is not None:
+        variables = model.known_variables({"reasoning_effort": body.reasoning_effort}) | variables
+    pictures = await asyncio.to_thread(read_pictures, model.engine, body.messages)
+    messages = to_template(body.messages, service.arguments.system_prompt, model.takes_thoughts)
+    client = client_of(request.scope)
+    rendered = (messages, tools, pictures, variables)
+    prompt_ids, thoughts = await tokenized(service, client, "messages", rendered, chat_ids, model.engine)
+    guide = await guide_for(service, client, model, body, tools, thoughts)
+    begun = thoughts == "begun"
+    rest = {"tools": tools, "pictures": pictures, "guide": guide, "thoughts_begun": begun}
+    return ChatTurn(model, requests_for(model, [prompt_ids], body, sampling, client, **rest), begun, ignored)
+
+
 @router.post("/v1/chat/completions")
 async def chat_completions(request: Request, body: ChatRequest) -> Any:
     """Answer a conversation."""
     service: Service = request.app.state.service
-    model = check_common(service, body)
-    if body.top_logprobs is not None and not body.logprobs:
-        raise ApiError(400, "top_logprobs: it has no effect without logprobs.", param="top_logprobs")
-    sampling = sampling_for(service, body, (body.top_logprobs or 0) if body.logprobs else None)
-    tools = tools_for(model, body)
-    require_places(service, body.n or 1)
-    pictures = await asyncio.to_thread(read_pictures, model.engine, body.messages)
-    messages = to_template(body.messages, service.arguments.system_prompt)
-    client = client_of(request.scope)
-    prompt_ids = await tokenized(service, client, "messages", (messages, tools, pictures), chat_ids, model.engine)
-    jobs = requests_for(model, [prompt_ids], body, sampling, client, tools, pictures)
-    return await respond(service, request, jobs, ChatForm(model, body), answer_check(body))
+    turn = await chat_turn(service, request, body)
+    form = ChatForm(turn.model, body, turn.thoughts_begun)
+    return with_ignored(await respond(service, request, turn.jobs, form), turn.ignored)
 
 
 @router.post("/v1/completions")
@@ -997,9 +899,12 @@ async def completions(request: Request, body: CompletionRequest) -> Any:
     """Continue a raw text, without the chat template."""
     service: Service = request.app.state.service
     model = check_common(service, body)
+    ignored = named_in_header(service, request, body)
     if body.best_of not in (None, body.n or 1):
         raise ApiError(400, "best_of: answers are not ranked here; use n.", param="best_of")
-    sampling = sampling_for(service, body, body.logprobs)
+    if body.max_tokens == 0 and (not body.echo or body.stream):
+        raise ApiError(400, "max_tokens: 0 is for echo, without stream; the answer has at least 1.", param="max_tokens")
+    sampling = sampling_for(service, model, body, body.logprobs)
     several = isinstance(body.prompt, list) and (not body.prompt or not isinstance(body.prompt[0], int))
     prompts = body.prompt if several else [body.prompt]
     if not prompts:
@@ -1007,8 +912,38 @@ async def completions(request: Request, body: CompletionRequest) -> Any:
     require_places(service, len(prompts) * (body.n or 1))
     client = client_of(request.scope)
     ids = await tokenized(service, client, "prompt", prompts, completion_ids, model.engine)
+    scores = None
+    if body.echo and body.logprobs is not None:
+        scores = await prompt_scores(service, request, client, model, ids, body.logprobs)
+    form = CompletionForm(model, body, ids, scores)
+    if body.max_tokens == 0:
+        nothing = [Answer("", "length", len(prompt), 0) for prompt in ids for _ in range(body.n or 1)]
+        return with_ignored(JSONResponse(form.whole(nothing)), ignored)
     jobs = requests_for(model, ids, body, sampling, client)
-    return await respond(service, request, jobs, CompletionForm(model, body, len(ids)))
+    return with_ignored(await respond(service, request, jobs, form), ignored)
+
+
+async def prompt_scores(
+    service: Service, request: Request, client: str, model: ServedModel, prompts: Sequence[list[int]], top: int
+) -> list[list[TokenScore]]:
+    """The scores of each prompt. A client has one prompt in the queue at a time, so that clients take turns.
+
+    Raises:
+        ApiError: too many requests wait for their turn already, or it takes too long.
+    """
+    if service.scoring >= service.arguments.max_waiting:
+        raise queue_full(service, QueueFullError(service.scoring))
+    service.scoring += 1
+    try:
+        found = []
+        for prompt in prompts:
+            async with service.turns.setdefault(client, asyncio.Lock()):
+                future = service.batcher.scorer.submit(model.engine, prompt, top)
+                request.scope["futures"].append(future)
+                found += await wait_for(service, request, [future])
+        return found
+    finally:
+        service.scoring -= 1
 
 
 async def tokenized(
@@ -1027,11 +962,14 @@ async def tokenized(
         raise ApiError(400, f"{error}", param=param) from error
 
 
-def chat_ids(
-    value: tuple[list[dict[str, Any]], list[dict[str, Any]] | None, list[Picture]], engine: ChatEngine
-) -> list[int]:
-    """Token ids of a conversation with the tools that are offered in it, and its images."""
-    return engine.prompt_ids(*value)
+def chat_ids(value: tuple[Any, ...], engine: ChatEngine) -> tuple[list[int], Thoughts]:
+    """Token ids of a conversation, and whether its answer begins with reasoning.
+
+    Args:
+        value: messages, tools, images and variables of the template, see `ChatEngine.prompt_ids`.
+    """
+    prompt_ids = engine.prompt_ids(*value)
+    return prompt_ids, engine.thoughts(prompt_ids)
 
 
 def completion_ids(prompts: Sequence[str | list[int]], engine: ChatEngine) -> list[list[int]]:

@@ -22,6 +22,7 @@ from medicalgpt.serving.arguments import ServeArguments
 from medicalgpt.serving.chat import ChatEngine, settle
 from medicalgpt.serving.generation import Answer, GenerationRequest, Sampling
 from medicalgpt.serving.paged import PagedAnswer, PagedModel
+from medicalgpt.serving.prompt_scores import PromptScorer
 from medicalgpt.serving.schedule import Job, QueueFullError, Schedule
 
 from loguru import logger
@@ -53,6 +54,7 @@ class Batcher(ABC):
 
     Attributes:
         failure: why the model cannot answer any more; None as long as it can.
+        scorer: gives the log-probabilities of prompts.
         on_ended: called at the end of each answer that has begun, also of a cancelled one, with the tokens of its
             prompt and of the answer so far.
 
@@ -67,6 +69,8 @@ class Batcher(ABC):
             if value < 1:
                 raise ValueError(f"{name} is {value}, it must be at least 1.")
         self.engine = engine
+        # Before the model attends to pages.
+        self.scorer = PromptScorer(engine)
         self.max_batch_size = max_batch_size
         self.max_waiting = max_waiting
         self.stall_seconds = stall_seconds
@@ -161,6 +165,7 @@ class Batcher(ABC):
         for job in jobs:
             job.future.cancel()
         self._thread.join()
+        self.scorer.close()
 
     def __enter__(self) -> "Batcher":
         return self

@@ -54,11 +54,16 @@ class NamedEngine(ChatEngine):
     def _active(self) -> Iterator[None]:
         for model in (self.model, self.model.get_base_model()):
             model.generation_config = self.generation_config
+        with self.adapter_on(self.model):
+            yield
+
+    @contextmanager
+    def adapter_on(self, model: PeftModel) -> Iterator[None]:
         if self.label is None:
-            with self.model.disable_adapter():
+            with model.disable_adapter():
                 yield
         else:
-            self.model.set_adapter(self.label, inference_mode=True)
+            model.set_adapter(self.label, inference_mode=True)
             yield
 
 
