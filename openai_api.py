@@ -52,7 +52,8 @@ from medicalgpt.serving.answer_parts import CallPiece
 from medicalgpt.serving.arguments import ApiArguments
 from medicalgpt.serving.batchers import Batcher, BatcherClosedError, ModelFailedError, batcher_from
 from medicalgpt.serving.chat import ChatEngine, PromptTooLongError
-from medicalgpt.serving.engines import adapted, base_name, engine_from
+from medicalgpt.serving.embeddings import Encoder, embedding_list
+from medicalgpt.serving.engines import NamedEngines, adapted, base_name, engine_from
 from medicalgpt.serving.generation import Answer, GenerationRequest, Sampling, TokenScore, sampling_from
 from medicalgpt.serving.guides import (
     ANY_OBJECT,
@@ -65,18 +66,24 @@ from medicalgpt.serving.guides import (
 from medicalgpt.serving.image_args import ImageServingArguments
 from medicalgpt.serving.limits import connection_limits, uvicorn_config
 from medicalgpt.serving.openai_forms import ChatForm, CompletionForm, Form
+from medicalgpt.serving.openai_responses import ResponseForm, ResponseRequest, to_chat
 from medicalgpt.serving.openai_schema import (
     AssistantMessage,
     Body,
     ChatRequest,
     CompletionRequest,
     Content,
+    DetokenizeRequest,
+    EmbeddingRequest,
     ErrorBody,
     Generation,
+    LoadAdapterRequest,
     NamedTool,
     OfferedFunction,
     SystemMessage,
+    TokenizeRequest,
     ToolMessage,
+    UnloadAdapterRequest,
     UserMessage,
     UserPart,
     unknown_fields,
@@ -101,7 +108,7 @@ from template import check_template
 import uvicorn
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from fastapi.routing import APIRoute
 from loguru import logger
 from prometheus_client import (
@@ -113,6 +120,7 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
+from pydantic import ValidationError
 from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -144,6 +152,20 @@ class OpenAIArguments(ImageServingArguments, ApiArguments):
         default=None,
         metadata={
             "help": "Web sites whose pages may send requests from a browser, with commas (https://a.org,https://b.org)."
+        },
+    )
+    embedding_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Encoder for /v1/embeddings: folder or hub name of a model of sentence-transformers. Its name in "
+            "requests is the last part of its path."
+        },
+    )
+    allow_lora_updates: bool = field(
+        default=False,
+        metadata={
+            "help": "Let requests load adapters, from folders of this machine or from the hub, and unload them: "
+            "/v1/load_lora_adapter, /v1/unload_lora_adapter. Whoever may send requests may do so."
         },
     )
     strict_fields: bool = field(
@@ -223,6 +245,12 @@ def invalid_body(error: RequestValidationError) -> ApiError:
 Piece = str | CallPiece | Answer
 
 
+def invalid_chat(error: ValidationError, chat: dict[str, Any]) -> ApiError:
+    """What is wrong with a chat request that was made of another one."""
+    problems = [{**problem, "loc": ("body", *problem["loc"])} for problem in error.errors()]
+    return invalid_body(RequestValidationError(problems, body=chat))
+
+
 class StrictRequest(Request):
     """JSON as the standard defines it: no NaN, no lone surrogates."""
 
@@ -281,11 +309,20 @@ class Service:
         stopping: the server takes no new requests.
         recent_seconds: how long the last answers took.
         open: answers that clients wait for.
-        scoring: requests that wait for the scores of prompts.
-        turns: in them, one prompt of each client at a time.
+        encoder: gives embeddings; None if the server has none.
+        in_turns: requests for scores of prompts, or for embeddings.
+        turns: of clients, each of which has one of these in the queue at a time.
+        adapters_change: held while an adapter is loaded or unloaded.
     """
 
-    def __init__(self, arguments: OpenAIArguments, engine: ChatEngine, batcher: Batcher, key: str | None):
+    def __init__(
+        self,
+        arguments: OpenAIArguments,
+        engine: ChatEngine,
+        batcher: Batcher,
+        key: str | None,
+        encoder: Encoder | None = None,
+    ):
         self.arguments = arguments
         self.engine = engine
         self.batcher = batcher
@@ -300,7 +337,9 @@ class Service:
         self.metrics = Metrics(batcher)
         self.recent_seconds: deque[float] = deque(maxlen=32)
         self.open: set[Future[Answer]] = set()
-        self.scoring = 0
+        self.encoder = encoder
+        self.in_turns = 0
+        self.adapters_change = asyncio.Lock()
         self.turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     def seconds_to_wait(self) -> int:
@@ -414,7 +453,8 @@ def sampling_for(service: Service, model: ServedModel, body: Generation, top_log
         settings["temperature"] = 1.0
     return dataclasses.replace(
         service.sampling,
-        max_new_tokens=max(wanted) if wanted else service.sampling.max_new_tokens,
+        # An echo without an answer generates nothing, so that this has no effect.
+        max_new_tokens=max(1, *wanted) if wanted else service.sampling.max_new_tokens,
         stop=service.sampling.stop if body.stop is None else body.stop,
         top_log_probs=top_log_probs,
         logit_bias=biases,
@@ -758,7 +798,9 @@ async def pieces_of(
         leaving.cancel()
 
 
-async def respond(service: Service, request: Request, jobs: Sequence[GenerationRequest], form: Form) -> Response:
+async def respond(
+    service: Service, request: Request, jobs: Sequence[GenerationRequest], form: Form | ResponseForm
+) -> Response:
     """Answer whole or as a stream, as requested."""
     if not form.body.stream:
         answers = await wait_for(service, request, submit(service, request, jobs))
@@ -775,7 +817,7 @@ async def respond(service: Service, request: Request, jobs: Sequence[GenerationR
 
 
 async def stream_of(
-    form: Form, jobs: int, first: tuple[int, Piece], events: AsyncIterator[tuple[int, Piece]]
+    form: Form | ResponseForm, jobs: int, first: tuple[int, Piece], events: AsyncIterator[tuple[int, Piece]]
 ) -> AsyncIterator[bytes]:
     """Events of a stream (https://html.spec.whatwg.org/multipage/server-sent-events.html), each of one line."""
     answers: dict[int, Answer] = {}
@@ -923,27 +965,192 @@ async def completions(request: Request, body: CompletionRequest) -> Any:
     return with_ignored(await respond(service, request, jobs, form), ignored)
 
 
-async def prompt_scores(
-    service: Service, request: Request, client: str, model: ServedModel, prompts: Sequence[list[int]], top: int
-) -> list[list[TokenScore]]:
-    """The scores of each prompt. A client has one prompt in the queue at a time, so that clients take turns.
+@router.post("/v1/responses")
+async def responses(request: Request, body: ResponseRequest) -> Any:
+    """Answer a conversation in the form of OpenAI's newer interface; nothing is stored."""
+    service: Service = request.app.state.service
+    ignored = named_in_header(service, request, body)
+    try:
+        chat = ChatRequest.model_validate(to_chat(body))
+    except ValidationError as error:
+        raise invalid_chat(error, to_chat(body)) from error
+    except ValueError as error:
+        raise ApiError(400, f"{error}", param=f"{error}".partition(":")[0]) from error
+    turn = await chat_turn(service, request, chat)
+    form = ResponseForm(turn.model, body, chat, turn.thoughts_begun)
+    return with_ignored(await respond(service, request, turn.jobs, form), [*ignored, *turn.ignored])
+
+
+@router.post("/v1/embeddings")
+async def embeddings(request: Request, body: EmbeddingRequest) -> Any:
+    """Embeddings of texts."""
+    service: Service = request.app.state.service
+    encoder = service.encoder
+    if encoder is None:
+        raise ApiError(
+            501, "This server has no encoder. Start it with --embedding_model PATH, which names one.", param="model"
+        )
+    if body.model != encoder.name:
+        message = f"There is no encoder {body.model!r} here; this server has {encoder.name!r}."
+        raise ApiError(404, message, code="model_not_found", param="model")
+    if body.dimensions not in (None, encoder.dimensions):
+        message = f"dimensions: the embeddings of {encoder.name} have {encoder.dimensions}; leave it out."
+        raise ApiError(400, message, param="dimensions")
+    ignored = named_in_header(service, request, body)
+    texts = [body.input] if isinstance(body.input, str) else body.input
+    if "" in texts:
+        raise ApiError(400, "input: a text is empty.", param="input")
+    try:
+        service.prompts.check(texts)
+    except PromptTooLargeError as error:
+        raise ApiError(400, f"{error}", code="context_length_exceeded", param="input") from error
+    vectors, tokens = await in_turn(service, request, client_of(request.scope), lambda: encoder.submit(texts))
+    as_base64 = body.encoding_format == "base64"
+    content = await asyncio.to_thread(embedding_list, encoder.name, vectors, tokens, as_base64)
+    return with_ignored(JSONResponse(content), ignored)
+
+
+async def in_turn(service: Service, request: Request, client: str, submit_work: Callable[[], "Future[Any]"]) -> Any:
+    """The result of work that is done for one request at a time. A client has one piece of it in the queue at a time.
 
     Raises:
         ApiError: too many requests wait for their turn already, or it takes too long.
     """
-    if service.scoring >= service.arguments.max_waiting:
-        raise queue_full(service, QueueFullError(service.scoring))
-    service.scoring += 1
+    if service.in_turns >= service.arguments.max_waiting:
+        raise queue_full(service, QueueFullError(service.in_turns))
+    service.in_turns += 1
     try:
-        found = []
-        for prompt in prompts:
-            async with service.turns.setdefault(client, asyncio.Lock()):
-                future = service.batcher.scorer.submit(model.engine, prompt, top)
-                request.scope["futures"].append(future)
-                found += await wait_for(service, request, [future])
-        return found
+        async with asyncio.timeout_at(request.scope["deadline"]):
+            turn = service.turns.setdefault(client, asyncio.Lock())
+            await turn.acquire()
+    except TimeoutError as error:
+        service.in_turns -= 1
+        raise timed_out(service) from error
+    try:
+        future = submit_work()
+        request.scope["futures"].append(future)
+        (result,) = await wait_for(service, request, [future])
+        return result
     finally:
-        service.scoring -= 1
+        turn.release()
+        service.in_turns -= 1
+
+
+async def prompt_scores(
+    service: Service, request: Request, client: str, model: ServedModel, prompts: Sequence[list[int]], top: int
+) -> list[list[TokenScore]]:
+    """The scores of each prompt."""
+    return [
+        await in_turn(service, request, client, partial(service.batcher.scorer.submit, model.engine, prompt, top))
+        for prompt in prompts
+    ]
+
+
+@router.post("/tokenize")
+@router.post("/v1/tokenize", include_in_schema=False)
+async def tokenize(request: Request, body: TokenizeRequest) -> Any:
+    """The token ids of a text, or of a rendered conversation."""
+    service: Service = request.app.state.service
+    model = model_of(service, body.model)
+    ignored = named_in_header(service, request, body)
+    client = client_of(request.scope)
+    if body.messages is not None:
+        fields = {"model": model.name, "messages": body.messages, "tools": body.tools}
+        try:
+            chat = ChatRequest.model_validate({**fields, "chat_template_kwargs": body.chat_template_kwargs})
+        except ValidationError as error:
+            raise invalid_chat(error, fields) from error
+        turn = await chat_turn(service, request, chat)
+        ids = list(turn.jobs[0].prompt_ids)
+        ignored += turn.ignored
+    else:
+        special = body.add_special_tokens is not False
+        ids = await tokenized(service, client, "prompt", body.prompt, partial(text_ids, special=special), model.engine)
+    names = model.engine.tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None
+    length = model.engine.context_length
+    content = {"count": len(ids), "max_model_len": length, "tokens": ids, "token_strs": names}
+    return with_ignored(JSONResponse(content), ignored)
+
+
+def text_ids(text: str, engine: ChatEngine, *, special: bool) -> list[int]:
+    return engine.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+
+
+@router.post("/detokenize")
+@router.post("/v1/detokenize", include_in_schema=False)
+async def detokenize(request: Request, body: DetokenizeRequest) -> Any:
+    """The text of token ids."""
+    service: Service = request.app.state.service
+    model = model_of(service, body.model)
+    ignored = named_in_header(service, request, body)
+    if wrong := [token_id for token_id in body.tokens if token_id >= model.vocabulary]:
+        raise ApiError(400, f"tokens: there is no token {wrong[0]}; ids are from 0 to {model.vocabulary - 1}.")
+    text = await tokenized(service, client_of(request.scope), "tokens", body.tokens, text_of_ids, model.engine)
+    return with_ignored(JSONResponse({"prompt": text}), ignored)
+
+
+def text_of_ids(token_ids: Sequence[int], engine: ChatEngine) -> str:
+    return engine.tokenizer.decode(token_ids, skip_special_tokens=False)
+
+
+def model_of(service: Service, name: str | None) -> ServedModel:
+    """The model of this name; the first one without a name."""
+    if name is None:
+        return next(iter(service.models.values()))
+    if name not in service.models:
+        raise unknown_model(service, name)
+    return service.models[name]
+
+
+@router.post("/v1/load_lora_adapter")
+async def load_lora_adapter(request: Request, body: LoadAdapterRequest) -> Any:
+    """Load an adapter, which answers under its name from then on."""
+    service: Service = request.app.state.service
+    engines = changeable_engines(service)
+    ignored = named_in_header(service, request, body)
+    if body.lora_name in service.models:
+        raise ApiError(400, f"lora_name: there is a model {body.lora_name!r} already.", param="lora_name")
+
+    def load() -> ServedModel:
+        engine = engines.load(body.lora_name, body.lora_path)
+        with engines.lock:
+            service.batcher.scorer.renew(engine)
+        return ServedModel(body.lora_name, engine)
+
+    try:
+        # One change at a time.
+        async with service.adapters_change:
+            service.models[body.lora_name] = await asyncio.to_thread(load)
+    except UserError as error:
+        raise ApiError(400, f"{error}", param="lora_path") from error
+    logger.info(f"adapter {body.lora_name!r} loaded from {body.lora_path!r}")
+    return with_ignored(PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully."), ignored)
+
+
+@router.post("/v1/unload_lora_adapter")
+async def unload_lora_adapter(request: Request, body: UnloadAdapterRequest) -> Any:
+    """Drop an adapter; its answers that are being generated are finished."""
+    service: Service = request.app.state.service
+    engines = changeable_engines(service)
+    ignored = named_in_header(service, request, body)
+    if body.lora_name not in service.models:
+        raise unknown_model(service, body.lora_name)
+    try:
+        async with service.adapters_change:
+            await asyncio.to_thread(engines.unload, body.lora_name)
+            service.models.pop(body.lora_name, None)
+    except UserError as error:
+        raise ApiError(400, f"{error}", param="lora_name") from error
+    logger.info(f"adapter {body.lora_name!r} unloaded")
+    return with_ignored(PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully."), ignored)
+
+
+def changeable_engines(service: Service) -> NamedEngines:
+    """Raises ApiError if adapters cannot be changed here."""
+    if not service.arguments.allow_lora_updates:
+        message = "Adapters cannot be changed while this server runs. Start it with --allow_lora_updates True."
+        raise ApiError(403, message, code="not_allowed")
+    return service.engine.group
 
 
 async def tokenized(
@@ -990,7 +1197,10 @@ def completion_ids(prompts: Sequence[str | list[int]], engine: ChatEngine) -> li
 async def models(request: Request) -> Any:
     """The model that is served, or the base and its adapters."""
     service: Service = request.app.state.service
-    return {"object": "list", "data": [described(service, each) for each in service.models.values()]}
+    found = [described(service, each.name, each.engine.context_length) for each in service.models.values()]
+    if service.encoder is not None:
+        found.append(described(service, service.encoder.name, service.encoder.max_tokens))
+    return {"object": "list", "data": found}
 
 
 @router.get("/v1/models/{model:path}")
@@ -999,16 +1209,16 @@ async def one_model(request: Request, model: str) -> Any:
     service: Service = request.app.state.service
     if model not in service.models:
         raise unknown_model(service, model)
-    return described(service, service.models[model])
+    return described(service, model, service.models[model].engine.context_length)
 
 
-def described(service: Service, model: ServedModel) -> dict[str, Any]:
+def described(service: Service, name: str, context_length: int | None) -> dict[str, Any]:
     return {
-        "id": model.name,
+        "id": name,
         "object": "model",
         "created": service.created,
         "owned_by": "medicalgpt",
-        "max_model_len": model.engine.context_length,
+        "max_model_len": context_length,
     }
 
 
@@ -1059,11 +1269,17 @@ def main() -> None:
     key, origins = key_from(arguments), origins_from(arguments.allow_origins)
     check_limits(arguments)
     with bound_socket(arguments) as listener:
-        engine = engine_from(arguments, by_name=True, with_images=arguments.accept_images)
+        engine = engine_from(
+            arguments,
+            by_name=True,
+            with_images=arguments.accept_images,
+            changeable=arguments.allow_lora_updates,
+        )
         for each in adapted(engine):
             check_template(each.tokenizer, arguments.template_name)
+        encoder = encoder_from(arguments)
         batcher = batcher_from(engine, arguments)
-        service = Service(arguments, engine, batcher, key)
+        service = Service(arguments, engine, batcher, key, encoder)
         try:
             Server(service, origins, listener).run()
         finally:
@@ -1071,6 +1287,11 @@ def main() -> None:
     if batcher.failure is not None:
         raise UserError(batcher.failure)
     logger.info("stopped")
+
+
+def encoder_from(arguments: OpenAIArguments) -> Encoder | None:
+    path = arguments.embedding_model
+    return Encoder(path, base_name(path), arguments.cache_dir) if path else None
 
 
 def model_name(arguments: OpenAIArguments) -> str:

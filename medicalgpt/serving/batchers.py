@@ -285,7 +285,12 @@ class StaticBatcher(Batcher):
         return any(not self._fits(job) for job in self._schedule.waiting)
 
     def _generate(self, batch: Sequence[Job]) -> None:
-        engine = self.engine.siblings.get(batch[0].request.adapter, self.engine)
+        name = batch[0].request.adapter
+        engine = self.engine.siblings.get(name) if self.engine.siblings else self.engine
+        if engine is None:
+            for job in batch:
+                settle(job.future, error=UserError(f"The adapter {name} has been unloaded."))
+            return
         for job in batch:
             job.state = job.state or engine.begin(job.request)
         began = time.monotonic()
@@ -308,7 +313,9 @@ class StaticBatcher(Batcher):
         engine.extend([job.state for job in batch], pause)
 
     def _try(self) -> None:
-        self.engine.generate([self._probe()])
+        # The first engine may be that of an adapter that has been unloaded.
+        engine = next(iter(self.engine.siblings.values()), self.engine)
+        engine.generate([self._probe()])
 
 
 class ContinuousBatcher(Batcher):

@@ -20,7 +20,7 @@ from medicalgpt.models import adapters, loading, templating
 from medicalgpt.models.attention import context_length
 from medicalgpt.models.hub import Checkpoint
 from medicalgpt.models.vision import Vision
-from medicalgpt.serving.answer_parts import THINK
+from medicalgpt.serving.answer_parts import END_OF_THINK, THINK
 from medicalgpt.serving.generation import (
     Answer,
     AnswerState,
@@ -279,11 +279,11 @@ class ChatEngine:
     def thoughts(self, prompt_ids: Sequence[int]) -> Thoughts:
         """Whether an answer to a rendered conversation begins with reasoning."""
         template = self.tokenizer.chat_template or ""
-        if THINK not in template:
-            return "none"
         # The mark may have as many tokens as characters, and white space may follow.
-        end = self.tokenizer.decode(list(prompt_ids[-2 * len(THINK) :]), skip_special_tokens=False)
-        return "begun" if end.rstrip().endswith(THINK) else "possible"
+        end = self.tokenizer.decode(list(prompt_ids[-2 * len(END_OF_THINK) :]), skip_special_tokens=False).rstrip()
+        if THINK not in template or end.endswith(END_OF_THINK):
+            return "none"
+        return "begun" if end.endswith(THINK) else "possible"
 
     def require_room(self, prompt_ids: Sequence[int]) -> None:
         """Raises PromptTooLongError if the prompt leaves no room for an answer in the model's context."""

@@ -26,8 +26,10 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 # Compiled grammars that are kept, and the longest one.
 MAX_KEPT = 64
 MAX_GRAMMAR_CHARS = 100_000
-# A model that is unsure of its next token could go on with white space for ever.
-WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,20}"
+# White space in JSON is where json.dumps has it, and little more: a model that is unsure of its next token would go on
+# with it for ever.
+GAP = r"[\x20\x0A]{0,20}"
+SEPARATORS = {"whitespace_flexible": False, "item_separator": f",{GAP}", "key_separator": f":{GAP}"}
 ANY_OBJECT = {"type": "object"}
 # Of the reasoning before an answer: the model has none, may write some, or the prompt has begun it.
 Thoughts = Literal["none", "possible", "begun"]
@@ -209,7 +211,7 @@ class _Lark:
     def json(self, schema: Any) -> str:
         """Terms that match the JSON values of a schema."""
         if isinstance(schema, dict):
-            schema = {**schema, "x-guidance": {"whitespace_pattern": WHITE_SPACE}}
+            schema = {**schema, "x-guidance": SEPARATORS}
         return f"%json {json.dumps(schema, ensure_ascii=False)}"
 
     def thoughts(self, thoughts: Thoughts) -> str:

@@ -27,6 +27,7 @@ MAX_TOOLS = 128
 MAX_METADATA = 16
 MAX_BIASES = 1024
 MAX_PROMPTS = 1024
+MAX_EMBEDDINGS = 2048
 MAX_PROMPT_TOKENS = 1_000_000
 FAIL_FAST = Field(fail_fast=True)
 # Longer names of fields are not compared with those that are known.
@@ -402,6 +403,63 @@ class CompletionRequest(Generation):
     echo: bool | None = None
     suffix: Annotated[str | None, require_neutral("", "the model can only continue a text, not fill in.")] = None
     best_of: int | None = Field(None, ge=1)
+
+
+class EmbeddingRequest(Body):
+    model: str = Field(max_length=256)
+    input: Annotated[str | Annotated[list[str], Field(min_length=1), FAIL_FAST], at_most(MAX_EMBEDDINGS)]
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = Field(None, ge=1)
+    user: str | None = Field(None, description=NO_EFFECT)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _texts(cls, value: Any) -> Any:
+        texts = value.get("input") if isinstance(value, dict) else None
+        if isinstance(texts, list) and texts and isinstance(texts[0], int | list):
+            reason = (
+                "token ids are those of another vocabulary; send text (check_embedding_ctx_length=False in LangChain)."
+            )
+            raise PydanticCustomError("unsupported_field", "{text}", {"text": reason, "field": "input"})
+        return value
+
+
+class TokenizeRequest(Body):
+    """A text, or a conversation."""
+
+    model: str | None = Field(None, max_length=256)
+    prompt: str | None = None
+    messages: Annotated[list[Any] | None, at_most(MAX_MESSAGES)] = None
+    tools: Annotated[list[Any] | None, at_most(MAX_TOOLS)] = None
+    chat_template_kwargs: Annotated[dict[str, Any] | None, at_most(MAX_METADATA)] = None
+    add_special_tokens: bool | None = Field(None, description="Of a text; True by default.")
+    add_generation_prompt: Annotated[bool | None, require_neutral(True, "an answer is always a turn of its own.")] = (
+        None
+    )
+    return_token_strs: bool | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> "TokenizeRequest":
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("either prompt or messages is needed.")
+        return self
+
+
+class DetokenizeRequest(Body):
+    model: str | None = Field(None, max_length=256)
+    tokens: Annotated[Annotated[list[Annotated[int, Field(ge=0)]], FAIL_FAST], at_most(MAX_PROMPT_TOKENS)]
+
+
+class LoadAdapterRequest(Body):
+    unsupported = {"load_inplace": (False, "unload the adapter first.")}
+
+    lora_name: str = Field(min_length=1, max_length=256)
+    lora_path: str = Field(min_length=1)
+
+
+class UnloadAdapterRequest(Body):
+    lora_name: str = Field(min_length=1, max_length=256)
+    lora_int_id: int | None = Field(None, description=NO_EFFECT)
 
 
 class ErrorInfo(BaseModel):
