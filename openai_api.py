@@ -1113,8 +1113,7 @@ async def load_lora_adapter(request: Request, body: LoadAdapterRequest) -> Any:
 
     def load() -> ServedModel:
         engine = engines.load(body.lora_name, body.lora_path)
-        with engines.lock:
-            service.batcher.scorer.renew(engine)
+        renew_scorer(service, engines)
         return ServedModel(body.lora_name, engine)
 
     try:
@@ -1135,14 +1134,24 @@ async def unload_lora_adapter(request: Request, body: UnloadAdapterRequest) -> A
     ignored = named_in_header(service, request, body)
     if body.lora_name not in service.models:
         raise unknown_model(service, body.lora_name)
+
+    def unload() -> None:
+        engines.unload(body.lora_name)
+        renew_scorer(service, engines)
+
     try:
         async with service.adapters_change:
-            await asyncio.to_thread(engines.unload, body.lora_name)
+            await asyncio.to_thread(unload)
             service.models.pop(body.lora_name, None)
     except UserError as error:
         raise ApiError(400, f"{error}", param="lora_name") from error
     logger.info(f"adapter {body.lora_name!r} unloaded")
     return with_ignored(PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully."), ignored)
+
+
+def renew_scorer(service: Service, engines: NamedEngines) -> None:
+    with engines.lock:
+        service.batcher.scorer.renew(next(iter(engines.by_name.values())))
 
 
 def changeable_engines(service: Service) -> NamedEngines:

@@ -61,7 +61,7 @@ class NamedEngine(ChatEngine):
 
     @contextmanager
     def adapter_on(self, model: PeftModel) -> Iterator[None]:
-        if not isinstance(model, PeftModel) or not model.peft_config:
+        if not isinstance(model, PeftModel):
             yield
         elif self.label is None:
             with model.disable_adapter():
@@ -237,9 +237,7 @@ class NamedEngines:
                 combining.attach_further(self._model, adapter, label)
             else:
                 label = "default"
-                self._model = attach_adapter(self._model, adapter)
-                for each in self.by_name.values():
-                    each.model = self._model
+                self._use(attach_adapter(self._model, adapter))
             self._adapters[name] = adapter
             return self._add(name, adapter, label)
 
@@ -256,7 +254,14 @@ class NamedEngines:
         with self.lock:
             label = self.by_name.pop(name).label
             del self._adapters[name]
-            self._model.delete_adapter(label)
-            # The one that is switched on may be the one that is gone.
-            for other in itertools.islice(self._model.peft_config, 1):
-                self._model.set_adapter(other, inference_mode=True)
+            if self._adapters:
+                self._model.delete_adapter(label)
+                # The one that is switched on may be the one that is gone.
+                self._model.set_adapter(next(iter(self._model.peft_config)), inference_mode=True)
+            else:
+                self._use(self._model.unload())
+
+    def _use(self, model: PreTrainedModel | PeftModel) -> None:
+        self._model = model
+        for each in self.by_name.values():
+            each.model = model
