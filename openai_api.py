@@ -8,9 +8,10 @@ Then, from Python (`pip install openai`), with the name of the model's folder as
     client = OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
     client.chat.completions.create(model="outputs-sft", messages=[{"role": "user", "content": "感冒了怎么办？"}])
 
-Routes: POST /v1/chat/completions and /v1/completions, whole or streamed; GET /v1/models, /health, /metrics (for
-Prometheus) and /openapi.json. The flags set the defaults of fields that a request omits, temperature for example. A
-field that this server cannot honour is refused, never ignored. Prompts and answers are not logged. With
+Routes: POST /v1/chat/completions, /v1/responses and /v1/completions, whole or streamed, /v1/embeddings, /tokenize and
+/detokenize; GET /v1/models, /health, /metrics (for Prometheus) and /openapi.json. The flags set the defaults of fields
+that a request omits, temperature for example. A field that would change the answer and cannot be honoured is refused;
+an unknown one is named in the header x-ignored-fields. Prompts and answers are not logged. With
 --accept_images True, messages of the user may hold images as data:image/png;base64,...; nothing is fetched.
 
 Several adapters on one base, each under its own name, which requests give as the model:
