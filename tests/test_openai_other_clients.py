@@ -101,6 +101,7 @@ for mode in (instructor.Mode.TOOLS, instructor.Mode.JSON_SCHEMA):
     check(client.chat.completions.create(model=MODEL, messages=messages, response_model=Triage, max_retries=0))
 """
 
+# By the package that each needs.
 PYTHON = {
     "openai": OPENAI,
     "langchain-openai": LANGCHAIN,
@@ -194,7 +195,7 @@ def installed(python: Path, package: str) -> str:
 
 @pytest.mark.parametrize("name", PYTHON)
 def test_python_client(server, name, tmp_path):
-    python = environment("python", ["openai>=3.52,<4", *PYTHON])
+    python = environment(name, [name])
     (tmp_path / "client.py").write_text(COMMON + PYTHON[name], encoding="utf-8")
     printed = run([python, tmp_path / "client.py", f"{server.url}/v1", "tiny"])
     assert "ok" in printed
