@@ -231,7 +231,9 @@ WRITTEN = (
 )
 
 
-def measured(server: Server, folder: Path, python: Path, task: str, *flags: str) -> dict:
+def measured(folder: Path, python: Path, task: str, *flags: str) -> list:
+    """What a model answered to each row of a task: its log-likelihoods of the choices, or its text."""
+    shutil.rmtree(folder / "out", ignore_errors=True)
     run(
         [
             *(
@@ -250,29 +252,27 @@ def measured(server: Server, folder: Path, python: Path, task: str, *flags: str)
         ],
         HF_DATASETS_CACHE=str(folder / "cache"),
     )
-    return json.loads(next(folder.glob("out/**/results*.json")).read_text())["results"][task]
+    lines = next(folder.glob("out/**/samples*.jsonl")).read_text(encoding="utf-8").splitlines()
+    return [row["resps"] for row in sorted(map(json.loads, lines), key=lambda row: row["doc_id"])]
 
 
 def test_lm_eval(server, model, tmp_path):
-    """Multiple choice by the log-probabilities of the server, with the same scores as by the model; and chats."""
+    """Log-likelihoods of choices, the same as by the model itself; and chats."""
     python = environment("lmeval", ["lm-eval[api,hf]"])
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(f'{{"question": "问{number}？"}}\n' for number in range(6)), encoding="utf-8")
     (tmp_path / "choices.yaml").write_text(CHOICES.format(name="choices", rows=rows), encoding="utf-8")
     (tmp_path / "written.yaml").write_text(WRITTEN.format(name="written", rows=rows), encoding="utf-8")
-    settings = f"model={model},base_url={server.url}/v1/completions,tokenizer_backend=huggingface"
-    settings = settings.replace(f"model={model}", f"model=tiny,tokenizer={model}")
-    served = measured(server, tmp_path, python, "choices", "--model", "local-completions", "--model_args", settings)
-    shutil.rmtree(tmp_path / "out")
-    own = measured(
-        *(server, tmp_path, python, "choices", "--model", "hf", "--device", "cpu"),
-        *("--model_args", f"pretrained={model},dtype=float32"),
-    )
-    assert served["acc,none"] == own["acc,none"]
-    shutil.rmtree(tmp_path / "out")
+    settings = f"model=tiny,tokenizer={model},base_url={server.url}/v1/completions,tokenizer_backend=huggingface"
+    served = measured(tmp_path, python, "choices", "--model", "local-completions", "--model_args", settings)
+    settings = f"pretrained={model},dtype=float32"
+    own = measured(tmp_path, python, "choices", "--model", "hf", "--device", "cpu", "--model_args", settings)
+    assert len(served) == 6
+    for ours, theirs in zip(served, own, strict=True):
+        assert [float(pair[0][0]) for pair in ours] == pytest.approx([float(pair[0][0]) for pair in theirs], abs=1e-3)
     settings = f"model=tiny,base_url={server.url}/v1/chat/completions"
     flags = ("--model", "local-chat-completions", "--model_args", settings, "--apply_chat_template")
-    assert "exact_match,none" in measured(server, tmp_path, python, "written", *flags)
+    assert all(text for ((text,),) in measured(tmp_path, python, "written", *flags))
 
 
 @pytest.mark.skipif(not VLLM, reason="VLLM_VENV names no environment")
