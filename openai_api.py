@@ -597,9 +597,8 @@ def tools_for(model: ServedModel, body: ChatRequest) -> list[dict[str, Any]] | N
         ApiError: the chat template does not support tools, a field has no effect, or tool_choice names no tool.
     """
     if body.tools is None:
-        for name in ("tool_choice", "parallel_tool_calls"):
-            if getattr(body, name) not in (None, "none"):
-                raise ApiError(400, f"{name}: it has no effect without tools.", param=name)
+        if body.tool_choice not in (None, "none", "auto"):
+            raise ApiError(400, "tool_choice: it has no effect without tools.", param="tool_choice")
         return None
     if model.form is None:
         raise ApiError(400, "tools: this model's chat template has no form for tools.", param="tools")

@@ -151,13 +151,10 @@ def to_chat(body: ResponseRequest) -> dict[str, Any]:
             }
             for tool in body.tools
         ]
-    else:
-        chat["parallel_tool_calls"] = None
     choice = body.tool_choice
     if isinstance(choice, ResponseToolName):
         choice = {"type": "function", "function": {"name": choice.name}}
-    # Clients of this interface name its default, auto, even if they have no tools.
-    chat["tool_choice"] = None if choice == "auto" else choice
+    chat["tool_choice"] = choice
     if body.text and body.text.format:
         given = body.text.format
         chat["response_format"] = {"type": given.type}

@@ -230,11 +230,14 @@ class Tool(Body):
 
     @model_validator(mode="wrap")
     @classmethod
-    def _keep(cls, value: Any, validate: Callable[[Any], "Tool"]) -> "Tool":
+    def _keep_written(cls, value: Any, validate: Callable[[Any], "Tool"]) -> "Tool":
         tool = validate(value)
         if isinstance(value, dict):
-            tool._written = value
+            tool.keep(value)
         return tool
+
+    def keep(self, written: dict[str, Any]) -> None:
+        self._written = written
 
     @property
     def rendered(self) -> dict[str, Any]:
