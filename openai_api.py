@@ -34,7 +34,7 @@ import time
 import traceback
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
@@ -67,13 +67,12 @@ from medicalgpt.serving.guides import (
 from medicalgpt.serving.image_args import ImageServingArguments
 from medicalgpt.serving.limits import connection_limits, uvicorn_config
 from medicalgpt.serving.openai_forms import ChatForm, CompletionForm, Form
+from medicalgpt.serving.openai_messages import MessageError, image_parts, to_template
 from medicalgpt.serving.openai_responses import ResponseForm, ResponseRequest, to_chat
 from medicalgpt.serving.openai_schema import (
-    AssistantMessage,
     Body,
     ChatRequest,
     CompletionRequest,
-    Content,
     DetokenizeRequest,
     EmbeddingRequest,
     ErrorBody,
@@ -81,12 +80,8 @@ from medicalgpt.serving.openai_schema import (
     LoadAdapterRequest,
     NamedTool,
     OfferedFunction,
-    SystemMessage,
     TokenizeRequest,
-    ToolMessage,
     UnloadAdapterRequest,
-    UserMessage,
-    UserPart,
     unknown_fields,
 )
 from medicalgpt.serving.prompts import PromptReader, PromptTooLargeError
@@ -452,23 +447,22 @@ def sampling_for(service: Service, model: ServedModel, body: Generation, top_log
         settings["top_k"] = 0
     if body.samples and service.sampling.temperature == 0:
         settings["temperature"] = 1.0
+    # An echo without an answer generates nothing, so that 1 has no effect.
+    most = max(1, *wanted) if wanted else service.sampling.max_new_tokens
+    least = most if body.ignore_eos else body.min_tokens or 0
+    if least > most:
+        raise ApiError(
+            400, f"min_tokens: {least} is above the {most} tokens that the answer may have.", param="min_tokens"
+        )
     return dataclasses.replace(
         service.sampling,
-        # An echo without an answer generates nothing, so that this has no effect.
-        max_new_tokens=max(1, *wanted) if wanted else service.sampling.max_new_tokens,
+        max_new_tokens=most,
+        min_new_tokens=least,
         stop=service.sampling.stop if body.stop is None else body.stop,
         top_log_probs=top_log_probs,
         logit_bias=biases,
         **{name: value for name, value in settings.items() if value is not None},
     )
-
-
-def image_parts(messages: Sequence[Any]) -> Iterator[tuple[str, UserPart]]:
-    """The parts of a request that are images, each with its place in the body."""
-    for number, message in enumerate(messages):
-        for position, part in enumerate(message.content if isinstance(message.content, list) else ()):
-            if part.type == "image_url":
-                yield f"messages[{number}].content[{position}]", part
 
 
 def read_pictures(engine: ChatEngine, messages: Sequence[Any]) -> list[Picture]:
@@ -491,103 +485,6 @@ def read_pictures(engine: ChatEngine, messages: Sequence[Any]) -> list[Picture]:
         except ImageError as error:
             raise ApiError(400, f"{where}.image_url.url: {error}", param=f"{where}.image_url.url") from error
     return pictures
-
-
-def parts_of_text(parts: Sequence[UserPart]) -> list[dict[str, str]]:
-    """Parts as the engine takes them: images, and between them one text each."""
-    merged: list[dict[str, str]] = []
-    for is_text, group in itertools.groupby(parts, lambda part: part.type == "text"):
-        if is_text:
-            merged.append({"type": "text", "text": "".join(part.text for part in group)})
-        else:
-            merged += [{"type": "image"} for _ in group]
-    return merged
-
-
-def text_of(content: Content | None) -> str:
-    if content is None or isinstance(content, str):
-        return content or ""
-    return "".join(part.text for part in content)
-
-
-def said_in(message: AssistantMessage) -> str:
-    """The text of an earlier answer, without its reasoning."""
-    if isinstance(message.content, list):
-        return "".join(part.said for part in message.content)
-    return message.content or message.refusal or ""
-
-
-def to_template(messages: Sequence[Any], system_prompt: str | None, with_thoughts: bool) -> list[dict[str, Any]]:
-    """Messages in the form of the chat template, as in training.
-
-    Args:
-        with_thoughts: hand on the reasoning of earlier answers, of which the template decides what the model sees.
-
-    Templates match tool results to calls by their order, the API by ids: results are put in the order of the calls.
-
-    Raises:
-        ApiError: a call without a result, a result without a call, or arguments that are not a JSON object.
-    """
-
-    def refuse(number: int, message: str, where: str = "") -> ApiError:
-        return ApiError(400, f"messages[{number}]{where}: {message}", param=f"messages[{number}]{where}")
-
-    rendered: list[dict[str, Any]] = []
-    if system_prompt and not isinstance(messages[0], SystemMessage):
-        rendered.append({"role": "system", "content": system_prompt})
-    results: dict[str, dict[str, Any] | None] = {}
-    for number, message in enumerate(messages):
-        if isinstance(message, ToolMessage):
-            if results.get(message.tool_call_id, ...) is not None:
-                raise refuse(number, "it answers no call of the assistant before it.", ".tool_call_id")
-            results[message.tool_call_id] = {"role": "tool", "content": text_of(message.content)}
-            if None not in results.values():
-                rendered += results.values()
-                results = {}
-            continue
-        if results:
-            raise refuse(number, f"the results of {_missing(results)} must come first, each with role tool.")
-        role = "system" if isinstance(message, SystemMessage) else message.role
-        has_images = isinstance(message, UserMessage) and any(True for _ in image_parts([message]))
-        if isinstance(message, AssistantMessage):
-            content = said_in(message)
-        else:
-            content = parts_of_text(message.content) if has_images else text_of(message.content)
-        entry: dict[str, Any] = {"role": role, "content": content}
-        if isinstance(message, AssistantMessage):
-            if with_thoughts and message.thoughts:
-                entry["reasoning_content"] = message.thoughts
-            if message.content is None and message.refusal is None and not message.tool_calls:
-                raise refuse(number, "it has neither content nor tool_calls.")
-            calls = message.tool_calls or []
-            results = dict.fromkeys(call.id for call in calls)
-            if len(results) < len(calls):
-                raise refuse(number, "two calls have one id.", ".tool_calls")
-            for position, call in enumerate(calls):
-                where = f".tool_calls[{position}].function.arguments"
-                arguments = read_object(call.function.arguments)
-                if arguments is None:
-                    raise refuse(number, "it must be a string that holds a JSON object.", where)
-                entry.setdefault("tool_calls", []).append(
-                    {"type": "function", "function": {"name": call.function.name, "arguments": arguments}}
-                )
-        rendered.append(entry)
-    if results:
-        raise refuse(len(messages) - 1, f"the results of {_missing(results)} must follow, each with role tool.")
-    return rendered
-
-
-def _missing(results: dict[str, Any]) -> str:
-    return ", ".join(repr(name) for name, result in results.items() if result is None)
-
-
-def read_object(text: str) -> dict[str, Any] | None:
-    """The JSON object that makes up the entire text, or None."""
-    try:
-        value = from_json(text.strip(), allow_inf_nan=False)
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def tools_for(model: ServedModel, body: ChatRequest) -> list[dict[str, Any]] | None:
@@ -917,11 +814,17 @@ async def chat_turn(service: Service, request: Request, body: ChatRequest) -> Ch
     if body.reasoning_effort is not None:
         variables = model.known_variables({"reasoning_effort": body.reasoning_effort}) | variables
     pictures = await asyncio.to_thread(read_pictures, model.engine, body.messages)
-    messages = to_template(body.messages, service.arguments.system_prompt, model.takes_thoughts)
+    try:
+        messages = to_template(body.messages, service.arguments.system_prompt, model.takes_thoughts)
+    except MessageError as error:
+        raise ApiError(400, f"{error}", param=error.param) from error
     client = client_of(request.scope)
     rendered = (messages, tools, pictures, variables)
     prompt_ids, thoughts = await tokenized(service, client, "messages", rendered, chat_ids, model.engine)
     guide = await guide_for(service, client, model, body, tools, thoughts)
+    if guide is not None and sampling.min_new_tokens:
+        name = "ignore_eos" if body.ignore_eos else "min_tokens"
+        raise ApiError(400, f"{name}: an answer of a schema ends where the schema ends it; leave it out.", param=name)
     begun = thoughts == "begun"
     rest = {"tools": tools, "pictures": pictures, "guide": guide, "thoughts_begun": begun}
     return ChatTurn(model, requests_for(model, [prompt_ids], body, sampling, client, **rest), begun, ignored)

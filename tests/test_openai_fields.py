@@ -144,7 +144,7 @@ def test_strict_fields(client, service, monkeypatch):
     "field, value, reason",
     [
         ("guided_json", {}, "response_format"),
-        ("min_tokens", 3, "ends"),
+        ("min_tokens", 30, "above the 20 tokens"),
         ("stop_token_ids", [1], "use stop"),
         ("functions", [{"name": "f"}], "use tools"),
         ("modalities", ["audio"], "answers are text"),
@@ -171,6 +171,19 @@ def test_n_and_top_p_without_a_temperature_mean_temperature_1(client):
     assert texts(n=3) == texts(n=3, temperature=1) and len(set(texts(n=3))) == 3
     assert texts(top_p=0.9) == texts(top_p=0.9, temperature=1) != texts()
     assert texts(n=1, top_p=1) == texts(temperature=0)
+
+
+def test_least_tokens(client, engine):
+    """A bias makes the model end at once, unless it must not."""
+    (end,) = {engine.tokenizer.eos_token_id}
+    ended = {"logit_bias": {str(end): 100}, "max_tokens": 6}
+    lengths = [
+        chat(client, **ended, **fields).json()["usage"]["completion_tokens"]
+        for fields in ({}, {"min_tokens": 3}, {"ignore_eos": True})
+    ]
+    assert lengths == [1, 4, 6]
+    refused = chat(client, ignore_eos=True, response_format={"type": "json_object"})
+    assert refused.status_code == 400 and "where the schema ends it" in refused.text
 
 
 def chosen_scores(engine: ChatEngine, scores: list[float], answer: list[int], **settings) -> list[float]:

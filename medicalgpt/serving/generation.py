@@ -46,6 +46,7 @@ class Sampling:
 
     Args:
         max_new_tokens: maximum tokens of one answer; fewer where the model's context ends first.
+        min_new_tokens: the tokens that end an answer cannot be chosen before it has so many; stop strings still end it.
         temperature: the logits are divided by it; 0 always takes the most likely token (greedy).
         top_p: keep the most likely tokens that hold this share of the probability (https://arxiv.org/abs/1904.09751).
         top_k: keep the k most likely tokens; 0 keeps all.
@@ -67,6 +68,7 @@ class Sampling:
     """
 
     max_new_tokens: int = 512
+    min_new_tokens: int = 0
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
@@ -84,6 +86,7 @@ class Sampling:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         for name, valid, wanted in (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("min_new_tokens", 0 <= self.min_new_tokens <= self.max_new_tokens, "from 0 to max_new_tokens"),
             ("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
@@ -327,6 +330,8 @@ class AnswerState:
             said = before().unique()
             penalty = sampling.repetition_penalty
             scores[said] = torch.where(scores[said] > 0, scores[said] / penalty, scores[said] * penalty)
+        if sampling.min_new_tokens and len(before()) - len(self.prompt_ids) < sampling.min_new_tokens:
+            scores[list(self._stop_ids)] = float("-inf")
         if self._guided is not None and self._failure is None:
             try:
                 self._guided.restrict(scores, before()[len(self.prompt_ids) :])

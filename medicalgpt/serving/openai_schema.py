@@ -295,8 +295,6 @@ _FORMAT = "use response_format with a json_schema."
 UNSUPPORTED = {
     "use_beam_search": (False, "beams are not searched; use n."),
     "length_penalty": (1, "beams are not searched."),
-    "min_tokens": (0, "an answer ends where the model ends it; ask for a longer one in the prompt."),
-    "ignore_eos": (False, "an answer ends where the model ends it."),
     "stop_token_ids": ([], "use stop, with the text of the tokens."),
     "include_stop_str_in_output": (False, "a stop string is never part of the answer; append it yourself."),
     "bad_words": ([], "use logit_bias with the ids of their tokens."),
@@ -337,6 +335,8 @@ class Generation(Body):
         None, ge=0, le=1, description="An extension: sample from tokens at least this share as likely as the best."
     )
     repetition_penalty: float | None = Field(None, gt=0, le=10, description="An extension.")
+    min_tokens: int | None = Field(None, ge=0, description="An extension: the model does not end the answer before.")
+    ignore_eos: bool | None = Field(None, description="An extension: the model does not end the answer at all.")
     stop: Annotated[Stop | Annotated[list[Stop], FAIL_FAST] | None, at_most(MAX_STOPS)] = None
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     seed: int | None = Field(None, ge=0, lt=MAX_SEED)
