@@ -21,6 +21,7 @@ from medicalgpt.serving.arguments import ServeArguments
 from medicalgpt.serving.chat import ChatEngine, settle
 from medicalgpt.serving.generation import Answer, GenerationRequest, Sampling
 from medicalgpt.serving.paged import PagedAnswer, PagedModel
+from medicalgpt.serving.prompt_scores import PromptScorer
 from medicalgpt.serving.schedule import Job, QueueFullError, Schedule
 
 from loguru import logger
@@ -52,6 +53,7 @@ class Batcher(ABC):
 
     Attributes:
         failure: why the model cannot answer any more; None as long as it can.
+        scorer: gives the log-probabilities of prompts.
 
     Raises:
         ValueError: a limit is below 1.
@@ -64,6 +66,8 @@ class Batcher(ABC):
             if value < 1:
                 raise ValueError(f"{name} is {value}, it must be at least 1.")
         self.engine = engine
+        # Before the model attends to pages.
+        self.scorer = PromptScorer(engine)
         self.max_batch_size = max_batch_size
         self.max_waiting = max_waiting
         self.stall_seconds = stall_seconds
@@ -165,6 +169,7 @@ class Batcher(ABC):
         for job in jobs:
             job.future.cancel()
         self._thread.join()
+        self.scorer.close()
 
     def __enter__(self) -> "Batcher":
         return self
@@ -282,7 +287,12 @@ class StaticBatcher(Batcher):
         return any(not self._fits(job) for job in self._schedule.waiting)
 
     def _generate(self, batch: Sequence[Job]) -> None:
-        engine = self.engine.siblings.get(batch[0].request.adapter, self.engine)
+        name = batch[0].request.adapter
+        engine = self.engine.siblings.get(name) if self.engine.siblings else self.engine
+        if engine is None:
+            for job in batch:
+                settle(job.future, error=UserError(f"The adapter {name} has been unloaded."))
+            return
         for job in batch:
             job.state = job.state or engine.begin(job.request)
         began = time.monotonic()
@@ -305,7 +315,9 @@ class StaticBatcher(Batcher):
         engine.extend([job.state for job in batch], pause)
 
     def _try(self) -> None:
-        self.engine.generate([self._probe()])
+        # The first engine may be that of an adapter that has been unloaded.
+        engine = next(iter(self.engine.siblings.values()), self.engine)
+        engine.generate([self._probe()])
 
 
 class ContinuousBatcher(Batcher):

@@ -10,7 +10,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from medicalgpt.models import adapters, loading, templating
 from medicalgpt.models.attention import context_length
 from medicalgpt.models.hub import Checkpoint
 from medicalgpt.models.vision import Vision
+from medicalgpt.serving.answer_parts import END_OF_THINK, THINK
 from medicalgpt.serving.generation import (
     Answer,
     AnswerState,
@@ -33,6 +34,7 @@ from medicalgpt.serving.generation import (
     plain_settings,
     seed_of,
 )
+from medicalgpt.serving.guides import Thoughts
 
 import torch
 from loguru import logger
@@ -194,13 +196,20 @@ class ChatEngine:
             logger.info(f"generation_config.json recommends {named}; answers follow the flags and requests instead")
         return cls(model, tokenizer, vision=vision)
 
-    def prompt_ids(self, messages: Messages, tools: Tools | None = None, pictures: Sequence[Picture] = ()) -> list[int]:
+    def prompt_ids(
+        self,
+        messages: Messages,
+        tools: Tools | None = None,
+        pictures: Sequence[Picture] = (),
+        variables: Mapping[str, Any] | None = None,
+    ) -> list[int]:
         """Render a conversation up to the point where the answer begins.
 
         Args:
             messages: with `pictures`, a content may be a list of parts, `{"type": "text", "text": ...}` and
                 `{"type": "image"}`.
             pictures: the images of all messages, in their order.
+            variables: of the chat template, `enable_thinking` for example.
 
         Returns:
             Token ids, exactly as the chat template renders them.
@@ -225,7 +234,7 @@ class ChatEngine:
         parts = [(message, templating.is_trusted(message.get("role"))) for message in messages]
         found = [
             token
-            for part, trusted in [*parts, (tools, True)]
+            for part, trusted in [*parts, (tools, True), (variables, True)]
             for token in templating.special_tokens_in(self.tokenizer, part, self.stop_ids, trusted=trusted)
         ]
         if found:
@@ -237,7 +246,12 @@ class ChatEngine:
             messages = write_image_tokens(messages, pictures, self.vision.tokens)
         try:
             ids = self.tokenizer.apply_chat_template(
-                list(messages), tools=tools, add_generation_prompt=True, tokenize=True, return_dict=False
+                list(messages),
+                tools=tools,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=False,
+                **(variables or {}),
             )
         except Exception as error:
             raise ChatTemplateError(f"The chat template cannot render these messages: {error}") from error
@@ -261,6 +275,15 @@ class ChatEngine:
         ids = ids[: next(begins, len(ids)) + len(bare)]
         self.require_room(ids)
         return ids
+
+    def thoughts(self, prompt_ids: Sequence[int]) -> Thoughts:
+        """Whether an answer to a rendered conversation begins with reasoning."""
+        template = self.tokenizer.chat_template or ""
+        # The mark may have as many tokens as characters, and white space may follow.
+        end = self.tokenizer.decode(list(prompt_ids[-2 * len(END_OF_THINK) :]), skip_special_tokens=False).rstrip()
+        if THINK not in template or end.endswith(END_OF_THINK):
+            return "none"
+        return "begun" if end.endswith(THINK) else "possible"
 
     def require_room(self, prompt_ids: Sequence[int]) -> None:
         """Raises PromptTooLongError if the prompt leaves no room for an answer in the model's context."""
@@ -403,6 +426,10 @@ class ChatEngine:
                 logits_processor=LogitsProcessorList([Chooser(states, width)]),
                 stopping_criteria=StoppingCriteriaList([Recorder(states, pause)]),
             )
+
+    def adapter_on(self, model: PreTrainedModel) -> AbstractContextManager:
+        """A context in which a model has the adapter of this engine switched on, and no other."""
+        return nullcontext()
 
     def begin(self, request: GenerationRequest) -> AnswerState:
         """The answer to a request before its first token."""
