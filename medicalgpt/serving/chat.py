@@ -194,13 +194,20 @@ class ChatEngine:
             logger.info(f"generation_config.json recommends {named}; answers follow the flags and requests instead")
         return cls(model, tokenizer, vision=vision)
 
-    def prompt_ids(self, messages: Messages, tools: Tools | None = None, pictures: Sequence[Picture] = ()) -> list[int]:
+    def prompt_ids(
+        self,
+        messages: Messages,
+        tools: Tools | None = None,
+        pictures: Sequence[Picture] = (),
+        thinking: bool | None = None,
+    ) -> list[int]:
         """Render a conversation up to the point where the answer begins.
 
         Args:
             messages: with `pictures`, a content may be a list of parts, `{"type": "text", "text": ...}` and
                 `{"type": "image"}`.
             pictures: the images of all messages, in their order.
+            thinking: whether the model is to think first, if its template can say so; None for the template's default.
 
         Returns:
             Token ids, exactly as the chat template renders them.
@@ -235,9 +242,10 @@ class ChatEngine:
             )
         if pictures:
             messages = write_image_tokens(messages, pictures, self.vision.tokens)
+        switch = {} if thinking is None else {"enable_thinking": thinking}
         try:
             ids = self.tokenizer.apply_chat_template(
-                list(messages), tools=tools, add_generation_prompt=True, tokenize=True, return_dict=False
+                list(messages), tools=tools, add_generation_prompt=True, tokenize=True, return_dict=False, **switch
             )
         except Exception as error:
             raise ChatTemplateError(f"The chat template cannot render these messages: {error}") from error
@@ -273,6 +281,7 @@ class ChatEngine:
         sampling: Sampling | None = None,
         tools: Tools | None = None,
         pictures: Sequence[Picture] = (),
+        thinking: bool | None = None,
     ) -> GenerationRequest:
         """Render a conversation into a request for its next answer.
 
@@ -281,12 +290,13 @@ class ChatEngine:
             sampling: greedy and at most 512 tokens by default.
             tools: what the template may offer to the model: JSON schemas or Python functions.
             pictures: the images of all messages, in their order.
+            thinking: see `prompt_ids`.
 
         Raises:
             PromptTooLongError, NoChatTemplateError, ChatTemplateError, SpecialTokenError, NoImagesError: see
                 `prompt_ids`.
         """
-        prompt_ids = self.prompt_ids(messages, tools, pictures)
+        prompt_ids = self.prompt_ids(messages, tools, pictures, thinking)
         return GenerationRequest(prompt_ids, sampling or Sampling(), tools, adapter=self.name, pictures=pictures)
 
     def chat(
