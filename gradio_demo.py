@@ -171,7 +171,7 @@ def build_page(batcher: Batcher, arguments: DemoArguments, uploads: Uploads | No
             given = dict(zip(settings, values, strict=True))
             tools = read_tools(given.pop("tools"))
             system_prompt, thinking = given.pop("system_prompt"), given.pop("thinking")
-            thinking = None if thinks is None else thinking
+            variables = None if thinks is None else {"enable_thinking": thinking}
             prompts.check([system_prompt, said, tools or []])
             if attached and said[-1]["role"] == "user" and "picture" not in said[-1]:
                 said[-1]["picture"] = await asyncio.to_thread(take_picture, attached, uploads)
@@ -179,7 +179,7 @@ def build_page(batcher: Batcher, arguments: DemoArguments, uploads: Uploads | No
             sampling = Sampling(**{**given, "seed": seed_of(given["seed"])})
             messages, pictures = conversation(said, system_prompt)
             client = visitor_of(visitor)
-            request = await prompts.read(client, messages, batcher.engine.request, sampling, tools, pictures, thinking)
+            request = await prompts.read(client, messages, batcher.engine.request, sampling, tools, pictures, variables)
             opened = opened_thoughts(batcher.engine.tokenizer, request.prompt_ids)
             growing = stream(batcher, replace(request, client=client), arguments.request_timeout)
             async with aclosing(growing):

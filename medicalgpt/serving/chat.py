@@ -199,7 +199,7 @@ class ChatEngine:
         messages: Messages,
         tools: Tools | None = None,
         pictures: Sequence[Picture] = (),
-        thinking: bool | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Render a conversation up to the point where the answer begins.
 
@@ -207,7 +207,7 @@ class ChatEngine:
             messages: with `pictures`, a content may be a list of parts, `{"type": "text", "text": ...}` and
                 `{"type": "image"}`.
             pictures: the images of all messages, in their order.
-            thinking: whether the model is to think first, if its template can say so; None for the template's default.
+            variables: of the chat template, `enable_thinking` for example.
 
         Returns:
             Token ids, exactly as the chat template renders them.
@@ -232,7 +232,7 @@ class ChatEngine:
         parts = [(message, templating.is_trusted(message.get("role"))) for message in messages]
         found = [
             token
-            for part, trusted in [*parts, (tools, True)]
+            for part, trusted in [*parts, (tools, True), (variables, True)]
             for token in templating.special_tokens_in(self.tokenizer, part, self.stop_ids, trusted=trusted)
         ]
         if found:
@@ -242,10 +242,14 @@ class ChatEngine:
             )
         if pictures:
             messages = write_image_tokens(messages, pictures, self.vision.tokens)
-        switch = {} if thinking is None else {"enable_thinking": thinking}
         try:
             ids = self.tokenizer.apply_chat_template(
-                list(messages), tools=tools, add_generation_prompt=True, tokenize=True, return_dict=False, **switch
+                list(messages),
+                tools=tools,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=False,
+                **(variables or {}),
             )
         except Exception as error:
             raise ChatTemplateError(f"The chat template cannot render these messages: {error}") from error
@@ -281,7 +285,7 @@ class ChatEngine:
         sampling: Sampling | None = None,
         tools: Tools | None = None,
         pictures: Sequence[Picture] = (),
-        thinking: bool | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> GenerationRequest:
         """Render a conversation into a request for its next answer.
 
@@ -290,13 +294,13 @@ class ChatEngine:
             sampling: greedy and at most 512 tokens by default.
             tools: what the template may offer to the model: JSON schemas or Python functions.
             pictures: the images of all messages, in their order.
-            thinking: see `prompt_ids`.
+            variables: of the chat template, see `prompt_ids`.
 
         Raises:
             PromptTooLongError, NoChatTemplateError, ChatTemplateError, SpecialTokenError, NoImagesError: see
                 `prompt_ids`.
         """
-        prompt_ids = self.prompt_ids(messages, tools, pictures, thinking)
+        prompt_ids = self.prompt_ids(messages, tools, pictures, variables)
         return GenerationRequest(prompt_ids, sampling or Sampling(), tools, adapter=self.name, pictures=pictures)
 
     def chat(

@@ -68,8 +68,6 @@ def launch(
     """
     # Gradio sends its own requests, which depend only on this variable, not on how the page was built.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    if uploads is not None:
-        os.environ["GRADIO_TEMP_DIR"] = str(uploads.folder)
     middleware = _middleware(arguments, auth, uploads, script(arguments.lang, panel))
     origins = origins_from(arguments.allow_origins)
     with bound_socket(arguments) as listener:
