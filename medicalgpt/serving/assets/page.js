@@ -38,7 +38,8 @@
       setTimeout(() => URL.revokeObjectURL(link.href), 1000);
     },
   };
-  show(isNarrow() ? "" : "%PANEL%");
+  // Before the page's viewport is known, a phone takes itself for wide.
+  document.addEventListener("DOMContentLoaded", () => show(isNarrow() ? "" : "%PANEL%"));
 
   const showSource = (id) => {
     const source = document.getElementById(id);
