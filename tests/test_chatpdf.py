@@ -618,6 +618,8 @@ def page_of_files(citing, same_tag, tmp_path):
     try:
         url = launch(page, given, None, uploads, 10**5)
         with webdriver.Chrome(options, webdriver.ChromeService(CHROMEDRIVER)) as browser:
+            phone = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+            browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
             browser.get(url)
             yield browser, batcher, gate
             events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
