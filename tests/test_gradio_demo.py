@@ -592,7 +592,7 @@ def test_page_takes_no_files_and_offers_no_interface(served):
         assert upload.status_code == 413
         described = client.get("gradio_api/info").json()
         assert (described["named_endpoints"], described["unnamed_endpoints"]) == ({}, {})
-        assert client.post("gradio_api/run/ask", json={"data": []}).status_code == 404
+        assert client.post("gradio_api/run/_ask", json={"data": []}).status_code == 404
         # A web page that gives its own name this address is kept out.
         assert client.get("", headers={"Host": "evil.example"}).status_code == 403
         assert client.get("monitoring").status_code in (403, 404)
