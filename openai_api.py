@@ -29,8 +29,6 @@ import json
 import math
 import re
 import shlex
-import signal
-import socket
 import time
 import traceback
 import uuid
@@ -44,7 +42,6 @@ from typing import Any
 
 from medicalgpt.data.images import ImageError, Picture
 from medicalgpt.errors import UserError, run_main
-from medicalgpt.logs import setup_logging
 from medicalgpt.models import combining
 from medicalgpt.models.templating import tool_format_of
 from medicalgpt.models.vision import can_have_images
@@ -55,7 +52,8 @@ from medicalgpt.serving.chat import ChatEngine, PromptTooLongError
 from medicalgpt.serving.engines import adapted, base_name, engine_from
 from medicalgpt.serving.generation import REPLACEMENT, Answer, GenerationRequest, Sampling, sampling_from
 from medicalgpt.serving.image_args import ImageServingArguments
-from medicalgpt.serving.limits import connection_limits, uvicorn_config
+from medicalgpt.serving.keys import ApiKeys
+from medicalgpt.serving.metrics import AnswerTimer, Metrics
 from medicalgpt.serving.openai_schema import (
     MAX_CHOICES,
     AssistantMessage,
@@ -72,35 +70,30 @@ from medicalgpt.serving.openai_schema import (
 )
 from medicalgpt.serving.prompts import PromptReader, PromptTooLargeError
 from medicalgpt.serving.schedule import QueueFullError
+from medicalgpt.serving.server import STOPPING_HEADERS, DrainingServer, check_server_flags
+from medicalgpt.serving.server_logs import RequestLogMiddleware, ServerStatus, route_of, setup_server_logging
 from medicalgpt.serving.web import (
     AccessMiddleware,
     ClientDisconnected,
+    ProbeMiddleware,
     RequestRefused,
     bound_socket,
     client_of,
-    key_from,
+    keys_from,
     origins_from,
     settled,
     url_host,
     wait_for_disconnect,
+    with_comments,
 )
 from template import check_template
 
-import uvicorn
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.routing import APIRoute
 from loguru import logger
-from prometheus_client import (
-    CONTENT_TYPE_LATEST,
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    disable_created_metrics,
-    generate_latest,
-)
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -114,14 +107,12 @@ MAX_IMAGES = 16
 RETRIES = 2
 # Characters of a field's name in an error; a client may have made it up.
 LONGEST_PATH = 200
-# How long connections may take to close after the last answer.
-SECONDS_TO_CLOSE = 5
+# After how many seconds in which nothing comes a stream says that it is alive.
+SECONDS_BETWEEN_COMMENTS = 15.0
 # Represents a log-probability of minus infinity, for which JSON has no number.
 LEAST_LOG_PROB = -9999.0
 # Many programs end a line at these characters, which JSON leaves unescaped.
 LINE_ENDS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
-# Seconds, for the histograms of /metrics.
-BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
 
 
 @dataclass
@@ -138,9 +129,6 @@ class OpenAIArguments(ImageServingArguments, ApiArguments):
         },
     )
     max_tokens_limit: int = field(default=4096, metadata={"help": "Maximum tokens that a request may ask for."})
-    stop_timeout: float = field(
-        default=60.0, metadata={"help": "Seconds that running answers have to finish when the server is stopped."}
-    )
 
 
 class ApiError(HTTPException):
@@ -227,31 +215,6 @@ class StrictRoute(APIRoute):
         return handle_strictly
 
 
-class Metrics:
-    """The metrics that /metrics exposes."""
-
-    def __init__(self, batcher: Batcher):
-        disable_created_metrics()
-        self.registry = CollectorRegistry()
-        make = partial(Histogram, buckets=BUCKETS, registry=self.registry)
-        count = partial(Counter, registry=self.registry)
-        self.requests = count("medicalgpt_requests", "Requests. 499: the client left.", ["route", "status"])
-        self.prompt_tokens = count("medicalgpt_prompt_tokens", "Tokens of prompts that the model has read.")
-        self.completion_tokens = count("medicalgpt_completion_tokens", "Tokens generated, cancelled answers included.")
-        self.seconds = make("medicalgpt_request_seconds", "From a request to the end of its answer.", ["route"])
-        self.first_token = make(
-            "medicalgpt_time_to_first_token_seconds", "From a request to the first text of its answer."
-        )
-        for name, what in (("running", "Answers being generated."), ("waiting", "Queued requests.")):
-            gauge = Gauge(f"medicalgpt_{name}", what, registry=self.registry)
-            gauge.set_function(lambda name=name: getattr(batcher, name))
-        batcher.on_ended = self.count_tokens
-
-    def count_tokens(self, prompt_tokens: int, completion_tokens: int) -> None:
-        self.prompt_tokens.inc(prompt_tokens)
-        self.completion_tokens.inc(completion_tokens)
-
-
 class ServedModel:
     """A name in requests, and what answers to it.
 
@@ -272,40 +235,52 @@ class Service:
     Attributes:
         models: by their names; several if each adapter has one.
         sampling: the defaults for fields that a request omits.
-        stopping: the server takes no new requests.
+        status: whether the server is stopping, and what it is answering.
         recent_seconds: how long the last answers took.
-        open: answers that clients wait for.
     """
 
-    def __init__(self, arguments: OpenAIArguments, engine: ChatEngine, batcher: Batcher, key: str | None):
+    def __init__(self, arguments: OpenAIArguments, engine: ChatEngine, batcher: Batcher, keys: ApiKeys | None):
         self.arguments = arguments
         self.engine = engine
         self.batcher = batcher
-        self.key = key
+        self.keys = keys
         self.sampling = sampling_from(arguments)
         engines = {served_name(arguments, name): each for name, each in engine.siblings.items()}
         engines = engines or {model_name(arguments): engine}
         self.models = {name: ServedModel(name, each) for name, each in engines.items()}
         self.created = int(time.time())
-        self.stopping = False
+        self.status = ServerStatus()
         self.prompts = PromptReader(arguments.max_prompt_chars)
-        self.metrics = Metrics(batcher)
+        self.metrics = Metrics(self.load)
         self.recent_seconds: deque[float] = deque(maxlen=32)
-        self.open: set[Future[Answer]] = set()
 
     def seconds_to_wait(self) -> int:
         """After how many seconds one of the running answers may have ended."""
         mean = sum(self.recent_seconds) / len(self.recent_seconds) if self.recent_seconds else 1.0
         return min(60, max(1, math.ceil(mean)))
 
-    def give_up(self) -> None:
-        """Cancel queued and running answers, each with an error to its client."""
-        for future in list(self.open):
-            future.cancel()
+    def load(self) -> dict[str, tuple[int, int]]:
+        """Answers being generated, and queued requests, of each model."""
+        return {name: self.batcher.load_of(each.engine.name) for name, each in self.models.items()}
+
+    def name_of(self, adapter: str | None) -> str:
+        """The name in requests of an engine."""
+        return next((name for name, each in self.models.items() if each.engine.name == adapter), adapter or "")
+
+    @property
+    def is_ready(self) -> bool:
+        return not self.status.stopping and self.batcher.problem is None
+
+    def note_end(self, scope: Scope) -> None:
+        """Measure a request that has ended."""
+        record = scope["record"]
+        self.metrics.observe_http(record, route_of(scope))
+        if record.completion_tokens and record.status == 200:
+            self.recent_seconds.append(record.seconds)
 
 
-class RequestLog:
-    """Counts and logs requests, sets their deadline, and cancels answers of requests that have ended."""
+class AnswerScope:
+    """Sets the deadline of a request, turns errors into responses, and cancels answers when the request has ended."""
 
     def __init__(self, app: ASGIApp, service: Service):
         self.app = app
@@ -315,41 +290,27 @@ class RequestLog:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        started, status, request_id = time.monotonic(), 499, f"req-{uuid.uuid4().hex}"
-        scope["started"] = started
         scope["deadline"] = asyncio.get_running_loop().time() + self.service.arguments.request_timeout
         # Requested answers, cancelled if they are incomplete when the request ends.
         scope["futures"] = []
         response_started = False
 
-        async def note_status(message: Message) -> None:
-            nonlocal status, response_started
-            if message["type"] == "http.response.start":
-                status, response_started = message["status"], True
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+        async def note_start(message: Message) -> None:
+            nonlocal response_started
+            response_started = response_started or message["type"] == "http.response.start"
             await send(message)
 
         try:
-            if self.service.stopping:
-                raise stopping()
-            await self.app(scope, receive, note_status)
+            await self.app(scope, receive, note_start)
         except ClientDisconnected:
             pass
         except Exception as error:
             refusal = to_api_error(error)
             if not response_started:
-                await refusal.response()(scope, receive, note_status)
+                await refusal.response()(scope, receive, note_start)
         finally:
             for future in scope["futures"]:
                 future.cancel()
-            seconds = time.monotonic() - started
-            route = getattr(scope.get("route"), "path", "other")
-            self.service.metrics.requests.labels(route, status).inc()
-            self.service.metrics.seconds.labels(route).observe(seconds)
-            if scope["futures"] and status == 200:
-                self.service.recent_seconds.append(seconds)
-            if scope["method"] == "POST" or status >= 400:
-                logger.info(f"{scope['method']} {route} {status} in {seconds:.2f} s ({request_id})")
 
 
 def requests_for(
@@ -591,19 +552,18 @@ def submit(
     Raises:
         ApiError: the queue is full, or the server is stopping.
     """
-    metrics, seen = service.metrics, []
-
-    def take(number: int, text: str) -> None:
-        if not seen:
-            seen.append(number)
-            metrics.first_token.observe(time.monotonic() - request.scope["started"])
-        if on_text is not None:
-            on_text(number, text)
-
+    record, model = request.scope["record"], service.name_of(jobs[0].adapter)
+    # Of several answers to one prompt, it counts once.
+    record.prompt_tokens = sum({id(job.prompt_ids): len(job.prompt_ids) for job in jobs}.values())
+    timers = [AnswerTimer(service.metrics, model, record, len(job.prompt_ids)) for job in jobs]
+    bound = [
+        dataclasses.replace(job, on_start=timer.on_start, on_token=timer.on_token)
+        for job, timer in zip(jobs, timers, strict=True)
+    ]
+    if on_text is not None:
+        bound = [dataclasses.replace(job, on_text=partial(on_text, number)) for number, job in enumerate(bound)]
     try:
-        futures = service.batcher.submit_many(
-            [dataclasses.replace(job, on_text=partial(take, number)) for number, job in enumerate(jobs)]
-        )
+        futures = service.batcher.submit_many(bound)
     except QueueFullError as error:
         raise queue_full(service, error) from error
     except BatcherClosedError as error:
@@ -613,9 +573,9 @@ def submit(
     except PromptTooLongError as error:
         raise ApiError(400, f"{error}", code="context_length_exceeded") from error
     request.scope["futures"] += futures
-    service.open.update(futures)
-    for future in futures:
-        future.add_done_callback(service.open.discard)
+    for future, timer in zip(futures, timers, strict=True):
+        service.status.track(future)
+        future.add_done_callback(timer.on_done)
     return futures
 
 
@@ -632,7 +592,8 @@ def require_places(service: Service, answers: int) -> None:
 
 
 def stopping() -> ApiError:
-    return ApiError(503, "The server is stopping.", code="stopping", type="server_error")
+    message = "The server is stopping."
+    return ApiError(503, message, code="stopping", type="server_error", headers=STOPPING_HEADERS)
 
 
 def timed_out(service: Service) -> ApiError:
@@ -690,13 +651,14 @@ async def answers_for(
     raise ApiError(422, message, code="answer_failed_check", type="invalid_answer_error")
 
 
-async def pieces_of(
+def pieces_of(
     service: Service, request: Request, jobs: Sequence[GenerationRequest]
 ) -> AsyncIterator[tuple[int, str | Answer]]:
     """Pieces of text with the number of their request as they are generated; each answer after its last piece.
 
     Raises:
-        ApiError: after the time limit; ClientDisconnected; or what went wrong in an answer.
+        ApiError: at once if the request is refused; while iterating, after the time limit, or what went wrong in an
+            answer; or ClientDisconnected.
     """
     loop = asyncio.get_running_loop()
     events: asyncio.Queue[tuple[int, str | Future[Answer] | None]] = asyncio.Queue()
@@ -707,9 +669,15 @@ async def pieces_of(
     futures = submit(service, request, jobs, tell)
     for number, future in enumerate(futures):
         future.add_done_callback(partial(tell, number))
+    return received_pieces(service, request, events, len(jobs))
+
+
+async def received_pieces(
+    service: Service, request: Request, events: asyncio.Queue[tuple[int, Any]], open_jobs: int
+) -> AsyncIterator[tuple[int, str | Answer]]:
+    """What arrives in a queue, until all jobs have ended."""
     leaving = asyncio.ensure_future(wait_for_disconnect(request))
     leaving.add_done_callback(lambda _: events.put_nowait((-1, None)))
-    open_jobs = len(jobs)
     try:
         while open_jobs:
             try:
@@ -730,12 +698,15 @@ async def pieces_of(
         leaving.cancel()
 
 
-async def pieces_again(answers: Sequence[Answer]) -> AsyncIterator[tuple[int, str | Answer]]:
+async def pieces_again(answers: asyncio.Future[list[Answer]]) -> AsyncIterator[tuple[int, str | Answer]]:
     """Whole answers in the form of `pieces_of`."""
-    for number, answer in enumerate(answers):
-        if answer.text:
-            yield number, answer.text
-        yield number, answer
+    try:
+        for number, answer in enumerate(await answers):
+            if answer.text:
+                yield number, answer.text
+            yield number, answer
+    finally:
+        answers.cancel()
 
 
 BYTES = {char: byte for byte, char in bytes_to_unicode().items()}
@@ -917,21 +888,21 @@ async def respond(
         # Probabilities of many tokens take a while to write.
         return await asyncio.to_thread(lambda: JSONResponse(form.whole(answers)))
     if check:
-        events = pieces_again(await answers_for(service, request, jobs, check))
+        answers = asyncio.ensure_future(answers_for(service, request, jobs, check))
+        # An error that comes soon gets its own status; later ones, and those of other streams, are events.
+        if (await asyncio.wait([answers], timeout=SECONDS_BETWEEN_COMMENTS))[0]:
+            answers.result()
+        events = pieces_again(answers)
     else:
         events = pieces_of(service, request, jobs)
-    # An error before the first text still gets its own status.
-    first = await anext(events)
     return StreamingResponse(
-        stream_of(form, len(jobs), first, events),
+        with_comments(stream_of(form, len(jobs), events), SECONDS_BETWEEN_COMMENTS),
         media_type="text/event-stream",
         headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
     )
 
 
-async def stream_of(
-    form: Form, jobs: int, first: tuple[int, str | Answer], events: AsyncIterator[tuple[int, str | Answer]]
-) -> AsyncIterator[bytes]:
+async def stream_of(form: Form, jobs: int, events: AsyncIterator[tuple[int, str | Answer]]) -> AsyncIterator[bytes]:
     """Events of a stream (https://html.spec.whatwg.org/multipage/server-sent-events.html), each of one line."""
     with_usage = form.body.stream_options is not None and bool(form.body.stream_options.include_usage)
     answers: dict[int, Answer] = {}
@@ -939,17 +910,12 @@ async def stream_of(
     def line(choices: list[dict[str, Any]], usage: dict[str, int] | None = None) -> bytes:
         return event_line(form.framed(form.chunk_name, choices) | ({"usage": usage} if with_usage else {}))
 
-    async def all_events() -> AsyncIterator[tuple[int, str | Answer]]:
-        yield first
-        async for event in events:
-            yield event
-
     try:
         async with aclosing(events):
             for number in range(jobs):
                 for choice in form.opening(number):
                     yield line([choice])
-            async for number, event in all_events():
+            async for number, event in events:
                 if isinstance(event, str):
                     yield line([form.piece(number, event)])
                     continue
@@ -1098,15 +1064,22 @@ def make_app(service: Service, origins: Sequence[str] = ()) -> FastAPI:
     app.add_middleware(
         AccessMiddleware,
         refuse=lambda refusal: to_api_error(refusal).response(),
-        key=service.key,
+        keys=service.keys,
         max_body_bytes=lambda scope: service.arguments.max_request_bytes,
         body_seconds=service.arguments.body_timeout,
     )
-    app.add_middleware(RequestLog, service=service)
+    app.add_middleware(AnswerScope, service=service)
+    app.add_middleware(
+        RequestLogMiddleware,
+        status=service.status,
+        refusal=lambda: stopping().response(),
+        on_end=service.note_end,
+    )
     if origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(origins), allow_methods=["GET", "POST"], allow_headers=["*"]
         )
+    app.add_middleware(ProbeMiddleware, ready=lambda: service.is_ready)
     return app
 
 
@@ -1115,19 +1088,26 @@ async def answer_error(request: Request, error: Exception) -> Response:
 
 
 def main() -> None:
-    (arguments,) = parse_args(OpenAIArguments, description=__doc__, program="openai_api.py")
-    setup_logging()
+    (arguments,) = parse_args(OpenAIArguments, description=__doc__, program="openai_api.py", env_prefix="MEDICALGPT_")
+    setup_server_logging(arguments.log_format)
     # Errors in the flags show before minutes are spent on loading a model.
-    key, origins = key_from(arguments), origins_from(arguments.allow_origins)
+    keys, origins = keys_from(arguments), origins_from(arguments.allow_origins)
     check_limits(arguments)
     with bound_socket(arguments) as listener:
         engine = engine_from(arguments, by_name=True, with_images=arguments.accept_images)
         for each in adapted(engine):
             check_template(each.tokenizer, arguments.template_name)
         batcher = batcher_from(engine, arguments)
-        service = Service(arguments, engine, batcher, key)
+        service = Service(arguments, engine, batcher, keys)
         try:
-            Server(service, origins, listener).run()
+            DrainingServer(
+                make_app(service, origins),
+                arguments,
+                batcher=batcher,
+                status=service.status,
+                listener=listener,
+                on_started=lambda: announce(service, listener.getsockname()[1]),
+            ).run()
         finally:
             batcher.close(finish=False)
     if batcher.failure is not None:
@@ -1147,15 +1127,13 @@ def served_name(arguments: OpenAIArguments, name: str) -> str:
 def check_limits(arguments: OpenAIArguments) -> None:
     """Raises UserError for limits that make no sense."""
     sampling_from(arguments)
-    connection_limits(arguments)
+    check_server_flags(arguments)
     if not arguments.max_tokens_limit > 0:
         raise UserError(f"--max_tokens_limit is {arguments.max_tokens_limit}, it must be above 0.")
     if arguments.served_model_name in combining.named_adapters(arguments.lora_model):
         raise UserError(
             f"--served_model_name {arguments.served_model_name} is the name of an adapter. Give the base another name."
         )
-    if not arguments.stop_timeout >= 0:
-        raise UserError(f"--stop_timeout is {arguments.stop_timeout}, it must be 0 or more.")
     if arguments.max_new_tokens > arguments.max_tokens_limit:
         raise UserError(
             f"--max_new_tokens {arguments.max_new_tokens} is above --max_tokens_limit {arguments.max_tokens_limit}; "
@@ -1163,58 +1141,19 @@ def check_limits(arguments: OpenAIArguments) -> None:
         )
 
 
-class Server(uvicorn.Server):
-    """uvicorn that prints when it serves, and exits once the running answers are complete."""
-
-    def __init__(self, service: Service, origins: Sequence[str], listener: socket.socket):
-        arguments = service.arguments
-        config = uvicorn_config(
-            make_app(service, origins),
-            arguments,
-            log_config=None,
-            access_log=False,
-            timeout_graceful_shutdown=arguments.stop_timeout + SECONDS_TO_CLOSE,
-        )
-        super().__init__(config)
-        self.service = service
-        self.listener = listener
-
-    def run(self) -> None:
-        # A second signal may come at any time until the program has ended.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: None)
-        super().run([self.listener])
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        self.loop = asyncio.get_running_loop()
-        await super().startup(sockets)
-        announce(self.service, self.listener.getsockname()[1])
-
-    async def on_tick(self, counter: int) -> bool:
-        # A model that does not recover is started again by whoever supervises the process.
-        return await super().on_tick(counter) or self.service.batcher.failure is not None
-
-    def handle_exit(self, sig: int, frame: Any) -> None:
-        # A second signal means: do not wait for the running answers.
-        if self.service.stopping:
-            self.loop.call_soon_threadsafe(self.service.give_up)
-        self.service.stopping = self.should_exit = True
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        patience = self.loop.call_later(self.service.arguments.stop_timeout, self.service.give_up)
-        await super().shutdown(sockets)
-        patience.cancel()
-
-
 def announce(service: Service, port: int) -> None:
-    """Print the address, with a command that asks the model."""
+    """Print the address, with a command that asks the model; in a log of JSON, the address only."""
     host = service.arguments.host
     # The wildcard address cannot be asked.
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    url = f"http://{url_host(host)}:{port}"
+    scheme = "https" if service.arguments.ssl_certfile else "http"
+    url = f"{scheme}://{url_host(host)}:{port}"
     names = list(service.models)
+    if service.arguments.log_format == "json":
+        logger.info(f"serving {', '.join(names)} on {url}/v1")
+        return
     question = {"model": names[0], "messages": [{"role": "user", "content": "感冒了怎么办？"}]}
-    key = ' -H "Authorization: Bearer $MEDICALGPT_API_KEY"' if service.key else ""
+    key = ' -H "Authorization: Bearer $MEDICALGPT_API_KEY"' if service.keys else ""
     print(
         f"Serving {', '.join(names)} on {url}/v1 (Ctrl-C stops). Ask it:\n\n"
         f"    curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' \\\n"

@@ -652,6 +652,7 @@ def attach(visitor: Visitor, path: str) -> None:
     visitor.until(lambda: Path(path).stem in visitor.element("#image").text)
 
 
+@pytest.mark.slow
 @needs_browser
 def test_an_image_is_attached(tmp_path, browser):
     trained = learn_colours(tmp_path / "trained")

@@ -11,11 +11,10 @@ import itertools
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
-from typing import Any
 
 from medicalgpt.errors import UserError
 from medicalgpt.serving.arguments import ServeArguments
@@ -53,8 +52,6 @@ class Batcher(ABC):
 
     Attributes:
         failure: why the model cannot answer any more; None as long as it can.
-        on_ended: called at the end of each answer that has begun, also of a cancelled one, with the tokens of its
-            prompt and of the answer so far.
 
     Raises:
         ValueError: a limit is below 1.
@@ -71,7 +68,6 @@ class Batcher(ABC):
         self.max_waiting = max_waiting
         self.stall_seconds = stall_seconds
         self.failure: str | None = None
-        self.on_ended: Callable[[int, int], Any] = lambda prompt_tokens, completion_tokens: None
         self._changed = threading.Condition()
         self._schedule = Schedule(max_batch_size, max_waiting)
         self._closed = False
@@ -90,6 +86,14 @@ class Batcher(ABC):
     def running(self) -> int:
         """Number of answers that are being generated."""
         return sum(not job.future.done() for job in tuple(self._schedule.running))
+
+    def load_of(self, adapter: str | None) -> tuple[int, int]:
+        """Running answers, and queued requests, of the engine of this name."""
+
+        def count(jobs: list[Job]) -> int:
+            return sum(job.request.adapter == adapter and not job.future.done() for job in tuple(jobs))
+
+        return count(self._schedule.running), count(self._schedule.waiting)
 
     @property
     def problem(self) -> str | None:
@@ -174,8 +178,6 @@ class Batcher(ABC):
 
     def _ended(self, job: Job, future: "Future[Answer]") -> None:
         """The answer to a job is complete, has failed, or is not wanted any more."""
-        if job.state is not None:
-            self.on_ended(len(job.state.prompt_ids), job.tokens)
         with self._changed:
             self._changed.notify_all()
 

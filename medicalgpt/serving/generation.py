@@ -179,6 +179,8 @@ class GenerationRequest:
         prompt_ids: the rendered prompt, from `ChatEngine.prompt_ids` or `completion_ids`.
         sampling: how tokens are chosen; greedy by default.
         tools: the tools offered in the prompt, whose calls are parsed out of the answer.
+        on_start: called once, when the request leaves the queue.
+        on_token: called at each token, in the thread that generates.
         on_text: called with each piece of text that is final, in the thread that generates.
         on_end: called with the answer as soon as it is complete, possibly before others in the batch.
         cancelled: called at every token; True ends the answer, and `on_end` is not called.
@@ -191,6 +193,8 @@ class GenerationRequest:
     prompt_ids: Sequence[int]
     sampling: Sampling = Sampling()
     tools: Tools | None = None
+    on_start: Callable[[], Any] = lambda: None
+    on_token: Callable[[], Any] = lambda: None
     on_text: Callable[[str], Any] = lambda text: None
     on_end: Callable[[Answer], Any] = lambda answer: None
     cancelled: Callable[[], bool] = lambda: False
@@ -272,6 +276,7 @@ class AnswerState:
         self._context = 0
         self._fresh = 0
         self._seen = 0
+        request.on_start()
 
     @property
     def ids(self) -> list[int]:
@@ -315,6 +320,7 @@ class AnswerState:
 
     def _add(self, token_id: int) -> None:
         self.token_ids.append(token_id)
+        self._request.on_token()
         if token_id in self._stop_ids:
             self._end(len(self._held), "stop")
             return
