@@ -102,6 +102,13 @@ class PageArguments(ServeArguments):
         metadata={"help": "user:password required by the page. Safer: the environment variable MEDICALGPT_AUTH."},
     )
     share: bool = field(default=False, metadata={"help": "Create a public link through Gradio's servers."})
+    lang: str = field(
+        default="auto",
+        metadata={
+            "help": "Language of the page. auto: Chinese or English, whichever the visitor's browser prefers.",
+            "choices": ["auto", "en", "zh"],
+        },
+    )
     allow_origins: str | None = field(
         default=None,
         metadata={

@@ -296,6 +296,7 @@ class ChatEngine:
         sampling: Sampling | None = None,
         tools: Tools | None = None,
         pictures: Sequence[Picture] = (),
+        variables: Mapping[str, Any] | None = None,
     ) -> GenerationRequest:
         """Render a conversation into a request for its next answer.
 
@@ -304,12 +305,13 @@ class ChatEngine:
             sampling: greedy and at most 512 tokens by default.
             tools: what the template may offer to the model: JSON schemas or Python functions.
             pictures: the images of all messages, in their order.
+            variables: of the chat template, see `prompt_ids`.
 
         Raises:
             PromptTooLongError, NoChatTemplateError, ChatTemplateError, SpecialTokenError, NoImagesError: see
                 `prompt_ids`.
         """
-        prompt_ids = self.prompt_ids(messages, tools, pictures)
+        prompt_ids = self.prompt_ids(messages, tools, pictures, variables)
         return GenerationRequest(prompt_ids, sampling or Sampling(), tools, adapter=self.name, pictures=pictures)
 
     def chat(
