@@ -706,7 +706,7 @@ class PpoTrainer(StageTrainer):
         # The library replaces them by the tokenizer's own EOS token when training begins.
         self.policy.generation_config.eos_token_id = self.stop_ids
         engine = ChatEngine(self.policy, self.processing_class)
-        sampling = Sampling(self.args.response_length, temperature, seed=seed, log_probs=temperature > 0)
+        sampling = Sampling(self.args.response_length, temperature=temperature, seed=seed, log_probs=temperature > 0)
         with self.compute_loss_context_manager():
             return engine.batch(
                 [row["prompt_ids"] for row in rows],

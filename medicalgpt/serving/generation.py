@@ -68,7 +68,6 @@ class Sampling:
     """
 
     max_new_tokens: int = 512
-    min_new_tokens: int = 0
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
@@ -77,6 +76,7 @@ class Sampling:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
+    min_new_tokens: int = 0
     stop: tuple[str, ...] = ()
     seed: int | None = None
     log_probs: bool = False
