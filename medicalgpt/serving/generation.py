@@ -46,7 +46,6 @@ class Sampling:
 
     Args:
         max_new_tokens: maximum tokens of one answer; fewer where the model's context ends first.
-        min_new_tokens: the tokens that end an answer cannot be chosen before it has so many; stop strings still end it.
         temperature: the logits are divided by it; 0 always takes the most likely token (greedy).
         top_p: keep the most likely tokens that hold this share of the probability (https://arxiv.org/abs/1904.09751).
         top_k: keep the k most likely tokens; 0 keeps all.
@@ -57,6 +56,7 @@ class Sampling:
         presence_penalty: subtracted from the logit of each token that the answer has already.
         frequency_penalty: subtracted from it once for each time that the answer has it.
         logit_bias: pairs of token id and what is added to its logit, before all penalties.
+        min_new_tokens: the tokens that end an answer cannot be chosen before it has so many; stop strings still end it.
         stop: strings that end the answer; they are not part of it.
         seed: the same seed gives the same text. Unset: drawn from torch's global generator.
         log_probs: record the log-probability of each token as it was sampled; not for temperature 0.
