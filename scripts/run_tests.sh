@@ -10,6 +10,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 VENV=${VENV:-.venv}
 bash scripts/setup.sh --dev
 
+# Every program that a test starts would compile the package again.
+unset PYTHONDONTWRITEBYTECODE
 # Waiting threads should not keep a core busy that another process could use.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 "$VENV/bin/ruff" check .

@@ -13,11 +13,10 @@ from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from unittest.mock import patch
 
-import fastapi_server_demo
 import gradio_demo
-import openai_api
 from medicalgpt.serving.chat import ChatEngine
 from medicalgpt.serving.generation import Sampling
+from medicalgpt.serving.server import DrainingServer
 from template import apply_template
 from tests.helpers import read_json, run_here, save_model, write_jsonl
 from tests.templates import TOKENIZERS
@@ -145,7 +144,7 @@ def by_data_file(folder: str, names: list[str], *flags: object) -> dict[str, str
 def by_openai_api(folder: str, names: list[str], *flags: object, stream: bool = False) -> dict[str, str]:
     answers = {}
 
-    def visit(server: openai_api.Server) -> None:
+    def visit(server: DrainingServer) -> None:
         client = TestClient(server.config.app, base_url="http://127.0.0.1")
         for name in names:
             messages, tools = PROMPTS[name]
@@ -160,7 +159,7 @@ def by_openai_api(folder: str, names: list[str], *flags: object, stream: bool = 
             else:
                 answers[name] = reply.json()["choices"][0]["message"]["content"]
 
-    with patch.object(openai_api.Server, "run", visit):
+    with patch.object(DrainingServer, "run", visit):
         run_here("openai_api.py", "--model_name_or_path", folder, *flags, "--port", 0)
     return answers
 
@@ -173,8 +172,8 @@ def by_small_server(folder: str, names: list[str], *flags: object) -> dict[str, 
     """/chat for one at a time; the questions without any history are asked once more, all together, of /batch."""
     answers = {}
 
-    def visit(app, **_) -> None:
-        client = TestClient(app, base_url="http://127.0.0.1")
+    def visit(server: DrainingServer) -> None:
+        client = TestClient(server.config.app, base_url="http://127.0.0.1")
         for name in names:
             if name in WITHOUT_TOOLS:
                 *before, asked = PROMPTS[name][0]
@@ -189,8 +188,8 @@ def by_small_server(folder: str, names: list[str], *flags: object) -> dict[str, 
         reply = client.post("/batch", json={"inputs": [PROMPTS[name][0][0]["content"] for name in alone]})
         assert [each["response"] for each in reply.json()["answers"]] == [answers[name] for name in alone]
 
-    with patch.object(fastapi_server_demo.uvicorn, "run", visit):
-        run_here("fastapi_server_demo.py", "--model_name_or_path", folder, *flags)
+    with patch.object(DrainingServer, "run", visit):
+        run_here("fastapi_server_demo.py", "--model_name_or_path", folder, *flags, "--port", 0)
     return answers
 
 
@@ -217,7 +216,7 @@ def by_page(folder: str, names: list[str], *flags: object) -> dict[str, str]:
     def show(page: gr.Blocks, *_: object) -> None:
         asyncio.run(visit(page))
 
-    with patch.object(gradio_demo, "launch", show), patch.object(gr.Blocks, "block_thread"):
+    with patch.object(gradio_demo, "launch", show), patch.object(gradio_demo, "serve"):
         run_here("gradio_demo.py", "--model_name_or_path", folder, *flags)
     return answers
 
