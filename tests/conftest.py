@@ -50,6 +50,30 @@ def signal_handlers() -> None:
             signal.signal(number, handler)
 
 
+def restore(variables: dict[str, str]) -> None:
+    """Undo changes of the environment: a program that runs in this process may set variables for its libraries."""
+    for name in os.environ.keys() | variables.keys():
+        if name != "PYTEST_CURRENT_TEST" and os.environ.get(name) != variables.get(name):
+            if name in variables:
+                os.environ[name] = variables[name]
+            else:
+                del os.environ[name]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def environment_of_module() -> Iterator[None]:
+    before = dict(os.environ)
+    yield
+    restore(before)
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    before = dict(os.environ)
+    yield
+    restore(before)
+
+
 # How a program knows that it is one of several processes.
 OF_SEVERAL = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 

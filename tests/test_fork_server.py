@@ -80,3 +80,9 @@ def test_one_that_does_not_end_is_ended(tmp_path):
         while time.monotonic() < deadline:
             os.kill(pid, signal.SIG_DFL)
             time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_what_a_test_leaves_in_the_environment_does_not_reach_the_next(number):
+    assert "ACCELERATE_LEFT" not in os.environ and "HF_HUB_OFFLINE_LEFT" not in os.environ
+    os.environ |= {"ACCELERATE_LEFT": "x", "HF_HUB_OFFLINE_LEFT": "x"}

@@ -325,7 +325,8 @@ def load_reward_file(path: str, names: Sequence[str]) -> dict[str, RewardFunctio
     spec = importlib.util.spec_from_file_location(f"reward_file_{file.stem}", file)
     module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        # Not imported: that would leave compiled code next to a file of the user's.
+        exec(spec.loader.source_to_code(file.read_bytes(), str(file)), module.__dict__)
     except Exception as error:
         raise UserError(f"--reward_file {path} cannot be executed: {type(error).__name__}: {error}") from error
     if not names:
