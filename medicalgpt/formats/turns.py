@@ -28,8 +28,8 @@ MEDIA_FIELDS = ("images", "videos", "audios", "image", "video", "audio")
 IMAGE_MARK = "<image>"
 IMAGE_PART = {"type": "image"}
 MEDIA_REMEDY = (
-    "Images are trained on by supervised_finetuning.py with Qwen2.5-VL or Qwen3-VL as the base, without --streaming "
-    "and --prepared_dir (docs/models.md); videos and audio are not. Remove the row, or skip and count "
+    "Images are trained on by supervised_finetuning.py with Qwen2.5-VL or Qwen3-VL as the base, from files that are "
+    "neither streamed nor prepared (docs/models.md); videos and audio are not. Remove the row, or skip and count "
     "such rows: --skip_bad_rows True."
 )
 # Fields of a turn that are read; any other is not used.
