@@ -587,7 +587,7 @@ def test_thoughts_that_the_prompt_opens_are_shown_as_such():
 
 
 def test_page_takes_no_files_and_offers_no_interface(served):
-    with httpx.Client(base_url=served.url) as client:
+    with httpx.Client(base_url=served.url, timeout=60) as client:
         upload = client.post("gradio_api/upload", files={"files": ("a.txt", b"ab")})
         assert upload.status_code == 413
         described = client.get("gradio_api/info").json()
@@ -632,7 +632,7 @@ def test_port_that_is_taken(served):
 def test_program_asks_for_its_password(model):
     flags = ("--base_model", model, "--server_name", "0.0.0.0")
     with running_server("gradio_demo.py", *flags, env={"MEDICALGPT_AUTH": "li:secret"}, health="/") as server:
-        with httpx.Client(base_url=server.url) as client:
+        with httpx.Client(base_url=server.url, timeout=60) as client:
             assert client.get("/config").status_code == 401
             assert client.post("/gradio_api/queue/join", json={"data": [], "fn_index": 0}).status_code == 401
             assert client.post("/login", data={"username": "li", "password": "wrong"}).status_code == 400
