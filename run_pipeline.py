@@ -239,6 +239,7 @@ class Pipeline:
         flags += self.measured_on("pretrain/validation*", "--text_file_dir", self.data / "pretrain")
         chat, pairs, tasks = (self.data / name / "validation.jsonl" for name in ("finetune", "reward", "grpo"))
         flags += self.measured_on("finetune/validation.jsonl", "--chat_file", chat)
+        flags += self.measured_on("everyday/questions.jsonl", "--everyday_file", self.data / "everyday/questions.jsonl")
         scored = ("--reward_model", self.reward_model) if self.reward_model else ()
         flags += self.measured_on("reward/validation.jsonl", "--preference_file", pairs, *scored)
         # Other stages do not teach the format of replies to tasks.
