@@ -47,7 +47,6 @@ from medicalgpt.rag.grounding import (
     build_prompt,
     build_sources,
     find_unsupported,
-    format_passages,
     format_sources,
     is_relevant,
     search_query,
@@ -68,7 +67,7 @@ from medicalgpt.readers.sources import read_rows
 from medicalgpt.serving.arguments import PageArguments
 from medicalgpt.serving.chat import ChatEngine
 from medicalgpt.serving.engines import engine_from
-from medicalgpt.serving.generation import GenerationRequest, Sampling, sampling_from
+from medicalgpt.serving.generation import Answer, GenerationRequest, Sampling, sampling_from
 from medicalgpt.serving.terminal import print_answer, print_note, read_lines
 from template import check_template
 
@@ -552,7 +551,7 @@ def serve_page(collection: Collection, arguments: FileArguments) -> None:
     uploads = Uploads(arguments.max_upload_bytes)
     try:
         page = build_page(batcher, collection, uploads, arguments)
-        url = launch(page, arguments, auth, uploads, documents.Limits().input_bytes)
+        url = launch(page, arguments, auth, uploads, documents.Limits().input_bytes, panel="files")
         logger.info(f"Open {url} in a browser. Ctrl-C ends the program.")
         serve(batcher)
     finally:
@@ -562,104 +561,67 @@ def serve_page(collection: Collection, arguments: FileArguments) -> None:
 
 def build_page(batcher: "Batcher", collection: Collection, uploads: "Uploads", arguments: FileArguments) -> "gr.Blocks":
     """Upload, ask, read the answer and its sources. A visitor's files and turns are only in the visitor's session."""
-    from medicalgpt.serving.page import MAX_EVENTS, describe, escape_turns, visitor_of
+    from medicalgpt.rag.file_page import cited_turn, lay_out_files, list_files, show_passages
+    from medicalgpt.serving.chat_panel import ChatPanel, Progress, lay_out_header
+    from medicalgpt.serving.page import MAX_EVENTS, note_on, visitor_of
     from medicalgpt.serving.prompts import PromptReader
 
     import gradio as gr
 
     # By their names: where they are on this machine is nobody's business.
     collection = collection.with_short_names()
-    prompts = PromptReader(arguments.max_prompt_chars)
-
-    sampling = sampling_from(arguments)
-    with gr.Blocks(title="MedicalGPT: your files", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+    shared = list(dict.fromkeys(passage.file for passage in collection.passages))
+    prompts, sampling = PromptReader(arguments.max_prompt_chars), sampling_from(arguments)
+    title = "MedicalGPT: your files"
+    with gr.Blocks(title=title, analytics_enabled=False, fill_width=True, delete_cache=(3600, 3600)) as page:
         # The uploads of a session, and the collection of these and --files.
-        uploaded, mine, turns = gr.State([]), gr.State(None), gr.State([])
-        upload, listing, chatbot, question, send, clear, sources_shown = lay_out()
+        uploaded, mine = gr.State([]), gr.State(None)
+        with gr.Column(elem_id="main"):
+            lay_out_header(arguments.model_name_or_path, "files")
+            panel = ChatPanel(arguments.lang, about="about_files", empty="empty_files")
+        files = lay_out_files(documents.SUFFIXES, shared)
 
         def take(paths: list[str] | None, had: list[Passage]) -> tuple[None, list[Passage], Collection, str]:
             size = {"size": arguments.chunk_size, "overlap": arguments.chunk_overlap}
             passages, lines = take_uploads(paths or [], had, uploads.release, encoding=arguments.encoding, **size)
-            return None, passages, collection.with_more(passages), "\n".join(lines)
+            own = list(dict.fromkeys(passage.file for passage in passages))
+            return None, passages, collection.with_more(passages), list_files([*shared, *own], lines[len(own) :])
 
-        async def ask(
-            visitor: gr.Request, asked: str, said: list[dict[str, str]], files: Collection | None
-        ) -> AsyncIterator[dict[gr.Component, Any]]:
-            if not asked.strip():
-                yield {question: ""}
-                return
-            now = [*said, {"role": "user", "content": asked}]
-            try:
-                prompts.check(now)
-            except UserError as error:
-                yield {question: asked, sources_shown: describe(error)}
-                return
-            yield {chatbot: escape_turns(now), question: "", sources_shown: ""}
-            text, below = "", ""
+        async def answer(
+            visitor: gr.Request, language: str, said: list[dict[str, Any]], searched: Collection | None
+        ) -> AsyncIterator[Progress]:
+            prompts.check(said)
+            history, question = history_of(said[:-1]), said[-1]["content"]
+            client = visitor_of(visitor)
+            growing = answer_visitor(batcher, sampling, searched or collection, arguments, history, question, client)
+            async with aclosing(growing):
+                async for text, prompt, done in growing:
+                    turn = {"role": "assistant", "content": text, "below": ""}
+                    updates = {}
+                    if prompt is None:
+                        turn["unasked"] = True
+                    elif done is not None:
+                        turn = cited_turn(prompt.read(done.text), prompt.sources, len(said), language)
+                        updates = {files.passages: show_passages([*said, turn])}
+                    yield Progress(turn, note_on(done, language), updates)
 
-            def with_answer(text: str) -> list[dict[str, str]]:
-                return [*now, {"role": "assistant", "content": text}]
-
-            try:
-                client = visitor_of(visitor)
-                answering = answer_visitor(batcher, sampling, files or collection, arguments, said, asked, client)
-                async with aclosing(answering):
-                    async for text, below in answering:
-                        yield {chatbot: escape_turns(with_answer(text)), sources_shown: below}
-                # An answer for which the model was not asked is not part of the conversation.
-                said = with_answer(text) if text and below else said
-            except Exception as error:
-                text, below = text or "…", describe(error)
-            yield {turns: said, chatbot: escape_turns(with_answer(text)), sources_shown: below}
-
+        panel.connect(page, answer, [mine], [files.passages])
+        private = {"api_visibility": "private"}
+        outputs = [files.upload, uploaded, mine, files.listing]
         # Each upload starts a child process for each file.
-        upload.upload(
-            take,
-            [upload, uploaded],
-            [upload, uploaded, mine, listing],
-            concurrency_limit=2,
-            api_visibility="private",
-        )
-        gr.on(
-            [send.click, question.submit],
-            ask,
-            [question, turns, mine],
-            [turns, chatbot, question, sources_shown],
-            trigger_mode="once",
-            concurrency_limit=None,
-            api_visibility="private",
-        )
-        clear.click(
-            lambda: ([], [], [], None, "", ""),
-            None,
-            [turns, chatbot, uploaded, mine, listing, sources_shown],
-            api_visibility="private",
-        )
+        files.upload.upload(take, [files.upload, uploaded], outputs, concurrency_limit=2, **private)
+        files.remove.click(lambda: (None, [], None, list_files(shared, [])), None, outputs, **private)
     return page.queue(max_size=MAX_EVENTS, api_open=False)
 
 
-def lay_out() -> "tuple[gr.File, gr.Textbox, gr.Chatbot, gr.Textbox, gr.Button, gr.Button, gr.Textbox]":
-    """Place the components of the page: upload, files, conversation, question, two buttons, sources."""
-    import gradio as gr
-
-    gr.Markdown("## Questions about your files · 文件问答")
-    with gr.Row(equal_height=False):
-        with gr.Column(scale=1, min_width=260):
-            upload = gr.File(
-                label="Add files · 添加文件",
-                file_count="multiple",
-                file_types=list(documents.SUFFIXES),
-                elem_id="upload",
-            )
-            listing = gr.Textbox(label="Files · 已读取", interactive=False, lines=4, elem_id="files")
-        with gr.Column(scale=3):
-            chatbot = gr.Chatbot(label="Conversation · 对话", height="50vh", allow_tags=False, buttons=["copy"])
-            question = gr.Textbox(label="Question · 问题", elem_id="question")
-            with gr.Row():
-                send = gr.Button("Send · 发送", variant="primary", elem_id="send")
-                clear = gr.Button("Clear · 清空", elem_id="clear")
-            sources_shown = gr.Textbox(label="Sources · 出处", interactive=False, lines=8, elem_id="sources")
-    return upload, listing, chatbot, question, send, clear, sources_shown
+def history_of(said: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """The turns as messages, without those for which the model was not asked: it would imitate such answers."""
+    return [
+        {"role": turn["role"], "content": turn["content"]}
+        for asked, given in zip(said[::2], said[1::2], strict=False)
+        if not given.get("unasked")
+        for turn in (asked, given)
+    ]
 
 
 async def answer_visitor(
@@ -670,21 +632,19 @@ async def answer_visitor(
     history: Sequence[dict[str, str]],
     question: str,
     client: str,
-) -> AsyncIterator[tuple[str, str]]:
-    """Yield the answer so far, and what is shown below it: its sources at the end, nothing if no model was asked."""
+) -> AsyncIterator[tuple[str, GroundedPrompt | None, Answer | None]]:
+    """Yield the text so far, its prompt, and the answer at the end. Both are None if the model is not asked."""
     from medicalgpt.serving.page import stream
 
     found = await asyncio.to_thread(collection.search, search_query(question, history))
     prompt = await asyncio.to_thread(ground, batcher.engine, sampling, collection, arguments, found, history, question)
     if prompt is None:
-        yield UNKNOWN[language_of(question)], ""
+        yield UNKNOWN[language_of(question)], None, None
         return
-    request, text = GenerationRequest(prompt.prompt_ids, sampling, client=client), ""
+    request = GenerationRequest(prompt.prompt_ids, sampling, client=client)
     async with aclosing(stream(batcher, request, arguments.request_timeout)) as growing:
-        async for text, _ in growing:
-            yield prompt.read(finished(text)).text, ""
-    answer = prompt.read(text)
-    yield answer.text, format_passages(answer, prompt.sources)
+        async for text, done in growing:
+            yield prompt.read(text if done else finished(text)).text, prompt, done
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@
               -> {"response": "…", "history": [["你好", "您好"], ["再见", "…"]], "finish_reason": "stop", …}
     POST /batch  {"inputs": ["你好", "再见"]} -> {"answers": [{"response": "…", …}, {"response": "…", …}]}
     GET  /health {"status": "ok", "running": 0, "waiting": 0}
+    GET  /live, /ready: ok, without a key
 
 Only the question is required. Errors come as {"detail": "…"}: 400 the model cannot be asked this, 401 no key, 403 no
 key is set and the Host header names another machine, 408 and 413 the body is too slow or too long, 422 unknown fields
@@ -18,25 +19,32 @@ probabilities, metrics, and the protocol that client programs know.
 """
 
 import asyncio
-import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 from medicalgpt.errors import UserError, run_main
-from medicalgpt.logs import setup_logging
 from medicalgpt.parser import parse_args
 from medicalgpt.serving.arguments import ApiArguments
 from medicalgpt.serving.batchers import Batcher, ModelFailedError, batcher_from
 from medicalgpt.serving.engines import engine_from
 from medicalgpt.serving.generation import Answer, GenerationRequest, Sampling, sampling_from
-from medicalgpt.serving.limits import connection_limits, uvicorn_config
+from medicalgpt.serving.keys import ApiKeys
 from medicalgpt.serving.prompts import PromptReader
 from medicalgpt.serving.schedule import QueueFullError
-from medicalgpt.serving.web import AccessMiddleware, bound_socket, client_of, key_from, settled, url_host
+from medicalgpt.serving.server import STOPPING_HEADERS, DrainingServer, check_server_flags
+from medicalgpt.serving.server_logs import RequestLogMiddleware, ServerStatus, setup_server_logging
+from medicalgpt.serving.web import (
+    AccessMiddleware,
+    ProbeMiddleware,
+    bound_socket,
+    client_of,
+    keys_from,
+    settled,
+    url_host,
+)
 from template import check_template
 
-import uvicorn
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -106,57 +114,54 @@ class Problem(BaseModel):
 
 
 def main() -> None:
-    (arguments,) = parse_args(ServerArguments, description=__doc__, program="fastapi_server_demo.py")
-    setup_logging()
+    (arguments,) = parse_args(
+        ServerArguments, description=__doc__, program="fastapi_server_demo.py", env_prefix="MEDICALGPT_"
+    )
+    setup_server_logging(arguments.log_format)
     # Errors in the flags show before the model is loaded.
     sampling_from(arguments)
-    key = key_from(arguments)
-    connection_limits(arguments)
+    keys = keys_from(arguments)
+    check_server_flags(arguments)
     # So does a port that is taken.
     with bound_socket(arguments) as listener:
         engine = engine_from(arguments)
         check_template(engine.tokenizer, arguments.template_name)
         batcher = batcher_from(engine, arguments)
+        status = ServerStatus()
         try:
-            Server(batcher, uvicorn_config(build_app(batcher, arguments, key), arguments), listener).run()
+            DrainingServer(
+                build_app(batcher, arguments, keys, status),
+                arguments,
+                batcher=batcher,
+                status=status,
+                listener=listener,
+                on_started=lambda: announce(arguments, *listener.getsockname()[:2]),
+            ).run()
         finally:
             batcher.close(finish=False)
     if batcher.failure is not None:
         raise UserError(batcher.failure)
 
 
-class Server(uvicorn.Server):
-    """When stopped, it takes no more requests and finishes those that it has. It ends if the model does not recover."""
-
-    def __init__(self, batcher: Batcher, config: uvicorn.Config, listener: socket.socket):
-        super().__init__(config)
-        self.batcher = batcher
-        self.listener = listener
-        self.url = f"http://{url_host(listener.getsockname()[0])}:{listener.getsockname()[1]}"
-
-    def run(self) -> None:
-        super().run([self.listener])
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        print(f"Serving on {self.url} (Ctrl-C stops)", flush=True)
-
-    async def on_tick(self, counter: int) -> bool:
-        return await super().on_tick(counter) or self.batcher.failure is not None
+def announce(arguments: ServerArguments, host: str, port: int) -> None:
+    """Print where the server is."""
+    scheme = "https" if arguments.ssl_certfile else "http"
+    url = f"{scheme}://{url_host(host)}:{port}"
+    if arguments.log_format == "json":
+        logger.info(f"serving on {url}")
+    else:
+        print(f"Serving on {url} (Ctrl-C stops)", flush=True)
 
 
-def build_app(batcher: Batcher, arguments: ServerArguments, key: str | None) -> FastAPI:
+def build_app(
+    batcher: Batcher, arguments: ServerArguments, keys: ApiKeys | None, status: ServerStatus | None = None
+) -> FastAPI:
+    status = status or ServerStatus()
     # The usual documentation page would load scripts from another host.
     problems = {"4XX": {"model": Problem}, "5XX": {"model": Problem}}
     app = FastAPI(title="MedicalGPT", docs_url=None, redoc_url=None, responses=problems)
 
-    app.add_middleware(
-        AccessMiddleware,
-        refuse=lambda refused: refusal(refused.status_code, refused.detail, refused.headers),
-        key=key,
-        max_body_bytes=lambda scope: arguments.max_request_bytes,
-        body_seconds=arguments.body_timeout,
-    )
+    add_middleware(app, batcher, arguments, keys, status)
     prompts = PromptReader(arguments.max_prompt_chars)
 
     add_error_handlers(app, arguments)
@@ -188,21 +193,26 @@ def build_app(batcher: Batcher, arguments: ServerArguments, key: str | None) -> 
         """Answer several questions, each after the same history."""
         turns, sampling = opening_of(asked, history, arguments)
         conversations = [[*turns, {"role": "user", "content": text}] for text in questions]
-        client = client_of(request.scope)
+        client, record = client_of(request.scope), request.scope["record"]
 
         def tokenize(conversations: list[list[dict[str, str]]]) -> list[list[int]]:
             return [batcher.engine.prompt_ids(conversation) for conversation in conversations]
 
         try:
             ids = await prompts.read(client, conversations, tokenize)
+            record.prompt_tokens = sum(map(len, ids))
             futures = batcher.submit_many(
                 [
-                    GenerationRequest(prompt_ids, sampling.with_seed_offset(number), client=client)
+                    GenerationRequest(
+                        prompt_ids, sampling.with_seed_offset(number), client=client, on_token=record.count_token
+                    )
                     for number, prompt_ids in enumerate(ids)
                 ]
             )
         except UserError as error:
             raise HTTPException(400, str(error)) from error
+        for future in futures:
+            status.track(future)
         answers = asyncio.ensure_future(settled(futures))
         try:
             async with asyncio.timeout(arguments.request_timeout):
@@ -220,6 +230,25 @@ def build_app(batcher: Batcher, arguments: ServerArguments, key: str | None) -> 
             answers.cancel()
 
     return app
+
+
+def add_middleware(
+    app: FastAPI, batcher: Batcher, arguments: ServerArguments, keys: ApiKeys | None, status: ServerStatus
+) -> None:
+    """What every request passes, the last one first: probes, the log, keys and limits."""
+    app.add_middleware(
+        AccessMiddleware,
+        refuse=lambda refused: refusal(refused.status_code, refused.detail, refused.headers),
+        keys=keys,
+        max_body_bytes=lambda scope: arguments.max_request_bytes,
+        body_seconds=arguments.body_timeout,
+    )
+    app.add_middleware(
+        RequestLogMiddleware,
+        status=status,
+        refusal=lambda: refusal(503, "The server is stopping.", STOPPING_HEADERS),
+    )
+    app.add_middleware(ProbeMiddleware, ready=lambda: not status.stopping and batcher.problem is None)
 
 
 def opening_of(

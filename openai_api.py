@@ -8,9 +8,10 @@ Then, from Python (`pip install openai`), with the name of the model's folder as
     client = OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
     client.chat.completions.create(model="outputs-sft", messages=[{"role": "user", "content": "感冒了怎么办？"}])
 
-Routes: POST /v1/chat/completions and /v1/completions, whole or streamed; GET /v1/models, /health, /metrics (for
-Prometheus) and /openapi.json. The flags set the defaults of fields that a request omits, temperature for example. A
-field that this server cannot honour is refused, never ignored. Prompts and answers are not logged. With
+Routes: POST /v1/chat/completions, /v1/responses and /v1/completions, whole or streamed, /v1/embeddings, /tokenize and
+/detokenize; GET /v1/models, /health, /metrics (for Prometheus) and /openapi.json. The flags set the defaults of fields
+that a request omits, temperature for example. A field that would change the answer and cannot be honoured is refused;
+an unknown one is named in the header x-ignored-fields. Prompts and answers are not logged. With
 --accept_images True, messages of the user may hold images as data:image/png;base64,...; nothing is fetched.
 
 Several adapters on one base, each under its own name, which requests give as the model:
@@ -22,106 +23,108 @@ that are addressed to it by a name of this machine: no page in a browser can the
 """
 
 import asyncio
-import codecs
 import dataclasses
 import itertools
 import json
 import math
-import re
 import shlex
-import signal
-import socket
 import time
 import traceback
-import uuid
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import CancelledError, Future
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
+from urllib.parse import quote
+from weakref import WeakValueDictionary
 
 from medicalgpt.data.images import ImageError, Picture
 from medicalgpt.errors import UserError, run_main
-from medicalgpt.logs import setup_logging
 from medicalgpt.models import combining
-from medicalgpt.models.templating import tool_format_of
 from medicalgpt.models.vision import can_have_images
 from medicalgpt.parser import parse_args
+from medicalgpt.serving.answer_parts import CallPiece
 from medicalgpt.serving.arguments import ApiArguments
 from medicalgpt.serving.batchers import Batcher, BatcherClosedError, ModelFailedError, batcher_from
 from medicalgpt.serving.chat import ChatEngine, PromptTooLongError
-from medicalgpt.serving.engines import adapted, base_name, engine_from
-from medicalgpt.serving.generation import REPLACEMENT, Answer, GenerationRequest, Sampling, sampling_from
+from medicalgpt.serving.embeddings import Encoder, embedding_list
+from medicalgpt.serving.engines import NamedEngines, adapted, base_name, engine_from
+from medicalgpt.serving.generation import Answer, GenerationRequest, Sampling, TokenScore, sampling_from
+from medicalgpt.serving.guides import (
+    ANY_OBJECT,
+    Guide,
+    Thoughts,
+    call_grammar,
+    json_grammar,
+    text_or_call_grammar,
+)
 from medicalgpt.serving.image_args import ImageServingArguments
-from medicalgpt.serving.limits import connection_limits, uvicorn_config
+from medicalgpt.serving.keys import ApiKeys
+from medicalgpt.serving.metrics import AnswerTimer, Metrics
+from medicalgpt.serving.openai_forms import ChatForm, CompletionForm, Form
+from medicalgpt.serving.openai_messages import MessageError, image_parts, to_template
+from medicalgpt.serving.openai_responses import ResponseForm, ResponseRequest, to_chat
 from medicalgpt.serving.openai_schema import (
-    MAX_CHOICES,
-    AssistantMessage,
+    Body,
     ChatRequest,
     CompletionRequest,
-    Content,
+    DetokenizeRequest,
+    EmbeddingRequest,
     ErrorBody,
     Generation,
+    LoadAdapterRequest,
     NamedTool,
-    SystemMessage,
-    ToolMessage,
-    UserMessage,
-    UserPart,
+    OfferedFunction,
+    TokenizeRequest,
+    UnloadAdapterRequest,
+    unknown_fields,
 )
 from medicalgpt.serving.prompts import PromptReader, PromptTooLargeError
 from medicalgpt.serving.schedule import QueueFullError
+from medicalgpt.serving.served_models import ServedModel
+from medicalgpt.serving.server import STOPPING_HEADERS, DrainingServer, check_server_flags
+from medicalgpt.serving.server_logs import RequestLogMiddleware, ServerStatus, route_of, setup_server_logging
 from medicalgpt.serving.web import (
     AccessMiddleware,
     ClientDisconnected,
+    ProbeMiddleware,
     RequestRefused,
     bound_socket,
     client_of,
-    key_from,
+    keys_from,
     origins_from,
     settled,
     url_host,
     wait_for_disconnect,
+    with_comments,
 )
 from template import check_template
 
-import uvicorn
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from fastapi.routing import APIRoute
 from loguru import logger
-from prometheus_client import (
-    CONTENT_TYPE_LATEST,
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    disable_created_metrics,
-    generate_latest,
-)
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import ValidationError
 from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from transformers import PreTrainedTokenizerBase
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 # Maximum number of images in a request: each is decoded before the length of the prompt is known.
 MAX_IMAGES = 16
-# How often a sampled answer that fails its check is sampled again.
-RETRIES = 2
+# Names fields of a request that had no effect, at most so many.
+IGNORED_FIELDS = "x-ignored-fields"
+MAX_NAMED_FIELDS = 32
 # Characters of a field's name in an error; a client may have made it up.
 LONGEST_PATH = 200
-# How long connections may take to close after the last answer.
-SECONDS_TO_CLOSE = 5
-# Represents a log-probability of minus infinity, for which JSON has no number.
-LEAST_LOG_PROB = -9999.0
+# After how many seconds in which nothing comes a stream says that it is alive.
+SECONDS_BETWEEN_COMMENTS = 15.0
 # Many programs end a line at these characters, which JSON leaves unescaped.
 LINE_ENDS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
-# Seconds, for the histograms of /metrics.
-BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
 
 
 @dataclass
@@ -137,10 +140,28 @@ class OpenAIArguments(ImageServingArguments, ApiArguments):
             "help": "Web sites whose pages may send requests from a browser, with commas (https://a.org,https://b.org)."
         },
     )
-    max_tokens_limit: int = field(default=4096, metadata={"help": "Maximum tokens that a request may ask for."})
-    stop_timeout: float = field(
-        default=60.0, metadata={"help": "Seconds that running answers have to finish when the server is stopped."}
+    embedding_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Encoder for /v1/embeddings: folder or hub name of a model of sentence-transformers. Its name in "
+            "requests is the last part of its path."
+        },
     )
+    allow_lora_updates: bool = field(
+        default=False,
+        metadata={
+            "help": "Let requests load adapters, from folders of this machine or from the hub, and unload them: "
+            "/v1/load_lora_adapter, /v1/unload_lora_adapter. Whoever may send requests may do so."
+        },
+    )
+    strict_fields: bool = field(
+        default=False,
+        metadata={
+            "help": "Refuse requests with fields that are not known. Default: they are answered, and the fields are "
+            "named in the header x-ignored-fields and in the log."
+        },
+    )
+    max_tokens_limit: int = field(default=4096, metadata={"help": "Maximum tokens that a request may ask for."})
 
 
 class ApiError(HTTPException):
@@ -203,6 +224,16 @@ def invalid_body(error: RequestValidationError) -> ApiError:
     return ApiError(400, f"{path or 'the body'}: {message}", param=path or None)
 
 
+# What is sent of an answer: a piece of its text, or of a call, and in the end the answer.
+Piece = str | CallPiece | Answer
+
+
+def invalid_chat(error: ValidationError, chat: dict[str, Any]) -> ApiError:
+    """What is wrong with a chat request that was made of another one."""
+    problems = [{**problem, "loc": ("body", *problem["loc"])} for problem in error.errors()]
+    return invalid_body(RequestValidationError(problems, body=chat))
+
+
 class StrictRequest(Request):
     """JSON as the standard defines it: no NaN, no lone surrogates."""
 
@@ -227,85 +258,73 @@ class StrictRoute(APIRoute):
         return handle_strictly
 
 
-class Metrics:
-    """The metrics that /metrics exposes."""
-
-    def __init__(self, batcher: Batcher):
-        disable_created_metrics()
-        self.registry = CollectorRegistry()
-        make = partial(Histogram, buckets=BUCKETS, registry=self.registry)
-        count = partial(Counter, registry=self.registry)
-        self.requests = count("medicalgpt_requests", "Requests. 499: the client left.", ["route", "status"])
-        self.prompt_tokens = count("medicalgpt_prompt_tokens", "Tokens of prompts that the model has read.")
-        self.completion_tokens = count("medicalgpt_completion_tokens", "Tokens generated, cancelled answers included.")
-        self.seconds = make("medicalgpt_request_seconds", "From a request to the end of its answer.", ["route"])
-        self.first_token = make(
-            "medicalgpt_time_to_first_token_seconds", "From a request to the first text of its answer."
-        )
-        for name, what in (("running", "Answers being generated."), ("waiting", "Queued requests.")):
-            gauge = Gauge(f"medicalgpt_{name}", what, registry=self.registry)
-            gauge.set_function(lambda name=name: getattr(batcher, name))
-        batcher.on_ended = self.count_tokens
-
-    def count_tokens(self, prompt_tokens: int, completion_tokens: int) -> None:
-        self.prompt_tokens.inc(prompt_tokens)
-        self.completion_tokens.inc(completion_tokens)
-
-
-class ServedModel:
-    """A name in requests, and what answers to it.
-
-    Attributes:
-        takes_tools: whether the chat template can render tools.
-    """
-
-    def __init__(self, name: str, engine: ChatEngine):
-        self.name = name
-        self.engine = engine
-        self.takes_tools = tool_format_of(engine.tokenizer) is not None
-        self.bytes_of = lru_cache(maxsize=None)(partial(token_bytes, engine.tokenizer))
-
-
 class Service:
     """What the routes share.
 
     Attributes:
         models: by their names; several if each adapter has one.
         sampling: the defaults for fields that a request omits.
-        stopping: the server takes no new requests.
+        status: whether the server is stopping, and what it is answering.
         recent_seconds: how long the last answers took.
-        open: answers that clients wait for.
+        encoder: gives embeddings; None if the server has none.
+        in_turns: requests for scores of prompts, or for embeddings.
+        turns: of clients, each of which has one of these in the queue at a time.
+        adapters_change: held while an adapter is loaded or unloaded.
     """
 
-    def __init__(self, arguments: OpenAIArguments, engine: ChatEngine, batcher: Batcher, key: str | None):
+    def __init__(
+        self,
+        arguments: OpenAIArguments,
+        engine: ChatEngine,
+        batcher: Batcher,
+        keys: ApiKeys | None,
+        encoder: Encoder | None = None,
+    ):
         self.arguments = arguments
         self.engine = engine
         self.batcher = batcher
-        self.key = key
+        self.keys = keys
         self.sampling = sampling_from(arguments)
         engines = {served_name(arguments, name): each for name, each in engine.siblings.items()}
         engines = engines or {model_name(arguments): engine}
         self.models = {name: ServedModel(name, each) for name, each in engines.items()}
         self.created = int(time.time())
-        self.stopping = False
+        self.status = ServerStatus()
         self.prompts = PromptReader(arguments.max_prompt_chars)
-        self.metrics = Metrics(batcher)
+        self.metrics = Metrics(self.load)
         self.recent_seconds: deque[float] = deque(maxlen=32)
-        self.open: set[Future[Answer]] = set()
+        self.encoder = encoder
+        self.in_turns = 0
+        self.adapters_change = asyncio.Lock()
+        self.turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     def seconds_to_wait(self) -> int:
         """After how many seconds one of the running answers may have ended."""
         mean = sum(self.recent_seconds) / len(self.recent_seconds) if self.recent_seconds else 1.0
         return min(60, max(1, math.ceil(mean)))
 
-    def give_up(self) -> None:
-        """Cancel queued and running answers, each with an error to its client."""
-        for future in list(self.open):
-            future.cancel()
+    def load(self) -> dict[str, tuple[int, int]]:
+        """Answers being generated, and queued requests, of each model."""
+        return {name: self.batcher.load_of(each.engine.name) for name, each in list(self.models.items())}
+
+    def name_of(self, adapter: str | None) -> str:
+        """The name in requests of an engine."""
+        return next((name for name, each in self.models.items() if each.engine.name == adapter), adapter or "")
+
+    @property
+    def is_ready(self) -> bool:
+        return not self.status.stopping and self.batcher.problem is None
+
+    def note_end(self, scope: Scope) -> None:
+        """Measure a request that has ended."""
+        record = scope["record"]
+        self.metrics.observe_http(record, route_of(scope))
+        if record.completion_tokens and record.status == 200:
+            self.recent_seconds.append(record.seconds)
 
 
-class RequestLog:
-    """Counts and logs requests, sets their deadline, and cancels answers of requests that have ended."""
+class AnswerScope:
+    """Sets the deadline of a request, turns errors into responses, and cancels answers when the request has ended."""
 
     def __init__(self, app: ASGIApp, service: Service):
         self.app = app
@@ -315,65 +334,39 @@ class RequestLog:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        started, status, request_id = time.monotonic(), 499, f"req-{uuid.uuid4().hex}"
-        scope["started"] = started
         scope["deadline"] = asyncio.get_running_loop().time() + self.service.arguments.request_timeout
         # Requested answers, cancelled if they are incomplete when the request ends.
         scope["futures"] = []
         response_started = False
 
-        async def note_status(message: Message) -> None:
-            nonlocal status, response_started
-            if message["type"] == "http.response.start":
-                status, response_started = message["status"], True
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+        async def note_start(message: Message) -> None:
+            nonlocal response_started
+            response_started = response_started or message["type"] == "http.response.start"
             await send(message)
 
         try:
-            if self.service.stopping:
-                raise stopping()
-            await self.app(scope, receive, note_status)
+            await self.app(scope, receive, note_start)
         except ClientDisconnected:
             pass
         except Exception as error:
             refusal = to_api_error(error)
             if not response_started:
-                await refusal.response()(scope, receive, note_status)
+                await refusal.response()(scope, receive, note_start)
         finally:
             for future in scope["futures"]:
                 future.cancel()
-            seconds = time.monotonic() - started
-            route = getattr(scope.get("route"), "path", "other")
-            self.service.metrics.requests.labels(route, status).inc()
-            self.service.metrics.seconds.labels(route).observe(seconds)
-            if scope["futures"] and status == 200:
-                self.service.recent_seconds.append(seconds)
-            if scope["method"] == "POST" or status >= 400:
-                logger.info(f"{scope['method']} {route} {status} in {seconds:.2f} s ({request_id})")
 
 
 def requests_for(
-    model: ServedModel,
-    prompts: Sequence[list[int]],
-    body: Generation,
-    sampling: Sampling,
-    client: str,
-    tools: list[dict[str, Any]] | None = None,
-    pictures: Sequence[Picture] = (),
+    model: ServedModel, prompts: Sequence[list[int]], body: Generation, sampling: Sampling, client: str, **rest: Any
 ) -> list[GenerationRequest]:
-    """`n` answers to each prompt, the i-th of them sampled with seed + i."""
+    """`n` answers to each prompt, the i-th of them sampled with seed + i. `rest`: further fields of the requests."""
     samplings = [sampling.with_seed_offset(i) for i in range(body.n or 1)]
-    adapter = model.engine.name
     return [
-        GenerationRequest(prompt_ids, each, tools, adapter=adapter, client=client, pictures=pictures)
+        GenerationRequest(prompt_ids, each, adapter=model.engine.name, client=client, **rest)
         for prompt_ids in prompts
         for each in samplings
     ]
-
-
-def resampled(request: GenerationRequest, attempt: int) -> GenerationRequest:
-    """The same prompt, to be sampled with another seed."""
-    return dataclasses.replace(request, sampling=request.sampling.with_seed_offset(attempt * MAX_CHOICES))
 
 
 def check_common(service: Service, body: Generation) -> ServedModel:
@@ -386,14 +379,6 @@ def check_common(service: Service, body: Generation) -> ServedModel:
         raise unknown_model(service, body.model)
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options: it has no effect without stream.", param="stream_options")
-    if body.temperature is None and service.sampling.temperature == 0:
-        for name, idle in (("top_p", 1), ("top_k", 0), ("n", 1)):
-            if getattr(body, name) not in (None, idle):
-                raise ApiError(
-                    400,
-                    f"{name}: it has no effect at temperature 0, the default of this server; set a temperature.",
-                    param=name,
-                )
     return service.models[body.model]
 
 
@@ -402,7 +387,7 @@ def unknown_model(service: Service, name: str) -> ApiError:
     return ApiError(404, message, code="model_not_found", param="model")
 
 
-def sampling_for(service: Service, body: Generation, top_log_probs: int | None) -> Sampling:
+def sampling_for(service: Service, model: ServedModel, body: Generation, top_log_probs: int | None) -> Sampling:
     """The sampling settings of a request, with the flags as defaults."""
     limit = service.arguments.max_tokens_limit
     said = [(name, getattr(body, name, None)) for name in ("max_tokens", "max_completion_tokens")]
@@ -412,22 +397,32 @@ def sampling_for(service: Service, body: Generation, top_log_probs: int | None) 
     for name, value in said:
         if value is not None and value > limit:
             raise ApiError(400, f"{name}: {value} is above this server's limit of {limit} tokens.", param=name)
-    settings = {name: getattr(body, name) for name in ("temperature", "top_p", "top_k", "repetition_penalty", "seed")}
+    biases = tuple((int(token_id), bias) for token_id, bias in (body.logit_bias or {}).items())
+    if wrong := [token_id for token_id, _ in biases if token_id >= model.vocabulary]:
+        message = f"logit_bias: there is no token {wrong[0]}; ids are from 0 to {model.vocabulary - 1}."
+        raise ApiError(400, message, param="logit_bias")
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+    settings = {name: getattr(body, name) for name in (*names, "seed")}
+    if settings["top_k"] == -1:
+        settings["top_k"] = 0
+    if body.samples and service.sampling.temperature == 0:
+        settings["temperature"] = 1.0
+    # An echo without an answer generates nothing, so that 1 has no effect.
+    most = max(1, *wanted) if wanted else service.sampling.max_new_tokens
+    least = most if body.ignore_eos else body.min_tokens or 0
+    if least > most:
+        raise ApiError(
+            400, f"min_tokens: {least} is above the {most} tokens that the answer may have.", param="min_tokens"
+        )
     return dataclasses.replace(
         service.sampling,
-        max_new_tokens=wanted.pop() if wanted else service.sampling.max_new_tokens,
+        max_new_tokens=most,
+        min_new_tokens=least,
         stop=service.sampling.stop if body.stop is None else body.stop,
         top_log_probs=top_log_probs,
+        logit_bias=biases,
         **{name: value for name, value in settings.items() if value is not None},
     )
-
-
-def image_parts(messages: Sequence[Any]) -> Iterator[tuple[str, UserPart]]:
-    """The parts of a request that are images, each with its place in the body."""
-    for number, message in enumerate(messages):
-        for position, part in enumerate(message.content if isinstance(message.content, list) else ()):
-            if part.type == "image_url":
-                yield f"messages[{number}].content[{position}]", part
 
 
 def read_pictures(engine: ChatEngine, messages: Sequence[Any]) -> list[Picture]:
@@ -452,88 +447,6 @@ def read_pictures(engine: ChatEngine, messages: Sequence[Any]) -> list[Picture]:
     return pictures
 
 
-def parts_of_text(parts: Sequence[UserPart]) -> list[dict[str, str]]:
-    """Parts as the engine takes them: images, and between them one text each."""
-    merged: list[dict[str, str]] = []
-    for is_text, group in itertools.groupby(parts, lambda part: part.type == "text"):
-        if is_text:
-            merged.append({"type": "text", "text": "".join(part.text for part in group)})
-        else:
-            merged += [{"type": "image"} for _ in group]
-    return merged
-
-
-def text_of(content: Content | None) -> str:
-    if content is None or isinstance(content, str):
-        return content or ""
-    return "".join(part.text for part in content)
-
-
-def to_template(messages: Sequence[Any], system_prompt: str | None) -> list[dict[str, Any]]:
-    """Messages in the form of the chat template, as in training.
-
-    Templates match tool results to calls by their order, the API by ids: results are put in the order of the calls.
-
-    Raises:
-        ApiError: a call without a result, a result without a call, or arguments that are not a JSON object.
-    """
-
-    def refuse(number: int, message: str, where: str = "") -> ApiError:
-        return ApiError(400, f"messages[{number}]{where}: {message}", param=f"messages[{number}]{where}")
-
-    rendered: list[dict[str, Any]] = []
-    if system_prompt and not isinstance(messages[0], SystemMessage):
-        rendered.append({"role": "system", "content": system_prompt})
-    results: dict[str, dict[str, Any] | None] = {}
-    for number, message in enumerate(messages):
-        if isinstance(message, ToolMessage):
-            if results.get(message.tool_call_id, ...) is not None:
-                raise refuse(number, "it answers no call of the assistant before it.", ".tool_call_id")
-            results[message.tool_call_id] = {"role": "tool", "content": text_of(message.content)}
-            if None not in results.values():
-                rendered += results.values()
-                results = {}
-            continue
-        if results:
-            raise refuse(number, f"the results of {_missing(results)} must come first, each with role tool.")
-        role = "system" if isinstance(message, SystemMessage) else message.role
-        has_images = isinstance(message, UserMessage) and any(True for _ in image_parts([message]))
-        content = parts_of_text(message.content) if has_images else text_of(message.content)
-        entry: dict[str, Any] = {"role": role, "content": content}
-        if isinstance(message, AssistantMessage):
-            if message.content is None and not message.tool_calls:
-                raise refuse(number, "it has neither content nor tool_calls.")
-            calls = message.tool_calls or []
-            results = dict.fromkeys(call.id for call in calls)
-            if len(results) < len(calls):
-                raise refuse(number, "two calls have one id.", ".tool_calls")
-            for position, call in enumerate(calls):
-                where = f".tool_calls[{position}].function.arguments"
-                arguments = read_object(call.function.arguments)
-                if arguments is None:
-                    raise refuse(number, "it must be a string that holds a JSON object.", where)
-                entry.setdefault("tool_calls", []).append(
-                    {"type": "function", "function": {"name": call.function.name, "arguments": arguments}}
-                )
-        rendered.append(entry)
-    if results:
-        raise refuse(len(messages) - 1, f"the results of {_missing(results)} must follow, each with role tool.")
-    return rendered
-
-
-def _missing(results: dict[str, Any]) -> str:
-    return ", ".join(repr(name) for name, result in results.items() if result is None)
-
-
-def read_object(text: str) -> dict[str, Any] | None:
-    """The JSON object that makes up the entire text, or None."""
-    try:
-        value = from_json(text.strip(), allow_inf_nan=False)
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None
-
-
 def tools_for(model: ServedModel, body: ChatRequest) -> list[dict[str, Any]] | None:
     """The tools that are offered to the model.
 
@@ -541,69 +454,104 @@ def tools_for(model: ServedModel, body: ChatRequest) -> list[dict[str, Any]] | N
         ApiError: the chat template does not support tools, a field has no effect, or tool_choice names no tool.
     """
     if body.tools is None:
-        for name in ("tool_choice", "parallel_tool_calls"):
-            if getattr(body, name) not in (None, "none"):
-                raise ApiError(400, f"{name}: it has no effect without tools.", param=name)
+        if body.tool_choice not in (None, "none", "auto"):
+            raise ApiError(400, "tool_choice: it has no effect without tools.", param="tool_choice")
         return None
-    if not model.takes_tools:
+    if model.form is None:
         raise ApiError(400, "tools: this model's chat template has no form for tools.", param="tools")
     if body.tool_choice == "none":
         return None
-    # `strict` is a field of the API only; the rest is what the model was trained to read.
-    tools = [
-        {**tool, "function": {key: value for key, value in tool["function"].items() if key != "strict"}}
-        for tool in body.tools
-    ]
+    tools = body.tools
     if isinstance(body.tool_choice, NamedTool):
         name = body.tool_choice.function.name
-        tools = [tool for tool in tools if tool["function"]["name"] == name]
+        tools = [tool for tool in tools if tool.function.name == name]
         if not tools:
             raise ApiError(400, f"tool_choice: there is no tool {name!r} in tools.", param="tool_choice")
-    return tools
+    return [tool.rendered for tool in tools]
 
 
-def answer_check(body: ChatRequest) -> Callable[[Answer], str | None] | None:
-    """A function that says what is wrong with an answer, or None if the request sets no conditions."""
+async def guide_for(
+    service: Service,
+    client: str,
+    model: ServedModel,
+    body: ChatRequest,
+    tools: Sequence[Any] | None,
+    thoughts: Thoughts,
+) -> Guide | None:
+    """The grammar that the answers follow: a schema, calls of tools, or either.
+
+    Raises:
+        ApiError: no answer can be held to it.
+    """
+    schema = body.response_format.wanted if body.response_format else None
+    if not tools:
+        if schema is None:
+            return None
+        grammar = json_grammar(schema, model.engine.special_ids, thoughts)
+        return await compiled(service, client, model, grammar, "response_format")
     must_call = body.tool_choice == "required" or isinstance(body.tool_choice, NamedTool)
-    one_call = body.parallel_tool_calls is False
-    must_be_json = body.response_format is not None and body.response_format.type == "json_object"
-
-    def problem(answer: Answer) -> str | None:
-        if must_call and not answer.tool_calls:
-            return "calls no tool, which tool_choice asks for"
-        if one_call and len(answer.tool_calls) > 1:
-            return f"calls {len(answer.tool_calls)} tools, and parallel_tool_calls is false"
-        if must_be_json and not answer.tool_calls and read_object(answer.text) is None:
-            return "is not a JSON object, which response_format asks for"
+    offered = {tool["function"]["name"] for tool in tools}
+    functions = [tool.function for tool in body.tools if tool.function.name in offered]
+    strict = [function for function in functions if function.strict]
+    parallel = body.parallel_tool_calls is not False
+    settings = {"parallel": parallel}
+    if must_call or schema is not None:
+        write = call_grammar
+        settings["otherwise"] = None if must_call else schema
+    elif model.form.shape.trigger and (strict or not parallel):
+        write = text_or_call_grammar
+    elif strict:
+        message = "this model's calls have no mark, so it is only known at their end that they are calls."
+        raise ApiError(400, f"tools: {message} Set tool_choice to required, or strict to false.", param="tools")
+    else:
         return None
 
-    return problem if must_call or one_call or must_be_json else None
+    def grammar(held: Sequence[OfferedFunction]) -> str:
+        """The arguments of some tools are held to their schema, those of others are any object."""
+        schemas = {each.name: (each.parameters if each in held else None) or ANY_OBJECT for each in functions}
+        return write(model.form.shape, schemas, model.engine.special_ids, thoughts, **settings)
+
+    param = "tools" if schema is None else "response_format"
+    if len(strict) < len(functions):
+        # What is not strict is held to its schema where that is possible.
+        with suppress(ApiError):
+            return await compiled(service, client, model, grammar(functions), param)
+    return await compiled(service, client, model, grammar(strict), param)
+
+
+async def compiled(service: Service, client: str, model: ServedModel, grammar: str, param: str) -> Guide:
+    return await tokenized(service, client, param, grammar, lambda text, _: model.guides.guide(text), model.engine)
 
 
 def submit(
     service: Service,
     request: Request,
     jobs: Sequence[GenerationRequest],
-    on_text: Callable[[int, str], Any] | None = None,
+    on_piece: Callable[[int, str | CallPiece], Any] | None = None,
 ) -> list["Future[Answer]"]:
-    """Queue requests, all of them or none. `on_text` is called from another thread, with the number of the request.
+    """Queue requests, all of them or none.
+
+    Args:
+        on_piece: called from another thread, with the number of the request and the next piece of its answer.
 
     Raises:
         ApiError: the queue is full, or the server is stopping.
     """
-    metrics, seen = service.metrics, []
-
-    def take(number: int, text: str) -> None:
-        if not seen:
-            seen.append(number)
-            metrics.first_token.observe(time.monotonic() - request.scope["started"])
-        if on_text is not None:
-            on_text(number, text)
-
+    record, model = request.scope["record"], service.name_of(jobs[0].adapter)
+    # Of several answers to one prompt, it counts once.
+    record.prompt_tokens = sum({id(job.prompt_ids): len(job.prompt_ids) for job in jobs}.values())
+    timers = [AnswerTimer(service.metrics, model, record, len(job.prompt_ids)) for job in jobs]
+    bound = [
+        dataclasses.replace(job, on_start=timer.on_start, on_token=timer.on_token)
+        for job, timer in zip(jobs, timers, strict=True)
+    ]
+    if on_piece is not None:
+        bound = [
+            dataclasses.replace(job, on_text=partial(on_piece, number), on_call=partial(on_piece, number))
+            for number, job in enumerate(bound)
+        ]
     try:
-        futures = service.batcher.submit_many(
-            [dataclasses.replace(job, on_text=partial(take, number)) for number, job in enumerate(jobs)]
-        )
+        futures = service.batcher.submit_many(bound)
     except QueueFullError as error:
         raise queue_full(service, error) from error
     except BatcherClosedError as error:
@@ -613,9 +561,9 @@ def submit(
     except PromptTooLongError as error:
         raise ApiError(400, f"{error}", code="context_length_exceeded") from error
     request.scope["futures"] += futures
-    service.open.update(futures)
-    for future in futures:
-        future.add_done_callback(service.open.discard)
+    for future, timer in zip(futures, timers, strict=True):
+        service.status.track(future)
+        future.add_done_callback(timer.on_done)
     return futures
 
 
@@ -632,7 +580,8 @@ def require_places(service: Service, answers: int) -> None:
 
 
 def stopping() -> ApiError:
-    return ApiError(503, "The server is stopping.", code="stopping", type="server_error")
+    message = "The server is stopping."
+    return ApiError(503, message, code="stopping", type="server_error", headers=STOPPING_HEADERS)
 
 
 def timed_out(service: Service) -> ApiError:
@@ -666,37 +615,14 @@ def ended_early(service: Service, error: BaseException) -> ApiError:
     return queue_full(service, error) if isinstance(error, QueueFullError) else stopping()
 
 
-async def answers_for(
-    service: Service, request: Request, jobs: Sequence[GenerationRequest], check: Callable[[Answer], str | None] | None
-) -> list[Answer]:
-    """All answers; those that fail the check are sampled again, unless the answers are greedy.
-
-    Raises:
-        ApiError: an answer fails the check in the end; and what `wait_for` raises.
-    """
-    answers: dict[int, Answer] = {}
-    missing = list(range(len(jobs)))
-    attempts = 1 + RETRIES if check and jobs[0].sampling.temperature > 0 else 1
-    for attempt in range(attempts):
-        futures = submit(service, request, [resampled(jobs[number], attempt) for number in missing])
-        answers.update(zip(missing, await wait_for(service, request, futures), strict=True))
-        missing = [number for number in missing if check and check(answers[number])]
-        if not missing:
-            return [answers[number] for number in range(len(jobs))]
-    failed = answers[missing[0]]
-    cut = " It was cut by max_tokens." if failed.finish_reason == "length" else ""
-    tried = f" (tried {attempts} times)" if attempts > 1 else ""
-    message = f"The model's answer {check(failed)}{tried}.{cut}"
-    raise ApiError(422, message, code="answer_failed_check", type="invalid_answer_error")
-
-
-async def pieces_of(
+def pieces_of(
     service: Service, request: Request, jobs: Sequence[GenerationRequest]
-) -> AsyncIterator[tuple[int, str | Answer]]:
-    """Pieces of text with the number of their request as they are generated; each answer after its last piece.
+) -> AsyncIterator[tuple[int, Piece]]:
+    """Pieces of answers with the number of their request as they are generated; each answer after its last piece.
 
     Raises:
-        ApiError: after the time limit; ClientDisconnected; or what went wrong in an answer.
+        ApiError: at once if the request is refused; while iterating, after the time limit, or what went wrong in an
+            answer; or ClientDisconnected.
     """
     loop = asyncio.get_running_loop()
     events: asyncio.Queue[tuple[int, str | Future[Answer] | None]] = asyncio.Queue()
@@ -707,9 +633,15 @@ async def pieces_of(
     futures = submit(service, request, jobs, tell)
     for number, future in enumerate(futures):
         future.add_done_callback(partial(tell, number))
+    return received_pieces(service, request, events, len(jobs))
+
+
+async def received_pieces(
+    service: Service, request: Request, events: asyncio.Queue[tuple[int, Any]], open_jobs: int
+) -> AsyncIterator[tuple[int, Piece]]:
+    """What arrives in a queue, until all jobs have ended."""
     leaving = asyncio.ensure_future(wait_for_disconnect(request))
     leaving.add_done_callback(lambda _: events.put_nowait((-1, None)))
-    open_jobs = len(jobs)
     try:
         while open_jobs:
             try:
@@ -730,266 +662,141 @@ async def pieces_of(
         leaving.cancel()
 
 
-async def pieces_again(answers: Sequence[Answer]) -> AsyncIterator[tuple[int, str | Answer]]:
-    """Whole answers in the form of `pieces_of`."""
-    for number, answer in enumerate(answers):
-        if answer.text:
-            yield number, answer.text
-        yield number, answer
-
-
-BYTES = {char: byte for byte, char in bytes_to_unicode().items()}
-
-
-def token_bytes(tokenizer: PreTrainedTokenizerBase, token_id: int) -> bytes | None:
-    """The bytes of a token; a character may be split over several tokens. None if they are unknown."""
-    name = tokenizer.convert_ids_to_tokens(token_id) or ""
-    if byte := re.fullmatch("<0x([0-9A-F]{2})>", name):
-        return bytes.fromhex(byte[1])
-    text = tokenizer.decode([token_id], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    if REPLACEMENT not in text:
-        # The space before a first word is not decoded.
-        return (" " + text if name.startswith("▁") and not text.startswith(" ") else text).encode()
-    return bytes(BYTES[char] for char in name) if all(char in BYTES for char in name) else None
-
-
-def token_text(known: bytes | None) -> str:
-    try:
-        return (known or b"").decode()
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in known)
-
-
-class Form:
-    """The form of responses, whole and streamed: what chat and text completions have in common.
-
-    Args:
-        prompts: number of prompts; each has the same number of answers.
-    """
-
-    def __init__(self, model: ServedModel, body: Generation, prompts: int = 1):
-        self.model = model
-        self.body = body
-        self.prompts = prompts
-        self.id = f"{self.id_prefix}-{uuid.uuid4().hex}"
-        self.created = int(time.time())
-
-    def framed(self, object_name: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        head = {"id": self.id, "object": object_name, "created": self.created, "model": self.model.name}
-        return {**head, "choices": choices}
-
-    def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
-        choices = [self.choice(number, answer) for number, answer in enumerate(answers)]
-        return self.framed(self.object_name, choices) | {"usage": self.usage(answers)}
-
-    def usage(self, answers: Sequence[Answer]) -> dict[str, int]:
-        prompt = sum(answer.prompt_tokens for answer in answers[:: len(answers) // self.prompts])
-        completion = sum(answer.completion_tokens for answer in answers)
-        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
-
-    def scored(self, answer: Answer) -> list[tuple[bytes | None, float, list[tuple[bytes | None, float]]]]:
-        """Each token of the text with its log-probability and the most likely tokens in its place."""
-        scores = answer.scores
-        # The token that ends a turn is not part of the text.
-        if scores and answer.finish_reason == "stop" and scores[-1].token_id in self.model.engine.stop_ids:
-            scores = scores[:-1]
-        bytes_of = self.model.bytes_of
-        return [
-            (
-                bytes_of(score.token_id),
-                max(score.log_prob, LEAST_LOG_PROB),
-                [(bytes_of(token_id), max(log_prob, LEAST_LOG_PROB)) for token_id, log_prob in score.top],
-            )
-            for score in scores
-        ]
-
-
-class ChatForm(Form):
-    object_name = "chat.completion"
-    chunk_name = "chat.completion.chunk"
-    id_prefix = "chatcmpl"
-
-    def choice(self, number: int, answer: Answer) -> dict[str, Any]:
-        """A whole answer."""
-        calls = self._calls(answer)
-        message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
-        if calls:
-            message |= {"content": answer.text or None, "tool_calls": calls}
-        return {
-            "index": number,
-            "message": message,
-            "logprobs": self._log_probs(answer),
-            "finish_reason": "tool_calls" if calls else answer.finish_reason,
-        }
-
-    def opening(self, number: int) -> list[dict[str, Any]]:
-        """Chunks before the first piece of a stream."""
-        return [self._chunk(number, {"role": "assistant", "content": ""})]
-
-    def piece(self, number: int, text: str) -> dict[str, Any]:
-        return self._chunk(number, {"content": text})
-
-    def ending(self, number: int, answer: Answer) -> list[dict[str, Any]]:
-        """Chunks after the last piece: tool calls, which are known when the text is complete, and the rest."""
-        calls = self._calls(answer)
-        chunks = [
-            self._chunk(number, {"tool_calls": [{"index": position, **call}]}) for position, call in enumerate(calls)
-        ]
-        last = {"finish_reason": "tool_calls" if calls else answer.finish_reason, "logprobs": self._log_probs(answer)}
-        return [*chunks, self._chunk(number, {}) | last]
-
-    def _chunk(self, number: int, delta: dict[str, Any]) -> dict[str, Any]:
-        return {"index": number, "delta": delta, "logprobs": None, "finish_reason": None}
-
-    def _calls(self, answer: Answer) -> list[dict[str, Any]]:
-        return [
-            {
-                "id": call.get("id") or f"call_{uuid.uuid4().hex[:24]}",
-                "type": "function",
-                "function": {
-                    "name": call["function"]["name"],
-                    "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False),
-                },
-            }
-            for call in answer.tool_calls
-        ]
-
-    def _log_probs(self, answer: Answer) -> dict[str, Any] | None:
-        def entry(known: bytes | None, log_prob: float) -> dict[str, Any]:
-            return {"token": token_text(known), "logprob": log_prob, "bytes": None if known is None else list(known)}
-
-        if not self.body.logprobs:
-            return None
-        content = [
-            {**entry(known, log_prob), "top_logprobs": [entry(*each) for each in top]}
-            for known, log_prob, top in self.scored(answer)
-        ]
-        return {"content": content, "refusal": None}
-
-
-class CompletionForm(Form):
-    object_name = "text_completion"
-    chunk_name = "text_completion"
-    id_prefix = "cmpl"
-
-    def choice(self, number: int, answer: Answer) -> dict[str, Any]:
-        return {
-            "index": number,
-            "text": answer.text,
-            "logprobs": self._log_probs(answer),
-            "finish_reason": answer.finish_reason,
-        }
-
-    def opening(self, number: int) -> list[dict[str, Any]]:
-        return []
-
-    def piece(self, number: int, text: str) -> dict[str, Any]:
-        return {"index": number, "text": text, "logprobs": None, "finish_reason": None}
-
-    def ending(self, number: int, answer: Answer) -> list[dict[str, Any]]:
-        return [{**self.choice(number, answer), "text": ""}]
-
-    def _log_probs(self, answer: Answer) -> dict[str, Any] | None:
-        if self.body.logprobs is None:
-            return None
-        scored, decoder, offsets, length = self.scored(answer), codecs.getincrementaldecoder("utf-8")("replace"), [], 0
-        for known, _, _ in scored:
-            offsets.append(length)
-            length += len(decoder.decode(known or b""))
-        return {
-            "tokens": [token_text(known) for known, _, _ in scored],
-            "token_logprobs": [log_prob for _, log_prob, _ in scored],
-            "top_logprobs": [{token_text(known): log_prob for known, log_prob in top} for _, _, top in scored],
-            "text_offset": offsets,
-        }
-
-
 async def respond(
-    service: Service,
-    request: Request,
-    jobs: Sequence[GenerationRequest],
-    form: Form,
-    check: Callable[[Answer], str | None] | None = None,
+    service: Service, request: Request, jobs: Sequence[GenerationRequest], form: Form | ResponseForm
 ) -> Response:
-    """Answer whole or as a stream, as requested. Answers with conditions are sent after they are checked."""
+    """Answer whole or as a stream, as requested."""
     if not form.body.stream:
-        answers = await answers_for(service, request, jobs, check)
+        answers = await wait_for(service, request, submit(service, request, jobs))
         # Probabilities of many tokens take a while to write.
         return await asyncio.to_thread(lambda: JSONResponse(form.whole(answers)))
-    if check:
-        events = pieces_again(await answers_for(service, request, jobs, check))
-    else:
-        events = pieces_of(service, request, jobs)
-    # An error before the first text still gets its own status.
-    first = await anext(events)
+    events = pieces_of(service, request, jobs)
     return StreamingResponse(
-        stream_of(form, len(jobs), first, events),
+        with_comments(stream_of(form, len(jobs), events), SECONDS_BETWEEN_COMMENTS),
         media_type="text/event-stream",
         headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
     )
 
 
 async def stream_of(
-    form: Form, jobs: int, first: tuple[int, str | Answer], events: AsyncIterator[tuple[int, str | Answer]]
+    form: Form | ResponseForm, jobs: int, events: AsyncIterator[tuple[int, Piece]]
 ) -> AsyncIterator[bytes]:
     """Events of a stream (https://html.spec.whatwg.org/multipage/server-sent-events.html), each of one line."""
-    with_usage = form.body.stream_options is not None and bool(form.body.stream_options.include_usage)
     answers: dict[int, Answer] = {}
-
-    def line(choices: list[dict[str, Any]], usage: dict[str, int] | None = None) -> bytes:
-        return event_line(form.framed(form.chunk_name, choices) | ({"usage": usage} if with_usage else {}))
-
-    async def all_events() -> AsyncIterator[tuple[int, str | Answer]]:
-        yield first
-        async for event in events:
-            yield event
 
     try:
         async with aclosing(events):
             for number in range(jobs):
-                for choice in form.opening(number):
-                    yield line([choice])
-            async for number, event in all_events():
-                if isinstance(event, str):
-                    yield line([form.piece(number, event)])
+                for value in form.opening(number):
+                    yield event_line(value)
+            async for number, event in events:
+                if not isinstance(event, Answer):
+                    for value in form.piece(number, event):
+                        yield event_line(value)
                     continue
                 answers[number] = event
-                for choice in await asyncio.to_thread(form.ending, number, event):
-                    yield await asyncio.to_thread(line, [choice])
-        if with_usage:
-            yield line([], form.usage([answers[number] for number in range(jobs)]))
-        yield b"data: [DONE]\n\n"
+                for value in await asyncio.to_thread(form.ending, number, event):
+                    yield await asyncio.to_thread(event_line, value)
+        for value in form.closing([answers[number] for number in range(jobs)]):
+            yield event_line(value)
+        if form.ends_with_done:
+            yield b"data: [DONE]\n\n"
     except ClientDisconnected:
         pass
     except Exception as error:
-        yield event_line(to_api_error(error).body)
+        yield event_line(form.failure(to_api_error(error).body))
 
 
 def event_line(value: dict[str, Any]) -> bytes:
+    """One event. The newer of OpenAI's interfaces names its events by their type."""
+    name = f"event: {value['type']}\n" if "type" in value else ""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return f"data: {text.translate(LINE_ENDS)}\n\n".encode()
+    return f"{name}data: {text.translate(LINE_ENDS)}\n\n".encode()
 
 
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
 router = APIRouter(route_class=StrictRoute, responses=ERRORS)
 
 
+def named_in_header(service: Service, request: Request, body: Body) -> list[str]:
+    """The fields of a request that have no effect since nothing is known of them; they are logged.
+
+    Raises:
+        ApiError: there are any, and the server is strict.
+    """
+    found = list(itertools.islice(unknown_fields(body), MAX_NAMED_FIELDS))
+    if found and service.arguments.strict_fields:
+        path, hint = found[0]
+        raise ApiError(400, f"{path[:LONGEST_PATH]}: unknown field: {hint}", param=path[:LONGEST_PATH])
+    names = [path[:LONGEST_PATH] for path, _ in found]
+    if found:
+        told = "; ".join(f"{name!r} ({hint[:LONGEST_PATH]})" for name, (_, hint) in zip(names, found, strict=True))
+        logger.warning(f"{request.url.path}: unknown fields, without effect: {told}")
+    return names
+
+
+def with_ignored(response: Response, names: Sequence[str]) -> Response:
+    """The response, with the fields that had no effect in a header."""
+    if names:
+        # Headers hold few characters.
+        response.headers[IGNORED_FIELDS] = ", ".join(quote(name, safe="[].-_ ") for name in names)
+    return response
+
+
+@dataclass
+class ChatTurn:
+    """A conversation that is ready to be answered.
+
+    Attributes:
+        ignored: the fields without effect.
+    """
+
+    model: ServedModel
+    jobs: list[GenerationRequest]
+    thoughts_begun: bool
+    ignored: list[str]
+
+
+async def chat_turn(service: Service, request: Request, body: ChatRequest) -> ChatTurn:
+    """Check and render a request for a chat answer."""
+    model = check_common(service, body)
+    ignored = named_in_header(service, request, body)
+    if body.top_logprobs is not None and not body.logprobs:
+        raise ApiError(400, "top_logprobs: it has no effect without logprobs.", param="top_logprobs")
+    sampling = sampling_for(service, model, body, (body.top_logprobs or 0) if body.logprobs else None)
+    tools = tools_for(model, body)
+    require_places(service, body.n or 1)
+    try:
+        variables = model.known_variables(body.chat_template_kwargs or {})
+    except ValueError as error:
+        raise ApiError(400, f"chat_template_kwargs: {error}", param="chat_template_kwargs") from error
+    ignored += [f"chat_template_kwargs.{name}" for name in body.chat_template_kwargs or {} if name not in variables]
+    if body.reasoning_effort is not None:
+        variables = model.known_variables({"reasoning_effort": body.reasoning_effort}) | variables
+    pictures = await asyncio.to_thread(read_pictures, model.engine, body.messages)
+    try:
+        messages = to_template(body.messages, service.arguments.system_prompt, model.takes_thoughts)
+    except MessageError as error:
+        raise ApiError(400, f"{error}", param=error.param) from error
+    client = client_of(request.scope)
+    rendered = (messages, tools, pictures, variables)
+    prompt_ids, thoughts = await tokenized(service, client, "messages", rendered, chat_ids, model.engine)
+    guide = await guide_for(service, client, model, body, tools, thoughts)
+    if guide is not None and sampling.min_new_tokens:
+        name = "ignore_eos" if body.ignore_eos else "min_tokens"
+        raise ApiError(400, f"{name}: an answer of a schema ends where the schema ends it; leave it out.", param=name)
+    begun = thoughts == "begun"
+    rest = {"tools": tools, "pictures": pictures, "guide": guide, "thoughts_begun": begun}
+    return ChatTurn(model, requests_for(model, [prompt_ids], body, sampling, client, **rest), begun, ignored)
+
+
 @router.post("/v1/chat/completions")
 async def chat_completions(request: Request, body: ChatRequest) -> Any:
     """Answer a conversation."""
     service: Service = request.app.state.service
-    model = check_common(service, body)
-    if body.top_logprobs is not None and not body.logprobs:
-        raise ApiError(400, "top_logprobs: it has no effect without logprobs.", param="top_logprobs")
-    sampling = sampling_for(service, body, (body.top_logprobs or 0) if body.logprobs else None)
-    tools = tools_for(model, body)
-    require_places(service, body.n or 1)
-    pictures = await asyncio.to_thread(read_pictures, model.engine, body.messages)
-    messages = to_template(body.messages, service.arguments.system_prompt)
-    client = client_of(request.scope)
-    prompt_ids = await tokenized(service, client, "messages", (messages, tools, pictures), chat_ids, model.engine)
-    jobs = requests_for(model, [prompt_ids], body, sampling, client, tools, pictures)
-    return await respond(service, request, jobs, ChatForm(model, body), answer_check(body))
+    turn = await chat_turn(service, request, body)
+    form = ChatForm(turn.model, body, turn.thoughts_begun)
+    return with_ignored(await respond(service, request, turn.jobs, form), turn.ignored)
 
 
 @router.post("/v1/completions")
@@ -997,9 +804,12 @@ async def completions(request: Request, body: CompletionRequest) -> Any:
     """Continue a raw text, without the chat template."""
     service: Service = request.app.state.service
     model = check_common(service, body)
+    ignored = named_in_header(service, request, body)
     if body.best_of not in (None, body.n or 1):
         raise ApiError(400, "best_of: answers are not ranked here; use n.", param="best_of")
-    sampling = sampling_for(service, body, body.logprobs)
+    if body.max_tokens == 0 and (not body.echo or body.stream):
+        raise ApiError(400, "max_tokens: 0 is for echo, without stream; the answer has at least 1.", param="max_tokens")
+    sampling = sampling_for(service, model, body, body.logprobs)
     several = isinstance(body.prompt, list) and (not body.prompt or not isinstance(body.prompt[0], int))
     prompts = body.prompt if several else [body.prompt]
     if not prompts:
@@ -1007,8 +817,212 @@ async def completions(request: Request, body: CompletionRequest) -> Any:
     require_places(service, len(prompts) * (body.n or 1))
     client = client_of(request.scope)
     ids = await tokenized(service, client, "prompt", prompts, completion_ids, model.engine)
+    scores = None
+    if body.echo and body.logprobs is not None:
+        scores = await prompt_scores(service, request, client, model, ids, body.logprobs)
+    form = CompletionForm(model, body, ids, scores)
+    if body.max_tokens == 0:
+        nothing = [Answer("", "length", len(prompt), 0) for prompt in ids for _ in range(body.n or 1)]
+        return with_ignored(JSONResponse(form.whole(nothing)), ignored)
     jobs = requests_for(model, ids, body, sampling, client)
-    return await respond(service, request, jobs, CompletionForm(model, body, len(ids)))
+    return with_ignored(await respond(service, request, jobs, form), ignored)
+
+
+@router.post("/v1/responses")
+async def responses(request: Request, body: ResponseRequest) -> Any:
+    """Answer a conversation in the form of OpenAI's newer interface; nothing is stored."""
+    service: Service = request.app.state.service
+    ignored = named_in_header(service, request, body)
+    try:
+        chat = ChatRequest.model_validate(to_chat(body))
+    except ValidationError as error:
+        raise invalid_chat(error, to_chat(body)) from error
+    except ValueError as error:
+        raise ApiError(400, f"{error}", param=f"{error}".partition(":")[0]) from error
+    turn = await chat_turn(service, request, chat)
+    form = ResponseForm(turn.model, body, chat, turn.thoughts_begun)
+    return with_ignored(await respond(service, request, turn.jobs, form), [*ignored, *turn.ignored])
+
+
+@router.post("/v1/embeddings")
+async def embeddings(request: Request, body: EmbeddingRequest) -> Any:
+    """Embeddings of texts."""
+    service: Service = request.app.state.service
+    encoder = service.encoder
+    if encoder is None:
+        raise ApiError(
+            501, "This server has no encoder. Start it with --embedding_model PATH, which names one.", param="model"
+        )
+    if body.model != encoder.name:
+        message = f"There is no encoder {body.model!r} here; this server has {encoder.name!r}."
+        raise ApiError(404, message, code="model_not_found", param="model")
+    if body.dimensions not in (None, encoder.dimensions):
+        message = f"dimensions: the embeddings of {encoder.name} have {encoder.dimensions}; leave it out."
+        raise ApiError(400, message, param="dimensions")
+    ignored = named_in_header(service, request, body)
+    texts = [body.input] if isinstance(body.input, str) else body.input
+    if "" in texts:
+        raise ApiError(400, "input: a text is empty.", param="input")
+    try:
+        service.prompts.check(texts)
+    except PromptTooLargeError as error:
+        raise ApiError(400, f"{error}", code="context_length_exceeded", param="input") from error
+    vectors, tokens = await in_turn(service, request, client_of(request.scope), lambda: encoder.submit(texts))
+    as_base64 = body.encoding_format == "base64"
+    content = await asyncio.to_thread(embedding_list, encoder.name, vectors, tokens, as_base64)
+    return with_ignored(JSONResponse(content), ignored)
+
+
+async def in_turn(service: Service, request: Request, client: str, submit_work: Callable[[], "Future[Any]"]) -> Any:
+    """The result of work that is done for one request at a time. A client has one piece of it in the queue at a time.
+
+    Raises:
+        ApiError: too many requests wait for their turn already, or it takes too long.
+    """
+    if service.in_turns >= service.arguments.max_waiting:
+        raise queue_full(service, QueueFullError(service.in_turns))
+    service.in_turns += 1
+    try:
+        async with asyncio.timeout_at(request.scope["deadline"]):
+            turn = service.turns.setdefault(client, asyncio.Lock())
+            await turn.acquire()
+    except TimeoutError as error:
+        service.in_turns -= 1
+        raise timed_out(service) from error
+    try:
+        future = submit_work()
+        request.scope["futures"].append(future)
+        (result,) = await wait_for(service, request, [future])
+        return result
+    finally:
+        turn.release()
+        service.in_turns -= 1
+
+
+async def prompt_scores(
+    service: Service, request: Request, client: str, model: ServedModel, prompts: Sequence[list[int]], top: int
+) -> list[list[TokenScore]]:
+    """The scores of each prompt."""
+    return [
+        await in_turn(service, request, client, partial(service.batcher.scorer.submit, model.engine, prompt, top))
+        for prompt in prompts
+    ]
+
+
+@router.post("/tokenize")
+@router.post("/v1/tokenize", include_in_schema=False)
+async def tokenize(request: Request, body: TokenizeRequest) -> Any:
+    """The token ids of a text, or of a rendered conversation."""
+    service: Service = request.app.state.service
+    model = model_of(service, body.model)
+    ignored = named_in_header(service, request, body)
+    client = client_of(request.scope)
+    if body.messages is not None:
+        fields = {"model": model.name, "messages": body.messages, "tools": body.tools}
+        try:
+            chat = ChatRequest.model_validate({**fields, "chat_template_kwargs": body.chat_template_kwargs})
+        except ValidationError as error:
+            raise invalid_chat(error, fields) from error
+        turn = await chat_turn(service, request, chat)
+        ids = list(turn.jobs[0].prompt_ids)
+        ignored += turn.ignored
+    else:
+        special = body.add_special_tokens is not False
+        ids = await tokenized(service, client, "prompt", body.prompt, partial(text_ids, special=special), model.engine)
+    names = model.engine.tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None
+    length = model.engine.context_length
+    content = {"count": len(ids), "max_model_len": length, "tokens": ids, "token_strs": names}
+    return with_ignored(JSONResponse(content), ignored)
+
+
+def text_ids(text: str, engine: ChatEngine, *, special: bool) -> list[int]:
+    return engine.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+
+
+@router.post("/detokenize")
+@router.post("/v1/detokenize", include_in_schema=False)
+async def detokenize(request: Request, body: DetokenizeRequest) -> Any:
+    """The text of token ids."""
+    service: Service = request.app.state.service
+    model = model_of(service, body.model)
+    ignored = named_in_header(service, request, body)
+    if wrong := [token_id for token_id in body.tokens if token_id >= model.vocabulary]:
+        raise ApiError(400, f"tokens: there is no token {wrong[0]}; ids are from 0 to {model.vocabulary - 1}.")
+    text = await tokenized(service, client_of(request.scope), "tokens", body.tokens, text_of_ids, model.engine)
+    return with_ignored(JSONResponse({"prompt": text}), ignored)
+
+
+def text_of_ids(token_ids: Sequence[int], engine: ChatEngine) -> str:
+    return engine.tokenizer.decode(token_ids, skip_special_tokens=False)
+
+
+def model_of(service: Service, name: str | None) -> ServedModel:
+    """The model of this name; the first one without a name."""
+    if name is None:
+        return next(iter(service.models.values()))
+    if name not in service.models:
+        raise unknown_model(service, name)
+    return service.models[name]
+
+
+@router.post("/v1/load_lora_adapter")
+async def load_lora_adapter(request: Request, body: LoadAdapterRequest) -> Any:
+    """Load an adapter, which answers under its name from then on."""
+    service: Service = request.app.state.service
+    engines = changeable_engines(service)
+    ignored = named_in_header(service, request, body)
+    if body.lora_name in service.models:
+        raise ApiError(400, f"lora_name: there is a model {body.lora_name!r} already.", param="lora_name")
+
+    def load() -> ServedModel:
+        engine = engines.load(body.lora_name, body.lora_path)
+        renew_scorer(service, engines)
+        return ServedModel(body.lora_name, engine)
+
+    try:
+        # One change at a time.
+        async with service.adapters_change:
+            service.models[body.lora_name] = await asyncio.to_thread(load)
+    except UserError as error:
+        raise ApiError(400, f"{error}", param="lora_path") from error
+    logger.info(f"adapter {body.lora_name!r} loaded from {body.lora_path!r}")
+    return with_ignored(PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully."), ignored)
+
+
+@router.post("/v1/unload_lora_adapter")
+async def unload_lora_adapter(request: Request, body: UnloadAdapterRequest) -> Any:
+    """Drop an adapter; its answers that are being generated are finished."""
+    service: Service = request.app.state.service
+    engines = changeable_engines(service)
+    ignored = named_in_header(service, request, body)
+    if body.lora_name not in service.models:
+        raise unknown_model(service, body.lora_name)
+
+    def unload() -> None:
+        engines.unload(body.lora_name)
+        renew_scorer(service, engines)
+
+    try:
+        async with service.adapters_change:
+            await asyncio.to_thread(unload)
+            service.models.pop(body.lora_name, None)
+    except UserError as error:
+        raise ApiError(400, f"{error}", param="lora_name") from error
+    logger.info(f"adapter {body.lora_name!r} unloaded")
+    return with_ignored(PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully."), ignored)
+
+
+def renew_scorer(service: Service, engines: NamedEngines) -> None:
+    with engines.lock:
+        service.batcher.scorer.renew(next(iter(engines.by_name.values())))
+
+
+def changeable_engines(service: Service) -> NamedEngines:
+    """Raises ApiError if adapters cannot be changed here."""
+    if not service.arguments.allow_lora_updates:
+        message = "Adapters cannot be changed while this server runs. Start it with --allow_lora_updates True."
+        raise ApiError(403, message, code="not_allowed")
+    return service.engine.group
 
 
 async def tokenized(
@@ -1027,11 +1041,14 @@ async def tokenized(
         raise ApiError(400, f"{error}", param=param) from error
 
 
-def chat_ids(
-    value: tuple[list[dict[str, Any]], list[dict[str, Any]] | None, list[Picture]], engine: ChatEngine
-) -> list[int]:
-    """Token ids of a conversation with the tools that are offered in it, and its images."""
-    return engine.prompt_ids(*value)
+def chat_ids(value: tuple[Any, ...], engine: ChatEngine) -> tuple[list[int], Thoughts]:
+    """Token ids of a conversation, and whether its answer begins with reasoning.
+
+    Args:
+        value: messages, tools, images and variables of the template, see `ChatEngine.prompt_ids`.
+    """
+    prompt_ids = engine.prompt_ids(*value)
+    return prompt_ids, engine.thoughts(prompt_ids)
 
 
 def completion_ids(prompts: Sequence[str | list[int]], engine: ChatEngine) -> list[list[int]]:
@@ -1052,7 +1069,10 @@ def completion_ids(prompts: Sequence[str | list[int]], engine: ChatEngine) -> li
 async def models(request: Request) -> Any:
     """The model that is served, or the base and its adapters."""
     service: Service = request.app.state.service
-    return {"object": "list", "data": [described(service, each) for each in service.models.values()]}
+    found = [described(service, each.name, each.engine.context_length) for each in service.models.values()]
+    if service.encoder is not None:
+        found.append(described(service, service.encoder.name, service.encoder.max_tokens))
+    return {"object": "list", "data": found}
 
 
 @router.get("/v1/models/{model:path}")
@@ -1061,16 +1081,16 @@ async def one_model(request: Request, model: str) -> Any:
     service: Service = request.app.state.service
     if model not in service.models:
         raise unknown_model(service, model)
-    return described(service, service.models[model])
+    return described(service, model, service.models[model].engine.context_length)
 
 
-def described(service: Service, model: ServedModel) -> dict[str, Any]:
+def described(service: Service, name: str, context_length: int | None) -> dict[str, Any]:
     return {
-        "id": model.name,
+        "id": name,
         "object": "model",
         "created": service.created,
         "owned_by": "medicalgpt",
-        "max_model_len": model.engine.context_length,
+        "max_model_len": context_length,
     }
 
 
@@ -1098,15 +1118,22 @@ def make_app(service: Service, origins: Sequence[str] = ()) -> FastAPI:
     app.add_middleware(
         AccessMiddleware,
         refuse=lambda refusal: to_api_error(refusal).response(),
-        key=service.key,
+        keys=service.keys,
         max_body_bytes=lambda scope: service.arguments.max_request_bytes,
         body_seconds=service.arguments.body_timeout,
     )
-    app.add_middleware(RequestLog, service=service)
+    app.add_middleware(AnswerScope, service=service)
+    app.add_middleware(
+        RequestLogMiddleware,
+        status=service.status,
+        refusal=lambda: stopping().response(),
+        on_end=service.note_end,
+    )
     if origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(origins), allow_methods=["GET", "POST"], allow_headers=["*"]
         )
+    app.add_middleware(ProbeMiddleware, ready=lambda: service.is_ready)
     return app
 
 
@@ -1115,24 +1142,42 @@ async def answer_error(request: Request, error: Exception) -> Response:
 
 
 def main() -> None:
-    (arguments,) = parse_args(OpenAIArguments, description=__doc__, program="openai_api.py")
-    setup_logging()
+    (arguments,) = parse_args(OpenAIArguments, description=__doc__, program="openai_api.py", env_prefix="MEDICALGPT_")
+    setup_server_logging(arguments.log_format)
     # Errors in the flags show before minutes are spent on loading a model.
-    key, origins = key_from(arguments), origins_from(arguments.allow_origins)
+    keys, origins = keys_from(arguments), origins_from(arguments.allow_origins)
     check_limits(arguments)
     with bound_socket(arguments) as listener:
-        engine = engine_from(arguments, by_name=True, with_images=arguments.accept_images)
+        engine = engine_from(
+            arguments,
+            by_name=True,
+            with_images=arguments.accept_images,
+            changeable=arguments.allow_lora_updates,
+        )
         for each in adapted(engine):
             check_template(each.tokenizer, arguments.template_name)
+        encoder = encoder_from(arguments)
         batcher = batcher_from(engine, arguments)
-        service = Service(arguments, engine, batcher, key)
+        service = Service(arguments, engine, batcher, keys, encoder)
         try:
-            Server(service, origins, listener).run()
+            DrainingServer(
+                make_app(service, origins),
+                arguments,
+                batcher=batcher,
+                status=service.status,
+                listener=listener,
+                on_started=lambda: announce(service, listener.getsockname()[1]),
+            ).run()
         finally:
             batcher.close(finish=False)
     if batcher.failure is not None:
         raise UserError(batcher.failure)
     logger.info("stopped")
+
+
+def encoder_from(arguments: OpenAIArguments) -> Encoder | None:
+    path = arguments.embedding_model
+    return Encoder(path, base_name(path), arguments.cache_dir) if path else None
 
 
 def model_name(arguments: OpenAIArguments) -> str:
@@ -1147,15 +1192,13 @@ def served_name(arguments: OpenAIArguments, name: str) -> str:
 def check_limits(arguments: OpenAIArguments) -> None:
     """Raises UserError for limits that make no sense."""
     sampling_from(arguments)
-    connection_limits(arguments)
+    check_server_flags(arguments)
     if not arguments.max_tokens_limit > 0:
         raise UserError(f"--max_tokens_limit is {arguments.max_tokens_limit}, it must be above 0.")
     if arguments.served_model_name in combining.named_adapters(arguments.lora_model):
         raise UserError(
             f"--served_model_name {arguments.served_model_name} is the name of an adapter. Give the base another name."
         )
-    if not arguments.stop_timeout >= 0:
-        raise UserError(f"--stop_timeout is {arguments.stop_timeout}, it must be 0 or more.")
     if arguments.max_new_tokens > arguments.max_tokens_limit:
         raise UserError(
             f"--max_new_tokens {arguments.max_new_tokens} is above --max_tokens_limit {arguments.max_tokens_limit}; "
@@ -1163,58 +1206,19 @@ def check_limits(arguments: OpenAIArguments) -> None:
         )
 
 
-class Server(uvicorn.Server):
-    """uvicorn that prints when it serves, and exits once the running answers are complete."""
-
-    def __init__(self, service: Service, origins: Sequence[str], listener: socket.socket):
-        arguments = service.arguments
-        config = uvicorn_config(
-            make_app(service, origins),
-            arguments,
-            log_config=None,
-            access_log=False,
-            timeout_graceful_shutdown=arguments.stop_timeout + SECONDS_TO_CLOSE,
-        )
-        super().__init__(config)
-        self.service = service
-        self.listener = listener
-
-    def run(self) -> None:
-        # A second signal may come at any time until the program has ended.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: None)
-        super().run([self.listener])
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        self.loop = asyncio.get_running_loop()
-        await super().startup(sockets)
-        announce(self.service, self.listener.getsockname()[1])
-
-    async def on_tick(self, counter: int) -> bool:
-        # A model that does not recover is started again by whoever supervises the process.
-        return await super().on_tick(counter) or self.service.batcher.failure is not None
-
-    def handle_exit(self, sig: int, frame: Any) -> None:
-        # A second signal means: do not wait for the running answers.
-        if self.service.stopping:
-            self.loop.call_soon_threadsafe(self.service.give_up)
-        self.service.stopping = self.should_exit = True
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        patience = self.loop.call_later(self.service.arguments.stop_timeout, self.service.give_up)
-        await super().shutdown(sockets)
-        patience.cancel()
-
-
 def announce(service: Service, port: int) -> None:
-    """Print the address, with a command that asks the model."""
+    """Print the address, with a command that asks the model; in a log of JSON, the address only."""
     host = service.arguments.host
     # The wildcard address cannot be asked.
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    url = f"http://{url_host(host)}:{port}"
+    scheme = "https" if service.arguments.ssl_certfile else "http"
+    url = f"{scheme}://{url_host(host)}:{port}"
     names = list(service.models)
+    if service.arguments.log_format == "json":
+        logger.info(f"serving {', '.join(names)} on {url}/v1")
+        return
     question = {"model": names[0], "messages": [{"role": "user", "content": "感冒了怎么办？"}]}
-    key = ' -H "Authorization: Bearer $MEDICALGPT_API_KEY"' if service.key else ""
+    key = ' -H "Authorization: Bearer $MEDICALGPT_API_KEY"' if service.keys else ""
     print(
         f"Serving {', '.join(names)} on {url}/v1 (Ctrl-C stops). Ask it:\n\n"
         f"    curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' \\\n"

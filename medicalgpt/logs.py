@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,11 +90,14 @@ def setup_logging() -> None:
     if is_main_process():
         logger.add(sys.stderr, format="<level>{level: <7}</level> {message}", level="INFO")
     if not is_main_process() or not sys.stderr.isatty():
-        import datasets
         from transformers.utils.logging import disable_progress_bar
 
-        datasets.disable_progress_bars()
         disable_progress_bar()
+        # The container of the servers does not have it.
+        with suppress(ImportError):
+            import datasets
+
+            datasets.disable_progress_bars()
 
 
 HEARTBEAT_SECONDS = 30

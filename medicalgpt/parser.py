@@ -30,6 +30,9 @@ from medicalgpt.refusals import (
 
 import yaml
 
+# Flags whose values are not shown, and whose variables the servers read themselves.
+SECRETS = {"api_key", "auth"}
+
 
 @dataclasses.dataclass
 class Flag:
@@ -38,7 +41,7 @@ class Flag:
     Attributes:
         name: without its dashes.
         values: the words after it; with `--name=value`, one.
-        origin: file and line, if it is in a `--config` file.
+        origin: file and line, if it is in a `--config` file; the variable, if it is from the environment.
     """
 
     name: str
@@ -47,7 +50,8 @@ class Flag:
     origin: str
 
     def __str__(self) -> str:
-        return " ".join([f"--{self.name}", *self.values])
+        values = ["***"] if self.plain in SECRETS and self.values else self.values
+        return " ".join([f"--{self.name}", *values])
 
     @property
     def plain(self) -> str:
@@ -77,9 +81,16 @@ class StrictParser:
         classes: dataclasses whose fields become flags.
         description: text shown above the flags by `--help`.
         program: file name of the program, which decides what is refused and what is accepted with a notice.
+        env_prefix: variables that begin with it are flags too, below the command line and `--config`; None for none.
     """
 
-    def __init__(self, *classes: type, description: str | None = None, program: str | None = None):
+    def __init__(
+        self,
+        *classes: type,
+        description: str | None = None,
+        program: str | None = None,
+        env_prefix: str | None = None,
+    ):
         from argparse import SUPPRESS, RawDescriptionHelpFormatter
 
         from transformers import HfArgumentParser
@@ -94,6 +105,7 @@ class StrictParser:
         self.sums = for_program(SUMS, program)
         self.quotients = for_program(QUOTIENTS, program)
         self.program = program
+        self.env_prefix = env_prefix
         self.parser.add_argument("--config", help="YAML file of flags; the command line takes precedence.")
         help_of = {name: text for cls in classes for name, text in help_texts(cls).items()}
         for action in self.parser._actions:
@@ -126,7 +138,7 @@ class StrictParser:
         problems: list[str] = []
         tokens: list[str] = []
         given: dict[str, Flag] = {}
-        for part, origins in self._split_config(argv):
+        for part, origins in (self._read_environment(), *self._split_config(argv)):
             seen: dict[str, tuple[Flag, Flag]] = {}
             stray, flags = _group(part, origins)
             tokens += stray
@@ -355,6 +367,22 @@ class StrictParser:
             path = found
         return self._read_yaml(path) if path else ([], []), (rest, [""] * len(rest))
 
+    def _read_environment(self) -> tuple[list[str], list[str]]:
+        """Flags from variables, each with its origin; those of other programs are noted."""
+        tokens: list[str] = []
+        origins: list[str] = []
+        for variable, value in sorted(os.environ.items()) if self.env_prefix else ():
+            name = variable.removeprefix(self.env_prefix).lower()
+            # An empty one is not set: that is what Compose makes of a variable that does not exist.
+            if not variable.startswith(self.env_prefix) or name in SECRETS or not value:
+                continue
+            if name not in self.dest_of or name in ("config", "help"):
+                self.notices.append(f"{variable} is not a setting of this program: {self.hint(name)}")
+                continue
+            tokens.append(f"--{name}={value}")
+            origins.append(f"{variable}: ")
+        return tokens, origins
+
     def _read_yaml(self, path: str) -> tuple[list[str], list[str]]:
         try:
             with open(path, "rb") as file:
@@ -401,6 +429,7 @@ def parse_args(
     description: str | None = None,
     program: str | None = None,
     argv: Sequence[str] | None = None,
+    env_prefix: str | None = None,
 ) -> tuple[Any, ...]:
     """Parse the command line into one instance of each dataclass.
 
@@ -409,11 +438,12 @@ def parse_args(
         description: shown by `--help`.
         program: file name of the program, as in refusals.py: which flags have no effect in it, and why.
         argv: arguments without the program's name; the command line by default.
+        env_prefix: of variables that are flags too, `MEDICALGPT_` in servers: below `--config` and the command line.
 
     Raises:
         SystemExit: code 2 after a message that names every unknown, unused or duplicate flag.
     """
-    return StrictParser(*classes, description=description, program=program).parse(
+    return StrictParser(*classes, description=description, program=program, env_prefix=env_prefix).parse(
         sys.argv[1:] if argv is None else argv
     )
 

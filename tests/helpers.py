@@ -13,6 +13,7 @@ from typing import Any
 from unittest.mock import patch
 
 from medicalgpt.training.folder_lock import FolderLock
+from tests import fork_server
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -24,7 +25,8 @@ def run_program(
     timeout: float = 240,
     check: bool = True,
     processes: int = 1,
-    launcher: str = "torch.distributed.run",
+    launcher: str | None = None,
+    folder: str | Path = ROOT,
 ) -> subprocess.CompletedProcess:
     """Run a program of the repository root, offline and on one thread, and return it with its output as text.
 
@@ -34,20 +36,24 @@ def run_program(
         env: variables on top of the present ones.
         timeout: seconds.
         check: fail, with all that was printed, if the exit code is not 0.
-        processes: more than one runs it under torchrun, over gloo where there is no GPU.
-        launcher: the module that starts several processes.
+        processes: more than one work together as under torchrun, over gloo where there is no GPU.
+        launcher: the module that starts several processes, to be tried itself (`torch.distributed.run`).
+        folder: where it is started.
     """
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", launcher, "--standalone", "--nproc_per_node", str(processes)]
-    done = subprocess.run(
-        [*command, str(ROOT / script), *map(str, args)],
-        cwd=ROOT,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **(env or {})},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
+    environment = {**os.environ, **fork_server.FOR_ALL, **(env or {})}
+    command = [str(ROOT / script), *map(str, args)]
+    if launcher is None and fork_server.can_start(environment):
+        done = fork_server.run(command, environment, timeout, processes, folder=folder)
+    else:
+        several = ["-m", launcher or "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        done = subprocess.run(
+            [sys.executable, *(several if processes > 1 else ()), *command],
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
     if check and done.returncode != 0:
         raise AssertionError(f"{script} ended with {done.returncode}\n{done.stdout}\n{done.stderr}")
     return done

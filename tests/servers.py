@@ -4,7 +4,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 import urllib.error
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests import fork_server
 from tests.helpers import ROOT
 
 ADDRESS = re.compile(r"http://(?:127\.0\.0\.1|localhost|0\.0\.0\.0|\[::1\]):(\d+)")
@@ -30,7 +30,7 @@ class Server:
     """
 
     url: str
-    process: subprocess.Popen
+    process: fork_server.ForkedProcess | subprocess.Popen
     _log: Path
 
     def log(self) -> str:
@@ -63,16 +63,11 @@ def running_server(
         timeout: seconds until it must answer.
     """
     descriptor, name = tempfile.mkstemp(prefix="medicalgpt-server-", suffix=".log")
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **(env or {})}
-    with os.fdopen(descriptor, "wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / script), *map(str, args), port_flag, "0"],
-            cwd=ROOT,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
+    os.close(descriptor)
+    environment = {**os.environ, **fork_server.FOR_ALL, "PYTHONUNBUFFERED": "1", **(env or {})}
+    assert fork_server.can_start(environment)
+    command = [str(ROOT / script), *map(str, args), port_flag, "0"]
+    process = fork_server.start(*command, environment=environment, stdout=name, stderr=name)
     server = Server("", process, Path(name))
     try:
         server.url = _wait_until_it_answers(server, health, time.monotonic() + timeout)

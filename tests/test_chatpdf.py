@@ -14,6 +14,7 @@ from medicalgpt.formats.citations import CitedAnswer
 from medicalgpt.formats.terms import language_of
 from medicalgpt.parser import parse_args
 from medicalgpt.rag import grounding, visitors
+from medicalgpt.rag.file_page import cited_turn, show_passages
 from medicalgpt.rag.grounding import build_prompt, escape_special_tokens, format_sources
 from medicalgpt.rag.retrieval import Collection, Passage, with_short_names
 from medicalgpt.rag.visitors import safe_name, take_uploads
@@ -593,45 +594,108 @@ def test_visitors_see_names_and_not_paths():
     assert shown == ["notes/a.md", "old/a.md", "b.md", "c.md"]
 
 
-@pytest.mark.slow
-def test_the_page_in_a_browser(tmp_path):
-    """Upload two files, one of them broken, ask, and see the source; nothing is asked of another host."""
-    from tests.servers import running_server
+CHROMEDRIVER = shutil.which("chromedriver")
+
+
+@pytest.fixture
+def page_of_files(citing, same_tag, tmp_path):
+    """The page on the model that has learned to cite, in a browser; nothing is asked of another host."""
+    from medicalgpt.serving.batchers import make_batcher
+    from medicalgpt.serving.page import launch
+    from tests.gate import Gate
 
     from selenium import webdriver
+
+    flags = ("--model_name_or_path", citing, "--page", "True", "--port", "0", "--max_new_tokens", "40")
+    given = arguments(*flags, "--lang", "en")
+    batcher, uploads = make_batcher(ChatEngine.from_pretrained(citing)), Uploads(10**6)
+    gate = Gate(batcher.engine.model)
+    page = chatpdf.build_page(batcher, Collection([]), uploads, given)
+    options = webdriver.ChromeOptions()
+    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=390,844", "--lang=zh-CN"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+    try:
+        url = launch(page, given, None, uploads, 10**5)
+        with webdriver.Chrome(options, webdriver.ChromeService(CHROMEDRIVER)) as browser:
+            phone = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+            browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+            browser.get(url)
+            yield browser, batcher, gate
+            events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+            asked = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+            assert asked and all(each.startswith((url, "data:", "blob:")) for each in asked)
+    finally:
+        batcher.close(finish=False)
+        page.close(verbose=False)
+        uploads.close()
+
+
+@pytest.mark.skipif(not CHROMEDRIVER, reason="needs Chromium and its driver (Debian: apt install chromium-driver)")
+def test_the_page_in_a_browser(page_of_files, tmp_path):
+    """Upload two files, one of them broken; ask, stop, ask again; open the cited passage, on a phone."""
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import WebDriverWait
 
-    chromedriver = shutil.which("chromedriver")
-    if not chromedriver:
-        pytest.skip("no chromedriver")
-    (tmp_path / "note.md").write_text(f"# 胰岛素\n没开封的胰岛素放在冰箱冷藏室。{TURN_END}\n")
+    browser, batcher, gate = page_of_files
+    find = lambda selector: browser.find_element(By.CSS_SELECTOR, selector)  # noqa: E731
+    shown = lambda selector: browser.execute_script(  # noqa: E731
+        "return document.querySelector(arguments[0])?.innerText.trim() ?? ''", selector
+    )
+    until = lambda condition: WebDriverWait(browser, 30, poll_frequency=0.05).until(lambda _: condition())  # noqa: E731
+    question = "感冒多久好转？"
+    (tmp_path / "感冒.md").write_text("# 感冒\n感冒多由病毒引起，一般一周内自己好转。\n")
     (tmp_path / "bad.pdf").write_text("x")
-    model = make_tiny(tmp_path / "model", max_position_embeddings=4096)
-    options = webdriver.ChromeOptions()
-    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
-    flags = ["--model_name_or_path", model, "--page", "True", "--max_new_tokens", "10"]
-    with running_server("chatpdf.py", *flags, health="/") as server:
-        browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(chromedriver))
-        try:
-            wait = WebDriverWait(browser, 60)
 
-            def text_of(name):
-                return browser.find_element(By.CSS_SELECTOR, f"#{name} textarea").get_attribute("value")
+    until(lambda: browser.find_elements(By.CSS_SELECTOR, "#open_files"))
+    until(lambda: find("#send").text == "Send")
+    find("#open_files").click()
+    until(lambda: find("#upload").is_displayed())
+    find("#upload input[type=file]").send_keys("\n".join(str(tmp_path / name) for name in ("感冒.md", "bad.pdf")))
+    until(lambda: shown("#files").startswith("感冒.md\nbad.pdf: it is damaged"))
+    find("#close_files").click()
 
-            browser.get(server.url)
-            field = wait.until(lambda _: browser.find_element(By.CSS_SELECTOR, "#upload input[type=file]"))
-            field.send_keys("\n".join([str(tmp_path / "note.md"), str(tmp_path / "bad.pdf")]))
-            listed = wait.until(lambda _: text_of("files"))
-            assert listed.startswith("note.md\nbad.pdf: it is damaged")
-            browser.find_element(By.CSS_SELECTOR, "#question textarea, #question input").send_keys("胰岛素放在哪里？")
-            browser.find_element(By.ID, "send").click()
-            shown = wait.until(lambda _: text_of("sources"))
-            assert "note.md > 胰岛素\n没开封的胰岛素放在冰箱冷藏室" in shown
-            events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-            asked = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
-            assert asked and all(url.startswith((server.url, "data:", "blob:")) for url in asked)
-        finally:
-            browser.quit()
+    with gate.shut():
+        find("#question textarea").send_keys(question)
+        find("#send").click()
+        until(lambda: batcher.running)
+        find("#stop").click()
+        gate.allow(2)
+        until(lambda: batcher.running == 0 and find("#send").is_enabled())
+    box = find("#question textarea")
+    until(lambda: box.get_attribute("value") == question)
+    find("#send").click()
+    until(lambda: find("#retry").is_enabled())
+    for _ in range(2):
+        assert shown(".bot.message").startswith("一周[1]。") and "[1] 感冒.md > 感冒" in shown(".bot.message")
+        find("#retry").click()
+        until(lambda: not find("#send").is_enabled())
+        until(lambda: find("#send").is_enabled())
+
+    assert not find("#passage_panel").is_displayed()
+    find(".bot.message a").click()
+    until(lambda: find("#passage_panel").is_displayed())
+    assert shown("#passages h3") == "感冒.md > 感冒"
+    assert shown("#passages mark") == "感冒多由病毒引起，一般一周内自己好转。"
+    find("#close_passage").click()
+    until(lambda: not find("#passage_panel").is_displayed() and find("#question textarea").is_displayed())
+
+
+def test_cited_passages_are_marked_where_they_say_it():
+    text = "Take it daily. Store it below 25 °C, away from light. <b>Call</b> us."
+    source = grounding.Source("a.md > *b*_c_", text, (0,))
+    answer = CitedAnswer("Store it away from light [1]. The moon is far [1].", [1], [])
+    parts = grounding.highlight(answer, 1, source)
+    assert "".join(part for part, _ in parts) == text
+    assert [part.strip() for part, marked in parts if marked] == ["Store it below 25 °C, away from light."]
+    turn = cited_turn(answer, [source], 1, "en")
+    assert "[\\[1\\] a\\.md &gt; \\*b\\*\\_c\\_](#source-1-1)" in turn["below"]
+    assert "Not found in" in turn["below"] and "moon" in turn["below"]
+    shown = show_passages([{"role": "user", "content": "?"}, turn])
+    assert "<article id='source-1-1' hidden>" in shown and "&lt;b&gt;Call&lt;/b&gt; us." in shown
+
+
+def test_answers_without_the_model_are_not_in_the_history():
+    asked, given = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "below": ""}
+    history = chatpdf.history_of([asked, {**given, "unasked": True}, asked, given])
+    assert history == [asked, {"role": "assistant", "content": "b"}]

@@ -1,10 +1,8 @@
 """What the pages say is true: links lead somewhere, commands parse, flags exist, shown output is what comes out."""
 
 import argparse
-import os
 import re
 import shlex
-import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -13,6 +11,7 @@ from docs import build_training_params
 from medicalgpt.errors import UserError
 from medicalgpt.refusals import ACCEPTED, CPU_ONLY, IMPLIES, QUOTIENTS, REFUSED, RENAMED, RENAMED_VALUES, SUMS
 from tests.docs import Parsed, code_blocks, start
+from tests.helpers import run_program
 
 import pytest
 
@@ -22,8 +21,8 @@ TWINS = sorted(page for page in PAGES if page.stem.endswith("_zh"))
 GUIDES = [page for page in PAGES if page.parent.name != "data"]
 PROGRAMS = sorted(ROOT.glob("*.py"))
 # Flags of programs that are not ours.
-# Of torchrun, accelerate and ruff, and of vLLM.
-FOREIGN_FLAGS = {"--nproc_per_node", "--fix", "--config_file", "--num_processes"}
+# Of torchrun, accelerate and ruff, docker, and vLLM.
+FOREIGN_FLAGS = {"--nproc_per_node", "--fix", "--config_file", "--num_processes", "--build-arg"}
 FOREIGN_FLAGS |= {"--chat-template", "--enable-auto-tool-choice", "--tool-call-parser"}
 LIBRARY_VARIABLES = {"HF_ENDPOINT", "CUDA_VISIBLE_DEVICES"}
 BROKEN_ROWS = """\
@@ -163,27 +162,13 @@ def test_twins_are_parallel(chinese):
 def test_the_error_that_the_readme_shows_is_the_one_that_comes(tmp_path):
     (tmp_path / "my_data").mkdir()
     (tmp_path / "my_data" / "train.jsonl").write_text(BROKEN_ROWS, encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, ROOT / "validate_jsonl.py", "--file_path", "my_data/train.jsonl"],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        encoding="utf-8",
-        check=False,
-    )
+    done = run_program("validate_jsonl.py", "--file_path", "my_data/train.jsonl", folder=tmp_path, check=False)
     assert done.returncode == 1
     assert done.stdout + done.stderr in [text for _, text in code_blocks(ROOT / "README.md")]
 
 
 def test_the_measures_that_the_guide_shows_are_those_that_come(tmp_path):
-    done = subprocess.run(
-        [sys.executable, ROOT / "chatpdf.py", "--evaluate", "--index_dir", tmp_path],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        encoding="utf-8",
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_program("chatpdf.py", "--evaluate", "--index_dir", tmp_path)
     assert done.stdout in [text for _, text in code_blocks(ROOT / "docs" / "chatpdf.md")]
 
 

@@ -218,6 +218,10 @@ UNSEEN = [
     "text-indent:-9999px",
     "position:absolute;clip:rect(0,0,0,0)",
     "height:0;overflow:hidden",
+    "clip-path: inset(100%)",
+    "clip-path:inset(50%)",
+    "clip-path:inset(0 60% 0 40%)",
+    "clip-path:circle(0)",
 ]
 # Styles of text that can.
 SEEN = [
@@ -231,6 +235,9 @@ SEEN = [
     "visibility:visible",
     "text-indent:-20px",
     "height:0",
+    "clip-path:inset(10%)",
+    "clip-path:inset(0 60% 0 0)",
+    "clip-path:circle(50%)",
 ]
 
 
@@ -241,6 +248,8 @@ SEEN = [
         '<p>text</p><p style="{style}">dose <b>50</b></p>',
         "<style>/* x */ h1, .a {{ {style} }}</style><p>text</p><p class='b a'>dose <b>50</b></p>",
         "<style>@media screen {{ p#a.b {{ {style} }} }}</style><p>text</p><p id=a class=b>dose <b>50</b></p>",
+        "<style>@import 'a.css'; @media print, screen {{ i,\n.b {{ {style} }} }}</style>"
+        "<p>text</p><p class=b>dose <b>50</b></p>",
     ],
 )
 def test_html_that_cannot_be_seen_is_left_out_and_counted(style, page):

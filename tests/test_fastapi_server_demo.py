@@ -14,7 +14,7 @@ from medicalgpt.parser import parse_args
 from medicalgpt.serving.batchers import make_batcher
 from medicalgpt.serving.chat import ChatEngine
 from medicalgpt.serving.generation import Sampling
-from medicalgpt.serving.web import key_from
+from medicalgpt.serving.web import keys_from
 from tests.gate import Gate
 from tests.servers import running_server
 from tests.tiny import make_tiny
@@ -204,11 +204,12 @@ def test_other_names_of_this_machine_are_refused(served):
 def test_open_server_needs_a_key(monkeypatch):
     monkeypatch.delenv("MEDICALGPT_API_KEY", raising=False)
     with pytest.raises(UserError, match="--host 0.0.0.0 would let other machines ask"):
-        key_from(server_arguments("--host", "0.0.0.0"))
-    assert key_from(server_arguments("--host", "::1")) is None
-    assert key_from(server_arguments("--host", "0.0.0.0", "--api_key", "k")) == "k"
+        keys_from(server_arguments("--host", "0.0.0.0"))
+    assert keys_from(server_arguments("--host", "::1")) is None
+    assert keys_from(server_arguments("--host", "0.0.0.0", "--api_key", "k")).name_of(b"k") == ""
     monkeypatch.setenv("MEDICALGPT_API_KEY", "secret")
-    assert key_from(server_arguments("--host", "0.0.0.0")) == "secret"
+    keys = keys_from(server_arguments("--host", "0.0.0.0"))
+    assert keys.name_of(b"secret") == "" and keys.name_of(b"secre") is keys.name_of(b"") is None
 
 
 # --- load and failures -----------------------------------------------------------------------------------------------
@@ -264,7 +265,7 @@ def test_failing_model(served):
 def test_program_with_a_key(model):
     flags = ("--base_model", model, "--server_name", "0.0.0.0", "--system_prompt", "你是小医")
     with running_server("fastapi_server_demo.py", *flags, env={"MEDICALGPT_API_KEY": "a-key"}) as server:
-        with httpx.Client(base_url=server.url) as client:
+        with httpx.Client(base_url=server.url, timeout=60) as client:
             for path in ("/", "/health", "/openapi.json", "/nowhere"):
                 for headers in ({}, {"Authorization": "Bearer wrong"}):
                     assert client.get(path, headers=headers).status_code == 401
@@ -273,5 +274,6 @@ def test_program_with_a_key(model):
             assert (answered.status_code, answered.json()["completion_tokens"]) == (200, 4)
             without = client.post("/chat", json={"input": "Hi", "system_prompt": None}, headers=bearer).json()
             assert without["response"] == "Hello!" and without["prompt_tokens"] < answered.json()["prompt_tokens"]
-        server.stop(signal.SIGTERM)
-        assert "Traceback" not in server.log()
+            assert client.get("/live").text == client.get("/ready").text == "ok\n"
+        assert server.stop(signal.SIGTERM) == 0
+        assert "Traceback" not in server.log() and "POST /chat 200 in" in server.log()

@@ -5,6 +5,7 @@ import base64
 
 from medicalgpt.errors import UserError
 from medicalgpt.serving import web
+from medicalgpt.serving.keys import ApiKeys
 from medicalgpt.serving.web import AccessMiddleware
 from template import apply_template, check_template
 from tests.tiny import tiny_tokenizer
@@ -45,7 +46,7 @@ def status(header: str | None, key: str) -> int:
     app = AccessMiddleware(
         PlainTextResponse("ok"),
         refuse=lambda refusal: PlainTextResponse("", refusal.status_code),
-        key=key,
+        keys=ApiKeys(key),
         max_body_bytes=lambda scope: 100,
         body_seconds=10,
     )

@@ -3,22 +3,34 @@
 import json
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 
-from gradio_demo import EXAMPLES, MAX_IMAGE_BYTES, MAX_UPLOAD_BYTES, DemoArguments, build_page
+import gradio_demo
+from gradio_demo import (
+    EXAMPLES,
+    MAX_IMAGE_BYTES,
+    MAX_UPLOAD_BYTES,
+    DemoArguments,
+    build_page,
+    opened_thoughts,
+    read_tools,
+    thinking_default,
+)
 from medicalgpt.errors import UserError
 from medicalgpt.parser import parse_args
 from medicalgpt.serving.batchers import make_batcher
 from medicalgpt.serving.chat import ChatEngine
-from medicalgpt.serving.generation import GenerationRequest, Sampling
+from medicalgpt.serving.generation import Answer, GenerationRequest, Sampling
 from medicalgpt.serving.page import launch
 from medicalgpt.serving.uploads import Uploads
 from medicalgpt.serving.web import auth_from
+from template import apply_template
 from tests.gate import Gate
 from tests.pictures import COLOURS, learn_colours, save
 from tests.servers import running_server
-from tests.tiny import make_tiny
+from tests.tiny import make_tiny, tiny_tokenizer
 
 import httpx
 import pytest
@@ -53,23 +65,33 @@ def model(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def served(model) -> Iterator[SimpleNamespace]:
-    """The page on a model that knows ANSWERS by heart, with the gate before it, and what it was asked."""
+def served(model, tmp_path_factory) -> Iterator[SimpleNamespace]:
+    """The page on a model that knows ANSWERS by heart, with the gate before it, and what it was asked.
+
+    `answers` are given before the model is asked.
+    """
     batcher = make_batcher(ChatEngine.from_pretrained(model), max_batch_size=2, max_waiting=1)
-    gate, prompts, samplings, submit = Gate(batcher.engine.model), [], [], batcher.submit
+    gate, prompts, samplings, answers, submit = Gate(batcher.engine.model), [], [], [], batcher.submit
 
     def noted(request):
         prompts.append(request.prompt_ids)
         samplings.append(request.sampling)
-        return submit(request)
+        if not answers:
+            return submit(request)
+        future = Future()
+        future.set_result(answers.pop(0))
+        return future
 
     batcher.submit = noted
-    arguments = page_arguments(
-        "--port", "0", "--max_new_tokens", "100", "--top_k", "500", "--repetition_penalty", "1.001"
-    )
+    feedback = tmp_path_factory.mktemp("feedback") / "feedback.jsonl"
+    flags = ("--max_new_tokens", "100", "--top_k", "500", "--repetition_penalty", "1.001")
+    arguments = page_arguments("--port", "0", *flags, "--feedback_file", str(feedback))
     page = build_page(batcher, arguments)
     url = launch(page, arguments, None)
-    yield SimpleNamespace(url=url, batcher=batcher, gate=gate, prompts=prompts, samplings=samplings)
+    yield SimpleNamespace(
+        **{"url": url, "batcher": batcher, "gate": gate, "prompts": prompts, "samplings": samplings},
+        **{"answers": answers, "feedback": feedback},
+    )
     batcher.close(finish=False)
     page.close(verbose=False)
 
@@ -112,7 +134,7 @@ class Visitor:
         return self.js("return document.querySelector('#question textarea').value")
 
     def notice(self) -> str:
-        return self.js("return document.querySelector('#notice textarea')?.value ?? ''")
+        return self.js("return document.querySelector('#notice')?.innerText.trim() ?? ''")
 
     def enabled(self, name: str) -> bool:
         return self.element(f"#{name}").is_enabled()
@@ -136,6 +158,7 @@ class Visitor:
 @pytest.fixture
 def visitor(browser, served) -> Visitor:
     served.prompts.clear()
+    served.answers.clear()
     return Visitor(browser, served.url)
 
 
@@ -223,11 +246,6 @@ def test_retry_undo_and_clear(visitor, served):
     visitor.element("#question textarea").clear()
     visitor.ask(GREETING)
     assert served.prompts[-1] == asked(served, GREETING)
-    # The conversation has an icon of its own that empties it.
-    visitor.element("button[aria-label='Clear']").click()
-    visitor.until(lambda: visitor.texts() == [] and not visitor.enabled("retry"))
-    visitor.ask(FEVER)
-    assert served.prompts[-1] == asked(served, FEVER)
 
 
 @needs_browser
@@ -246,6 +264,7 @@ def test_clear_ends_a_running_answer(visitor, served):
 @needs_browser
 def test_settings_reach_the_model(visitor, served):
     visitor.write("x")
+    visitor.click("open_settings")
     visitor.element("#system_prompt textarea").send_keys("你是小医")
     tokens = visitor.element("#max_new_tokens input[type=number]")
     tokens.send_keys(Keys.CONTROL + "a")
@@ -256,7 +275,7 @@ def test_settings_reach_the_model(visitor, served):
     visitor.element("#seed textarea").send_keys("7" + Keys.TAB)
     visitor.click("send")
     visitor.until(lambda: visitor.notice() and visitor.enabled("send"))
-    assert visitor.notice() == "The answer was cut after 3 tokens."
+    assert visitor.notice() == "The answer was cut off after 3 tokens."
     assert served.samplings[-1] == Sampling(3, 1.5, top_k=500, repetition_penalty=1.001, seed=7)
     messages = [{"role": "system", "content": "你是小医"}, {"role": "user", "content": "x"}]
     assert served.prompts == [served.batcher.engine.prompt_ids(messages)]
@@ -396,15 +415,172 @@ def test_visitor_who_leaves_frees_the_place(visitor, browser, served):
 
 
 @needs_browser
-@pytest.mark.parametrize("language, send", [("en-US", "Send"), ("zh-CN", "发送")])
-def test_labels_are_in_the_language_of_the_browser(browser, served, language, send):
+@pytest.mark.parametrize("accepted, language, send", [("en-US", "en", "Send"), ("fr,zh-CN,en", "zh", "发送")])
+def test_page_is_in_the_language_of_the_browser(browser, served, accepted, language, send):
     agent = browser.execute_script("return navigator.userAgent")
-    browser.execute_cdp_cmd("Emulation.setUserAgentOverride", {"userAgent": agent, "acceptLanguage": language})
+    browser.execute_cdp_cmd("Emulation.setUserAgentOverride", {"userAgent": agent, "acceptLanguage": accepted})
     visitor = Visitor(browser, served.url)
-    assert visitor.element("#send").text == send
+    visitor.until(lambda: visitor.element("#send").text == send)
+    visitor.until(lambda: visitor.js("return document.querySelector('.example') !== null"))
+    shown = visitor.js("return document.body.innerText")
+    assert any("\u4e00" <= char <= "\u9fff" for char in shown) == (language == "zh")
     # An example is asked as soon as it is chosen.
     visitor.element(".example").click()
-    visitor.until(lambda: visitor.texts()[:1] == [EXAMPLES[0]] and visitor.enabled("send"))
+    visitor.until(lambda: visitor.texts()[:1] == [EXAMPLES[language][0]] and visitor.enabled("send"))
+
+
+@needs_browser
+def test_flag_chooses_the_language_and_the_switch_reaches_the_template(browser, served, monkeypatch):
+    agent = browser.execute_script("return navigator.userAgent")
+    browser.execute_cdp_cmd("Emulation.setUserAgentOverride", {"userAgent": agent, "acceptLanguage": "en-US"})
+    monkeypatch.setattr(gradio_demo, "thinking_default", lambda tokenizer: True)
+    prompt_ids, switches = served.batcher.engine.prompt_ids, []
+
+    def noted(*args):
+        switches.append(args[-1])
+        return prompt_ids(*args)
+
+    monkeypatch.setattr(served.batcher.engine, "prompt_ids", noted)
+    arguments = page_arguments("--port", "0", "--lang", "zh", "--max_new_tokens", "3")
+    page = build_page(served.batcher, arguments)
+    try:
+        visitor = Visitor(browser, launch(page, arguments, None))
+        visitor.until(lambda: visitor.element("#send").text == "发送")
+        visitor.ask(GREETING)
+        visitor.click("open_settings")
+        visitor.element("#thinking input").click()
+        visitor.ask(GREETING)
+        assert visitor.notice() == "回答在 3 个 token 处被截断。"
+        assert switches == [{"enable_thinking": True}, {"enable_thinking": False}]
+        # No file for judged answers was named.
+        assert not visitor.js("return document.querySelector('#chat [aria-label=Like]')")
+    finally:
+        page.close(verbose=False)
+
+
+# --- what the page offers --------------------------------------------------------------------------------------------
+
+
+@needs_browser
+def test_what_is_typed_while_an_answer_comes_is_kept(visitor, served):
+    with served.gate.shut():
+        visitor.write(FEVER + Keys.ENTER)
+        visitor.until(lambda: visitor.box() == "")
+        visitor.write("next " + Keys.ENTER)
+        visitor.until(lambda: served.batcher.running)
+        visitor.write("question" + Keys.ENTER)
+        served.gate.allow(200)
+        visitor.until(lambda: visitor.texts() == [FEVER, ANSWERS[FEVER]] and visitor.enabled("send"))
+    assert visitor.box() == "next question"
+    # A question that is given back does not replace it.
+    visitor.element("#question textarea").clear()
+    with served.gate.shut():
+        visitor.write("x" * 300 + Keys.ENTER)
+        visitor.until(lambda: not visitor.box().startswith("x"))
+        visitor.write("more")
+        visitor.until(lambda: "context of 256 tokens" in visitor.notice())
+    visitor.until(lambda: visitor.box().replace("\n", "") == "x" * 300 + "more")
+
+
+@needs_browser
+@pytest.mark.parametrize("width, height", [(390, 844), (1280, 800)])
+def test_box_and_buttons_are_visible_without_scrolling(browser, served, width, height):
+    size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    try:
+        visitor = Visitor(browser, served.url)
+        places = """return [...document.querySelectorAll(arguments[0])].map(e => e.getBoundingClientRect())
+            .map(r => [r.left, r.top, r.right, r.bottom])"""
+        for _ in range(2):
+            for left, top, right, bottom in visitor.js(places, "#question textarea, #send, #retry, #export, #about p"):
+                assert 0 <= left < right <= width and 0 <= top < bottom <= height
+            assert visitor.js("return document.documentElement.scrollWidth") <= width
+            assert not visitor.element("#temperature").is_displayed()
+            visitor.ask(FEVER)
+        visitor.click("open_settings")
+        visitor.until(lambda: visitor.element("#temperature").is_displayed())
+        visitor.click("close_settings")
+        visitor.until(lambda: not visitor.element("#temperature").is_displayed())
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@needs_browser
+def test_an_answer_is_copied_as_the_model_wrote_it(visitor, browser):
+    visitor.ask("html")
+    browser.execute_cdp_cmd(
+        "Browser.grantPermissions", {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]}
+    )
+    visitor.element("#chat .message-buttons-left [aria-label^=Copy]").click()
+    read = "const done = arguments[0]; navigator.clipboard.readText().then(done, done)"
+    visitor.until(lambda: browser.execute_async_script(read) == ANSWERS["html"])
+
+
+@needs_browser
+def test_tools_are_called_and_their_results_sent_back(visitor, served, monkeypatch):
+    # The model is not asked, and the prompt with tools is long.
+    monkeypatch.setattr(served.batcher.engine, "context_length", 4096)
+    visitor.click("open_settings")
+    visitor.js("document.querySelector('#tools textarea').scrollIntoView()")
+    visitor.element("#tools textarea").send_keys('[{"name": "find"')
+    visitor.write("Where?")
+    visitor.click("send")
+    visitor.until(lambda: visitor.notice().startswith("Tools: the column `tools` is broken JSON"))
+    assert visitor.box() == "Where?" and served.prompts == []
+    visitor.element("#tools textarea").send_keys(', "parameters": {"type": "object", "properties": {}}}]')
+    call = {"type": "function", "function": {"name": "find", "arguments": {"city": "Bern"}}}
+    served.answers[:] = [
+        Answer("", "stop", 1, 1, (call, call)),
+        Answer("In Bern.", "stop", 1, 1),
+    ]
+    visitor.click("send")
+    visitor.until(lambda: visitor.notice().startswith("The model calls find."))
+    assert served.prompts[0] == served.batcher.engine.prompt_ids(
+        [{"role": "user", "content": "Where?"}],
+        read_tools('[{"name": "find", "parameters": {"type": "object", "properties": {}}}]'),
+    )
+    visitor.write("first" + Keys.ENTER)
+    visitor.until(lambda: visitor.js("return document.querySelector('#chat').innerText").count("Tool result") == 1)
+    assert len(served.prompts) == 1 and visitor.notice().startswith("The model calls find.")
+    visitor.write("second" + Keys.ENTER)
+    visitor.until(lambda: len(served.prompts) == 2 and visitor.enabled("send"))
+    visitor.until(lambda: "In Bern." in visitor.texts()[-1] and visitor.notice() == "")
+    visitor.js("URL.createObjectURL = blob => { blob.text().then(text => window.exported = text); return '#' }")
+    visitor.click("export")
+    visitor.until(lambda: visitor.js("return window.exported"))
+    row = json.loads(visitor.js("return window.exported"))
+    roles = ["human", "function_call", "observation", "observation", "gpt"]
+    assert [turn["from"] for turn in row["conversations"]] == roles
+    assert [turn["value"] for turn in row["conversations"]][2:] == ["first", "second", "In Bern."]
+
+
+@needs_browser
+def test_thumbs_are_recorded(visitor, served):
+    visitor.ask("think")
+    visitor.element("#chat [aria-label=Dislike]").click()
+    visitor.until(lambda: visitor.notice() == "Recorded.")
+    rows = [json.loads(line) for line in served.feedback.read_text(encoding="utf-8").splitlines()]
+    asked_for, given = {"role": "user", "content": "think"}, {"role": "assistant", "content": ANSWERS["think"]}
+    assert rows == [{"prompt": [asked_for], "completion": [given], "label": False}]
+
+
+def test_thinking_can_be_switched_where_the_template_can(served):
+    tokenizer = tiny_tokenizer()
+    assert thinking_default(tokenizer) is None
+    apply_template(tokenizer, "qwen3")
+    assert thinking_default(tokenizer) is True
+    engine = ChatEngine(served.batcher.engine.model, tokenizer)
+    asked = [{"role": "user", "content": "?"}]
+    thinking, not_thinking = (
+        tokenizer.decode(engine.prompt_ids(asked, variables={"enable_thinking": each})) for each in (True, False)
+    )
+    assert not_thinking == thinking + "<think>\n\n</think>\n\n"
+
+
+def test_thoughts_that_the_prompt_opens_are_shown_as_such():
+    tokenizer = tiny_tokenizer()
+    assert opened_thoughts(tokenizer, tokenizer("assistant\n<think>\n")["input_ids"]) == "<think>\n"
+    assert opened_thoughts(tokenizer, tokenizer("<think>\n\n</think>\n\n")["input_ids"]) == ""
 
 
 # --- who is let in ---------------------------------------------------------------------------------------------------
@@ -416,7 +592,7 @@ def test_page_takes_no_files_and_offers_no_interface(served):
         assert upload.status_code == 413
         described = client.get("gradio_api/info").json()
         assert (described["named_endpoints"], described["unnamed_endpoints"]) == ({}, {})
-        assert client.post("gradio_api/run/ask", json={"data": []}).status_code == 404
+        assert client.post("gradio_api/run/_ask", json={"data": []}).status_code == 404
         # A web page that gives its own name this address is kept out.
         assert client.get("", headers={"Host": "evil.example"}).status_code == 403
         assert client.get("monitoring").status_code in (403, 404)
@@ -476,6 +652,7 @@ def attach(visitor: Visitor, path: str) -> None:
     visitor.until(lambda: Path(path).stem in visitor.element("#image").text)
 
 
+@pytest.mark.slow
 @needs_browser
 def test_an_image_is_attached(tmp_path, browser):
     trained = learn_colours(tmp_path / "trained")

@@ -17,6 +17,7 @@ from unittest.mock import patch
 
 import inference
 from medicalgpt.errors import UserError
+from tests import fork_server
 from tests.helpers import run_here
 from tests.tiny import make_tiny
 
@@ -44,13 +45,9 @@ def start(*arguments: object, **options) -> subprocess.Popen:
 
 
 def run(*arguments: object, stdin: str = "") -> tuple[int, str, str]:
-    pipe = subprocess.PIPE
-    process = start(*arguments, stdin=pipe, stdout=pipe, stderr=pipe, text=True, encoding="utf-8")
-    try:
-        out, err = process.communicate(stdin, timeout=120)
-    finally:
-        process.kill()
-    return process.returncode, out, err
+    environment = {**os.environ, **fork_server.FOR_ALL}
+    done = fork_server.run([str(ROOT / "inference.py"), *map(str, arguments)], environment, 120, stdin=stdin)
+    return done.returncode, done.stdout, done.stderr
 
 
 def main(monkeypatch, *arguments: object) -> None:

@@ -166,7 +166,6 @@ def test_places_and_tests_of_the_table_exist():
         (LocalElasticAgent, "_shutdown", "death_sig timeout"),
         (uvicorn.Server, "run", "sockets"),
         (uvicorn.Server, "startup", "sockets"),
-        (uvicorn.Server, "shutdown", "sockets"),
         (uvicorn.Server, "handle_exit", "sig frame"),
         (uvicorn.Server, "on_tick", "counter"),
         (HttpToolsProtocol, "connection_made", "transport"),

@@ -14,7 +14,26 @@ SALT = (
 )
 CLINIC = "门诊时间为周一至周六 8:00 至 11:40。血压 140/90 mmHg 以上为高血压。复诊日期 2026-03-01。"
 
+DRUGS = "Warfarin 5 mg. Aspirin 100 mg."
+TWO_DRUGS = "Give warfarin 5 mg and aspirin 100 mg. 华法林5毫克，阿司匹林100毫克。"
+MEALS = (
+    "阿卡波糖饭前服用，每天一次。Ibuprofen can raise blood pressure. Take 500 mg 2 times per day. Open until 5:00 pm."
+)
+AGES = "Age | Dose (mL)\nAdults | 10\nChildren | 5"
+
 SUPPORTED = [
+    # the same in another form
+    ("The aspirin dose is 100 mg.", DRUGS),
+    ("Take 0.5 g twice a day.", MEALS),
+    ("Take 500 mg twice daily.", MEALS),
+    ("Open until 5 pm.", MEALS),
+    ("Open until 17:00.", MEALS),
+    ("Give aspirin 100 mg and warfarin 5 mg.", TWO_DRUGS),
+    ("Give 100 mg of aspirin and 5 mg of warfarin.", TWO_DRUGS),
+    ("阿司匹林100毫克，华法林5毫克。", TWO_DRUGS),
+    ("阿卡波糖饭前服用，每日一次。", MEALS),
+    ("Ibuprofen can increase blood pressure.", MEALS),
+    ("Adults: 10 mL.", AGES),
     # numbers and their units
     ("The dose of warfarin is 5 mg daily.", WARFARIN),
     ("The warfarin dose is 0.005 g daily.", WARFARIN),
@@ -53,6 +72,17 @@ SUPPORTED = [
 ]
 # With what is reported, in part.
 NOT_SUPPORTED = [
+    # another medicine's, another row's
+    ("Give warfarin 100 mg and aspirin 5 mg.", TWO_DRUGS, "100 mg"),
+    ("Give 5 mg of aspirin.", TWO_DRUGS, "5 mg"),
+    ("华法林100毫克，阿司匹林5毫克。", TWO_DRUGS, "100毫克"),
+    ("Adults: 5 mL.", AGES, "5 ml"),
+    ("Metformin dose: 2.5 mg.", TABLE, "2.5 mg"),
+    # the opposite
+    ("阿卡波糖饭后服用，每天一次。", MEALS, "饭后"),
+    ("阿卡波糖饭前服用，每周一次。", MEALS, "每周"),
+    ("Ibuprofen lowers blood pressure.", MEALS, "lowers"),
+    ("Open until 5 am.", MEALS, "5:00"),
     # numbers and their units
     ("The warfarin dose is 50 mg daily.", WARFARIN, "50 mg"),
     ("The warfarin dose is 5 g daily.", WARFARIN, "5 g"),

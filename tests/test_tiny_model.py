@@ -1,12 +1,12 @@
 """The tiny base model: its size, its tokenizer, its weights by seed, and what it refuses."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import build_tiny_model
 from medicalgpt.errors import UserError
+from tests.helpers import run_program
 
 import pytest
 import torch
@@ -177,8 +177,7 @@ def test_held_out_files_do_not_shape_the_tokenizer(tmp_path):
 
 def test_a_broken_row_is_named_without_a_traceback(tmp_path):
     write_data(tmp_path, {"pretrain/train.txt": "文\n", "finetune/train.jsonl": '{"prompt": "x"}\n'})
-    command = [sys.executable, "build_tiny_model.py", "--output_dir", tmp_path / "out", "--data_dir", tmp_path]
-    done = subprocess.run(map(str, command), cwd=ROOT, capture_output=True, encoding="utf-8", check=False)
+    done = run_program("build_tiny_model.py", "--output_dir", tmp_path / "out", "--data_dir", tmp_path, check=False)
     assert done.returncode == 1
     assert "train.jsonl:1" in done.stderr
     assert "Traceback" not in done.stderr

@@ -32,6 +32,8 @@ ENGLISH_NUMBERS = {
     for number, word in enumerate("one two three four five six seven eight nine ten eleven twelve".split(), start=1)
 }
 ENGLISH_NUMBER = re.compile(rf"\b(?:{'|'.join(ENGLISH_NUMBERS)})\b(?=[\s-]+(?:{UNIT})(?![a-z])|\s+(?:to|or)\s)")
+PER_TIME = re.compile(r"\b(times?)\s+(?:(?:a|each|every)\s+(?=(?:hour|day|week|month|year)\b)|(?=daily\b))")
+CLOCK = re.compile(r"\b(\d{1,2})(?::(\d{2}))?\s*([ap])\.?m\b\.?")
 FREQUENCY = {"once": "1 time", "twice": "2 times", "thrice": "3 times"}
 WRITTEN = rf"{UNIT}(?:{PER}{UNIT})*"
 RANGE = re.compile(
@@ -39,7 +41,7 @@ RANGE = re.compile(
 )
 WRITTEN_UNIT = re.compile(rf"(?<![a-z]){WRITTEN}(?![a-z])")
 # Times, ratios, blood pressures and dates are one value: 120/80 is not 80/120.
-COMPOUND = re.compile(r"(?<![\d.])\d+(?:\.\d+)?(?:\s*[:/]\s*\d+(?:\.\d+)?)+(?![\d.])|\b\d{4}-\d{1,2}-\d{1,2}\b")
+COMPOUND = re.compile(r"(?<![\d.])\d+(?:\.\d+)?(?:\s*[:/]\s*\d+(?:\.\d+)?)+(?!\d|\.\d)|\b\d{4}-\d{1,2}-\d{1,2}\b")
 # What stands before or after a number makes it a bound.
 UP_BEFORE = (
     r"(?:不低于|不少于|不小于|≥|>|(?<!不)(?:超过|高于|大于|多于)|至少|起码|\bno (?:less|fewer) than"
@@ -68,9 +70,32 @@ NEGATION = re.compile(
 # Says how firmly, not what.
 MODAL = re.compile(
     "可以|可|应该|应当|应|需要|需|须|能够|能|要|的|了|着|也|都|就|请"
-    r"|\b(?:must|may|might|given?|also|only|please|recommended|usually)\b"
+    "|剂量|用量"
+    r"|\b(?:must|may|might|given?|also|only|please|recommended|usually|doses?|dosages?)\b"
 )
 CLAUSE = re.compile(r"[,，、;；:：。！？!?\n]|\.(?=\s|$)|(?<=\s)(?:but|and|or)(?=\s)|但是?|而")
+
+# Of each group, a sentence and what it cites have the same one.
+ALTERNATIVES = tuple(
+    tuple(map(re.compile, group))
+    for group in (
+        (
+            r"饭前|餐前|\bbefore (?:a |each |every |the )?(?:meals?|eating|food)\b",
+            r"饭后|餐后|\bafter (?:a |each |every |the )?(?:meals?|eating|food)\b",
+        ),
+        (
+            r"每[小个]*时|\bhourly\b|\b(?:an|per|each|every) hour\b",
+            r"[每一][天日]|(?<!\d)1[天日](?=\d+次)|\bdaily\b|\b(?:a|per|each|every) day\b",
+            r"[每一](?:周|星期)|(?<!\d)1(?:周|星期)(?=\d+次)|\bweekly\b|\b(?:a|per|each|every) week\b",
+            r"每个?月|\bmonthly\b|\b(?:a|per|each|every) month\b",
+            r"每年|\b(?:yearly|annually)\b|\b(?:a|per|each|every) year\b",
+        ),
+        (
+            r"升高|增高|增加|提高|上升|\b(?:rais(?:es?|ed|ing)|increas(?:es?|ed|ing)|elevat(?:es?|ed|ing))\b",
+            r"降低|减少|下降|\b(?:lower(?:s|ed|ing)|lower(?! than)|reduc(?:es?|ed|ing)|decreas(?:es?|ed|ing))\b",
+        ),
+    )
+)
 
 # Names that may not be replaced by another: of medicines by their endings, abbreviations, proper names.
 MEDICINE = re.compile(
@@ -105,6 +130,7 @@ class Value(NamedTuple):
     Attributes:
         bound: 1 for "at least", -1 for "at most", 0 for neither.
         in_range: it is the end of a range, 3 of "3-5 days".
+        medicines: those that the text names for it; empty if it names none.
     """
 
     written: str
@@ -114,6 +140,7 @@ class Value(NamedTuple):
     has_unit: bool
     bound: int
     in_range: bool
+    medicines: frozenset[str]
 
 
 def split_claims(answer: str) -> list[Claim]:
@@ -152,6 +179,7 @@ def find_missing(sentence: str, passage: str, headings: str = "") -> list[str]:
         missing.append(sentence.strip())
     elif negation := _changed_negation(said, source):
         missing.append(negation)
+    missing += _other_alternatives(said, source)
     return list(dict.fromkeys(missing))
 
 
@@ -164,6 +192,8 @@ def _plain(text: str) -> str:
     text = HAN_NUMBER.sub(lambda match: _digits(match[0]), text)
     text = ENGLISH_NUMBER.sub(lambda match: ENGLISH_NUMBERS[match[0]], text)
     text = re.sub(r"\b(?:once|twice|thrice)\b", lambda match: FREQUENCY[match[0]], text)
+    text = PER_TIME.sub(r"\1 per ", text).replace("per daily", "per day")
+    text = CLOCK.sub(lambda match: f"{int(match[1]) % 12 + 12 * (match[3] == 'p')}:{match[2] or '00'}", text)
     # "500-mg", "28-day"
     return re.sub(rf"(?<=\d)-(?={UNIT}(?![a-z]))", " ", text)
 
@@ -183,13 +213,15 @@ def _digits(text: str) -> str:
 def _missing_numbers(said: str, source: str) -> list[str]:
     compounds = {re.sub(r"\s", "", match[0]) for match in COMPOUND.finditer(source)}
     missing = [match[0] for match in COMPOUND.finditer(said) if re.sub(r"\s", "", match[0]) not in compounds]
-    held = _values(source)
+    held = _values(_meant_rows(said, source))
     units = {parse_unit(match[0])[0] for match in WRITTEN_UNIT.finditer(source)}
     return missing + [value.written for value in _values(said) if not any(_agree(value, one, units) for one in held)]
 
 
 def _agree(value: Value, held: Value, units: set[str]) -> bool:
     """Whether a value of the passage is what the sentence says. `units` are the bases of all units of the passage."""
+    if value.medicines and held.medicines and not value.medicines & held.medicines:
+        return False
     if value.bound * held.bound == -1 or held.in_range and not value.in_range and not value.bound:
         return False
     if value.has_unit and held.has_unit:
@@ -208,7 +240,9 @@ def _values(text: str) -> list[Value]:
         ranges[match.start()] = match["unit"]
         ranges[match.end()] = match["unit"]
     values = []
+    medicines, last = frozenset(), 0
     for match in QUANTITY.finditer(text):
+        medicines, last = _medicines_between(text, last, match, medicines), match.end()
         start = match.start("number")
         number = match["number"].replace(",", "")
         if number.startswith("-") and start + 1 in ranges:
@@ -220,8 +254,61 @@ def _values(text: str) -> list[Value]:
         down = re.search(rf"{DOWN_BEFORE}\W*$", before) or re.match(DOWN_AFTER, after)
         bound = 0 if bool(up) == bool(down) else 1 if up else -1
         has_unit = bool(unit or match["each"])
-        values.append(Value(match[0].strip(), float(number), base, size, has_unit, bound, start in ranges))
+        values.append(Value(match[0].strip(), float(number), base, size, has_unit, bound, start in ranges, medicines))
     return values
+
+
+def _medicines_between(text: str, start: int, match: re.Match[str], before: frozenset[str]) -> frozenset[str]:
+    """The medicines of a quantity: those right behind it, else those before it in its sentence.
+
+    Args:
+        start: where the previous quantity ends.
+        before: the medicines of that one.
+    """
+    if behind := re.match(r"\s*(?:of|的)\s*", text[match.end() :]):
+        after = text[match.end() + behind.end() :]
+        if found := MEDICINE.match(after) or HAN_MEDICINE.match(after):
+            return frozenset([found[0]])
+    between = text[start : match.start()]
+    ends = [end.end() for end in re.finditer(r"[。！？；!?]|[.;](?=\s)|\n", between)]
+    names = _medicines(between[ends[-1] :] if ends else between)
+    return names if names or ends else before
+
+
+def _medicines(text: str) -> frozenset[str]:
+    return frozenset([*MEDICINE.findall(text), *HAN_MEDICINE.findall(text)])
+
+
+def _meant_rows(said: str, source: str) -> str:
+    """The passage without the rows of its tables that are about something else, if the sentence names a row."""
+    terms = _key_terms(said)
+    lines = source.split("\n")
+    labels = [_key_terms(line.split("|")[0]) if "|" in line else set() for line in lines]
+    if not any(label and label <= terms for label in labels):
+        return source
+    # The first row of a table has the units.
+    return "\n".join(
+        line
+        for at, (line, label) in enumerate(zip(lines, labels, strict=True))
+        if not label or label <= terms or not (at and labels[at - 1])
+    )
+
+
+def _other_alternatives(said: str, source: str) -> list[str]:
+    """Words of the sentence for which the passage's closest sentences have another one of `ALTERNATIVES`."""
+    terms = _key_terms(said)
+    pieces = [match[0] for match in SENTENCE.finditer(source)]
+    shared = [len(terms & _key_terms(piece)) for piece in pieces]
+    if not terms or not pieces or max(shared) < SAME_SUBJECT * len(terms):
+        return []
+    near = " ".join(piece for piece, count in zip(pieces, shared, strict=True) if count == max(shared))
+    missing = []
+    for group in ALTERNATIVES:
+        given = [found[0] for pattern in group if (found := pattern.search(said))]
+        held = [pattern for pattern in group if pattern.search(near)]
+        if given and held and not any(pattern.search(said) for pattern in held):
+            missing += given
+    return missing
 
 
 def _missing_names(sentence: str, passage: str) -> list[str]:

@@ -361,16 +361,28 @@ def attach_adapters(model: PreTrainedModel, adapters: Mapping[str, Adapter]) -> 
     (first, _), *others = peft_names(adapters).items()
     attached = attach_adapter(model, adapters[first])
     for name, label in others:
-        adapter, base = adapters[name], model.config.name_or_path
-        check_base(adapter, base)
-        try:
-            if towers_of(model):
-                attached.add_adapter(label, config_beside_towers(model, adapter))
-            attached.load_adapter(adapter.path, label)
-        except (RuntimeError, ValueError, OSError, TypeError, LookupError, SafetensorError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise CheckpointError(f"the adapter {adapter.path} does not fit {base}: {reason}") from error
+        attach_further(attached, adapters[name], label)
     return attached
+
+
+def attach_further(attached: PeftModel, adapter: Adapter, label: str) -> None:
+    """Load one more adapter under a name of peft's.
+
+    Raises:
+        CheckpointError: it does not fit the base; the model is as before.
+    """
+    model = attached.get_base_model()
+    base = model.config.name_or_path
+    check_base(adapter, base)
+    try:
+        if towers_of(model):
+            attached.add_adapter(label, config_beside_towers(model, adapter))
+        attached.load_adapter(adapter.path, label)
+    except (RuntimeError, ValueError, OSError, TypeError, LookupError, SafetensorError) as error:
+        if label in attached.peft_config:
+            attached.delete_adapter(label)
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"the adapter {adapter.path} does not fit {base}: {reason}") from error
 
 
 def combine(model: PreTrainedModel, adapters: Mapping[str, Adapter], combination: Combination) -> PeftModel:

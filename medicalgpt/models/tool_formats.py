@@ -19,6 +19,49 @@ Found = tuple[int, int, list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
+class AnyText:
+    """A place in a call for any text up to its end.
+
+    Attributes:
+        end: what the text ends with; it occurs nowhere else in it.
+        without: strings that do not occur in the text before.
+    """
+
+    end: str
+    without: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Maybe:
+    """Parts of a call that may be left out, or, if they `repeat`, come any number of times."""
+
+    parts: tuple[Any, ...]
+    repeats: bool = False
+
+
+@dataclass(frozen=True)
+class CallShape:
+    """How calls are written, exactly, for answers that are held to it while they are generated.
+
+    Attributes:
+        parts: of a call to a tool with this name and JSON schema of arguments, in order: text as it stands, a schema (a
+            dict, or a bool) for a JSON value of it, `AnyText`, `Maybe`.
+        begin, end: before the first call, after the last one.
+        between: between two calls; None if a turn has one call.
+        trigger: what the first call begins with, if it occurs in no other text; None if a call has no such mark.
+        head: finds the beginning of a call in a text, up to its arguments, which are a JSON object; group 1 is the
+            name. None if the arguments are written in another way.
+    """
+
+    parts: Callable[[str, Any], list[Any]]
+    begin: str = ""
+    between: str | None = None
+    end: str = ""
+    trigger: str | None = None
+    head: re.Pattern[str] | None = None
+
+
+@dataclass(frozen=True)
 class ToolFormat:
     """One format of tool calls.
 
@@ -29,6 +72,7 @@ class ToolFormat:
         result: Jinja for one tool `message`, part of a user turn.
         marks: strings that delimit calls. A vocabulary may have them as special tokens.
         find: finds the calls of an answer, in order.
+        shape: how exactly a call is written.
         opening: what every call begins with, after white space; None if a call may begin with anything.
         gap: what separates the text of an answer from its calls.
         typed: whether the text shows the type of an argument; if not, it follows from the tool's JSON schema.
@@ -41,6 +85,7 @@ class ToolFormat:
     result: str
     marks: tuple[str, ...]
     find: Callable[[str], list[Found]]
+    shape: CallShape
     opening: str | None = None
     gap: str = "\n"
     typed: bool = True
@@ -84,7 +129,7 @@ class ToolFormat:
             dict}}`, with an "id" where the model wrote one. Without a call, the text is unchanged.
         """
         schemas = None if tools is None else _schemas(tools)
-        at = _end_of_thoughts(text)
+        at = end_of_thoughts(text)
         pieces, calls, offset = [text[:at]], [], at
         for start, end, found in self.find(text[offset:]):
             if schemas is None or all(call["function"]["name"] in schemas for call in found):
@@ -112,7 +157,12 @@ def _schemas(tools: Sequence[Any]) -> dict[str, Any]:
     return {function.get("name", ""): function.get("parameters") for function in functions}
 
 
-def _end_of_thoughts(text: str) -> int:
+def tool_names(tools: Sequence[Any]) -> set[str]:
+    """The names of tools, which are JSON schemas or Python functions."""
+    return set(_schemas(tools))
+
+
+def end_of_thoughts(text: str) -> int:
     """Where the answer begins. If the prompt opened the reasoning, only its end is in the text."""
     end = text.find("</think>")
     if end >= 0:
@@ -344,6 +394,35 @@ def _types(schema: Any, root: Any, seen: set[str]) -> set[str]:
     return set().union(*(_types(each, root, seen) for each in choices))
 
 
+def _object_parts(name: str, key: str, schema: Any) -> list[Any]:
+    """`{"name": ..., KEY: {...}}`"""
+    return [f'{{"name": {json.dumps(name, ensure_ascii=False)}, "{key}": ', schema, "}"]
+
+
+def _xml_parts(name: str, schema: Any) -> list[Any]:
+    """Arguments one by one, those that the schema does not require at the model's choice."""
+    properties = schema.get("properties") if isinstance(schema, dict) else None
+    required = schema.get("required", []) if isinstance(schema, dict) else []
+    close = "\n</parameter>\n"
+    free = [AnyText(close, ("<parameter=", "</parameter>"))]
+    parts: list[Any] = [f"<tool_call>\n<function={name}>\n"]
+    for key, expected in (properties or {}).items():
+        types = _types(expected, schema, set())
+        typed = types and "string" not in types
+        own = (f"<parameter={key}>\n", *([{**_definitions(schema), **expected}, close] if typed else free))
+        parts += own if key in required else [Maybe(own)]
+    if not properties:
+        parts.append(Maybe(("<parameter=", AnyText(">\n", (">", "\n", "<")), *free), repeats=True))
+    return [*parts, "</function>\n</tool_call>"]
+
+
+def _definitions(schema: dict[str, Any]) -> dict[str, Any]:
+    """What the references in a schema point to."""
+    return {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+
+
+_NAME_AND_ARGUMENTS = r'\{\s*"name"\s*:\s*"([^"\\]+)"\s*,\s*"arguments"\s*:\s*(?=\{)'
+
 _ARGUMENTS = "(call.arguments if call.arguments is string else call.arguments | tojson)"
 
 _ONE_CALL = r"""
@@ -375,6 +454,11 @@ _DEFAULT = ToolFormat(
     result="{{- 'Observation: ' ~ message.content }}",
     marks=("Action:", "Action Input:", "Observation:"),
     find=lambda text: _find_at_end(text, _action_at),
+    shape=CallShape(
+        lambda name, schema: [f"Action: {name}\nAction Input: ", schema],
+        between="\n",
+        head=re.compile(r"^Action:[ \t]*([^\n]*?)[ \t]*\nAction Input:\s*(?=\{)", re.MULTILINE),
+    ),
     opening="Action:",
 )
 
@@ -398,6 +482,12 @@ _QWEN = ToolFormat(
     result=r"{{- '<tool_response>\n' ~ message.content ~ '\n</tool_response>' }}",
     marks=("<tools>", "</tools>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"),
     find=lambda text: _find_between(text, "<tool_call>", "</tool_call>", _tagged_at),
+    shape=CallShape(
+        lambda name, schema: ["<tool_call>\n", *_object_parts(name, "arguments", schema), "\n</tool_call>"],
+        between="\n",
+        trigger="<tool_call>",
+        head=re.compile(r"<tool_call>\s*" + _NAME_AND_ARGUMENTS),
+    ),
     opening="<tool_call>",
 )
 
@@ -422,6 +512,10 @@ _LLAMA3 = ToolFormat(
     result="{{- message.content | tojson }}",
     marks=('{"name":', '"parameters":'),
     find=lambda text: _find_at_end(text, _object_at),
+    shape=CallShape(
+        lambda name, schema: _object_parts(name, "parameters", schema),
+        head=re.compile(_NAME_AND_ARGUMENTS.replace("arguments", "parameters")),
+    ),
     opening="{",
 )
 
@@ -440,6 +534,10 @@ _GLM4 = ToolFormat(
     result="{{- message.content }}",
     marks=("{", "}"),
     find=lambda text: _find_at_end(text, _name_and_object_at),
+    shape=CallShape(
+        lambda name, schema: [f"{name}\n", schema],
+        head=re.compile(r"^([\w.\-]+)\n(?=\{)", re.MULTILINE),
+    ),
 )
 
 # Of Mistral 7B v0.3 (https://huggingface.co/mistralai/Mistral-7B-Instruct-v0.3), without the ids of calls.
@@ -461,6 +559,14 @@ _MISTRAL = ToolFormat(
     result="{{- '[TOOL_RESULTS] {\"content\": ' ~ message.content | tojson ~ '}[/TOOL_RESULTS]' }}",
     marks=("[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"),
     find=_find_listed,
+    shape=CallShape(
+        lambda name, schema: _object_parts(name, "arguments", schema),
+        begin="[TOOL_CALLS] [",
+        between=", ",
+        end="]",
+        trigger="[TOOL_CALLS]",
+        head=re.compile(r"(?:\[TOOL_CALLS\]\s*\[|,)\s*" + _NAME_AND_ARGUMENTS),
+    ),
     opening="[TOOL_CALLS]",
 )
 
@@ -510,6 +616,7 @@ _QWEN3_5 = ToolFormat(
     result=r"{{- '<tool_response>\n' ~ message.content | trim ~ '\n</tool_response>' }}",
     marks=_QWEN.marks,
     find=lambda text: _find_between(text, "<tool_call>", "</tool_call>", _xml_at),
+    shape=CallShape(_xml_parts, between="\n", trigger="<tool_call>"),
     opening="<tool_call>",
     gap="\n\n",
     typed=False,
@@ -544,6 +651,18 @@ _DEEPSEEK3 = ToolFormat(
         "<｜tool▁sep｜>",
     ),
     find=lambda text: _find_between(text, _deepseek("calls▁begin"), _deepseek("calls▁end"), _fenced_at),
+    shape=CallShape(
+        lambda name, schema: [
+            f"<｜tool▁call▁begin｜>function<｜tool▁sep｜>{name}\n```json\n",
+            schema,
+            "\n```<｜tool▁call▁end｜>",
+        ],
+        begin="<｜tool▁calls▁begin｜>",
+        between="\n",
+        end="<｜tool▁calls▁end｜>",
+        trigger="<｜tool▁calls▁begin｜>",
+        head=re.compile(rf"{_deepseek('call▁begin')}function{_deepseek('sep')}([^\n]+)\n```json\n(?=\{{)"),
+    ),
     opening="<｜tool",
     gap="",
     family_only=True,

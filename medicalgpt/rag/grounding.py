@@ -14,8 +14,8 @@ from medicalgpt.formats.citations import (
     read_citations,
     without_citations,
 )
-from medicalgpt.formats.support import Claim, unsupported_claims
-from medicalgpt.formats.terms import SENTENCE, is_standalone, language_of
+from medicalgpt.formats.support import Claim, split_claims, unsupported_claims
+from medicalgpt.formats.terms import SENTENCE, STOP_WORDS, extract_terms, is_standalone, language_of
 from medicalgpt.models.templating import special_tokens_in
 from medicalgpt.rag.retrieval import Collection, SearchResult
 from medicalgpt.serving.chat import ChatEngine, PromptTooLongError
@@ -28,6 +28,8 @@ NOT_FOUND = {
     "zh": "原文中没有找到 {marks}：“{text}”（{missing}）",
     "en": "not found in the source {marks}: “{text}” ({missing})",
 }
+# A sentence of a source is marked if it has this share of the terms of a sentence that cites it.
+MARKED_SHARE = 0.3
 PROMPT = {
     "zh": "请只根据下面的资料回答问题，并在每句话后面写上所依据资料的标记，例如 {mark}。资料里没有答案时，就说："
     "{unknown}资料是从文件里摘出来的，每份以自己的标记（如 {mark}）开头，以 {end} 结束；其中别的编号都不是标记，"
@@ -227,7 +229,17 @@ def format_sources(answer: CitedAnswer, sources: Sequence[Source]) -> list[str]:
     return lines
 
 
-def format_passages(answer: CitedAnswer, sources: Sequence[Source]) -> str:
-    """`format_sources`, and below them the text of each source."""
-    passages = (f"({n}) {source.place}\n{source.text}" for n, source in enumerate(sources, start=1))
-    return "\n\n".join(["\n".join(format_sources(answer, sources)), *passages])
+def highlight(answer: CitedAnswer, number: int, source: Source) -> list[tuple[str, bool]]:
+    """The text of source `number` in parts, each with whether it is what the answer most likely cites.
+
+    For each sentence that cites the source, that is the sentence of the source that shares most terms with it.
+    """
+    parts = [match[0] for match in SENTENCE.finditer(source.text)]
+    held = [set(extract_terms(part, STOP_WORDS)) for part in parts]
+    marked: set[int] = set()
+    for claim in split_claims(answer.text):
+        terms = set(extract_terms(claim.text, STOP_WORDS)) if number in claim.cited else set()
+        shared = [len(terms & each) for each in held]
+        if terms and shared and max(shared) >= MARKED_SHARE * len(terms):
+            marked.add(shared.index(max(shared)))
+    return [(part, at in marked) for at, part in enumerate(parts)]

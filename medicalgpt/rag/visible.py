@@ -85,7 +85,8 @@ def _rules(sheet: str) -> Iterator[tuple[str, str, set[str], str | None, tuple[i
     """Key, tag, classes, id, specificity and declarations of the rules for single elements."""
     sheet = re.sub(r"/\*.*?\*/", " ", sheet, flags=re.DOTALL)
     # Rules for print and the like do not apply; those of other conditions may.
-    sheet = re.sub(r"@media\s+print[^{]*\{(?:[^{}]*\{[^{}]*\})*[^{}]*\}", " ", sheet)
+    sheet = re.sub(r"@media\s+(?:only\s+)?print\b[^{,]*\{(?:[^{}]*\{[^{}]*\})*[^{}]*\}", " ", sheet)
+    sheet = re.sub(r"@(?:charset|import|namespace|layer)\b[^;{}]*;", " ", sheet)
     for match in RULE.finditer(sheet):
         declarations = _parse(match[2])
         for selector in match[1].split(","):
@@ -158,6 +159,8 @@ def _is_gone(style: dict[str, str]) -> bool:
         return True
     if re.search(r"opacity\(\s*0*\.?0*%?\s*\)", style.get("filter", "")) or "scale(0)" in style.get("transform", ""):
         return True
+    if _is_clipped(style.get("clip-path", "")):
+        return True
     if style.get("position") in ("absolute", "fixed", "relative"):
         if any(_pixels(style.get(side)) <= OFF_SCREEN for side in ("left", "top", "right", "bottom")):
             return True
@@ -169,6 +172,20 @@ def _is_gone(style: dict[str, str]) -> bool:
     return cut and any(
         name in style and abs(_pixels(style[name], 99)) <= 1 for name in ("height", "width", "max-height")
     )
+
+
+def _is_clipped(path: str) -> bool:
+    """Whether a `clip-path` leaves nothing of an element."""
+    if re.match(r"(?:circle|ellipse)\(\s*0(?:px|%)?\s*(?:[0)]|at\b)", path):
+        return True
+    found = re.match(r"inset\(([^)]*?)(?:\bround\b[^)]*)?\)", path)
+    sides = [_number(side, 0) if "%" in side else 0 for side in (found[1].split() if found else ())]
+    if not 1 <= len(sides) <= 4:
+        return False
+    # As in `margin`: top, right, bottom, left.
+    top, right = sides[0], sides[min(1, len(sides) - 1)]
+    bottom, left = sides[2] if len(sides) > 2 else top, sides[3] if len(sides) > 3 else right
+    return top + bottom >= 1 or left + right >= 1
 
 
 def _number(text: str | None, default: float) -> float:

@@ -64,6 +64,33 @@ class ApiArguments(ServeArguments):
             "the machine can read command lines."
         },
     )
+    api_keys_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "File of keys with names, a line `name: key` for each client, that others cannot read (chmod 600). "
+            "It is read again when it has changed."
+        },
+    )
+    ssl_certfile: str | None = field(
+        default=None, metadata={"help": "Certificate chain in PEM; the server then speaks HTTPS."}
+    )
+    ssl_keyfile: str | None = field(default=None, metadata={"help": "Private key of the certificate, unencrypted."})
+    root_path: str | None = field(
+        default=None, metadata={"help": "Prefix of the paths that a proxy removes before it passes requests on: /llm."}
+    )
+    forwarded_allow_ips: str = field(
+        default="127.0.0.1,::1",
+        metadata={
+            "help": "Addresses or networks of proxies, with commas, whose X-Forwarded-For and X-Forwarded-Proto are "
+            "believed."
+        },
+    )
+    log_format: str = field(
+        default="text", metadata={"help": "Lines of text, or JSON objects, one per line.", "choices": ["text", "json"]}
+    )
+    stop_timeout: float = field(
+        default=60.0, metadata={"help": "Seconds that running answers have to finish when the server is stopped."}
+    )
 
 
 @dataclass
@@ -75,6 +102,13 @@ class PageArguments(ServeArguments):
         metadata={"help": "user:password required by the page. Safer: the environment variable MEDICALGPT_AUTH."},
     )
     share: bool = field(default=False, metadata={"help": "Create a public link through Gradio's servers."})
+    lang: str = field(
+        default="auto",
+        metadata={
+            "help": "Language of the page. auto: Chinese or English, whichever the visitor's browser prefers.",
+            "choices": ["auto", "en", "zh"],
+        },
+    )
     allow_origins: str | None = field(
         default=None,
         metadata={

@@ -11,17 +11,17 @@ import itertools
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
-from typing import Any
 
 from medicalgpt.errors import UserError
 from medicalgpt.serving.arguments import ServeArguments
 from medicalgpt.serving.chat import ChatEngine, settle
 from medicalgpt.serving.generation import Answer, GenerationRequest, Sampling
 from medicalgpt.serving.paged import PagedAnswer, PagedModel
+from medicalgpt.serving.prompt_scores import PromptScorer
 from medicalgpt.serving.schedule import Job, QueueFullError, Schedule
 
 from loguru import logger
@@ -53,8 +53,7 @@ class Batcher(ABC):
 
     Attributes:
         failure: why the model cannot answer any more; None as long as it can.
-        on_ended: called at the end of each answer that has begun, also of a cancelled one, with the tokens of its
-            prompt and of the answer so far.
+        scorer: gives the log-probabilities of prompts.
 
     Raises:
         ValueError: a limit is below 1.
@@ -67,11 +66,12 @@ class Batcher(ABC):
             if value < 1:
                 raise ValueError(f"{name} is {value}, it must be at least 1.")
         self.engine = engine
+        # Before the model attends to pages.
+        self.scorer = PromptScorer(engine)
         self.max_batch_size = max_batch_size
         self.max_waiting = max_waiting
         self.stall_seconds = stall_seconds
         self.failure: str | None = None
-        self.on_ended: Callable[[int, int], Any] = lambda prompt_tokens, completion_tokens: None
         self._changed = threading.Condition()
         self._schedule = Schedule(max_batch_size, max_waiting)
         self._closed = False
@@ -90,6 +90,14 @@ class Batcher(ABC):
     def running(self) -> int:
         """Number of answers that are being generated."""
         return sum(not job.future.done() for job in tuple(self._schedule.running))
+
+    def load_of(self, adapter: str | None) -> tuple[int, int]:
+        """Running answers, and queued requests, of the engine of this name."""
+
+        def count(jobs: list[Job]) -> int:
+            return sum(job.request.adapter == adapter and not job.future.done() for job in tuple(jobs))
+
+        return count(self._schedule.running), count(self._schedule.waiting)
 
     @property
     def problem(self) -> str | None:
@@ -161,6 +169,7 @@ class Batcher(ABC):
         for job in jobs:
             job.future.cancel()
         self._thread.join()
+        self.scorer.close()
 
     def __enter__(self) -> "Batcher":
         return self
@@ -174,8 +183,6 @@ class Batcher(ABC):
 
     def _ended(self, job: Job, future: "Future[Answer]") -> None:
         """The answer to a job is complete, has failed, or is not wanted any more."""
-        if job.state is not None:
-            self.on_ended(len(job.state.prompt_ids), job.tokens)
         with self._changed:
             self._changed.notify_all()
 
@@ -280,7 +287,12 @@ class StaticBatcher(Batcher):
         return any(not self._fits(job) for job in self._schedule.waiting)
 
     def _generate(self, batch: Sequence[Job]) -> None:
-        engine = self.engine.siblings.get(batch[0].request.adapter, self.engine)
+        name = batch[0].request.adapter
+        engine = self.engine.siblings.get(name) if self.engine.siblings else self.engine
+        if engine is None:
+            for job in batch:
+                settle(job.future, error=UserError(f"The adapter {name} has been unloaded."))
+            return
         for job in batch:
             job.state = job.state or engine.begin(job.request)
         began = time.monotonic()
@@ -303,7 +315,9 @@ class StaticBatcher(Batcher):
         engine.extend([job.state for job in batch], pause)
 
     def _try(self) -> None:
-        self.engine.generate([self._probe()])
+        # The first engine may be that of an adapter that has been unloaded.
+        engine = next(iter(self.engine.siblings.values()), self.engine)
+        engine.generate([self._probe()])
 
 
 class ContinuousBatcher(Batcher):

@@ -10,7 +10,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from medicalgpt.models import adapters, loading, templating
 from medicalgpt.models.attention import context_length
 from medicalgpt.models.hub import Checkpoint
 from medicalgpt.models.vision import Vision
+from medicalgpt.serving.answer_parts import END_OF_THINK, THINK
 from medicalgpt.serving.generation import (
     Answer,
     AnswerState,
@@ -33,6 +34,7 @@ from medicalgpt.serving.generation import (
     plain_settings,
     seed_of,
 )
+from medicalgpt.serving.guides import Thoughts
 
 import torch
 from loguru import logger
@@ -210,13 +212,20 @@ class ChatEngine:
         self.tokenizer.chat_template = tokenizer.chat_template
         return ChatEngine(self.model, self.tokenizer)
 
-    def prompt_ids(self, messages: Messages, tools: Tools | None = None, pictures: Sequence[Picture] = ()) -> list[int]:
+    def prompt_ids(
+        self,
+        messages: Messages,
+        tools: Tools | None = None,
+        pictures: Sequence[Picture] = (),
+        variables: Mapping[str, Any] | None = None,
+    ) -> list[int]:
         """Render a conversation up to the point where the answer begins.
 
         Args:
             messages: with `pictures`, a content may be a list of parts, `{"type": "text", "text": ...}` and
                 `{"type": "image"}`.
             pictures: the images of all messages, in their order.
+            variables: of the chat template, `enable_thinking` for example.
 
         Returns:
             Token ids, exactly as the chat template renders them.
@@ -241,7 +250,7 @@ class ChatEngine:
         parts = [(message, templating.is_trusted(message.get("role"))) for message in messages]
         found = [
             token
-            for part, trusted in [*parts, (tools, True)]
+            for part, trusted in [*parts, (tools, True), (variables, True)]
             for token in templating.special_tokens_in(self.tokenizer, part, self.stop_ids, trusted=trusted)
         ]
         if found:
@@ -253,7 +262,12 @@ class ChatEngine:
             messages = write_image_tokens(messages, pictures, self.vision.tokens)
         try:
             ids = self.tokenizer.apply_chat_template(
-                list(messages), tools=tools, add_generation_prompt=True, tokenize=True, return_dict=False
+                list(messages),
+                tools=tools,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=False,
+                **(variables or {}),
             )
         except Exception as error:
             raise ChatTemplateError(f"The chat template cannot render these messages: {error}") from error
@@ -278,6 +292,15 @@ class ChatEngine:
         self.require_room(ids)
         return ids
 
+    def thoughts(self, prompt_ids: Sequence[int]) -> Thoughts:
+        """Whether an answer to a rendered conversation begins with reasoning."""
+        template = self.tokenizer.chat_template or ""
+        # The mark may have as many tokens as characters, and white space may follow.
+        end = self.tokenizer.decode(list(prompt_ids[-2 * len(END_OF_THINK) :]), skip_special_tokens=False).rstrip()
+        if THINK not in template or end.endswith(END_OF_THINK):
+            return "none"
+        return "begun" if end.endswith(THINK) else "possible"
+
     def require_room(self, prompt_ids: Sequence[int]) -> None:
         """Raises PromptTooLongError if the prompt leaves no room for an answer in the model's context."""
         if self.context_length is not None and len(prompt_ids) >= self.context_length:
@@ -289,6 +312,7 @@ class ChatEngine:
         sampling: Sampling | None = None,
         tools: Tools | None = None,
         pictures: Sequence[Picture] = (),
+        variables: Mapping[str, Any] | None = None,
     ) -> GenerationRequest:
         """Render a conversation into a request for its next answer.
 
@@ -297,12 +321,13 @@ class ChatEngine:
             sampling: greedy and at most 512 tokens by default.
             tools: what the template may offer to the model: JSON schemas or Python functions.
             pictures: the images of all messages, in their order.
+            variables: of the chat template, see `prompt_ids`.
 
         Raises:
             PromptTooLongError, NoChatTemplateError, ChatTemplateError, SpecialTokenError, NoImagesError: see
                 `prompt_ids`.
         """
-        prompt_ids = self.prompt_ids(messages, tools, pictures)
+        prompt_ids = self.prompt_ids(messages, tools, pictures, variables)
         return GenerationRequest(prompt_ids, sampling or Sampling(), tools, adapter=self.name, pictures=pictures)
 
     def chat(
@@ -419,6 +444,10 @@ class ChatEngine:
                 logits_processor=LogitsProcessorList([Chooser(states, width)]),
                 stopping_criteria=StoppingCriteriaList([Recorder(states, pause)]),
             )
+
+    def adapter_on(self, model: PreTrainedModel) -> AbstractContextManager:
+        """A context in which a model has the adapter of this engine switched on, and no other."""
+        return nullcontext()
 
     def begin(self, request: GenerationRequest) -> AnswerState:
         """The answer to a request before its first token."""

@@ -1,6 +1,7 @@
 """Choosing tokens: sampling settings, requests, answers, and the state of an answer while it is generated."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,7 +10,9 @@ from medicalgpt.args import ChatArguments
 from medicalgpt.data.images import Picture
 from medicalgpt.errors import UserError
 from medicalgpt.models.templating import tool_format_of
-from medicalgpt.models.tool_formats import ToolFormat
+from medicalgpt.models.tool_formats import ToolFormat, tool_names
+from medicalgpt.serving.answer_parts import END_OF_THINK, THINK, CallPiece, CallReader
+from medicalgpt.serving.guides import Guide, GuideError
 from medicalgpt.serving.stop_strings import MAX_STOP_CHARS, StopFinder
 
 import torch
@@ -43,11 +46,17 @@ class Sampling:
 
     Args:
         max_new_tokens: maximum tokens of one answer; fewer where the model's context ends first.
+        min_new_tokens: the tokens that end an answer cannot be chosen before it has so many; stop strings still end it.
         temperature: the logits are divided by it; 0 always takes the most likely token (greedy).
         top_p: keep the most likely tokens that hold this share of the probability (https://arxiv.org/abs/1904.09751).
         top_k: keep the k most likely tokens; 0 keeps all.
+        min_p: keep the tokens that are at least this share as likely as the most likely one
+            (https://arxiv.org/abs/2407.01082); 0 keeps all. Applied before top_k and top_p.
         repetition_penalty: lowers the logits of tokens in the prompt or the answer by this factor
             (https://arxiv.org/abs/1909.05858); 1 is off.
+        presence_penalty: subtracted from the logit of each token that the answer has already.
+        frequency_penalty: subtracted from it once for each time that the answer has it.
+        logit_bias: pairs of token id and what is added to its logit, before all penalties.
         stop: strings that end the answer; they are not part of it.
         seed: the same seed gives the same text. Unset: drawn from torch's global generator.
         log_probs: record the log-probability of each token as it was sampled; not for temperature 0.
@@ -59,10 +68,15 @@ class Sampling:
     """
 
     max_new_tokens: int = 512
+    min_new_tokens: int = 0
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     stop: tuple[str, ...] = ()
     seed: int | None = None
     log_probs: bool = False
@@ -72,10 +86,19 @@ class Sampling:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         for name, valid, wanted in (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("min_new_tokens", 0 <= self.min_new_tokens <= self.max_new_tokens, "from 0 to max_new_tokens"),
             ("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
+            ("min_p", 0 <= self.min_p <= 1, "from 0 (all tokens) to 1"),
             ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "above 0"),
+            ("presence_penalty", -2 <= self.presence_penalty <= 2, "from -2 to 2"),
+            ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "from -2 to 2"),
+            (
+                "logit_bias",
+                all(token_id >= 0 and math.isfinite(bias) for token_id, bias in self.logit_bias),
+                "of token ids from 0 on, each with a finite number",
+            ),
             (
                 "stop",
                 all(0 < len(text) <= MAX_STOP_CHARS for text in self.stop),
@@ -179,6 +202,8 @@ class GenerationRequest:
         prompt_ids: the rendered prompt, from `ChatEngine.prompt_ids` or `completion_ids`.
         sampling: how tokens are chosen; greedy by default.
         tools: the tools offered in the prompt, whose calls are parsed out of the answer.
+        on_start: called once, when the request leaves the queue.
+        on_token: called at each token, in the thread that generates.
         on_text: called with each piece of text that is final, in the thread that generates.
         on_end: called with the answer as soon as it is complete, possibly before others in the batch.
         cancelled: called at every token; True ends the answer, and `on_end` is not called.
@@ -186,11 +211,17 @@ class GenerationRequest:
         adapter: name of the engine that answers, where a batcher has several on one model.
         client: who asks. A batcher gives fair shares to its clients.
         pictures: the images whose tokens are in the prompt, in their order.
+        guide: the grammar that the answer follows.
+        on_call: called with each piece of a tool call. Unset: calls are known when the answer is complete. Pieces of
+            a call that turns out to be malformed have been passed on by then; it is not among the answer's calls.
+        thoughts_begun: the prompt ends within the model's reasoning.
     """
 
     prompt_ids: Sequence[int]
     sampling: Sampling = Sampling()
     tools: Tools | None = None
+    on_start: Callable[[], Any] = lambda: None
+    on_token: Callable[[], Any] = lambda: None
     on_text: Callable[[str], Any] = lambda text: None
     on_end: Callable[[Answer], Any] = lambda answer: None
     cancelled: Callable[[], bool] = lambda: False
@@ -198,6 +229,9 @@ class GenerationRequest:
     adapter: str | None = None
     client: str = ""
     pictures: Sequence[Picture] = ()
+    guide: Guide | None = None
+    on_call: Callable[[CallPiece], Any] | None = None
+    thoughts_begun: bool = False
 
 
 class AnswerState:
@@ -245,15 +279,19 @@ class AnswerState:
         if self._sampling.temperature > 0:
             self._generator = torch.Generator(device).manual_seed(seed_of(self._sampling))
 
+        self._guided = request.guide.begin() if request.guide else None
+        self._failure: Exception | None = None
         self._tools: ToolFormat | None = tool_format_of(tokenizer) if request.tools else None
-        # Special tokens are not decoded, so as strings they could not be found. The marks of a tool call are decoded:
-        # without them, it could not be distinguished from text.
+        # Special tokens are not decoded, so as strings they could not be found. The marks of calls and of reasoning are
+        # decoded: without them, neither could be distinguished from text.
         stop = (*self._sampling.stop, *stop_strings)
         self._stop_ids = stop_ids.union(special_ids[text] for text in stop if text in special_ids)
         self._stops = StopFinder([text for text in stop if text not in special_ids])
-        marks = self._tools.marks if self._tools else ()
+        marks = (THINK, END_OF_THINK, *(self._tools.marks if self._tools else ()))
         shown = {special_ids[mark] for mark in marks if mark in special_ids}
         self._hidden_ids = frozenset(special_ids.values()) - shown
+
+        self._calls = self._call_reader() if self._tools and request.on_call else None
 
         self._tokenizer = tokenizer
         self.token_ids: list[int] = []
@@ -272,6 +310,7 @@ class AnswerState:
         self._context = 0
         self._fresh = 0
         self._seen = 0
+        request.on_start()
 
     @property
     def ids(self) -> list[int]:
@@ -287,10 +326,23 @@ class AnswerState:
         """
         sampling = self._sampling
         plain = None if sampling.top_log_probs is None else scores.log_softmax(-1)
+        for token_id, bias in sampling.logit_bias:
+            scores[token_id] += bias
+        if sampling.presence_penalty or sampling.frequency_penalty:
+            said, counts = before()[len(self.prompt_ids) :].unique(return_counts=True)
+            scores[said] -= sampling.presence_penalty + sampling.frequency_penalty * counts
         if sampling.repetition_penalty != 1:
             said = before().unique()
             penalty = sampling.repetition_penalty
             scores[said] = torch.where(scores[said] > 0, scores[said] / penalty, scores[said] * penalty)
+        if sampling.min_new_tokens and len(before()) - len(self.prompt_ids) < sampling.min_new_tokens:
+            scores[list(self._stop_ids)] = float("-inf")
+        if self._guided is not None and self._failure is None:
+            try:
+                self._guided.restrict(scores, before()[len(self.prompt_ids) :])
+            except GuideError as error:
+                # Only this answer fails, with its next token.
+                self._failure = error
         if self._generator is not None:
             likely = _kept(scores, sampling)
             scores.copy_(_draw(likely, self._generator))
@@ -306,6 +358,8 @@ class AnswerState:
             self.ended = True
             return
         try:
+            if self._failure is not None:
+                raise self._failure
             self._add(token_id)
         except Exception as error:
             if self._request.on_error is None:
@@ -315,6 +369,7 @@ class AnswerState:
 
     def _add(self, token_id: int) -> None:
         self.token_ids.append(token_id)
+        self._request.on_token()
         if token_id in self._stop_ids:
             self._end(len(self._held), "stop")
             return
@@ -330,9 +385,22 @@ class AnswerState:
             self._release(len(self._held) - self._stops.held)
             self._safe = self._tools.safe_length(self._text, self._safe) if self._tools else len(self._text)
             self._pass_on(self._text, self._safe)
+            self._pass_on_calls()
+
+    def _call_reader(self) -> CallReader | None:
+        """For formats in which the beginning of a call cannot be text."""
+        shape = self._tools.shape
+        if shape.head is None or not (shape.trigger or self._guided):
+            return None
+        return CallReader(self._tools, tool_names(self._request.tools), self._request.thoughts_begun)
+
+    def _pass_on_calls(self) -> None:
+        for piece in self._calls.feed(self._text, self._safe) if self._calls else ():
+            self._request.on_call(piece)
 
     def _end(self, length: int, finish_reason: Literal["stop", "length"]) -> None:
         self._release(length)
+        self._pass_on_calls()
         tools = self._request.tools
         text, calls = self._tools.parse(self._text, tools) if self._tools else (self._text, [])
         self._pass_on(text, len(text))
@@ -421,9 +489,11 @@ def refuse_nan(scores: torch.Tensor) -> None:
 
 
 def _kept(scores: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """Return scores (vocabulary,) divided by the temperature, with those that top_k and top_p exclude at -inf."""
+    """Return scores (vocabulary,) divided by the temperature, with those that are excluded at -inf."""
     # With the best score at 0, no temperature however small makes it overflow.
     scores = (scores - scores.max()) / sampling.temperature
+    if sampling.min_p > 0:
+        scores = scores.masked_fill(scores < math.log(sampling.min_p), float("-inf"))
     if 0 < sampling.top_k < len(scores):
         scores = scores.masked_fill(scores < scores.topk(sampling.top_k).values[-1], float("-inf"))
     if sampling.top_p < 1:

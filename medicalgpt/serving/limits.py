@@ -17,7 +17,7 @@ from http import HTTPStatus
 from typing import Any
 
 from medicalgpt.errors import UserError
-from medicalgpt.serving.arguments import ServeArguments
+from medicalgpt.serving.arguments import ApiArguments, ServeArguments
 
 import uvicorn
 from loguru import logger
@@ -263,10 +263,22 @@ def connection_limits(arguments: ServeArguments) -> ConnectionLimits:
     return ConnectionLimits(arguments.max_header_bytes, arguments.header_timeout, connections)
 
 
-def uvicorn_config(app: ASGIApp, arguments: ServeArguments, **options: Any) -> uvicorn.Config:
+def uvicorn_config(app: ASGIApp, arguments: ApiArguments, **options: Any) -> uvicorn.Config:
     """Settings of uvicorn with the limits of the flags. Errors are those of `connection_limits`."""
-    protocol = limited_protocol(connection_limits(arguments))
-    return uvicorn.Config(app, http=protocol, ws="none", lifespan="off", server_header=False, **options)
+    return uvicorn.Config(
+        app,
+        http=limited_protocol(connection_limits(arguments)),
+        ws="none",
+        lifespan="off",
+        server_header=False,
+        log_config=None,
+        access_log=False,
+        root_path=arguments.root_path or "",
+        forwarded_allow_ips=[each.strip() for each in arguments.forwarded_allow_ips.split(",")],
+        ssl_certfile=arguments.ssl_certfile,
+        ssl_keyfile=arguments.ssl_keyfile,
+        **options,
+    )
 
 
 @contextmanager

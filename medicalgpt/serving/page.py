@@ -1,21 +1,19 @@
-"""What the web pages share: labels, login, content policy, streaming."""
+"""What the web pages share: how they are served, login, content policy, streaming."""
 
 import asyncio
 import dataclasses
-import html
 import os
-import re
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
-from typing import Any
 
-from medicalgpt.data.images import Picture, question_with_images
 from medicalgpt.errors import UserError
 from medicalgpt.serving.arguments import PageArguments
 from medicalgpt.serving.batchers import Batcher, BatcherClosedError, ModelFailedError
-from medicalgpt.serving.generation import GenerationRequest
+from medicalgpt.serving.generation import Answer, GenerationRequest
+from medicalgpt.serving.language import LABEL, text_in
 from medicalgpt.serving.limits import limited_uvicorn
+from medicalgpt.serving.look import STYLE_SHEET, script, theme
 from medicalgpt.serving.schedule import QueueFullError
 from medicalgpt.serving.uploads import UploadMiddleware, Uploads, is_upload
 from medicalgpt.serving.web import (
@@ -32,45 +30,16 @@ from medicalgpt.serving.web import (
 
 import gradio as gr
 from loguru import logger
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-# A turn of the user may have a `picture`.
-Turns = list[dict[str, Any]]
 # Sessions whose conversation is remembered, and events that may wait for Gradio itself.
 MAX_SESSIONS = 500
 MAX_EVENTS = 200
 # Bytes of an upload's body besides those of its files.
 FORM_BYTES = 65_536
-# Code in Markdown, and what browsers read as a tag or an entity; reasoning is folded by its tags.
-CODE = re.compile(r"(```.*?(?:```|$)|`[^`\n]+`)", re.DOTALL)
-HTML = re.compile(r"<(?=[a-zA-Z/!?])(?!/?think>)|&(?=[a-zA-Z#])")
-# The browser's language chooses.
-LABELS = {
-    "about": ("A model in training makes mistakes and is not a doctor.", "训练中的模型会出错，不能代替医生。"),
-    "chat": ("Conversation", "对话"),
-    "question": ("Your question", "您的问题"),
-    "send": ("Send", "发送"),
-    "stop": ("Stop", "停止"),
-    "retry": ("Retry", "重试"),
-    "undo": ("Undo", "撤回"),
-    "clear": ("Clear", "清空"),
-    "image": ("Image for the next question", "下一个问题的图片"),
-    "notice": ("Notice", "提示"),
-    "settings": ("Settings", "设置"),
-    "system_prompt": ("System prompt", "系统提示词"),
-    "max_new_tokens": ("Max new tokens", "最大 token 数"),
-    "temperature": ("Temperature", "温度"),
-    "top_p": ("Top-p", "Top-p"),
-    "top_k": ("Top-k (0: all)", "Top-k（0：全部）"),
-    "repetition_penalty": ("Repetition penalty", "重复惩罚"),
-    "seed": ("Seed (empty: random)", "随机种子（空：随机）"),
-}
-LABEL = gr.I18n(
-    **{language: {name: both[i] for name, both in LABELS.items()} for i, language in enumerate(("en", "zh"))}
-)
 # Sanitized Markdown still has images, and an image from another host could send it what the page was told.
 CONTENT_POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
@@ -85,21 +54,22 @@ def launch(
     auth: tuple[str, str] | None,
     uploads: Uploads | None = None,
     max_file_size: int = 1,
+    panel: str = "",
 ) -> str:
     """Serve the page in its own thread; returns its address.
 
     Args:
         uploads: where the files of visitors are; None for a page that takes none.
         max_file_size: maximum bytes of one of them.
+        panel: the one that is open at first on a wide screen.
 
     Raises:
         UserError: the address cannot be listened on, or a flag has an invalid value.
     """
     # Gradio sends its own requests, which depend only on this variable, not on how the page was built.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    if uploads is not None:
-        os.environ["GRADIO_TEMP_DIR"] = str(uploads.folder)
-    middleware, origins = _middleware(arguments, auth, uploads), origins_from(arguments.allow_origins)
+    middleware = _middleware(arguments, auth, uploads, script(arguments.lang, panel))
+    origins = origins_from(arguments.allow_origins)
     with bound_socket(arguments) as listener:
         port = listener.getsockname()[1]
 
@@ -112,7 +82,9 @@ def launch(
     return public_url or url
 
 
-def _middleware(arguments: PageArguments, auth: tuple[str, str] | None, uploads: Uploads | None) -> list[Middleware]:
+def _middleware(
+    arguments: PageArguments, auth: tuple[str, str] | None, uploads: Uploads | None, script: str
+) -> list[Middleware]:
     """What a request passes before Gradio's routes see it, the outermost first."""
     most = FORM_BYTES if uploads is None else uploads.max_bytes
     found = [
@@ -130,7 +102,7 @@ def _middleware(arguments: PageArguments, auth: tuple[str, str] | None, uploads:
         found.append(Middleware(LoginMiddleware, refuse=_refuse))
     if uploads is not None:
         found.append(Middleware(UploadMiddleware, uploads=uploads, refuse=_refuse))
-    return [*found, Middleware(with_content_policy)]
+    return [*found, Middleware(with_content_policy), Middleware(ScriptMiddleware, script=script)]
 
 
 def _launch(
@@ -148,8 +120,8 @@ def _launch(
         auth=auth,
         share=arguments.share,
         i18n=LABEL,
-        # Gradio's own themes load fonts from Google.
-        theme=gr.themes.Default(font=["sans-serif"], font_mono=["monospace"]),
+        theme=theme(),
+        css_paths=STYLE_SHEET,
         app_kwargs={"middleware": middleware},
         state_session_capacity=MAX_SESSIONS,
         footer_links=[],
@@ -234,35 +206,45 @@ def with_content_policy(app: ASGIApp) -> ASGIApp:
     return wrapped
 
 
-def escape_turns(said: Turns) -> Turns:
-    """The turns with HTML escaped, except in code and reasoning: sanitizing would silently remove it.
+class ScriptMiddleware:
+    """Puts a script at the beginning of HTML pages: Gradio adds its own `head` after it has chosen the language."""
 
-    Of an image, its size is shown.
-    """
-    turns = []
-    for turn in said:
-        parts = CODE.split(turn["content"])
-        parts[::2] = (HTML.sub(lambda mark: html.escape(mark[0]), part) for part in parts[::2])
-        picture = turn.get("picture")
-        size = f"🖼 {picture.width} × {picture.height}\n\n" if picture else ""
-        turns.append({"role": turn["role"], "content": size + "".join(parts)})
-    return turns
+    def __init__(self, app: ASGIApp, *, script: str):
+        self.app = app
+        self.start = b"<head>" + script.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "GET":
+            await self.app(scope, receive, send)
+            return
+        started: Message = {}
+        body = b""
+
+        async def insert(message: Message) -> None:
+            nonlocal started, body
+            if message["type"] == "http.response.start":
+                if not Headers(raw=message["headers"]).get("content-type", "").startswith("text/html"):
+                    await send(message)
+                else:
+                    started = message
+                return
+            if not started:
+                await send(message)
+                return
+            body += message.get("body", b"")
+            if not message.get("more_body"):
+                page = body.replace(b"<head>", self.start, 1)
+                MutableHeaders(scope=started)["content-length"] = str(len(page))
+                await send(started)
+                await send({"type": "http.response.body", "body": page})
+
+        await self.app(scope, receive, insert)
 
 
-def conversation(said: Turns, system_prompt: str) -> tuple[list[dict[str, Any]], list[Picture]]:
-    """The messages for the model, and their images."""
-    messages: list[dict[str, Any]] = [{"role": "system", "content": system_prompt}] if system_prompt.strip() else []
-    pictures = []
-    for turn in said:
-        own = [turn["picture"]] if turn.get("picture") else []
-        asked = turn["role"] == "user"
-        messages.append(question_with_images(turn["content"], len(own)) if asked else turn)
-        pictures += own
-    return messages, pictures
-
-
-async def stream(batcher: Batcher, request: GenerationRequest, timeout: float) -> AsyncIterator[tuple[str, str]]:
-    """Yield the answer so far whenever it has grown, and a note on it. Closing the iterator cancels the request.
+async def stream(
+    batcher: Batcher, request: GenerationRequest, timeout: float
+) -> AsyncIterator[tuple[str, Answer | None]]:
+    """Yield the text so far whenever it has grown, and the answer once it is complete. Closing it cancels the request.
 
     Raises:
         QueueFullError, BatcherClosedError: see `Batcher.submit`.
@@ -283,19 +265,25 @@ async def stream(batcher: Batcher, request: GenerationRequest, timeout: float) -
             text += piece
             # A page that is slower than the model skips to the newest text.
             if pieces.empty():
-                yield text, ""
+                yield text, None
         answer = future.result()
-        cut = answer.finish_reason == "length"
-        yield answer.text, f"The answer was cut after {answer.completion_tokens} tokens." if cut else ""
+        yield answer.text, answer
     finally:
         future.cancel()
 
 
-def describe(error: Exception) -> str:
+def note_on(answer: Answer | None, language: str) -> str:
+    """What a visitor is told about a complete answer; empty if it ended by itself."""
+    if answer is None or answer.finish_reason != "length":
+        return ""
+    return text_in(language, "cut", count=answer.completion_tokens)
+
+
+def describe(error: Exception, language: str) -> str:
     """What a visitor is told about an error."""
     if isinstance(error, (UserError, ValueError, QueueFullError, BatcherClosedError, ModelFailedError)):
         return str(error)
     if isinstance(error, TimeoutError):
-        return "The answer took too long and was stopped."
+        return text_in(language, "timeout")
     logger.opt(exception=error).error("no answer")
-    return "The model failed; the program's log says why."
+    return text_in(language, "failed")

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import shutil
 import tempfile
 import threading
@@ -38,16 +39,19 @@ class _Upload:
 class Uploads:
     """The folder of a page's uploads, private to this process and removed at its end.
 
+    To be made before the page: Gradio's components copy files to the folder that they knew when they were made.
+
     Args:
         max_bytes: maximum bytes of all files together.
 
     Attributes:
-        folder: where Gradio is to store them (GRADIO_TEMP_DIR).
+        folder: where Gradio stores them.
     """
 
     def __init__(self, max_bytes: int):
         self.max_bytes = max_bytes
         self.folder = Path(tempfile.mkdtemp(prefix="medicalgpt-uploads-"))
+        os.environ["GRADIO_TEMP_DIR"] = str(self.folder)
         self._lock = threading.Lock()
         self._files: dict[Path, _Upload] = {}
         self._arriving: Counter[str] = Counter()

@@ -7,7 +7,6 @@ site could give its own name this address and reach the model through a visitor'
 
 import asyncio
 import base64
-import hmac
 import ipaddress
 import math
 import os
@@ -15,17 +14,18 @@ import re
 import socket
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from concurrent.futures import Future
 from typing import Any
 from urllib.parse import urlsplit
 
 from medicalgpt.errors import UserError
 from medicalgpt.serving.arguments import ApiArguments, PageArguments, ServeArguments
+from medicalgpt.serving.keys import ApiKeys
 
 from fastapi import Request
 from starlette.exceptions import HTTPException
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 # Wrong keys that a client may send in a minute before it has to wait; of passwords, which are shorter, fewer.
@@ -49,21 +49,23 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def key_from(arguments: ApiArguments) -> str | None:
-    """The key that requests must carry, or None.
+def keys_from(arguments: ApiArguments) -> ApiKeys | None:
+    """The keys of which requests must carry one, or None.
 
     Raises:
-        UserError: the server would listen to other machines without one, or no client could send it.
+        UserError: the server would listen to other machines without one, no client could send it, or the file of keys
+            cannot be used.
     """
     key = arguments.api_key if arguments.api_key is not None else os.environ.get("MEDICALGPT_API_KEY")
-    if key is None and not is_loopback(arguments.host):
+    if key is None and arguments.api_keys_file is None and not is_loopback(arguments.host):
         raise UserError(
             f"--host {arguments.host} would let other machines ask this model without a key.\nSet one "
-            "(MEDICALGPT_API_KEY=... in the environment), or omit --host to serve this machine alone."
+            "(MEDICALGPT_API_KEY=... in the environment, or --api_keys_file), or omit --host to serve this machine "
+            "alone."
         )
     if key is not None and not re.fullmatch("[!-~]+", key):
         raise UserError("The API key must be ASCII letters, digits and signs without spaces, at least one of them.")
-    return key
+    return ApiKeys(key, arguments.api_keys_file) if key is not None or arguments.api_keys_file is not None else None
 
 
 def auth_from(arguments: PageArguments) -> tuple[str, str] | None:
@@ -122,10 +124,12 @@ class RequestRefused(HTTPException):
 
 
 def client_of(scope: Scope) -> str:
-    """Who sends a request: its address, of IPv6 the network, of which a client has all addresses.
+    """Who sends a request: the name of its key, or its address; of IPv6 the network, all of which a client has.
 
-    uvicorn takes the address from X-Forwarded-For if the request comes from this machine, where a proxy may run.
+    uvicorn takes the address from X-Forwarded-For if the request comes from a proxy that is trusted.
     """
+    if name := scope.get("key_name"):
+        return name
     host = scope["client"][0] if scope.get("client") else ""
     try:
         address = ipaddress.ip_address(host)
@@ -221,7 +225,8 @@ class AccessMiddleware:
     Args:
         app: the ASGI application that is protected, all routes of it.
         refuse: makes the response to a refused request.
-        key: the key of `Authorization: Bearer KEY`, or user:password of `Basic`; None asks for none.
+        keys: the keys of `Authorization: Bearer KEY`, or user:password of `Basic`; None asks for none. The name of the
+            key becomes `scope["key_name"]`.
         any_host: do not look at the Host header; the application itself asks for a password.
         protection: what a server that other machines may reach is started with, for the message.
         max_body_bytes: returns the most bytes of a request's body, whatever its headers say of its length.
@@ -235,13 +240,13 @@ class AccessMiddleware:
         refuse: Callable[[RequestRefused], Response],
         max_body_bytes: Callable[[Scope], int],
         body_seconds: float,
-        key: str | None = None,
+        keys: ApiKeys | None = None,
         any_host: bool = False,
         protection: str = "a key",
     ):
         self.app = app
         self.refuse = refuse
-        self.key = key
+        self.keys = keys
         self.any_host = any_host
         self.failures = Failures(WRONG_KEYS)
         self.protection = protection
@@ -253,17 +258,17 @@ class AccessMiddleware:
             await self.app(scope, receive, send)
             return
         try:
-            self._admit(client_of(scope), dict(scope["headers"]))
+            self._admit(scope, client_of(scope), dict(scope["headers"]))
         except RequestRefused as refusal:
             await self.refuse(refusal)(scope, receive, send)
         else:
             await self.app(scope, self._limited(scope, receive), send)
 
-    def _admit(self, client: str, headers: dict[bytes, bytes]) -> None:
-        if self.key is not None:
+    def _admit(self, scope: Scope, client: str, headers: dict[bytes, bytes]) -> None:
+        if self.keys is not None:
             self.failures.check(client)
-            # In constant time, so that a key cannot be guessed letter by letter.
-            if not hmac.compare_digest(_key_in(headers.get(b"authorization", b"")), self.key.encode()):
+            scope["key_name"] = self.keys.name_of(_key_in(headers.get(b"authorization", b"")))
+            if scope["key_name"] is None:
                 self.failures.add(client)
                 raise RequestRefused(
                     401,
@@ -324,6 +329,49 @@ def _host_of(header: bytes) -> str:
     """The name or address in a Host header, without port and brackets, or an empty string."""
     found = HOST.fullmatch(header.decode("latin-1"))
     return (found[1] or found[2]).lower() if found else ""
+
+
+class ProbeMiddleware:
+    """Answers `/live` and `/ready` to everybody, without a key, and says nothing else: for supervisors and balancers.
+
+    Args:
+        ready: whether the server can answer requests now.
+    """
+
+    def __init__(self, app: ASGIApp, *, ready: Callable[[], bool]):
+        self.app = app
+        self.probes: dict[str, Callable[[], bool]] = {"/live": lambda: True, "/ready": ready}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
+        probe = self.probes.get(path) if scope["type"] == "http" and scope["method"] in ("GET", "HEAD") else None
+        if probe is None:
+            await self.app(scope, receive, send)
+        else:
+            response = PlainTextResponse("ok\n") if probe() else PlainTextResponse("not ready\n", 503)
+            await response(scope, receive, send)
+
+
+async def with_comments(lines: AsyncIterator[bytes], seconds: float) -> AsyncIterator[bytes]:
+    """The lines of an event stream, and a comment, which clients skip, whenever nothing has come for some seconds.
+
+    Proxies and clients take a connection for dead on which nothing comes.
+    """
+    following = asyncio.ensure_future(anext(lines))
+    try:
+        while True:
+            while not (await asyncio.wait([following], timeout=seconds))[0]:
+                yield b": keep-alive\n\n"
+            try:
+                line = following.result()
+            except StopAsyncIteration:
+                return
+            yield line
+            following = asyncio.ensure_future(anext(lines))
+    finally:
+        following.cancel()
+        await asyncio.wait([following])
+        await lines.aclose()
 
 
 class ClientDisconnected(HTTPException):

@@ -10,7 +10,7 @@ from medicalgpt.args import bf16_gpu
 from medicalgpt.models.adapters import parameter_count
 from medicalgpt.models.attention import SHIFTED, choose_flash, flash_facts
 from medicalgpt.models.hub import HEADS
-from medicalgpt.models.towers import towers_of, without_towers
+from medicalgpt.models.towers import without_towers
 from medicalgpt.training.observed_setup import OFF, Line, TrainingSetup
 
 import torch
@@ -320,8 +320,8 @@ def _frozen(setup: TrainingSetup, name: str) -> bool:
 
 
 def _in_tower(setup: TrainingSetup, name: str) -> bool:
-    """Whether a weight or a module is of an encoder of images, which is never trained."""
-    return any(f".{tower}." in f".{name}." for tower in towers_of(setup.base_model))
+    """Whether a weight or a module is of an encoder of images."""
+    return any(f".{tower}." in f".{name}." for tower in setup.towers)
 
 
 def _numbers(layers: set[int]) -> str:

@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from medicalgpt.models.hub import Adapter
-from medicalgpt.models.towers import without_towers
+from medicalgpt.models.towers import towers_of, without_towers
 
 import torch
 from peft import PeftModel
@@ -53,7 +53,7 @@ class TrainingSetup:
     batches: Sequence[dict[str, torch.Tensor]]
     resumed: Adapter | None = None
 
-    @property
+    @cached_property
     def model(self) -> nn.Module:
         """The model with its adapter, without the wrappers of distributed training; of policy and critic the policy."""
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
@@ -64,10 +64,15 @@ class TrainingSetup:
         """What is trained alongside the model."""
         return getattr(self.trainer.accelerator.unwrap_model(self.trainer.model), "critic", None)
 
-    @property
+    @cached_property
     def base_model(self) -> nn.Module:
         """The model without its adapter's wrapper."""
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    @cached_property
+    def towers(self) -> tuple[str, ...]:
+        """Names of the encoders of images, which are never trained."""
+        return towers_of(self.base_model)
 
     @property
     def peft(self) -> bool:

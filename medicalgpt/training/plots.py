@@ -95,8 +95,10 @@ def plot_loss(output_dir: str | Path) -> Path:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    figure = Figure(figsize=(8, 4.5), dpi=120)
     FigureCanvasAgg(figure)
+    # Fixed margins: to find them, matplotlib would have to draw everything twice.
+    figure.subplots_adjust(left=0.1, right=0.98, bottom=0.12, top=0.92)
     axes = figure.add_subplot()
     for colour, (name, points) in zip(COLOURS, series.items(), strict=False):
         # Markers keep a single point between two gaps visible.

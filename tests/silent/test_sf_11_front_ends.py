@@ -10,6 +10,7 @@ import json
 from contextlib import redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import fastapi_server_demo
@@ -198,8 +199,9 @@ def by_page(folder: str, names: list[str], *flags: object) -> dict[str, str]:
     answers = {}
 
     async def visit(page: gr.Blocks) -> None:
-        (asking,) = (event for event in page.fns.values() if event.name == "ask")
-        (send,) = (block for block in page.blocks.values() if block.elem_id == "send")
+        (asking,) = (event for event in page.fns.values() if event.name == "_ask")
+        scope = {"client": ("127.0.0.1", 1), "headers": []}
+        visitor = SimpleNamespace(headers={}, request=SimpleNamespace(scope=scope))
         for name in names:
             if name in WITHOUT_TOOLS:
                 *before, asked = PROMPTS[name][0]
@@ -208,7 +210,7 @@ def by_page(folder: str, names: list[str], *flags: object) -> dict[str, str]:
                     filled["system_prompt"] = SYSTEM["content"]
                 # An empty box is an empty text in a browser.
                 values = [filled.get(box.elem_id, "" if box.value is None else box.value) for box in asking.inputs]
-                async for update in asking.fn(gr.EventData(send, None), *values):
+                async for update in asking.fn(visitor, *values):
                     last = update
                 answers[name] = last[asking.inputs[0]][-1]["content"]
 

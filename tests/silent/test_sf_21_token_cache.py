@@ -151,6 +151,7 @@ print(encode_rows(data, "train", partial(encode_document, tiny_tokenizer(), bloc
 """
 
 
+@pytest.mark.slow
 def test_other_code_gives_other_tokens(tmp_path):
     """The code is changed as a developer would: between two runs, in a copy of the project."""
     project = tmp_path / "project"
