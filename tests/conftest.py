@@ -9,6 +9,8 @@ import sys
 import tempfile
 from collections.abc import Iterator
 
+from tests import fork_server
+
 import pytest
 from loguru import logger
 
@@ -40,6 +42,7 @@ def pytest_collection_finish() -> None:
     """Libraries and tests stay until the end; to look through them at each collection took a third of all the time."""
     gc.collect()
     gc.freeze()
+    fork_server.environment_of_tests()
 
 
 @pytest.fixture(autouse=True)

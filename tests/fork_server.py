@@ -193,11 +193,17 @@ def _read_at_import(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 @cache
+def environment_of_tests() -> dict[str, str]:
+    """The variables when this was called first: before any test, which may set others for a while."""
+    return dict(os.environ)
+
+
+@cache
 def _start_server() -> dict[str, str]:
     """Start the process that imports; returns its variables."""
-    environment = {**os.environ, **FOR_ALL}
+    environment = {**environment_of_tests(), **FOR_ALL}
     multiprocessing.set_forkserver_preload(IMPORTS)
-    with patch.dict(os.environ, {**environment, "PYTHONPATH": str(ROOT)}):
+    with patch.dict(os.environ, {**environment, "PYTHONPATH": str(ROOT)}, clear=True):
         multiprocessing.forkserver.ensure_running()
     return environment
 

@@ -86,3 +86,9 @@ def test_one_that_does_not_end_is_ended(tmp_path):
 def test_what_a_test_leaves_in_the_environment_does_not_reach_the_next(number):
     assert "ACCELERATE_LEFT" not in os.environ and "HF_HUB_OFFLINE_LEFT" not in os.environ
     os.environ |= {"ACCELERATE_LEFT": "x", "HF_HUB_OFFLINE_LEFT": "x"}
+
+
+def test_what_a_test_sets_for_a_while_is_not_of_the_server(monkeypatch):
+    monkeypatch.setenv("HF_SET_FOR_A_WHILE", "x")
+    assert "HF_SET_FOR_A_WHILE" not in fork_server.environment_of_tests()
+    assert not fork_server.can_start(os.environ | fork_server.FOR_ALL)
