@@ -24,7 +24,7 @@ from medicalgpt.serving.uploads import Uploads
 from medicalgpt.serving.web import RequestRefused
 from tests.helpers import read_json, run_here, write_jsonl
 from tests.passages import ILLNESSES
-from tests.tiny import TURN_END, make_tiny, tiny_tokenizer
+from tests.tiny import TURN_END, make_tiny, save_encoder, tiny_tokenizer
 
 import numpy as np
 import pytest
@@ -334,24 +334,7 @@ def test_a_damaged_entry_is_made_again(notes, log, capsys, monkeypatch, damage):
 
 @pytest.fixture(scope="module")
 def sentence_model(tmp_path_factory) -> str:
-    """A random BERT of one layer over bytes, with the mean of its tokens as the embedding."""
-    from tests.tiny import tiny_tokenizer
-
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-    from transformers import BertConfig, BertModel
-
-    folder = tmp_path_factory.mktemp("bert")
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = None
-    config = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
-    )
-    BertModel(config).save_pretrained(folder / "bert")
-    tokenizer.save_pretrained(folder / "bert")
-    transformer = Transformer(str(folder / "bert"))
-    SentenceTransformer(modules=[transformer, Pooling(16)], device="cpu").save(str(folder / "model"))
-    return str(folder / "model")
+    return save_encoder(tmp_path_factory.mktemp("bert"))
 
 
 def test_embeddings_are_fused_and_kept(notes, sentence_model, log, monkeypatch):

@@ -3,7 +3,6 @@
 import base64
 import json
 from collections.abc import Iterator
-from pathlib import Path
 
 from medicalgpt.serving.batchers import batcher_from, make_batcher
 from medicalgpt.serving.chat import ChatEngine
@@ -11,7 +10,7 @@ from medicalgpt.serving.embeddings import Encoder
 from medicalgpt.serving.engines import engine_from
 from openai_api import OpenAIArguments, Service, make_app
 from template import apply_template
-from tests.tiny import make_tiny, tiny_tokenizer
+from tests.tiny import make_tiny, save_encoder
 
 import httpx
 import numpy as np
@@ -20,7 +19,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from starlette.testclient import TestClient
-from transformers import AutoModelForCausalLM, BertConfig, BertModel
+from transformers import AutoModelForCausalLM
 
 ASK = [{"role": "user", "content": "x"}]
 SCHEMA = {
@@ -30,24 +29,6 @@ SCHEMA = {
     "additionalProperties": False,
 }
 TOOL = {"type": "function", "name": "look_up", "parameters": SCHEMA, "strict": True}
-
-
-def save_encoder(folder: Path) -> str:
-    """A random BERT of one layer over bytes, with the mean of its tokens as the embedding."""
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-
-    torch.manual_seed(0)
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = None
-    config = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
-    )
-    BertModel(config).save_pretrained(folder / "bert")
-    tokenizer.save_pretrained(folder / "bert")
-    transformer = Transformer(str(folder / "bert"))
-    SentenceTransformer(modules=[transformer, Pooling(16)], device="cpu").save(str(folder / "model"))
-    return str(folder / "model")
 
 
 @pytest.fixture(scope="module")

@@ -102,3 +102,23 @@ def _learn(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, answers:
         optimizer.step()
     assert loss < 0.05, f"the answers were not learned (loss {loss:.3f})"
     model.eval()
+
+
+def save_encoder(folder: Path) -> str:
+    """A random BERT of one layer over bytes, with the mean of its tokens as the embedding; returns its folder."""
+    # Most tests need neither.
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    BertModel(config).save_pretrained(folder / "bert")
+    tokenizer.save_pretrained(folder / "bert")
+    transformer = Transformer(str(folder / "bert"))
+    SentenceTransformer(modules=[transformer, Pooling(16)], device="cpu").save(str(folder / "model"))
+    return str(folder / "model")

@@ -2,7 +2,7 @@
 
 A turn is `{"role": ..., "content": ...}` with the role user, assistant or tool. A turn of the user may have a `picture`
 (`Picture`), one of the assistant `tool_calls` in OpenAI form, `thumb` (True for up, False for down), and `below`:
-Markdown that is shown under the answer and is no part of it.
+Markdown that is shown under the answer but does not belong to it.
 """
 
 import html

@@ -241,6 +241,6 @@ def log_request(scope: Scope) -> None:
         "completion_tokens": record.completion_tokens,
     }
     tokens = f", {record.prompt_tokens} + {record.completion_tokens} tokens" if record.prompt_tokens else ""
-    # A log that cannot be written, on a full disk for example, is no reason not to answer.
+    # The answer is sent even if the log cannot be written, on a full disk for example.
     with suppress(OSError):
         logger.bind(**fields).info(f"{record.method} {route} {record.status} in {seconds:.3f} s{tokens}")
