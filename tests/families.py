@@ -31,6 +31,7 @@ class Family:
         config: on top of the sizes that all share.
         experts: whether the feed-forward layers are mixtures of experts.
         packs: whether packed sequences stay apart.
+        vllm: True if vLLM on a CPU gives the same greedy tokens; what it fails with otherwise; None if not tried.
     """
 
     template: str
@@ -40,6 +41,7 @@ class Family:
     config: dict[str, Any] = field(default_factory=dict)
     experts: bool = False
     packs: bool = True
+    vllm: bool | str | None = None
 
 
 LLAMA3 = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")

@@ -43,6 +43,7 @@ class Tower:
         packs: whether it keeps packed sequences apart.
         scores: whether transformers has a class of its language model that scores.
         hub: checkpoints, for example.
+        vllm: as of `Family`.
     """
 
     text: Family
@@ -52,14 +53,23 @@ class Tower:
     top: dict[str, Any] = field(default_factory=dict)
     packs: bool = True
     scores: bool = False
+    vllm: bool | str | None = None
 
 
+# What vLLM says to layers of linear attention in float32; in bfloat16 sums differ too much to compare tokens.
+GDN = "CPU GDN attention requires BF16"
 QWEN = Family("qwen3", CHATML, "<|endoftext|>")
 GLMS = Family("glm4", GLM4, "<|endoftext|>")
 GEMMAS = Family("gemma", GEMMA, "<eos>", "<bos>")
 TOWERS = {
     "qwen3_5": Tower(
-        QWEN, "Qwen/Qwen3.5-4B", LINEAR, {**QWEN_VISION, "num_position_embeddings": 16}, packs=False, scores=True
+        QWEN,
+        "Qwen/Qwen3.5-4B",
+        LINEAR,
+        {**QWEN_VISION, "num_position_embeddings": 16},
+        packs=False,
+        scores=True,
+        vllm=GDN,
     ),
     "qwen3_5_moe": Tower(
         Family("qwen3", CHATML, "<|endoftext|>", experts=True),
@@ -67,19 +77,24 @@ TOWERS = {
         {**LINEAR, **EXPERTS, "shared_expert_intermediate_size": 16},
         {**QWEN_VISION, "num_position_embeddings": 16},
         packs=False,
+        vllm=GDN,
     ),
-    "qwen2_5_vl": Tower(QWEN, "Qwen/Qwen2.5-VL-7B-Instruct", MROPE, {**QWEN_VISION, "fullatt_block_indexes": [0]}),
+    "qwen2_5_vl": Tower(
+        QWEN, "Qwen/Qwen2.5-VL-7B-Instruct", MROPE, {**QWEN_VISION, "fullatt_block_indexes": [0]}, vllm=True
+    ),
     "qwen3_vl": Tower(
         QWEN,
         "Qwen/Qwen3-VL-8B-Instruct",
         MROPE,
         {**QWEN_VISION, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+        vllm=True,
     ),
     "qwen3_vl_moe": Tower(
         Family("qwen3", CHATML, "<|endoftext|>", experts=True),
         "Qwen/Qwen3-VL-30B-A3B-Instruct",
         {**MROPE, **EXPERTS},
         {**QWEN_VISION, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+        vllm=True,
     ),
     "gemma3": Tower(
         GEMMAS,
@@ -88,6 +103,7 @@ TOWERS = {
         SIGLIP,
         {"mm_tokens_per_image": 4},
         scores=True,
+        vllm=True,
     ),
     "gemma4": Tower(
         GEMMAS,
@@ -98,6 +114,7 @@ TOWERS = {
             **{"num_key_value_heads": 2, "head_dim": 8, "position_embedding_size": 16},
         },
         {"audio_config": None},
+        vllm=True,
     ),
     "llama4": Tower(
         Family("llama3", LLAMA3, "<|end_of_text|>", "<|begin_of_text|>", experts=True),
@@ -110,6 +127,7 @@ TOWERS = {
             **{"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2},
             **{"vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16, "image_size": 28},
         },
+        vllm=True,
     ),
     "mistral3": Tower(
         Family("mistral", MISTRAL, "</s>", "<s>"),
@@ -121,6 +139,7 @@ TOWERS = {
         },
         {"tie_word_embeddings": False},
         scores=True,
+        vllm=True,
     ),
     "glm4v": Tower(
         GLMS,
@@ -231,7 +250,7 @@ def hashes(folder: str | Path) -> dict[str, str]:
 
 
 def make_seeing(path: str | Path, name: str, *, tied: bool = False, **vision: Any) -> str:
-    """Save a checkpoint that can be trained on images: `qwen2_5_vl` or `qwen3_vl`, 8 x 8 pixels per token.
+    """Save a checkpoint that can be trained on images, of a family of `WITH_IMAGES`, 8 x 8 pixels per token.
 
     Args:
         vision: settings of the encoder.
