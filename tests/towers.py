@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from medicalgpt.models.vision import WITH_IMAGES
-from tests.families import CHATML, GEMMA, GLM4, LLAMA3, MISTRAL, Family, family_tokenizer
+from tests.families import CHATML, GEMMA, GLM4, LLAMA3, MISTRAL, Family, family_tokenizer, vllm_mark
 
 import torch
 from safetensors import safe_open
@@ -160,15 +160,16 @@ def as_table(chinese: bool = False) -> str:
     """The table in Markdown, as docs/models.md and its Chinese twin show it."""
     stages = ["PT", "SFT", "DPO", "合并" if chinese else "merge", "推理" if chinese else "inference"]
     columns = (
-        ["4 比特", "RM", "打包", "图像", "Hub 上的例子"]
+        ["4 比特", "RM", "打包", "图像", "vLLM", "Hub 上的例子"]
         if chinese
-        else ["4 bit", "RM", "packing", "images", "on the hub, for example"]
+        else ["4 bit", "RM", "packing", "images", "vLLM", "on the hub, for example"]
     )
     head = ["model_type", *stages, *columns]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, tower in TOWERS.items():
         marks = [True] * len(stages) + [not tower.text.experts, tower.scores, tower.packs, name in WITH_IMAGES]
-        lines.append(f"| `{name}` | {' | '.join('✓' if mark else '✗' for mark in marks)} | {tower.hub} |")
+        cells = ["✓" if mark else "✗" for mark in marks] + [vllm_mark(tower.vllm)]
+        lines.append(f"| `{name}` | {' | '.join(cells)} | {tower.hub} |")
     return "\n".join(lines)
 
 

@@ -41,10 +41,13 @@ WIDE = {"out_hidden_size": 128, "hidden_size": 64}
 SETTINGS = {
     "qwen2_5_vl": (ROPE, WIDE, {**QWEN_VL, "patch_size": 14, "processor_class": "Qwen2_5_VLProcessor"}),
     "qwen3_vl": (ROPE, WIDE, {**QWEN_VL, "processor_class": "Qwen3VLProcessor"}),
-    "qwen3_vl_moe": (ROPE, WIDE, {**QWEN_VL, "processor_class": "Qwen3VLProcessor"}),
+    # As on the hub; transformers does so whatever it says.
+    "qwen3_vl_moe": ({**ROPE, "norm_topk_prob": True}, WIDE, {**QWEN_VL, "processor_class": "Qwen3VLProcessor"}),
     "gemma4": ({"global_head_dim": 32}, {}, {}),
     "llama4": ({"attention_chunk_size": 128}, {}, {}),
 }
+# Of random weights, whose embedding is the head too, these repeat one token; they learn different answers first.
+STEPS = dict.fromkeys(("gemma", "gemma2", "gemma3_text", "gemma3", "gemma4"), 60)
 # Float32 sums in another order; a token that leads by less could fall the other way.
 CLOSE = 1e-3
 ALL = {**FAMILIES, **TOWERS}
@@ -92,8 +95,12 @@ def test_vllm_says_what_the_merged_checkpoint_says(name, vllm, tmp_path):
         base = make_family(tmp_path / "base", name, **{**own, **settings})
         template, options = ALL[name].template, {}
     stage = "supervised_finetuning.py"
-    write_jsonl(tmp_path / stage / "rows.jsonl", [{"prompt": f"Why {n}?", "response": "A cold. " * n} for n in (1, 4)])
-    run_here(stage, *stage_flags(tmp_path, stage, base, tmp_path / "sft", "--template_name", template))
+    answers = [f"Answer {number}, 答案。 " * number for number in range(1, 7)]
+    rows = [{"prompt": prompt, "response": answer} for prompt, answer in zip(QUESTIONS, answers, strict=True)]
+    write_jsonl(tmp_path / stage / "rows.jsonl", rows)
+    given = stage_flags(tmp_path, stage, base, tmp_path / "sft", "--template_name", template)
+    given[given.index("--max_steps") + 1] = STEPS.get(name, 3)
+    run_here(stage, *given)
     run_here("merge_peft_adapter.py", "--lora_model", tmp_path / "sft", "--output_dir", tmp_path / "merged")
 
     engine = ChatEngine.from_pretrained(str(tmp_path / "merged"))
