@@ -11,7 +11,7 @@ from tests.families import CHATML, GEMMA, GLM4, LLAMA3, MISTRAL, Family, family_
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForMultimodalLM
 
 IMAGE = "<|image|>"
@@ -219,6 +219,7 @@ def make_towers(
     )
     model = AutoModelForMultimodalLM.from_config(config, dtype=dtype or torch.float32)
     model.save_pretrained(path, max_shard_size=shards)
+    _transpose_experts(path, name)
     tokenizer.save_pretrained(path)
     if name.startswith("qwen3_5"):
         # On the hub there is a head for several tokens at once too, which transformers does not load.
@@ -226,6 +227,14 @@ def make_towers(
         _add_file(path, "mtp.safetensors", ["mtp.fc.weight"])
     Path(path, "preprocessor_config.json").write_text('{"image_processor_type": "of the base", "size": 28}\n')
     return str(path)
+
+
+def _transpose_experts(folder: str | Path, name: str) -> None:
+    """On the hub, the experts of Qwen3-VL are stored the other way round than transformers computes with them."""
+    for path in Path(folder).glob("*.safetensors") if name == "qwen3_vl_moe" else ():
+        weights = load_file(path)
+        turned = {each: weight.transpose(1, 2).contiguous() for each, weight in weights.items() if ".experts." in each}
+        save_file(weights | turned, path, metadata={"format": "pt"})
 
 
 def _add_file(folder: str | Path, file: str, names: list[str]) -> None:
@@ -278,6 +287,7 @@ def make_seeing(path: str | Path, name: str, *, tied: bool = False, **vision: An
         **({"tie_word_embeddings": True} if tied else {}),
     )
     AutoModelForMultimodalLM.from_config(config, dtype=torch.float32).save_pretrained(path)
+    _transpose_experts(path, name)
     tokenizer.save_pretrained(path)
     settings = {
         **{"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor"},
@@ -296,6 +306,9 @@ def require_whole(base: str | Path, folder: str | Path, trained: bool = True) ->
     """The folder is the checkpoint `base` in all but the weights of the language model."""
     before, after = hashes(base), hashes(folder)
     assert before.keys() == after.keys()
+    assert {n: text.rsplit(" ", 1)[0] for n, text in before.items()} == {
+        n: text.rsplit(" ", 1)[0] for n, text in after.items()
+    }, "another file, type or shape"
     changed = {name for name in before if before[name] != after[name]}
     assert any(is_tower(name) for name in before) and not any(is_tower(name) for name in changed)
     assert bool(changed) == trained
