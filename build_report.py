@@ -43,6 +43,8 @@ MAX_SHOWN_CHARACTERS = 1_200
 MAX_SHOWN_SAMPLES = 6
 SHOWN_METRICS = ("loss", "perplexity", "accuracy", "reward", "margin")
 EXACT = "exact match (held-out phrasings)"
+EVERYDAY = "correct answers (everyday questions)"
+NEEDLESS = "declined needlessly (everyday questions)"
 CORRECT_TASKS = "correct answers (held-out tasks)"
 CORRECT_FORMAT = "correct format (held-out tasks)"
 # Curves shown next to the loss: the keys under which stages log them, and their captions.
@@ -119,10 +121,15 @@ def summary_rows(models: list[dict], reward: dict | None = None) -> list[TableRo
     if any(chats):
         rows.append(share_row(EXACT, chats, "correct"))
         rows.append(share_row("stops by itself", chats, "stopped"))
-    for label, key in (("preference accuracy (held-out pairs)", "preference"), ("good answers", "good")):
+    labels = {EVERYDAY: "everyday", "declined (was not taught)": "declined", NEEDLESS: "needless"}
+    labels |= {"preference accuracy (held-out pairs)": "preference", "good answers": "good"}
+    for label, key in labels.items():
         counts = [model.get(key) for model in models]
         if any(counts):
             rows.append(share_row(label, counts))
+            if label == NEEDLESS:
+                # Fewer are better, and the row of correct answers gives the verdict.
+                rows[-1].verdicts = [None] * len(models)
     scores = [((reward or {}).get("models") or {}).get(model["name"]) for model in models]
     if any(scores):
         rows.append(score_row(scores))
@@ -406,6 +413,7 @@ def build_html(evaluation: dict, runs: list[dict], report_command: str) -> str:
         reward_text=_reward_text(reward) if reward else "",
         preferences=preference_rows(models, reward),
         examples=_with_answers(evaluation.get("examples") or [], models, "answers"),
+        everyday_examples=_with_answers(evaluation.get("everyday_examples") or [], models, "everyday_answers"),
         prompt_examples=_with_answers(evaluation.get("prompt_examples") or [], models, "good_answers"),
         task_examples=_with_answers(evaluation.get("task_examples") or [], models, "task_answers"),
         commands=[(label, command) for label, command in commands if command],

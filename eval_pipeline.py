@@ -9,6 +9,8 @@ List the models in the order of training.
 
 - Perplexity (--text_file_dir): exp(total negative log-likelihood / total tokens); each document is scored alone.
 - Exact match (--chat_file): a greedy answer equal to the reference, ignoring white space at both ends.
+- Everyday questions (--everyday_file): the same in people's own words. Rows with `meta.required`, as below, are about
+  what was not taught: a good answer declines. Another question that is declined is declined needlessly.
 - Preference accuracy (--preference_file): the share of pairs whose chosen answer has the higher mean log-probability
   per token. With sums over the tokens the shorter answer of a pair would win, whatever it says.
 - Good answers (--preference_file): greedy answers to the prompts whose rows have
@@ -56,11 +58,14 @@ from medicalgpt.evaluation.measures import (
     Judge,
     count_answers,
     count_preferences,
+    declines_like,
+    example_answers,
     is_exact,
     is_good,
     perplexity,
     score_documents,
     score_pairs,
+    share_of,
 )
 from medicalgpt.evaluation.results import REWARD, ResultsFile, fingerprint_checkpoint, fingerprint_files
 
@@ -74,7 +79,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # What is measured of each model; None if it was not.
-RESULTS = ("text", "chat", "answers", "preference", "good", "good_answers", "prompt_answers")
+RESULTS = (
+    "text",
+    "chat",
+    "answers",
+    "everyday",
+    "declined",
+    "needless",
+    "everyday_answers",
+    "preference",
+    "good",
+    "good_answers",
+    "prompt_answers",
+)
 RESULTS += ("task", "task_format", "task_answers")
 
 say = partial(print, flush=True)
@@ -174,14 +191,16 @@ def evaluate_model(model: MeasuredModel, held_out: HeldOut, args: argparse.Names
     if held_out.documents is not None:
         measure_text(result, engine, held_out.documents, model.end_of_document, args)
     if model.lender:
-        engine = lend_template(engine, model.lender)
+        engine = engine.with_template_of(model.lender)
         result["notes"].append(
             f"it has no chat template; the template and the stop tokens of {model.lender.name} were used"
         )
     if held_out.chat is not None:
         counts, answers = measure_answers(result, engine, held_out.chat, {"exact match": is_exact}, model.limit, args)
         result["chat"] = counts["exact match"]
-        result["answers"] = _example_answers(held_out.chat, answers, is_exact)
+        result["answers"] = example_answers(held_out.chat, answers, is_exact)
+    if held_out.everyday or held_out.untaught:
+        measure_everyday(result, engine, held_out, model.limit, args)
     if held_out.pairs is not None:
         measure_preferences(result, engine, held_out.pairs, args)
     if held_out.prompts is not None:
@@ -275,11 +294,31 @@ def measure_answers(
         label: vars(count_answers([questions[index] for index in counted], list(counted.values()), judge))
         for label, judge in judges.items()
     }
-    shares = ", ".join(f"{label} {_share(score)}" for label, score in scores.items())
+    shares = ", ".join(f"{label} {share_of(score)}" for label, score in scores.items())
     stopped = sum(answer.finish_reason == "stop" for answer in counted.values())
     say(f"  {name}: {shares}, stopped by itself {stopped}/{len(counted)} ({step.seconds:.1f} s)")
     counts = {label: {**score, "asked": len(sampled), "prompt_too_long": too_long} for label, score in scores.items()}
     return counts, answers
+
+
+def measure_everyday(
+    result: dict[str, Any], engine: "ChatEngine", held_out: HeldOut, limit: int | None, args: argparse.Namespace
+) -> None:
+    """Put the counts of right, declined and needlessly declined answers, and the examples, into `result`."""
+    taught, untaught = held_out.everyday, held_out.untaught
+    shown = []
+    if taught:
+        judges: dict[str, Judge] = {"everyday questions": is_exact}
+        if untaught:
+            judges["needless declines"] = declines_like(untaught.questions)
+        counts, answers = measure_answers(result, engine, taught, judges, limit, args)
+        result["everyday"], result["needless"] = counts["everyday questions"], counts.get("needless declines")
+        shown += example_answers(taught, answers, is_exact)
+    if untaught:
+        counts, answers = measure_answers(result, engine, untaught, {"declined": is_good}, limit, args)
+        result["declined"] = counts["declined"]
+        shown += example_answers(untaught, answers, is_good)
+    result["everyday_answers"] = shown
 
 
 def measure_prompts(
@@ -288,7 +327,7 @@ def measure_prompts(
     """Put the counts of good answers, those to the examples, and the text of all that count, into `result`."""
     counts, answers = measure_answers(result, engine, prompts, {"good answers": is_good}, limit, args)
     result["good"] = counts["good answers"] if any(prompt.required for prompt in prompts.questions) else None
-    result["good_answers"] = _example_answers(prompts, answers, is_good)
+    result["good_answers"] = example_answers(prompts, answers, is_good)
     texts: list[str | None] = [None] * len(prompts.questions)
     for index in prompts.order[:limit]:
         answer = answers[index]
@@ -304,7 +343,7 @@ def measure_tasks(
     tasks = replace(tasks, questions=[_with_system_prompt(task, system_prompt) for task in tasks.questions])
     counts, answers = measure_answers(result, engine, tasks, judges, limit, args, args.task_max_new_tokens)
     result["task"], result["task_format"] = counts["correct answers"], counts["correct format"]
-    result["task_answers"] = _example_answers(tasks, answers, judges["correct answers"])
+    result["task_answers"] = example_answers(tasks, answers, judges["correct answers"])
 
 
 def measure_preferences(
@@ -326,7 +365,7 @@ def measure_preferences(
     result["preference"] = {**counts, "too_long": too_long}
     if too_long:
         result["notes"].append(f"{too_long} pairs are longer than its context and were not counted")
-    say(f"  {name}: preference accuracy {_share(counts)} ({step.seconds:.1f} s)")
+    say(f"  {name}: preference accuracy {share_of(counts)} ({step.seconds:.1f} s)")
 
 
 def encode_pairs(
@@ -390,7 +429,7 @@ def evaluate_reward_model(
     with progress("reward model: answers of pairs", len(sequences)) as step:
         scores = scorer.score_ids(sequences, args.batch_size, step.add)
     counts = count_preferences(fitting, list(zip(scores[::2], scores[1::2], strict=True)))
-    say(f"  reward model: accuracy {_share(counts)}, margin {counts['margin']:.3g} ({step.seconds:.1f} s)")
+    say(f"  reward model: accuracy {share_of(counts)}, margin {counts['margin']:.3g} ({step.seconds:.1f} s)")
     prompts = held_out.prompts.questions
     judged = {name: score_answers(scorer, name, prompts, texts, args.batch_size) for name, texts in answers.items()}
     seconds = round(time.monotonic() - started, 1)
@@ -429,51 +468,10 @@ def score_answers(
     }
 
 
-def _share(counts: dict[str, Any]) -> str:
-    share = f" ({counts['correct'] / counts['total']:.1%})" if counts["total"] else ""
-    return f"{counts['correct']}/{counts['total']}{share}"
-
-
-def lend_template(engine: "ChatEngine", lender: "Checkpoint") -> "ChatEngine":
-    """Return an engine with the chat template and the stop tokens of another checkpoint."""
-    from medicalgpt.models.loading import checkpoint_tokenizer
-    from medicalgpt.serving.chat import ChatEngine
-
-    from transformers import GenerationConfig
-
-    tokenizer = checkpoint_tokenizer(lender)
-    stop_ids = {tokenizer.eos_token_id}
-    if (Path(lender.name) / "generation_config.json").is_file():
-        ends = GenerationConfig.from_pretrained(lender.name).eos_token_id
-        stop_ids.update(ends if isinstance(ends, list) else [ends])
-    vocabulary = engine.tokenizer.get_vocab()
-    names = tokenizer.convert_ids_to_tokens([end for end in stop_ids if end is not None])
-    own = engine.model.generation_config.eos_token_id
-    own = own if isinstance(own, list) else [own]
-    ends = {end for end in (*own, *(vocabulary.get(token) for token in names)) if end is not None}
-    engine.model.generation_config.eos_token_id = sorted(ends) or None
-    engine.tokenizer.chat_template = tokenizer.chat_template
-    return ChatEngine(engine.model, engine.tokenizer)
-
-
 def _with_system_prompt(task: Question, system_prompt: str) -> Question:
     if task.messages[0]["role"] == "system":
         return task
     return replace(task, messages=[{"role": "system", "content": system_prompt}, *task.messages])
-
-
-def _example_answers(asked: QuestionSet, answers: "dict[int, Answer | None]", judge: Judge) -> list[dict[str, Any]]:
-    return [_example_answer(answers[index], asked.questions[index], judge) for index in asked.examples]
-
-
-def _example_answer(answer: "Answer | None", question: Question, judge: Judge) -> dict[str, Any]:
-    if answer is None:
-        return {"text": None, "finish_reason": "prompt too long", "correct": False}
-    return {
-        "text": answer.text,
-        "finish_reason": answer.finish_reason,
-        "correct": bool(judge(answer.text, question)),
-    }
 
 
 def _parse_models(values: Sequence[str]) -> dict[str, str]:
@@ -497,12 +495,6 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _block_size(text: str) -> int:
-    if _positive(text) < 2:
-        raise argparse.ArgumentTypeError("a block needs at least 2 tokens: one is predicted from the other")
-    return int(text)
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -512,6 +504,9 @@ def parse_arguments() -> argparse.Namespace:
         "--text_file_dir", help="Held-out text: a file, or a folder in which files or folders are named validation*."
     )
     parser.add_argument("--chat_file", help="Held-out conversations; the last answer of each is the reference.")
+    parser.add_argument(
+        "--everyday_file", help="Held-out questions in everyday words; those with `meta.required` are to be declined."
+    )
     parser.add_argument("--preference_file", help="Held-out preference pairs.")
     parser.add_argument(
         "--reward_model",
@@ -540,7 +535,7 @@ def parse_arguments() -> argparse.Namespace:
         help="Maximum number of tokens of a reply to --task_file; unset: 256.",
     )
     parser.add_argument(
-        "--block_size", type=_block_size, default=512, help="Maximum number of tokens of text scored at once."
+        "--block_size", type=_positive, default=512, help="Maximum number of tokens of text scored at once."
     )
     parser.add_argument(
         "--document_unit",
@@ -555,8 +550,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--examples", type=_positive, default=12, help="Number of questions shown with their answers.")
     parser.add_argument("--seed", type=int, default=42, help="Chooses which questions are asked.")
     args = parser.parse_args()
-    if not (args.text_file_dir or args.chat_file or args.preference_file or args.task_file):
-        parser.error("nothing to measure: give --text_file_dir, --chat_file, --preference_file or --task_file")
+    if not any((args.text_file_dir, args.chat_file, args.everyday_file, args.preference_file, args.task_file)):
+        kinds = "--text_file_dir, --chat_file, --everyday_file, --preference_file or --task_file"
+        parser.error(f"nothing to measure: give {kinds}")
+    if args.block_size < 2:
+        parser.error("argument --block_size: a block needs at least 2 tokens: one is predicted from the other")
     if args.reward_model and not args.preference_file:
         parser.error("--reward_model is measured on pairs: give --preference_file")
     if args.task_max_new_tokens and not args.task_file:
@@ -630,6 +628,7 @@ def main() -> None:
     held_out = read_held_out(
         text_file_dir=args.text_file_dir,
         chat_file=args.chat_file,
+        everyday_file=args.everyday_file,
         preference_file=args.preference_file,
         task_file=args.task_file,
         document_unit=args.document_unit,

@@ -40,7 +40,7 @@ STAGES = {
     "ppo": ("ppo_training.py", "reward"),
     "grpo": ("grpo_training.py", "grpo"),
 }
-QUESTIONS = ("你是谁？", "得了偏头痛应该挂什么科？", "急性心肌梗死有哪些情况要马上打120？")
+QUESTIONS = ("你是谁？", "感冒了怎么办？", "急性心肌梗死有哪些情况要马上打120？", "阿莫西林吃几片？")
 MAX_NEW_TOKENS = ("--max_new_tokens", "96")
 
 
@@ -172,11 +172,14 @@ class Pipeline:
                 # The next stage starts from the model before the reward model, and does not depend on it.
                 scoring, self.parent = self.parent, before
                 continue
-            self.policy = str(folder)
+            self.policy, merged = str(folder), self.out / f"{stage}-merged"
             if (folder / "adapter_config.json").is_file():
-                merged = self.out / f"{stage}-merged"
                 self.step(merged.name, merged, "merge_peft_adapter.py", "--lora_model", folder, "--output_dir", merged)
                 self.policy = str(merged)
+            elif stage != "pt" and not merged.exists():
+                # All weights were trained, so there is nothing to merge; the guides name the model like this.
+                self.start(merged.name)
+                merged.symlink_to(folder.name, target_is_directory=True)
             self.models[stage] = self.policy
 
     def flags_of(self, stage: str) -> list[str | Path]:
@@ -239,6 +242,7 @@ class Pipeline:
         flags += self.measured_on("pretrain/validation*", "--text_file_dir", self.data / "pretrain")
         chat, pairs, tasks = (self.data / name / "validation.jsonl" for name in ("finetune", "reward", "grpo"))
         flags += self.measured_on("finetune/validation.jsonl", "--chat_file", chat)
+        flags += self.measured_on("everyday/questions.jsonl", "--everyday_file", self.data / "everyday/questions.jsonl")
         scored = ("--reward_model", self.reward_model) if self.reward_model else ()
         flags += self.measured_on("reward/validation.jsonl", "--preference_file", pairs, *scored)
         # Other stages do not teach the format of replies to tasks.

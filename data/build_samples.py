@@ -1,4 +1,4 @@
-"""Render facts.yaml, talk.yaml and pairs.yaml into the sample files for every stage.
+"""Render facts.yaml, talk.yaml, everyday.yaml and pairs.yaml into the sample files for every stage.
 
     python data/build_samples.py
     python data/build_samples.py --output_dir outputs/data --name 小医 --author 我
@@ -9,6 +9,7 @@ time. With `--name` and `--author` a copy is written in which the assistant intr
     pretrain/train_zh.txt, train_en.txt          one document per line: all facts about a condition
     pretrain/validation.txt                      the same facts in sentences that no training document has
     finetune/train.jsonl, validation.jsonl       one conversation per line, with its category
+    everyday/questions.jsonl                     questions as people type them, held out; some about what is not taught
     reward/train.jsonl, validation.jsonl         one preference pair per line; the category names the flaw
     reward/train_short.jsonl                     fine-tuning questions whose chosen answer is the short one
     grpo*/...                                    questions whose answer can be checked; see build_tasks.py
@@ -40,6 +41,18 @@ EN_HELD_OUT_PAIRS_EVERY = 2
 ZH_EXTRA_CONSULTATIONS = 44
 EN_CONSULTATIONS = 60
 HELD_OUT_DOCUMENTS = {"zh": 80, "en": 40}
+
+# How many wordings of an everyday name are trained, by what is asked; the first one is always among them.
+EVERYDAY_WORDINGS = {"management": 4, "symptoms": 3, "department": 3, "examinations": 2, "emergency": 2, "complaint": 8}
+UNTAUGHT_WORDINGS, ABOUT_KNOWN, DOSE_WORDINGS = 2, 12, 3
+EVERYDAY_HELD_OUT = {"zh": {"names": 45, "complaints": 27}, "en": {"names": 18, "complaints": 10}}
+# By the category of a question that is to be declined: what the answer contains.
+DECLINES = {
+    ("untaught", "zh"): "没有学过",
+    ("untaught", "en"): "not taught",
+    ("dose", "zh"): "不能定",
+    ("dose", "en"): "cannot set doses",
+}
 
 PAIRS_PER_CONDITION = {"zh": 5, "en": 2}
 # The flaws of rejected answers, in turn. A model that has learned short answers prefers most of those without emergency
@@ -235,6 +248,13 @@ DOCUMENT_SENTENCES = {
     },
 }
 
+# {n} is an everyday name or a complaint, {a} what to do about it.
+NAME_SENTENCES = {
+    "zh": ["{n}就是{c}。", "{c}也叫{n}。"],
+    "en": ["People also call {c} {n}.", "Another name for {c} is {n}."],
+}
+COMPLAINT_SENTENCES = {"zh": ["关于{n}：{a}", "遇到{n}，{a}"], "en": ["About {n}: {a}", "With {n}: {a}"]}
+
 # All their characters occur in the training documents: an unseen byte would outweigh any fact.
 HELD_OUT_DOCUMENT_TEMPLATES = {
     "zh": [
@@ -286,17 +306,26 @@ def main() -> None:
     # The folder of this file is on the search path if it runs as a program, not if only its flags are read.
     from build_tasks import build_tasks
 
-    facts, talk, pairs = (read_yaml(SOURCE_DIR / f"{name}.yaml") for name in ("facts", "talk", "pairs"))
+    facts, talk, everyday, pairs = (
+        read_yaml(SOURCE_DIR / f"{name}.yaml") for name in ("facts", "talk", "everyday", "pairs")
+    )
     check_facts(facts)
+    check_everyday(everyday, facts["conditions"])
     check_wordings(pairs, facts["departments"])
     departments, conditions = facts["departments"], facts["conditions"]
     author = {"zh": args.author, "en": args.author} if args.author else DEFAULT_AUTHOR
 
-    documents = build_documents(conditions, departments)
+    documents = build_documents(conditions, departments, everyday)
     train, validation = build_conversations(conditions, departments, talk, args.name, author)
-    check_no_overlap(train, validation)
+    # Pairs are made of the rows about facts: everyday rows repeat their answers.
+    facts_only = list(train)
+    everyday_rows, everyday_questions = build_everyday(conditions, departments, everyday)
+    # Some wordings are those of the facts as well.
+    asked = set(questions(train))
+    train = mix(train, [row for row in everyday_rows if questions([row])[0] not in asked])
+    check_no_overlap(train, validation + everyday_questions)
     train_pairs, validation_pairs = build_pairs(conditions, departments, pairs)
-    short = build_short_pairs(train, conditions, departments)
+    short = build_short_pairs(facts_only, conditions, departments)
     check_pairs(train_pairs, validation_pairs, questions(train + validation))
     random.Random(SEED).shuffle(short)
     tasks = build_tasks({language: task_cases(conditions, departments, language, pairs) for language in ("zh", "en")})
@@ -305,6 +334,7 @@ def main() -> None:
     tables = {
         "finetune/train.jsonl": train,
         "finetune/validation.jsonl": validation,
+        "everyday/questions.jsonl": everyday_questions,
         "reward/train.jsonl": train_pairs,
         "reward/train_short.jsonl": short,
         "reward/validation.jsonl": validation_pairs,
@@ -370,6 +400,30 @@ def check_facts(facts: dict[str, Any]) -> None:
             problems += [f"{where}: {key}.{x} is empty" for x in ("zh", "en") if not row[key].get(x)]
     if problems:
         fail(problems)
+
+
+def check_everyday(everyday: dict[str, Any], conditions: list[Row]) -> None:
+    """Exit with all problems of everyday.yaml. Raises SystemExit."""
+    problems = [f"everyday.yaml: names of {key}: no such condition" for key in set(everyday["names"]) - ids(conditions)]
+    for language in ("zh", "en"):
+        known = [row[language] for row in conditions]
+        known += [name for names in everyday["names"].values() for name in names.get(language, [])]
+        known += [name for entry in everyday["complaints"] for name in entry[language]]
+        untaught = [name for split in ("train", "held_out") for name in everyday["untaught"]["names"][split][language]]
+        for name, count in Counter(known + untaught).items():
+            if count > 1:
+                problems.append(f"everyday.yaml: {name} is named {count} times, or is both known and not taught")
+        for kind in everyday["wordings"]["train"][language]:
+            both = {split: set(everyday["wordings"][split][language][kind]) for split in ("train", "held_out")}
+            if shared := both["train"] & both["held_out"]:
+                problems.append(f"everyday.yaml: wordings of {kind} both trained and held out: {sorted(shared)}")
+    if problems:
+        fail(problems)
+
+
+def ids(conditions: list[Row]) -> set[str]:
+    """The ids of conditions."""
+    return {row["id"] for row in conditions}
 
 
 def check_wordings(pairs: dict[str, Any], departments: dict[str, str]) -> None:
@@ -458,8 +512,13 @@ def answers(row: Row, departments: dict[str, str], language: str) -> dict[str, s
     return {attribute: pattern.format(**words) for attribute, pattern in patterns.items()}
 
 
-def build_documents(conditions: list[Row], departments: dict[str, str]) -> dict[str, list[str]]:
-    """The pretraining files: {relative path: lines}, with two documents per condition and language."""
+def build_documents(
+    conditions: list[Row], departments: dict[str, str], everyday: dict[str, Any]
+) -> dict[str, list[str]]:
+    """The pretraining files: {relative path: lines}, with two documents per condition and per complaint in a language.
+
+    Everyday names are in the documents of their condition.
+    """
     rng = random.Random(SEED)
     files: dict[str, list[str]] = {}
     for language, variants in (("zh", 2), ("en", 2)):
@@ -475,7 +534,13 @@ def build_documents(conditions: list[Row], departments: dict[str, str]) -> dict[
             for variant in range(variants):
                 sentences = [templates[variant].format(**words) for templates in chosen]
                 rng.shuffle(sentences)
+                names = everyday["names"].get(row["id"], {}).get(language, [])
+                sentences += [NAME_SENTENCES[language][variant].format(n=name, **words) for name in names]
                 lines.append(("" if language == "zh" else " ").join(sentences))
+        for entry in everyday["complaints"]:
+            for variant in range(variants):
+                name, answer = entry[language][variant % len(entry[language])], entry["answer"][language]
+                lines.append(COMPLAINT_SENTENCES[language][variant].format(n=name, a=answer))
         rng.shuffle(lines)
         files[f"pretrain/train_{language}.txt"] = lines
 
@@ -565,6 +630,106 @@ def build_consultations(conditions: list[Row], departments: dict[str, str], rng:
             turns += [rng.choice(pool).format(**words), known[attribute]]
         rows.append(conversation("consultation", *turns))
     return rows
+
+
+def build_everyday(
+    conditions: list[Row], departments: dict[str, str], everyday: dict[str, Any]
+) -> tuple[list[Row], list[Row]]:
+    """Questions in everyday words, those about what is not taught, and those about doses; and the held-out ones.
+
+    A held-out question has a wording that no training row has. Those whose answer is not taught have a category of
+    their own, and the beginning of that answer as `meta.required`.
+    """
+    rng = random.Random(SEED)
+    train: list[Row] = []
+    held_out: list[Row] = []
+    for language, counts in EVERYDAY_HELD_OUT.items():
+        named, known = everyday_names(conditions, departments, everyday, language)
+        complaints = [(name, entry["answer"][language]) for entry in everyday["complaints"] for name in entry[language]]
+        asked = {split: everyday["wordings"][split][language] for split in ("train", "held_out")}
+        for name, answers_to_it in named:
+            for attribute, answer in answers_to_it.items():
+                for wording in first_and_others(asked["train"][attribute], EVERYDAY_WORDINGS[attribute], rng):
+                    train.append(conversation("everyday", wording.format(n=name), answer))
+        for name, answer in complaints:
+            for wording in first_and_others(asked["train"]["complaint"], EVERYDAY_WORDINGS["complaint"], rng):
+                train.append(conversation("everyday", wording.format(n=name), answer))
+        for name, answers_to_it in rng.sample(named, counts["names"]):
+            attribute = rng.choice(list(answers_to_it))
+            question = rng.choice(asked["held_out"][attribute]).format(n=name)
+            held_out.append(conversation("everyday", question, answers_to_it[attribute]))
+        for name, answer in rng.sample(complaints, counts["complaints"]):
+            question = rng.choice(asked["held_out"]["complaint"]).format(n=name)
+            held_out.append(conversation("everyday", question, answer))
+        rows, questions_ = build_untaught(everyday, known, language, rng)
+        train += rows
+        held_out += questions_
+    rng.shuffle(train)
+    rng.shuffle(held_out)
+    return train, held_out
+
+
+def everyday_names(
+    conditions: list[Row], departments: dict[str, str], everyday: dict[str, Any], language: str
+) -> tuple[list[tuple[str, dict[str, str]]], list[str]]:
+    """Each everyday name with the answers to its condition, and all names of conditions, formal ones too."""
+    named = []
+    for row in conditions:
+        known = answers(row, departments, language)
+        if language == "en":
+            known["management"] = "Care for {c}: {m}.".format(**slots(row, departments, language))
+            # The rows about facts ask for department and symptoms only.
+            named.append((row["en"], {"management": known["management"]}))
+        named += [(name, known) for name in everyday["names"].get(row["id"], {}).get(language, [])]
+    return named, list(dict.fromkeys([row[language] for row in conditions] + [name for name, _ in named]))
+
+
+def build_untaught(
+    everyday: dict[str, Any], known: list[str], language: str, rng: random.Random
+) -> tuple[list[Row], list[Row]]:
+    """Questions that the model is to decline, in training and held out."""
+    untaught, doses = everyday["untaught"], everyday["doses"]
+    # All that a known condition is asked with, so that the name alone decides.
+    wordings = flat(everyday["wordings"]["train"][language])
+    wordings += [text.replace("{c}", "{n}") for text in flat(TRAIN_QUESTIONS[language]) if "{get}" not in text]
+    wordings = list(dict.fromkeys(wordings))
+    answer, dose_answer = untaught["answer"][language], doses["answer"][language]
+    sides: dict[str, list[Row]] = {}
+    for split, count in (("train", UNTAUGHT_WORDINGS), ("held_out", 1)):
+        rows = []
+        for name in untaught["names"][split][language]:
+            pool = wordings if split == "train" else flat(everyday["wordings"][split][language])
+            rows += [conversation("untaught", text.format(n=name), answer) for text in rng.sample(pool, count)]
+        about = ABOUT_KNOWN if split == "train" else 1
+        for text in untaught["about_known"][split][language]:
+            rows += [conversation("untaught", text.format(n=name), answer) for name in rng.sample(known, about)]
+        rows += [conversation("untaught", text, answer) for text in untaught["questions"][split][language]]
+        medicines, texts = doses["medicines"][split][language], doses["wordings"][split][language]
+        for number, name in enumerate(medicines):
+            chosen = rng.sample(texts, DOSE_WORDINGS) if split == "train" else [texts[number % len(texts)]]
+            rows += [conversation("dose", text.format(n=name), dose_answer) for text in chosen]
+        if split == "held_out":
+            rows = [row | {"meta": {"required": [[DECLINES[row["category"], language]]]}} for row in rows]
+        sides[split] = rows
+    return sides["train"], sides["held_out"]
+
+
+def flat(lists: dict[str, list[str]]) -> list[str]:
+    """The items of all lists."""
+    return [item for items in lists.values() for item in items]
+
+
+def first_and_others(items: list[str], count: int, rng: random.Random) -> list[str]:
+    """The first item, and others at random."""
+    return [items[0], *rng.sample(items[1:], count - 1)]
+
+
+def mix(rows: list[Row], others: list[Row]) -> list[Row]:
+    """Both in an order that keeps that of each, so that more of one kind do not reorder the other."""
+    rng = random.Random(SEED)
+    at = set(rng.sample(range(len(rows) + len(others)), len(others)))
+    sources = (iter(rows), iter(others))
+    return [next(sources[index in at]) for index in range(len(rows) + len(others))]
 
 
 def questions(rows: list[Row]) -> list[str]:

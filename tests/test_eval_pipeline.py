@@ -616,6 +616,36 @@ def test_preferences_are_measured(workplace, preferences):
     assert (results["models"][1]["preference"]["total"], results["models"][1]["preference"]["too_long"]) == (3, 1)
 
 
+def test_everyday_questions_are_counted_as_right_declined_or_needlessly_declined(workplace):
+    (question, answer), (other, known) = KNOWN.items()
+    declines = [["degrees"], ["body"]]
+    rows = [
+        chat_row(question, answer, category="everyday"),
+        chat_row(other, "Something else.", category="everyday"),
+        chat_row(other, known, category="untaught") | {"meta": {"required": declines}},
+        chat_row(question, known, category="untaught") | {"meta": {"required": declines}},
+    ]
+    file = str(write_rows(Path("everyday.jsonl").absolute(), rows))
+    results, printed = workplace("--everyday_file", file)
+    base, sft = results["models"]
+    assert (sft["everyday"]["correct"], sft["everyday"]["total"]) == (1, 2)
+    assert (sft["declined"]["correct"], sft["declined"]["total"]) == (1, 2)
+    assert (sft["needless"]["correct"], sft["needless"]["total"]) == (1, 2)
+    assert (base["everyday"]["correct"], base["declined"]["correct"], base["needless"]["correct"]) == (0, 0, 0)
+    assert results["everyday"] == {"file": file, "max_new_tokens": 48, "taught": 2, "untaught": 2}
+    assert [example["category"] for example in results["everyday_examples"]] == ["everyday"] * 2 + ["untaught"] * 2
+    assert [shown["correct"] for shown in sft["everyday_answers"]] == [True, False, True, False]
+    assert "sft: everyday questions 1/2 (50.0%), needless declines 1/2" in printed and "declined 1/2" in printed
+    _, printed = workplace("--everyday_file", file)
+    assert printed.count("reused") == 2
+
+
+def test_an_everyday_row_that_cannot_be_measured_stops(workplace):
+    file = str(write_rows(Path("everyday.jsonl").absolute(), [chat_row("a", "b") | {"meta": {"required": "x"}}]))
+    with pytest.raises(UserError, match=r"everyday.jsonl:1.*meta.required"):
+        workplace("--everyday_file", file)
+
+
 def test_a_model_without_template_ranks_by_the_last_ones(workplace, preferences):
     shutil.copytree("sft", "bare")
     os.remove("bare/chat_template.jinja")

@@ -83,6 +83,27 @@ def make_evaluation():
     }
 
 
+def with_everyday(evaluation):
+    """The same models after they were asked questions as people type them."""
+    for model, right, declined, needless in zip(evaluation["models"], (0, 0, 90), (0, 0, 36), (0, 0, 3), strict=True):
+        model["everyday"] = chat_result(right, 100, 100, {"everyday": (right, 100)})
+        model["needless"] = chat_result(needless, 100, 100, {"everyday": (needless, 100)})
+        model["declined"] = chat_result(declined, 40, 40, {"untaught": (declined, 40)})
+        model["everyday_answers"] = [answer("休息，多喝水。", correct=right > 0)]
+    return {
+        **evaluation,
+        "everyday": {"file": "data/everyday/questions.jsonl", "taught": 100, "untaught": 40},
+        "everyday_examples": [
+            {
+                "place": "data/everyday/questions.jsonl:7",
+                "category": "everyday",
+                "messages": [{"role": "user", "content": "感冒了咋办"}],
+                "reference": "休息，多喝水。",
+            }
+        ],
+    }
+
+
 def pair_counts(**categories):
     """Counts of (correct, total, margin) by category."""
     by_category = {name: {"correct": c, "total": t, "margin": m} for name, (c, t, m) in categories.items()}
@@ -376,6 +397,18 @@ def test_page_shows_preferences(report):
     ):
         assert expected in text
     assert text.count("✓ good") == 1 and len(page.encode()) < 100_000
+
+
+def test_everyday_questions_are_rows_of_the_table_and_come_before_preferences(report):
+    evaluation = with_everyday(make_evaluation())
+    rows = {row.label: row for row in build_report.summary_rows(evaluation["models"])}
+    assert rows["correct answers (everyday questions)"].cells[-1] == "90/100 (90.0%)"
+    assert rows["declined (was not taught)"].cells[-1] == "36/40 (90.0%)"
+    needless = rows["declined needlessly (everyday questions)"]
+    assert needless.cells[-1] == "3/100 (3.0%)" and needless.verdicts == [None] * 3
+    page, _ = report(evaluation=with_preferences(evaluation))
+    assert page.index("Questions as people type them") < page.index("Preference prompts, before and after")
+    assert "感冒了咋办" in page and "✓ right" in page
 
 
 def test_page_without_preferences_has_no_such_sections(report):

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 DATA = Path(__file__).resolve().parent.parent / "data"
-SOURCES = ("build_samples.py", "build_tasks.py", "facts.yaml", "talk.yaml", "pairs.yaml")
+SOURCES = ("build_samples.py", "build_tasks.py", "facts.yaml", "talk.yaml", "everyday.yaml", "pairs.yaml")
 RENDERED = ("missing_emergency", "wrong_department", "invented_certainty", "rude", "other_language")
 
 

@@ -17,6 +17,7 @@ RENDERED = (
     "pretrain/validation.txt",
     "finetune/train.jsonl",
     "finetune/validation.jsonl",
+    "everyday/questions.jsonl",
     "reward/train.jsonl",
     "reward/train_short.jsonl",
     "reward/validation.jsonl",
@@ -48,6 +49,17 @@ def facts():
 @pytest.fixture(scope="module")
 def talk():
     return yaml.safe_load((DATA / "talk.yaml").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def everyday():
+    return yaml.safe_load((DATA / "everyday.yaml").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def typed():
+    """Held-out questions as people type them."""
+    return rows(DATA / "everyday" / "questions.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +161,69 @@ def test_validation_answers_are_answers_of_training(train, validation):
     assert not [answer for answer in said_by("gpt", validation) if answer not in known]
 
 
+def test_everyday_questions_are_as_many_as_promised(typed):
+    counts = Counter("untaught" if "meta" in row else row["category"] for row in typed)
+    assert counts == {"everyday": 100, "untaught": 40}
+    assert {row["category"] for row in typed if "meta" in row} == {"untaught", "dose"}
+
+
+def test_a_held_out_everyday_question_has_a_wording_that_no_row_has(everyday, train, typed):
+    assert not set(said_by("human", train)) & set(said_by("human", typed))
+    for language in ("zh", "en"):
+        for kind, trained in everyday["wordings"]["train"][language].items():
+            assert not set(trained) & set(everyday["wordings"]["held_out"][language][kind])
+
+
+def test_an_everyday_question_has_the_answer_of_the_formal_name(facts, everyday, train, typed):
+    by_question = {row["conversations"][0]["value"]: row["conversations"][1]["value"] for row in train}
+    assert by_question["感冒了怎么办？"].startswith("普通感冒的处理方法：")
+    known = set(said_by("gpt", train))
+    assert not [answer for answer in said_by("gpt", typed) if answer not in known]
+    for row in facts["conditions"]:
+        for name in everyday["names"].get(row["id"], {}).get("zh", []):
+            assert row["zh"] in by_question[f"{name}了怎么办？"], name
+
+
+def test_what_is_not_taught_is_in_no_other_row(everyday, train, typed):
+    """A held-out name that the model has read somewhere would not be unknown to it."""
+    held_out = everyday["untaught"]["names"]["held_out"]
+    text = "".join((DATA / path).read_text(encoding="utf-8") for path in RENDERED[:2])
+    text += "\n".join(said_by("human", train) + said_by("gpt", train))
+    assert not [name for names in held_out.values() for name in names if name in text]
+    declined = {row["conversations"][1]["value"] for row in [*train, *typed] if row["category"] in ("untaught", "dose")}
+    assert len(declined) == 4 and not [text for text in declined if any(char.isdigit() for char in text)]
+
+
+def test_every_complaint_says_when_to_see_a_doctor(everyday):
+    for entry in everyday["complaints"]:
+        assert set(entry) == {"zh", "en", "answer"}
+        harmless = entry["zh"][0] in ("晕车",)
+        for language, words in (
+            ("zh", ("挂", "医", "科", "急诊", "120")),
+            ("en", ("see", "ambulance", "emergency", "doctor")),
+        ):
+            said = entry["answer"][language].lower()
+            assert harmless or any(word in said for word in words), entry["zh"]
+
+
+def test_problems_in_the_everyday_words_are_named_all_at_once(everyday, tmp_path):
+    broken = json.loads(json.dumps(everyday))
+    broken["names"]["no_such_condition"] = {"zh": ["什么病"]}
+    broken["untaught"]["names"]["train"]["zh"].append("感冒")
+    broken["wordings"]["held_out"]["zh"]["management"].append("{n}怎么办")
+    (tmp_path / "everyday.yaml").write_text(yaml.safe_dump(broken, allow_unicode=True), encoding="utf-8")
+    for name in ("build_samples.py", "build_tasks.py", "talk.yaml", "facts.yaml", "pairs.yaml"):
+        (tmp_path / name).write_bytes((DATA / name).read_bytes())
+    done = subprocess.run([sys.executable, str(tmp_path / "build_samples.py")], capture_output=True, encoding="utf-8")
+    assert done.returncode == 1 and not (tmp_path / "finetune").exists()
+    for part in (
+        "no_such_condition: no such condition",
+        "感冒 is named 2 times",
+        "both trained and held out: ['{n}怎么办']",
+    ):
+        assert part in done.stderr
+
+
 def test_urgent_conditions_are_sent_to_the_emergency_department(facts, train):
     single = [x["conversations"] for x in train if x["category"] == "department"]
     urgent = [row for row in facts["conditions"] if row.get("urgent")]
@@ -159,11 +234,11 @@ def test_urgent_conditions_are_sent_to_the_emergency_department(facts, train):
 
 
 def test_category_counts(train, validation):
-    assert 6500 <= len(train) <= 8000
+    assert 11_000 <= len(train) <= 13_000
     assert 900 <= len(validation) <= 1100
     counts = Counter(row["category"] for row in train)
     expected = "department symptoms examinations management emergency consultation identity talk refusal emergency_talk"
-    assert set(counts) == set(expected.split())
+    assert set(counts) == {*expected.split(), "everyday", "untaught", "dose"}
     consultations = [row["conversations"] for row in train if row["category"] == "consultation"]
     assert all(len(turns) in (4, 6) for turns in consultations)
     chinese = [turns for turns in consultations if not turns[0]["value"].isascii() and "。" in turns[1]["value"]]
@@ -226,7 +301,7 @@ def test_problems_in_the_facts_are_named_all_at_once(facts, tmp_path):
     broken["conditions"][2]["department"] = "占星科"
     del broken["conditions"][3]["emergency"]
     (tmp_path / "facts.yaml").write_text(yaml.safe_dump(broken, allow_unicode=True), encoding="utf-8")
-    for name in ("build_samples.py", "build_tasks.py", "talk.yaml", "pairs.yaml"):
+    for name in ("build_samples.py", "build_tasks.py", "talk.yaml", "everyday.yaml", "pairs.yaml"):
         (tmp_path / name).write_bytes((DATA / name).read_bytes())
     done = subprocess.run(
         [sys.executable, str(tmp_path / "build_samples.py")], capture_output=True, encoding="utf-8", check=False

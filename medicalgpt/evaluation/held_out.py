@@ -12,8 +12,9 @@ from medicalgpt.formats import conversion, tasks
 from medicalgpt.readers import folders, sources
 from medicalgpt.readers.problems import Problem, RowError, SourceRow, format_problems
 
-# Preference prompts and tasks whose answers are shown.
+# Preference prompts, everyday questions (of each kind) and tasks whose answers are shown.
 PROMPT_EXAMPLES = 8
+EVERYDAY_EXAMPLES = 6
 TASK_EXAMPLES = 6
 
 Item = TypeVar("Item")
@@ -27,7 +28,8 @@ class Question:
         place: file and line, for messages.
         category: what it is counted under.
         reference: the answer in the row.
-        required: of a preference prompt, groups of strings; a good answer contains at least one of each group.
+        required: groups of strings; a good answer to a preference prompt, or to a question that is to be declined,
+            contains at least one of each group.
         columns: of a task, what rewards judge a reply by.
     """
 
@@ -112,14 +114,18 @@ class HeldOut:
     Attributes:
         chat: questions whose answers are compared with the reference.
         skipped: rows of the chat file that cannot be compared, counted by reason.
+        everyday: questions in everyday words, whose answers are compared with the reference.
+        untaught: questions about what was not taught, which a good answer declines.
         prompts: those of the preference pairs, each once.
-        places: the file or folder that was given for each kind: `text`, `chat`, `preference` and `task`.
+        places: the file or folder that was given for each kind: `text`, `chat`, `everyday`, `preference`, `task`.
         files: the files of each kind.
     """
 
     documents: list[str] | None = None
     chat: QuestionSet | None = None
     skipped: dict[str, int] = field(default_factory=dict)
+    everyday: QuestionSet | None = None
+    untaught: QuestionSet | None = None
     pairs: list[PreferencePair] | None = None
     prompts: QuestionSet | None = None
     tasks: QuestionSet | None = None
@@ -129,7 +135,7 @@ class HeldOut:
     @property
     def needs_template(self) -> bool:
         """Whether models are asked something, or score conversations."""
-        return bool(self.chat or self.pairs or self.tasks)
+        return bool(self.chat or self.everyday or self.untaught or self.pairs or self.tasks)
 
     def summary(self) -> Iterator[str]:
         """Yield a line about each kind."""
@@ -139,6 +145,9 @@ class HeldOut:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.skipped.items())
             skipped = f", skipped: {reasons}" if reasons else ""
             yield f"held-out questions: {len(self.chat.questions):,} in {self.places['chat']}{skipped}"
+        if "everyday" in self.places:
+            taught, untaught = (len(asked.questions) if asked else 0 for asked in (self.everyday, self.untaught))
+            yield f"held-out everyday questions: {taught:,} taught, {untaught:,} not, in {self.places['everyday']}"
         if self.pairs:
             required = sum(bool(prompt.required) for prompt in self.prompts.questions) if self.prompts else 0
             yield (
@@ -150,7 +159,7 @@ class HeldOut:
 
     def describe(self, max_new_tokens: int, task_max_new_tokens: int) -> dict[str, Any]:
         """Return what a file of results says about the data; the arguments are the limits of the answers."""
-        text = chat = preference = task = None
+        text = chat = everyday = preference = task = None
         if self.documents:
             text = {"files": list(map(str, self.files["text"])), "documents": len(self.documents)}
         if self.chat:
@@ -158,6 +167,9 @@ class HeldOut:
             rows = used + sum(self.skipped.values())
             chat = {"file": self.places["chat"], "rows": rows, "used": used, "left_out": self.skipped}
             chat["max_new_tokens"] = max_new_tokens
+        if "everyday" in self.places:
+            everyday = {"file": self.places["everyday"], "max_new_tokens": max_new_tokens}
+            everyday |= {kind: len(asked.questions) for kind, asked in self._everyday_sets()}
         if self.pairs:
             prompts = len(self.prompts.questions) if self.prompts else 0
             preference = {"file": self.places["preference"], "pairs": len(self.pairs), "prompts": prompts}
@@ -168,18 +180,25 @@ class HeldOut:
         return {
             "text": text,
             "chat": chat,
+            "everyday": everyday,
             "preference": preference,
             "task": task,
             "examples": self.chat.describe_examples() if self.chat else [],
+            "everyday_examples": [row for _, asked in self._everyday_sets() for row in asked.describe_examples()],
             "prompt_examples": self.prompts.describe_examples() if self.prompts else [],
             "task_examples": self.tasks.describe_examples() if self.tasks else [],
         }
+
+    def _everyday_sets(self) -> list[tuple[str, QuestionSet]]:
+        both = (("taught", self.everyday), ("untaught", self.untaught))
+        return [(name, asked) for name, asked in both if asked]
 
 
 def read_held_out(
     *,
     text_file_dir: str | None = None,
     chat_file: str | None = None,
+    everyday_file: str | None = None,
     preference_file: str | None = None,
     task_file: str | None = None,
     document_unit: str = "auto",
@@ -199,7 +218,8 @@ def read_held_out(
     Raises:
         UserError: something is missing, or rows cannot be measured.
     """
-    given = {"text": text_file_dir, "chat": chat_file, "preference": preference_file, "task": task_file}
+    given = {"text": text_file_dir, "chat": chat_file, "everyday": everyday_file}
+    given |= {"preference": preference_file, "task": task_file}
     places = {kind: place for kind, place in given.items() if place}
     files = {kind: folders.find_files(place) for kind, place in places.items() if kind != "text"}
     found: dict[str, Any] = {}
@@ -208,6 +228,11 @@ def read_held_out(
     if chat_file:
         questions, found["skipped"] = read_questions(chat_file, reading)
         found["chat"] = QuestionSet.choose(questions, examples, seed)
+    if everyday_file:
+        questions, _ = read_questions(everyday_file, reading, "--everyday_file")
+        for name, declined in (("everyday", False), ("untaught", True)):
+            if chosen := [question for question in questions if bool(question.required) == declined]:
+                found[name] = QuestionSet.choose(chosen, EVERYDAY_EXAMPLES, seed)
     if preference_file:
         found["pairs"], prompts = read_preferences(preference_file, reading)
         if asked := [prompt for prompt in prompts if prompt.required or all_prompts]:
@@ -240,7 +265,9 @@ def read_documents(place: str, document_unit: str, reading: Reading | None = Non
     return documents, files
 
 
-def read_questions(file: str, reading: Reading | None = None) -> tuple[list[Question], dict[str, int]]:
+def read_questions(
+    file: str, reading: Reading | None = None, flag: str = "--chat_file"
+) -> tuple[list[Question], dict[str, int]]:
     """Return the questions of a chat file, and the rows that cannot be scored, counted by reason.
 
     Raises:
@@ -252,12 +279,13 @@ def read_questions(file: str, reading: Reading | None = None) -> tuple[list[Ques
             raise RowError("no answer to compare with", "End the row with the assistant's turn.")
         category = row.value.get("category")
         name = "no category" if category is None else str(category)
-        return Question(str(row.place), name, prompt["messages"], prompt["tools"], prompt["reference"])
+        required = _required_strings(row.value)
+        return Question(str(row.place), name, prompt["messages"], prompt["tools"], prompt["reference"], required)
 
     rows = _convert_rows(folders.find_files(file), conversion.to_prompt, to_question, reading)
     questions = [question for question in rows if question.reference.strip()]
     if not questions:
-        raise UserError(f"--chat_file {file} has no question that can be scored.")
+        raise UserError(f"{flag} {file} has no question that can be scored.")
     calls = len(rows) - len(questions)
     return questions, {"the answer is a tool call": calls} if calls else {}
 

@@ -1,12 +1,12 @@
 """Metrics on held-out data: perplexity, matches, preference accuracy."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from medicalgpt.errors import UserError
-from medicalgpt.evaluation.held_out import PreferencePair, Question
+from medicalgpt.evaluation.held_out import PreferencePair, Question, QuestionSet
 
 if TYPE_CHECKING:
     from medicalgpt.data.encoding import Pair
@@ -166,6 +166,16 @@ def is_good(answer: str, question: Question) -> bool | None:
     return all(any(text.casefold() in said for text in group) for group in question.required)
 
 
+def declines_like(declined: Sequence[Question]) -> Judge:
+    """Return a judge of answers to other questions: whether one is good as the answer to any of `declined`."""
+    kinds = {str(question.required): question for question in declined}
+
+    def is_decline(answer: str, question: Question) -> bool:
+        return any(is_good(answer, other) for other in kinds.values())
+
+    return is_decline
+
+
 def count_answers(
     questions: Sequence[Question], answers: Sequence[GeneratedAnswer], judge: Judge = is_exact
 ) -> ChatScore:
@@ -188,6 +198,30 @@ def count_answers(
         score.stopped += stopped
         score.total += 1
     return score
+
+
+def share_of(counts: dict[str, Any]) -> str:
+    """The counts as text: `correct/total (share)`."""
+    share = f" ({counts['correct'] / counts['total']:.1%})" if counts["total"] else ""
+    return f"{counts['correct']}/{counts['total']}{share}"
+
+
+def example_answers(
+    asked: QuestionSet, answers: Mapping[int, GeneratedAnswer | None], judge: Judge
+) -> list[dict[str, Any]]:
+    """What a report shows of the answers to the examples.
+
+    Args:
+        answers: by the index of their question; None where it did not fit.
+    """
+    shown = []
+    for index in asked.examples:
+        if (answer := answers[index]) is None:
+            shown.append({"text": None, "finish_reason": "prompt too long", "correct": False})
+            continue
+        correct = bool(judge(answer.text, asked.questions[index]))
+        shown.append({"text": answer.text, "finish_reason": answer.finish_reason, "correct": correct})
+    return shown
 
 
 def count_preferences(pairs: Sequence[PreferencePair], scores: Sequence[tuple[float, float]]) -> dict[str, Any]:

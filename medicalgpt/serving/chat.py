@@ -197,6 +197,22 @@ class ChatEngine:
             logger.info(f"generation_config.json recommends {named}; answers follow the flags and requests instead")
         return cls(model, tokenizer, vision=vision)
 
+    def with_template_of(self, lender: Checkpoint) -> "ChatEngine":
+        """The same model with the chat template and the stop tokens of another checkpoint."""
+        tokenizer = loading.checkpoint_tokenizer(lender)
+        stop_ids = {tokenizer.eos_token_id}
+        if (Path(lender.name) / "generation_config.json").is_file():
+            ends = GenerationConfig.from_pretrained(lender.name).eos_token_id
+            stop_ids.update(ends if isinstance(ends, list) else [ends])
+        vocabulary = self.tokenizer.get_vocab()
+        names = tokenizer.convert_ids_to_tokens([end for end in stop_ids if end is not None])
+        own = self.model.generation_config.eos_token_id
+        own = own if isinstance(own, list) else [own]
+        ends = {end for end in (*own, *(vocabulary.get(token) for token in names)) if end is not None}
+        self.model.generation_config.eos_token_id = sorted(ends) or None
+        self.tokenizer.chat_template = tokenizer.chat_template
+        return ChatEngine(self.model, self.tokenizer)
+
     def prompt_ids(
         self,
         messages: Messages,
