@@ -43,7 +43,7 @@ EN_CONSULTATIONS = 60
 HELD_OUT_DOCUMENTS = {"zh": 80, "en": 40}
 
 # How many wordings of an everyday name are trained, by what is asked; the first one is always among them.
-EVERYDAY_WORDINGS = {"management": 4, "symptoms": 3, "department": 3, "examinations": 2, "emergency": 2, "complaint": 8}
+EVERYDAY_WORDINGS = {"management": 4, "symptoms": 3, "department": 3, "examinations": 3, "emergency": 3, "complaint": 8}
 UNTAUGHT_WORDINGS, ABOUT_KNOWN, DOSE_WORDINGS = 2, 12, 3
 EVERYDAY_HELD_OUT = {"zh": {"names": 45, "complaints": 27}, "en": {"names": 18, "complaints": 10}}
 # By the category of a question that is to be declined: what the answer contains.
@@ -640,32 +640,34 @@ def build_everyday(
     A held-out question has a wording that no training row has. Those whose answer is not taught have a category of
     their own, and the beginning of that answer as `meta.required`.
     """
-    rng = random.Random(SEED)
+    # The held-out questions stay the same when the wordings that are trained change.
+    rng, rng_held_out = random.Random(SEED), random.Random(SEED)
     train: list[Row] = []
     held_out: list[Row] = []
     for language, counts in EVERYDAY_HELD_OUT.items():
         named, known = everyday_names(conditions, departments, everyday, language)
         complaints = [(name, entry["answer"][language]) for entry in everyday["complaints"] for name in entry[language]]
         asked = {split: everyday["wordings"][split][language] for split in ("train", "held_out")}
-        for name, answers_to_it in named:
-            for attribute, answer in answers_to_it.items():
-                for wording in first_and_others(asked["train"][attribute], EVERYDAY_WORDINGS[attribute], rng):
-                    train.append(conversation("everyday", wording.format(n=name), answer))
-        for name, answer in complaints:
-            for wording in first_and_others(asked["train"]["complaint"], EVERYDAY_WORDINGS["complaint"], rng):
-                train.append(conversation("everyday", wording.format(n=name), answer))
-        for name, answers_to_it in rng.sample(named, counts["names"]):
-            attribute = rng.choice(list(answers_to_it))
-            question = rng.choice(asked["held_out"][attribute]).format(n=name)
+        ways = everyday["spoken"][language]
+        to_answer = [(name, attribute, answer) for name, known_ in named for attribute, answer in known_.items()]
+        to_answer += [(name, "complaint", answer) for name, answer in complaints]
+        for name, attribute, answer in to_answer:
+            first, *others = asked["train"][attribute]
+            train.append(conversation("everyday", first.format(n=name), answer))
+            for wording in rng.sample(others, EVERYDAY_WORDINGS[attribute] - 1):
+                train.append(conversation("everyday", speak(wording.format(n=name), ways, rng), answer))
+        for name, answers_to_it in rng_held_out.sample(named, counts["names"]):
+            attribute = rng_held_out.choice(list(answers_to_it))
+            question = rng_held_out.choice(asked["held_out"][attribute]).format(n=name)
             held_out.append(conversation("everyday", question, answers_to_it[attribute]))
-        for name, answer in rng.sample(complaints, counts["complaints"]):
-            question = rng.choice(asked["held_out"]["complaint"]).format(n=name)
+        for name, answer in rng_held_out.sample(complaints, counts["complaints"]):
+            question = rng_held_out.choice(asked["held_out"]["complaint"]).format(n=name)
             held_out.append(conversation("everyday", question, answer))
-        rows, questions_ = build_untaught(everyday, known, language, rng)
-        train += rows
-        held_out += questions_
+        train += build_untaught(everyday, known, language, "train", rng)
+        rows = build_untaught(everyday, known, language, "held_out", rng_held_out)
+        held_out += [row | {"meta": {"required": [[DECLINES[row["category"], language]]]}} for row in rows]
     rng.shuffle(train)
-    rng.shuffle(held_out)
+    rng_held_out.shuffle(held_out)
     return train, held_out
 
 
@@ -685,43 +687,42 @@ def everyday_names(
 
 
 def build_untaught(
-    everyday: dict[str, Any], known: list[str], language: str, rng: random.Random
-) -> tuple[list[Row], list[Row]]:
-    """Questions that the model is to decline, in training and held out."""
-    untaught, doses = everyday["untaught"], everyday["doses"]
-    # All that a known condition is asked with, so that the name alone decides.
-    wordings = flat(everyday["wordings"]["train"][language])
-    wordings += [text.replace("{c}", "{n}") for text in flat(TRAIN_QUESTIONS[language]) if "{get}" not in text]
-    wordings = list(dict.fromkeys(wordings))
-    answer, dose_answer = untaught["answer"][language], doses["answer"][language]
-    sides: dict[str, list[Row]] = {}
-    for split, count in (("train", UNTAUGHT_WORDINGS), ("held_out", 1)):
-        rows = []
-        for name in untaught["names"][split][language]:
-            pool = wordings if split == "train" else flat(everyday["wordings"][split][language])
-            rows += [conversation("untaught", text.format(n=name), answer) for text in rng.sample(pool, count)]
-        about = ABOUT_KNOWN if split == "train" else 1
-        for text in untaught["about_known"][split][language]:
-            rows += [conversation("untaught", text.format(n=name), answer) for name in rng.sample(known, about)]
-        rows += [conversation("untaught", text, answer) for text in untaught["questions"][split][language]]
-        medicines, texts = doses["medicines"][split][language], doses["wordings"][split][language]
-        for number, name in enumerate(medicines):
-            chosen = rng.sample(texts, DOSE_WORDINGS) if split == "train" else [texts[number % len(texts)]]
-            rows += [conversation("dose", text.format(n=name), dose_answer) for text in chosen]
-        if split == "held_out":
-            rows = [row | {"meta": {"required": [[DECLINES[row["category"], language]]]}} for row in rows]
-        sides[split] = rows
-    return sides["train"], sides["held_out"]
+    everyday: dict[str, Any], known: list[str], language: str, split: str, rng: random.Random
+) -> list[Row]:
+    """Questions that the model is to decline; `split` is train or held_out."""
+    untaught, doses, trained = everyday["untaught"], everyday["doses"], split == "train"
+    wordings = flat(everyday["wordings"][split][language])
+    if trained:
+        # All that a known condition is asked with, so that the name alone decides.
+        wordings += [text.replace("{c}", "{n}") for text in flat(TRAIN_QUESTIONS[language]) if "{get}" not in text]
+        wordings = list(dict.fromkeys(wordings))
+    declined = []
+    for name in untaught["names"][split][language]:
+        declined += [text.format(n=name) for text in rng.sample(wordings, UNTAUGHT_WORDINGS if trained else 1)]
+    for text in untaught["about_known"][split][language]:
+        declined += [text.format(n=name) for name in rng.sample(known, ABOUT_KNOWN if trained else 1)]
+    declined += untaught["questions"][split][language]
+    asked = []
+    texts = doses["wordings"][split][language]
+    for number, name in enumerate(doses["medicines"][split][language]):
+        chosen = rng.sample(texts, DOSE_WORDINGS) if trained else [texts[number % len(texts)]]
+        asked += [text.format(n=name) for text in chosen]
+    rows = []
+    for category, questions_, answer in (("untaught", declined, untaught["answer"]), ("dose", asked, doses["answer"])):
+        for question in questions_:
+            text = speak(question, everyday["spoken"][language], rng) if trained else question
+            rows.append(conversation(category, text, answer[language]))
+    return rows
+
+
+def speak(question: str, ways: list[str], rng: random.Random) -> str:
+    """The question, or what somebody makes of it who greets, thanks or leaves out the question mark."""
+    return rng.choice(ways).format(q=question.rstrip("？")) if rng.random() < 0.5 else question
 
 
 def flat(lists: dict[str, list[str]]) -> list[str]:
     """The items of all lists."""
     return [item for items in lists.values() for item in items]
-
-
-def first_and_others(items: list[str], count: int, rng: random.Random) -> list[str]:
-    """The first item, and others at random."""
-    return [items[0], *rng.sample(items[1:], count - 1)]
 
 
 def mix(rows: list[Row], others: list[Row]) -> list[Row]:
