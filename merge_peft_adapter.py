@@ -1,6 +1,6 @@
 """Merge an adapter into its base model, so that the result loads like any other checkpoint and runs at full speed.
 
-    python merge_peft_adapter.py --lora_model outputs/sft --output_dir outputs/sft-merged
+    python merge_peft_adapter.py --lora_model outputs/sft-lora --output_dir outputs/sft-lora-merged
     python merge_peft_adapter.py --lora_model outputs/a,outputs/b --lora_weights 0.7,0.3 --output_dir outputs/ab
     python merge_peft_adapter.py --lora_model outputs/a,outputs/b --combination_type chain --output_dir outputs/ab
 
