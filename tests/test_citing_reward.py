@@ -124,13 +124,14 @@ def test_tasks_are_made_of_an_index_and_scored(tmp_path):
         assert row["messages"][0]["content"].count(f"[{task['tag']}-1]") >= 2
         if task["supporting"]:
             number = task["supporting"][0]
-            first = task["passages"][number - 1].split("。")[0].split(". ")[0].split("\n")[0]
-            assert score_citations(f"{first} [{task['tag']}-{number}]", task) > 0.5
+            longest = max(re.split(r"。|\. |\n", task["passages"][number - 1]), key=len)
+            assert score_citations(f"{longest} [{task['tag']}-{number}]", task) > 0.5
         else:
             assert score_citations(UNKNOWN[row["language"]], task) == 1
     assert 10 < sum(not row["citations"]["supporting"] for row in rows) < len(rows) / 2
-    # Citing the first passage, which retrieval ranks highest, does not pay.
-    assert {row["citations"]["supporting"][0] for row in rows if row["citations"]["supporting"]} == {1, 2, 3, 4, 5}
+    # Retrieval ranks the right passage first in most rows; citing the first one must not pay.
+    places = [row["citations"]["supporting"][0] for row in rows if row["citations"]["supporting"]]
+    assert places.count(1) < 0.4 * len(places)
     tasks = [{**to_task(row), "place": {"file": "t", "line": n}} for n, row in enumerate(rows, start=1)]
     check_coverage(tasks, choose_rewards(["citations"]))
     with pytest.raises(UserError, match="citations applies to no row"):
