@@ -544,7 +544,9 @@ def measures(rows: list[dict[str, Any]], language: str) -> dict[str, float]:
         numbers["reward `citations` of the answers"] = share("answers", lambda row: row["reward"])
     if groups["citing"]:
         numbers["of those that cite: all citations exist"] = share("citing", lambda row: not row["invented"])
-        numbers["of those that cite: found in the sources"] = share("citing", lambda row: not row["unsupported"])
+    groups["checked"] = [row for row in groups["citing"] if row["cited"]]
+    if groups["checked"]:
+        numbers["of those that cite a source: found there"] = share("checked", lambda row: not row["unsupported"])
     return numbers
 
 

@@ -71,6 +71,9 @@ def main() -> None:
     parser.add_argument("--train_hospitals", type=int, default=92, help="of each language, for `train`; default: 92")
     parser.add_argument("--unseen_hospitals", type=int, default=8, help="of each language, for `unseen`; default: 8")
     parser.add_argument("--quotations", type=int, default=16_000, help="rows of `pretrain`; default: 16000")
+    parser.add_argument(
+        "--quoted_passages", type=int, choices=(1, 2, 3), default=3, help="in a row at most; default: 3"
+    )
     parser.add_argument("--seed", type=int, default=42)
     args = parser.parse_args()
     if args.output_dir.exists():
@@ -99,7 +102,10 @@ def main() -> None:
         write(args.output_dir / part / "questions.jsonl", "\n".join(rows))
         without = sum(question.file is None for question in questions)
         print(f"{args.output_dir / part}: {len(questions)} questions, {without} of them without an answer")
-    quotations = [draw_quotation(chooser.choice(args.languages), kept, chooser) for _ in range(args.quotations)]
+    quotations = [
+        draw_quotation(chooser.choice(args.languages), kept, args.quoted_passages, chooser)
+        for _ in range(args.quotations)
+    ]
     rows = [json.dumps({"text": text}, ensure_ascii=False) for text in quotations]
     write(args.output_dir / "train" / "pretrain" / "quotations.jsonl", "\n".join(rows))
 
@@ -133,8 +139,8 @@ def draw_guides(language: str, hospitals: list[str], chooser: random.Random) -> 
     return sentences, questions
 
 
-def draw_quotation(language: str, hospitals: dict[str, list[str]], chooser: random.Random) -> str:
-    """One to three passages, a question, and the passage that answers it with its mark, or the refusal.
+def draw_quotation(language: str, hospitals: dict[str, list[str]], most: int, chooser: random.Random) -> str:
+    """One to `most` passages, a question, and the passage that answers it with its mark, or the refusal.
 
     The other passages differ from the right one in one respect: the hospital, the department or the fact.
     """
@@ -148,7 +154,7 @@ def draw_quotation(language: str, hospitals: dict[str, list[str]], chooser: rand
         if other not in about:
             about.append(other)
     answered = chooser.randrange(10) >= MISSING
-    shown = about[:1] * answered + about[1 : chooser.choice((1, 1, 2, 3)) + (not answered)]
+    shown = about[:1] * answered + about[1 : min(most, chooser.choice((1, 1, 2, 3))) + (not answered)]
     chooser.shuffle(shown)
     passages = [facts[fact][0].format(**draw_values(chooser), h=h, d=d) for h, d, fact in shown]
     tag = draw_tag(passages, chooser)
