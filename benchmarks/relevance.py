@@ -60,7 +60,11 @@ def read_rows(path: Path) -> list[dict]:
 
 def collect(paths: Iterable[Path]) -> Collection:
     return Collection(
-        [passage for path in paths for passage in split(str(path), read_document(path).units, CHUNK_SIZE, CHUNK_OVERLAP)]
+        [
+            passage
+            for path in paths
+            for passage in split(str(path), read_document(path).units, CHUNK_SIZE, CHUNK_OVERLAP)
+        ]
     )
 
 

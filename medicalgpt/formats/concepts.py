@@ -8,41 +8,43 @@ from dataclasses import dataclass
 from medicalgpt.formats.synonyms import CHINESE, ENGLISH
 from medicalgpt.formats.terms import STOP_WORDS, WORD, is_han, stem
 
-
 # Words that any passage could do without: they weigh a quarter.
 WEAK_ENGLISH = frozenset(
     map(
         stem,
-        """accept add afraid again ago all almost alone along already also always another anybody anyone anything anywhere
-        appear around arrive available away awful back bad bear because become before begin behind best better between big
-        bother bring call cannot care careful case certain chance change cheap choose clear come common complete concern
-        consider continue correct count couple current daughter dad day deal decide depend different difficult dirty
-        easy either else enough ever every everybody everyone everything exact example exist expect explain extra fact
-        fair fall family far father feel few find fine finish first fit follow forget forward free full get gentleman girl
-        give go good great guess guy half happen hard have hear help here hold hope house how husband idea imagine important
-        improve include inform instead interest involve issue item just keep kind know lady large last later lead least leave
-        less let like likely list little live lot make man manage many matter mean meantime mention middle mine mind miss
-        moment more most mother move much mum must myself near necessary need never new next nice normal nothing now number
-        occur offer often ok okay old one only open option order other ought own part particular perfect perhaps person
-        pick piece place plan please point possible prefer prepare present pretty prevent probable problem proper provide
-        put question quite rather ready real really reason receive recent regular remain remember right safe same save say
-        second see seem sense serious serve set several show sick side similar simple since situation small somebody someone
-        something sometime somewhere son soon sorry sort special stand start stay step still stop straight strange strong
-        stuff such sudden suitable suppose sure take tell term thank thing think though time today together tomorrow tonight
-        too total touch toward true try turn two type unless until upon use useful usual various very visit wait want way
-        week well while whole wife without woman wonder work worry worth would wrong year yesterday yet young simply
-        able above after against at cover he she her him his hers it they them anybody shall should might could up down out off over under once three four
-        bit mine's everyone's cause feel""".split(),
+        """able above accept add afraid after again against ago all almost alone along already also always another
+        anybody anyone anything anywhere appear around arrive at available away awful back bad bear because become
+        before begin behind best better between big bit bother bring call cannot care careful case cause certain
+        chance change cheap choose clear come common complete concern consider continue correct could count couple
+        cover current dad daughter day deal decide depend different difficult dirty down easy either else enough ever
+        every everybody everyone everyone's everything exact example exist expect explain extra fact fair fall family
+        far father feel few find fine finish first fit follow forget forward four free full gentleman get girl give go
+        good great guess guy half happen hard have he hear help her here hers him his hold hope house how husband idea
+        imagine important improve include inform instead interest involve issue it item just keep kind know lady large
+        last later lead least leave less let like likely list little live lot make man manage many matter mean
+        meantime mention middle might mind mine miss moment more most mother move much mum must myself near necessary
+        need never new next nice normal nothing now number occur off offer often ok okay old once one only open option
+        order other ought out over own part particular perfect perhaps person pick piece place plan please point
+        possible prefer prepare present pretty prevent probable problem proper provide put question quite rather ready
+        real really reason receive recent regular remain remember right safe same save say second see seem sense
+        serious serve set several shall she should show sick side similar simple simply since situation small somebody
+        someone something sometime somewhere son soon sorry sort special stand start stay step still stop straight
+        strange strong stuff such sudden suitable suppose sure take tell term thank them they thing think though three
+        time today together tomorrow tonight too total touch toward true try turn two type under unless until up upon
+        use useful usual various very visit wait want way week well while whole wife without woman wonder work worry
+        worth would wrong year yesterday yet young""".split(),
     )
 )
 WEAK_CHINESE = frozenset("大小好坏少下来去出进做弄着过点时候再又很太更只先后前多最久快慢不没")
 # Words of two characters or more that weigh as little.
 WEAK_CHINESE_WORDS = frozenset(
-    "东西 地方 问题 情况 事情 时候 办法 方法 注意 合适 设施 参加 观察 恢复 准备 进行 选择 知道 觉得 发现 开始 结束 继续 "
-    "以后 以前 之后 之前 期间 时间 今天 明天 昨天 今晚 现在 马上 立刻 直接 一起 一直 已经 可能 必须 一定 正常 经常 常常 "
-    "有时 突然 刚才 刚 附近 旁边 厉害 严重 管用 有用 有效 作用 效果 区别 不同 意思 关系 影响 大概 大约 左右 所有 全部 "
-    "别的 其他 另外 比较 非常 特别 容易 方便 麻烦 担心 害怕 希望 打算 喜欢 请你们 你们这儿 这儿 那儿 外面 家里 下次 第一次 "
-    "不小心 不舒服 怎么救 怎么说 说明 什么意思 提供 安排 处理 解决 要求 接着 算数 剩下 剩 之内 以内 最快 最狠 最好 最多".split()
+    "一定 一直 一起 下次 不同 不小心 不舒服 东西 严重 之内 之前 之后 事情 什么意思 今天 今晚 以内 "
+    "以前 以后 作用 你们这儿 全部 关系 其他 准备 刚 刚才 别的 剩 剩下 办法 区别 厉害 参加 发现 另外 "
+    "可能 合适 喜欢 地方 处理 外面 大概 大约 安排 害怕 家里 容易 左右 已经 希望 常常 开始 影响 必须 "
+    "怎么救 怎么说 恢复 情况 意思 所有 打算 担心 接着 提供 效果 方便 方法 旁边 时候 时间 明天 昨天 "
+    "最多 最好 最快 最狠 有效 有时 有用 期间 正常 比较 注意 特别 现在 直接 知道 突然 立刻 第一次 算数 "
+    "管用 经常 结束 继续 要求 观察 觉得 解决 设施 说明 请你们 这儿 进行 选择 那儿 问题 附近 非常 马上 "
+    "麻烦".split()
 )
 # The form of a Chinese question; what it asks for is in `question_kinds`.
 CHINESE_FORM = re.compile(
@@ -75,7 +77,7 @@ class Concept:
 
 
 def concepts_of(question: str) -> list[Concept]:
-    """The concepts of a question, each once, in their order. Numbers are none: a question's seldom are in its answer."""
+    """The concepts of a question, each once. Numbers are not: those of a question are seldom in its answer."""
     question = plain(question)
     found: list[Concept] = []
     for word in WORD.findall(CHINESE_FORM.sub("。", question)):
@@ -97,7 +99,9 @@ def _chinese(text: str) -> Iterator[Concept]:
     start = at = 0
     while at < len(text):
         ends = range(min(len(text), at + LONGEST_CHINESE), at, -1)
-        known = next((text[at:end] for end in ends if text[at:end] in CHINESE or text[at:end] in WEAK_CHINESE_WORDS), None)
+        known = next(
+            (text[at:end] for end in ends if text[at:end] in CHINESE or text[at:end] in WEAK_CHINESE_WORDS), None
+        )
         if known:
             yield from _characters(text[start:at])
             weight = 0.25 if known in WEAK_CHINESE_WORDS else 1.0 if len(known) > 1 else 0.75

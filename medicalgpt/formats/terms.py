@@ -29,16 +29,17 @@ IRREGULAR = {
     form: word
     for word, *forms in map(
         str.split,
-        """go went gone; get got gotten; take took taken; give gave given; eat ate eaten; drink drank drunk; see saw seen
-        come came; run ran; sit sat; stand stood; lie lay lain; buy bought; bring brought; catch caught; think thought
-        teach taught; find found; lose lost; leave left; feel felt; keep kept; sleep slept; send sent; spend spent
-        pay paid; say said; tell told; hear heard; make made; break broke broken; freeze froze frozen; steal stole stolen
-        speak spoke spoken; choose chose chosen; forget forgot forgotten; write wrote written; drive drove driven
-        rise rose risen; begin began begun; swim swam swum; ring rang rung; swell swollen; sew sewn; bite bit bitten
-        hide hidden; fall fell fallen; grow grew grown; know knew known; throw threw thrown; wear wore worn; tear tore torn
-        burn burnt; bleed bled; feed fed; meet met; build built; hold held; lend lent; sell sold; stick stuck; wake woke
-        child children; tooth teeth; foot feet; man men; woman women; mouse mice; person people; bad worse worst
-        good better best""".replace("\n", ";").split(";"),
+        """go went gone; get got gotten; take took taken; give gave given; eat ate eaten; drink drank drunk;
+        see saw seen; come came; run ran; sit sat; stand stood; lie lay lain; buy bought; bring brought;
+        catch caught; think thought; teach taught; find found; lose lost; leave left; feel felt; keep kept;
+        sleep slept; send sent; spend spent; pay paid; say said; tell told; hear heard; make made;
+        break broke broken; freeze froze frozen; steal stole stolen; speak spoke spoken;
+        choose chose chosen; forget forgot forgotten; write wrote written; drive drove driven;
+        rise rose risen; begin began begun; swim swam swum; ring rang rung; swell swollen; sew sewn;
+        bite bit bitten; hide hidden; fall fell fallen; grow grew grown; know knew known;
+        throw threw thrown; wear wore worn; tear tore torn; burn burnt; bleed bled; feed fed; meet met;
+        build built; hold held; lend lent; sell sold; stick stuck; wake woke; child children; tooth teeth;
+        foot feet; man men; woman women; mouse mice; person people; bad worse worst; good better best""".split(";"),
     )
     for form in forms
 }

@@ -26,6 +26,7 @@ import numpy as np
 from loguru import logger
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
+from torch.nn import Sigmoid
 
 # Reciprocal rank fusion (https://doi.org/10.1145/1571941.1572114): being high in both rankings beats first in one.
 RRF_K = 60
@@ -157,8 +158,10 @@ class Reranker:
             )
 
     def score(self, question: str, texts: Sequence[str]) -> list[float]:
-        """One score per text, the higher the better, on the model's own scale."""
-        return self.model.predict([(question, text) for text in texts], show_progress_bar=False).tolist()
+        """One score per text from 0 to 1, the higher the better: the sigmoid of what the model gives."""
+        pairs = [(question, text) for text in texts]
+        # Some models have no activation of their own, so that their scores are logits.
+        return self.model.predict(pairs, show_progress_bar=False, activation_fn=Sigmoid()).tolist()
 
 
 @dataclass(frozen=True)
