@@ -21,7 +21,7 @@ WEAK_ENGLISH = frozenset(
         far father feel few find fine finish first fit follow forget forward four free full gentleman get girl give go
         good great guess guy half happen hard have he hear help her here hers him his hold hope house how husband idea
         imagine important improve include inform instead interest involve issue it item just keep kind know lady large
-        last later lead least leave less let like likely list little live lot make man manage many matter mean
+        last later lead least leave less let like likely list little live lot make man manage many matter may mean
         meantime mention middle might mind mine miss moment more most mother move much mum must myself near necessary
         need never new next nice normal nothing now number occur off offer often ok okay old once one only open option
         order other ought out over own part particular perfect perhaps person pick piece place plan please point
@@ -35,7 +35,7 @@ WEAK_ENGLISH = frozenset(
         worth would wrong year yesterday yet young""".split(),
     )
 )
-WEAK_CHINESE = frozenset("大小好坏少下来去出进做弄着过点时候再又很太更只先后前多最久快慢不没")
+WEAK_CHINESE = frozenset("大小好坏少下来去出进做弄着过点时候再又很太更只先后前多最久快慢不没家看说新干儿")
 # Words of two characters or more that weigh as little.
 WEAK_CHINESE_WORDS = frozenset(
     "一定 一直 一起 下次 不同 不小心 不舒服 东西 严重 之内 之前 之后 事情 什么意思 今天 今晚 以内 "

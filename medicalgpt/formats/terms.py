@@ -24,7 +24,7 @@ STOP_WORDS = frozenset(
 ) | frozenset("一不与个为也之会在到去又和哪四在对就得怎我所把是有来用由给被要能让该说谁走起过还这那都里上下")
 
 
-# Forms that end otherwise than their word, each line a word and its forms.
+# Forms that a suffix does not explain: a word and its forms.
 IRREGULAR = {
     form: word
     for word, *forms in map(
@@ -86,7 +86,7 @@ def singular(word: str) -> str:
 @lru_cache(maxsize=100_000)
 def stem(word: str) -> str:
     """What the forms of an English word have in common: "clos" of close, closes, closed and closing."""
-    word = singular(IRREGULAR.get(word.removesuffix("'s"), word))
+    word = singular(IRREGULAR.get(word, word))
     for suffix in ("ing", "ed", "ly"):
         rest = word.removesuffix(suffix)
         if rest != word and len(rest) > 2 and re.search("[aeiouy]", rest):
