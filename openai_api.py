@@ -98,7 +98,6 @@ from medicalgpt.serving.web import (
     settled,
     url_host,
     wait_for_disconnect,
-    with_comments,
 )
 from template import check_template
 
@@ -123,6 +122,7 @@ MAX_NAMED_FIELDS = 32
 LONGEST_PATH = 200
 # After how many seconds in which nothing comes a stream says that it is alive.
 SECONDS_BETWEEN_COMMENTS = 15.0
+KEEP_ALIVE = b": keep-alive\n\n"
 # Many programs end a line at these characters, which JSON leaves unescaped.
 LINE_ENDS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
 
@@ -617,15 +617,18 @@ def ended_early(service: Service, error: BaseException) -> ApiError:
 
 def pieces_of(
     service: Service, request: Request, jobs: Sequence[GenerationRequest]
-) -> AsyncIterator[tuple[int, Piece]]:
+) -> AsyncIterator[list[tuple[int, Piece]]]:
     """Pieces of answers with the number of their request as they are generated; each answer after its last piece.
+
+    Pieces that have come in the meantime come together, so that a busy server writes less often. The list is empty if
+    nothing has come for some seconds.
 
     Raises:
         ApiError: at once if the request is refused; while iterating, after the time limit, or what went wrong in an
             answer; or ClientDisconnected.
     """
     loop = asyncio.get_running_loop()
-    events: asyncio.Queue[tuple[int, str | Future[Answer] | None]] = asyncio.Queue()
+    events: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
 
     def tell(number: int, event: Any) -> None:
         loop.call_soon_threadsafe(events.put_nowait, (number, event))
@@ -638,27 +641,39 @@ def pieces_of(
 
 async def received_pieces(
     service: Service, request: Request, events: asyncio.Queue[tuple[int, Any]], open_jobs: int
-) -> AsyncIterator[tuple[int, Piece]]:
+) -> AsyncIterator[list[tuple[int, Piece]]]:
     """What arrives in a queue, until all jobs have ended."""
+    loop = asyncio.get_running_loop()
     leaving = asyncio.ensure_future(wait_for_disconnect(request))
-    leaving.add_done_callback(lambda _: events.put_nowait((-1, None)))
+    leaving.add_done_callback(lambda _: events.put_nowait((-1, ClientDisconnected())))
+    late = loop.call_at(request.scope["deadline"], events.put_nowait, (-1, timed_out(service)))
     try:
         while open_jobs:
-            try:
-                async with asyncio.timeout_at(request.scope["deadline"]):
-                    number, event = await events.get()
-            except TimeoutError as error:
-                raise timed_out(service) from error
-            if event is None:
-                raise ClientDisconnected
-            if isinstance(event, Future):
-                open_jobs -= 1
-                try:
-                    event = event.result()
-                except (QueueFullError, CancelledError) as error:
-                    raise ended_early(service, error) from error
-            yield number, event
+            idle = loop.call_later(SECONDS_BETWEEN_COMMENTS, events.put_nowait, (-1, None))
+            arrived = [await events.get()]
+            idle.cancel()
+            arrived += [events.get_nowait() for _ in range(events.qsize())]
+            pieces: list[tuple[int, Piece]] = []
+            problem: BaseException | None = None
+            for number, event in arrived:
+                if isinstance(event, Future):
+                    open_jobs -= 1
+                    event = CancelledError() if event.cancelled() else event.exception() or event.result()
+                if isinstance(event, BaseException):
+                    problem = event
+                    break
+                if isinstance(event, str) and pieces and pieces[-1][0] == number and isinstance(pieces[-1][1], str):
+                    event = pieces.pop()[1] + event
+                if event is not None:
+                    pieces.append((number, event))
+            if pieces or problem is None:
+                yield pieces
+            if isinstance(problem, (QueueFullError, CancelledError)):
+                raise ended_early(service, problem) from problem
+            if problem is not None:
+                raise problem
     finally:
+        late.cancel()
         leaving.cancel()
 
 
@@ -668,35 +683,48 @@ async def respond(
     """Answer whole or as a stream, as requested."""
     if not form.body.stream:
         answers = await wait_for(service, request, submit(service, request, jobs))
-        # Probabilities of many tokens take a while to write.
-        return await asyncio.to_thread(lambda: JSONResponse(form.whole(answers)))
+        return await written(answers, lambda: JSONResponse(form.whole(answers)))
     events = pieces_of(service, request, jobs)
     return StreamingResponse(
-        with_comments(stream_of(form, len(jobs), events), SECONDS_BETWEEN_COMMENTS),
+        stream_of(form, len(jobs), events),
         media_type="text/event-stream",
         headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
     )
 
 
+async def written(answers: Sequence[Answer], write: Callable[[], Any]) -> Any:
+    """The result of `write`, off the event loop where it takes long: with probabilities of each token."""
+    return await asyncio.to_thread(write) if any(answer.scores for answer in answers) else write()
+
+
 async def stream_of(
-    form: Form | ResponseForm, jobs: int, events: AsyncIterator[tuple[int, Piece]]
+    form: Form | ResponseForm, jobs: int, events: AsyncIterator[list[tuple[int, Piece]]]
 ) -> AsyncIterator[bytes]:
-    """Events of a stream (https://html.spec.whatwg.org/multipage/server-sent-events.html), each of one line."""
+    """Events of a stream (https://html.spec.whatwg.org/multipage/server-sent-events.html), each of one line.
+
+    While nothing comes there are comments, which clients skip: proxies and clients take a connection for dead on which
+    nothing comes.
+    """
     answers: dict[int, Answer] = {}
+
+    def ending(number: int, answer: Answer) -> list[bytes]:
+        return [event_line(value) for value in form.ending(number, answer)]
 
     try:
         async with aclosing(events):
             for number in range(jobs):
                 for value in form.opening(number):
                     yield event_line(value)
-            async for number, event in events:
-                if not isinstance(event, Answer):
-                    for value in form.piece(number, event):
-                        yield event_line(value)
-                    continue
-                answers[number] = event
-                for value in await asyncio.to_thread(form.ending, number, event):
-                    yield await asyncio.to_thread(event_line, value)
+            async for arrived in events:
+                lines = [] if arrived else [KEEP_ALIVE]
+                for number, event in arrived:
+                    if isinstance(event, Answer):
+                        answers[number] = event
+                        lines += await written([event], partial(ending, number, event))
+                    else:
+                        lines += map(event_line, form.piece(number, event))
+                if lines:
+                    yield b"".join(lines)
         for value in form.closing([answers[number] for number in range(jobs)]):
             yield event_line(value)
         if form.ends_with_done:

@@ -242,9 +242,10 @@ def _serve(requests: int, replies: int) -> None:
             target = os.open("log.0", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
             os.dup2(target, 1)
             os.dup2(target, 2)
+            # Written by the fork, so that none of its calls above is traced or fails.
+            os.write(replies, f"{os.getpid()}\n".encode())
             _read_line(requests)
             return
-        os.write(replies, f"{pid}\n".encode())
         limit = time.monotonic() + SECONDS_TO_SAVE
         while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
             if time.monotonic() > limit:

@@ -660,6 +660,13 @@ def test_the_page_in_a_browser(page_of_files, tmp_path):
         until(lambda: not find("#send").is_enabled())
         until(lambda: find("#send").is_enabled())
 
+    # A source with a longer title than the screen is wide.
+    assert browser.execute_script(
+        "const place = [...document.querySelectorAll('.bot.message a')].at(-1), before = place.textContent;"
+        "place.textContent = '感冒的常见原因'.repeat(9);"
+        "const wide = [...document.querySelectorAll('html, #chat *')].filter((each) => each.scrollWidth > innerWidth);"
+        "place.textContent = before; return place.href.includes('#source-') && wide.length === 0"
+    )
     assert not find("#passage_panel").is_displayed()
     find(".bot.message a").click()
     until(lambda: find("#passage_panel").is_displayed())

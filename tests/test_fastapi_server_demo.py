@@ -45,7 +45,8 @@ def model(tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def served(model) -> Iterator[SimpleNamespace]:
     """The server in a thread of this process, with a gate before its model."""
-    batcher = make_batcher(ChatEngine.from_pretrained(model), max_batch_size=2, max_waiting=3)
+    # A request gets its place at once, even while the model waits at the gate.
+    batcher = make_batcher(ChatEngine.from_pretrained(model), batching="continuous", max_batch_size=2, max_waiting=3)
     arguments = server_arguments("--max_new_tokens", "100", "--request_timeout", "100")
     arguments.max_waiting = 3
     server = uvicorn.Server(uvicorn.Config(build_app(batcher, arguments, None), port=0, log_level="warning"))

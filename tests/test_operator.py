@@ -7,7 +7,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -16,13 +16,14 @@ from benchmarks import probes
 from medicalgpt.errors import UserError
 from medicalgpt.parser import parse_args
 from medicalgpt.serving import keys as keys_module
-from medicalgpt.serving.batchers import Batcher, make_batcher
+from medicalgpt.serving.batchers import Batcher, QueueFullError, make_batcher
 from medicalgpt.serving.chat import ChatEngine
+from medicalgpt.serving.generation import Answer
 from medicalgpt.serving.keys import ApiKeys, read_keys
 from medicalgpt.serving.limits import uvicorn_config
 from medicalgpt.serving.server import DrainingServer, check_server_flags
 from medicalgpt.serving.server_logs import json_line, request_id_from, text_line
-from medicalgpt.serving.web import ProbeMiddleware, bound_socket, client_of, with_comments
+from medicalgpt.serving.web import ProbeMiddleware, bound_socket, client_of
 from openai_api import OpenAIArguments, Service, make_app
 from tests.gate import Gate
 from tests.tiny import make_tiny
@@ -67,7 +68,9 @@ def serving(batcher: Batcher, keys: ApiKeys | None = None, **flags) -> Iterator[
 @pytest.fixture(scope="module")
 def batcher(tmp_path_factory) -> Iterator[Batcher]:
     path = make_tiny(tmp_path_factory.mktemp("model"), never_stops=True, max_position_embeddings=4096)
-    with make_batcher(ChatEngine.from_pretrained(path), max_batch_size=2, max_waiting=3) as batcher:
+    # A request gets its place at once, even while the model waits at the gate.
+    places = {"max_batch_size": 2, "max_waiting": 3}
+    with make_batcher(ChatEngine.from_pretrained(path), batching="continuous", **places) as batcher:
         yield batcher
 
 
@@ -252,7 +255,7 @@ def test_tokens_of_cancelled_answers_are_counted_and_logged(served, batcher, gat
         gate.allow(5)
         with served.client.stream("POST", "/v1/completions", json=body(1000, stream=True), headers=ALICE) as answer:
             assert answer.status_code == 200
-            assert value(served, "vllm:num_requests_running") == 1
+            until(lambda: value(served, "vllm:num_requests_running") == 1)
             until(lambda: value(served, "vllm:generation_tokens_total") > before[0])
         until(lambda: lines)
         entry = json.loads(lines[0])
@@ -295,28 +298,32 @@ def test_a_stream_begins_at_once_and_says_that_it_is_alive(served, gate, monkeyp
     assert all(line.startswith("data: ") for line in rest) and rest[-1] == "data: [DONE]"
 
 
-def test_comments_only_while_nothing_comes_and_an_orderly_end():
-    closed = []
+def test_what_came_in_the_meantime_is_written_at_once(monkeypatch):
+    monkeypatch.setattr(openai_api, "SECONDS_BETWEEN_COMMENTS", 0.1)
+    answers, answer = [Future(), Future()], Answer("abde", "stop", 1, 4)
+    service = SimpleNamespace(arguments=OpenAIArguments(model_name_or_path="tiny"), seconds_to_wait=lambda: 1)
 
-    async def lines():
-        try:
-            yield b"1"
-            await asyncio.sleep(0.25)
-            yield b"2"
-            yield b"3"
-            await asyncio.sleep(60)
-        finally:
-            closed.append(True)
-
-    async def collect() -> list[bytes]:
-        found, stream = [], with_comments(lines(), 0.1)
-        async for line in stream:
-            found.append(line)
-            if line == b"3":
-                await stream.aclose()
+    async def collect() -> list:
+        loop = asyncio.get_running_loop()
+        events = asyncio.Queue()
+        for event in ((0, "a"), (0, "b"), (1, "c"), (0, "d"), (0, "e")):
+            events.put_nowait(event)
+        request = SimpleNamespace(receive=lambda: asyncio.sleep(60), scope={"deadline": loop.time() + 60})
+        answers[0].set_result(answer)
+        loop.call_later(0.25, events.put_nowait, (0, answers[0]))
+        loop.call_later(0.27, events.put_nowait, (1, "f"))
+        answers[1].set_exception(QueueFullError(3, "Too many."))
+        loop.call_later(0.27, events.put_nowait, (1, answers[1]))
+        found = []
+        with pytest.raises(openai_api.ApiError, match="Too many."):
+            async for pieces in openai_api.received_pieces(service, request, events, 2):
+                found.append(pieces)
         return found
 
-    assert asyncio.run(collect()) == [b"1", b": keep-alive\n\n", b": keep-alive\n\n", b"2", b"3"] and closed == [True]
+    found = asyncio.run(collect())
+    assert found[0] == [(0, "ab"), (1, "c"), (0, "de")]
+    # Nothing came for two times a tenth of a second; what comes before an error is not lost.
+    assert found[1:] == [[], [], [(0, answer)], [(1, "f")]]
 
 
 # --- keys ------------------------------------------------------------------------------------------------------------

@@ -4,12 +4,14 @@ import dataclasses
 import threading
 import time
 from concurrent.futures import CancelledError
+from functools import partial
 
 from medicalgpt.errors import UserError
 from medicalgpt.serving import batchers
 from medicalgpt.serving.batchers import BatcherClosedError, ModelFailedError, QueueFullError, make_batcher
 from medicalgpt.serving.chat import ChatEngine
 from medicalgpt.serving.generation import GenerationRequest, Sampling
+from medicalgpt.serving.running_batch import RunningBatch
 from tests.families import FAMILIES, make_family
 from tests.gate import Gate
 from tests.tiny import make_tiny
@@ -131,6 +133,43 @@ def test_continuous_batching_of_every_family(tmp_path, family):
             same(future.result(30), expected)
     # The model attends as before.
     assert engine.chat(QUESTIONS[1], GREEDY) == alone[1]
+
+
+# Families whose cache has layers other than keys and values.
+UNPADDED = ("qwen3_next", "lfm2")
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAMILIES]
+)
+def test_answers_of_every_family_join_and_leave_a_padded_batch(tmp_path, family):
+    """They are computed once, and what stands in the batch beside them does not change them."""
+    engine = ChatEngine.from_pretrained(make_family(tmp_path, family, tie_word_embeddings=False))
+    assert bool(RunningBatch.obstacles(engine.model)) == (family in UNPADDED)
+    if family in UNPADDED:
+        return
+    samplings = [dataclasses.replace(GREEDY, max_new_tokens=4 + 3 * number) for number in range(len(QUESTIONS))]
+    requests = [engine.request(messages, own) for messages, own in zip(QUESTIONS, samplings, strict=True)]
+    alone = engine.generate(requests)
+    states = [engine.begin(request) for request in requests]
+    computed = []
+    hook = engine.model.register_forward_pre_hook(
+        lambda model, args, inputs: computed.append(tuple(inputs["input_ids"].shape)), with_kwargs=True
+    )
+    batch = RunningBatch(engine.model)
+    steps = iter([False, True, False, True, True])
+    pause = partial(next, steps, False)
+    engine.extend(states[:2], pause, batch)
+    engine.extend(states[:5], pause, batch)
+    # The third leaves, and comes back later.
+    engine.extend([*states[:2], *states[3:]], pause, batch)
+    engine.extend([state for state in states if not state.ended], pause, batch)
+    hook.remove()
+    for state, expected in zip(states, alone, strict=True):
+        same(state.answer, expected)
+    prompts = [len(request.prompt_ids) for request in requests]
+    joined = [(2, max(prompts[:2])), (3, max(prompts[2:5])), (1, prompts[5]), (1, len(states[2].prompt_ids) + 2)]
+    assert [shape for shape in computed if shape[1] > 1] == joined
 
 
 def test_continuous_batching_with_an_adapter(engine, tmp_path):

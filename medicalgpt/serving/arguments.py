@@ -26,9 +26,8 @@ class ServeArguments(ChatArguments):
     batching: str = field(
         default="auto",
         metadata={
-            "help": "How requests join a running batch. continuous: at every token, on pages of a shared cache. "
-            "static: the batch is computed again with them. auto: continuous if the model supports it, static "
-            "otherwise.",
+            "help": "How answers share memory while they are generated together. continuous: pages of a shared cache. "
+            "static: a cache that is padded to the longest of them. auto: the faster one that the model supports.",
             "choices": ["auto", "static", "continuous"],
         },
     )

@@ -2,8 +2,8 @@
 
 A model answers sixteen conversations in little more time than one. A `Batcher` takes requests from any thread and
 returns a future for each. Requests join a running batch, and leave it, at any token: in `ContinuousBatcher` through the
-paged attention of transformers, which most models support, on CPUs and GPUs; in `StaticBatcher`, for all others, by
-computing the batch again. `Schedule` decides who is next.
+paged attention of transformers, which most models support; in `StaticBatcher` with a padded cache, which is faster on
+CPUs, or, for all other models, by computing the batch again. `Schedule` decides who is next.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
+from typing import Any
 
 from medicalgpt.errors import UserError
 from medicalgpt.serving.arguments import ServeArguments
@@ -22,16 +23,20 @@ from medicalgpt.serving.chat import ChatEngine, settle
 from medicalgpt.serving.generation import Answer, GenerationRequest, Sampling
 from medicalgpt.serving.paged import PagedAnswer, PagedModel
 from medicalgpt.serving.prompt_scores import PromptScorer
+from medicalgpt.serving.running_batch import RunningBatch
 from medicalgpt.serving.schedule import Job, QueueFullError, Schedule
 
+import psutil
 from loguru import logger
 
 # How often, and with how many seconds in between, a model that has failed is tried before it is given up.
 TRIALS = 3
 SECONDS_BETWEEN_TRIALS = 1.0
-# A batch runs this many times as long as it took to compute its prompts before it is interrupted for a request that
-# waits, so that computing them again costs at most a quarter of the time.
+# A batch runs this many times as long as it took to compute the prompts that joined it before others join, so that
+# prompts cost at most a quarter of the time.
 PAYS_OFF = 3
+# Share of a machine's memory that a full batch of the longest answers may take when it is padded.
+PADDED_SHARE = 0.25
 
 
 class BatcherClosedError(RuntimeError):
@@ -233,16 +238,18 @@ class Batcher(ABC):
 
 
 class StaticBatcher(Batcher):
-    """Generates one batch after the other, for models whose memory cannot be paged.
+    """Requests join the running batch, and leave it, at any token; the cache is padded to the longest (`RunningBatch`).
 
-    When a request waits that can join, the running batch is interrupted and computed again together with it. One
-    adapter answers a batch; a request to another one interrupts it too.
+    Where the model's cache does not allow that, and for images, the batch is interrupted for a request that can join,
+    and computed again together with it. One adapter answers a batch; a request to another one interrupts it too.
     """
 
     def __init__(
         self, engine: ChatEngine, max_batch_size: int = 16, max_waiting: int = 64, stall_seconds: float = 300.0
     ):
         super().__init__(engine, max_batch_size, max_waiting, stall_seconds)
+        # The model that was used last, and its batch.
+        self._running_batch: tuple[Any, RunningBatch | None] | None = None
         self._start()
 
     def _work(self) -> None:
@@ -312,7 +319,18 @@ class StaticBatcher(Batcher):
                 room = sum(not job.future.done() for job in batch) < self.max_batch_size
                 return self._other_adapter_waits() or room or self._schedule.to_suspend() is not None
 
-        engine.extend([job.state for job in batch], pause)
+        engine.extend([job.state for job in batch], pause, self._batch_on(engine, batch))
+
+    def _batch_on(self, engine: ChatEngine, batch: Sequence[Job]) -> RunningBatch | None:
+        """What the model has computed of the batch before; None if that cannot be kept."""
+        if any(job.request.pictures for job in batch):
+            self._running_batch = None
+            return None
+        user = engine, engine.model
+        if self._running_batch is None or self._running_batch[0] != user:
+            possible = not RunningBatch.obstacles(engine.model)
+            self._running_batch = user, RunningBatch(engine.model) if possible else None
+        return self._running_batch[1]
 
     def _try(self) -> None:
         # The first engine may be that of an adapter that has been unloaded.
@@ -436,6 +454,16 @@ def continuous_obstacles(engine: ChatEngine) -> list[str]:
     return reasons + (["its adapters are switched by name"] if engine.siblings else [])
 
 
+def _static_is_better(engine: ChatEngine, max_batch_size: int) -> bool:
+    """Whether continuous batching is not possible, or slower: on a CPU, unless padding could take much memory."""
+    if continuous_obstacles(engine):
+        return True
+    if engine.model.device.type != "cpu" or engine.context_length is None or RunningBatch.obstacles(engine.model):
+        return False
+    most = max_batch_size * engine.context_length * RunningBatch.bytes_per_token(engine.model)
+    return most <= PADDED_SHARE * psutil.virtual_memory().total
+
+
 def batcher_from(engine: ChatEngine, arguments: ServeArguments) -> Batcher:
     """The batcher that the flags request. Errors are those of `make_batcher`."""
     return make_batcher(
@@ -455,14 +483,14 @@ def make_batcher(
     max_waiting: int = 64,
     stall_seconds: float = 300.0,
 ) -> Batcher:
-    """The batcher that `--batching` names: static, continuous, or auto, which is continuous where possible.
+    """The batcher that `--batching` names: static, continuous, or auto, the one that is faster where both are possible.
 
     Raises:
         UserError: continuous batching is requested and not possible, or a limit is below 1.
     """
     limits = max_batch_size, max_waiting, stall_seconds
     try:
-        if batching == "static" or (batching == "auto" and continuous_obstacles(engine)):
+        if batching == "static" or (batching == "auto" and _static_is_better(engine, max_batch_size)):
             return StaticBatcher(engine, *limits)
         try:
             return ContinuousBatcher(engine, *limits)

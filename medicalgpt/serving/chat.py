@@ -35,6 +35,7 @@ from medicalgpt.serving.generation import (
     seed_of,
 )
 from medicalgpt.serving.guides import Thoughts
+from medicalgpt.serving.running_batch import RunningBatch
 
 import torch
 from loguru import logger
@@ -391,11 +392,27 @@ class ChatEngine:
         self.extend(states)
         return [state.answer for state in states]
 
-    def extend(self, states: Sequence[AnswerState], pause: Callable[[], bool] = lambda: False) -> None:
+    def extend(
+        self,
+        states: Sequence[AnswerState],
+        pause: Callable[[], bool] = lambda: False,
+        batch: RunningBatch | None = None,
+    ) -> None:
         """Continue answers in one batch until all of them have ended, or until `pause`, called at each token, is True.
 
-        What they have so far is computed again.
+        Args:
+            batch: of the model, which has computed what its answers have so far. Without one, it is computed again.
         """
+        device = self.model.device
+        # The current CUDA device belongs to a thread, and custom kernels run on it wherever their tensors are.
+        on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+        with on_device, _evaluation_mode(self.model):
+            if batch is None:
+                self._generate_again(states, pause)
+            else:
+                batch.run(states, pause)
+
+    def _generate_again(self, states: Sequence[AnswerState], pause: Callable[[], bool]) -> None:
         device = self.model.device
         prompts = [state.ids for state in states]
         width = max(map(len, prompts))
@@ -408,26 +425,23 @@ class ChatEngine:
             attention_mask[number, width - len(prompt) :] = 1
         pictures = [picture for state in states for picture in state.pictures]
         shown = self.vision.inputs(input_ids, (picture.decode() for picture in pictures)) if pictures else {}
-        # The current CUDA device belongs to a thread, and custom kernels run on it wherever their tensors are.
-        on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-        with on_device, _evaluation_mode(self.model):
-            self.model.generate(
-                input_ids=input_ids.to(device),
-                attention_mask=attention_mask.to(device),
-                **{name: tensor.to(device) for name, tensor in shown.items()},
-                # Each request chooses its own tokens: what the model's generation_config recommends would come on top.
-                **plain_settings()
-                | {
-                    "max_new_tokens": max(state.max_tokens - len(state.token_ids) for state in states),
-                    "eos_token_id": sorted(self.stop_ids) or None,
-                    "pad_token_id": padding,
-                    "use_cache": True,
-                    "stop_strings": None,
-                    "max_time": None,
-                },
-                logits_processor=LogitsProcessorList([Chooser(states, width)]),
-                stopping_criteria=StoppingCriteriaList([Recorder(states, pause)]),
-            )
+        self.model.generate(
+            input_ids=input_ids.to(device),
+            attention_mask=attention_mask.to(device),
+            **{name: tensor.to(device) for name, tensor in shown.items()},
+            # Each request chooses its own tokens: what the model's generation_config recommends would come on top.
+            **plain_settings()
+            | {
+                "max_new_tokens": max(state.max_tokens - len(state.token_ids) for state in states),
+                "eos_token_id": sorted(self.stop_ids) or None,
+                "pad_token_id": padding,
+                "use_cache": True,
+                "stop_strings": None,
+                "max_time": None,
+            },
+            logits_processor=LogitsProcessorList([Chooser(states, width)]),
+            stopping_criteria=StoppingCriteriaList([Recorder(states, pause)]),
+        )
 
     def adapter_on(self, model: PreTrainedModel) -> AbstractContextManager:
         """A context in which a model has the adapter of this engine switched on, and no other."""

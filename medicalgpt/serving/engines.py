@@ -16,6 +16,7 @@ from medicalgpt.models.hub import Adapter, Checkpoint
 from medicalgpt.models.vision import Vision, check_same_bounds
 from medicalgpt.serving.chat import ChatEngine, load_base
 from medicalgpt.serving.generation import AnswerState
+from medicalgpt.serving.running_batch import RunningBatch
 
 from loguru import logger
 from peft import PeftModel
@@ -48,9 +49,14 @@ class NamedEngine(ChatEngine):
         self.group = group
         self.siblings = group.by_name
 
-    def extend(self, states: Sequence[AnswerState], pause: Callable[[], bool] = lambda: False) -> None:
+    def extend(
+        self,
+        states: Sequence[AnswerState],
+        pause: Callable[[], bool] = lambda: False,
+        batch: RunningBatch | None = None,
+    ) -> None:
         with self.group.lock, self._active():
-            super().extend(states, pause)
+            super().extend(states, pause, batch)
 
     @contextmanager
     def _active(self) -> Iterator[None]:

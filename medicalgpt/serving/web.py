@@ -14,7 +14,7 @@ import re
 import socket
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from typing import Any
 from urllib.parse import urlsplit
@@ -350,28 +350,6 @@ class ProbeMiddleware:
         else:
             response = PlainTextResponse("ok\n") if probe() else PlainTextResponse("not ready\n", 503)
             await response(scope, receive, send)
-
-
-async def with_comments(lines: AsyncIterator[bytes], seconds: float) -> AsyncIterator[bytes]:
-    """The lines of an event stream, and a comment, which clients skip, whenever nothing has come for some seconds.
-
-    Proxies and clients take a connection for dead on which nothing comes.
-    """
-    following = asyncio.ensure_future(anext(lines))
-    try:
-        while True:
-            while not (await asyncio.wait([following], timeout=seconds))[0]:
-                yield b": keep-alive\n\n"
-            try:
-                line = following.result()
-            except StopAsyncIteration:
-                return
-            yield line
-            following = asyncio.ensure_future(anext(lines))
-    finally:
-        following.cancel()
-        await asyncio.wait([following])
-        await lines.aclose()
 
 
 class ClientDisconnected(HTTPException):
