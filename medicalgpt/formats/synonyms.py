@@ -1,7 +1,8 @@
 """Everyday words and the words of documents for the same thing: "jab" and "injection", 发烧 and 体温.
 
-Groups of words that may stand for each other, separated by semicolons. A word may be in several groups; the groups are not joined.
-They are of general use: homes, shops, offices, schools, travel and above all health.
+Groups of words that may stand for each other, separated by semicolons. A word may be in several groups; the groups are
+not joined. A Chinese word alone is one that is not to be read as single characters. They are of general use: homes,
+shops, offices, schools, travel and above all health.
 """
 
 from collections import defaultdict
@@ -206,7 +207,7 @@ CHINESE_GROUPS = """
 假期 寒暑假 节假日; 节假日 假期 假日; 放假 节假日; 春节 过年; 旅馆 酒店 住宿; 住宿 住 宿舍; 洗手 手; 口罩 罩;
 酒精 酒; 消毒 酒精 清洁; 包扎 包 盖; 纱布 布; 创可贴 敷料; 绷带 包扎; 拐杖 轮椅; 残疾人 无障碍 轮椅; 充电 电;
 电池 电; 网络 网 无线网; 微信 小程序 手机; 小程序 手机; 网上 小程序 手机; 发票 票据; 票 船票; 船票 票; 门票 票;
-保险 医保; 医保 保险 报销; 报销 医保 报; 余额 钱; 优惠 折 免
+保险 医保; 医保 保险 报销; 报销 医保 报; 余额 钱; 优惠 折 免; 毛巾; 密码; 咖啡
 """
 
 
