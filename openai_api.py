@@ -162,6 +162,17 @@ class OpenAIArguments(ImageServingArguments, ApiArguments):
         },
     )
     max_tokens_limit: int = field(default=4096, metadata={"help": "Maximum tokens that a request may ask for."})
+    max_request_bytes: int | None = field(
+        default=None,
+        metadata={
+            "help": "Maximum bytes of a request's body. Default: 2,000,000; with --accept_images True 50,000,000, "
+            "enough for the largest image."
+        },
+    )
+
+    def __post_init__(self):
+        if self.max_request_bytes is None:
+            self.max_request_bytes = 50_000_000 if self.accept_images else ApiArguments.max_request_bytes
 
 
 class ApiError(HTTPException):

@@ -713,6 +713,13 @@ TEMPLATES: dict[str, Template] = {
             tool_format="qwen3_5",
         ),
         Template(
+            name="qwen2_vl",
+            jinja=_turns(**_CHATML, default_system="You are a helpful assistant."),
+            stop=("<|im_end|>", "<|endoftext|>"),
+            source="https://huggingface.co/Qwen/Qwen2.5-VL-7B-Instruct/blob/main/chat_template.json",
+            tokens=("<|im_start|>", "<|im_end|>"),
+        ),
+        Template(
             name="baichuan",
             jinja=_turns(system=None, user=("<reserved_102>", ""), assistant=("<reserved_103>", ""), tool_format=None),
             stop=(EOS,),

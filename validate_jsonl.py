@@ -8,10 +8,10 @@
     python validate_jsonl.py --file_path my_data --fix
     python validate_jsonl.py --file_path data/finetune --report outputs/data.html --stats_file outputs/data.json
 
-Without a model it checks files, fields, roles, the order of turns and the two answers of a preference pair; with one it
-also renders each row, counts its tokens and says which length would take 95, 99 and 100% of the rows. Rows that occur
-more than once, exactly or nearly, and held-out rows that are also trained on are counted. Exit code 0: every row can be
-used, or the flags allow to skip the others; 1: the problems are listed, with file and line.
+Without a model it checks files, fields, roles, the order of turns, images and the two answers of a preference pair;
+with one it also renders each row, counts its tokens and says which length would take 95, 99 and 100% of the rows. Rows
+that occur more than once, exactly or nearly, and held-out rows that are also trained on are counted. Exit code 0: every
+row can be used, or the flags allow to skip the others; 1: the problems are listed, with file and line.
 """
 
 import json
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from medicalgpt.data.loading import LoadedData
     from medicalgpt.data.rows import Rows
     from medicalgpt.data.statistics import RowStatistics
+    from medicalgpt.training.images import ChatRows
 
     import numpy as np
     from transformers import PreTrainedTokenizerBase
@@ -62,6 +63,12 @@ class ValidationArguments:
     max_completion_length: int | None = field(
         default=None,
         metadata={"help": "Of tasks: tokens kept for the answer, as in grpo_training.py. Default: half of the length."},
+    )
+    image_max_pixels: int | None = field(
+        default=None, metadata={"help": "Images with more pixels are scaled down, as in supervised_finetuning.py."}
+    )
+    image_min_pixels: int | None = field(
+        default=None, metadata={"help": "Images with fewer pixels are scaled up, as in supervised_finetuning.py."}
     )
     validation_file_dir: str | None = field(
         default=None,
@@ -112,6 +119,9 @@ class ValidationArguments:
             raise ValueError(f"--near_duplicates {self.near_duplicates} must be above 0.5 and at most 1, or 0.")
         if self.fixed_dir and not self.fix:
             raise ValueError("--fixed_dir has no effect without --fix True.")
+        for name in ("image_max_pixels", "image_min_pixels"):
+            if getattr(self, name) is not None and not self.model_name_or_path:
+                raise ValueError(f"--{name} has no effect without --model_name_or_path, whose tokens are counted.")
 
 
 @dataclass
@@ -130,17 +140,19 @@ def main() -> None:
 
     setup_logging()
     check_outputs(args)
-    tokenizer = load_tokenizer(args) if args.model_name_or_path else None
-    files = [check_file(args, tokenizer, path, side) for path, side in files_to_check(args)]
+    tokenizer, chat = load_tokenizer(args) if args.model_name_or_path else (None, None)
+    files = [check_file(args, tokenizer, chat, path, side) for path, side in files_to_check(args)]
     notes = [note for kind in sorted({file.kind for file in files}) for note in compare_rows(args, files, kind)]
     for note in notes:
         print(note)
     write_statistics(args, files, notes)
     if args.fix:
-        write_fixed(args, files)
+        write_fixed(args, chat, files)
         return
     problems = [problem for file in files for problem in file.data.problems]
     refuse_shared_rows(args, files)
+    if not problems:
+        refuse_idle_flags(args, files)
     settle(args, problems, sum(file.statistics.usable for file in files))
 
 
@@ -185,20 +197,22 @@ def changes_file(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.changes.jsonl")
 
 
-def write_fixed(args: ValidationArguments, files: list[CheckedFile]) -> None:
+def write_fixed(args: ValidationArguments, chat: "ChatRows | None", files: list[CheckedFile]) -> None:
     """Write the cleaned copy and print what was changed."""
     from medicalgpt.data.cleaning import FileToClean, clean_files, copy_name
     from medicalgpt.data.loading import row_converter
 
     folder = fixed_folder(args)
     root = Path(args.file_path) if Path(args.file_path).is_dir() else Path(args.file_path).parent
+    convert = {file.path: row_converter(data_arguments(args, file.path), converters(chat)[file.kind]) for file in files}
     to_clean = [
         FileToClean(
             path=file.path,
             copy=folder / file.path.parent.relative_to(root) / copy_name(file.path),
-            convert=row_converter(data_arguments(args, file.path), converters()[file.kind]),
+            convert=convert[file.path],
             answered=file.kind == "chat",
             encoding=args.encoding,
+            images=convert[file.path].columns.get("images", ""),
         )
         # A row on both sides stays held out, so that results on the same held-out rows can be compared.
         for file in sorted(files, key=lambda file: file.side != "validation")
@@ -228,16 +242,21 @@ def files_to_check(args: ValidationArguments) -> list[tuple[Path, str]]:
 
 
 def check_file(
-    args: ValidationArguments, tokenizer: "PreTrainedTokenizerBase | None", path: Path, side: str
+    args: ValidationArguments,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    chat: "ChatRows | None",
+    path: Path,
+    side: str,
 ) -> CheckedFile:
     """Read, convert and count the rows of a file, and print the summary."""
     from medicalgpt.data.loading import load_data
     from medicalgpt.data.statistics import RowStatistics
 
     name = format_of_first_row(path, args.preset, args.encoding) if args.format == "auto" else args.format
-    data = load_data(data_arguments(args, path), converters()[name])
-    lengths = token_lengths(args, tokenizer, data, name) if tokenizer and data.train else []
-    rows = data.account["train"][0].rows
+    data = load_data(data_arguments(args, path), converters(chat)[name])
+    lengths = token_lengths(args, tokenizer, chat, data, name) if tokenizer and data.train else []
+    (account,) = data.account["train"]
+    rows = account.rows
     usable = rows - len(data.problems)
     statistics = RowStatistics(str(path), name, rows, usable, tokens=lengths)
     print(f"{path}: {rows} rows, {usable} usable, {name}")
@@ -245,6 +264,8 @@ def check_file(
         turns = Counter(len(row["messages"]) for row in data.train)
         counts = ", ".join(f"{count} rows of {turn}" for turn, count in sorted(turns.items()))
         print(f"  {'turns' if name == 'chat' else 'turns of the prompt'}: {counts}")
+    if account.images:
+        print(f"  images: {account.images}")
     if len(lengths):
         statistics.limit = longest_allowed(args, name) if name != "text" else None
         print_lengths(args, lengths, name)
@@ -338,11 +359,20 @@ def refuse_shared_rows(args: ValidationArguments, files: list[CheckedFile]) -> N
         refuse_overlap(data, DataArguments(allow_overlap=args.allow_overlap))
 
 
-def converters() -> dict:
-    from medicalgpt.formats.conversion import to_messages, to_preference, to_text
+def refuse_idle_flags(args: ValidationArguments, files: list[CheckedFile]) -> None:
+    """As training does: bounds of images need some."""
+    given = [name for name in ("image_min_pixels", "image_max_pixels") if getattr(args, name) is not None]
+    if given and not any(file.data.account["train"][0].images for file in files):
+        raise UserError(f"--{given[0]} would have no effect: no row has an image. Omit it.")
+
+
+def converters(chat: "ChatRows | None") -> dict:
+    """By the name of a format. Without a model, rows of a chat are those of one that takes images."""
+    from medicalgpt.formats.conversion import to_messages_with_images, to_preference, to_text
     from medicalgpt.formats.tasks import to_task
 
-    return {"chat": to_messages, "preference": to_preference, "task": to_task, "text": to_text}
+    to_chat = chat.convert if chat else to_messages_with_images
+    return {"chat": to_chat, "preference": to_preference, "task": to_task, "text": to_text}
 
 
 def data_arguments(args: ValidationArguments, path: Path) -> DataArguments:
@@ -400,10 +430,14 @@ def format_of_first_row(path: Path, preset: str | None = None, encoding: str | N
     return "chat"
 
 
-def load_tokenizer(args: ValidationArguments) -> "PreTrainedTokenizerBase":
-    """The tokenizer with the chat template of the stage; `--model_max_length` is reduced as the stage would."""
+def load_tokenizer(args: ValidationArguments) -> "tuple[PreTrainedTokenizerBase, ChatRows]":
+    """The tokenizer with the chat template of the stage, and whether the model takes images.
+
+    `--model_max_length` is reduced as the stage would.
+    """
     from medicalgpt.models import attention, hub, loading
     from medicalgpt.rewards.rewards import SYSTEM_PROMPT
+    from medicalgpt.training.images import choose_rows
     from template import apply_template
 
     checkpoint = hub.Checkpoint.resolve(args.model_name_or_path)
@@ -417,11 +451,15 @@ def load_tokenizer(args: ValidationArguments) -> "PreTrainedTokenizerBase":
     positions = attention.context_length(checkpoint.config)
     if "model_max_length" not in args.given and positions:
         args.model_max_length = min(args.model_max_length, positions)
-    return tokenizer
+    return tokenizer, choose_rows(checkpoint, tokenizer, args, data_arguments(args, args.file_path))
 
 
 def token_lengths(
-    args: ValidationArguments, tokenizer: "PreTrainedTokenizerBase", data: "LoadedData", name: str
+    args: ValidationArguments,
+    tokenizer: "PreTrainedTokenizerBase",
+    chat: "ChatRows",
+    data: "LoadedData",
+    name: str,
 ) -> "np.ndarray":
     """Number of tokens of each row that can be encoded, however long; of a preference pair, with the longer answer.
 
@@ -443,12 +481,12 @@ def token_lengths(
         )
         return np.array([len(ids) for ids in column_values(encoded, "input_ids")])
     encode, sample = {
-        "chat": (encoding.encode_chat, Sample),
-        "preference": (encoding.encode_preference, Pair),
-        "task": (encoding.encode_prompt, Prompt),
+        "chat": (partial(encoding.encode_chat, tokenizer, **chat.options), chat.sample),
+        "preference": (partial(encoding.encode_preference, tokenizer), Pair),
+        "task": (partial(encoding.encode_prompt, tokenizer), Prompt),
     }[name]
-    encoded = encode_rows(data, "train", partial(encode, tokenizer, max_length=None), sample=sample)
-    columns = [field.name for field in fields(sample) if field.name != "labels"]
+    encoded = encode_rows(data, "train", partial(encode, max_length=None), sample=sample)
+    columns = [field.name for field in fields(sample) if field.name not in ("labels", "pictures")]
     lengths, owners, before = [], [], None
     for *parts, place in zip(*(column_values(encoded, each) for each in [*columns, "place"]), strict=True):
         counts = [len(ids) for ids in parts]
@@ -467,7 +505,7 @@ def token_lengths(
         mask = np.array([tuple(row["place"].values()) in long for row in data.train])
         rows = replace(data, train=data.train.select(mask), problems=[], lengths={})
         shorten = {"shorten_rows": data_arguments(args, args.file_path).long_rows == "turns"} if name == "chat" else {}
-        encode_rows(rows, "train", partial(encode, tokenizer, max_length=limit, **shorten), sample=sample)
+        encode_rows(rows, "train", partial(encode, max_length=limit, **shorten), sample=sample)
         data.problems += with_length_remedies(rows.problems, length_limit(args, name))
         if shortened := rows.lengths["train"].count(SHORTENED):
             print(f"  {shortened} of {len(lengths)} rows keep only their first exchanges that fit (--long_rows turns)")

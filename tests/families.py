@@ -31,6 +31,7 @@ class Family:
         config: on top of the sizes that all share.
         experts: whether the feed-forward layers are mixtures of experts.
         packs: whether packed sequences stay apart.
+        vllm: True if vLLM on a CPU gives the same greedy tokens; what it fails with otherwise; None if not tried.
     """
 
     template: str
@@ -40,6 +41,7 @@ class Family:
     config: dict[str, Any] = field(default_factory=dict)
     experts: bool = False
     packs: bool = True
+    vllm: bool | str | None = None
 
 
 LLAMA3 = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
@@ -75,23 +77,23 @@ LINEAR = {
 }
 # Keyed by `model_type` of config.json.
 FAMILIES = {
-    "llama": Family("llama3", LLAMA3, "<|end_of_text|>", "<|begin_of_text|>"),
-    "qwen2": Family("qwen", CHATML, "<|endoftext|>"),
-    "qwen3": Family("qwen3", CHATML, "<|endoftext|>", config={"tie_word_embeddings": True}),
-    "mistral": Family("mistral", MISTRAL, "</s>", "<s>", WINDOW),
-    "gemma": Family("gemma", GEMMA, "<eos>", "<bos>"),
-    "gemma2": Family("gemma", GEMMA, "<eos>", "<bos>", BOTH),
-    "gemma3_text": Family("gemma", GEMMA, "<eos>", "<bos>", BOTH),
-    "phi3": Family("phi3", PHI3, "<|endoftext|>", config=WINDOW),
-    "glm": Family("glm4", GLM4, "<|endoftext|>"),
-    "glm4": Family("glm4", GLM4, "<|endoftext|>"),
-    "mixtral": Family("mistral", MISTRAL, "</s>", "<s>", {"num_local_experts": 4}, experts=True),
-    "qwen3_moe": Family("qwen3", CHATML, "<|endoftext|>", config=EXPERTS, experts=True),
-    "qwen2_moe": Family("qwen", CHATML, "<|endoftext|>", config=SHARED, experts=True),
+    "llama": Family("llama3", LLAMA3, "<|end_of_text|>", "<|begin_of_text|>", vllm=True),
+    "qwen2": Family("qwen", CHATML, "<|endoftext|>", vllm=True),
+    "qwen3": Family("qwen3", CHATML, "<|endoftext|>", config={"tie_word_embeddings": True}, vllm=True),
+    "mistral": Family("mistral", MISTRAL, "</s>", "<s>", WINDOW, vllm=True),
+    "gemma": Family("gemma", GEMMA, "<eos>", "<bos>", vllm=True),
+    "gemma2": Family("gemma", GEMMA, "<eos>", "<bos>", BOTH, vllm=True),
+    "gemma3_text": Family("gemma", GEMMA, "<eos>", "<bos>", BOTH, vllm=True),
+    "phi3": Family("phi3", PHI3, "<|endoftext|>", config=WINDOW, vllm=True),
+    "glm": Family("glm4", GLM4, "<|endoftext|>", vllm=True),
+    "glm4": Family("glm4", GLM4, "<|endoftext|>", vllm=True),
+    "mixtral": Family("mistral", MISTRAL, "</s>", "<s>", {"num_local_experts": 4}, experts=True, vllm=True),
+    "qwen3_moe": Family("qwen3", CHATML, "<|endoftext|>", config=EXPERTS, experts=True, vllm=True),
+    "qwen2_moe": Family("qwen", CHATML, "<|endoftext|>", config=SHARED, experts=True, vllm=True),
     "qwen3_next": Family("qwen3", CHATML, "<|endoftext|>", config={**SHARED, **LINEAR}, experts=True, packs=False),
     "deepseek_v2": Family("deepseek", (), *DEEPSEEK_ENDS, {**LATENT, **ROUTED}, experts=True),
     "deepseek_v3": Family("deepseek3", DEEPSEEK3, *DEEPSEEK_ENDS, {**LATENT, **ROUTED}, experts=True),
-    "glm4_moe": Family("glm4", GLM4, "<|endoftext|>", config=ROUTED, experts=True),
+    "glm4_moe": Family("glm4", GLM4, "<|endoftext|>", config=ROUTED, experts=True, vllm=True),
     "glm4_moe_lite": Family("glm4", GLM4, "<|endoftext|>", config={**LATENT, **ROUTED}, experts=True),
     "gpt_oss": Family(
         "chatml",
@@ -110,16 +112,16 @@ FAMILIES = {
     ),
     "minimax_m2": Family("chatml", CHATML, "<|endoftext|>", config=MINIMAX, experts=True),
     "hunyuan_v1_moe": Family("chatml", CHATML, "</s>", "<s>", {"num_experts": 4, "moe_topk": 2}, experts=True),
-    "hunyuan_v1_dense": Family("chatml", CHATML, "</s>", "<s>"),
+    "hunyuan_v1_dense": Family("chatml", CHATML, "</s>", "<s>", vllm=True),
     "minicpm3": Family("chatml", CHATML, "</s>", "<s>", {**LATENT, "head_dim": None, "scale_emb": 1, "scale_depth": 8}),
-    "ministral3": Family("mistral", MISTRAL, "</s>", "<s>"),
-    "seed_oss": Family("chatml", CHATML, "</s>", "<s>"),
-    "ernie4_5": Family("chatml", CHATML, "</s>", "<s>"),
-    "exaone4": Family("chatml", CHATML, "<|endoftext|>", config=SLIDING),
-    "smollm3": Family("chatml", CHATML, "<|endoftext|>", config={"no_rope_layers": [1, 0]}),
-    "olmo2": Family("chatml", CHATML, "<|endoftext|>"),
-    "olmo3": Family("chatml", CHATML, "<|endoftext|>", config=SLIDING),
-    "granite": Family("chatml", CHATML, "<|endoftext|>", config={"attention_multiplier": 0.3}),
+    "ministral3": Family("mistral", MISTRAL, "</s>", "<s>", vllm=True),
+    "seed_oss": Family("chatml", CHATML, "</s>", "<s>", vllm=True),
+    "ernie4_5": Family("chatml", CHATML, "</s>", "<s>", vllm=True),
+    "exaone4": Family("chatml", CHATML, "<|endoftext|>", config=SLIDING, vllm=True),
+    "smollm3": Family("chatml", CHATML, "<|endoftext|>", config={"no_rope_layers": [1, 0]}, vllm=True),
+    "olmo2": Family("chatml", CHATML, "<|endoftext|>", vllm=True),
+    "olmo3": Family("chatml", CHATML, "<|endoftext|>", config=SLIDING, vllm=True),
+    "granite": Family("chatml", CHATML, "<|endoftext|>", config={"attention_multiplier": 0.3}, vllm=True),
     "cohere2": Family("cohere", COHERE, "<|END_OF_TURN_TOKEN|>", "<BOS_TOKEN>", {"logit_scale": 0.9, **SLIDING}),
     "lfm2": Family("chatml", CHATML, "<|endoftext|>", config={"layer_types": ["conv", "full_attention"]}, packs=False),
 }
@@ -129,6 +131,11 @@ QUICK = (
     *("qwen3_moe", "deepseek_v3"),
 )
 EACH = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAMILIES]
+
+
+def vllm_mark(vllm: bool | str | None) -> str:
+    """How the tables show `Family.vllm`."""
+    return {True: "✓", None: "–"}.get(vllm, "✗")
 
 
 def family_tokenizer(family: Family) -> PreTrainedTokenizerFast:

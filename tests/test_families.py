@@ -12,7 +12,7 @@ from medicalgpt.errors import UserError
 from medicalgpt.models import adapters, families, hub, loading
 from medicalgpt.models.attention import SHIFTED_MODELS
 from template import TEMPLATES
-from tests.families import FAMILIES, Followed, family_tokenizer, make_family, stage_flags
+from tests.families import FAMILIES, Followed, family_tokenizer, make_family, stage_flags, vllm_mark
 from tests.helpers import open_stage, read_json, run_here, write_jsonl
 from tests.tiny import tiny_tokenizer
 
@@ -385,4 +385,5 @@ def test_the_page_lists_the_families_that_are_tested():
             in_4bit = "✗" if FAMILIES[name].experts else "✓"
             shifted = "✓" if name in SHIFTED_MODELS else "✗"
             packed = "✓" if FAMILIES[name].packs else "✗"
-            assert marks[:-1] == ["✓", "✓", "✓", in_4bit, "✓", "✓", packed, shifted]
+            in_vllm = vllm_mark(FAMILIES[name].vllm)
+            assert marks[:-1] == ["✓", "✓", "✓", in_4bit, "✓", "✓", packed, shifted, in_vllm]

@@ -118,3 +118,35 @@ def test_a_user_with_a_password_is_a_key(header, expected):
 
 def test_a_key_without_a_user_is_not_taken_from_basic():
     assert status(basic("secret"), "secret") == 401 and status("Bearer secret", "secret") == 200
+
+
+def test_the_bodies_of_all_requests_together_are_bounded(monkeypatch):
+    """Until a request is answered, its images are in memory."""
+    monkeypatch.setattr(web, "MAX_BODY_BYTES", 100)
+    held = asyncio.Event()
+
+    async def answer(scope, receive, send) -> None:
+        await receive()
+        await held.wait()
+
+    app = AccessMiddleware(
+        answer, refuse=lambda refusal: None, any_host=True, max_body_bytes=lambda scope: 90, body_seconds=10
+    )
+
+    async def receive() -> dict:
+        return {"type": "http.request", "body": b"x" * 60, "more_body": False}
+
+    async def ask() -> web.RequestRefused:
+        scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
+        first = asyncio.create_task(app(scope, receive, None))
+        await asyncio.sleep(0)
+        with pytest.raises(web.RequestRefused) as refused:
+            await app(scope, receive, None)
+        held.set()
+        await first
+        await app(scope, receive, None)
+        return refused.value
+
+    refused = asyncio.run(ask())
+    assert (refused.status_code, refused.code, refused.headers) == (429, "queue_full", {"Retry-After": "5"})
+    assert app.bytes_held == 0

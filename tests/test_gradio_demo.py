@@ -661,11 +661,13 @@ def test_an_image_is_attached(tmp_path, browser):
         argv=["--model_name_or_path", str(trained), "--accept_images", "True", "--port", "0", "--max_new_tokens", "9"],
     )[0]
     batcher = make_batcher(ChatEngine.from_pretrained(str(trained), with_images=True))
+    requests, submit = [], batcher.submit
+    batcher.submit = lambda request: requests.append(request) or submit(request)
     uploads = Uploads(MAX_UPLOAD_BYTES)
     page = build_page(batcher, arguments, uploads)
     try:
         visitor = Visitor(browser, launch(page, arguments, None, uploads, MAX_IMAGE_BYTES))
-        for colour in COLOURS:
+        for number, colour in enumerate(COLOURS, start=1):
             visitor.click("clear")
             visitor.until(lambda: not visitor.texts())
             attach(visitor, save(tmp_path / f"{colour}.png", (18, 22), colour))
@@ -673,7 +675,9 @@ def test_an_image_is_attached(tmp_path, browser):
             said = ["🖼 18 × 22\n\nColour?", colour]
             assert visitor.texts() == said
             visitor.click("retry")
-            visitor.until(lambda said=said: visitor.texts() == said and visitor.enabled("send"))
+            # What is shown before the second answer begins is the same.
+            visitor.until(lambda number=number: len(requests) == 2 * number and visitor.enabled("send"))
+            assert visitor.texts() == said
         visitor.until(lambda: is_empty(visitor))
         visitor.click("clear")
         visitor.until(lambda: not visitor.texts())

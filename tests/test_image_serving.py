@@ -14,6 +14,7 @@ from tests.towers import make_towers
 
 import httpx
 import pytest
+from PIL import Image
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -55,6 +56,11 @@ def test_the_api_answers_by_the_image(trained, tmp_path):
             pieces = [json.loads(line[6:]) for line in content.decode().split("\n\n") if line.startswith("data: {")]
             said = "".join(piece["choices"][0]["delta"].get("content") or "" for piece in pieces if piece["choices"])
             assert said == colour
+        # A photo of more bytes than a request of text may have.
+        photo = Image.effect_noise((1600, 1600), 90)
+        photo.save(tmp_path / "photo.png")
+        large = body_of(image_at(address_of(tmp_path / "photo.png")), text("Colour?"), max_tokens=1)
+        assert (tmp_path / "photo.png").stat().st_size > 2_000_000 and ask(large)[0] == 200
         status, _, content = ask(body_of(text("Number 1?")))
         assert json.loads(content)["choices"][0]["message"]["content"] == "yes"
         for url, reason in (
@@ -84,6 +90,7 @@ def test_the_api_answers_by_the_image(trained, tmp_path):
         system = [{"role": "system", "content": [image_at(pictures["red"])]}, {"role": "user", "content": "?"}]
         assert ask({"model": "out", "messages": system})[0] == 400
     with running_server("openai_api.py", "--model_name_or_path", trained) as server:
+        assert post(server, "/v1/chat/completions", large)[0] == 413
         status, _, content = post(server, "/v1/chat/completions", body_of(image_at(pictures["red"]), text("Colour?")))
         error = json.loads(content)["error"]
         assert status == 400 and error["param"] == "messages[0].content[0]"

@@ -13,6 +13,7 @@ from medicalgpt.serving.engines import engine_from
 from medicalgpt.serving.generation import Sampling
 from tests.helpers import open_stage, read_json, run_here, run_program, write_jsonl
 from tests.pictures import ANSWER, COLOURS, SFT, SIZES, flags, save, write_colours
+from tests.templates import official
 from tests.towers import hashes, is_tower, make_seeing, make_towers, require_whole
 
 import pytest
@@ -52,7 +53,10 @@ def logits_of(model, batch):
     return scores[batch["attention_mask"].bool()]
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", pytest.param("qwen3_vl", marks=pytest.mark.slow)])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3_vl", "qwen3_vl_moe")]
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", *SLOW])
 def test_a_model_learns_to_look(name, data, tmp_path):
     """Only the image says what the answer is. Live, with the adapter on its base and merged, the model is the same."""
     base = make_seeing(tmp_path / "base", name)
@@ -126,6 +130,8 @@ def test_two_processes_of_which_one_has_no_image(data, tmp_path):
     batch = ("--per_device_train_batch_size", 3)
     run_program(SFT, *flags(base, data, tmp_path / "one", *more, "--per_device_train_batch_size", 6))
     run_program(SFT, *flags(base, data, tmp_path / "two", *more, *batch), processes=2)
+    zero2 = ("--deepspeed", "zero2.json")
+    run_program(SFT, *flags(base, data, tmp_path / "zero2", *more, *batch, *zero2), processes=2)
     # Batches of one row: in each step, one process may have an image and the other none; the last has a filler.
     few = write_jsonl(tmp_path / "few" / "rows.jsonl", (data / "rows.jsonl").read_text().splitlines()[:5])
     shutil.copytree(data / "pics", Path(few).parent / "pics")
@@ -133,16 +139,35 @@ def test_two_processes_of_which_one_has_no_image(data, tmp_path):
     run_program(SFT, *rows, "--validation_file_dir", data, "--allow_overlap", "True", processes=2)
     losses = [
         [event["loss"] for event in read_json(tmp_path / name / "metrics.jsonl") if "loss" in event]
-        for name in ("one", "two")
+        for name in ("one", "two", "zero2")
     ]
-    assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert len(losses[0]) == 4
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3) and losses[0] == pytest.approx(losses[2], rel=1e-3)
     assert read_json(tmp_path / "three" / "run.json")["status"] == "finished"
 
 
 @pytest.mark.slow
-def test_all_weights_and_a_resumed_run(data, tmp_path):
-    """The encoder stays as it is, and so do its bytes; a run that is resumed sees the same images."""
+@pytest.mark.parametrize("engine", ["ZeRO-3", "FSDP"])
+def test_weights_that_are_sharded_do_not_go_with_images(engine, data, tmp_path):
     base = make_seeing(tmp_path / "base", "qwen2_5_vl")
+    given, environment = {
+        "ZeRO-3": (("--deepspeed", "zero3.json"), {}),
+        "FSDP": ((), {"ACCELERATE_USE_FSDP": "true"}),
+    }[engine]
+    done = run_program(SFT, *flags(base, data, tmp_path / "never", *given), env=environment, check=False)
+    assert done.returncode == 1 and "weights that are sharded (ZeRO-3, FSDP)" in done.stderr, done.stderr
+    assert "Use DDP or ZeRO-2" in done.stderr and not list(tmp_path.glob("never/*.safetensors"))
+    # The same without images is trained; so are images under ZeRO-2 (`test_two_processes_of_which_one_has_no_image`).
+    write_jsonl(tmp_path / "text" / "rows.jsonl", [{"prompt": "Why?", "response": "So."}] * 4)
+    if engine == "ZeRO-3":
+        run_program(SFT, *flags(base, tmp_path / "text", tmp_path / "out", "--max_steps", 1, *given))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl_moe"])
+def test_all_weights_and_a_resumed_run(name, data, tmp_path):
+    """The encoder stays as it is, and so do its bytes; a run that is resumed sees the same images."""
+    base = make_seeing(tmp_path / "base", name)
     more = ("--use_peft", "False", "--max_steps", 4, "--save_steps", 2)
     for out in ("whole", "resumed"):
         given = flags(base, data, tmp_path / out, *more)
@@ -280,6 +305,22 @@ def test_inference_names_every_image_that_cannot_be_used(data, tmp_path):
     picture = save(tmp_path / "a.png")
     with pytest.raises(UserError, match="gemma3, which is not trained on images here"):
         run_here("inference.py", "--model_name_or_path", text, "--query", "?", "--images", picture)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+def test_the_own_template_of_the_base_needs_no_flag(name, data, tmp_path):
+    base = make_seeing(tmp_path / "base", name)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = official(name)
+    tokenizer.save_pretrained(base)
+    given = flags(base, data, tmp_path / "out", "--max_steps", 1)
+    del given[given.index("--template_name") : given.index("--template_name") + 2]
+    open_stage(SFT, *given).finish()
+    parts = [{"type": "image", "image": "x"}, {"type": "text", "text": "Colour?"}]
+    asked = {"conversation": [{"role": "user", "content": parts}], "tokenize": False, "add_generation_prompt": True}
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").apply_chat_template(
+        **asked
+    ) == tokenizer.apply_chat_template(**asked)
 
 
 def test_the_template_that_is_saved_writes_images(data, tmp_path):

@@ -29,6 +29,7 @@ from medicalgpt.formats.conversion import (
     to_preference,
     to_prompt_with_images,
 )
+from medicalgpt.formats.image_rows import move_image_paths
 from medicalgpt.models.hub import Checkpoint, CheckpointError
 from medicalgpt.models.loading import checkpoint_tokenizer
 from medicalgpt.models.templating import with_image_parts
@@ -128,10 +129,22 @@ def test_rows_of_every_shape_become_the_same(name):
     assert "supervised_finetuning.py with Qwen2.5-VL or Qwen3-VL" in refused.value.remedy
 
 
+@pytest.mark.parametrize("name", SHAPES)
+def test_paths_move_with_the_data_file(name):
+    moved = move_image_paths(SHAPES[name], ["a.png"], Path("data/in"), Path("data_fixed"))
+    converted = to_messages_with_images(SHAPES[name])
+    assert to_messages_with_images(moved) == {**converted, "images": ["../data/in/a.png"]}
+    absolute = json.loads(json.dumps(SHAPES[name]).replace("a.png", "/pics/a.png"))
+    kept = move_image_paths(absolute, ["/pics/a.png"], Path("data/in"), Path("data_fixed"))
+    assert to_messages_with_images(kept)["images"] == ["/pics/a.png"]
+
+
 def test_fields_that_are_named_on_the_command_line():
     convert = Converter(to_messages_with_images, columns={"question": "问", "answer": "答", "images": "图"})
-    row = convert({"问": "<image>Colour?", "答": "Red.", "图": "a.png"})
-    assert row == {"messages": [{"role": "user", "content": PLACED}, ANSWER], "tools": None, "images": ["a.png"]}
+    given = {"问": "<image>Colour?", "答": "Red.", "图": "a.png"}
+    row = {"messages": [{"role": "user", "content": PLACED}, ANSWER], "tools": None, "images": ["a.png"]}
+    assert convert(given) == row
+    assert move_image_paths(given, ["a.png"], Path("in"), Path("out"), "图") == {**given, "图": "../in/a.png"}
 
 
 def test_several_images_in_several_turns_keep_their_places():

@@ -123,6 +123,7 @@ TEXTS = {
     # Answers without thoughts: Qwen3.5 gives them to the prompt with an empty think block.
     "qwen3_5": CHATML.replace("¦", "<think>\n\n</think>\n\n¦"),
     "qwen3_5_nothink": CHATML.replace("¦", "<think>\n\n</think>\n\n¦"),
+    "qwen2_vl": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n" + CHATML,
     "baichuan": "<reserved_102>你好<reserved_103>你好！</s><reserved_102>3 drugs?<reserved_103>¦Rest.</s>",
     "baichuan2": "<reserved_106>你好<reserved_107>你好！<reserved_106>3 drugs?<reserved_107>¦Rest.</s>",
     "ziya": "<human>:你好\n<bot>:你好！</s>\n<human>:3 drugs?\n<bot>:¦Rest.</s>\n",
@@ -181,7 +182,7 @@ def test_turn_end_is_the_first_stop_and_source_is_a_page(name):
 
 SYSTEMS = {
     **dict.fromkeys(["chatml", "qwen", "qwen3", "qwen3_nothink", "yi"], "<|im_start|>system\nBe brief.<|im_end|>\n"),
-    **dict.fromkeys(["qwen3_5", "qwen3_5_nothink"], "<|im_start|>system\nBe brief.<|im_end|>\n"),
+    **dict.fromkeys(["qwen3_5", "qwen3_5_nothink", "qwen2_vl"], "<|im_start|>system\nBe brief.<|im_end|>\n"),
     "intern2": "<s><|im_start|>system\nBe brief.<|im_end|>\n",
     "llama3": "<s><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>",
     "vicuna": "Be brief. USER: Hi",
@@ -480,6 +481,7 @@ OFFICIAL = [
     ("qwen3_nothink", "qwen3_instruct_2507"),
     ("qwen3_5", "qwen3_5_think"),
     ("qwen3_5_nothink", "qwen3_5_nothink"),
+    ("qwen2_vl", "qwen2_5_vl"),
     ("llama3", "llama3"),
     ("gemma", "gemma"),
     ("gemma", "gemma3"),
@@ -499,6 +501,7 @@ DIFFERENCES = {
     "qwen3_instruct_2507": LOSES_REASONING,
     "qwen3_5_think": {},
     "qwen3_5_nothink": {},
+    "qwen2_5_vl": {**LOSES_TOOLS, **LOSES_REASONING},
     # The tools of Llama 3.1 are compared in test_template.py.
     "llama3": {**LOSES_TOOLS, **LOSES_REASONING, "text and two calls": "lost: ours refuses two calls in a turn"},
     "gemma": {
@@ -698,6 +701,8 @@ RECOGNISED = [
     ("chatml", "qwen3_instruct_2507"),
     ("qwen3_5", "qwen3_5_think"),
     ("qwen3_5_nothink", "qwen3_5_nothink"),
+    ("qwen2_vl", "qwen2_5_vl"),
+    ("chatml", "qwen3_vl"),
     ("llama3", "llama3"),
     ("gemma", "gemma"),
     ("gemma", "gemma3"),

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from medicalgpt.models.vision import WITH_IMAGES
-from tests.families import CHATML, GEMMA, GLM4, LLAMA3, MISTRAL, Family, family_tokenizer
+from tests.families import CHATML, GEMMA, GLM4, LLAMA3, MISTRAL, Family, family_tokenizer, vllm_mark
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForMultimodalLM
 
 IMAGE = "<|image|>"
@@ -43,6 +43,7 @@ class Tower:
         packs: whether it keeps packed sequences apart.
         scores: whether transformers has a class of its language model that scores.
         hub: checkpoints, for example.
+        vllm: as of `Family`.
     """
 
     text: Family
@@ -52,14 +53,23 @@ class Tower:
     top: dict[str, Any] = field(default_factory=dict)
     packs: bool = True
     scores: bool = False
+    vllm: bool | str | None = None
 
 
+# What vLLM says to layers of linear attention in float32; in bfloat16 sums differ too much to compare tokens.
+GDN = "CPU GDN attention requires BF16"
 QWEN = Family("qwen3", CHATML, "<|endoftext|>")
 GLMS = Family("glm4", GLM4, "<|endoftext|>")
 GEMMAS = Family("gemma", GEMMA, "<eos>", "<bos>")
 TOWERS = {
     "qwen3_5": Tower(
-        QWEN, "Qwen/Qwen3.5-4B", LINEAR, {**QWEN_VISION, "num_position_embeddings": 16}, packs=False, scores=True
+        QWEN,
+        "Qwen/Qwen3.5-4B",
+        LINEAR,
+        {**QWEN_VISION, "num_position_embeddings": 16},
+        packs=False,
+        scores=True,
+        vllm=GDN,
     ),
     "qwen3_5_moe": Tower(
         Family("qwen3", CHATML, "<|endoftext|>", experts=True),
@@ -67,19 +77,24 @@ TOWERS = {
         {**LINEAR, **EXPERTS, "shared_expert_intermediate_size": 16},
         {**QWEN_VISION, "num_position_embeddings": 16},
         packs=False,
+        vllm=GDN,
     ),
-    "qwen2_5_vl": Tower(QWEN, "Qwen/Qwen2.5-VL-7B-Instruct", MROPE, {**QWEN_VISION, "fullatt_block_indexes": [0]}),
+    "qwen2_5_vl": Tower(
+        QWEN, "Qwen/Qwen2.5-VL-7B-Instruct", MROPE, {**QWEN_VISION, "fullatt_block_indexes": [0]}, vllm=True
+    ),
     "qwen3_vl": Tower(
         QWEN,
         "Qwen/Qwen3-VL-8B-Instruct",
         MROPE,
         {**QWEN_VISION, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+        vllm=True,
     ),
     "qwen3_vl_moe": Tower(
         Family("qwen3", CHATML, "<|endoftext|>", experts=True),
         "Qwen/Qwen3-VL-30B-A3B-Instruct",
         {**MROPE, **EXPERTS},
         {**QWEN_VISION, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+        vllm=True,
     ),
     "gemma3": Tower(
         GEMMAS,
@@ -88,6 +103,7 @@ TOWERS = {
         SIGLIP,
         {"mm_tokens_per_image": 4},
         scores=True,
+        vllm=True,
     ),
     "gemma4": Tower(
         GEMMAS,
@@ -98,6 +114,7 @@ TOWERS = {
             **{"num_key_value_heads": 2, "head_dim": 8, "position_embedding_size": 16},
         },
         {"audio_config": None},
+        vllm=True,
     ),
     "llama4": Tower(
         Family("llama3", LLAMA3, "<|end_of_text|>", "<|begin_of_text|>", experts=True),
@@ -110,6 +127,7 @@ TOWERS = {
             **{"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2},
             **{"vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16, "image_size": 28},
         },
+        vllm=True,
     ),
     "mistral3": Tower(
         Family("mistral", MISTRAL, "</s>", "<s>"),
@@ -121,6 +139,7 @@ TOWERS = {
         },
         {"tie_word_embeddings": False},
         scores=True,
+        vllm=True,
     ),
     "glm4v": Tower(
         GLMS,
@@ -141,15 +160,16 @@ def as_table(chinese: bool = False) -> str:
     """The table in Markdown, as docs/models.md and its Chinese twin show it."""
     stages = ["PT", "SFT", "DPO", "合并" if chinese else "merge", "推理" if chinese else "inference"]
     columns = (
-        ["4 比特", "RM", "打包", "图像", "Hub 上的例子"]
+        ["4 比特", "RM", "打包", "图像", "vLLM", "Hub 上的例子"]
         if chinese
-        else ["4 bit", "RM", "packing", "images", "on the hub, for example"]
+        else ["4 bit", "RM", "packing", "images", "vLLM", "on the hub, for example"]
     )
     head = ["model_type", *stages, *columns]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, tower in TOWERS.items():
         marks = [True] * len(stages) + [not tower.text.experts, tower.scores, tower.packs, name in WITH_IMAGES]
-        lines.append(f"| `{name}` | {' | '.join('✓' if mark else '✗' for mark in marks)} | {tower.hub} |")
+        cells = ["✓" if mark else "✗" for mark in marks] + [vllm_mark(tower.vllm)]
+        lines.append(f"| `{name}` | {' | '.join(cells)} | {tower.hub} |")
     return "\n".join(lines)
 
 
@@ -199,6 +219,7 @@ def make_towers(
     )
     model = AutoModelForMultimodalLM.from_config(config, dtype=dtype or torch.float32)
     model.save_pretrained(path, max_shard_size=shards)
+    _transpose_experts(path, name)
     tokenizer.save_pretrained(path)
     if name.startswith("qwen3_5"):
         # On the hub there is a head for several tokens at once too, which transformers does not load.
@@ -206,6 +227,14 @@ def make_towers(
         _add_file(path, "mtp.safetensors", ["mtp.fc.weight"])
     Path(path, "preprocessor_config.json").write_text('{"image_processor_type": "of the base", "size": 28}\n')
     return str(path)
+
+
+def _transpose_experts(folder: str | Path, name: str) -> None:
+    """On the hub, the experts of Qwen3-VL are stored the other way round than transformers computes with them."""
+    for path in Path(folder).glob("*.safetensors") if name == "qwen3_vl_moe" else ():
+        weights = load_file(path)
+        turned = {each: weight.transpose(1, 2).contiguous() for each, weight in weights.items() if ".experts." in each}
+        save_file(weights | turned, path, metadata={"format": "pt"})
 
 
 def _add_file(folder: str | Path, file: str, names: list[str]) -> None:
@@ -231,7 +260,7 @@ def hashes(folder: str | Path) -> dict[str, str]:
 
 
 def make_seeing(path: str | Path, name: str, *, tied: bool = False, **vision: Any) -> str:
-    """Save a checkpoint that can be trained on images: `qwen2_5_vl` or `qwen3_vl`, 8 x 8 pixels per token.
+    """Save a checkpoint that can be trained on images, of a family of `WITH_IMAGES`, 8 x 8 pixels per token.
 
     Args:
         vision: settings of the encoder.
@@ -258,6 +287,7 @@ def make_seeing(path: str | Path, name: str, *, tied: bool = False, **vision: An
         **({"tie_word_embeddings": True} if tied else {}),
     )
     AutoModelForMultimodalLM.from_config(config, dtype=torch.float32).save_pretrained(path)
+    _transpose_experts(path, name)
     tokenizer.save_pretrained(path)
     settings = {
         **{"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor"},
@@ -276,6 +306,9 @@ def require_whole(base: str | Path, folder: str | Path, trained: bool = True) ->
     """The folder is the checkpoint `base` in all but the weights of the language model."""
     before, after = hashes(base), hashes(folder)
     assert before.keys() == after.keys()
+    assert {n: text.rsplit(" ", 1)[0] for n, text in before.items()} == {
+        n: text.rsplit(" ", 1)[0] for n, text in after.items()
+    }, "another file, type or shape"
     changed = {name for name in before if before[name] != after[name]}
     assert any(is_tower(name) for name in before) and not any(is_tower(name) for name in changed)
     assert bool(changed) == trained

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from medicalgpt.data.duplicates import content_key
+from medicalgpt.data.images import check_images
 from medicalgpt.errors import UserError
 from medicalgpt.files import open_new
+from medicalgpt.formats.image_rows import move_image_paths
 from medicalgpt.readers.problems import NEVER_SKIPPED, Place, Problem, RowError, SourceRow
 from medicalgpt.readers.sources import read_rows
 from medicalgpt.readers.text_files import open_text
@@ -160,6 +162,7 @@ class FileToClean:
 
     Attributes:
         encoding: of a file that is not UTF-8; None finds it.
+        images: the field with the paths of images, if it has another name.
     """
 
     path: Path
@@ -167,6 +170,7 @@ class FileToClean:
     convert: Callable[[Any], dict[str, Any]]
     answered: bool
     encoding: str | None = None
+    images: str = ""
 
 
 def copy_name(path: Path) -> str:
@@ -234,6 +238,12 @@ def _clean_file(
             value, changes = clean_row(row.value, file.answered)
             try:
                 converted = file.convert(value)
+                if "images" in converted:
+                    paths = converted["images"]
+                    converted["images"] = check_images(paths, row.place)
+                    moved = move_image_paths(value, paths, file.path.parent, file.copy.parent, file.images)
+                    changes += [] if moved == value else [Change("paths of images", "", value, moved)]
+                    value = moved
                 before = seen.setdefault(content_key(converted), row.place)
                 reason = "" if before is row.place else f"duplicate of {before}"
             except RowError as error:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from medicalgpt.data.images import parts_of
 from medicalgpt.formats.conversion import canonical_json
 
 import numpy as np
@@ -30,14 +31,22 @@ def text_of(row: dict[str, Any]) -> str:
         return row["text"]
     parts = []
     for message in [*row["messages"], *(row[name] for name in ("chosen", "rejected") if name in row)]:
-        parts += [message["content"], message.get("reasoning_content", "")]
+        parts += [part["text"] for part in parts_of(message["content"]) if part["type"] == "text"]
+        parts.append(message.get("reasoning_content", ""))
         parts += [canonical_json(call["function"]) for call in message.get("tool_calls", ())]
     return "\n".join(part for part in parts if part)
 
 
+def _compared_text(row: dict[str, Any]) -> str:
+    """All texts of a converted row, and the hashes of its images: with another image it is another row."""
+    return "\n".join([text_of(row), *(image["sha256"] for image in row.get("images", ()))])
+
+
 def content_key(row: dict[str, Any]) -> bytes:
-    """A hash of everything in a converted row, 16 bytes, that ignores white space."""
+    """A hash of everything in a converted row, 16 bytes, that ignores white space and where images are."""
     content = {name: value for name, value in row.items() if name != "place"}
+    if "images" in content:
+        content["images"] = [image["sha256"] for image in content["images"]]
     return hashlib.sha256(canonical_json(content).encode()).digest()[:16]
 
 
@@ -92,7 +101,7 @@ class NearDuplicates:
     def __init__(self, rows: Sequence[dict[str, Any]], threshold: float):
         self.rows, self.threshold = rows, threshold
         self.signatures = _signatures(rows)
-        self._shingles = lru_cache(maxsize=2048)(lambda position: shingles(text_of(rows[position])))
+        self._shingles = lru_cache(maxsize=2048)(lambda position: shingles(_compared_text(rows[position])))
 
     def groups(self, leave_out: dict[int, int]) -> list[list[NearPair]]:
         """Groups of rows that are connected by near-duplicates, each as pairs of a row and one before it.
@@ -179,7 +188,7 @@ def _signatures(rows: Sequence[dict[str, Any]]) -> np.ndarray:
 
     values = np.empty((len(rows), BANDS * BAND_VALUES), dtype=np.uint32)
     # The shingles are hashes already.
-    batches = (shingles(text_of(row)).tolist() for row in rows)
+    batches = (shingles(_compared_text(row)).tolist() for row in rows)
     found = MinHash.generator(batches, num_perm=BANDS * BAND_VALUES, hashfunc=int, scheme="affine32")
     for position, minhash in enumerate(found):
         values[position] = minhash.hashvalues

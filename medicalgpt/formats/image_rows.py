@@ -1,6 +1,8 @@
 """Images of a row: their paths, and where they are in the conversation, in the spellings that data sets have."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from medicalgpt.formats.turns import IMAGE_MARK, IMAGE_PART, ROLE_FIELDS, TEXT_FIELDS, USER_ROLES, parse_turns
@@ -136,6 +138,33 @@ def read_image_paths(values: Mapping[str, Any], inline: list[str | None]) -> lis
     if named and paths and named != paths:
         raise RowError("`images` and the images in the turns differ", "Keep one of them.", paths)
     return named or paths
+
+
+def move_image_paths(row: Mapping[str, Any], paths: Iterable[str], old: Path, new: Path, name: str = "") -> dict:
+    """The row, of a data file in one folder, with the paths of its images for a file in another.
+
+    Args:
+        row: as it is in its file.
+        paths: of its images; absolute ones stay as they are.
+        old, new: the folders.
+        name: a further field that may have paths.
+    """
+    moved = {path: os.path.relpath(old / path, new) for path in paths if not Path(path).is_absolute()}
+    moved |= {f"file://{path}": target for path, target in moved.items()}
+    named = {*IMAGE_FIELDS, *PATH_FIELDS, name.lower()}
+
+    def walk(item: Any, is_path: bool) -> Any:
+        if isinstance(item, str):
+            return moved.get(item, item) if is_path else item
+        if isinstance(item, list):
+            return [walk(each, is_path) for each in item]
+        if isinstance(item, dict):
+            return {name: walk(each, str(name).lower() in named) for name, each in item.items()}
+        return item
+
+    lists = {name: parse_turns(item) for name, item in row.items() if isinstance(item, str)}
+    turns = {name: item for name, item in lists.items() if isinstance(item, list) and any(map(_has_image, item))}
+    return walk({**row, **turns}, False)
 
 
 def place_images(messages: list[dict[str, Any]], paths: list[str], mark_is_text: bool = False) -> list[dict[str, Any]]:

@@ -508,11 +508,27 @@ def _write_file(path: Path, file: str, trained: dict[str, torch.Tensor], whole: 
             if tensor is None:
                 tensors[name] = opened.get_tensor(name)
                 continue
-            _require_shape(name, tensor, opened.get_slice(name).get_shape(), whole)
+            shape = opened.get_slice(name).get_shape()
+            tensor = _turned_back(tensor, shape, whole)
+            _require_shape(name, tensor, shape, whole)
             # A file cannot hold one tensor under two names.
             tensors[name] = tensor.clone() if tensor.data_ptr() in written else tensor.contiguous()
             written.add(tensor.data_ptr())
         save_file(tensors, path, metadata=opened.metadata() or {"format": "pt"})
+
+
+def _turned_back(tensor: torch.Tensor, shape: list[int], whole: Whole) -> torch.Tensor:
+    """The weight as the base stores it, if the library transposed it when it loaded it.
+
+    The experts of Qwen3-VL are stored the other way round than they are computed with; the library saves them as they
+    are computed with.
+    """
+    operations = [each for conversion in whole.conversions for each in getattr(conversion, "operations", ())]
+    dims = next(((each.dim0, each.dim1) for each in operations if getattr(each, "check_dims", False)), None)
+    if dims is None or tensor.ndim <= max(dims) or list(tensor.shape) == shape:
+        return tensor
+    turned = tensor.transpose(*dims)
+    return turned.contiguous() if list(turned.shape) == shape else tensor
 
 
 def _require_shape(name: str, tensor: torch.Tensor, shape: list[int], whole: Whole) -> None:

@@ -24,7 +24,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 # By `model_type`: families that can be trained on images.
-WITH_IMAGES = ("qwen2_5_vl", "qwen3_vl")
+WITH_IMAGES = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 PROCESSOR_TYPE = "Qwen2VLImageProcessor"
 # 768 x 768: at most 752 tokens of Qwen2.5-VL, and 576 of Qwen3-VL. Their own bounds allow more than 12,000 tokens.
 DEFAULT_MAX_PIXELS = 589_824
@@ -97,7 +97,7 @@ class Vision:
         if not can_have_images(config):
             raise CheckpointError(
                 f"{checkpoint.name} is of the type {config.model_type}, which is not trained on images here. Use one "
-                f"of the types {' and '.join(WITH_IMAGES)}, such as Qwen/Qwen2.5-VL-3B-Instruct."
+                f"of the types {', '.join(WITH_IMAGES)}, such as Qwen/Qwen2.5-VL-3B-Instruct."
             )
         files, settings = _read_processor(checkpoint)
         bounds = _bounds(settings)

@@ -16,6 +16,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -35,6 +36,9 @@ SECONDS_OF_FAILURES = 60.0
 # Objects and lists of a body in JSON, brackets in its texts included: half a million of them are read as long as a
 # second, in which nobody else is served.
 MAX_ITEMS = 100_000
+# Bodies of all requests that are being read or answered, as many bytes as 1,000 small ones may have. Images are kept
+# until their request is answered.
+MAX_BODY_BYTES = 2_000_000_000
 # Number of clients whose failures are remembered.
 MAX_CLIENTS = 10_000
 # An IPv6 address in brackets or a name, and perhaps a port.
@@ -219,6 +223,13 @@ class OriginMiddleware:
         return headers.get(b"host", b"").decode("latin-1").lower() not in named
 
 
+@dataclass
+class _Body:
+    """How many bytes of a request's body have arrived."""
+
+    size: int = 0
+
+
 class AccessMiddleware:
     """Passes a request on if it has the key or, without a key, is addressed to this machine; limits its body.
 
@@ -252,6 +263,7 @@ class AccessMiddleware:
         self.protection = protection
         self.max_body_bytes = max_body_bytes
         self.body_seconds = body_seconds
+        self.bytes_held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -262,7 +274,11 @@ class AccessMiddleware:
         except RequestRefused as refusal:
             await self.refuse(refusal)(scope, receive, send)
         else:
-            await self.app(scope, self._limited(scope, receive), send)
+            body = _Body()
+            try:
+                await self.app(scope, self._limited(scope, receive, body), send)
+            finally:
+                self.bytes_held -= body.size
 
     def _admit(self, scope: Scope, client: str, headers: dict[bytes, bytes]) -> None:
         if self.keys is not None:
@@ -284,13 +300,13 @@ class AccessMiddleware:
                 "wrong_host",
             )
 
-    def _limited(self, scope: Scope, receive: Receive) -> Receive:
-        size, items, complete, max_bytes = 0, 0, False, self.max_body_bytes(scope)
+    def _limited(self, scope: Scope, receive: Receive, body: "_Body") -> Receive:
+        items, complete, max_bytes = 0, False, self.max_body_bytes(scope)
         is_json = b"json" in dict(scope["headers"]).get(b"content-type", b"")
         deadline = asyncio.get_running_loop().time() + self.body_seconds
 
         async def receive_limited() -> Message:
-            nonlocal size, items, complete
+            nonlocal items, complete
             if complete:
                 return await receive()
             try:
@@ -300,14 +316,18 @@ class AccessMiddleware:
                 raise RequestRefused(408, "The body did not arrive in time.", "timeout") from error
             if message["type"] == "http.disconnect":
                 raise ClientDisconnected
-            size += len(message.get("body", b""))
+            arrived = len(message.get("body", b""))
+            body.size += arrived
+            self.bytes_held += arrived
             complete = not message.get("more_body", False)
             if is_json:
                 items += sum(message.get("body", b"").count(opening) for opening in (b"{", b"["))
             if items > MAX_ITEMS:
                 raise RequestRefused(400, f"The body has more than {MAX_ITEMS} lists and objects.", "too_many_items")
-            if size > max_bytes:
+            if body.size > max_bytes:
                 raise RequestRefused(413, f"The body has more than {max_bytes} bytes.", "request_too_large")
+            if self.bytes_held > MAX_BODY_BYTES:
+                raise RequestRefused(429, "Too many large requests at a time.", "queue_full", {"Retry-After": "5"})
             return message
 
         return receive_limited

@@ -1,6 +1,6 @@
 """Rows with images in training: whether the base can be shown them, and what they rule out."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -35,6 +35,16 @@ class ChatRows:
     vision: Vision | None
 
     @property
+    def convert(self) -> Callable[..., dict[str, Any]]:
+        """The converter of such rows."""
+        return to_messages_with_images if self.vision else to_messages
+
+    @property
+    def sample(self) -> type:
+        """What `encode_chat` makes of such a row."""
+        return ImageSample if self.vision else Sample
+
+    @property
     def options(self) -> dict[str, Any]:
         """Further arguments of `encode_chat`."""
         return {"images": self.vision.tokens} if self.vision else {}
@@ -43,8 +53,7 @@ class ChatRows:
         self, arguments: DataArguments, encode: partial, **options: Any
     ) -> tuple[LoadedData, Dataset, Dataset | None]:
         """The rows and their samples; for the arguments and errors see `load_and_encode`."""
-        convert, sample = (to_messages_with_images, ImageSample) if self.vision else (to_messages, Sample)
-        return load_and_encode(arguments, convert, encode, sample=sample, **options)
+        return load_and_encode(arguments, self.convert, encode, sample=self.sample, **options)
 
 
 def choose_rows(
