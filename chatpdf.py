@@ -61,10 +61,11 @@ from medicalgpt.rag.retrieval import (
     SearchResult,
     find_documents,
 )
-from medicalgpt.rag.tasks import Question, is_held_out, write_tasks
+from medicalgpt.rag.tasks import Question, describe_citations, is_held_out, write_tasks
 from medicalgpt.rag.visitors import take_uploads
 from medicalgpt.readers.problems import Problem, format_problems
 from medicalgpt.readers.sources import read_rows
+from medicalgpt.rewards.citing import score_citations
 from medicalgpt.serving.arguments import PageArguments
 from medicalgpt.serving.chat import ChatEngine
 from medicalgpt.serving.engines import engine_from
@@ -164,6 +165,12 @@ class FileArguments(PageArguments):
     make_tasks: str | None = field(
         default=None, metadata={"help": "Write rows for GRPO's reward `citations` to this .jsonl file."}
     )
+    with_replies: bool = field(
+        default=False,
+        metadata={
+            "help": "With --make_tasks: a cited reply, or the refusal, in each row, so that SFT can use them too."
+        },
+    )
     index_dir: str | None = field(
         default=None,
         metadata={
@@ -189,8 +196,11 @@ def main() -> None:
     collection = read_collection(arguments)
     if mode == "page":
         return serve_page(collection, arguments)
+    if mode in ("evaluate", "make_tasks"):
+        # A model is measured with the prompts that it was trained with, wherever the files are.
+        collection = collection.with_short_names()
     if mode == "make_tasks":
-        return write_tasks(arguments.make_tasks, questions, collection, arguments.num_passages)
+        return write_tasks(arguments.make_tasks, questions, collection, arguments.num_passages, arguments.with_replies)
     engine = None
     if arguments.model_name_or_path:
         engine = engine_from(arguments)
@@ -224,6 +234,7 @@ def choose_mode(arguments: FileArguments) -> str:
     (mode,) = modes
     only = {
         "evaluate": {"output_file", "overwrite_output_file"},
+        "make_tasks": {"with_replies"},
         "page": names_of(PageArguments) - names_of(ChatArguments),
     }
     problems = [
@@ -460,8 +471,11 @@ def evaluate(
         with heartbeat(lambda: f"answering {len(prompts)} questions"):
             answers = engine.batch([prompt.prompt_ids for _, prompt, _ in prompts], sampling, ANSWERS_AT_A_TIME)
         for (row, prompt, right), answer in zip(prompts, answers, strict=True):
+            task = describe_citations(prompt.sources, right, prompt.tag)
+            reward = score_citations(answer.text, task)
             answer = prompt.read(answer.text)
             row |= {
+                "reward": reward,
                 "answer_given": answer.text,
                 "cited": answer.cited,
                 "invented": answer.invented,
@@ -524,14 +538,18 @@ def measures(rows: list[dict[str, Any]], language: str) -> dict[str, float]:
         if groups["unanswerable, held out"]:
             numbers["unanswerable, refused, held out"] = share("unanswerable, held out", lambda row: not row["asked"])
     if groups["answers"]:
-        if groups["unanswerable"]:
-            refused = share("unanswerable", lambda row: not row["asked"] or unknown in row["answer_given"])
-            numbers["unanswerable, refused, model included"] = refused
+        for name, verdict in (("answerable", "wrongly refused"), ("unanswerable", "refused")):
+            if groups[name]:
+                refused = share(name, lambda row: not row["asked"] or unknown in row["answer_given"])
+                numbers[f"{name}, {verdict}, model included"] = refused
         numbers["answers that cite"] = share("answers", lambda row: bool(row["cited"] or row["invented"]))
         numbers["answers that cite a correct passage"] = share("answers", lambda row: row["cited_right"])
+        numbers["reward `citations` of the answers"] = share("answers", lambda row: row["reward"])
     if groups["citing"]:
         numbers["of those that cite: all citations exist"] = share("citing", lambda row: not row["invented"])
-        numbers["of those that cite: found in the sources"] = share("citing", lambda row: not row["unsupported"])
+    groups["checked"] = [row for row in groups["citing"] if row["cited"]]
+    if groups["checked"]:
+        numbers["of those that cite a source: found there"] = share("checked", lambda row: not row["unsupported"])
     return numbers
 
 

@@ -466,7 +466,10 @@ def test_measures_by_hand(notes, tmp_path, citing, same_tag, log, monkeypatch):
     assert answered[0]["answer_given"] == "一周[1]。" and answered[0]["cited_right"] and not answered[2]["cited_right"]
     assert numbers["answers that cite a correct passage"] == 0.5
     assert [row["unsupported"] for row in answered if "unsupported" in row] == [[], []]
-    assert numbers["of those that cite: found in the sources"] == 1
+    assert numbers["of those that cite a source: found there"] == 1
+    # "一周" alone has too few terms to count as a claim, and no passage has the evidence of the other.
+    assert numbers["reward `citations` of the answers"] == 0
+    assert numbers["answerable, wrongly refused, model included"] == pytest.approx(1 / 3)
     assert any("evidence of 1 questions" in line for line in log)
 
 

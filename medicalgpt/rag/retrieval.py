@@ -9,6 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ class Passage:
     def searched(self) -> str:
         return "\n".join([*self.headings, self.text])
 
-    @property
+    @cached_property
     def normalized(self) -> str:
         return normalize(self.text)
 

@@ -1,7 +1,7 @@
 """A batch that answers join and leave at any token, with one cache that is padded on the left."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from medicalgpt.serving.generation import AnswerState, refuse_nan
@@ -30,7 +30,7 @@ class RunningBatch:
         if reasons := self.obstacles(model):
             raise ValueError("; ".join(reasons))
         self._model = _base(model)
-        self._last_only = {"logits_to_keep": 1} if self._model._supports_logits_to_keep() else {}
+        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in _parameters(self._model) else {}
         self._clear()
 
     def _clear(self) -> None:
@@ -45,7 +45,7 @@ class RunningBatch:
         """Reasons why rows of the model's cache cannot be padded, joined and dropped; empty if they can."""
         if isinstance(model, PeftModel) and any(each.is_prompt_learning for each in model.peft_config.values()):
             return ["its adapter puts tokens of its own before the prompt"]
-        if "position_ids" not in inspect.signature(_base(model).forward).parameters:
+        if "position_ids" not in _parameters(_base(model)):
             return ["it takes no position_ids"]
         kinds = {type(layer) for layer in DynamicCache(config=model.config.get_text_config()).layers}
         others = kinds - {DynamicLayer, DynamicSlidingWindowLayer}
@@ -149,6 +149,10 @@ class RunningBatch:
         for layer in self._cache.layers:
             own = kept.to(layer.keys.device)
             layer.keys, layer.values = layer.keys[own, ..., padding:, :], layer.values[own, ..., padding:, :]
+
+
+def _parameters(model: PreTrainedModel) -> Collection[str]:
+    return inspect.signature(model.forward).parameters.keys()
 
 
 def _base(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
