@@ -8,8 +8,9 @@
 
 Files are split into passages along headings and sentences. The passages that share most with the question, weighed by
 BM25, are put before the question, and the model is told to answer from them alone and to cite them. `--sim_model_name`
-adds a model of sentence embeddings; both rankings are then fused. When no passage has enough of the question's words,
-the answer is that nothing was found, and the model is not asked.
+adds a model of sentence embeddings; both rankings are then fused. When the question's words, or words for the same
+thing, and what it asks for are not in a passage together, the answer is that nothing was found, and the model is not
+asked; with `--rerank_model_name` its scores decide.
 
 What was read of a file is kept in the user's cache folder until the file changes or is gone; uploads are not kept.
 
@@ -60,10 +61,11 @@ from medicalgpt.rag.retrieval import (
     SearchResult,
     find_documents,
 )
-from medicalgpt.rag.tasks import Question, is_held_out, write_tasks
+from medicalgpt.rag.tasks import Question, describe_citations, is_held_out, write_tasks
 from medicalgpt.rag.visitors import take_uploads
 from medicalgpt.readers.problems import Problem, format_problems
 from medicalgpt.readers.sources import read_rows
+from medicalgpt.rewards.citing import score_citations
 from medicalgpt.serving.arguments import PageArguments
 from medicalgpt.serving.chat import ChatEngine
 from medicalgpt.serving.engines import engine_from
@@ -131,13 +133,11 @@ class FileArguments(PageArguments):
     num_expand_context_chunk: int = field(
         default=0, metadata={"help": "Add this many neighboring passages on each side of a passage."}
     )
-    min_coverage: float = field(
-        # Chosen on data/rag: few questions that have an answer fall below it, and four in ten of the others, most of
-        # which are close to the subject.
-        default=0.23,
+    min_confidence: float = field(
+        default=0.5,
         metadata={
-            "help": "Say that nothing was found if the three best passages have less than this share of the question's "
-            "terms, weighted by rarity. 0: always ask the model."
+            "help": "Say that nothing was found if the estimate that the files answer the question is lower, from 0 to "
+            "1; it is made by words alone. 0: always ask the model."
         },
     )
     sim_model_name: str | None = field(
@@ -155,15 +155,21 @@ class FileArguments(PageArguments):
         default=None,
         metadata={"help": "Cross-encoder for sentence-transformers; it ranks the best passages again."},
     )
-    min_relevance: float | None = field(
-        default=None,
+    min_relevance: float = field(
+        default=0.5,
         metadata={
-            "help": "With --rerank_model_name: ask the model only if the best passage has at least this score, instead "
-            "of --min_coverage. The scale differs between rerankers, so there is no default."
+            "help": "With --rerank_model_name: ask the model only if the best passage has at least this score, from 0 "
+            "to 1, instead of --min_confidence. Rerankers differ, so choose it with --evaluate on your own questions."
         },
     )
     make_tasks: str | None = field(
         default=None, metadata={"help": "Write rows for GRPO's reward `citations` to this .jsonl file."}
+    )
+    with_replies: bool = field(
+        default=False,
+        metadata={
+            "help": "With --make_tasks: a cited reply, or the refusal, in each row, so that SFT can use them too."
+        },
     )
     index_dir: str | None = field(
         default=None,
@@ -190,8 +196,11 @@ def main() -> None:
     collection = read_collection(arguments)
     if mode == "page":
         return serve_page(collection, arguments)
+    if mode in ("evaluate", "make_tasks"):
+        # A model is measured with the prompts that it was trained with, wherever the files are.
+        collection = collection.with_short_names()
     if mode == "make_tasks":
-        return write_tasks(arguments.make_tasks, questions, collection, arguments.num_passages)
+        return write_tasks(arguments.make_tasks, questions, collection, arguments.num_passages, arguments.with_replies)
     engine = None
     if arguments.model_name_or_path:
         engine = engine_from(arguments)
@@ -225,6 +234,7 @@ def choose_mode(arguments: FileArguments) -> str:
     (mode,) = modes
     only = {
         "evaluate": {"output_file", "overwrite_output_file"},
+        "make_tasks": {"with_replies"},
         "page": names_of(PageArguments) - names_of(ChatArguments),
     }
     problems = [
@@ -254,14 +264,19 @@ def choose_mode(arguments: FileArguments) -> str:
             problems.append(f"--{name} is {getattr(arguments, name)}, it must be at least {least}.")
     if arguments.chunk_overlap > arguments.chunk_size // 2:
         problems.append("--chunk_overlap must be at most half of --chunk_size.")
-    if not 0 <= arguments.min_coverage <= 1:
-        problems.append(f"--min_coverage is {arguments.min_coverage}, it must be from 0 to 1.")
+    for name in ("min_confidence", "min_relevance"):
+        if not 0 <= getattr(arguments, name) <= 1:
+            problems.append(f"--{name} is {getattr(arguments, name)}, it must be from 0 to 1.")
     if arguments.min_similarity is not None and not arguments.sim_model_name:
         problems.append("--min_similarity has no effect without --sim_model_name; omit it.")
-    if arguments.min_relevance is not None and not arguments.rerank_model_name:
+    if "min_relevance" in given and not arguments.rerank_model_name:
         problems.append("--min_relevance has no effect without --rerank_model_name; omit it.")
-    if arguments.min_relevance is not None and {"min_coverage", "min_similarity"} & given:
-        problems.append("--min_relevance decides instead of --min_coverage and --min_similarity; omit these.")
+    if arguments.rerank_model_name:
+        problems += [
+            f"--{name} has no effect with --rerank_model_name, whose scores decide; omit it, or set --min_relevance."
+            for name in ("min_confidence", "min_similarity")
+            if name in given
+        ]
     if arguments.temperature == 0:
         problems += [
             f"--{name} has no effect at --temperature 0." for name in ("top_p", "top_k", "seed") if name in given
@@ -329,7 +344,7 @@ def ground(
     chooser: Chooser | None = None,
 ) -> GroundedPrompt | None:
     """The prompt for a question with the passages found; None if these are not relevant enough to ask the model."""
-    if not is_relevant(found, arguments.min_similarity, arguments.min_coverage, arguments.min_relevance):
+    if not is_relevant(found, arguments.min_similarity, arguments.min_confidence, arguments.min_relevance):
         return None
     sources = build_sources(collection, found, arguments.num_passages, arguments.num_expand_context_chunk)
     return build_prompt(engine, sampling, arguments.system_prompt, history, question, sources, chooser)
@@ -389,11 +404,9 @@ def show_passages(collection: Collection, arguments: FileArguments) -> None:
     found = collection.search(arguments.search)
     relevance = "" if found.relevance is None else f", relevance {found.relevance:.3f}"
     similarity = "" if found.similarity is None else f", largest similarity {found.similarity:.2f}"
-    is_enough = is_relevant(found, arguments.min_similarity, arguments.min_coverage, arguments.min_relevance)
+    is_enough = is_relevant(found, arguments.min_similarity, arguments.min_confidence, arguments.min_relevance)
     verdict = "a model would be asked" if is_enough else "the answer would be that nothing was found"
-    print_note(
-        f"{found.coverage:.0%} of the question's terms are in the best passages{similarity}{relevance}: {verdict}"
-    )
+    print_note(f"confidence {found.confidence:.2f} that the files answer it{similarity}{relevance}: {verdict}")
     sources = build_sources(collection, found, arguments.num_passages, arguments.num_expand_context_chunk)
     for number, source in enumerate(sources, start=1):
         print(printable(f"[{number}] {source.place}\n{source.text}\n"))
@@ -442,8 +455,9 @@ def evaluate(
         if question.file and not right:
             lost.append(question.question)
         rank = next((n for n, index in enumerate(found.order, start=1) if index in right), None)
-        asked = is_relevant(found, arguments.min_similarity, arguments.min_coverage, arguments.min_relevance)
-        rows.append({**dataclasses.asdict(question), "rank": rank, "coverage": found.coverage, "asked": asked})
+        asked = is_relevant(found, arguments.min_similarity, arguments.min_confidence, arguments.min_relevance)
+        of_question = {"rank": rank, "confidence": found.confidence, "relevance": found.relevance, "asked": asked}
+        rows.append(dataclasses.asdict(question) | of_question)
         if engine and asked:
             # Repeatable, as nobody is there to be deceived.
             chooser = random.Random(len(rows))
@@ -457,8 +471,11 @@ def evaluate(
         with heartbeat(lambda: f"answering {len(prompts)} questions"):
             answers = engine.batch([prompt.prompt_ids for _, prompt, _ in prompts], sampling, ANSWERS_AT_A_TIME)
         for (row, prompt, right), answer in zip(prompts, answers, strict=True):
+            task = describe_citations(prompt.sources, right, prompt.tag)
+            reward = score_citations(answer.text, task)
             answer = prompt.read(answer.text)
             row |= {
+                "reward": reward,
                 "answer_given": answer.text,
                 "cited": answer.cited,
                 "invented": answer.invented,
@@ -479,7 +496,7 @@ def evaluate(
         settings = {name: getattr(arguments, name) for name in ("chunk_size", "chunk_overlap", "num_passages")}
         settings |= {
             name: getattr(arguments, name)
-            for name in ("min_coverage", "sim_model_name", "min_similarity", "rerank_model_name", "min_relevance")
+            for name in ("min_confidence", "sim_model_name", "min_similarity", "rerank_model_name", "min_relevance")
         }
         result = {"settings": settings, "measures": table, "questions": rows}
         Path(arguments.output_file).parent.mkdir(parents=True, exist_ok=True)
@@ -521,14 +538,18 @@ def measures(rows: list[dict[str, Any]], language: str) -> dict[str, float]:
         if groups["unanswerable, held out"]:
             numbers["unanswerable, refused, held out"] = share("unanswerable, held out", lambda row: not row["asked"])
     if groups["answers"]:
-        if groups["unanswerable"]:
-            refused = share("unanswerable", lambda row: not row["asked"] or unknown in row["answer_given"])
-            numbers["unanswerable, refused, model included"] = refused
+        for name, verdict in (("answerable", "wrongly refused"), ("unanswerable", "refused")):
+            if groups[name]:
+                refused = share(name, lambda row: not row["asked"] or unknown in row["answer_given"])
+                numbers[f"{name}, {verdict}, model included"] = refused
         numbers["answers that cite"] = share("answers", lambda row: bool(row["cited"] or row["invented"]))
         numbers["answers that cite a correct passage"] = share("answers", lambda row: row["cited_right"])
+        numbers["reward `citations` of the answers"] = share("answers", lambda row: row["reward"])
     if groups["citing"]:
         numbers["of those that cite: all citations exist"] = share("citing", lambda row: not row["invented"])
-        numbers["of those that cite: found in the sources"] = share("citing", lambda row: not row["unsupported"])
+    groups["checked"] = [row for row in groups["citing"] if row["cited"]]
+    if groups["checked"]:
+        numbers["of those that cite a source: found there"] = share("checked", lambda row: not row["unsupported"])
     return numbers
 
 

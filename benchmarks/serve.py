@@ -52,6 +52,8 @@ ROOT = Path(__file__).resolve().parent.parent
 CLOSE = 1e-3
 # Seconds after the load for the server to release memory.
 SETTLING = 2.0
+# Seconds that a client waits which was refused in a stream, where no header says it.
+WAIT_AFTER_STREAM = "1"
 BAD = ("mixed up", "wrong", "lost", "error")
 KINDS = ("correct", *BAD, "refused", "killed")
 
@@ -342,6 +344,9 @@ class Load:
                     continue
                 event = json.loads(line[5:])
                 if "error" in event:
+                    # A stream has begun when a request is dropped from a full queue.
+                    if event["error"].get("code") == "queue_full":
+                        return Outcome("refused", detail=WAIT_AFTER_STREAM)
                     return Outcome("error", detail=str(event["error"]))
                 usage = event.get("usage") or usage
                 for choice in event["choices"]:

@@ -63,7 +63,9 @@ class Misbehaving(BaseHTTPRequestHandler):
 
         events = [event({"role": "assistant"}), event({"content": text[:3]}), event({"content": text[3:]})]
         events += [event({}, finish_reason), {"choices": [], "usage": usage}]
-        if fault == "error":
+        if fault == "dropped":
+            events[2:] = [{"error": {"message": "full", "code": "queue_full"}}]
+        elif fault == "error":
             events[2:] = [{"error": {"message": "the graphics card caught fire"}}]
         lines = [f"data: {json.dumps(each)}\n\n".encode() for each in events]
         lines += [] if fault in ("no end", "cut") else [b"data: [DONE]\n\n"]
@@ -154,6 +156,14 @@ def test_who_is_turned_away_waits_as_long_as_the_server_says(server, monkeypatch
     monkeypatch.setattr(Misbehaving, "faults", dict.fromkeys(ANSWERS, "full"))
     found = measured(server, ["question 0"], seconds=0.5)
     # Eight clients, which come again after 0.2 and 0.4 seconds.
+    assert found["refused"] == found["requests"]
+    assert 8 <= found["requests"] <= 3 * 8
+
+
+def test_who_is_dropped_in_a_stream_is_turned_away(server, monkeypatch):
+    monkeypatch.setattr(serve, "WAIT_AFTER_STREAM", "0.2")
+    monkeypatch.setattr(Misbehaving, "faults", dict.fromkeys(ANSWERS, "dropped"))
+    found = measured(server, ["question 0"], seconds=0.5, stream_share=1.0)
     assert found["refused"] == found["requests"]
     assert 8 <= found["requests"] <= 3 * 8
 

@@ -394,7 +394,7 @@ def cross_encoder(tmp_path_factory) -> str:
 
 
 def test_a_reranker_ranks_again_and_refuses(notes, cross_encoder, monkeypatch, capsys):
-    """The road is tested; random weights say nothing of quality."""
+    """The pipeline is tested; random weights do not show quality."""
     monkeypatch.setattr(chatpdf, "setup_logging", lambda: None)
     folder, flags = notes
     (folder / "more.md").write_text("# Cold\nInsulin is kept cool.\n\n# Sun\nInsulin is kept in the dark.\n")
@@ -409,14 +409,20 @@ def test_a_reranker_ranks_again_and_refuses(notes, cross_encoder, monkeypatch, c
     assert found.order == [n for _, n in best], scores
     assert found.relevance == pytest.approx(max(scores)) and plain.relevance is None
     assert collection.with_more(collection.passages).reranker is collection.reranker
-    for minimum, verdict in ((found.relevance - 0.01, "a model would be asked"), (found.relevance + 0.01, "was found")):
+    above = (1 + found.relevance) / 2
+    for minimum, verdict in ((0.99 * found.relevance, "a model would be asked"), (above, "was found")):
         run_here("chatpdf.py", *flags, "--search", asked, "--min_relevance", str(minimum))
         assert verdict in capsys.readouterr().err
+    # Without the flag the limit is 0.5, whatever the words say.
+    run_here("chatpdf.py", *flags, "--search", asked)
+    verdict = "a model would be asked" if found.relevance >= 0.5 else "was found"
+    assert 0 < found.relevance < 1 and verdict in capsys.readouterr().err
     with pytest.raises(UserError, match="--rerank_model_name no-such/model cannot be loaded"):
         run_here("chatpdf.py", *notes[1][:4], "--search", "x", "--rerank_model_name", "no-such/model")
     for wrong, message in (
         (["--min_relevance", "0.5"], "no effect without --rerank_model_name"),
-        (["--rerank_model_name", "x", "--min_relevance", "1", "--min_coverage", "0.1"], "decides instead"),
+        (["--rerank_model_name", "x", "--min_confidence", "0.1"], "--min_confidence has no effect with --rerank"),
+        (["--rerank_model_name", "x", "--min_relevance", "1.5"], "--min_relevance is 1.5, it must be from 0 to 1"),
     ):
         with pytest.raises(UserError, match=message):
             run_here("chatpdf.py", *notes[1][:4], "--search", "x", *wrong)
@@ -460,7 +466,10 @@ def test_measures_by_hand(notes, tmp_path, citing, same_tag, log, monkeypatch):
     assert answered[0]["answer_given"] == "一周[1]。" and answered[0]["cited_right"] and not answered[2]["cited_right"]
     assert numbers["answers that cite a correct passage"] == 0.5
     assert [row["unsupported"] for row in answered if "unsupported" in row] == [[], []]
-    assert numbers["of those that cite: found in the sources"] == 1
+    assert numbers["of those that cite a source: found there"] == 1
+    # "一周" alone has too few terms to count as a claim, and no passage has the evidence of the other.
+    assert numbers["reward `citations` of the answers"] == 0
+    assert numbers["answerable, wrongly refused, model included"] == pytest.approx(1 / 3)
     assert any("evidence of 1 questions" in line for line in log)
 
 

@@ -1,10 +1,13 @@
 """The reward `citations`: what games it must score below the right answer, and the rows that it is trained on."""
 
+import re
+
 import chatpdf
 from medicalgpt.errors import UserError
 from medicalgpt.formats.citations import UNKNOWN
+from medicalgpt.formats.conversion import to_messages
 from medicalgpt.formats.tasks import to_task
-from medicalgpt.rag.tasks import is_held_out
+from medicalgpt.rag.tasks import Question, is_held_out, write_reply
 from medicalgpt.rewards.citing import score_citations
 from medicalgpt.rewards.coverage import check_coverage
 from medicalgpt.rewards.rewards import choose_rewards
@@ -59,6 +62,15 @@ GAMES = {
     "a wrong dose": {"en": "The warfarin dose is 50 mg daily [k7q3-1].", "zh": "胰岛素开封后在室温下可放8天[k7q3-2]。"},
     "a lost negation": {"en": "Take aspirin with warfarin [k7q3-1]."},
     "one sentence without": {"en": "The warfarin dose is 5 mg daily [k7q3-1]. Eat more vegetables and walk a lot."},
+    "every passage": {
+        task: "The warfarin dose is 5 mg daily. [k7q3-1] 胰岛素开封后在室温下可放28天。[k7q3-2] "
+        "Stitches of the face come out after 3 to 5 days. [k7q3-3]"
+        for task in TASKS
+    },
+    "one mark for a passage": {"en": f"{PASSAGES[0]} [k7q3-1]", "zh": f"{PASSAGES[1]}[k7q3-2]"},
+    "a name": {"en": "Warfarin [k7q3-1].", "zh": "胰岛素[k7q3-2]。"},
+    "a number": {"en": "5 [k7q3-1]", "zh": "28[k7q3-2]"},
+    "the same again": {"en": "The warfarin dose is 5 mg daily [k7q3-1]. " * 3, "zh": RIGHT["zh"] * 3},
     "an invented mark": {"en": "The warfarin dose is 5 mg daily [k7q3-1][k7q3-9]."},
     "empty": {"en": "", "zh": "", "none": ""},
 }
@@ -73,7 +85,8 @@ def test_the_right_answer_gets_it_all(task):
 @pytest.mark.parametrize(("game", "task"), [(game, task) for game, replies in GAMES.items() for task in replies])
 def test_games_score_below_it(game, task):
     score = score_citations(GAMES[game][task], TASKS[task])
-    assert score < 1 and (score <= 0.8 if game in ("one sentence without", "an invented mark") else score <= 0.5)
+    partly_right = ("one sentence without", "an invented mark", "every passage", "one mark for a passage")
+    assert score <= (0.8 if game in partly_right else 0.5)
 
 
 def test_precision_and_recall_by_hand():
@@ -83,6 +96,9 @@ def test_precision_and_recall_by_hand():
     text = "The warfarin dose is 5 mg daily [k7q3-1][k7q3-3]."
     assert score_citations(text, TASKS["en"]) == pytest.approx(2 / 3)
     assert score_citations(GAMES["another passage"]["en"], TASKS["en"]) == pytest.approx(0.2)
+    # All hold, one of three is of a passage that answers the question.
+    assert score_citations(GAMES["every passage"]["en"], TASKS["en"]) == pytest.approx((1 + 0.2 + 0.2) / 3)
+    assert score_citations("5 mg [k7q3-1].", TASKS["en"]) == score_citations("28天[k7q3-2]。", TASKS["zh"]) == 1
 
 
 def test_the_reward_is_used_by_name_and_for_rows_that_have_it():
@@ -108,11 +124,14 @@ def test_tasks_are_made_of_an_index_and_scored(tmp_path):
         assert row["messages"][0]["content"].count(f"[{task['tag']}-1]") >= 2
         if task["supporting"]:
             number = task["supporting"][0]
-            first = task["passages"][number - 1].split("。")[0].split(". ")[0].split("\n")[0]
-            assert score_citations(f"{first} [{task['tag']}-{number}]", task) > 0.5
+            longest = max(re.split(r"。|\. |\n", task["passages"][number - 1]), key=len)
+            assert score_citations(f"{longest} [{task['tag']}-{number}]", task) > 0.5
         else:
             assert score_citations(UNKNOWN[row["language"]], task) == 1
     assert 10 < sum(not row["citations"]["supporting"] for row in rows) < len(rows) / 2
+    # Retrieval ranks the right passage first in most rows; citing the first one must not pay.
+    places = [row["citations"]["supporting"][0] for row in rows if row["citations"]["supporting"]]
+    assert places.count(1) < 0.4 * len(places)
     tasks = [{**to_task(row), "place": {"file": "t", "line": n}} for n, row in enumerate(rows, start=1)]
     check_coverage(tasks, choose_rewards(["citations"]))
     with pytest.raises(UserError, match="citations applies to no row"):
@@ -127,3 +146,31 @@ def test_tasks_need_a_question(tmp_path):
     flags = ["--files", tmp_path / "a.md", "--questions", questions, "--index_dir", tmp_path / "index"]
     with pytest.raises(UserError, match="no question finds a passage"):
         run_here("chatpdf.py", "--make_tasks", tmp_path / "t.jsonl", *flags)
+
+
+def test_replies_cite_the_evidence_or_refuse(tmp_path):
+    path = tmp_path / "tasks.jsonl"
+    run_here("chatpdf.py", "--make_tasks", path, "--with_replies", True, "--index_dir", tmp_path / "index")
+    rows = read_json(path)
+    for row in rows:
+        asked, reply = row["messages"]
+        assert (asked["role"], reply["role"]) == ("user", "assistant")
+        assert score_citations(reply["content"], row["citations"]) == 1, reply["content"]
+        # SFT trains on the reply; GRPO does not see it.
+        assert to_messages(row)["messages"][-1] == reply
+        assert [turn["content"] for turn in to_task(row)["messages"]] == [asked["content"]]
+    without = tmp_path / "without.jsonl"
+    run_here("chatpdf.py", "--make_tasks", without, "--index_dir", tmp_path / "index")
+    assert read_json(without) == [{**row, "messages": row["messages"][:1]} for row in rows]
+    with pytest.raises(UserError, match="--with_replies has no effect without --make_tasks"):
+        run_here("chatpdf.py", "--evaluate", "--with_replies", True)
+
+
+def test_a_reply_marks_every_sentence_of_the_evidence():
+    question = Question("How is it taken?", "en", "a.md", None, "The warfarin dose is 5 mg daily. Do not take aspirin.")
+    assert write_reply(question, TASKS["en"]) == (
+        "The warfarin dose is 5 mg daily. [k7q3-1] Do not take aspirin. [k7q3-1]"
+    )
+    question = Question("能放多久？", "zh", "a.md", None, "可放 28 天。要冷藏。")
+    assert write_reply(question, TASKS["zh"]) == "可放 28 天。[k7q3-2]要冷藏。[k7q3-2]"
+    assert write_reply(question, TASKS["none"]) == UNKNOWN["zh"]

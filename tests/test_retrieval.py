@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 
 
-def relevant(found: SearchResult, min_similarity: float | None = None, min_coverage=FileArguments.min_coverage) -> bool:
-    return grounding.is_relevant(found, min_similarity, min_coverage)
+def relevant(found: SearchResult, min_similarity: float | None = None, confidence=FileArguments.min_confidence) -> bool:
+    return grounding.is_relevant(found, min_similarity, confidence, FileArguments.min_relevance)
 
 
 # --- passages --------------------------------------------------------------------------------------------------------
@@ -93,13 +93,7 @@ def test_nothing_is_found_where_nothing_fits(question):
 
 
 def test_an_empty_collection_finds_nothing():
-    assert not relevant(Collection([]).search("感冒"), min_coverage=0)
-
-
-def test_rare_terms_weigh_more():
-    passages = [Passage("a", f"aspirin number {word}") for word in ("one", "two", "three", "four")]
-    found = Collection(passages).search("aspirin zebra")
-    assert 0 < found.coverage < 0.3
+    assert not relevant(Collection([]).search("感冒"), confidence=0)
 
 
 class Fixed:

@@ -172,7 +172,7 @@ def find_missing(sentence: str, passage: str, headings: str = "") -> list[str]:
     said, source = _plain(sentence), _plain(passage)
     missing = _missing_numbers(said, source)
     missing += _missing_names(sentence, f"{headings}\n{passage}")
-    terms, held = _key_terms(said), _key_terms(_plain(headings)) | _key_terms(source)
+    terms, held = key_terms(said), key_terms(_plain(headings)) | key_terms(source)
     if terms and len(terms & held) < KEY_TERMS * len(terms):
         missing += sorted(terms - held, key=said.find)
     elif not terms and not re.search(r"\d", said):
@@ -281,9 +281,9 @@ def _medicines(text: str) -> frozenset[str]:
 
 def _meant_rows(said: str, source: str) -> str:
     """The passage without the rows of its tables that are about something else, if the sentence names a row."""
-    terms = _key_terms(said)
+    terms = key_terms(said)
     lines = source.split("\n")
-    labels = [_key_terms(line.split("|")[0]) if "|" in line else set() for line in lines]
+    labels = [key_terms(line.split("|")[0]) if "|" in line else set() for line in lines]
     if not any(label and label <= terms for label in labels):
         return source
     # The first row of a table has the units.
@@ -296,9 +296,9 @@ def _meant_rows(said: str, source: str) -> str:
 
 def _other_alternatives(said: str, source: str) -> list[str]:
     """Words of the sentence for which the passage's closest sentences have another one of `ALTERNATIVES`."""
-    terms = _key_terms(said)
+    terms = key_terms(said)
     pieces = [match[0] for match in SENTENCE.finditer(source)]
-    shared = [len(terms & _key_terms(piece)) for piece in pieces]
+    shared = [len(terms & key_terms(piece)) for piece in pieces]
     if not terms or not pieces or max(shared) < SAME_SUBJECT * len(terms):
         return []
     near = " ".join(piece for piece, count in zip(pieces, shared, strict=True) if count == max(shared))
@@ -319,7 +319,7 @@ def _missing_names(sentence: str, passage: str) -> list[str]:
     return [name for name in dict.fromkeys(names) if name.casefold() not in source and name.casefold() not in UNITS]
 
 
-def _key_terms(text: str) -> set[str]:
+def key_terms(text: str) -> set[str]:
     """Pairs of Chinese characters and words of other scripts, without numbers, units and words of little meaning."""
     terms = extract_terms(MODAL.sub(" ", NEGATION.sub(" ", text)), STOP_WORDS)
     return {
@@ -337,13 +337,13 @@ def _changed_negation(said: str, source: str) -> str | None:
     """
     pieces = [_clauses(match[0]) for match in SENTENCE.finditer(source)]
     runs = [
-        [(_key_terms(clause), _negations(clause) % 2) for clause in clauses[start:end]]
+        [(key_terms(clause), _negations(clause) % 2) for clause in clauses[start:end]]
         for clauses in pieces
         for start in range(len(clauses))
         for end in range(start + 1, min(start + 3, len(clauses)) + 1)
     ]
     for clause in _clauses(said):
-        terms = _key_terms(clause)
+        terms = key_terms(clause)
         if not terms or not runs:
             continue
         shared = [len(terms & set().union(*(held for held, _ in run))) for run in runs]

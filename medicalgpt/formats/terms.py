@@ -2,6 +2,7 @@
 
 import re
 import unicodedata
+from functools import lru_cache
 
 HAN = "\u3005\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 WORD = re.compile(rf"[{HAN}]+|\d+(?:\.\d+)+|(?:(?![{HAN}_])\w)+")
@@ -21,6 +22,27 @@ STOP_WORDS = frozenset(
     "many me much my no not of on or our shall should so such than that the their them then there these they this "
     "those to us was we were what when where which who whom whose why will with would you your".split()
 ) | frozenset("一不与个为也之会在到去又和哪四在对就得怎我所把是有来用由给被要能让该说谁走起过还这那都里上下")
+
+
+# Forms that a suffix does not explain: a word and its forms.
+IRREGULAR = {
+    form: word
+    for word, *forms in map(
+        str.split,
+        """go went gone; get got gotten; take took taken; give gave given; eat ate eaten; drink drank drunk;
+        see saw seen; come came; run ran; sit sat; stand stood; lie lay lain; buy bought; bring brought;
+        catch caught; think thought; teach taught; find found; lose lost; leave left; feel felt; keep kept;
+        sleep slept; send sent; spend spent; pay paid; say said; tell told; hear heard; make made;
+        break broke broken; freeze froze frozen; steal stole stolen; speak spoke spoken;
+        choose chose chosen; forget forgot forgotten; write wrote written; drive drove driven;
+        rise rose risen; begin began begun; swim swam swum; ring rang rung; swell swollen; sew sewn;
+        bite bit bitten; hide hidden; fall fell fallen; grow grew grown; know knew known;
+        throw threw thrown; wear wore worn; tear tore torn; burn burnt; bleed bled; feed fed; meet met;
+        build built; hold held; lend lent; sell sold; stick stuck; wake woke; child children; tooth teeth;
+        foot feet; man men; woman women; mouse mice; person people; bad worse worst; good better best""".split(";"),
+    )
+    for form in forms
+}
 
 
 def normalize(text: str) -> str:
@@ -59,6 +81,21 @@ def singular(word: str) -> str:
     if word.endswith("ies") and not word.endswith(("eies", "aies")):
         return word[:-3] + "y"
     return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith(("us", "ss")) else word
+
+
+@lru_cache(maxsize=100_000)
+def stem(word: str) -> str:
+    """What the forms of an English word have in common: "clos" of close, closes, closed and closing."""
+    word = singular(IRREGULAR.get(word, word))
+    for suffix in ("ing", "ed", "ly"):
+        rest = word.removesuffix(suffix)
+        if rest != word and len(rest) > 2 and re.search("[aeiouy]", rest):
+            is_doubled = len(rest) > 3 and rest[-1] == rest[-2] and rest[-1] not in "lsz"
+            word = rest[:-1] if is_doubled else rest
+            break
+    if len(word) > 3 and word.endswith("e"):
+        return word[:-1]
+    return word[:-1] + "y" if len(word) > 3 and word.endswith("i") else word
 
 
 def question_terms(question: str) -> list[str]:

@@ -41,15 +41,15 @@ PROMPT = {
 }
 
 
-def is_relevant(
-    found: SearchResult, min_similarity: float | None, min_coverage: float, min_relevance: float | None = None
-) -> bool:
-    """Whether the passages are relevant enough to the question to ask a model: by the reranker's score if a minimum is
-    given, else by terms and similarity."""
-    if min_relevance is not None:
-        return bool(found.order) and (found.relevance or 0.0) >= min_relevance
+def is_relevant(found: SearchResult, min_similarity: float | None, min_confidence: float, min_relevance: float) -> bool:
+    """Whether the passages are relevant enough to the question to ask a model: by the reranker's score if there is one,
+    else by words and similarity."""
+    if not found.order:
+        return False
+    if found.relevance is not None:
+        return found.relevance >= min_relevance
     near = min_similarity is not None and (found.similarity or -1) >= min_similarity
-    return bool(found.order) and (near or found.coverage >= min_coverage)
+    return near or found.confidence >= min_confidence
 
 
 @dataclass(frozen=True)

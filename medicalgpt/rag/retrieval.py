@@ -1,6 +1,7 @@
 """Passages of documents: split along headings and sentences, stored on disk, ranked for a question.
 
-BM25 counts words, Chinese characters and pairs of them. Sentence embeddings can be added; both rankings are then fused.
+BM25 counts words, Chinese characters and pairs of them, and with less weight other words for the same thing. Sentence
+embeddings can be added; both rankings are then fused.
 """
 
 import hashlib
@@ -8,9 +9,8 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.metadata import version
-from itertools import chain
-from math import log
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,18 @@ from medicalgpt.files import hash_file, write_atomically
 from medicalgpt.formats.terms import SENTENCE, count_words, extract_terms, normalize, question_terms
 from medicalgpt.models.hub import fingerprint
 from medicalgpt.rag.documents import SUFFIXES, Unit, read_document
+from medicalgpt.rag.relevance import Relevance
 
 import bm25s
 import numpy as np
 from loguru import logger
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
+from torch.nn import Sigmoid
 
 # Reciprocal rank fusion (https://doi.org/10.1145/1571941.1572114): being high in both rankings beats first in one.
 RRF_K = 60
+SYNONYM_WEIGHT = 0.5  # chosen on the half of data/rag that is not held out
 RERANKED = 20  # passages that a reranker reads for a question
 
 
@@ -49,7 +52,7 @@ class Passage:
     def searched(self) -> str:
         return "\n".join([*self.headings, self.text])
 
-    @property
+    @cached_property
     def normalized(self) -> str:
         return normalize(self.text)
 
@@ -156,8 +159,10 @@ class Reranker:
             )
 
     def score(self, question: str, texts: Sequence[str]) -> list[float]:
-        """One score per text, the higher the better, on the model's own scale."""
-        return self.model.predict([(question, text) for text in texts], show_progress_bar=False).tolist()
+        """One score per text from 0 to 1, the higher the better: the sigmoid of what the model gives."""
+        pairs = [(question, text) for text in texts]
+        # Some models have no activation of their own, so that their scores are logits.
+        return self.model.predict(pairs, show_progress_bar=False, activation_fn=Sigmoid()).tolist()
 
 
 @dataclass(frozen=True)
@@ -166,14 +171,13 @@ class SearchResult:
 
     Attributes:
         order: indexes of passages, best first.
-        coverage: share of the question's terms found in the three best passages by BM25, weighted by how rare the
-            terms are among the passages.
+        confidence: how likely the passages answer the question, from 0 to 1, by words alone; see `Relevance`.
         similarity: the largest cosine between question and passage; None without embeddings.
         relevance: the reranker's score of the best passage; None without a reranker.
     """
 
     order: list[int]
-    coverage: float
+    confidence: float
     similarity: float | None
     relevance: float | None = None
 
@@ -197,8 +201,8 @@ class Collection:
         self.embedder = embedder
         self.vectors = vectors
         words = [extract_terms(passage.searched) for passage in passages]
-        self.term_sets = [frozenset(found) for found in words]
-        self.frequency = Counter(term for found in self.term_sets for term in found)
+        frequency = Counter(term for found in words for term in set(found))
+        self.relevance = Relevance([passage.searched for passage in passages], frequency)
         self.bm25 = bm25s.BM25()
         if passages:
             self.bm25.index(words, show_progress=False)
@@ -229,23 +233,26 @@ class Collection:
         """Rank the passages that share terms with the question, by BM25 and, with embeddings, by both."""
         if not self.passages:
             return SearchResult([], 0.0, None)
-        asked = question_terms(question)
-        # A question of punctuation alone has no terms.
-        scores = self.bm25.get_scores(asked) if asked else np.zeros(len(self.passages))
-        order = [index for index in np.argsort(-scores, kind="stable").tolist() if scores[index] > 0]
-        coverage = self._coverage(frozenset(asked), order[:3])
+        order = self.rank_by_terms(question)
+        confidence = self.relevance.confidence(question, order)
         if self.embedder is None:
-            return SearchResult(order, coverage, None)
+            return SearchResult(order, confidence, None)
         cosines = self.vectors @ self.embedder.embed_question(question)
         fused = Counter()
         for ranking in (order, np.argsort(-cosines, kind="stable").tolist()):
             fused.update({index: 1 / (RRF_K + rank) for rank, index in enumerate(ranking, start=1)})
-        return SearchResult([index for index, _ in fused.most_common()], coverage, float(cosines.max()))
+        return SearchResult([index for index, _ in fused.most_common()], confidence, float(cosines.max()))
 
-    def _coverage(self, asked: frozenset[str], indexes: Sequence[int]) -> float:
-        weights = {term: log(1 + (len(self.passages) + 0.5) / (self.frequency[term] + 0.5)) for term in asked}
-        held = asked.intersection(chain.from_iterable(self.term_sets[index] for index in indexes))
-        return sum(weights[term] for term in held) / sum(weights.values()) if weights else 0.0
+    def rank_by_terms(self, question: str) -> list[int]:
+        """Indexes of the passages that have terms of the question or synonyms of them, best first, by BM25."""
+        scores = np.zeros(len(self.passages))
+        asked = question_terms(question)
+        synonyms = [term for term in self.relevance.synonyms(question) if term not in asked]
+        for terms, weight in ((asked, 1.0), (synonyms, SYNONYM_WEIGHT)):
+            # A question of punctuation alone has no terms.
+            if terms:
+                scores += weight * self.bm25.get_scores(terms)
+        return [index for index in np.argsort(-scores, kind="stable").tolist() if scores[index] > 0]
 
 
 def find_documents(places: Sequence[str]) -> list[Path]:

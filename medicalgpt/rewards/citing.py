@@ -6,10 +6,13 @@ from typing import Any
 
 from medicalgpt.formats.answers import strip_thinking
 from medicalgpt.formats.citations import UNKNOWN, read_citations
-from medicalgpt.formats.support import find_missing, split_claims
+from medicalgpt.formats.support import find_missing, key_terms, split_claims
+from medicalgpt.formats.terms import count_words, normalize
 
-# An answer next to the right passages that cites only others is worth this part of its score.
+# What a citation that holds is worth if its passage does not answer the question.
 OTHER_PASSAGES = 0.2
+# A claim with fewer key terms and without a quantity says nothing.
+FEWEST_TERMS = 3
 # More than this next to a refusal, in characters, is an answer.
 BESIDE_REFUSAL = 12
 
@@ -19,8 +22,10 @@ def score_citations(text: str, task: Mapping[str, Any]) -> float:
 
     If passages support an answer: the harmonic mean of precision, the share of citations whose passage says the
     sentence (`support`), and recall, the share of sentences with such a citation, as in ALCE
-    (https://arxiv.org/abs/2305.14627); a fifth of it if none of them is a passage that answers the question; 0 for a
-    refusal. If none does: 1 for the refusal that the prompt asks for and nothing else, otherwise 0.
+    (https://arxiv.org/abs/2305.14627). It is multiplied by the mean worth of these citations: 1 if the passage answers
+    the question, otherwise a fifth. A name or number alone and a sentence said before count as sentences without
+    support; a refusal gets 0. If no passage supports an answer: 1 for the refusal that the prompt asks for and nothing
+    else, otherwise 0.
 
     Args:
         text: the reply; thinking does not count.
@@ -36,18 +41,27 @@ def score_citations(text: str, task: Mapping[str, Any]) -> float:
         return float(bool(alone) and not supporting)
     claims = split_claims(answer.text)
     cited = [(claim, number) for claim in claims for number in claim.cited]
+    new = {id(claim) for claim in {normalize(claim.text): claim for claim in reversed(claims)}.values()}
     right = [
         (claim, number)
         for claim, number in cited
-        if not find_missing(claim.text, passages[number - 1], places[number - 1])
+        if id(claim) in new
+        and has_content(claim.text)
+        and not find_missing(claim.text, passages[number - 1], places[number - 1])
     ]
     if not right:
         return 0.0
     precision = len(right) / (len(cited) + answer.text.count("[?]"))
     held = {id(claim) for claim, _ in right}
     recall = sum(id(claim) in held for claim in claims) / len(claims)
-    score = 2 * precision * recall / (precision + recall)
-    return score if supporting.intersection(number for _, number in right) else OTHER_PASSAGES * score
+    worth = sum(1 if number in supporting else OTHER_PASSAGES for _, number in right) / len(right)
+    return worth * 2 * precision * recall / (precision + recall)
+
+
+def has_content(claim: str) -> bool:
+    """Whether a claim is more than a name or a bare number, which any passage about the subject supports."""
+    is_quantity = re.search(r"\d", claim) is not None and count_words(claim) > 1
+    return is_quantity or len(key_terms(claim)) >= FEWEST_TERMS
 
 
 def read_task(task: Any) -> Mapping[str, Any] | None:
