@@ -37,6 +37,8 @@ QWEN_VL = {
     **{"size": {"shortest_edge": 3136, "longest_edge": 12845056}},
 }
 WIDE = {"out_hidden_size": 128, "hidden_size": 64}
+GLM_ROPE = {"rope_parameters": {**ROPE["rope_parameters"], "partial_rotary_factor": 1.0}}
+GLM_VL = {**QWEN_VL, "image_processor_type": "Glm46VImageProcessor", "processor_class": "Glm46VProcessor"}
 # Settings of the language model and of the encoder, and what the processor is made of, where the usual ones do not do.
 SETTINGS = {
     "qwen2_5_vl": (ROPE, WIDE, {**QWEN_VL, "patch_size": 14, "processor_class": "Qwen2_5_VLProcessor"}),
@@ -45,6 +47,16 @@ SETTINGS = {
     "qwen3_vl_moe": ({**ROPE, "norm_topk_prob": True}, WIDE, {**QWEN_VL, "processor_class": "Qwen3VLProcessor"}),
     "gemma4": ({"global_head_dim": 32}, {}, {}),
     "llama4": ({"attention_chunk_size": 128}, {}, {}),
+    "glm4v": (GLM_ROPE, WIDE, {}),
+    "glm46v": (GLM_ROPE, WIDE, {**GLM_VL, "patch_size": 14}),
+    # vLLM shortens experts of other families to a multiple of 32 by itself, not these.
+    "gpt_oss": ({"intermediate_size": 64}, {}, {}),
+    # As on the hub.
+    "minimax_m2": ({"rotary_dim": 32, "scoring_func": "sigmoid", "use_routing_bias": True}, {}, {}),
+    # Heads of 32.
+    "minicpm3": ({"qk_nope_head_dim": 24, "qk_rope_head_dim": 8, "v_head_dim": 16}, {}, {}),
+    # The window is longer than the texts: that of vLLM is one token longer than that of transformers.
+    "cohere2": ({"sliding_window": 1024}, {}, {}),
 }
 # Of random weights, whose embedding is the head too, these repeat one token; they learn different answers first.
 STEPS = dict.fromkeys(("gemma", "gemma2", "gemma3_text", "gemma3", "gemma4"), 60)
