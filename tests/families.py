@@ -31,7 +31,8 @@ class Family:
         config: on top of the sizes that all share.
         experts: whether the feed-forward layers are mixtures of experts.
         packs: whether packed sequences stay apart.
-        vllm: True if vLLM on a CPU gives the same greedy tokens; what it fails with otherwise; None if not tried.
+        vllm: True if vLLM on a CPU gives the same greedy tokens; False if it gives others, since its kernel there turns
+            queries wrongly that are not one row per token; what it fails with otherwise; None if not tried.
     """
 
     template: str
@@ -75,6 +76,10 @@ LINEAR = {
     **{"layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 4},
     **{"linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
 }
+# What vLLM on a CPU says to layers of linear attention in float32; in bfloat16 sums differ too much to compare tokens.
+GDN = "CPU GDN attention requires BF16"
+# Its router there takes the sigmoid of scores only for experts in groups.
+SIGMOID = 'assert self.scoring_func == "softmax"'
 # Keyed by `model_type` of config.json.
 FAMILIES = {
     "llama": Family("llama3", LLAMA3, "<|end_of_text|>", "<|begin_of_text|>", vllm=True),
@@ -90,11 +95,13 @@ FAMILIES = {
     "mixtral": Family("mistral", MISTRAL, "</s>", "<s>", {"num_local_experts": 4}, experts=True, vllm=True),
     "qwen3_moe": Family("qwen3", CHATML, "<|endoftext|>", config=EXPERTS, experts=True, vllm=True),
     "qwen2_moe": Family("qwen", CHATML, "<|endoftext|>", config=SHARED, experts=True, vllm=True),
-    "qwen3_next": Family("qwen3", CHATML, "<|endoftext|>", config={**SHARED, **LINEAR}, experts=True, packs=False),
-    "deepseek_v2": Family("deepseek", (), *DEEPSEEK_ENDS, {**LATENT, **ROUTED}, experts=True),
-    "deepseek_v3": Family("deepseek3", DEEPSEEK3, *DEEPSEEK_ENDS, {**LATENT, **ROUTED}, experts=True),
+    "qwen3_next": Family(
+        "qwen3", CHATML, "<|endoftext|>", config={**SHARED, **LINEAR}, experts=True, packs=False, vllm=GDN
+    ),
+    "deepseek_v2": Family("deepseek", (), *DEEPSEEK_ENDS, {**LATENT, **ROUTED}, experts=True, vllm=False),
+    "deepseek_v3": Family("deepseek3", DEEPSEEK3, *DEEPSEEK_ENDS, {**LATENT, **ROUTED}, experts=True, vllm=False),
     "glm4_moe": Family("glm4", GLM4, "<|endoftext|>", config=ROUTED, experts=True, vllm=True),
-    "glm4_moe_lite": Family("glm4", GLM4, "<|endoftext|>", config={**LATENT, **ROUTED}, experts=True),
+    "glm4_moe_lite": Family("glm4", GLM4, "<|endoftext|>", config={**LATENT, **ROUTED}, experts=True, vllm=False),
     "gpt_oss": Family(
         "chatml",
         CHATML,
@@ -102,6 +109,7 @@ FAMILIES = {
         config={"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 16, **WINDOW},
         experts=True,
         packs=False,
+        vllm=True,
     ),
     "llama4_text": Family(
         "chatml",
@@ -109,11 +117,16 @@ FAMILIES = {
         "<|endoftext|>",
         config={"num_local_experts": 4, "intermediate_size": 16, "intermediate_size_mlp": 32},
         experts=True,
+        vllm=True,
     ),
-    "minimax_m2": Family("chatml", CHATML, "<|endoftext|>", config=MINIMAX, experts=True),
-    "hunyuan_v1_moe": Family("chatml", CHATML, "</s>", "<s>", {"num_experts": 4, "moe_topk": 2}, experts=True),
+    "minimax_m2": Family("chatml", CHATML, "<|endoftext|>", config=MINIMAX, experts=True, vllm=SIGMOID),
+    "hunyuan_v1_moe": Family(
+        "chatml", CHATML, "</s>", "<s>", {"num_experts": 4, "moe_topk": 2}, experts=True, vllm=True
+    ),
     "hunyuan_v1_dense": Family("chatml", CHATML, "</s>", "<s>", vllm=True),
-    "minicpm3": Family("chatml", CHATML, "</s>", "<s>", {**LATENT, "head_dim": None, "scale_emb": 1, "scale_depth": 8}),
+    "minicpm3": Family(
+        "chatml", CHATML, "</s>", "<s>", {**LATENT, "head_dim": None, "scale_emb": 1, "scale_depth": 8}, vllm=True
+    ),
     "ministral3": Family("mistral", MISTRAL, "</s>", "<s>", vllm=True),
     "seed_oss": Family("chatml", CHATML, "</s>", "<s>", vllm=True),
     "ernie4_5": Family("chatml", CHATML, "</s>", "<s>", vllm=True),
@@ -122,8 +135,12 @@ FAMILIES = {
     "olmo2": Family("chatml", CHATML, "<|endoftext|>", vllm=True),
     "olmo3": Family("chatml", CHATML, "<|endoftext|>", config=SLIDING, vllm=True),
     "granite": Family("chatml", CHATML, "<|endoftext|>", config={"attention_multiplier": 0.3}, vllm=True),
-    "cohere2": Family("cohere", COHERE, "<|END_OF_TURN_TOKEN|>", "<BOS_TOKEN>", {"logit_scale": 0.9, **SLIDING}),
-    "lfm2": Family("chatml", CHATML, "<|endoftext|>", config={"layer_types": ["conv", "full_attention"]}, packs=False),
+    "cohere2": Family(
+        "cohere", COHERE, "<|END_OF_TURN_TOKEN|>", "<BOS_TOKEN>", {"logit_scale": 0.9, **SLIDING}, vllm=True
+    ),
+    "lfm2": Family(
+        "chatml", CHATML, "<|endoftext|>", config={"layer_types": ["conv", "full_attention"]}, packs=False, vllm=False
+    ),
 }
 # Of tests of every family, those in the quick suite.
 QUICK = (

@@ -70,7 +70,9 @@ def served(model, tmp_path_factory) -> Iterator[SimpleNamespace]:
 
     `answers` are given before the model is asked.
     """
-    batcher = make_batcher(ChatEngine.from_pretrained(model), max_batch_size=2, max_waiting=1)
+    # A request gets its place at once, even while the model waits at the gate.
+    engine = ChatEngine.from_pretrained(model)
+    batcher = make_batcher(engine, batching="continuous", max_batch_size=2, max_waiting=1)
     gate, prompts, samplings, answers, submit = Gate(batcher.engine.model), [], [], [], batcher.submit
 
     def noted(request):

@@ -143,7 +143,7 @@ UNPADDED = ("qwen3_next", "lfm2")
     "family", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAMILIES]
 )
 def test_answers_of_every_family_join_and_leave_a_padded_batch(tmp_path, family):
-    """They are computed once, and what stands in the batch beside them does not change them."""
+    """They are computed once, and what stands in the batch next to them does not change them."""
     engine = ChatEngine.from_pretrained(make_family(tmp_path, family, tie_word_embeddings=False))
     assert bool(RunningBatch.obstacles(engine.model)) == (family in UNPADDED)
     if family in UNPADDED:

@@ -2,9 +2,10 @@
 
     python vllm_process.py < jobs
 
-Each line is a job: `folder` of a checkpoint, `prompts` as token ids, `options` of the engine, `result` and `log`, files
-that it writes. When a job has ended, its exit code is printed. For a model of two layers, most of the time goes into
-importing vLLM, so it is imported once, and each job is a fork.
+Each line is a job: `folder` of a checkpoint, `prompts` as token ids, `options` of the engine, `flat`, whether positions
+are applied to all heads of a token as one row, `result` and `log`, files that it writes. When a job has ended, its exit
+code is printed. For a model of two layers, most of the time goes into importing vLLM, so it is imported once, and each
+job is a fork.
 """
 
 import json
@@ -16,13 +17,28 @@ import traceback
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 from vllm import LLM, SamplingParams  # noqa: E402
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding  # noqa: E402
 from vllm.model_executor.models import registry  # noqa: E402
 
 # To look at a class of models, vLLM starts one more process, which imports all of it again. A job is a fork already.
 registry._run_in_subprocess = lambda function: function()
 
 
+def flatten_rotations() -> None:
+    """Give the kernel that applies positions on a CPU what it computes rightly: one row per token."""
+    rotate = RotaryEmbedding.forward_cpu
+
+    def forward(self, positions, query, key=None):
+        rows = [heads if heads is None else heads.reshape(positions.numel(), -1) for heads in (query, key)]
+        query_rows, key_rows = rotate(self, positions, *rows)
+        return query_rows.view(query.shape), None if key is None else key_rows.view(key.shape)
+
+    RotaryEmbedding.forward_cpu = forward
+
+
 def answer(job: dict) -> None:
+    if job["flat"]:
+        flatten_rotations()
     engine = LLM(job["folder"], dtype="float32", enforce_eager=True, max_model_len=512, **job["options"])
     prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
     answers = engine.generate(prompts, SamplingParams(temperature=0, max_tokens=32))
