@@ -316,7 +316,7 @@ def test_failed_batch_is_the_end_of_that_batch_only(engine, kind):
     expected = engine.chat(ask("hi"), GREEDY)
     for error in (RuntimeError, torch.OutOfMemoryError):
         with make_batcher(engine, batching=kind, max_batch_size=2) as batcher:
-            with Fire(engine, 40, error=error):
+            with Fire(engine, 400, error=error):
                 running = [start(batcher), batcher.submit(engine.request(ask("hi"), LONG))]
                 waiting = batcher.submit(engine.request(ask("hi"), GREEDY))
                 for future in running:
