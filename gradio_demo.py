@@ -50,7 +50,7 @@ MAX_IMAGE_BYTES = 8 * 1024 * 1024
 # Of all images that are not read yet; a visitor may have a quarter of them.
 MAX_UPLOAD_BYTES = 16 * MAX_IMAGE_BYTES
 EXAMPLES = {
-    "en": ("What doctor treats polymyalgia rheumatica?", "How can I lower my blood pressure without medicine?"),
+    "en": ("What doctor treats polymyalgia rheumatica?", "How is high blood pressure treated?"),
     "zh": ("一氧化碳中毒要看什么科？", "怀疑是肠套叠，应该做哪些检查？"),
 }
 TOOLS_EXAMPLE = """[{"name": "find_doctor", "description": "...",
