@@ -24,7 +24,7 @@ IMPORTS = "from torchvision.transforms.v2 import functional"
 needs_torchvision = pytest.mark.skipif(
     not (VENV / "bin" / "python").is_file()
     or subprocess.run([VENV / "bin" / "python", "-c", IMPORTS], capture_output=True).returncode != 0,
-    reason=f"there is no torchvision in {VENV}, which vLLM needs for these models",
+    reason=f"{VENV} lacks torchvision, which vLLM needs for these models",
 )
 pytestmark = [pytest.mark.slow, needs_vllm, pytest.mark.timeout(1_800), pytest.mark.usefixtures("one_thread")]
 
