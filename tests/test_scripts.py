@@ -547,8 +547,8 @@ def test_the_pipeline_learns_and_a_second_call_keeps_what_is_finished(tmp_path):
     assert tuned["chat"]["stopped"] / tuned["chat"]["total"] >= 0.99
     assert any("小医" in answer["text"] for answer in tuned["answers"])
     assert 0.4 <= share(tuned, "preference") <= 0.75
-    for model in (tuned, preferred):
-        assert share(model, "everyday") >= 0.85
+    for model, least in ((tuned, 0.9), (preferred, 0.75)):
+        assert share(model, "everyday") >= least
         assert share(model, "needless") <= 0.05
     assert share(preferred, "preference") >= 0.85
     assert share(preferred, "chat") >= share(tuned, "chat") - 0.05
