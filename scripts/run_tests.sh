@@ -17,6 +17,7 @@ export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 "$VENV/bin/ruff" check .
 "$VENV/bin/ruff" format --check .
 "$VENV/bin/python" -m docs.build_training_params --check
+"$VENV/bin/python" -m docs.build_figures --check
 # Tests may not access a hub: one that tries fails at once. Two processes with one thread each, one file at a time: most
 # of the time is spent in Python, which does not use a second thread.
 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 "$VENV/bin/python" -m pytest -n 2 --dist loadfile "$@"

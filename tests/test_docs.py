@@ -1,9 +1,13 @@
 """What the pages say is true: links lead somewhere, commands parse, flags exist, shown output is what comes out."""
 
 import argparse
+import http.server
+import json
 import re
 import shlex
+import subprocess
 import sys
+import threading
 from functools import cache
 from pathlib import Path
 
@@ -24,7 +28,34 @@ PROGRAMS = sorted(ROOT.glob("*.py"))
 # Of torchrun, accelerate and ruff, docker, and vLLM.
 FOREIGN_FLAGS = {"--nproc_per_node", "--fix", "--config_file", "--num_processes", "--build-arg"}
 FOREIGN_FLAGS |= {"--chat-template", "--enable-auto-tool-choice", "--tool-call-parser"}
-LIBRARY_VARIABLES = {"HF_ENDPOINT", "CUDA_VISIBLE_DEVICES"}
+# Of libraries, and of the tests that a script starts.
+LIBRARY_VARIABLES = {"HF_ENDPOINT", "CUDA_VISIBLE_DEVICES", "VLLM_VENV"}
+# Pages whose commands follow each other, and the folders that `bash scripts/run_pipeline.sh` leaves.
+FROM_THE_PIPELINE = ("learning_path.md", "learning_path_zh.md", "quickstart.md", "quickstart_zh.md")
+PIPELINE_FOLDERS = {f"outputs/{name}" for name in ("tiny-base", "pt", "sft", "sft-merged", "dpo", "dpo-merged")}
+OUTPUT_FLAGS = {"--output_dir", "--output_file"}
+# Translated idioms, and second words for a thing that has one. The word list of CONTRIBUTING.md says what to write.
+FORBIDDEN_CHINESE = (
+    "另一条路",
+    "小的也听得见",
+    "攒住",
+    "几率比",
+    "胜算比",
+    "令牌",
+    "词元",
+    "GPU 内存",
+    "图形内存",
+    "比率对数",
+    "检查站",
+)
+FORBIDDEN_ENGLISH = (
+    r"\banew\b",
+    r"\bis no (adapter|model|flag)\b",
+    r"\bby heart\b",
+    r"\bin so many words\b",
+    r"\bsigns? of life\b",
+    r"\bturned away\b",
+)
 BROKEN_ROWS = """\
 {"conversations": [{"from": "human", "value": "感冒了怎么办？"}, {"from": "gpt", "value": "多休息，多喝水。"}]}
 {"conversations": [{"from": "human", "value": "发烧要去医院吗？"}, {"from": "gpt", "value": ""}]}
@@ -49,7 +80,7 @@ def flags_of(program: Path) -> frozenset[str]:
 def commands(page: Path) -> list[list[str]]:
     """The commands in the bash blocks of a page, and those in its text that are one of our programs, as words."""
     lines = [line for language, text in code_blocks(page) if language == "bash" for line in _joined(text)]
-    spans = re.findall(r"`((?:python|bash|torchrun) [^`]+)`", _without_code(page))
+    spans = re.findall(r"`((?:[A-Z_]+=\S+ )*(?:python|bash|torchrun) [^`]+)`", _without_code(page))
     return [words for line in [*lines, *spans] if (words := shlex.split(line, comments=True))]
 
 
@@ -110,6 +141,87 @@ def test_scripts_exist_and_know_what_they_are_given(words):
     assert not unread, f"{words[at]} does not read {unread}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_bash_blocks_are_valid_shell(page):
+    blocks = "\n".join(text for language, text in code_blocks(page) if language == "bash")
+    done = subprocess.run(["bash", "-n"], input=blocks, text=True, capture_output=True, check=False)
+    assert not done.stderr, done.stderr
+
+
+def missing_files(page: Path, made: set[str]) -> list[str]:
+    """Paths below outputs/ that no command made before they are read, and paths in the tree that are not there."""
+    made, missing = set(made), []
+    for words in commands(page):
+        for flag, word in zip(["", *words], words, strict=False):
+            is_output = flag in OUTPUT_FLAGS or word.startswith("OUT=")
+            for path in re.split(r"[,=:]", word.removeprefix("./")):
+                if is_output and path != "OUT":
+                    made.add(path)
+                elif path.startswith("outputs/"):
+                    if not any(path == known or path.startswith(f"{known}/") for known in made):
+                        missing.append(path)
+                elif re.match(r"(data|recipes|scripts|benchmarks|deploy|docs)/\S+$", path):
+                    if not (ROOT / path).exists() and not any(path.startswith(known) for known in made):
+                        missing.append(path)
+    return missing
+
+
+@pytest.mark.parametrize("page", [ROOT / "docs" / name for name in FROM_THE_PIPELINE], ids=lambda page: page.name)
+def test_files_of_commands_exist_or_were_made_before(page):
+    """In pages that are followed from top to bottom, after the pipeline."""
+    assert not missing_files(page, PIPELINE_FOLDERS)
+
+
+def test_a_file_that_nothing_makes_is_noticed(tmp_path):
+    page = tmp_path / "page.md"
+    lines = ("python a.py --output_dir outputs/a --train_file_dir data/none", "python a.py --base outputs/a,outputs/b")
+    page.write_text("\n".join(["```bash", *lines, "```", ""]), encoding="utf-8")
+    assert missing_files(page, set()) == ["data/none", "outputs/b"]
+
+
+def test_the_client_that_the_readme_shows_runs_with_what_it_says_to_install():
+    """The snippet of the README, against a server of this machine's own that answers as OpenAI's API does."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (snippet,) = [code for language, code in code_blocks(ROOT / "README.md") if language == "python"]
+    assert "pip install openai" in text.split(snippet)[0].rpartition("\n\n")[0]
+    answer = {"id": "1", "object": "chat.completion", "created": 1, "model": "m"}
+    answer["choices"] = [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "多休息。"}}]
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):  # noqa: N802 - the name that http.server calls
+            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.wfile.write(json.dumps(answer).encode())
+
+        def log_message(self, *args):
+            pass
+
+    asked = []
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        code = snippet.replace(":8000", f":{server.server_port}")
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "多休息。\n", done.stderr
+    assert asked[0]["messages"][0]["content"] == "感冒了怎么办？"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_phrase_that_the_word_list_forbids(page):
+    if page.name == "CONTRIBUTING.md":
+        return
+    text = page.read_text(encoding="utf-8")
+    forbidden = FORBIDDEN_CHINESE if page.stem.endswith("_zh") else FORBIDDEN_ENGLISH
+    found = [phrase for phrase in forbidden if re.search(phrase, text)]
+    assert not found, f"{page.name}: see the word list in CONTRIBUTING.md: {found}"
+
+
+def test_forbidden_phrases_are_in_the_word_list():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert not [phrase for phrase in FORBIDDEN_CHINESE if phrase not in text]
+
+
 @pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.name)
 def test_flags_that_are_named_exist(page):
     known = {flag for program in PROGRAMS for flag in flags_of(program)} | FOREIGN_FLAGS | {"--debug"}
@@ -146,10 +258,20 @@ def test_links_lead_somewhere(page):
             assert anchor in slugs, f"{page.name} links to {link}; headings: {slugs}"
 
 
+def compared_blocks(page: Path) -> list[tuple[str, str]]:
+    """The code blocks of a page, of pictures and trees only the lines' shape: their words are translated."""
+    return [
+        (language, re.sub(r"[\[{|][^\]}|]*[\]}|]", "", text) if language == "mermaid" else text)
+        if language != "tree"
+        else (language, str(text.count("\n")))
+        for language, text in code_blocks(page)
+    ]
+
+
 @pytest.mark.parametrize("chinese", [page for page in TWINS if page in GUIDES], ids=lambda page: page.name)
 def test_twins_are_parallel(chinese):
     english = chinese.with_name(chinese.name.replace("_zh", ""))
-    assert code_blocks(english) == code_blocks(chinese)
+    assert compared_blocks(english) == compared_blocks(chinese)
     levels = [
         [len(marks) for marks in re.findall(r"^(#+) ", _without_code(page), flags=re.MULTILINE)]
         for page in (english, chinese)
