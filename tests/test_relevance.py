@@ -118,11 +118,14 @@ def test_features_by_hand():
     assert found["sentence"] == pytest.approx(rare / total)
     # With heading, in the sentence before and in the passage: both.
     assert found["match"] == pytest.approx((rare + 2 * rare + 2 * rare) / 3 / total)
-    assert found["held"] == pytest.approx(2 * rare)
-    assert (found["asks"], found["price"], found["unusual"]) == (1, 1, 0)
+    assert found["missing"] == found["missing_word"] == pytest.approx(1)
+    assert found["words"] == 3
+    assert (found["asks"], found["price"], found["unusual"], found["yes_no"]) == (1, 1, 0, 0)
     # The price is in another passage than the rest.
     apart = relevance_of("Park in the green lot.", "A new card costs 4 dollars.")
-    assert apart.features("How much is parking?", [0, 1])["match"] == 0
+    lost = apart.features("How much is parking?", [0, 1])
+    assert lost["match"] == lost["missing"] == 0 and lost["missing_word"] > 0
+    assert [apart.features(each, [0])["yes_no"] for each in ("May I park here?", "停车收费吗？", "停车多少钱？")] == [1, 1, 0]
     assert relevance.features("How much does parking cost?", []) == relevance.features("?", [0]) == {}
 
 
