@@ -11,7 +11,7 @@ highest that refuses at most 4% of the answerable questions, so that it is unlik
 
 import argparse
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from medicalgpt.files import write_atomically
@@ -88,30 +88,11 @@ def fit_language(language: str, rows: Iterable[Row]) -> dict[str, float]:
     refused = scores < threshold
     print(
         f"{language}: {refused[answered].mean():.1%} of {answered.sum()} answerable questions refused by mistake, "
-        f"{refused[~answered].mean():.1%} of {(~answered).sum()} others refused, "
-        f"{refused_of_equal_length(scores, answered, [found.get('words', 0) for _, found in of_language]):.1%} "
-        "if both kinds had as many words"
+        f"{refused[~answered].mean():.1%} of {(~answered).sum()} others refused"
     )
     bias, weights = fit(matrix, answered)
     rounded = {name: round(float(weight), 3) for name, weight in zip(names, weights, strict=True)}
     return {BIAS: round(float(bias - threshold), 3), **rounded}
-
-
-def refused_of_equal_length(scores: np.ndarray, answered: np.ndarray, words: Sequence[float]) -> float:
-    """The share of the others that is refused, if as many words are as frequent in them as in answerable questions.
-
-    Authors may write one kind longer than the other, which is not what a rule should learn.
-    """
-    share = np.zeros(len(scores))
-    for number in set(words):
-        of_number = np.array(words) == number
-        fewer = min((of_number & answered).sum(), (of_number & ~answered).sum())
-        for kind in (of_number & answered, of_number & ~answered):
-            share[kind] = fewer / max(1, kind.sum())
-    order = np.argsort(scores[answered])
-    passed = np.cumsum(share[answered][order]) / share[answered].sum() > REFUSED_BY_MISTAKE
-    threshold = scores[answered][order][passed.argmax()]
-    return float((share[~answered] * (scores[~answered] < threshold)).sum() / share[~answered].sum())
 
 
 def fit(matrix: np.ndarray, answered: np.ndarray) -> tuple[float, np.ndarray]:

@@ -108,10 +108,6 @@ KINDS_AS_TEXT = {
         rf"{NUMBER}|enough|足够|适量|少量",
     ),
 }
-YES_OR_NO = re.compile(
-    r"^(?:can|may|is|are|do|does|did|should|could|will|must|am|has|have)\b"
-    "|吗|能不能|可不可以|是不是|有没有|会不会|要不要|用不用|行不行"
-)
 HOW_MANY = re.compile(r"how many ((?:\w+ )?\w+)")
 COUNTED = re.compile(rf"(?<!哪)(?:几|多少)(?!号?分机|号电话)([{HAN}])")
 # Measure words; those of a group may stand for each other. 个 says nothing about what is counted.

@@ -1,7 +1,7 @@
 """Whether passages answer a question, judged by words alone: to say "not in the files" before a model is asked.
 
 A passage that answers has the question's words, or words for the same thing, in a sentence that also has what is asked
-for: a price, a time, a number of something. A logistic regression over nine such features, whose weights are in
+for: a price, a time, a number of something. A logistic regression over six such features, whose weights are in
 relevance.json, estimates how likely that is; `python -m benchmarks.relevance` fits them again.
 """
 
@@ -14,14 +14,13 @@ from pathlib import Path
 
 from medicalgpt.formats.concepts import Concept, concepts_of, plain
 from medicalgpt.formats.terms import HAN, SENTENCE, WORD, is_han, language_of, stem
-from medicalgpt.rag.question_kinds import YES_OR_NO, demand_of
+from medicalgpt.rag.question_kinds import demand_of
 
 WEIGHTS = Path(__file__).with_suffix(".json")
 BIAS = "bias"
 PASSAGES_READ = 8
 LONE_CHARACTER = 0.3  # what a Chinese character counts without the neighbour that it has in the question
-MOST_MISSING = 3.0
-MOST_WORDS = 8
+MOST_HELD = 3.0
 # Questions that documents rarely answer, even if they have all of the words.
 UNUSUAL = ("opinion", "name", "difference", "address", "size", "speed")
 
@@ -71,44 +70,35 @@ class Relevance:
         match: the share of the question's words that the best sentence has which meets the demand: the mean of what it
             has, what it has with its headings and the sentence before it, and what its passage has.
         sentence: the same for the sentence alone.
-        missing: how many of the words the best passage lacks.
-        missing_word: the weight of the rarest word that the best sentence lacks, its context included.
-        words: how many words the question has; sharing half of many is worth more than half of two.
-        asks, unusual, price, yes_no: 1 if the question asks for something recognised, for one of UNUSUAL, for a price,
-            for yes or no.
+        held: how many of the words the best passage has.
+        asks, unusual, price: 1 if the question asks for something recognised, for one of UNUSUAL, or for a price.
         """
         concepts = concepts_of(question)
         if not concepts or not order:
             return {}
         weights = [concept.weight * self._rarity(concept) for concept in concepts]
-        total, question = sum(weights), plain(question)
-        demand = demand_of(question)
+        demand = demand_of(plain(question))
 
-        def lacked(text: str) -> list[float]:
+        def share(text: str) -> float:
             held = Words(text)
-            return [weight * (1 - held.have(concept)) for weight, concept in zip(weights, concepts, strict=True)]
+            return sum(weight * held.have(concept) for weight, concept in zip(weights, concepts, strict=True)) / total
 
-        match, sentence, missing, missing_word = 0.0, 0.0, total, max(weights)
+        total, match, sentence, best = sum(weights), 0.0, 0.0, 0.0
         for index in order[:PASSAGES_READ]:
-            by_passage = sum(lacked(self.texts[index]))
-            missing = min(missing, by_passage)
+            of_passage = share(self.texts[index])
+            best = max(best, of_passage)
             for context, alone in sentences(self.texts[index]):
                 if demand.is_met(plain(alone)):
-                    by_sentence, by_context = sum(lacked(alone)), lacked(context)
-                    sentence = max(sentence, 1 - by_sentence / total)
-                    found = 1 - (by_sentence + sum(by_context) + by_passage) / (3 * total)
-                    if found > match:
-                        match, missing_word = found, max(by_context)
+                    of_sentence = share(alone)
+                    sentence = max(sentence, of_sentence)
+                    match = max(match, (of_sentence + share(context) + of_passage) / 3)
         return {
             "match": match,
             "sentence": sentence,
-            "missing": min(missing, MOST_MISSING),
-            "missing_word": missing_word,
-            "words": float(min(len(concepts), MOST_WORDS)),
+            "held": min(best * total, MOST_HELD),
             "asks": float(demand.kind is not None),
             "unusual": float(demand.kind in UNUSUAL),
             "price": float(demand.kind == "price"),
-            "yes_no": float(YES_OR_NO.search(question) is not None),
         }
 
     def _rarity(self, concept: Concept) -> float:
