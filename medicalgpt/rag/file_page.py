@@ -74,7 +74,7 @@ def cited_turn(answer: CitedAnswer, sources: Sequence[Source], number: int, lang
         "role": "assistant",
         "content": answer.text,
         "below": list_sources(answer, sources, number, language),
-        "sources": [(each.place, highlight(answer, n, each)) for n, each in enumerate(sources, start=1)],
+        "sources": [(each.place_in(language), highlight(answer, n, each)) for n, each in enumerate(sources, start=1)],
     }
 
 
@@ -82,7 +82,7 @@ def list_sources(answer: CitedAnswer, sources: Sequence[Source], number: int, la
     """Markdown: the sources that an answer cites, or those given to the model, as links; and what is not in them."""
 
     def link(n: int) -> str:
-        return f"[\\[{n}\\] {literal(sources[n - 1].place)}](#source-{number}-{n})"
+        return f"[\\[{n}\\] {literal(sources[n - 1].place_in(language))}](#source-{number}-{n})"
 
     title = text_in(language, "sources" if answer.cited else "sources_given")
     lines = [f"**{title}**", *(link(n) for n in answer.cited or range(1, len(sources) + 1))]

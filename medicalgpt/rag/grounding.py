@@ -58,11 +58,20 @@ class Source:
 
     Attributes:
         passages: their indexes in the collection.
+        pages: of a PDF file, in ascending order.
     """
 
     place: str
     text: str
     passages: tuple[int, ...]
+    pages: tuple[int, ...] = ()
+
+    def place_in(self, language: str) -> str:
+        """The place as the page of a visitor shows it."""
+        if language != "zh" or not self.pages:
+            return self.place
+        file = self.place.rpartition(", page")[0]
+        return f"{file}，第 {'-'.join(map(str, dict.fromkeys((self.pages[0], self.pages[-1]))))} 页"
 
 
 @dataclass(frozen=True)
@@ -97,11 +106,11 @@ def build_sources(
         group = [i for i in near if passages[i].file == passages[index].file and i not in shown]
         shown.update(group)
         text = merge_overlapping([passages[i].text for i in group])
-        pages = sorted({passages[i].page for i in group if passages[i].page})
+        pages = tuple(sorted({page for i in group if (page := passages[i].page)}))
         place = passages[index].place
         if len(pages) > 1:
             place = f"{passages[index].file}, pages {pages[0]}-{pages[-1]}"
-        sources.append(Source(place, text, tuple(group)))
+        sources.append(Source(place, text, tuple(group), pages))
     return sources
 
 

@@ -157,8 +157,7 @@ class Batcher(ABC):
             self._fill()
             self._changed.notify_all()
         for job in dropped:
-            reason = "The queue is full, others wait, and you have most of its places. Ask for fewer answers at a time."
-            settle(job.future, error=QueueFullError(self.waiting, reason))
+            settle(job.future, error=QueueFullError(self.waiting, crowding=True))
         return [job.future for job in jobs]
 
     def close(self, finish: bool = True) -> None:

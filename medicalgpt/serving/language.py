@@ -57,6 +57,19 @@ MESSAGES = {
     "no_answer": ("The model gave no answer.", "模型没有给出回答。"),
     "timeout": ("The answer took too long and was stopped.", "生成超时，已停止。"),
     "failed": ("The model failed; the program's log says why.", "模型出错，原因见程序日志。"),
+    "queue_full": (
+        "{waiting} requests wait already. Try again in a moment.",
+        "已有 {waiting} 个请求在排队，请稍后再试。",
+    ),
+    "crowding": (
+        "The queue is full, others wait, and you have most of its places. Ask for fewer answers at a time.",
+        "队列已满，其他人在等，而队列里大多是你的请求。请一次少问几个。",
+    ),
+    "closing": ("The server is stopping and takes no new requests.", "服务正在停止，不再接受新请求。"),
+    "model_failed": (
+        "The model has failed and does not recover; the program's log says why.",
+        "模型出错且无法恢复，原因见程序日志。",
+    ),
     "feedback_kept": ("Recorded.", "已记录。"),
     "sources": ("Sources", "出处"),
     "sources_given": ("Sources given to the model; the answer cites none", "提供给模型的出处（回答未引用）"),

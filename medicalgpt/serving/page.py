@@ -281,7 +281,13 @@ def note_on(answer: Answer | None, language: str) -> str:
 
 def describe(error: Exception, language: str) -> str:
     """What a visitor is told about an error."""
-    if isinstance(error, (UserError, ValueError, QueueFullError, BatcherClosedError, ModelFailedError)):
+    if isinstance(error, QueueFullError):
+        return text_in(language, "crowding" if error.crowding else "queue_full", waiting=error.waiting)
+    if isinstance(error, BatcherClosedError):
+        return text_in(language, "closing")
+    if isinstance(error, ModelFailedError):
+        return text_in(language, "model_failed")
+    if isinstance(error, (UserError, ValueError)):
         return str(error)
     if isinstance(error, TimeoutError):
         return text_in(language, "timeout")

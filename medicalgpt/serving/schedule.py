@@ -29,11 +29,16 @@ class QueueFullError(RuntimeError):
 
     Attributes:
         waiting: number of queued requests.
+        crowding: whether others wait, and most of the places are the client's.
     """
 
-    def __init__(self, waiting: int, reason: str = ""):
-        super().__init__(reason or f"{waiting} requests wait already. Try again in a moment.")
-        self.waiting = waiting
+    def __init__(self, waiting: int, crowding: bool = False):
+        super().__init__(
+            "The queue is full, others wait, and you have most of its places. Ask for fewer answers at a time."
+            if crowding
+            else f"{waiting} requests wait already. Try again in a moment."
+        )
+        self.waiting, self.crowding = waiting, crowding
 
 
 @dataclass(eq=False)
