@@ -19,7 +19,6 @@ generation_config.json, run.json, metrics.jsonl, answers.jsonl, samples.jsonl, l
 docs/ppo_training.md
 """
 
-import copy
 import json
 import math
 import time
@@ -56,7 +55,8 @@ from medicalgpt.serving.chat import ChatEngine
 from medicalgpt.serving.generation import MAX_SEED, Answer, Sampling
 from medicalgpt.training.callbacks import keep_rows
 from medicalgpt.training.cpu import add_cpu_head
-from medicalgpt.training.engines import are_weights_sharded
+from medicalgpt.training.engines import complete_weights, is_fsdp_requested
+from medicalgpt.training.references import copy_policy
 from medicalgpt.training.row_order import draw_mini_batches
 from medicalgpt.training.runs import Run
 from medicalgpt.training.trainers import StageTrainer, disable_dropout, disable_lora_dropout, training_defaults
@@ -76,6 +76,8 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 from trl.trainer.utils import add_fused_lm_head, use_adapter
 
@@ -232,10 +234,10 @@ def check_flags(args: PpoArguments) -> None:
         problems.append(
             "--target_reference_kl cannot adapt --kl_coef 0, which it multiplies. Start from, for example, 0.05."
         )
-    if are_weights_sharded(args):
+    if is_fsdp_requested(args):
         problems.append(
             "PPO generates answers between its updates, for which each process needs all weights: it cannot be "
-            "combined with FSDP or ZeRO-3. Use --deepspeed zero2.json, or an adapter on a quantized base: --qlora True."
+            "combined with FSDP. Use --deepspeed zero3.json, which gathers them for that, or zero2.json."
         )
     if problems:
         raise UserError("\n  ".join(problems))
@@ -481,7 +483,8 @@ class PpoTrainer(StageTrainer):
             add_fused_lm_head(base, temperature=self.args.temperature, outputs=("log_probs", "entropy"))
             add_cpu_head(base, temperature=self.args.temperature)
             self.try_loss(base)
-        if reference is not None:
+        # Under ZeRO-3 the reference has been sharded as it was loaded, and is gathered with the others.
+        if reference is not None and not is_deepspeed_zero3_enabled():
             self.accelerator.prepare_model(reference, evaluation_mode=True)
         # The loss is divided by the tokens of the update (see `compute_loss`); the library must not divide it again by
         # the number of accumulated batches.
@@ -489,6 +492,9 @@ class PpoTrainer(StageTrainer):
         self._sums: torch.Tensor | None = None
         self._step_metrics: dict[str, list[float]] = defaultdict(list)  # since the last log event
         self._last_answers: list[dict[str, Any]] = []
+
+    def _all_models(self) -> list[torch.nn.Module]:
+        return list(filter(None, (self.model, self.reference, self.scorer.model)))
 
     @property
     def answers_per_process(self) -> int:
@@ -539,7 +545,8 @@ class PpoTrainer(StageTrainer):
 
         while self.state.global_step < steps and not self.control.should_training_stop:
             self.control = self.callback_handler.on_step_begin(args, self.state, self.control)
-            rollout, rollout_metrics = self.roll_out(self.state.global_step)
+            with complete_weights(self, self._all_models()):
+                rollout, rollout_metrics = self.roll_out(self.state.global_step)
             loss, grad_norm, update_metrics = self.learn(model, rollout)
             for name, value in {**rollout_metrics, **update_metrics, "kl_coef": self.kl_coef}.items():
                 self._step_metrics[name].append(value)
@@ -814,9 +821,10 @@ class PpoTrainer(StageTrainer):
         indices = range(self.accelerator.process_index, len(dataset), self.accelerator.num_processes)
         rows = [dataset[number] for number in indices]
         tasks = [self.tasks[place_of(row)] for row in rows]
-        answers = self.answer(rows, temperature=0.0) if rows else []
-        # Every process takes part, even without rows, since `score` compares scores over the processes.
-        scores, _ = self.score(tasks or [self.tasks[place_of(dataset[0])]], answers or [Answer("", "stop", 0, 0)])
+        with complete_weights(self, self._all_models()):
+            answers = self.answer(rows, temperature=0.0) if rows else []
+            # Every process takes part, even without rows, since `score` compares scores over the processes.
+            scores, _ = self.score(tasks or [self.tasks[place_of(dataset[0])]], answers or [Answer("", "stop", 0, 0)])
         results = [
             (score, answer.completion_tokens, answer.finish_reason == "stop")
             for score, answer in zip(scores.tolist(), answers, strict=False)
@@ -866,11 +874,17 @@ class PpoTrainer(StageTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save the policy as every stage saves its model; in a checkpoint also what resuming needs."""
-        folder = Path(output_dir or self.args.output_dir)
-        self.policy.save_pretrained(folder)
+        folder, weights = Path(output_dir or self.args.output_dir), self._trainable_weights()
+        if is_deepspeed_zero3_enabled():
+            # The model's own tensors are empty; `state_dict` has been gathered.
+            own = {name.removeprefix("policy."): each for name, each in state_dict.items() if name[:7] == "policy."}
+            self.policy.save_pretrained(folder, state_dict=own)
+            weights = {name: state_dict[name].contiguous() for name in weights}
+        else:
+            self.policy.save_pretrained(folder)
         self.processing_class.save_pretrained(folder)
         if folder.name.startswith("checkpoint-"):
-            save_file(self._trainable_weights(), folder / CHECKPOINT_WEIGHTS)
+            save_file(weights, folder / CHECKPOINT_WEIGHTS)
             state = {"kl_coef": self.kl_coef, "scores_seen": self.scores_seen.tolist()}
             (folder / CHECKPOINT_STATE).write_text(json.dumps(state), encoding="utf-8")
 
@@ -891,6 +905,9 @@ class PpoTrainer(StageTrainer):
             weight.copy_(saved[name])
 
     def _load_best_model(self) -> None:
+        if is_deepspeed_zero3_enabled():
+            deepspeed_load_checkpoint(self.model_wrapped, self.state.best_model_checkpoint)
+            return
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
@@ -900,6 +917,9 @@ class ScoredAnswers:
     def __init__(self, trainer: PpoTrainer, prompts: Dataset, count: int):
         step = max(1, len(prompts) // max(count, 1))
         self.trainer = trainer
+        if is_deepspeed_zero3_enabled():
+            logger.info("no sample answers: the weights are sharded over the processes")
+            count = 0
         self.rows = [prompts[number] for number in range(0, len(prompts), step)[:count]]
         self.shown = [{"prompt": trainer.processing_class.decode(row["prompt_ids"])} for row in self.rows]
 
@@ -1012,7 +1032,7 @@ def main() -> None:
     # 4 models: policy, reference (unless it is the policy without its adapter), reward model, critic
     load = {"attending": attention_args, "max_length": args.model_max_length, "bf16": args.bf16}
     policy = loading.load_trainable(AutoModelForCausalLM, checkpoint, tokenizer, model_args, lora_args, **load)
-    reference = None if lora_args.use_peft else copy.deepcopy(policy).requires_grad_(False)
+    reference = None if lora_args.use_peft else copy_policy(policy, checkpoint, model_args, lora_args, **load)
     if lora_args.use_peft and checkpoint.adapter:
         adapters.add_reference_adapter(policy, checkpoint.adapter)
     reward_checkpoint = Checkpoint.resolve(args.reward_model_path, hub=model_args.hub, cache_dir=model_args.cache_dir)

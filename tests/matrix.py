@@ -83,8 +83,7 @@ class Cell(NamedTuple):
 
 # The stage, the engine and what is trained, and the part of the message that names the way out.
 REFUSED: dict[tuple[str, str, str], str] = {
-    ("ppo_training", "ZeRO-3", "any"): "Use --deepspeed zero2.json, or an adapter on a quantized base: --qlora True.",
-    ("ppo_training", "FSDP2", "any"): "Use --deepspeed zero2.json, or an adapter on a quantized base: --qlora True.",
+    ("ppo_training", "FSDP2", "any"): "Use --deepspeed zero3.json, which gathers them for that, or zero2.json.",
 }
 
 

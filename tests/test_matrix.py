@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 # One of each engine that shards weights, in the quick suite; all others are slow.
-QUICK = {"FSDP2": ["supervised_finetuning:full", "dpo_training:LoRA"]}
+QUICK = {"FSDP2": ["supervised_finetuning:full", "dpo_training:LoRA"], "ZeRO-3": ["ppo_training:LoRA"]}
 
 
 def train_cells(folder, engine, *names):
@@ -126,4 +126,33 @@ def test_fsdp2_resumes_where_it_stopped(tmp_path, weights):
     assert {path.name for path in parts.glob("*/*.distcp")} >= {"__0_0.distcp", "__1_0.distcp"}
     assert whole.keys() == resumed.keys()
     for name, weight in whole.items():
+        torch.testing.assert_close(resumed[name], weight, rtol=0, atol=1e-7, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["full", "LoRA"])
+def test_ppo_under_zero_3_answers_and_learns_as_under_zero_2_and_resumes(tmp_path, weights):
+    """Answers of other weights would change the losses; with rows that differ in length, ranks answer for other times."""
+    place = make_place(tmp_path)
+    two = {"processes": 2, "timeout": 600, "env": {"PYTHONPATH": str(ROOT)}}
+
+    def run(engine, output, *more):
+        command = [*flags(place, Cell("ppo_training", engine, weights)), "--max_steps", 4, "--save_total_limit", 3]
+        # Fewer held-out prompts than processes, so that one of them has none to answer.
+        command += ["--max_eval_samples", 1, "--eval_strategy", "steps", "--eval_steps", 2]
+        command += ["--validation_split_percentage", 20, "--temperature", 1.0]
+        run_program("ppo_training.py", *command, "--output_dir", place / output, *more, **two)
+        history = read_json(place / output / "trainer_state.json")["log_history"]
+        (file,) = [path for path in (place / output).glob("*.safetensors")]
+        return [row[name] for row in history for name in ("loss", "kl", "eval_score") if name in row], load_file(file)
+
+    expected, weights_2 = run("ZeRO-2", "two")
+    found, weights_3 = run("ZeRO-3", "three")
+    assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    for name, weight in weights_2.items():
+        torch.testing.assert_close(weights_3[name], weight, rtol=0, atol=1e-6, msg=name)
+    shutil.copytree(place / "three", place / "half")
+    shutil.rmtree(place / "half" / "checkpoint-4")
+    _, resumed = run("ZeRO-3", "half", "--resume_from_checkpoint", "True")
+    for name, weight in weights_3.items():
         torch.testing.assert_close(resumed[name], weight, rtol=0, atol=1e-7, msg=name)

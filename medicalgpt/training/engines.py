@@ -5,7 +5,8 @@ import os
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from medicalgpt.errors import UserError
 from medicalgpt.logs import HEARTBEAT_SECONDS, is_main_process, local_rank, rank
 from medicalgpt.training.checkpoints import GATHERING
 
+import deepspeed
 import psutil
 import torch
 from loguru import logger
@@ -21,6 +23,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import AcceleratorConfig
+from trl.models.utils import add_hooks, remove_hooks
 
 # Longer than most files of DeepSpeed's extensions take to compile: a folder in which another machine compiles changes
 # more often than this.
@@ -44,6 +47,26 @@ def engine_of(training: TrainingArguments) -> str:
 def are_weights_sharded(training: TrainingArguments) -> bool:
     """Whether each process will hold only a part of every weight: under ZeRO-3 and FSDP."""
     return is_deepspeed_zero3_enabled() or is_fsdp_requested(training)
+
+
+@contextmanager
+def complete_weights(trainer: Trainer, models: Iterable[torch.nn.Module]) -> Iterator[None]:
+    """Inside, each process holds every weight of `models`, so that they can be run without the other processes.
+
+    ZeRO-3 gathers the weights of one module at a time, in which all processes take part. That cannot be while answers
+    are generated, which differ in length. Call it on every process, and do not change weights inside. Does nothing
+    without ZeRO-3.
+    """
+    if not is_deepspeed_zero3_enabled():
+        yield
+        return
+    engine = trainer.model_wrapped
+    with deepspeed.zero.GatheredParameters([parameter for model in models for parameter in model.parameters()]):
+        remove_hooks(engine)
+        try:
+            yield
+        finally:
+            add_hooks(engine)
 
 
 def check_accelerator_config(training: TrainingArguments) -> None:
