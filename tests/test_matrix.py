@@ -132,7 +132,7 @@ def test_fsdp2_resumes_where_it_stopped(tmp_path, weights):
 @pytest.mark.slow
 @pytest.mark.parametrize("weights", ["full", "LoRA"])
 def test_ppo_under_zero_3_answers_and_learns_as_under_zero_2_and_resumes(tmp_path, weights):
-    """Answers of other weights would change the losses; with rows that differ in length, ranks answer for other times."""
+    """Answers from other weights would change the losses. Processes answer for different times."""
     place = make_place(tmp_path)
     two = {"processes": 2, "timeout": 600, "env": {"PYTHONPATH": str(ROOT)}}
 
