@@ -55,7 +55,7 @@ from medicalgpt.serving.chat import ChatEngine
 from medicalgpt.serving.generation import MAX_SEED, Answer, Sampling
 from medicalgpt.training.callbacks import keep_rows
 from medicalgpt.training.cpu import add_cpu_head
-from medicalgpt.training.engines import complete_weights, is_fsdp_requested
+from medicalgpt.training.engines import are_weights_sharded, complete_weights
 from medicalgpt.training.references import copy_policy
 from medicalgpt.training.row_order import draw_mini_batches
 from medicalgpt.training.runs import Run
@@ -233,11 +233,6 @@ def check_flags(args: PpoArguments) -> None:
     if args.target_reference_kl is not None and args.kl_coef == 0:
         problems.append(
             "--target_reference_kl cannot adapt --kl_coef 0, which it multiplies. Start from, for example, 0.05."
-        )
-    if is_fsdp_requested(args):
-        problems.append(
-            "PPO generates answers between its updates, for which each process needs all weights: it cannot be "
-            "combined with FSDP. Use --deepspeed zero3.json, which gathers them for that, or zero2.json."
         )
     if problems:
         raise UserError("\n  ".join(problems))
@@ -484,7 +479,7 @@ class PpoTrainer(StageTrainer):
             add_cpu_head(base, temperature=self.args.temperature)
             self.try_loss(base)
         # Under ZeRO-3 the reference has been sharded as it was loaded, and is gathered with the others.
-        if reference is not None and not is_deepspeed_zero3_enabled():
+        if reference is not None and not are_weights_sharded(self.args):
             self.accelerator.prepare_model(reference, evaluation_mode=True)
         # The loss is divided by the tokens of the update (see `compute_loss`); the library must not divide it again by
         # the number of accumulated batches.
@@ -875,7 +870,7 @@ class PpoTrainer(StageTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save the policy as every stage saves its model; in a checkpoint also what resuming needs."""
         folder, weights = Path(output_dir or self.args.output_dir), self._trainable_weights()
-        if is_deepspeed_zero3_enabled():
+        if state_dict is not None and are_weights_sharded(self.args):
             # The model's own tensors are empty; `state_dict` has been gathered.
             own = {name.removeprefix("policy."): each for name, each in state_dict.items() if name[:7] == "policy."}
             self.policy.save_pretrained(folder, state_dict=own)
@@ -894,6 +889,9 @@ class PpoTrainer(StageTrainer):
         return {name: parameter.data.contiguous() for name, parameter in named if parameter.requires_grad}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
         folder = Path(resume_from_checkpoint)
         saved, weights = load_file(folder / CHECKPOINT_WEIGHTS), self._trainable_weights()
         if saved.keys() != weights.keys():
@@ -917,7 +915,7 @@ class ScoredAnswers:
     def __init__(self, trainer: PpoTrainer, prompts: Dataset, count: int):
         step = max(1, len(prompts) // max(count, 1))
         self.trainer = trainer
-        if is_deepspeed_zero3_enabled():
+        if are_weights_sharded(trainer.args):
             logger.info("no sample answers: the weights are sharded over the processes")
             count = 0
         self.rows = [prompts[number] for number in range(0, len(prompts), step)[:count]]

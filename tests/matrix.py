@@ -9,6 +9,7 @@ import json
 import sys
 import traceback
 from collections.abc import Container, Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -75,17 +76,6 @@ class Cell(NamedTuple):
     engine: str
     weights: str
 
-    @property
-    def refusal(self) -> str | None:
-        """What the program answers in place of training, or None."""
-        return next((said for match, said in REFUSED.items() if match == (*self[:2], "any") or match == self), None)
-
-
-# The stage, the engine and what is trained, and the part of the message that names the way out.
-REFUSED: dict[tuple[str, str, str], str] = {
-    ("ppo_training", "FSDP2", "any"): "Use --deepspeed zero3.json, which gathers them for that, or zero2.json.",
-}
-
 
 def cells(engines: Iterable[str] = ENGINES, names: Container[str] = ()) -> Iterator[Cell]:
     """Every cell of these engines, or those named STAGE:WEIGHTS."""
@@ -95,15 +85,9 @@ def cells(engines: Iterable[str] = ENGINES, names: Container[str] = ()) -> Itera
 
 def as_table(chinese: bool = False) -> str:
     """The table in Markdown, as docs/distributed.md and its Chinese twin show it."""
-    names = {"full": "全参数"} if chinese else {}
+    trained = "、".join(("全参数", *list(WEIGHTS)[1:])) if chinese else ", ".join(WEIGHTS)
     lines = [f"| | {' | '.join(ENGINES)} |", "|---" * (1 + len(ENGINES)) + "|"]
-    for stage in STAGES:
-        columns = []
-        for engine in ENGINES:
-            row = [Cell(stage, engine, one) for one in WEIGHTS]
-            trained = [names.get(cell.weights, cell.weights) for cell in row if not cell.refusal]
-            columns.append(("、" if chinese else ", ").join(trained) or ("报错退出" if chinese else "refused"))
-        lines.append(f"| `{stage}.py` | {' | '.join(columns)} |")
+    lines += [f"| `{stage}.py` |{f' {trained} |' * len(ENGINES)}" for stage in STAGES]
     return "\n".join(lines)
 
 
@@ -168,6 +152,8 @@ def logits(model: "PreTrainedModel") -> "Tensor":
 
 def train(place: Path, cell: Cell) -> dict[str, Any]:
     """Run the program of a cell; returns the live model's logits, or what was said in place of training."""
+    from medicalgpt.training.engines import complete_weights
+
     import torch
 
     opened = open_stage(f"{cell.stage}.py", *flags(place, cell))
@@ -176,9 +162,11 @@ def train(place: Path, cell: Cell) -> dict[str, Any]:
     # Where weights are sharded, the wrappers gather them.
     sharded = cell.engine in ("ZeRO-3", "FSDP2")
     model = trainer.model_wrapped if sharded else trainer.accelerator.unwrap_model(trainer.model)
-    model = getattr(model, "policy", model)
-    model.eval()
-    with torch.no_grad():
+    # The policy is a part of what is wrapped, and FSDP2 gathers nothing for a part.
+    policy = getattr(model, "policy", model)
+    gathered = nullcontext() if policy is model else complete_weights(trainer, [model])
+    model = policy.eval()
+    with torch.no_grad(), gathered:
         scores = model(input_ids=torch.tensor(PROBE, device=trainer.args.device)).logits
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     return {"logits": scores.tolist(), "losses": losses}

@@ -674,14 +674,6 @@ def test_flags_without_effect_or_out_of_range_are_refused(more, message):
         check_flags(args)
 
 
-def test_sharded_weights_are_refused(monkeypatch):
-    (args,) = parse_args(PpoArguments, argv=["--reward_model_path", "rm"])
-    check_flags(args)
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(UserError, match="combined with FSDP. Use --deepspeed zero3.json"):
-        check_flags(args)
-
-
 def test_a_missing_reward_model_is_refused_with_the_way_to_one(work, tmp_path):
     flags = [flag for flag in ppo_flags(work, tmp_path) if flag not in ("--reward_model_path", work / "rm")]
     with pytest.raises(UserError, match="--reward_model_path is missing. Train one: python reward_modeling.py"):

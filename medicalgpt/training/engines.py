@@ -20,6 +20,7 @@ import torch
 from loguru import logger
 from peft import PeftModel
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import AcceleratorConfig
@@ -53,10 +54,25 @@ def are_weights_sharded(training: TrainingArguments) -> bool:
 def complete_weights(trainer: Trainer, models: Iterable[torch.nn.Module]) -> Iterator[None]:
     """Inside, each process holds every weight of `models`, so that they can be run without the other processes.
 
-    ZeRO-3 gathers the weights of one module at a time, in which all processes take part. That cannot be while answers
-    are generated, which differ in length. Call it on every process, and do not change weights inside. Does nothing
-    without ZeRO-3.
+    ZeRO-3 and FSDP2 gather the weights of one module at a time, in which all processes take part. That cannot be while
+    answers are generated, which differ in length. Call it on every process, and do not change weights inside. Does
+    nothing where weights are not sharded.
     """
+    if trainer.is_fsdp_enabled:
+        shards = [module for module in trainer.model_wrapped.modules() if isinstance(module, FSDPModule)]
+        # The outermost module must know that it is, before a pass through an inner one.
+        shards[0]._get_fsdp_state()._lazy_init()
+        for module in shards:
+            # A module that is gathered already is not gathered by a pass through it, and not released after it.
+            module.set_reshard_after_forward(False, recurse=False)
+            module.unshard()
+        try:
+            yield
+        finally:
+            for module in shards:
+                module.set_reshard_after_forward(module is not shards[0], recurse=False)
+                module.reshard()
+        return
     if not is_deepspeed_zero3_enabled():
         yield
         return
