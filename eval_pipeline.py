@@ -55,6 +55,7 @@ from medicalgpt.evaluation.held_out import (
     read_held_out,
 )
 from medicalgpt.evaluation.measures import (
+    GeneratedAnswer,
     Judge,
     count_answers,
     count_preferences,
@@ -123,9 +124,9 @@ def task_rewards() -> tuple[str, dict[str, Judge]]:
     from medicalgpt.rewards.rewards import REWARDS, SYSTEM_PROMPT
 
     def judged_by(reward: Callable[..., list[float | None]]) -> Judge:
-        def is_correct(reply: str, task: Question) -> bool | None:
+        def is_correct(reply: GeneratedAnswer, task: Question) -> bool | None:
             columns = {name: [value] for name, value in task.columns.items()}
-            (score,) = reward([[{"role": "assistant", "content": reply}]], prompts=[task.messages], **columns)
+            (score,) = reward([[{"role": "assistant", "content": reply.text}]], prompts=[task.messages], **columns)
             return None if score is None else score >= 1
 
         return is_correct
