@@ -218,24 +218,30 @@ def report(tmp_path, monkeypatch, capsys):
 
 
 class Elements(HTMLParser):
-    """Every tag with its attributes, and the text outside of style."""
+    """Every tag with its attributes, and the text outside of style that is shown in a language."""
 
-    def __init__(self, page):
+    def __init__(self, page, language="en"):
         super().__init__()
         self.tags, self.text, self.inside = [], [], []
+        self.other = {"en": "zh", "zh": "en"}[language]
         self.feed(page)
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
-        self.inside.append(tag)
+        if tag not in ("input", "br", "meta"):
+            self.inside.append((tag, dict(attrs).get("class")))
 
     def handle_endtag(self, tag):
-        while self.inside and self.inside.pop() != tag:
+        while self.inside and self.inside.pop()[0] != tag:
             pass
 
     def handle_data(self, data):
-        if "style" not in self.inside:
+        if not any(tag == "style" or name == self.other for tag, name in self.inside):
             self.text.append(data)
+
+
+def text_of(page, language="en"):
+    return " ".join(" ".join(Elements(page, language).text).split())
 
 
 def test_wilson_interval_against_published_values():
@@ -332,7 +338,7 @@ def test_page_escapes_what_a_model_said(report):
 
 def test_page_shows_answers_data_curves_commands_and_versions(report):
     page, _ = report()
-    text = " ".join(" ".join(Elements(page).text).split())
+    text = text_of(page)
     for expected in (
         "803/860 (93.4%)",
         SAME,
@@ -385,10 +391,10 @@ def test_preferences_are_rows_of_the_table():
 
 def test_page_shows_preferences(report):
     page, _ = report(evaluation=with_preferences(make_evaluation()))
-    text = " ".join(" ".join(Elements(page).text).split())
+    text = text_of(page)
     for expected in (
         "突然说不清话怎么办？",
-        "required: 神经内科 , and 120 or 急诊".replace(" ,", ","),
+        "required: 神经内科 , and 120 or 急诊 · reference: 挂神经内科，打120。",
         "挂神经内科，打120。",
         "✓ good",
         "98/100 (98.0%)",
@@ -408,7 +414,7 @@ def test_everyday_questions_are_rows_of_the_table_and_come_before_preferences(re
     assert needless.cells[-1] == "3/100 (3.0%)" and needless.verdicts == [None] * 3
     page, _ = report(evaluation=with_preferences(evaluation))
     assert page.index("Questions as people type them") < page.index("Preference prompts, before and after")
-    assert "感冒了咋办" in page and "✓ right" in page
+    assert "感冒了咋办" in page and "✓ correct" in text_of(page)
 
 
 def test_page_without_preferences_has_no_such_sections(report):
@@ -457,11 +463,11 @@ def test_scored_answers_and_tasks_are_rows_of_the_table():
 
 def test_page_shows_scored_answers_and_tasks(report):
     page, _ = report(evaluation=with_reinforcement(make_evaluation()))
-    text = " ".join(" ".join(Elements(page).text).split())
+    text = text_of(page)
     for expected in (
         "-4.500 → 2.175 higher base → ppo",
-        "± 0.3750, 4 answers",
-        "± 0.5000, 2 answers",
+        "± 0.3750, n = 4",
+        "± 0.5000, n = 2",
         "base: 1 of its answers were not scored: too long for the reward model",
         "Tasks: correct answers by type",
         "Tasks: correct format by type",
