@@ -405,7 +405,7 @@ def build_html(evaluation: dict, runs: list[dict], report_command: str, language
     notes = [(model["name"], note) for model in models for note in model.get("notes") or []]
     for name, scored in ((reward or {}).get("models") or {}).items():
         notes += [
-            (name, f"{count} of its answers were not scored: {reason}")
+            (name, both("{count} of its answers were not scored: {reason}", count=count, reason=reason))
             for reason, count in scored["not_scored"].items()
         ]
     commands = [(run["stage"], run["command"]) for run in runs if run["command"]]

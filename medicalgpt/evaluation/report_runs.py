@@ -15,6 +15,8 @@ NO_SIGNAL = {
 # A held-out loss that ends by more than this share above its lowest value has risen.
 RISE = 0.02
 MAX_SHOWN_STEPS = 5
+# A smaller share of skipped rows is in the table of the data only.
+SKIPPED = 0.01
 
 # A text of the report, and what fills its places.
 Remark = tuple[str, dict[str, Any]]
@@ -84,7 +86,7 @@ def run_warnings(
     if changed:
         yield "resumed with other settings: {names}", {"names": ", ".join(changed)}
     for file in files:
-        if count := sum(file["skipped"].values()):
+        if (count := sum(file["skipped"].values())) > SKIPPED * (file["rows"] or 0):
             skipped = {"count": f"{count:,}", "rows": f"{file['rows'] or 0:,}", "file": file["file"]}
             yield "{count} of {rows} rows of {file} were skipped", skipped
 

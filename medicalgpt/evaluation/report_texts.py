@@ -191,8 +191,8 @@ CHINESE = {
     "after": "训练后",
     "evaluation": "评估",
     "this report": "本报告",
-    "or": "或",
-    "and": "且",
+    " or ": " 或 ",
+    ", and ": "，且 ",
     "required: ": "要求：",
     "reference: ": "参考答案：",
     "{name}: answers recorded during training": "{name}：训练时记录的回答",
@@ -200,6 +200,7 @@ CHINESE = {
     "{count} more in {file}": "其余 {count} 条在 {file}",
     "no data files were recorded": "没有记录数据文件",
     # Notes.
+    "{count} of its answers were not scored: {reason}": "它的 {count} 个回答没有打分：{reason}",
     "“no measurable change” means that the difference is within the noise of the measurement: the 95% intervals "
     "overlap, or the paired difference per document or prompt is not significant.": (
         "“没有可测量的变化”表示差异在测量噪声之内：95% 区间重叠，或按文档、提示词配对的差异不显著。"
@@ -211,8 +212,8 @@ CHINESE = {
         "任务在 {file} 中；由 grpo_training.py 的奖励函数判定回复。"
     ),
     "Greedy answers to questions of {file}. A correct answer is the reference; what was not taught, it should "
-    "decline.": ("对 {file} 中问题的贪心解码回答。正确的回答与参考答案相同；没有教过的应当拒答。"),
-    "Fixed rows of {file}, spread over its categories; greedy answers.": "{file} 中固定的若干行，覆盖各类别；贪心解码。",
+    "decline.": "对 {file} 中问题的贪心解码回答。正确的回答与参考答案相同；没有教过的应拒答。",
+    "Fixed rows of {file}, spread over its categories; greedy answers.": "{file} 中固定的几行，覆盖各类别；贪心解码。",
     "Greedy replies to held-out tasks. The reward accuracy decides which are correct.": (
         "对留出任务的贪心解码回复，由奖励 accuracy 判定是否正确。"
     ),

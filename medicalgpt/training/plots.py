@@ -178,25 +178,11 @@ def svg_curve(
             bottom - (y - y_low) / (y_high - y_low) * (bottom - top),
         )
 
-    for value, label in y_ticks:
-        y = place(x_low, value)[1]
-        parts.append(
-            f'<line x1="{left}" x2="{right}" y1="{y:.2f}" y2="{y:.2f}" stroke="currentColor" stroke-opacity="0.15"/>'
-            f'<text class="y-tick" x="{left - 7}" y="{y + 4:.2f}" text-anchor="end" opacity="0.8">{label}</text>'
-        )
-    for value, label in x_ticks:
-        x = place(value, y_low)[0]
-        parts.append(
-            f'<line x1="{x:.2f}" x2="{x:.2f}" y1="{bottom}" y2="{bottom + 4}" stroke="currentColor" '
-            f'stroke-opacity="0.5"/><text class="x-tick" x="{x:.2f}" y="{bottom + 17}" text-anchor="middle" '
-            f'opacity="0.8">{label}</text>'
-        )
+    parts += _svg_ticks(y_ticks, x_ticks, place, (left, right, bottom))
     centred = 'text-anchor="middle" opacity="0.8"'
-    parts.append(
-        f'<line x1="{left}" x2="{right}" y1="{bottom}" y2="{bottom}" stroke="currentColor" stroke-opacity="0.5"/>'
-        + _svg_text(x_label, f'x="{(left + right) / 2:g}" y="{height - 8}" {centred}', chinese)
-        + _svg_text(y_label, f'transform="translate(13 {(top + bottom) / 2:g}) rotate(-90)" {centred}', chinese)
-    )
+    parts.append(_svg_text(x_label, f'x="{(left + right) / 2:g}" y="{height - 8}" {centred}', chinese))
+    turned = f'transform="translate(13 {(top + bottom) / 2:g}) rotate(-90)"'
+    parts.append(_svg_text(y_label, f"{turned} {centred}", chinese))
     for index, (name, points) in enumerate(ordered.items()):
         parts.append(_svg_legend(index, len(ordered), name, points, width, name in held_out, chinese))
         if name in held_out:
@@ -207,6 +193,30 @@ def svg_curve(
         else:
             parts += _svg_line(_stroke(index, len(ordered)), points, place, max_points)
     return "".join(parts) + "</svg>"
+
+
+def _svg_ticks(
+    y_ticks: Sequence[tuple[float, str]],
+    x_ticks: Sequence[tuple[float, str]],
+    place: Callable[[float, float], Point],
+    box: tuple[float, float, float],
+) -> Iterator[str]:
+    """Yield the grid, the ticks and the x axis; `box` is left, right and bottom of the drawing."""
+    left, right, bottom = box
+    for value, label in y_ticks:
+        y = place(0, value)[1]
+        yield (
+            f'<line x1="{left}" x2="{right}" y1="{y:.2f}" y2="{y:.2f}" stroke="currentColor" stroke-opacity="0.15"/>'
+            f'<text class="y-tick" x="{left - 7}" y="{y + 4:.2f}" text-anchor="end" opacity="0.8">{label}</text>'
+        )
+    for value, label in x_ticks:
+        x = place(value, 0)[0]
+        yield (
+            f'<line x1="{x:.2f}" x2="{x:.2f}" y1="{bottom}" y2="{bottom + 4}" stroke="currentColor" '
+            f'stroke-opacity="0.5"/><text class="x-tick" x="{x:.2f}" y="{bottom + 17}" text-anchor="middle" '
+            f'opacity="0.8">{label}</text>'
+        )
+    yield f'<line x1="{left}" x2="{right}" y1="{bottom}" y2="{bottom}" stroke="currentColor" stroke-opacity="0.5"/>'
 
 
 def _svg_text(text: str, attributes: str, chinese: Mapping[str, str], suffix: str = "") -> str:
