@@ -54,35 +54,35 @@ CHINESE = {
     # Measures.
     "correct answers (everyday questions)": "回答正确（日常问题）",
     MEASURES["correct answers (everyday questions)"]: "按人们平时的说法提问，回答与参考答案相同。",
-    "declined (was not taught)": "拒答（没有教过的问题）",
+    "declined (was not taught)": "回答不知道（没有教过的问题）",
     MEASURES["declined (was not taught)"]: "问到数据中没有的内容时，说明自己不知道，且回答可读。",
-    "declined needlessly (everyday questions)": "不必要的拒答（日常问题）",
+    "declined needlessly (everyday questions)": "学过却回答不知道（日常问题）",
     MEASURES["declined needlessly (everyday questions)"]: "教过的内容也说不知道；越少越好。",
-    "perplexity on held-out text": "留出文本的困惑度",
+    "perplexity on held-out text": "验证文本的困惑度",
     MEASURES["perplexity on held-out text"]: "在没有训练过的文本上，模型平均在多少个 token 之间犹豫；越低越好。",
-    "exact match (held-out phrasings)": "完全匹配（留出的问法）",
+    "exact match (held-out phrasings)": "完全匹配（没见过的问法）",
     MEASURES["exact match (held-out phrasings)"]: "用训练数据中没有的问法提问，回答与参考答案逐字相同。",
     "stops by itself": "自行结束",
     MEASURES["stops by itself"]: "在 token 上限之前自己结束回答。",
-    "preference accuracy (held-out pairs)": "偏好准确率（留出的偏好对）",
+    "preference accuracy (held-out pairs)": "偏好准确率（验证用的偏好对）",
     MEASURES[
         "preference accuracy (held-out pairs)"
     ]: "按每个 token 平均，较好的回答（chosen）比较差的回答（rejected）更可能。",
-    "good answers": "合格回答",
+    "good answers": "好回答",
     MEASURES["good answers"]: "包含提示词要求的内容，文字可读，并且正常结束。",
     "reward model score (greedy answers)": "奖励模型得分（贪心解码的回答）",
-    MEASURES["reward model score (greedy answers)"]: "模型对留出提示词的回答的平均得分，± 为标准误差。",
-    "correct answers (held-out tasks)": "回答正确（留出的任务）",
+    MEASURES["reward model score (greedy answers)"]: "模型对验证用的提示词的回答的平均得分，± 为标准误差。",
+    "correct answers (held-out tasks)": "回答正确（验证用的任务）",
     MEASURES["correct answers (held-out tasks)"]: "由 grpo_training.py 的奖励 `accuracy` 判定为正确。",
-    "correct format (held-out tasks)": "格式正确（留出的任务）",
+    "correct format (held-out tasks)": "格式正确（验证用的任务）",
     MEASURES["correct format (held-out tasks)"]: "回复符合 grpo_training.py 要求的格式。",
-    "reward model accuracy (held-out pairs)": "奖励模型准确率（留出的偏好对）",
+    "reward model accuracy (held-out pairs)": "奖励模型准确率（验证用的偏好对）",
     MEASURES["reward model accuracy (held-out pairs)"]: "给偏好对中较好的回答打更高的分。",
     # Verdicts and marks.
     "no measurable change": "没有可测量的变化",
     "higher": "升高",
     "lower": "降低",
-    "good": "合格",
+    "good": "好回答",
     "correct": "正确",
     "exact": "完全匹配",
     "did not stop": "没有结束",
@@ -97,11 +97,11 @@ CHINESE = {
     "system": "系统",
     # Curves.
     _LOSS_OF_TEXT: (
-        "预测下一个 token 的误差（每个 token，单位 nat），越低越好。圆点在留出文本上测得，这些文本不参与训练。"
+        "预测下一个 token 的误差（每个 token，单位 nat），越低越好。圆点在验证文本上测得，这些文本不参与训练。"
     ),
-    LOSS_OF_STAGE: "本阶段最小化的目标，越低越好。圆点在留出数据上测得。",
+    LOSS_OF_STAGE: "本阶段最小化的目标，越低越好。圆点在验证数据上测得。",
     HIGHER_HELD_OUT: (
-        "留出数据的损失高于训练损失是常见的：训练数据被看过多遍。重要的是它是否下降；上面的表格将每个模型与前一个模型比较。"
+        "验证数据的损失高于训练损失是常见的：训练数据被看过多遍。重要的是它是否下降；上面的表格将每个模型与前一个模型比较。"
     ),
     "loss": "损失",
     "accuracy": "准确率",
@@ -140,14 +140,14 @@ CHINESE = {
     "no learning signal: in every step, all answers got the same score": "没有学习信号：每一步中所有回答的得分都相同",
     "the loss was not finite at step {steps}": "第 {steps} 步的损失不是有限值",
     "the held-out loss rose from {lowest} at step {step} to {last}: trained too long or too fast": (
-        "留出数据的损失从第 {step} 步的 {lowest} 升到 {last}：训练过久或学习率过高"
+        "验证数据的损失从第 {step} 步的 {lowest} 升到 {last}：训练过久或学习率过高"
     ),
     "{name}: requested {requested}, observed {observed}": "{name}：要求 {requested}，实际 {observed}",
     "resumed with other settings: {names}": "续训时改变了设置：{names}",
     "{count} of {rows} rows of {file} were skipped": "{file} 的 {rows} 行中跳过了 {count} 行",
     "used and skipped do not add up": "使用与跳过的行数之和不等于总行数",
     "reward model ({path}), held-out pairs: accuracy {share}, mean margin {margin}": (
-        "奖励模型（{path}），留出的偏好对：准确率 {share}，平均差值 {margin}"
+        "奖励模型（{path}），验证用的偏好对：准确率 {share}，平均差值 {margin}"
     ),
     # Headings and columns.
     "Before and after": "训练前后",
@@ -206,21 +206,21 @@ CHINESE = {
         "“没有可测量的变化”表示差异在测量噪声之内：95% 区间重叠，或按文档、提示词配对的差异不显著。"
     ),
     "The reward model {path} scores each model's greedy answers to the held-out preference prompts.": (
-        "奖励模型 {path} 给每个模型对留出偏好提示词的贪心解码回答打分。"
+        "奖励模型 {path} 给每个模型对验证用的偏好提示词的贪心解码回答打分。"
     ),
     "The tasks are in {file}; the rewards of grpo_training.py judge the replies.": (
         "任务在 {file} 中；由 grpo_training.py 的奖励函数判定回复。"
     ),
     "Greedy answers to questions of {file}. A correct answer is the reference; what was not taught, it should "
-    "decline.": "对 {file} 中问题的贪心解码回答。正确的回答与参考答案相同；没有教过的应拒答。",
+    "decline.": "对 {file} 中问题的贪心解码回答。正确的回答与参考答案相同；没有教过的应回答不知道。",
     "Fixed rows of {file}, spread over its categories; greedy answers.": "{file} 中固定的几行，覆盖各类别；贪心解码。",
     "Greedy replies to held-out tasks. The reward accuracy decides which are correct.": (
-        "对留出任务的贪心解码回复，由奖励 accuracy 判定是否正确。"
+        "对验证用的任务的贪心解码回复，由奖励 accuracy 判定是否正确。"
     ),
     "Greedy answers to held-out prompts. A good answer contains a string of each required group and is readable.": (
-        "对留出提示词的贪心解码回答。合格的回答包含每组要求中的至少一项，并且文字可读、正常结束。"
+        "对验证用的提示词的贪心解码回答。好回答包含每组要求中的至少一项，并且文字可读、正常结束。"
     ),
-    "Held-out pairs in {file}.": "留出的偏好对在 {file} 中。",
+    "Held-out pairs in {file}.": "验证用的偏好对在 {file} 中。",
     "The reward model {path} gives each answer a score: accuracy {share}, mean margin {margin}.": (
         "奖励模型 {path} 给每个回答打分：准确率 {share}，平均差值 {margin}。"
     ),
@@ -259,7 +259,7 @@ def chart_texts(name: str, label: str) -> Mapping[str, str]:
     return {
         f"{name}: {label}": f"{name}：{chinese}",
         f"train {label}": f"训练数据的{chinese}",
-        f"held-out {label}": f"留出数据的{chinese}",
+        f"held-out {label}": f"验证数据的{chinese}",
         label: chinese,
         "step": CHINESE["step"],
         "no values were logged": CHINESE["no values were logged"],
