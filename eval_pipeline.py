@@ -15,7 +15,7 @@ List the models in the order of training.
   per token. With sums over the tokens the shorter answer of a pair would win, whatever it says.
 - Good answers (--preference_file): greedy answers to the prompts whose rows have
   `"meta": {"required": [["cardiology"], ["ambulance", "emergency"]]}`: a good one contains at least one string of each
-  group, ignoring case.
+  group, ignoring case, and is fluent: it ends, and has no loops, broken characters or words of another language.
 - Reward model accuracy (--reward_model): the share of the same pairs whose chosen answer the reward model scores
   higher, and the mean difference of the two scores (margin).
 - Reward model score (--reward_model): the mean score of each model's greedy answers to the same prompts. An answer
