@@ -313,6 +313,8 @@ LEARNED = [
 class Judge:
     """A reward model that knows two answers."""
 
+    model = None
+
     def encode(self, messages, tools):
         return [messages[-1]["content"]]
 
@@ -781,6 +783,8 @@ def test_held_out_prompts_are_not_trained_on(work, tmp_path):
 
 class Arms:
     """A reward model with two arms: the answer `a` is worth 1, all others 0."""
+
+    model = None
 
     def encode(self, messages, tools):
         return list(messages[-1]["content"].encode())
