@@ -103,6 +103,7 @@ def main() -> None:
     from medicalgpt.data.encoding import encode_chat
     from medicalgpt.models import loading
     from medicalgpt.models.templating import stop_token_ids
+    from medicalgpt.training.few_rows import follow_rows
     from medicalgpt.training.images import choose_rows, render_samples, use_vision
     from medicalgpt.training.runs import Run
     from medicalgpt.training.stream_trainer import check_flags, token_trainer
@@ -148,6 +149,8 @@ def main() -> None:
         bf16=args.bf16,
         with_towers=vision is not None,
     )
+
+    follow_rows(run, model, train, validation, use_peft=lora_args.use_peft)
 
     # 5 trainer
     trainer = token_trainer(
