@@ -126,8 +126,7 @@ def main() -> None:
 
     # 3 data: each conversation is rendered by the template and masked; no answer is ever truncated
     encode = partial(
-        encode_chat,
-        tokenizer,
+        *(encode_chat, tokenizer),
         max_length=args.model_max_length,
         train_on_inputs=args.train_on_inputs,
         mask_history=args.mask_history,
@@ -149,7 +148,6 @@ def main() -> None:
         bf16=args.bf16,
         with_towers=vision is not None,
     )
-
     follow_rows(run, model, train, validation, use_peft=lora_args.use_peft)
 
     # 5 trainer
