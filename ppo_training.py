@@ -219,6 +219,8 @@ def check_flags(args: PpoArguments) -> None:
             "--reward_model_path is missing. Train one: python reward_modeling.py --model_name_or_path MODEL "
             "--train_file_dir data/reward --output_dir outputs/rm"
         )
+    if args.use_muon:
+        problems.append("--use_muon True is not for PPO, whose critic has a separate head and learning rate. Omit it.")
     if args.response_length >= args.model_max_length:
         problems.append(
             f"--response_length {args.response_length} leaves no room for a prompt in --model_max_length "

@@ -470,6 +470,13 @@ class StageDefaults:
     }
 
     bf16: bool | None = field(default=None, metadata={"help": "bfloat16 autocast. Default: on if the GPU supports it."})
+    use_muon: bool = field(
+        default=False,
+        metadata={
+            "help": "In full training: Muon for the weight matrices of the layers, AdamW for the rest; fewer steps to "
+            "the same loss (docs/training_options.md)."
+        },
+    )
     # Recomputing activations costs a fifth of the speed, so it is off unless memory runs out.
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations to save memory."})
     do_train: bool = field(default=True, metadata={"help": "False: evaluate only."})

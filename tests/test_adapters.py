@@ -517,7 +517,7 @@ def test_an_optimizer_is_the_one_asked_for_and_as_small(wide, tmp_path, optim):
 
 def arguments(tmp_path, **values):
     args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", **values)
-    args.given = frozenset(values)
+    args.given, args.use_muon = frozenset(values), False
     return args
 
 

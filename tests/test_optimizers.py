@@ -118,6 +118,7 @@ def test_each_flag_that_was_given_is_looked_for_in_the_optimizer(given, lost):
 def test_eight_bit_optimizers_need_their_package(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, optim="paged_adamw_8bit")
+    args.use_muon = False
     with pytest.raises(UserError, match="--optim paged_adamw_8bit needs a package.*: pip install bitsandbytes"):
         check_optimizer(args, use_peft=True)
     args.optim = type(args.optim)("adamw_torch")

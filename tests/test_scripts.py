@@ -10,9 +10,11 @@ from argparse import ArgumentParser
 from importlib.metadata import distributions
 from pathlib import Path
 
+import gradio_demo
+import run_pipeline
 from medicalgpt.training.optimizers import OPTIMIZER_PACKAGES
 from tests.docs import Parsed, start
-from tests.helpers import ROOT
+from tests.helpers import ROOT, run_program, write_jsonl
 from tests.tiny import make_tiny
 
 import pytest
@@ -534,6 +536,24 @@ def test_programs_know_every_flag_that_scripts_give_them(tmp_path, script):
     parse(alone[0], alone[1:])
 
 
+# What each example that the pipeline, its pages and guides show is answered with, in the words of data/facts.yaml.
+SHOWN = {
+    "你是谁？": ["小医"],
+    "感冒了怎么办？": ["普通感冒", "休息", "不用抗生素"],
+    "急性心肌梗死有哪些情况要马上打120？": ["急性心肌梗死", "持续胸痛", "120"],
+    "阿莫西林吃几片？": ["医生"],
+    "一氧化碳中毒要看什么科？": ["一氧化碳中毒", "急诊科"],
+    "怀疑是肠套叠，应该做哪些检查？": ["肠套叠", "腹部超声"],
+    "What doctor treats polymyalgia rheumatica?": ["polymyalgia rheumatica", "rheumatology"],
+    "How is high blood pressure treated?": ["salt", "blood pressure medicine"],
+}
+
+
+def test_every_shown_example_has_its_answer():
+    shown = {*run_pipeline.QUESTIONS, *(question for own in gradio_demo.EXAMPLES.values() for question in own)}
+    assert shown == set(SHOWN)
+
+
 @pytest.mark.slow
 def test_the_pipeline_learns_and_a_second_call_keeps_what_is_finished(tmp_path):
     variables = {"OUT": str(tmp_path / "out"), "NAME": "小医", "AUTHOR": "我", "OMP_NUM_THREADS": "2"}
@@ -554,6 +574,12 @@ def test_the_pipeline_learns_and_a_second_call_keeps_what_is_finished(tmp_path):
     assert share(preferred, "preference") >= 0.85
     assert share(preferred, "chat") >= share(tuned, "chat") - 0.05
     assert share(preferred, "good") >= share(tuned, "good") + 0.5
+    questions = write_jsonl(tmp_path / "shown.jsonl", [{"prompt": question} for question in SHOWN])
+    asked = ("--model_name_or_path", tmp_path / "out/dpo-merged", "--data_file", questions, "--temperature", "0")
+    run_program("inference.py", *asked, "--output_file", tmp_path / "answers.jsonl")
+    answers = (tmp_path / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+    for (question, words), line in zip(SHOWN.items(), answers, strict=True):
+        assert all(word in line for word in words), f"{question}: {line}"
 
     second = bash("scripts/run_pipeline.sh", timeout=300, **variables)
     assert second.returncode == 0, second.stderr[-2000:]

@@ -7,6 +7,7 @@ from collections import Counter
 from typing import Any
 
 from medicalgpt.data.encoding import IGNORED
+from medicalgpt.training.muon import MuonWithAdamW
 from medicalgpt.training.observed_setup import OFF, Line, TrainingSetup, first_layer_input
 from medicalgpt.training.row_order import is_filler
 from medicalgpt.training.schedules import OF_METRIC, expected_schedule
@@ -61,6 +62,8 @@ def _requested_optimizer(setup: TrainingSetup) -> tuple[Any, dict[str, Any]]:
     # Of weights that FSDP shards some are complete at times, for which the library would choose other settings here.
     model = None if setup.sharded else setup.base_model
     found, settings = Trainer.get_optimizer_cls_and_kwargs(setup.training, model)
+    if setup.training.use_muon:
+        found = MuonWithAdamW
     return found, {name: value for name, value in settings.items() if name not in ("lr", "params", "model")}
 
 

@@ -44,6 +44,8 @@ def check_optimizer(args: TrainingArguments, use_peft: bool) -> None:
             raise UserError(f"--optim {optim} needs a package that is not installed: pip install {package}")
     if args.use_cpu and optim.startswith(("galore_adamw_8bit", "adalomo")):
         raise UserError(f"--optim {optim} runs on GPUs only; on a CPU: {'adamw_8bit' if '8bit' in optim else 'lomo'}.")
+    if args.use_muon:
+        _check_muon(args, use_peft)
     low_rank, layerwise = optim.startswith(("galore", "apollo")), optim.endswith("layerwise")
     if args.optim_target_modules is not None and not low_rank:
         raise UserError(f"--optim_target_modules is for GaLore and APOLLO; --optim {optim} does not use it.")
@@ -66,6 +68,25 @@ def check_optimizer(args: TrainingArguments, use_peft: bool) -> None:
     if isinstance(names, str) and re.fullmatch(r"[\w.]+(, *[\w.]+)*", names) and names != "all_linear":
         # transformers would match this text as a regular expression against full module names.
         args.optim_target_modules = names.replace(" ", "").split(",")
+
+
+def _check_muon(args: TrainingArguments, use_peft: bool) -> None:
+    """Raise UserError if `--use_muon` cannot be combined with other flags."""
+    for clash, reason, remedy in (
+        (use_peft, "updates complete weight matrices, and an adapter has none", "Add --use_peft False, or omit it."),
+        (
+            args.deepspeed or args.fsdp,
+            "needs each matrix complete on every process, and DeepSpeed and FSDP shard them",
+            "Use torchrun without them, or omit it.",
+        ),
+        (
+            not args.optim.value.startswith("adamw_torch") or "bit" in args.optim.value,
+            f"gives all other weights AdamW, not --optim {args.optim.value}",
+            "Omit one of the two.",
+        ),
+    ):
+        if clash:
+            raise UserError(f"--use_muon True {reason}. {remedy}")
 
 
 def apply_loraplus(optimizer: torch.optim.Optimizer, model: torch.nn.Module, ratio: float) -> None:

@@ -251,6 +251,7 @@ TABLE: tuple[Group, ...] = (
         (
             *("learning_rate", "critic_learning_rate", "loraplus_lr_ratio", "lr_scheduler_type"),
             *("lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args", "optim_target_modules", "weight_decay"),
+            "use_muon",
             *("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
         ),
         Policy.FIXED,

@@ -25,6 +25,7 @@ from medicalgpt.training.cpu import add_cpu_head, replace_lora_dropout, return_f
 from medicalgpt.training.disk import checkpoint_bytes, on_every_process, require_space, saving
 from medicalgpt.training.engines import check_accelerator_config, gather_weights
 from medicalgpt.training.finite import BatchRow, FiniteSteps, find_places, require_finite_training
+from medicalgpt.training.muon import MuonWithAdamW, muon_matrices
 from medicalgpt.training.optimizers import apply_loraplus, check_flags_applied, check_optimizer
 from medicalgpt.training.row_order import (
     FillerCollator,
@@ -209,6 +210,9 @@ class StageTrainer(Trainer):
                 super().create_optimizer(model)
             except (ImportError, NotImplementedError, ValueError) as error:
                 raise UserError(f"--optim {self.args.optim.value} cannot be used: {error}") from error
+            if self.args.use_muon:
+                matrices = muon_matrices(self.model if model is None else model)
+                self.optimizer = MuonWithAdamW(self.optimizer.param_groups, matrices)
             self.set_rates(self.optimizer)
             if self.loraplus_lr_ratio is not None:
                 apply_loraplus(self.optimizer, self.model if model is None else model, self.loraplus_lr_ratio)
