@@ -47,6 +47,8 @@ class FinetuningArguments(TemplateArguments, StageDefaults, SFTConfig):
     HELP: ClassVar[dict[str, str]] = {
         "packing": "Pack several conversations into each sequence of --model_max_length; they do not attend to each "
         "other.",
+        "num_train_epochs": "Epochs. Default: 3; more if the rows are so few that 3 are less than 200 steps "
+        "(docs/few_rows.md).",
     }
 
     output_dir: str = field(default="outputs-sft", metadata={"help": "Where the result goes."})
@@ -80,7 +82,10 @@ class FinetuningArguments(TemplateArguments, StageDefaults, SFTConfig):
         metadata={"help": "group_by_length, or random.", "choices": ["group_by_length", "random"]},
     )
     # None: 2e-4 for adapters, 2e-5 for all weights, which would forget at the rate that suits an adapter.
-    learning_rate: float | None = field(default=None, metadata={"help": "Default: 2e-4 for adapters, 2e-5 without."})
+    learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Default: 2e-4 for adapters, 2e-5 without; higher for tiny models with few rows."},
+    )
 
     def __post_init__(self):
         if self.train_on_inputs and self.mask_history:
