@@ -47,6 +47,8 @@ class FinetuningArguments(TemplateArguments, StageDefaults, SFTConfig):
     HELP: ClassVar[dict[str, str]] = {
         "packing": "Pack several conversations into each sequence of --model_max_length; they do not attend to each "
         "other.",
+        "num_train_epochs": "Epochs. Default: 3; more if the rows are so few that 3 are less than 200 steps "
+        "(docs/few_rows.md).",
     }
 
     output_dir: str = field(default="outputs-sft", metadata={"help": "Where the result goes."})
@@ -80,7 +82,10 @@ class FinetuningArguments(TemplateArguments, StageDefaults, SFTConfig):
         metadata={"help": "group_by_length, or random.", "choices": ["group_by_length", "random"]},
     )
     # None: 2e-4 for adapters, 2e-5 for all weights, which would forget at the rate that suits an adapter.
-    learning_rate: float | None = field(default=None, metadata={"help": "Default: 2e-4 for adapters, 2e-5 without."})
+    learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Default: 2e-4 for adapters, 2e-5 without; higher for tiny models with few rows."},
+    )
 
     def __post_init__(self):
         if self.train_on_inputs and self.mask_history:
@@ -103,6 +108,7 @@ def main() -> None:
     from medicalgpt.data.encoding import encode_chat
     from medicalgpt.models import loading
     from medicalgpt.models.templating import stop_token_ids
+    from medicalgpt.training.few_rows import follow_rows
     from medicalgpt.training.images import choose_rows, render_samples, use_vision
     from medicalgpt.training.runs import Run
     from medicalgpt.training.stream_trainer import check_flags, token_trainer
@@ -125,8 +131,7 @@ def main() -> None:
 
     # 3 data: each conversation is rendered by the template and masked; no answer is ever truncated
     encode = partial(
-        encode_chat,
-        tokenizer,
+        *(encode_chat, tokenizer),
         max_length=args.model_max_length,
         train_on_inputs=args.train_on_inputs,
         mask_history=args.mask_history,
@@ -148,6 +153,7 @@ def main() -> None:
         bf16=args.bf16,
         with_towers=vision is not None,
     )
+    follow_rows(run, model, train, validation, use_peft=lora_args.use_peft)
 
     # 5 trainer
     trainer = token_trainer(

@@ -33,6 +33,7 @@ OTHER_SCRIPTS = (
     "check_environments",
     "try_newest",
     "run_multinode",
+    "train_my_data",
 )
 STAGE_SCRIPTS = [path for path in SCRIPTS if path.stem not in OTHER_SCRIPTS]
 

@@ -176,6 +176,12 @@ class ResumedRun:
         self.given = frozenset().union(*(getattr(group, "given", ()) for group in groups))
         self.defaults = {field.name: field.default for group in groups for field in dataclasses.fields(group)}
 
+    def defaults_from_rows(self) -> dict[str, Any]:
+        """`values` of flags that followed from the number of rows and are still not set, with the `reason`."""
+        found = self.before.get("defaults_from_rows") or {"values": {}, "reason": ""}
+        values = {name: value for name, value in found["values"].items() if name not in self.given}
+        return {"values": values, "reason": found["reason"]}
+
     def require_same(self, record: Mapping[str, Any], output_dir: Path) -> list[Any]:
         """Compare, and log what has changed and may change.
 

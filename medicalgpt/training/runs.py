@@ -144,6 +144,8 @@ class Run:
         if self.claim.finished:
             self._end_finished()
         self.resumed = ResumedRun(self.resume_from, self.groups) if self.resume_from else None
+        if self.resumed:
+            self.set_defaults(**self.resumed.defaults_from_rows())
         if training.disable_tqdm is False and not sys.stderr.isatty():
             training.disable_tqdm = True
         explain_with(self._explain)
@@ -174,12 +176,22 @@ class Run:
             UserError: the run that has finished had other settings.
         """
         self.lock.release()
-        ResumedRun(str(self.output_dir), self.groups).require_finished(self.record)
+        finished = ResumedRun(str(self.output_dir), self.groups)
+        self.set_defaults(**finished.defaults_from_rows())
+        finished.require_finished(self.record)
         logger.info(
             f"the run in {self.output_dir} has already finished, so nothing is left to do. To train it again and "
             "replace it: --overwrite_output_dir True"
         )
         sys.exit(0)
+
+    def set_defaults(self, values: dict[str, Any], reason: str) -> None:
+        """Set flags that the user has not set to what the number of rows suggests, and record it."""
+        for name, value in values.items():
+            setattr(self.training, name, value)
+            setattr(self.requested, name, value)
+        self.record["arguments"] |= values
+        self.record |= {"defaults_from_rows": {"reason": reason, "values": values}} if values else {}
 
     def add_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Record the tokenizer with its template in run.json, and compare a resumed run with the one before.
