@@ -286,6 +286,7 @@ def test_full_training_on_packed_blocks(work, adapter):
             "--per_device_train_batch_size",
             1,
             "--bf16",
+            "--verbose",
         ),
         model="adapter",
     )
