@@ -1,6 +1,7 @@
 """What a person sees on a terminal: read from a real pseudo terminal, as wide as two common ones."""
 
 import fcntl
+import logging
 import os
 import pty
 import re
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import termios
 
+from medicalgpt import KNOWN_MESSAGES
 from medicalgpt.training.observed import OFF, Line, as_summary, as_table
 from medicalgpt.training.plots import loss_line
 from tests.helpers import ROOT, save_model, write_jsonl
@@ -92,7 +94,7 @@ def test_a_short_run_on_a_terminal(sft, columns, more):
     evaluations = [line.split("  eval_loss")[0].split("eval_loss")[0] for line in lines if "eval_loss" in line]
     assert evaluations == ["INFO    step 0/4 (0%)", "INFO    "]
     assert "observed as requested" in text and "optimizer  " not in text
-    assert "Failed to load" not in text
+    assert "Failed to load" not in text and "[transformers]" not in text
     # Colours begin a line of the log: what stands before one on its line is torn.
     torn = [
         line for line in lines if re.search(r"\S.*(INFO   |WARNING) ", line) or re.search(r"it/s.*(step|next:) ", line)
@@ -121,3 +123,9 @@ def test_settings_are_one_line_unless_one_differs():
     assert as_summary([same, idle]) == ["settings       1 observed as requested; --verbose True shows all"]
     assert ", 1 not observed (rate);" in as_summary([same, unseen])[0]
     assert as_summary([same, idle, differs]) == as_table([same, idle, differs])
+
+
+@pytest.mark.parametrize(("name", "text", "reason"), KNOWN_MESSAGES, ids=[name for name, *_ in KNOWN_MESSAGES])
+def test_only_the_known_message_of_a_library_is_kept_out(name, text, reason):
+    known, unknown = (logging.makeLogRecord({"name": name, "msg": msg}) for msg in (f"{text} here", "Out of paper"))
+    assert not logging.getLogger(name).filter(known) and logging.getLogger(name).filter(unknown) and reason
