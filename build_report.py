@@ -1,5 +1,7 @@
 """Show what training changed: a before/after table on the terminal, and a single HTML page without network requests.
 
+The page is in English and in Chinese, with a switch; --lang chooses the language of the table and of the page at first.
+
     python build_report.py --eval_file outputs/eval.json --runs pt=outputs/pt sft=outputs/sft dpo=outputs/dpo \\
         --output_file outputs/report.html
 
@@ -10,6 +12,7 @@ per document, scores of a reward model by the paired difference per prompt.
 """
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -22,6 +25,27 @@ from datetime import datetime
 from pathlib import Path
 
 from medicalgpt.errors import UserError, run_main
+from medicalgpt.evaluation.fluency import UNENDED
+from medicalgpt.evaluation.report_runs import (
+    merges_of,
+    missing_signal,
+    near,
+    parent_of,
+    run_warnings,
+    series_of,
+)
+from medicalgpt.evaluation.report_texts import (
+    HIGHER_HELD_OUT,
+    LANGUAGES,
+    LOSS_OF_STAGE,
+    LOSSES,
+    MEASURES,
+    STAGES,
+    both,
+    chart_texts,
+    either,
+    in_language,
+)
 from medicalgpt.evaluation.significance import (
     Verdict,
     compare_perplexity,
@@ -41,9 +65,12 @@ MAX_BYTES = 500_000
 # A model that never stops fills a page; the complete answer is in the results of the evaluation.
 MAX_SHOWN_CHARACTERS = 1_200
 MAX_SHOWN_SAMPLES = 6
+# Of a kind; further ones are folded.
+MAX_OPEN_EXAMPLES = 4
 SHOWN_METRICS = ("loss", "perplexity", "accuracy", "reward", "margin")
 EXACT = "exact match (held-out phrasings)"
 EVERYDAY = "correct answers (everyday questions)"
+DECLINED = "declined (was not taught)"
 NEEDLESS = "declined needlessly (everyday questions)"
 CORRECT_TASKS = "correct answers (held-out tasks)"
 CORRECT_FORMAT = "correct format (held-out tasks)"
@@ -72,11 +99,6 @@ CURVES = {
 }
 # The rewards of single functions, one line each in one chart.
 FUNCTION_REWARD = re.compile(r"(eval_)?rewards/(.+)/mean")
-# What a run logs at every step if no answer gets more than another, so that nothing can be learned.
-NO_SIGNAL = {
-    "frac_reward_zero_std": (1.0, "in every group, all answers got the same reward"),
-    "score_std": (0.0, "in every step, all answers got the same score"),
-}
 
 
 @dataclass
@@ -96,7 +118,7 @@ def score_row(scores: list[dict | None]) -> TableRow:
     for score in scores:
         known = [value for value in (score or {}).get("scores", ()) if value is not None]
         row.cells.append(_significant(score["mean"]) if known else "-")
-        count = f"{len(known):,} answers" if known else ""
+        count = f"n = {len(known):,}" if known else ""
         if len(known) > 1:
             spread = math.sqrt(sum((value - score["mean"]) ** 2 for value in known) / (len(known) - 1))
             count = f"± {_significant(spread / math.sqrt(len(known)))}, {count}"
@@ -106,7 +128,9 @@ def score_row(scores: list[dict | None]) -> TableRow:
 
 def summary_rows(models: list[dict], reward: dict | None = None) -> list[TableRow]:
     """Return the rows of the before/after table, for what was measured in at least one model."""
-    rows = []
+    # Plain questions first: they are what a reader would ask.
+    labels = {EVERYDAY: "everyday", DECLINED: "declined", NEEDLESS: "needless"}
+    rows = share_rows(models, labels)
     texts = [model.get("text") for model in models]
     if any(texts):
         rows.append(
@@ -121,22 +145,20 @@ def summary_rows(models: list[dict], reward: dict | None = None) -> list[TableRo
     if any(chats):
         rows.append(share_row(EXACT, chats, "correct"))
         rows.append(share_row("stops by itself", chats, "stopped"))
-    labels = {EVERYDAY: "everyday", "declined (was not taught)": "declined", NEEDLESS: "needless"}
-    labels |= {"preference accuracy (held-out pairs)": "preference", "good answers": "good"}
-    for label, key in labels.items():
-        counts = [model.get(key) for model in models]
-        if any(counts):
-            rows.append(share_row(label, counts))
-            if label == NEEDLESS:
-                # Fewer are better, and the row of correct answers gives the verdict.
-                rows[-1].verdicts = [None] * len(models)
+    rows += share_rows(models, {"preference accuracy (held-out pairs)": "preference", "good answers": "good"})
     scores = [((reward or {}).get("models") or {}).get(model["name"]) for model in models]
     if any(scores):
         rows.append(score_row(scores))
-    for label, key in ((CORRECT_TASKS, "task"), (CORRECT_FORMAT, "task_format")):
-        counts = [model.get(key) for model in models]
-        if any(counts):
-            rows.append(share_row(label, counts))
+    return rows + share_rows(models, {CORRECT_TASKS: "task", CORRECT_FORMAT: "task_format"})
+
+
+def share_rows(models: list[dict], keys: dict[str, str]) -> list[TableRow]:
+    """Return a row for each label whose counts, under its key of the results, at least one model has."""
+    rows = [share_row(label, counts) for label, key in keys.items() if any(counts := [m.get(key) for m in models])]
+    for row in rows:
+        if row.label == NEEDLESS:
+            # Fewer are better, and the row of correct answers gives the verdict.
+            row.verdicts = [None] * len(models)
     return rows
 
 
@@ -152,7 +174,7 @@ def preference_rows(models: list[dict], reward: dict | None) -> list[TableRow]:
         # The reward model is not a stage after the last model.
         row.verdicts[-1] = None
         if row.label in reward["by_category"]:
-            row.details[-1] = f"margin {_significant(reward['by_category'][row.label]['margin'])}"
+            row.details[-1] = _significant(reward["by_category"][row.label]["margin"])
     return rows
 
 
@@ -173,7 +195,7 @@ def share_row(label: str, counts: list[dict | None], key: str = "correct") -> Ta
             continue
         low, high = wilson_interval(*pair)
         row.cells.append(f"{pair[0]:,}/{pair[1]:,} ({pair[0] / pair[1]:.1%})")
-        row.details.append(f"95%: {100 * low:.1f} to\N{NO-BREAK SPACE}{high:.1%}")
+        row.details.append(f"95%: {100 * low:.1f}\N{WORD JOINER}–\N{WORD JOINER}{high:.1%}")
         row.shares.append(pair[0] / pair[1])
     row.verdicts = _between(pairs, compare_shares)
     return row
@@ -201,30 +223,36 @@ def text_table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(out)
 
 
-def terminal_summary(models: list[dict], reward: dict | None = None) -> str:
+def terminal_summary(models: list[dict], reward: dict | None = None, language: str = "en") -> str:
     """Return the plain text that ends a pipeline run: the table, the categories, and what changed."""
+
+    def said(text: str) -> str:
+        return in_language(text, language)
+
     names = [model["name"] for model in models]
     rows, lines = summary_rows(models, reward), []
     details = {EXACT: "chat", CORRECT_TASKS: "task", CORRECT_FORMAT: "task_format"}
     for row in rows:
-        lines.append([row.label, *row.cells])
+        lines.append([said(row.label), *row.cells])
         categories = category_rows(models, details[row.label]) if row.label in details else []
         if len(categories) > 1:
             lines += [["  " + category.label, *category.cells] for category in categories]
     parts = [text_table(["", *names], lines)]
     changes = [
-        f"{row.label}, {names[index - 1]} -> {names[index]}: {verdict.text}"
+        f"{said(row.label)}, {names[index - 1]} -> {names[index]}: {said(verdict.text)}"
         for row in rows
         for index, verdict in enumerate(row.verdicts)
         if verdict
     ]
     if reward:
-        changes.append(f"reward model ({reward['path']}), held-out pairs: {_reward_text(reward)}")
+        share, margin = _reward_values(reward)
+        text = "reward model ({path}), held-out pairs: accuracy {share}, mean margin {margin}"
+        changes.append(said(text).format(path=reward["path"], share=share, margin=margin))
     return "\n".join([*parts, "", *changes])
 
 
-def _reward_text(reward: dict) -> str:
-    return f"accuracy {share_row('', [reward]).cells[0]}, mean margin {_significant(reward['margin'])}"
+def _reward_values(reward: dict) -> tuple[str, str]:
+    return share_row("", [reward]).cells[0], _significant(reward["margin"])
 
 
 def curves_of(name: str, events: list[dict]) -> list[dict]:
@@ -240,36 +268,26 @@ def curves_of(name: str, events: list[dict]) -> list[dict]:
     for label, caption, series in curves:
         series = {line: points for line, points in series.items() if points}
         if series:
-            drawn.append({"svg": Markup(svg_curve(series, f"{name}: {label}", y_label=label)), "caption": caption})
+            drawn.append({"svg": chart(name, label, series), "caption": caption})
     return drawn
+
+
+def chart(name: str, label: str, series: dict[str, list[tuple[float, float]]]) -> Markup:
+    """Return the chart of `label` of the run `name`, in both languages: held-out values as dots on the same axes."""
+    held_out = {line for line in series if line.startswith("held-out ")}
+    texts = chart_texts(name, label)
+    return Markup(svg_curve(series, f"{name}: {label}", y_label=label, held_out=held_out, chinese=texts))
+
+
+def ends_above(series: dict[str, list[tuple[float, float]]], line: str, other: str) -> bool:
+    """Whether the last value of a series is above that of another; False if one has none."""
+    return bool(series.get(line) and series.get(other)) and series[line][-1][1] > series[other][-1][1]
 
 
 def function_rewards(events: list[dict]) -> dict[str, list[tuple[float, float]]]:
     """Return the points of each reward function's mean, by its name."""
     found = {key: match for event in events for key in event if (match := FUNCTION_REWARD.fullmatch(key))}
     return {("held-out " if match[1] else "") + match[2]: series_of(events, key) for key, match in found.items()}
-
-
-def series_of(events: list[dict], *keys: str) -> list[tuple[float, float]]:
-    """Return the (step, value) points that were logged under one of `keys`."""
-    # A resumed run logs some steps again: the later event counts.
-    points = {
-        float(event["step"]): float(event[key])
-        for event in events
-        for key in keys
-        if "step" in event and isinstance(event.get(key), int | float)
-    }
-    return sorted(points.items())
-
-
-def missing_signal(events: list[dict]) -> str | None:
-    """Return why nothing can have been learned from the rewards of a run; None if it can, or without rewards."""
-    for key, (empty, reason) in NO_SIGNAL.items():
-        values = [value for _, value in series_of(events, key)]
-        # The standard deviation of equal numbers is 0 except for rounding.
-        if values and all(abs(value - empty) < 1e-5 for value in values):
-            return f"no learning signal: {reason}"
-    return None
 
 
 def read_json(path: Path, what: str) -> dict:
@@ -297,14 +315,14 @@ def read_run(name: str, folder: Path) -> dict:
     """
     run = read_json(folder / "run.json", "every training stage")
     events = read_metrics(folder)
-    series = loss_series(events)
+    loss = {line.replace("eval ", "held-out "): points for line, points in loss_series(events).items()}
     files = []
     for entry in run.get("data") or []:
         skipped = {reason: count for reason, count in (entry.get("left_out") or {}).items() if count}
         rows, used = entry.get("rows"), entry.get("used")
         files.append(
             {
-                "file": _near(str(entry.get("file"))),
+                "file": near(str(entry.get("file"))),
                 "side": entry.get("side", ""),
                 "rows": rows,
                 "used": used,
@@ -323,11 +341,11 @@ def read_run(name: str, folder: Path) -> dict:
                 raise UserError(f"{samples_file}:{number}: no prompt, before and after ({error!r}).") from None
     return {
         "name": name,
-        "folder": _near(str(folder)),
+        "folder": near(str(folder)),
         "stage": str(run.get("stage", name)).replace("_", " "),
-        "status": run.get("status", "unknown"),
+        "explained": STAGES.get(run.get("stage")),
         "seconds": run.get("seconds"),
-        "finished": run.get("finished"),
+        **parent_of(run),
         "command": command_line(run.get("command") or []),
         "versions": run.get("versions") or {},
         "metrics": {
@@ -339,9 +357,12 @@ def read_run(name: str, folder: Path) -> dict:
         "samples": samples[:MAX_SHOWN_SAMPLES],
         "samples_left": len(samples) - len(samples[:MAX_SHOWN_SAMPLES]),
         "steps": max((int(event["step"]) for event in events if "step" in event), default=0),
-        "svg": Markup(svg_curve(series, f"{name}: loss")),
+        "svg": chart(name, "loss", loss),
+        "loss_explained": LOSSES.get(run.get("stage"), LOSS_OF_STAGE),
+        "higher_held_out": HIGHER_HELD_OUT if ends_above(loss, "held-out loss", "train loss") else None,
         "curves": curves_of(name, events),
         "missing_signal": missing_signal(events),
+        "warnings": list(run_warnings(run, events, files, loss)),
     }
 
 
@@ -349,7 +370,7 @@ def command_line(command: list[str] | str) -> str:
     """Return a command that can be pasted, with relative paths below the working folder."""
     if isinstance(command, str):
         return command
-    parts = [_near(str(part)) for part in command]
+    parts = [near(str(part)) for part in command]
     if not parts:
         return ""
     if Path(parts[0]).name.startswith("python"):
@@ -359,8 +380,12 @@ def command_line(command: list[str] | str) -> str:
     return shlex.join(parts)
 
 
-def build_html(evaluation: dict, runs: list[dict], report_command: str) -> str:
-    """Return the page. Every text from a model, a file or a run is escaped."""
+def build_html(evaluation: dict, runs: list[dict], report_command: str, language: str = "en") -> str:
+    """Return the page. Every text from a model, a file or a run is escaped.
+
+    Args:
+        language: the one that is shown until the reader chooses the other, `en` or `zh`.
+    """
     models, reward = evaluation["models"], evaluation.get("reward")
     names = [model["name"] for model in models]
     cards = []
@@ -380,7 +405,7 @@ def build_html(evaluation: dict, runs: list[dict], report_command: str) -> str:
     notes = [(model["name"], note) for model in models for note in model.get("notes") or []]
     for name, scored in ((reward or {}).get("models") or {}).items():
         notes += [
-            (name, f"{count} of its answers were not scored: {reason}")
+            (name, both("{count} of its answers were not scored: {reason}", count=count, reason=reason))
             for reason, count in scored["not_scored"].items()
         ]
     commands = [(run["stage"], run["command"]) for run in runs if run["command"]]
@@ -393,11 +418,16 @@ def build_html(evaluation: dict, runs: list[dict], report_command: str) -> str:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
+    environment.globals.update(both=both, either=either, chinese=functools.partial(in_language, language="zh"))
     environment.filters["shown"] = _shown
     environment.filters["duration"] = _duration
     environment.filters["count"] = "{:,}".format
     return environment.get_template("report.html").render(
-        title="Before and after: " + " → ".join(names),
+        title=in_language("Before and after", language) + ": " + " → ".join(names),
+        language=language,
+        languages=LANGUAGES,
+        measures=MEASURES,
+        shown_examples=MAX_OPEN_EXAMPLES,
         written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %z"),
         models=models,
         names=names,
@@ -410,7 +440,8 @@ def build_html(evaluation: dict, runs: list[dict], report_command: str) -> str:
         notes=notes,
         runs=runs,
         reward=reward,
-        reward_text=_reward_text(reward) if reward else "",
+        reward_values=_reward_values(reward) if reward else (),
+        checkpoints=[*runs, *merges_of(models)],
         preferences=preference_rows(models, reward),
         examples=_with_answers(evaluation.get("examples") or [], models, "answers"),
         everyday_examples=_with_answers(evaluation.get("everyday_examples") or [], models, "everyday_answers"),
@@ -431,14 +462,16 @@ def _with_answers(examples: list[dict], models: list[dict], key: str) -> list[di
             if not model.get(key):
                 continue
             answer = model[key][index]
+            fault, reason = answer.get("fault"), answer["finish_reason"]
+            marks = [{"stop": "", "length": "did not stop"}.get(reason, reason)]
+            if not (fault == UNENDED and marks[0]):
+                marks.append(fault)
             answers.append(
                 {
                     "name": model["name"],
                     "text": _shown(answer["text"] or ""),
-                    "correct": answer["correct"],
-                    "mark": {"stop": "", "length": "did not stop"}.get(
-                        answer["finish_reason"], answer["finish_reason"]
-                    ),
+                    "correct": answer["correct"] and not fault,
+                    "marks": [mark for mark in marks if mark],
                 }
             )
         shown.append({**example, "answers": answers})
@@ -483,13 +516,6 @@ def _duration(seconds: float) -> str:
     return " ".join(f"{number} {unit}" for number, unit in parts if number) or "0 s"
 
 
-def _near(path: str) -> str:
-    """Make an absolute path below the working folder relative; other text stays as it is."""
-    if os.path.isabs(path) and Path(path).is_relative_to(Path.cwd()):
-        return os.path.relpath(path)
-    return path
-
-
 def _named_paths(values: list[str], flag: str) -> dict[str, Path]:
     named: dict[str, Path] = {}
     for value in values:
@@ -514,6 +540,12 @@ def check_output_file(path: Path) -> None:
         raise UserError(f"--output_file {path} exists and is not a report. Choose another file, or remove it first.")
 
 
+def language_of_the_system() -> str:
+    """Return `zh` if the messages of the system are in Chinese, otherwise `en`."""
+    set_to = next(filter(None, map(os.environ.get, ("LC_ALL", "LC_MESSAGES", "LANG"))), "")
+    return "zh" if set_to.startswith("zh") else "en"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -523,6 +555,13 @@ def main() -> None:
         "--runs", nargs="*", default=[], metavar="NAME=DIR", help="The output_dir of each stage, in order."
     )
     parser.add_argument("--output_file", type=Path, help="HTML page to write; unset: only the table is printed.")
+    parser.add_argument(
+        "--lang",
+        choices=LANGUAGES,
+        default=language_of_the_system(),
+        help="Language of the table, and of the page until the reader chooses the other: en or zh. Default: Chinese if "
+        "LC_ALL, LC_MESSAGES or LANG is, otherwise English.",
+    )
     parser.add_argument(
         "--expect_exact_match",
         type=float,
@@ -541,12 +580,12 @@ def main() -> None:
         raise UserError(f"{args.eval_file} has no models. Run eval_pipeline.py again with --models NAME=DIR.")
     runs = [read_run(name, folder) for name, folder in _named_paths(args.runs, "--runs").items()]
 
-    print(terminal_summary(models, evaluation.get("reward")))
+    print(terminal_summary(models, evaluation.get("reward"), args.lang))
     for run in runs:
-        if run["missing_signal"]:
-            print(f"notice: {run['name']} ({run['folder']}): {run['missing_signal']}")
+        for text, values in run["warnings"]:
+            print(f"notice: {run['name']} ({run['folder']}): {in_language(text, args.lang).format(**values)}")
     if args.output_file:
-        page = build_html(evaluation, runs, command_line(sys.argv)).encode("utf-8")
+        page = build_html(evaluation, runs, command_line(sys.argv), args.lang).encode("utf-8")
         args.output_file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(args.output_file, page)
         print(f"\nreport: {args.output_file} ({len(page) / 1000:,.0f} kB, opens without a network)")

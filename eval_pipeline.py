@@ -15,7 +15,7 @@ List the models in the order of training.
   per token. With sums over the tokens the shorter answer of a pair would win, whatever it says.
 - Good answers (--preference_file): greedy answers to the prompts whose rows have
   `"meta": {"required": [["cardiology"], ["ambulance", "emergency"]]}`: a good one contains at least one string of each
-  group, ignoring case.
+  group, ignoring case, and is fluent: it ends, and has no loops, broken characters or words of another language.
 - Reward model accuracy (--reward_model): the share of the same pairs whose chosen answer the reward model scores
   higher, and the mean difference of the two scores (margin).
 - Reward model score (--reward_model): the mean score of each model's greedy answers to the same prompts. An answer
@@ -55,6 +55,7 @@ from medicalgpt.evaluation.held_out import (
     read_held_out,
 )
 from medicalgpt.evaluation.measures import (
+    GeneratedAnswer,
     Judge,
     count_answers,
     count_preferences,
@@ -123,9 +124,9 @@ def task_rewards() -> tuple[str, dict[str, Judge]]:
     from medicalgpt.rewards.rewards import REWARDS, SYSTEM_PROMPT
 
     def judged_by(reward: Callable[..., list[float | None]]) -> Judge:
-        def is_correct(reply: str, task: Question) -> bool | None:
+        def is_correct(reply: GeneratedAnswer, task: Question) -> bool | None:
             columns = {name: [value] for name, value in task.columns.items()}
-            (score,) = reward([[{"role": "assistant", "content": reply}]], prompts=[task.messages], **columns)
+            (score,) = reward([[{"role": "assistant", "content": reply.text}]], prompts=[task.messages], **columns)
             return None if score is None else score >= 1
 
         return is_correct

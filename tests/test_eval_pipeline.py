@@ -14,6 +14,7 @@ from eval_pipeline import score_answers, task_rewards
 from medicalgpt.data.encoding import Pair
 from medicalgpt.errors import UserError
 from medicalgpt.evaluation import measures, results
+from medicalgpt.evaluation.fluency import BROKEN, MIXED, REPEATS, UNENDED, find_fault
 from medicalgpt.evaluation.held_out import (
     PreferencePair,
     Question,
@@ -37,6 +38,7 @@ from medicalgpt.models import hub
 from medicalgpt.rewards import rewards
 from medicalgpt.rewards.scoring import RewardScorer
 from medicalgpt.serving.generation import Answer
+from tests.helpers import ROOT
 from tests.tiny import END_OF_TEXT, make_tiny
 
 import pytest
@@ -182,16 +184,55 @@ def test_pairs_are_counted_by_category():
         ("神经内科", False),
         ("请立即拨打120或去急诊。", False),
         ("", False),
+        # Every keyword is there, and nobody would want this answer.
+        ("脑卒中建议挂神经内科。" + "请立即拨打120。" * 3, False),
+        ("脑卒中建议挂神经内科神经神经神经神经神经神经神经，请立即拨打120。", False),
+        ("\ufffd脑卒中建议挂神经内科。请立即拨打120。", False),
+        ("脑卒中建议挂神经内科 with sudden weakness。请立即拨打120。", False),
+        ("脑卒中建议挂神经内科。请立即拨打120，并", False),
     ],
 )
 def test_a_good_answer_holds_a_string_of_each_group(answer, good):
-    asked = Question("f:1", "zh", [], None, "", [["神经内科"], ["120", "急诊"]])
-    assert is_good(answer, asked) is good
+    asked = Question("f:1", "zh", [], None, "挂神经内科。", [["神经内科"], ["120", "急诊"]])
+    assert is_good(Answer(answer, "stop", 1, 1), asked) is good
+
+
+def test_an_answer_that_was_cut_off_is_not_good():
+    asked = Question("f:1", "zh", [], None, "", [["120"]])
+    assert is_good(Answer("拨打120。", "stop", 1, 1), asked) and not is_good(Answer("拨打120。", "length", 1, 1), asked)
+
+
+@pytest.mark.parametrize(
+    "answer, prompt, reference, fault",
+    [
+        ("哈哈哈哈哈哈", "笑一个", "", REPEATS),
+        ("call now call now call now", "?", "", REPEATS),
+        ("多休息，多喝水。量体温。多休息，多喝水。量血压。多休息，多喝水。", "发烧", "", REPEATS),
+        ("阿司匹林 100 mg，电话 11111111。\n--------\n| a | b |", "剂量", "", None),
+        ("做MRI和CT，查HbA1c，pH值。", "查什么", "", None),
+        ("用Dolo Brufen Panadol退烧。", "用Dolo Brufen Panadol退烧？", "", None),
+        ("See the 神经内科.", "Which department?", "Neurology.", MIXED),
+        ("He said “rest.”", "?", "Rest.", None),
+        ("B", "A or B?", "B", None),
+        ("Rest and", "?", "Rest.", UNENDED),
+        ("\x00", "?", "", BROKEN),
+    ],
+)
+def test_faults_are_found_and_fluent_answers_left_alone(answer, prompt, reference, fault):
+    assert find_fault(answer, "stop", prompt, reference) == fault
+
+
+def test_no_answer_of_the_sample_data_has_a_fault():
+    for file in ("reward/validation.jsonl", "everyday/questions.jsonl"):
+        for row in map(json.loads, (ROOT / "data" / file).read_text(encoding="utf-8").splitlines()):
+            *_, last = row["conversations"]
+            prompt, answer = (last, row["chosen"]) if "chosen" in row else (row["conversations"][-2], last["value"])
+            assert find_fault(answer, "stop", prompt["value"], answer) is None, answer
 
 
 def test_good_answers_may_have_capitals():
     asked = Question("f:1", "en", [], None, "", [["neurology"], ["call an ambulance"]])
-    assert is_good("Neurology. CALL AN AMBULANCE", asked)
+    assert is_good(Answer("Neurology. CALL AN AMBULANCE", "stop", 1, 1), asked)
 
 
 def test_a_question_that_requires_nothing_is_not_counted_among_good_answers():
@@ -391,7 +432,7 @@ def test_tasks_without_an_answer_are_named(tmp_path):
 def test_replies_to_tasks_are_judged_by_the_rewards_of_grpo(tmp_path, task, reply, right, formed):
     (asked,) = read_tasks(str(write_rows(tmp_path / "tasks.jsonl", [task])))
     _, judges = task_rewards()
-    assert {name: judge(reply, asked) for name, judge in judges.items()} == {
+    assert {name: judge(Answer(reply, "stop", 1, 1), asked) for name, judge in judges.items()} == {
         "correct answers": right,
         "correct format": formed,
     }
@@ -447,7 +488,7 @@ def test_models_are_measured(workplace, model, learned):
     }
     assert results["chat"] == {"file": "chat.jsonl", "rows": 3, "used": 3, "left_out": {}, "max_new_tokens": 48}
     shown = dict(zip([example["reference"] for example in results["examples"]], sft["answers"], strict=True))
-    assert shown["我是小医。"] == {"text": "我是小医。", "finish_reason": "stop", "correct": True}
+    assert shown["我是小医。"] == {"text": "我是小医。", "finish_reason": "stop", "correct": True, "fault": None}
     assert shown["我是小医"]["correct"] is False
     assert "exact match 2/3" in printed
 

@@ -153,3 +153,19 @@ def test_svg_of_a_long_series_stays_small_and_keeps_its_extremes():
 
 def test_svg_requests_nothing():
     assert not re.search(r"https?:|url\(|href", svg_curve({"loss": [(1, 1.0), (2, 2.0)]}, "t"))
+
+
+def test_svg_marks_what_is_held_out_and_writes_both_languages():
+    chinese = {"held-out loss": "留出数据的损失", "step": "步"}
+    series = {"train loss": [(1, 5.0), (9, 0.12)], "held-out loss": [(4, 4.0), (9, 3.86)]}
+    svg = svg_curve(series, "pt", held_out={"held-out loss"}, chinese=chinese)
+    train, held_out = ElementTree.fromstring(svg).iter("polyline")
+    assert held_out.get("stroke-dasharray") and not train.get("stroke-dasharray")
+    # One x axis for both: the last points are at the same place.
+    assert held_out.get("points").split(",")[-2].split()[-1] == train.get("points").split(",")[-2].split()[-1]
+    assert [node.text for node in classed(svg, "en")] == [
+        "step",
+        "held-out loss: 4.00 → 3.86",
+        "held-out loss 3.86",
+    ]
+    assert [node.text for node in classed(svg, "zh")] == ["步", "留出数据的损失: 4.00 → 3.86", "留出数据的损失 3.86"]

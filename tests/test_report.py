@@ -3,16 +3,22 @@
 import json
 import math
 import re
+import shutil
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import build_report
 from build_report import command_line, display_width, terminal_summary, text_table
 from medicalgpt.errors import UserError
+from medicalgpt.evaluation import report_texts
 from medicalgpt.evaluation.significance import SAME, compare_perplexity, compare_scores, compare_shares, wilson_interval
 
 import pytest
+from selenium import webdriver
 
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+DRIVER = shutil.which("chromedriver")
 QUESTION = "发生<b>胸痛</b>怎么办？"
 ATTACK = "<script>alert('x')</script><img src=https://example.com/x.png>"
 
@@ -218,24 +224,30 @@ def report(tmp_path, monkeypatch, capsys):
 
 
 class Elements(HTMLParser):
-    """Every tag with its attributes, and the text outside of style."""
+    """Every tag with its attributes, and the text outside of style that is shown in a language."""
 
-    def __init__(self, page):
+    def __init__(self, page, language="en"):
         super().__init__()
         self.tags, self.text, self.inside = [], [], []
+        self.other = {"en": "zh", "zh": "en"}[language]
         self.feed(page)
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
-        self.inside.append(tag)
+        if tag not in ("input", "br", "meta"):
+            self.inside.append((tag, dict(attrs).get("class")))
 
     def handle_endtag(self, tag):
-        while self.inside and self.inside.pop() != tag:
+        while self.inside and self.inside.pop()[0] != tag:
             pass
 
     def handle_data(self, data):
-        if "style" not in self.inside:
+        if not any(tag == "style" or name == self.other for tag, name in self.inside):
             self.text.append(data)
+
+
+def text_of(page, language="en"):
+    return " ".join(" ".join(Elements(page, language).text).split())
 
 
 def test_wilson_interval_against_published_values():
@@ -332,7 +344,7 @@ def test_page_escapes_what_a_model_said(report):
 
 def test_page_shows_answers_data_curves_commands_and_versions(report):
     page, _ = report()
-    text = " ".join(" ".join(Elements(page).text).split())
+    text = text_of(page)
     for expected in (
         "803/860 (93.4%)",
         SAME,
@@ -385,10 +397,10 @@ def test_preferences_are_rows_of_the_table():
 
 def test_page_shows_preferences(report):
     page, _ = report(evaluation=with_preferences(make_evaluation()))
-    text = " ".join(" ".join(Elements(page).text).split())
+    text = text_of(page)
     for expected in (
         "突然说不清话怎么办？",
-        "required: 神经内科 , and 120 or 急诊".replace(" ,", ","),
+        "required: 神经内科 , and 120 or 急诊 · reference: 挂神经内科，打120。",
         "挂神经内科，打120。",
         "✓ good",
         "98/100 (98.0%)",
@@ -408,7 +420,146 @@ def test_everyday_questions_are_rows_of_the_table_and_come_before_preferences(re
     assert needless.cells[-1] == "3/100 (3.0%)" and needless.verdicts == [None] * 3
     page, _ = report(evaluation=with_preferences(evaluation))
     assert page.index("Questions as people type them") < page.index("Preference prompts, before and after")
-    assert "感冒了咋办" in page and "✓ right" in page
+    assert "感冒了咋办" in page and "✓ correct" in text_of(page)
+
+
+def test_a_garbled_answer_is_not_shown_as_good(report):
+    evaluation = with_preferences(make_evaluation())
+    said = {**answer("挂神经内科，打120。" * 9, correct=True), "fault": "repeats itself"}
+    evaluation["models"][-1]["good_answers"] = [said]
+    page, _ = report(evaluation=evaluation)
+    assert "✓ good" not in text_of(page) and "dpo repeats itself 挂神经内科" in text_of(page)
+    assert "dpo 重复 挂神经内科" in text_of(page, "zh")
+
+
+def test_page_is_in_both_languages(report):
+    evaluation = with_reinforcement(with_everyday(make_evaluation()))
+    page, _ = report(evaluation=with_preferences(evaluation) | {"reward": evaluation["reward"]})
+    english, chinese = text_of(page), text_of(page, "zh")
+    for one, other in (
+        ("Each model compared with the one before it", "每个模型与前一个模型比较"),
+        ("Ends its answer before the limit of tokens.", "在 token 上限之前自己结束回答。"),
+        ("no measurable change", "没有可测量的变化"),
+        ("Fine-tuning (SFT): learns from conversations", "有监督微调（SFT）：从对话中学习"),
+        ("held-out loss 1.20", "验证数据的损失 1.20"),
+        ("made from", "来源"),
+    ):
+        assert one in english and other in chinese
+        assert one not in chinese and other not in english
+    # What is left of English is from models and files.
+    ours = chinese.partition("数据：每一行都有去向")[0].replace("too long for the reward model", "")
+    assert re.findall(r".{30} (?:the|is|of|answers|than) .{30}", ours) == []
+
+
+@pytest.mark.parametrize("flags, variables, language", [
+    ((), {}, "en"),
+    ((), {"LANG": "zh_CN.UTF-8"}, "zh"),
+    ((), {"LANG": "zh_CN.UTF-8", "LC_ALL": "C.UTF-8"}, "en"),
+    (("--lang", "zh"), {"LANG": "C"}, "zh"),
+])  # fmt: skip
+def test_the_first_language_is_that_of_the_system_or_of_the_flag(report, monkeypatch, flags, variables, language):
+    for name in ("LC_ALL", "LC_MESSAGES", "LANG"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    page, printed = report(*flags)
+    checked = [attributes["id"] for tag, attributes in Elements(page).tags if "checked" in attributes]
+    assert checked == [f"show-{language}"] and f'<html lang="{language}">' in page
+    assert ("完全匹配（没见过的问法）, pt -> sft: 升高" in printed) is (language == "zh")
+    assert ("exact match (held-out phrasings), pt -> sft: higher" in printed) is (language == "en")
+
+
+def test_every_text_of_the_template_has_its_twin():
+    template = Path(report_texts.__file__).with_name("report.html").read_text(encoding="utf-8")
+    found = set(re.findall(r'(?:both|either|cell)\("([^"]+)"', template))
+    assert len(found) >= 50 and found <= {*report_texts.CHINESE, "sha256"}
+    for one, other in report_texts.CHINESE.items():
+        assert set(re.findall(r"{\w+}", one)) == set(re.findall(r"{\w+}", other)), one
+
+
+def test_page_warns_of_what_went_wrong_in_a_run(tmp_path, monkeypatch):
+    folder = make_run(
+        tmp_path / "sft",
+        status="stopped",
+        observed=[{"name": "precision", "requested": "bf16", "observed": "fp32", "agrees": False}],
+        changed_on_resume=[{"checkpoint": "c", "changes": {"learning_rate": {}}}],
+        data=[{"file": "a.jsonl", "rows": 100, "used": 80, "left_out": {"too long": 20}}],
+    )
+    losses = [{"step": step, "loss": 1.0, "eval_loss": loss} for step, loss in ((5, 1.5), (10, 1.1), (15, 1.4))]
+    write_events(folder, [*losses, {"step": 20, "loss": None}])
+    assert [text.format(**values) for text, values in build_report.read_run("sft", folder)["warnings"]] == [
+        "the run's status is “stopped”, not “finished”",
+        "the loss was not finite at step 20",
+        "the held-out loss rose from 1.1 at step 10 to 1.4: trained too long or too fast",
+        "precision: requested bf16, observed fp32",
+        "resumed with other settings: learning_rate",
+        "20 of 100 rows of a.jsonl were skipped",
+    ]
+
+
+def test_page_shows_what_a_checkpoint_was_made_from(tmp_path, report):
+    merged = tmp_path / "dpo-merged"
+    merged.mkdir()
+    record = {"stage": "merge_peft_adapter", "adapter": "outputs/dpo", "base": {"name": "outputs/sft"}}
+    (merged / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    evaluation = make_evaluation()
+    evaluation["models"][-1]["path"] = str(merged)
+    page, _ = report(
+        evaluation=evaluation, parent="outputs/pt", arguments={"use_peft": True}, finished="2026-01-02T03:04:05+00:00"
+    )
+    text = text_of(page)
+    assert "outputs/pt supervised finetuning · adapter 2026-01-02 03:04" in text
+    assert f"{merged} outputs/sft + outputs/dpo merge -" in text
+
+
+@pytest.fixture(scope="module")
+def browser():
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
+        options.add_argument(flag)
+    with webdriver.Chrome(options, webdriver.ChromeService(DRIVER)) as driver:
+        yield driver
+
+
+# Elements, apart from drawings, that reach over the edge of the screen or hold more than they show.
+TOO_WIDE = """
+return [...document.querySelectorAll('main *')].filter(each => !each.closest('svg') && (
+  each.getBoundingClientRect().right > innerWidth + 0.5 || each.scrollWidth > each.clientWidth + 1
+  && getComputedStyle(each).display != 'inline' && each.clientWidth > 0
+)).map(each => each.tagName + '.' + each.className + ': ' + each.textContent.trim().slice(0, 60))
+"""
+
+# Words in tables and cards, apart from paths, that are written on two lines.
+BROKEN_WORDS = """
+const broken = [], range = document.createRange()
+for (const box of document.querySelectorAll('td, th, .cards, figcaption')) {
+  const walker = document.createTreeWalker(box, NodeFilter.SHOW_TEXT)
+  for (let node; node = walker.nextNode();) for (const word of node.data.matchAll(/[A-Za-z0-9.,%]+/g)) {
+    if (node.parentElement.closest('code')) continue
+    range.setStart(node, word.index)
+    range.setEnd(node, word.index + word[0].length)
+    if (range.getClientRects().length > 1) broken.push(word[0])
+  }
+}
+return broken
+"""
+
+
+@pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs Chromium and its driver (Debian: chromium-driver)")
+def test_nothing_is_wider_than_a_phone(report, tmp_path, browser):
+    evaluation = with_preferences(with_everyday(make_evaluation()))
+    report(evaluation=evaluation)
+    phone = {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    browser.get((tmp_path / "out" / "report.html").as_uri())
+    for language, heading, other in (("zh", "警告", "Warnings"), ("en", "measurable", "没有可测量的变化")):
+        # The switch is a label, as a finger would press it.
+        browser.execute_script(f"document.querySelector('label[for=show-{language}]').click()")
+        shown = browser.execute_script("return document.body.innerText")
+        assert other not in shown and (heading in shown or language == "zh")
+        assert browser.execute_script("return document.documentElement.scrollWidth") == 390
+        assert browser.execute_script(TOO_WIDE) == browser.execute_script(BROKEN_WORDS) == []
 
 
 def test_page_without_preferences_has_no_such_sections(report):
@@ -457,11 +608,11 @@ def test_scored_answers_and_tasks_are_rows_of_the_table():
 
 def test_page_shows_scored_answers_and_tasks(report):
     page, _ = report(evaluation=with_reinforcement(make_evaluation()))
-    text = " ".join(" ".join(Elements(page).text).split())
+    text = text_of(page)
     for expected in (
         "-4.500 → 2.175 higher base → ppo",
-        "± 0.3750, 4 answers",
-        "± 0.5000, 2 answers",
+        "± 0.3750, n = 4",
+        "± 0.5000, n = 2",
         "base: 1 of its answers were not scored: too long for the reward model",
         "Tasks: correct answers by type",
         "Tasks: correct format by type",

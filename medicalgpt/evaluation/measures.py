@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from medicalgpt.errors import UserError
+from medicalgpt.evaluation.fluency import find_fault
 from medicalgpt.evaluation.held_out import PreferencePair, Question, QuestionSet
 
 if TYPE_CHECKING:
@@ -18,15 +19,15 @@ if TYPE_CHECKING:
 MAX_LOGITS = 2**26
 
 
-# Whether the text of an answer to a question is correct; None if that cannot be decided.
-Judge = Callable[[str, Question], bool | None]
-
-
 class GeneratedAnswer(Protocol):
     """What is read of a generated answer: `serving.generation.Answer` has it."""
 
     text: str
     finish_reason: str
+
+
+# Whether an answer to a question is correct; None if that cannot be decided.
+Judge = Callable[[GeneratedAnswer, Question], bool | None]
 
 
 @dataclass
@@ -150,27 +151,34 @@ def is_match(answer: str, reference: str) -> bool:
     return answer.strip() == reference.strip()
 
 
-def is_exact(answer: str, question: Question) -> bool:
+def is_exact(answer: GeneratedAnswer, question: Question) -> bool:
     """Whether the answer is the question's reference."""
-    return is_match(answer, question.reference)
+    return is_match(answer.text, question.reference)
 
 
-def is_good(answer: str, question: Question) -> bool | None:
-    """Whether the answer contains at least one string of each group that the question requires, ignoring case.
+def fault_of(answer: GeneratedAnswer, question: Question) -> str | None:
+    """Return what `find_fault` says of the answer to a question."""
+    prompt = "\n".join(turn["content"] for turn in question.messages if isinstance(turn.get("content"), str))
+    return find_fault(answer.text, answer.finish_reason, prompt, question.reference)
 
-    None for a question without requirements.
+
+def is_good(answer: GeneratedAnswer, question: Question) -> bool | None:
+    """Whether the answer is fluent and contains at least one string of each group that the question requires.
+
+    Case is ignored. None for a question without requirements.
     """
     if question.required is None:
         return None
-    said = answer.casefold()
-    return all(any(text.casefold() in said for text in group) for group in question.required)
+    said = answer.text.casefold()
+    complete = all(any(text.casefold() in said for text in group) for group in question.required)
+    return complete and fault_of(answer, question) is None
 
 
 def declines_like(declined: Sequence[Question]) -> Judge:
     """Return a judge of answers to other questions: whether one is good as the answer to any of `declined`."""
     kinds = {str(question.required): question for question in declined}
 
-    def is_decline(answer: str, question: Question) -> bool:
+    def is_decline(answer: GeneratedAnswer, question: Question) -> bool:
         return any(is_good(answer, other) for other in kinds.values())
 
     return is_decline
@@ -187,7 +195,7 @@ def count_answers(
     """
     score = ChatScore()
     for question, answer in zip(questions, answers, strict=True):
-        correct, stopped = judge(answer.text, question), answer.finish_reason == "stop"
+        correct, stopped = judge(answer, question), answer.finish_reason == "stop"
         if correct is None:
             continue
         category = score.by_category.setdefault(question.category, {"correct": 0, "stopped": 0, "total": 0})
@@ -217,10 +225,13 @@ def example_answers(
     shown = []
     for index in asked.examples:
         if (answer := answers[index]) is None:
-            shown.append({"text": None, "finish_reason": "prompt too long", "correct": False})
+            shown.append({"text": None, "finish_reason": "prompt too long", "correct": False, "fault": None})
             continue
-        correct = bool(judge(answer.text, asked.questions[index]))
-        shown.append({"text": answer.text, "finish_reason": answer.finish_reason, "correct": correct})
+        correct = bool(judge(answer, asked.questions[index]))
+        # What is correct is not in doubt, even if a task is answered with a bare number.
+        fault = None if correct or not answer.text.strip() else fault_of(answer, asked.questions[index])
+        said = {"text": answer.text, "finish_reason": answer.finish_reason}
+        shown.append({**said, "correct": correct, "fault": fault})
     return shown
 
 

@@ -5,9 +5,10 @@ Reads the files in the `output_dir` of a stage. For live logging see `--report_t
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
+from types import MappingProxyType
 
 from medicalgpt.errors import UserError
 
@@ -153,6 +154,9 @@ def svg_curve(
     width: int = 440,
     height: int = 280,
     max_points: int = 600,
+    *,
+    held_out: Collection[str] = (),
+    chinese: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
     """Return an inline SVG line chart, for a page without network requests.
 
@@ -162,6 +166,10 @@ def svg_curve(
         series: name -> (x, y) points, drawn in order of x. A y that is not finite is a gap in the line.
         width, height: size of the viewBox; on the page the chart scales to the available width.
         max_points: a longer series is reduced to the lowest and the highest point of groups of equal size.
+        held_out: names of series that were measured on held-out data. There are few of these points, so each is drawn,
+            on a dashed line, and the last one has its value next to it.
+        chinese: of labels and names. Such a text is written twice, with the classes `en` and `zh`, one of which the
+            page shows.
 
     Raises:
         ValueError: an x is not finite.
@@ -173,14 +181,14 @@ def svg_curve(
                 raise ValueError(f"{title}: series {name!r} has an x that is not finite: {x!r}")
     ordered = {name: points for name, points in ordered.items() if any(math.isfinite(y) for _, y in points)}
 
-    text = escape(title)
     parts = [
-        f'<svg class="curve" viewBox="0 0 {width} {height}" role="img" aria-label="{text}" '
+        f'<svg class="curve" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}" '
         f'font-family="system-ui, sans-serif" font-size="12" fill="currentColor">',
-        f'<text x="8" y="18" font-size="14" font-weight="600">{text}</text>',
+        _svg_text(title, 'x="8" y="18" font-size="14" font-weight="600"', chinese),
     ]
     if not ordered:
-        parts.append(f'<text x="{width / 2:g}" y="{height / 2:g}" text-anchor="middle">no values were logged</text>')
+        place = f'x="{width / 2:g}" y="{height / 2:g}" text-anchor="middle"'
+        parts.append(_svg_text("no values were logged", place, chinese))
         return "".join(parts) + "</svg>"
 
     legend_rows = (len(ordered) + 1) // 2
@@ -196,51 +204,88 @@ def svg_curve(
             bottom - (y - y_low) / (y_high - y_low) * (bottom - top),
         )
 
+    parts += _svg_ticks(y_ticks, x_ticks, place, (left, right, bottom))
+    centred = 'text-anchor="middle" opacity="0.8"'
+    parts.append(_svg_text(x_label, f'x="{(left + right) / 2:g}" y="{height - 8}" {centred}', chinese))
+    turned = f'transform="translate(13 {(top + bottom) / 2:g}) rotate(-90)"'
+    parts.append(_svg_text(y_label, f"{turned} {centred}", chinese))
+    for index, (name, points) in enumerate(ordered.items()):
+        parts.append(_svg_legend(index, len(ordered), name, points, width, name in held_out, chinese))
+        if name in held_out:
+            parts += _svg_points(
+                COLOURS[index % len(COLOURS)], [place(*point) for point in points if math.isfinite(point[1])]
+            )
+            parts.append(_svg_last_value(name, points, place, (left, top + 12, right), chinese))
+        else:
+            parts += _svg_line(_stroke(index, len(ordered)), points, place, max_points)
+    return "".join(parts) + "</svg>"
+
+
+def _svg_ticks(
+    y_ticks: Sequence[tuple[float, str]],
+    x_ticks: Sequence[tuple[float, str]],
+    place: Callable[[float, float], Point],
+    box: tuple[float, float, float],
+) -> Iterator[str]:
+    """Yield the grid, the ticks and the x axis; `box` is left, right and bottom of the drawing."""
+    left, right, bottom = box
     for value, label in y_ticks:
-        y = place(x_low, value)[1]
-        parts.append(
+        y = place(0, value)[1]
+        yield (
             f'<line x1="{left}" x2="{right}" y1="{y:.2f}" y2="{y:.2f}" stroke="currentColor" stroke-opacity="0.15"/>'
             f'<text class="y-tick" x="{left - 7}" y="{y + 4:.2f}" text-anchor="end" opacity="0.8">{label}</text>'
         )
     for value, label in x_ticks:
-        x = place(value, y_low)[0]
-        parts.append(
+        x = place(value, 0)[0]
+        yield (
             f'<line x1="{x:.2f}" x2="{x:.2f}" y1="{bottom}" y2="{bottom + 4}" stroke="currentColor" '
             f'stroke-opacity="0.5"/><text class="x-tick" x="{x:.2f}" y="{bottom + 17}" text-anchor="middle" '
             f'opacity="0.8">{label}</text>'
         )
-    parts.append(
-        f'<line x1="{left}" x2="{right}" y1="{bottom}" y2="{bottom}" stroke="currentColor" stroke-opacity="0.5"/>'
-        f'<text x="{(left + right) / 2:g}" y="{height - 8}" text-anchor="middle" opacity="0.8">{escape(x_label)}</text>'
-        f'<text transform="translate(13 {(top + bottom) / 2:g}) rotate(-90)" text-anchor="middle" '
-        f'opacity="0.8">{escape(y_label)}</text>'
+    yield f'<line x1="{left}" x2="{right}" y1="{bottom}" y2="{bottom}" stroke="currentColor" stroke-opacity="0.5"/>'
+
+
+def _svg_text(text: str, attributes: str, chinese: Mapping[str, str], suffix: str = "") -> str:
+    texts = {"en": text, "zh": chinese[text]} if text in chinese else {"": text}
+    return "".join(
+        f"<text {attributes}" + (f' class="{language}"' if language else "") + f">{escape(said + suffix)}</text>"
+        for language, said in texts.items()
     )
-    for index, (name, points) in enumerate(ordered.items()):
-        parts += _svg_line(index, len(ordered), name, points, place, width, max_points)
-    return "".join(parts) + "</svg>"
 
 
-def _svg_line(
+def _stroke(index: int, count: int) -> str:
+    # Dashes distinguish the series for readers who cannot tell the colours apart.
+    dash = ("", "6 3", "2 3")[index // len(COLOURS) % 3] if count > len(COLOURS) else ("", "7 3")[index % 2]
+    return f'stroke="{COLOURS[index % len(COLOURS)]}" stroke-width="1.8"' + (
+        f' stroke-dasharray="{dash}"' if dash else ""
+    )
+
+
+def _svg_legend(
     index: int,
     count: int,
     name: str,
     points: Sequence[Point],
-    place: Callable[[float, float], Point],
     width: int,
-    max_points: int,
+    held_out: bool,
+    chinese: Mapping[str, str],
+) -> str:
+    """Return sign, name, and first and last value of series number `index` of `count`."""
+    values = [y for _, y in points if math.isfinite(y)]
+    change = " → ".join(f"{y:#.3g}".rstrip(".") for y in (values[0], values[-1])[: len(values)])
+    x, y = 8 + index % 2 * (width / 2), 38 + index // 2 * 18
+    if held_out:
+        (sign,) = _svg_points(COLOURS[index % len(COLOURS)], [(x + 9, y - 4)])
+    else:
+        sign = f'<line x1="{x:g}" x2="{x + 18:g}" y1="{y - 4}" y2="{y - 4}" {_stroke(index, count)}/>'
+    return sign + _svg_text(name, f'x="{x + 24:g}" y="{y}"', chinese, f": {change}")
+
+
+def _svg_line(
+    stroke: str, points: Sequence[Point], place: Callable[[float, float], Point], max_points: int
 ) -> Iterator[str]:
-    """Yield the legend and the line of series number `index` of `count`; `place` turns a point into its position."""
-    colour = COLOURS[index % len(COLOURS)]
-    # Dashes distinguish the series for readers who cannot tell the colours apart.
-    dash = ("", "6 3", "2 3")[index // len(COLOURS) % 3] if count > len(COLOURS) else ("", "7 3")[index % 2]
-    stroke = f'stroke="{colour}" stroke-width="1.8"' + (f' stroke-dasharray="{dash}"' if dash else "")
-    finite = [y for _, y in points if math.isfinite(y)]
-    legend_x, legend_y = 8 + index % 2 * (width / 2), 38 + index // 2 * 18
-    change = " → ".join(f"{y:#.3g}".rstrip(".") for y in (finite[0], finite[-1])[: len(finite)])
-    yield (
-        f'<line x1="{legend_x:g}" x2="{legend_x + 18:g}" y1="{legend_y - 4}" y2="{legend_y - 4}" {stroke}/>'
-        f'<text x="{legend_x + 24:g}" y="{legend_y}">{escape(name)}: {change}</text>'
-    )
+    """Yield the line of a series; `place` turns a point into its position."""
+    colour = stroke.split('"')[1]
     for run in _unbroken_runs(points):
         run = [place(x, y) for x, y in _thin(run, max_points)]
         if len(run) > 1:
@@ -248,6 +293,31 @@ def _svg_line(
             yield f'<polyline points="{path}" fill="none" {stroke} stroke-linejoin="round"/>'
         if len(run) == 1 or len(points) <= 30:
             yield from (f'<circle cx="{x:.2f}" cy="{y:.2f}" r="2.6" fill="{colour}"/>' for x, y in run)
+
+
+def _svg_points(colour: str, places: Sequence[Point]) -> Iterator[str]:
+    if len(places) > 1:
+        path = " ".join(f"{x:.2f},{y:.2f}" for x, y in places)
+        yield f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.4" stroke-dasharray="3 4"/>'
+    yield from (f'<circle cx="{x:.2f}" cy="{y:.2f}" r="4" fill="{colour}"/>' for x, y in places)
+
+
+def _svg_last_value(
+    name: str,
+    points: Sequence[Point],
+    place: Callable[[float, float], Point],
+    box: tuple[float, float, float],
+    chinese: Mapping[str, str],
+) -> str:
+    """Return name and value next to the last point, on its inner side; `box` is left, top and right of the drawing."""
+    left, top, right = box
+    last = next(point for point in reversed(points) if math.isfinite(point[1]))
+    x, y = place(*last)
+    anchor, x = ("end", x - 8) if x > (left + right) / 2 else ("start", x + 8)
+    place_of_text = f'x="{x:.2f}" y="{max(y - 7, top):.2f}" text-anchor="{anchor}" font-weight="600" '
+    # A halo in the colour of the page keeps the text readable on top of a line.
+    place_of_text += 'style="paint-order:stroke;stroke:var(--card,#fff);stroke-width:4px"'
+    return _svg_text(name, place_of_text, chinese, f" {last[1]:#.3g}".rstrip("."))
 
 
 def _number(value: object) -> float:

@@ -10,6 +10,7 @@ from medicalgpt.formats.tasks import to_task
 from medicalgpt.readers.problems import RowError
 from medicalgpt.rewards.reward_check import check_rewards
 from medicalgpt.rewards.rewards import accuracy_reward, choose_rewards
+from medicalgpt.serving.generation import Answer
 from tests.helpers import ROOT, write_jsonl
 
 import pytest
@@ -336,7 +337,11 @@ def test_evaluation_reads_tasks_as_training_does(tmp_path):
     path = write_jsonl(tmp_path / "tasks.jsonl", [CHOICES["MedMCQA"], ANSWERS["GSM8K"][0]])
     choice, number = read_tasks(str(path))
     assert choice.messages == to_task(CHOICES["MedMCQA"])["messages"] and choice.reference == "B"
-    is_correct = task_rewards()[1]["correct answers"]
+    judge = task_rewards()[1]["correct answers"]
+
+    def is_correct(reply, task):
+        return judge(Answer(reply, "stop", 1, 1), task)
+
     assert is_correct("Paracetamol", choice) and is_correct("<think>?</think><answer>18</answer>", number)
     assert not is_correct("Warfarin", choice) and not is_correct(STEPS, number)
 
