@@ -377,6 +377,10 @@ class RunArguments:
         default=3,
         metadata={"help": "Number of prompts answered before and after training, to see what changed; 0: none."},
     )
+    verbose: bool = field(
+        default=False,
+        metadata={"help": "Show the whole table of requested and observed settings, also if nothing differs."},
+    )
 
     def __post_init__(self):
         if self.sample_prompts < 0:

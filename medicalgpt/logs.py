@@ -88,7 +88,9 @@ def setup_logging() -> None:
     logger.remove()
     logger.configure(patcher=lambda record: record.update(message=printable(record["message"])))
     if is_main_process():
-        logger.add(sys.stderr, format="<level>{level: <7}</level> {message}", level="INFO")
+        on_terminal = sys.stderr.isatty()
+        sink = _above_progress_bars if on_terminal else sys.stderr
+        logger.add(sink, format="<level>{level: <7}</level> {message}", level="INFO", colorize=on_terminal)
     if not is_main_process() or not sys.stderr.isatty():
         from transformers.utils.logging import disable_progress_bar
 
@@ -98,6 +100,13 @@ def setup_logging() -> None:
             import datasets
 
             datasets.disable_progress_bars()
+
+
+def _above_progress_bars(text: str) -> None:
+    """Write to the terminal while bars are shown: they are taken away before, and drawn again below the text."""
+    from tqdm import tqdm
+
+    tqdm.write(text, file=sys.stderr, end="")
 
 
 HEARTBEAT_SECONDS = 30

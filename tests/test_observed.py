@@ -63,7 +63,7 @@ def test_it_is_printed_once_before_the_first_step(flags, tmp_path, monkeypatch):
     lines: list[str] = []
     monkeypatch.setattr("medicalgpt.training.runs.setup_logging", lambda: None)
     sink = logger.add(lambda message: lines.append(message.record["message"]), level="INFO")
-    open_stage("supervised_finetuning.py", *flags("run", "--num_train_epochs", 2)).finish()
+    open_stage("supervised_finetuning.py", *flags("run", "--num_train_epochs", 2, "--verbose", True)).finish()
     logger.remove(sink)
     heads = [number for number, line in enumerate(lines) if line.split() == ["requested", "observed"]]
     assert len(heads) == 1

@@ -151,7 +151,7 @@ def test_all_weights_unpacked_with_flags_from_a_file(work):
         f"validation_file_dir: {work / 'texts' / 'valid.txt'}\noutput_dir: {work / 'full'}\n"
         "use_peft: false\npacking: false\nlogging_steps: 1\nmax_steps: 99\nlearning_rate: 1e-2\n"
     )
-    flags = ("--max_steps", 4, "--bf16", "--document_unit", "paragraph", "--load_in_4bit", "False")
+    flags = ("--max_steps", 4, "--bf16", "--verbose", "True", "--document_unit", "paragraph", "--load_in_4bit", "False")
     done = run_program(SCRIPT, "--config", config, *flags)
     record = read_json(work / "full" / "run.json")
     assert record["arguments"]["max_steps"] == 4 and record["arguments"]["learning_rate"] == 0.01

@@ -174,7 +174,7 @@ def test_the_log_tells_what_will_happen_without_a_terminal(work, adapter):
         "⟦回答 ",
         "24 to train on, 5 held out",
         "16,384 of 123,776 parameters",
-        "4 = 2 a device x 2 accumulated x 1 process(es)",
+        "observed as requested",
         "6 (6 an epoch)",
         "step 3/6 (50%)",
         "tokens/s",
@@ -286,6 +286,7 @@ def test_full_training_on_packed_blocks(work, adapter):
             "--per_device_train_batch_size",
             1,
             "--bf16",
+            "--verbose",
         ),
         model="adapter",
     )

@@ -17,6 +17,7 @@ from transformers import (
     DefaultFlowCallback,
     EarlyStoppingCallback,
     IntervalStrategy,
+    ProgressCallback,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -222,11 +223,21 @@ def _is_cost(name: str) -> bool:
     return name.endswith(("runtime", "per_second", "tokens", "epoch"))
 
 
+class ProgressBar(ProgressCallback):
+    """The bar of a terminal. What is logged is shown by `PlainProgress`, in lines above it."""
+
+    def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        pass
+
+
 class PlainProgress(TrainerCallback):
-    """Progress as plain lines, for logs and pipes: at each log event, and at least every 30 seconds."""
+    """Progress as plain lines: at each log event, and at least every 30 seconds.
+
+    The evaluation of the trained model is not among them: the last line of the run shows it.
+    """
 
     def __init__(self):
-        # An evaluation without training has no beginning.
+        # Evaluations before and after training have none.
         self.began: float | None = None
         self.first_step = self.first_tokens = 0
 
@@ -239,18 +250,30 @@ class PlainProgress(TrainerCallback):
             logger.info(f"first step done, {time.time() - self.began:.1f} s after training began")
         if time.time() - self.last_line >= HEARTBEAT_SECONDS:
             self._line(state, {})
+        # A run that is shorter than --logging_steps would end without any loss.
+        is_last = state.global_step >= state.max_steps
+        if is_last and args.logging_strategy == IntervalStrategy.STEPS:
+            control.should_log |= not any("loss" in event for event in state.log_history)
+
+    def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        self.began = None
 
     def on_log(
         self, args: TrainingArguments, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        if logs and not {"loss", "eval_loss", "eval_score", "eval_reward"}.isdisjoint(logs):
+        if not logs or self.began is None:
+            return
+        # It is made and shown again after training, unless that is of the best model instead of the last.
+        is_repeated = state.global_step >= state.max_steps and not args.load_best_model_at_end
+        is_evaluation = not {"eval_loss", "eval_score", "eval_reward"}.isdisjoint(logs)
+        if "loss" in logs or (is_evaluation and not is_repeated):
             self._line(state, logs)
 
     def _line(self, state: Any, logs: dict[str, Any]) -> None:
         if not state.is_world_process_zero:
             return
         self.last_line = time.time()
-        elapsed = self.last_line - self.began if self.began is not None else 0.0
+        elapsed = self.last_line - self.began
         done = state.global_step - self.first_step
         parts = [f"step {state.global_step}/{state.max_steps} ({state.global_step / max(state.max_steps, 1):.0%})"]
         parts += [f"{name} {logs[name]:.4g}" for name in SHOWN_METRICS if logs.get(name) is not None]

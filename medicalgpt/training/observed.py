@@ -70,5 +70,17 @@ def as_table(lines: Sequence[Line]) -> list[str]:
     ]
 
 
+def as_summary(lines: Sequence[Line]) -> list[str]:
+    """One line if no setting differs from what was requested, else the whole table."""
+    if any(line.agrees is False for line in lines):
+        return as_table(lines)
+    unseen = [line.name for line in lines if line.agrees is None and not _idle(line)]
+    agreeing = sum(line.agrees is True and not _idle(line) for line in lines)
+    text = f"settings       {agreeing} observed as requested"
+    if unseen:
+        text += f", {len(unseen)} not observed ({', '.join(unseen)})"
+    return [f"{text}; --verbose True shows all"]
+
+
 def _idle(line: Line) -> bool:
     return line.requested == line.observed == OFF

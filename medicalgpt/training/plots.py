@@ -73,6 +73,32 @@ def loss_series(events: Sequence[Mapping]) -> dict[str, list[Point]]:
     return _series(events, LOSSES)
 
 
+BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+def loss_line(output_dir: str | Path, width: int = 40) -> str | None:
+    """The training loss (or score, or reward) of a run as one line of text; None with fewer than two values.
+
+    Args:
+        width: at most so many blocks; each is the mean of its part of the log, from the lowest block to the highest.
+    """
+    events = read_metrics(output_dir)
+    for name in ("score", "reward", "loss"):
+        found = _series(events, [(name, name)]).get(name, [])
+        values = [value for _, value in found if math.isfinite(value)]
+        if len(values) > 1:
+            return f"{name} {values[0]:.4g} {_blocks(values, width)} {values[-1]:.4g}"
+    return None
+
+
+def _blocks(values: Sequence[float], width: int) -> str:
+    count = min(width, len(values))
+    edges = [len(values) * number // count for number in range(count + 1)]
+    means = [math.fsum(values[start:end]) / (end - start) for start, end in zip(edges, edges[1:], strict=False)]
+    low, span = min(means), (max(means) - min(means)) or 1.0
+    return "".join(BLOCKS[round((mean - low) / span * (len(BLOCKS) - 1))] for mean in means)
+
+
 def _series(events: Sequence[Mapping], curves: Sequence[tuple[str, str]]) -> dict[str, list[Point]]:
     series: dict[str, dict[float, float]] = {name: {} for name, _ in curves}
     for event in events:

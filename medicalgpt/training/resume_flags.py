@@ -110,6 +110,7 @@ TABLE: tuple[Group, ...] = (
         (
             *("resume_from_checkpoint", "overwrite_output_dir", "overwrite_cache", "do_train", "do_eval", "debug"),
             *("skip_long_rows", "steps_per_generation", "check_rewards", "disable_tqdm", "local_rank"),
+            "verbose",
             *("restore_callback_states_from_checkpoint",),
         ),
         Policy.START,

@@ -34,6 +34,7 @@ from medicalgpt.training.callbacks import (
     FirstStep,
     MetricsFile,
     PlainProgress,
+    ProgressBar,
     peak_memory_gb,
 )
 from medicalgpt.training.checkpoints import (
@@ -50,9 +51,9 @@ from medicalgpt.training.finite import require_finite_start
 from medicalgpt.training.folder_lock import FolderLock
 from medicalgpt.training.hosts import require_shared_folder, watch_hosts
 from medicalgpt.training.memory import explain_memory, plan_memory
-from medicalgpt.training.observed import as_table, observe
+from medicalgpt.training.observed import as_summary, as_table, observe
 from medicalgpt.training.output_folder import PreviousRun, refuse_overlap
-from medicalgpt.training.plots import plot_loss
+from medicalgpt.training.plots import loss_line, plot_loss
 from medicalgpt.training.preview import render_supervision, sequences_of
 from medicalgpt.training.resume import RecordInCheckpoint, ResumedRun, StepsOfFlags, contents, contents_of_tokenizer
 from medicalgpt.training.samples import GreedyAnswers, SampleLogger
@@ -327,7 +328,7 @@ class Run:
             {"name": line.name, "requested": line.requested, "observed": line.observed, "agrees": line.agrees}
             for line in lines
         ]
-        for row in as_table(lines):
+        for row in as_table(lines) if self.options.verbose else as_summary(lines):
             logger.info(row)
         differing = [
             f"{line.name}: requested {line.requested}; observed {line.observed}. {line.remedy}"
@@ -534,10 +535,9 @@ class Run:
         if self.early_stopping:
             trainer.add_callback(self.early_stopping)
         trainer.add_callback(FirstStep(trainer, self.compare))
-        if not trainer.pop_callback(ProgressCallback):
-            trainer.add_callback(PlainProgress())
-        else:
-            trainer.add_callback(ProgressCallback())
+        trainer.add_callback(PlainProgress())
+        if trainer.pop_callback(ProgressCallback):
+            trainer.add_callback(ProgressBar())
 
     def _save_tokenizer_and_generation_config(
         self, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]
@@ -572,6 +572,8 @@ class Run:
         }
         if self.training.do_train:
             plot_loss(self.output_dir)
+            if line := loss_line(self.output_dir):
+                logger.info(line)
             write_atomically(self.output_dir / "README.md", model_card(self.record, self.output_dir, note))
         # The record comes last: it says that the run is complete.
         self._write_record()
