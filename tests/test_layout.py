@@ -30,7 +30,7 @@ LONGEST_FUNCTION = 80
 LONG_FILES = {
     "template.py": (1_050, "a catalogue: Jinja sources and their facts, read one entry at a time"),
     "openai_api.py": (1_400, "one protocol: a request's way through it is shortest in one file"),
-    "ppo_training.py": (1_060, "one algorithm, read from top to bottom"),
+    "ppo_training.py": (1_080, "one algorithm, read from top to bottom"),
     "grpo_training.py": (930, "one trainer on TRL's, and the rules of which flags work together"),
 }
 LONG_FUNCTIONS: dict[str, tuple[int, str]] = {}
