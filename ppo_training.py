@@ -478,8 +478,10 @@ class PpoTrainer(StageTrainer):
             add_fused_lm_head(base, temperature=self.args.temperature, outputs=("log_probs", "entropy"))
             add_cpu_head(base, temperature=self.args.temperature)
             self.try_loss(base)
-        # Under ZeRO-3 the reference has been sharded as it was loaded, and is gathered with the others.
-        if reference is not None and not are_weights_sharded(self.args):
+        if reference is not None and self.is_fsdp_enabled:
+            reference.to(self.args.device)
+        # Under ZeRO-3 the reference was sharded as it was loaded, and is gathered with the others.
+        elif reference is not None and not is_deepspeed_zero3_enabled():
             self.accelerator.prepare_model(reference, evaluation_mode=True)
         # The loss is divided by the tokens of the update (see `compute_loss`); the library must not divide it again by
         # the number of accumulated batches.

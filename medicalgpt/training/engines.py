@@ -14,7 +14,6 @@ from medicalgpt.errors import UserError
 from medicalgpt.logs import HEARTBEAT_SECONDS, is_main_process, local_rank, rank
 from medicalgpt.training.checkpoints import GATHERING
 
-import deepspeed
 import psutil
 import torch
 from loguru import logger
@@ -59,6 +58,7 @@ def complete_weights(trainer: Trainer, models: Iterable[torch.nn.Module]) -> Ite
     nothing where weights are not sharded.
     """
     if trainer.is_fsdp_enabled:
+        reshard = trainer.accelerator.state.fsdp_plugin.reshard_after_forward
         shards = [module for module in trainer.model_wrapped.modules() if isinstance(module, FSDPModule)]
         # The outermost module must know that it is, before a pass through an inner one.
         shards[0]._get_fsdp_state()._lazy_init()
@@ -70,12 +70,14 @@ def complete_weights(trainer: Trainer, models: Iterable[torch.nn.Module]) -> Ite
             yield
         finally:
             for module in shards:
-                module.set_reshard_after_forward(module is not shards[0], recurse=False)
+                module.set_reshard_after_forward(bool(reshard) and module is not shards[0], recurse=False)
                 module.reshard()
         return
     if not is_deepspeed_zero3_enabled():
         yield
         return
+    import deepspeed
+
     engine = trainer.model_wrapped
     with deepspeed.zero.GatheredParameters([parameter for model in models for parameter in model.parameters()]):
         remove_hooks(engine)
