@@ -217,7 +217,8 @@ def test_bytes_of_a_stream(server):
     assert choices[-1]["delta"] == {}
     assert [choice["finish_reason"] for choice in choices] == [None] * (len(choices) - 1) + ["stop"]
     pieces = [choice["delta"]["content"] for choice in choices[1:-1]]
-    assert len(pieces) > 5 and "".join(pieces) == HELLO
+    # What comes while the previous piece is written is joined, so that their number depends on the machine.
+    assert pieces and "".join(pieces) == HELLO
 
 
 def test_stream_of_the_client_and_its_usage(client):
