@@ -27,7 +27,8 @@ QUICK = {"FSDP2": ["supervised_finetuning:full", "dpo_training:LoRA"], "ZeRO-3":
 
 
 def train_cells(folder, engine, *names):
-    make_place(folder)
+    if not (folder / "base").exists():
+        make_place(folder)
     run_program("tests/matrix.py", folder, engine, *names, processes=2, timeout=1_800, env={"PYTHONPATH": str(ROOT)})
     return folder
 
@@ -71,8 +72,10 @@ def test_a_few_cells(quick, cell):
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
-    (engine,) = QUICK
-    return train_cells(tmp_path_factory.mktemp("quick"), engine, *QUICK[engine])
+    place = tmp_path_factory.mktemp("quick")
+    for engine, names in QUICK.items():
+        train_cells(place, engine, *names)
+    return place
 
 
 @pytest.mark.slow
