@@ -3,7 +3,7 @@
 #
 #   bash scripts/check_environments.sh           resolve each requirements file, and install nothing
 #   bash scripts/check_environments.sh --write   and write the versions: of requirements-dev.txt to constraints.txt, and of
-#                                                vllm, quant and peers to constraints-vllm.txt and so on
+#                                                vllm, quant, peers and docs to constraints-vllm.txt and so on
 #
 # PYTHON=python3.12 selects another interpreter. Only metadata is downloaded where the index has it.
 set -euo pipefail
@@ -56,7 +56,7 @@ END
 if [ "${1:-}" = --write ]; then
   lock requirements-dev.txt constraints.txt
   # These are environments of their own.
-  for name in vllm quant peers; do
+  for name in vllm quant peers docs; do
     lock "requirements-$name.txt" "constraints-$name.txt"
   done
 fi

@@ -6,9 +6,10 @@
 #   bash scripts/setup.sh --extras with the packages of single flags: Liger, kernels, GaLore, APOLLO
 #   bash scripts/setup.sh --vllm   with vLLM, for GRPO with --use_vllm
 #   bash scripts/setup.sh --quant  llm-compressor, in an environment of its own
+#   bash scripts/setup.sh --docs   MkDocs, in an environment of its own, to build the site of docs/
 #   bash scripts/setup.sh --which  install nothing; print the Python to use
 #
-# VENV=folder replaces .venv (.venv-vllm-grpo, .venv-quant); PYTHON=python3.12 selects another interpreter (3.11 or
+# VENV=folder replaces .venv (.venv-vllm-grpo, .venv-quant, .venv-site); PYTHON=python3.12 selects another interpreter (3.11 or
 # newer). constraints.txt holds the exact version of every package that was tested, so that a new release of one cannot
 # break an installation, and constraints-vllm.txt and constraints-quant.txt those that were resolved together; NEWEST=1
 # ignores them.
@@ -17,16 +18,18 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 REQUIREMENTS=requirements.txt
 FOLDER=.venv
-# The other two environments need other versions of some packages.
+# The other environments need other versions of some packages.
 CONSTRAINTS=constraints.txt
+SIZE=" (once; a few minutes, and about 3 GB with CUDA)"
 case "${1:-}" in
   "" | --which) ;;
   --dev) REQUIREMENTS=requirements-dev.txt ;;
   --extras) REQUIREMENTS=requirements-extras.txt ;;
   --vllm) REQUIREMENTS=requirements-vllm.txt FOLDER=.venv-vllm-grpo CONSTRAINTS=constraints-vllm.txt ;;
   --quant) REQUIREMENTS=requirements-quant.txt FOLDER=.venv-quant CONSTRAINTS=constraints-quant.txt ;;
+  --docs) REQUIREMENTS=requirements-docs.txt FOLDER=.venv-site CONSTRAINTS=constraints-docs.txt SIZE="" ;;
   *)
-    echo "error: unknown argument $1. Known: --dev, --extras, --vllm, --quant, --which" >&2
+    echo "error: unknown argument $1. Known: --dev, --extras, --vllm, --quant, --docs, --which" >&2
     exit 2
     ;;
 esac
@@ -57,7 +60,7 @@ if [ -x "$VENV/bin/python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; t
 fi
 
 [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
-echo "installing $REQUIREMENTS into $VENV (once; a few minutes, and about 3 GB with CUDA)"
+echo "installing $REQUIREMENTS into $VENV$SIZE"
 bounds=(-c "$CONSTRAINTS")
 [ -z "${NEWEST:-}" ] || bounds=()
 "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -r "$REQUIREMENTS" ${bounds[@]+"${bounds[@]}"}

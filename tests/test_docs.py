@@ -29,7 +29,7 @@ PROGRAMS = sorted(ROOT.glob("*.py"))
 FOREIGN_FLAGS = {"--nproc_per_node", "--fix", "--config_file", "--num_processes", "--build-arg"}
 FOREIGN_FLAGS |= {"--chat-template", "--enable-auto-tool-choice", "--tool-call-parser"}
 # Of libraries, and of the tests that a script starts.
-LIBRARY_VARIABLES = {"HF_ENDPOINT", "CUDA_VISIBLE_DEVICES", "VLLM_VENV"}
+LIBRARY_VARIABLES = {"HF_ENDPOINT", "CUDA_VISIBLE_DEVICES", "VLLM_VENV", "PIP_INDEX_URL", "PYTORCH_ENABLE_MPS_FALLBACK"}
 # Pages whose commands follow each other, and the folders that `bash scripts/run_pipeline.sh` leaves.
 FROM_THE_PIPELINE = ("learning_path.md", "learning_path_zh.md", "quickstart.md", "quickstart_zh.md")
 PIPELINE_FOLDERS = {f"outputs/{name}" for name in ("tiny-base", "pt", "sft", "sft-merged", "dpo", "dpo-merged")}
