@@ -31,6 +31,23 @@ OUT=$(absolute "${OUT:-outputs/$(basename "$FOLDER")-model}")
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
 TRAINED=$OUT/sft
 MERGED=$OUT/merged
+REPLACE=
+for flag in "$@"; do
+  case $flag in
+  --output_dir* | --output-dir*)
+    echo "error: the folder of the result is given as OUT=..., not as --output_dir" >&2
+    exit 2
+    ;;
+  --overwrite_output_dir* | --overwrite-output-dir*) REPLACE=yes ;;
+  esac
+done
+# A run that has finished reads no rows again, and would answer for rows that it has not seen.
+if [ -z "$REPLACE" ] && grep -qs '"status": "finished"' "$TRAINED/run.json" &&
+  [ -n "$(find "$FOLDER" -cnewer "$TRAINED/run.json")" ]; then
+  echo "error: $FOLDER has changed since $TRAINED was trained. Choose another folder, OUT=..., or replace the run:" \
+    "--overwrite_output_dir True" >&2
+  exit 2
+fi
 
 echo "1 check the rows of $FOLDER"
 "$PYTHON" validate_jsonl.py --file_path "$FOLDER" --format chat
@@ -53,7 +70,10 @@ RESULT=$TRAINED
 if [ -f "$TRAINED/adapter_config.json" ]; then
   RESULT=$MERGED
   echo "3 merge the adapter into its base"
-  [ -f "$MERGED/config.json" ] || "$PYTHON" merge_peft_adapter.py --lora_model "$TRAINED" --output_dir "$MERGED"
+  # After a training that has replaced the adapter, what was merged before is the earlier model.
+  [ "$MERGED/config.json" -nt "$TRAINED/adapter_model.safetensors" ] ||
+    "$PYTHON" merge_peft_adapter.py --lora_model "$TRAINED" --output_dir "$MERGED" \
+      ${REPLACE:+--overwrite_output_dir True}
 else
   echo "3 nothing to merge: all weights were trained"
 fi

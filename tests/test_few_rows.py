@@ -141,7 +141,7 @@ def bash(*command, **variables):
 
 
 def test_the_script_refuses_what_is_not_a_folder(tmp_path):
-    for given in ((), ("--flag",), (tmp_path / "missing",)):
+    for given in ((), ("--flag",), (tmp_path / "missing",), (tmp_path, "--output_dir", tmp_path / "out")):
         done = bash("scripts/train_my_data.sh", *given)
         assert done.returncode == 2 and "error: " in done.stderr
 
@@ -160,6 +160,14 @@ def test_a_folder_becomes_a_model_to_chat_with(work, tmp_path):
     again = bash(*command, **variables)
     assert again.returncode == 0 and "has already finished" in again.stderr
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.safetensors")} == times
+    replaced = bash(*command, "--seed", "7", "--overwrite_output_dir", "True", **variables)
+    assert replaced.returncode == 0, replaced.stdout + replaced.stderr
+    newer = {path: path.stat().st_mtime_ns for path in times if path.parent.name in ("sft", "merged")}
+    assert newer and all(newer[path] > times[path] for path in newer)
+    write_jsonl(work / "rows" / "more.jsonl", [{"prompt": "u?", "response": "F"}])
+    changed = bash(*command, **variables)
+    (work / "rows" / "more.jsonl").unlink()
+    assert changed.returncode == 2 and "has changed since" in changed.stderr
     write_jsonl(tmp_path / "bad" / "train.jsonl", [{"prompt": "u?", "response": ""}])
     refused = bash(command[0], tmp_path / "bad", OUT=str(tmp_path / "none"), MODEL=variables["MODEL"])
     assert refused.returncode == 1 and not (tmp_path / "none").exists()
