@@ -95,7 +95,7 @@ def filled(text: str, figures: dict[str, dict[str, Any]], language: str) -> str:
         opening, name, form, closing = match.groups()
         value = look_up(figures, name)
         if (form or "plain") not in FORMS:
-            raise UserError(f"There is no form {form} of a figure. There are: {', '.join(FORMS)}")
+            raise UserError(f"A figure does not have the form {form}. Known: {', '.join(FORMS)}")
         return opening + FORMS[form or "plain"](value, language) + closing
 
     def block(match: re.Match) -> str:

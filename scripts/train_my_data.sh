@@ -24,7 +24,7 @@ fi
 shift
 FOLDER=$(absolute "${FOLDER%/}")
 if [ ! -d "$FOLDER" ]; then
-  echo "error: there is no folder $FOLDER" >&2
+  echo "error: the folder $FOLDER does not exist" >&2
   exit 2
 fi
 OUT=$(absolute "${OUT:-outputs/$(basename "$FOLDER")-model}")

@@ -2,13 +2,19 @@
 
 import json
 import math
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 from xml.etree import ElementTree
 
 from medicalgpt.errors import UserError
 from medicalgpt.training.plots import loss_series, plot_loss, read_metrics, svg_curve
 
 import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def write_metrics(folder, events):
@@ -169,3 +175,12 @@ def test_svg_marks_what_is_held_out_and_writes_both_languages():
         "held-out loss 3.86",
     ]
     assert [node.text for node in classed(svg, "zh")] == ["步", "留出数据的损失: 4.00 → 3.86", "留出数据的损失 3.86"]
+
+
+def test_a_program_that_jupyter_starts_draws_its_plot(tmp_path):
+    """It inherits a backend whose package it may lack; matplotlib reads the variable when it is imported."""
+    folder = write_metrics(tmp_path, [{"step": 1, "loss": 2.0}])
+    code = f"from medicalgpt.training.plots import plot_loss; plot_loss({str(folder)!r})"
+    environment = {**os.environ, "MPLBACKEND": "no_such_backend"}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
+    assert (folder / "loss.png").is_file()

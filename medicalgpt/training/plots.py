@@ -5,6 +5,7 @@ Reads the files in the `output_dir` of a stage. For live logging see `--report_t
 
 import json
 import math
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -117,7 +118,10 @@ def plot_loss(output_dir: str | Path) -> Path:
     events = read_metrics(output_dir)
     found = ((label, _series(events, curves)) for label, curves in (("score", SCORES), ("reward", REWARDS)))
     label, series = next(((label, series) for label, series in found if series), ("loss", loss_series(events)))
-    # Imported here because it takes about a second. The object interface needs no display and no global state.
+    # The object interface needs no backend. A program that Jupyter starts inherits Jupyter's, whose package may be
+    # missing here, and importing matplotlib would fail.
+    os.environ.pop("MPLBACKEND", None)
+    # Imported here because it takes about a second.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
