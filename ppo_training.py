@@ -874,9 +874,8 @@ class PpoTrainer(StageTrainer):
         folder, weights = Path(output_dir or self.args.output_dir), self._trainable_weights()
         if state_dict is not None and are_weights_sharded(self.args):
             # The model's own tensors are empty; `state_dict` has been gathered.
-            own = {
-                name.removeprefix("policy."): each for name, each in state_dict.items() if name.startswith("policy.")
-            }
+            of_policy = [name for name in state_dict if name.startswith("policy.")]
+            own = {name.removeprefix("policy."): state_dict[name] for name in of_policy}
             self.policy.save_pretrained(folder, state_dict=own)
             weights = {name: state_dict[name].contiguous() for name in weights}
         else:
