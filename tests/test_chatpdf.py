@@ -663,8 +663,10 @@ def test_the_page_in_a_browser(page_of_files, tmp_path):
     until(lambda: find("#retry").is_enabled())
     for _ in range(2):
         assert shown(".bot.message").startswith("一周[1]。") and "[1] 感冒.md > 感冒" in shown(".bot.message")
-        find("#retry").click()
-        until(lambda: not find("#send").is_enabled())
+        # While the model waits, the button cannot be missed.
+        with gate.shut():
+            find("#retry").click()
+            until(lambda: not find("#send").is_enabled())
         until(lambda: find("#send").is_enabled())
 
     # A source with a longer title than the screen is wide.
